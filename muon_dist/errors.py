@@ -1,0 +1,58 @@
+"""Typed errors. Each carries the exit code with which the command line ends; messages name the key, file, parameter
+or rank at fault and what to do about it."""
+
+from __future__ import annotations
+
+
+class MuonDistError(Exception):
+    """Base of every error that this package raises for a user."""
+
+    exit_code = 1
+
+
+class ConfigError(MuonDistError, ValueError):
+    """A configuration file, an override or an argument is wrong."""
+
+    exit_code = 2
+
+
+class DataError(MuonDistError, ValueError):
+    """A corpus, tokenizer or token shard is missing, malformed or damaged."""
+
+    exit_code = 3
+
+
+class RoutingError(MuonDistError, ValueError):
+    """A parameter cannot go where it was sent, or none reaches Muon."""
+
+    exit_code = 4
+
+
+class LayoutError(MuonDistError, ValueError):
+    """A layout does not cover its matrices exactly, or the parameters are not those that were planned for."""
+
+    exit_code = 5
+
+
+class PlanMismatchError(MuonDistError, RuntimeError):
+    """The ranks do not hold the same plan."""
+
+    exit_code = 6
+
+
+class CheckpointError(MuonDistError, RuntimeError):
+    """A checkpoint is missing, damaged or does not belong to this run."""
+
+    exit_code = 7
+
+
+class NonFiniteError(MuonDistError, RuntimeError):
+    """Gradients or updates are NaN or infinite."""
+
+    exit_code = 8
+
+
+class FrameworkError(MuonDistError, RuntimeError):
+    """A framework (DeepSpeed, Trainer, accelerate, FSDP2) is set up in a way that cannot be exact."""
+
+    exit_code = 9
