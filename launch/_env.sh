@@ -1,0 +1,61 @@
+# shellcheck shell=bash
+# Sourced by the other scripts, from any folder. `muon_env EXTRAS` makes (or reuses) the Python environment, installs
+# this checkout into it with the named extras, puts it first in PATH and leaves the shell in the repository root.
+#
+#   VIRTUAL_ENV   an active environment is reused; else .venv in the repository root
+#   PYTHON        the interpreter that makes .venv (default python3)
+
+MUON_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+muon_log() { printf '[muon-dist] %s\n' "$*" >&2; }
+
+muon_die() {
+    muon_log "error: $*"
+    exit 1
+}
+
+# The constraints for pip, one path, or nothing. An NVIDIA GPU wants torch's CUDA build, so nothing is pinned there.
+# A torch that can already be imported stays: its own version is pinned, so that pip does not replace it.
+muon_constraints() {
+    local venv="$1" torch
+    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
+        return 0
+    fi
+    torch="$("$venv/bin/python" -c 'import torch; print(torch.__version__.split("+")[0])' 2>/dev/null || true)"
+    if [[ -z "$torch" || "$torch" == "2.13.0" ]]; then
+        printf '%s\n' launch/constraints-cpu.txt
+    else
+        grep -v '^torch==' launch/constraints-cpu.txt >"$venv/muon-dist-constraints.txt"
+        printf 'torch==%s\n' "$torch" >>"$venv/muon-dist-constraints.txt"
+        printf '%s\n' "$venv/muon-dist-constraints.txt"
+    fi
+}
+
+muon_env() {
+    local extras="${1:-}" venv stamp want target constraints
+    local -a command
+    cd "$MUON_ROOT" || exit 1
+    venv="${VIRTUAL_ENV:-$MUON_ROOT/.venv}"
+    if [[ ! -x "$venv/bin/python" ]]; then
+        muon_log "making the environment $venv (plain: ${PYTHON:-python3} -m venv $(printf '%q' "$venv"))"
+        "${PYTHON:-python3}" -m venv "$venv" || muon_die "cannot make $venv; on Debian: apt-get install python3-venv"
+    fi
+    "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+        || muon_die "$venv has $("$venv/bin/python" --version); Python 3.10 or newer is needed (set PYTHON)"
+    target="."
+    [[ -z "$extras" ]] || target=".[$extras]"
+    # One stamp for each set of extras; it is out of date when what is installed from has changed or moved.
+    stamp="$venv/.muon-dist-installed-${extras:-core}"
+    want="$(cat pyproject.toml launch/constraints-cpu.txt <(printf '%s' "$MUON_ROOT") | cksum)"
+    if [[ -f "$stamp" && "$(cat "$stamp")" == "$want" ]]; then
+        muon_log "already installed in $venv"
+    else
+        constraints="$(muon_constraints "$venv")"
+        command=("$venv/bin/python" -m pip install --quiet -e "$target")
+        [[ -z "$constraints" ]] || command+=(-c "$constraints")
+        muon_log "installing; plain: $(printf '%q ' "${command[@]}")"
+        "${command[@]}" </dev/null || muon_die "pip failed; the command above shows it"
+        printf '%s\n' "$want" >"$stamp"
+    fi
+    export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
+}

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Install with the test extras and run the tests. Arguments go to pytest: `bash launch/test.sh -m "not slow" tests/optim`.
+set -euo pipefail
+# shellcheck source=launch/_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+
+if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
+    printf 'usage: bash launch/test.sh [PYTEST ARGUMENTS]\n'
+    exit 0
+fi
+
+muon_env test
+# One thread a process: the tests start several processes on few cores. The others keep DeepSpeed on the CPU build-free.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
+exec python -m pytest "$@"

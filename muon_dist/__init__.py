@@ -1,0 +1,38 @@
+"""Exact sharded Muon: the optimizer, its parameter groups, and what plugs it into the Hugging Face Trainer.
+
+Names load on first use, so that `import muon_dist` imports neither transformers nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from muon_dist.adapters.hf_trainer import MuonFactory, MuonTrainer
+    from muon_dist.numerics.newton_schulz import newton_schulz
+    from muon_dist.optim.groups import param_groups
+    from muon_dist.optim.muon import Muon
+
+_HOMES = {
+    "Muon": "muon_dist.optim.muon",
+    "MuonFactory": "muon_dist.adapters.hf_trainer",
+    "MuonTrainer": "muon_dist.adapters.hf_trainer",
+    "newton_schulz": "muon_dist.numerics.newton_schulz",
+    "param_groups": "muon_dist.optim.groups",
+}
+
+__all__ = ["Muon", "MuonFactory", "MuonTrainer", "newton_schulz", "param_groups"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'muon_dist' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

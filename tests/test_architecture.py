@@ -1,0 +1,173 @@
+"""The shape of the package, read from its source: which floor imports which, and how large things are."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "muon_dist"
+MAX_MODULE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+# One row a floor; an import goes to a lower floor, or stays inside its own unit.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "numerics"),
+    ("config", "routing", "layout"),
+    ("cost", "ownership"),
+    ("exchange",),
+    ("optim",),
+    ("adapters", "checkpoint", "data", "model"),
+    ("planner", "experiments", "report"),
+    ("train", "cli"),
+)
+FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
+# Neighbours on one floor do not import each other, but for these: everybody raises typed errors, a plan is made from
+# costs, and the command line is a thin face of train/.
+SIDEWAYS = {("numerics", "errors"), ("ownership", "cost"), ("cli", "train")}
+
+# A framework is imported in its own adapter alone. The longest matching prefix decides.
+HOMES: dict[str, tuple[str, ...]] = {
+    "deepspeed": ("adapters.deepspeed",),
+    "accelerate": ("adapters.hf_trainer", "adapters.deepspeed"),
+    "transformers": ("adapters.hf_trainer", "adapters.deepspeed", "model", "data.tokenizer", "routing"),
+    "transformers.Trainer": ("adapters.hf_trainer",),
+    "transformers.TrainingArguments": ("adapters.hf_trainer", "config"),
+    "transformers.trainer": ("adapters.hf_trainer",),
+    "transformers.training_args": ("adapters.hf_trainer", "config"),
+    "datasets": ("data",),
+    "sentencepiece": ("data",),
+    "torch.distributed.fsdp": ("adapters.fsdp2",),
+    "torch.nn.parallel": ("adapters.ddp",),
+    "pydantic": ("config",),
+    "typer": ("cli",),
+}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name under muon_dist ("optim.muon"; "" is the package itself) -> file."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def _type_checking_only(tree: ast.Module) -> set[ast.AST]:
+    inside: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            inside.update(child for statement in node.body for child in ast.walk(statement))
+    return inside
+
+
+def imports(name: str, with_types: bool = True) -> Iterator[tuple[str, int]]:
+    """(absolute dotted target, line) of every import statement in the module, also those inside functions."""
+    path = MODULES[name]
+    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    skipped = set() if with_types else _type_checking_only(tree)
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = ["muon_dist", *name.split(".")] if name else ["muon_dist"]
+                keep = len(package) - node.level + (path.name == "__init__.py")
+                base = ".".join([*package[:keep], *([base] if base else [])])
+            yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def own_module(target: str) -> str | None:
+    """The module of ours that an import target means, or None when it is somebody else's."""
+    if target != "muon_dist" and not target.startswith("muon_dist."):
+        return None
+    name = target.removeprefix("muon_dist").lstrip(".")
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def unit(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def starts(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_imports_go_downward(name: str) -> None:
+    assert unit(name) in FLOOR, f"muon_dist/{unit(name)} stands on no floor: add it to FLOORS"
+    for target, line in imports(name):
+        other = own_module(target)
+        if other is None or unit(other) == unit(name):
+            continue
+        where = f"{MODULES[name]}:{line}: {unit(name)} (floor {FLOOR[unit(name)]}) imports {target}"
+        assert other, f"{where}: the package's top re-exports from above; import the module itself"
+        downward = FLOOR[unit(other)] < FLOOR[unit(name)] or (unit(name), unit(other)) in SIDEWAYS
+        assert downward, f"{where} (floor {FLOOR[unit(other)]})"
+
+
+def test_no_circle() -> None:
+    edges = {
+        name: {other for target, _ in imports(name, with_types=False) if (other := own_module(target)) is not None}
+        - {name}
+        for name in MODULES
+    }
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, "circle: " + " -> ".join((*path[path.index(name) :], name))
+        if name in done:
+            return
+        for other in sorted(edges[name]):
+            visit(other, (*path, name))
+        done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if unit(name) == "numerics"])
+def test_numerics_is_free_of_distributed(name: str) -> None:
+    targets = [target for target, _ in imports(name) if starts(target, "torch.distributed")]
+    uses = "torch.distributed" in MODULES[name].read_text(encoding="utf-8")
+    assert not targets and not uses, f"{name} uses torch.distributed"
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_each_framework_in_its_adapter_alone(name: str) -> None:
+    for target, line in imports(name):
+        matching = [framework for framework in HOMES if starts(target, framework)]
+        if not matching:
+            continue
+        framework = max(matching, key=len)
+        allowed = any(starts(name, home) for home in HOMES[framework])
+        assert allowed, f"{MODULES[name]}:{line} imports {target}; only {', '.join(HOMES[framework])} may"
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_sizes(name: str) -> None:
+    source = MODULES[name].read_text(encoding="utf-8")
+    lines = len(source.splitlines())
+    assert lines <= MAX_MODULE_LINES, f"{MODULES[name]} has {lines} lines"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            length = node.end_lineno - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{MODULES[name]}:{node.lineno} {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("name", [name for name, path in MODULES.items() if path.name == "__init__.py" and name])
+def test_packages_only_re_export(name: str) -> None:
+    allowed = (ast.Import, ast.ImportFrom, ast.Expr, ast.Assign, ast.AnnAssign)
+    for node in ast.parse(MODULES[name].read_text(encoding="utf-8")).body:
+        assert isinstance(node, allowed), f"{MODULES[name]}:{node.lineno} does more than re-export"
