@@ -1,0 +1,21 @@
+"""Pure mathematics on tensors. Never imports torch.distributed."""
+
+from __future__ import annotations
+
+from muon_dist.numerics.newton_schulz import compute_dtype, newton_schulz, newton_schulz_flops
+from muon_dist.numerics.schedules import SCHEDULES, Schedule, coefficients, get_schedule
+from muon_dist.numerics.spectral import SpectralStats, polar_factor, spectral_stats, spectral_stats_batch
+
+__all__ = [
+    "SCHEDULES",
+    "Schedule",
+    "SpectralStats",
+    "coefficients",
+    "compute_dtype",
+    "get_schedule",
+    "newton_schulz",
+    "newton_schulz_flops",
+    "polar_factor",
+    "spectral_stats",
+    "spectral_stats_batch",
+]

@@ -1,0 +1,140 @@
+"""Newton-Schulz orthogonalization of a matrix or a stack of matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from muon_dist.errors import ConfigError
+from muon_dist.numerics.schedules import DEFAULT_STEPS, Row, Schedule, get_schedule
+
+_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# fp16 has 5 exponent bits: with singular values near 1, the entries of X X^T of a 1024 x 4096 matrix are about 1e-5,
+# below the smallest normal number (6e-5). The iteration therefore runs on 64 X, with coefficients to match; a power of
+# two costs no rounding, and the largest value, 64^2 * 1.6, stays ten times below 65504.
+_FP16_SCALE = 64.0
+
+
+def compute_dtype(dtype: torch.dtype | None, device: torch.device, schedule: str = "keller") -> torch.dtype:
+    """The dtype in which the iteration runs.
+
+    None stands for the policy: bf16 on a CUDA device that has bf16 matrix units (compute capability 8.0 or newer, or
+    ROCm), fp32 everywhere else. A schedule that is fp32 only (`strict`) is fp32 everywhere.
+
+    Raises:
+        ConfigError: not float16, bfloat16, float32 or float64; or not float32 where the schedule demands it.
+    """
+    if dtype is not None and dtype not in _COMPUTE_DTYPES:
+        raise ConfigError(f"ns_dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    if get_schedule(schedule).fp32_only:
+        if dtype not in (None, torch.float32):
+            raise ConfigError(
+                f"ns_schedule={schedule!r} computes in float32, but ns_dtype={dtype}: leave ns_dtype out, or use "
+                "ns_schedule='polar_express' with ns_steps=6 for the same coefficients in another dtype"
+            )
+        return torch.float32
+    if dtype is not None:
+        return dtype
+    return torch.bfloat16 if _has_bf16_units(device) else torch.float32
+
+
+def _has_bf16_units(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@torch.no_grad()
+def newton_schulz(
+    x: Tensor, steps: int = DEFAULT_STEPS, schedule: str = "keller", dtype: torch.dtype | None = None
+) -> Tensor:
+    """Approximate the polar factor U V^T of every matrix X = U S V^T.
+
+    X is normalised, then steps of X <- a X + (b A + c A^2) X with A = X X^T are taken, on the shorter side (Bernstein
+    and Newhouse, arXiv 2409.20325; Keller Jordan, 2024). The result depends on the direction of X alone: its norm is
+    taken in fp32 (fp64 for an fp64 input) after dividing by the largest magnitude, with no epsilon, so inputs of norm
+    1e-30 and fp16 inputs of 6e4 give what inputs of norm 1 give.
+
+    Args:
+        x: (M, N) or (B, M, N), any real floating dtype. Not modified.
+        steps: number of iterations; see `schedules.coefficients`.
+        schedule: one of `schedules.SCHEDULES`.
+        dtype: compute dtype; None for the policy of `compute_dtype`.
+
+    Returns:
+        A contiguous tensor of the shape, dtype and device of `x`, without gradient. Every matrix of a stack is
+        treated alone: a zero matrix gives exactly zero, one with a NaN or an infinity gives NaN in all its entries,
+        and neither touches its neighbours. Autocast does not apply inside.
+
+    Raises:
+        ConfigError: an unknown schedule, or steps or dtype that do not fit it.
+        ValueError: `x` is not a matrix or a stack of matrices of real floating numbers.
+    """
+    chosen = get_schedule(schedule)
+    rows = chosen.coefficients(steps)
+    work_dtype = compute_dtype(dtype, x.device, schedule)
+    if x.ndim not in (2, 3):
+        raise ValueError(f"newton_schulz needs a matrix (M, N) or a stack (B, M, N), got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"newton_schulz needs real floating numbers, got {x.dtype}")
+    if x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    stack = x if x.ndim == 3 else x.unsqueeze(0)
+    tall = stack.size(-2) > stack.size(-1)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        wide = normalize(stack.mT if tall else stack, chosen, work_dtype)
+        wide = _iterate(wide, rows)
+    result = (wide.mT if tall else wide).to(dtype=x.dtype, memory_format=torch.contiguous_format)
+    return result if x.ndim == 3 else result.squeeze(0)
+
+
+def normalize(x: Tensor, schedule: Schedule, dtype: torch.dtype) -> Tensor:
+    """Bring every matrix of the stack `x` (B, M, N), M <= N, to spectral norm 1 or less: a new contiguous tensor.
+
+    "frobenius": X / (safety ||X||_F). "aol": each row i is also divided by sqrt(sum_j |X X^T|_ij), which bounds the
+    spectral norm by 1 more tightly (Prach and Lampert, arXiv 2208.03160; Turbo-Muon, arXiv 2512.04632), but changes
+    the polar factor slightly. Zero matrices and zero rows stay zero. The result has dtype `dtype`.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    largest = x.abs().amax(dim=(-2, -1), keepdim=True).to(exact)
+    y = torch.empty(x.shape, dtype=exact, device=x.device)
+    torch.div(x, _nonzero(largest), out=y)  # entries up to 1: the squares below neither overflow nor all vanish
+    y.div_(_nonzero(torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)))
+    if schedule.normalization == "aol":
+        y = y.to(dtype)
+        reach = torch.bmm(y, y.mT).abs().sum(dim=-1, keepdim=True, dtype=exact)
+        y = y.to(exact).div_(_nonzero(reach.sqrt_()))
+    if schedule.safety != 1.0:
+        y.div_(schedule.safety)
+    return y.to(dtype)
+
+
+def _nonzero(divisor: Tensor) -> Tensor:
+    """`divisor` with 1 in place of 0; NaN stays NaN, so that a bad input is never hidden."""
+    return torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+
+
+def _iterate(x: Tensor, rows: tuple[Row, ...]) -> Tensor:
+    """The iteration on a stack (B, M, N), M <= N, of spectral norm at most 1. Computes in the dtype of `x`."""
+    scale = _FP16_SCALE if x.dtype == torch.float16 else 1.0
+    x = x * scale if scale != 1.0 else x
+    for a, b, c in rows:
+        b, c = b / scale**2, c / scale**4
+        gram = torch.bmm(x, x.mT)
+        if c == 0.0:
+            x = torch.baddbmm(x, gram, x, beta=a, alpha=b)
+        else:
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x / scale if scale != 1.0 else x
+
+
+def newton_schulz_flops(m: int, n: int, steps: int = DEFAULT_STEPS) -> int:
+    """Matrix-product FLOPs (2 m n k each) of `steps` standard steps on an (m, n) matrix.
+
+    A step is X X^T (2 s^2 l), A^2 (2 s^3) and B X (2 s^2 l), s = min(m, n), l = max(m, n): 20 s^2 l + 10 s^3 for five.
+    For a schedule of fixed length, `steps` is `len(coefficients(schedule, steps))`.
+    """
+    short, long = min(m, n), max(m, n)
+    return steps * (4 * short * short * long + 2 * short**3)

@@ -1,0 +1,197 @@
+"""Coefficient schedules of the Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X.
+
+Every step maps each singular value x to a x + b x^3 + c x^5. A schedule says which (a, b, c) each step uses, how the
+matrix is brought below spectral norm 1 first, and what happens beyond the end of its table. Each table has its source
+beside it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from muon_dist.errors import ConfigError
+
+Row = tuple[float, float, float]
+Normalization = Literal["frobenius", "aol"]
+
+DEFAULT_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One coefficient schedule.
+
+    `rows`: (a, b, c) of steps 1, 2, ...; `tail`: the row of every later step, or None for a schedule of fixed length,
+    which always runs whole. `normalization`: how the input is brought below spectral norm 1 (see
+    `newton_schulz.normalize`), after which it is divided by `safety` as well. `fp32_only`: low precision is refused.
+    `source`: where the rows are from.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    tail: Row | None
+    source: str
+    safety: float = 1.0
+    normalization: Normalization = "frobenius"
+    fp32_only: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.rows and self.safety >= 1.0
+
+    @property
+    def fixed_length(self) -> int | None:
+        """Number of steps of a schedule that always runs whole; None where `steps` chooses."""
+        return len(self.rows) if self.tail is None else None
+
+    def coefficients(self, steps: int = DEFAULT_STEPS) -> tuple[Row, ...]:
+        """The rows of a run of `steps` steps.
+
+        Raises:
+            ConfigError: `steps` is not a positive integer; or this schedule has a fixed length and `steps` is neither
+                that length nor the default of 5, which stands for "not chosen".
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ConfigError(f"ns_steps must be a positive integer, got {steps!r}")
+        if self.tail is None:
+            if steps not in (DEFAULT_STEPS, len(self.rows)):
+                raise ConfigError(
+                    f"ns_steps={steps} does not fit ns_schedule={self.name!r}, which always runs its {len(self.rows)} "
+                    f"steps: leave ns_steps out, set it to {len(self.rows)}, or choose an open-ended schedule "
+                    f"({', '.join(name for name, s in SCHEDULES.items() if s.tail is not None)})"
+                )
+            return self.rows
+        return self.rows[:steps] + (self.tail,) * (steps - len(self.rows))
+
+
+def _rescaled(rows: tuple[Row, ...], safety: float) -> tuple[Row, ...]:
+    """The polynomials p(x / safety): the interval on which each is bounded grows by the factor `safety`."""
+    return tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in rows)
+
+
+# Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024), and torch.optim.Muon: the steepest
+# slope at zero that still keeps [0, 1] bounded. Its fixed points are .868 (repelling) and 1.264: it does not converge,
+# it fills the band [.68, 1.21].
+_KELLER: Row = (3.4445, -4.7750, 2.0315)
+
+# Pade quintic: the Taylor coefficients of (1 - e)^(-1/2), e = 1 - x^2, to second order. Cubic convergence to 1 from
+# everywhere in (0, sqrt(7/3)). Higham, "Functions of Matrices" (2008), section 8.3.
+_PADE: Row = (15 / 8, -10 / 8, 3 / 8)
+
+# The same to first order: the classical Newton-Schulz iteration. Higham (2008), equation 8.20.
+_CUBIC: Row = (1.5, -0.5, 0.0)
+
+# Third order of another kind: slope 0 and curvature 0 at x = 1 is given up for slope 2 at zero. The two closing steps
+# of DeepSeek-V4 (technical report, 2026).
+_DEEPSEEK_CLOSING: Row = (2.0, -1.5, 0.5)
+
+# Amsel, Persson, Musco, Gower, "The Polar Express" (arXiv 2505.16932), Algorithm 1, full precision, l = 1e-3. The
+# limit row is the Pade quintic. "Safety": every row but the limit is p(x / 1.01) and X is normalised by
+# 1.01 ||X||_F, so that rounding in bf16 cannot leave the interval on which the next polynomial is bounded.
+_POLAR_EXPRESS_SAFETY = 1.01
+_POLAR_EXPRESS = _rescaled(
+    (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    ),
+    _POLAR_EXPRESS_SAFETY,
+)
+
+# Grishina, Smirnov, Rakhuba, "Accelerating Newton-Schulz Iteration for Orthogonalization via Chebyshev-type
+# Polynomials" (arXiv 2506.10935). Equal-ripple: each polynomial reaches the very edge of the interval of the next,
+# and 0.2% beyond it the next steps diverge (x = 1.002 ends at 1e36). So all but the last are widened by 1%, as Polar
+# Express does.
+_CANS_SAFETY = 1.01
+_CANS_FITTED: tuple[Row, ...] = (
+    (8.4703, -25.1081, 18.6293),
+    (4.1828, -3.1087, 0.5806),
+    (3.9619, -2.9541, 0.5630),
+    (3.2866, -2.4647, 0.5074),
+    (2.2737, -1.6447, 0.4162),
+)
+_CANS = (*_rescaled(_CANS_FITTED[:-1], _CANS_SAFETY), _CANS_FITTED[-1])
+
+# You Jiacheng's five rows, in Franz Cesista, "Squeezing 1-2% Efficiency Gains Out of Muon by Optimizing the
+# Newton-Schulz Coefficients" (leloykun.github.io/ponder/muon-opt-coeffs, 2025); "quintic" in Emerging-Optimizers.
+_YOU: tuple[Row, ...] = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+# Boissin, Massena, Mamalet, Serrurier, "Turbo-Muon" (arXiv 2512.04632; github.com/thib-s/flash-newton-schulz): four
+# steps after AOL preconditioning. The first polynomial has a root at x = .8837 and is negative beyond it, and AOL (or
+# Frobenius) normalisation alone sends the top singular value of a nearly rank-1 matrix to 1, which comes out as -1:
+# an update uphill. Dividing by 1.2 as well keeps every singular value at or below .834, where the sign is right with
+# 6% to spare.
+_AOL_SAFETY = 1.2
+_AOL: tuple[Row, ...] = (
+    (4.0098, -7.0585, 2.4635),
+    (3.4585, -5.5479, 2.5959),
+    (2.7573, -3.2939, 1.4254),
+    (2.7215, -3.0494, 1.3169),
+)
+
+_POLAR_EXPRESS_SOURCE = "arXiv 2505.16932, Algorithm 1"
+
+SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
+    {
+        schedule.name: schedule
+        for schedule in (
+            Schedule("keller", (_KELLER,), _KELLER, "Keller Jordan, Muon (2024)"),
+            Schedule("polar_express", _POLAR_EXPRESS, _PADE, _POLAR_EXPRESS_SOURCE, safety=_POLAR_EXPRESS_SAFETY),
+            # Past their tables the singular values lie in [.88, 1.15], where the Pade quintic converges to 1;
+            # repeating the last row would only keep them in that band.
+            Schedule("cans", _CANS, _PADE, "arXiv 2506.10935", safety=_CANS_SAFETY),
+            Schedule("you", _YOU, _PADE, "leloykun.github.io/ponder/muon-opt-coeffs"),
+            Schedule("aol", _AOL, None, "arXiv 2512.04632", safety=_AOL_SAFETY, normalization="aol"),
+            Schedule("cubic", (_CUBIC,), _CUBIC, "Higham, Functions of Matrices (2008), equation 8.20"),
+            Schedule("pade", (_PADE,), _PADE, "Higham, Functions of Matrices (2008), section 8.3"),
+            Schedule("deepseek_v4", (_KELLER,) * 8 + (_DEEPSEEK_CLOSING,) * 2, None, "DeepSeek-V4 report (2026)"),
+            Schedule(
+                "strict",
+                _POLAR_EXPRESS[:6],
+                None,
+                f"{_POLAR_EXPRESS_SOURCE}, 6 steps in fp32",
+                safety=_POLAR_EXPRESS_SAFETY,
+                fp32_only=True,
+            ),
+        )
+    }
+)
+
+
+def get_schedule(name: str) -> Schedule:
+    """The schedule called `name`.
+
+    Raises:
+        ConfigError: there is none; the message names the closest.
+    """
+    if isinstance(name, str) and name in SCHEDULES:
+        return SCHEDULES[name]
+    close = difflib.get_close_matches(str(name).lower(), SCHEDULES, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(f"unknown ns_schedule {name!r}{hint} (one of: {', '.join(SCHEDULES)})")
+
+
+def coefficients(schedule: str, steps: int = DEFAULT_STEPS) -> tuple[Row, ...]:
+    """The (a, b, c) of every step of `schedule` run for `steps` steps.
+
+    Open-ended schedules (keller, cubic, pade, polar_express, cans, you) run exactly `steps` steps: the first rows of
+    their table, and the Pade quintic past its end (keller and cubic repeat their one row). Schedules of fixed length
+    (aol 4, deepseek_v4 10, strict 6) always run whole. `len()` of the result is the number of steps that run.
+
+    Raises:
+        ConfigError: unknown schedule; `steps` not a positive integer; or a `steps` that a fixed length does not allow.
+    """
+    return get_schedule(schedule).coefficients(steps)
