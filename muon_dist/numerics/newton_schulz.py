@@ -10,11 +10,6 @@ from muon_dist.numerics.schedules import DEFAULT_STEPS, Row, Schedule, get_sched
 
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# fp16 has 5 exponent bits: with singular values near 1, the entries of X X^T of a 1024 x 4096 matrix are about 1e-5,
-# below the smallest normal number (6e-5). The iteration therefore runs on 64 X, with coefficients to match; a power of
-# two costs no rounding, and the largest value, 64^2 * 1.6, stays ten times below 65504.
-_FP16_SCALE = 64.0
-
 
 def compute_dtype(dtype: torch.dtype | None, device: torch.device, schedule: str = "keller") -> torch.dtype:
     """The dtype in which the iteration runs.
@@ -23,7 +18,8 @@ def compute_dtype(dtype: torch.dtype | None, device: torch.device, schedule: str
     ROCm), fp32 everywhere else. A schedule that is fp32 only (`strict`) is fp32 everywhere.
 
     Raises:
-        ConfigError: not float16, bfloat16, float32 or float64; or not float32 where the schedule demands it.
+        ConfigError: not float16, bfloat16, float32 or float64; or the schedule demands float32 and `dtype` is another,
+            or PyTorch is set to compute fp32 matrix products of this device in TF32 or bf16.
     """
     if dtype is not None and dtype not in _COMPUTE_DTYPES:
         raise ConfigError(f"ns_dtype must be float16, bfloat16, float32 or float64, got {dtype}")
@@ -33,6 +29,7 @@ def compute_dtype(dtype: torch.dtype | None, device: torch.device, schedule: str
                 f"ns_schedule={schedule!r} computes in float32, but ns_dtype={dtype}: leave ns_dtype out, or use "
                 "ns_schedule='polar_express' with ns_steps=6 for the same coefficients in another dtype"
             )
+        _require_full_fp32(device, schedule)
         return torch.float32
     if dtype is not None:
         return dtype
@@ -43,6 +40,19 @@ def _has_bf16_units(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def _require_full_fp32(device: torch.device, schedule: str) -> None:
+    # On a CPU with AMX, set_float32_matmul_precision("medium") alone turns an fp32 product's relative error of 3e-7
+    # into 2e-3, and TF32 on a GPU does much the same: "fp32" in name only.
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    precision = backend.fp32_precision
+    if precision in ("tf32", "bf16"):
+        raise ConfigError(
+            f"ns_schedule={schedule!r} needs full fp32 matrix products, but PyTorch is set to compute those of "
+            f"{device.type} in {precision}: call torch.set_float32_matmul_precision('highest') (the Trainer's tf32: "
+            "false), or use another ns_schedule"
+        )
 
 
 @torch.no_grad()
@@ -86,7 +96,7 @@ def newton_schulz(
     with torch.autocast(device_type=x.device.type, enabled=False):
         wide = normalize(stack.mT if tall else stack, chosen, work_dtype)
         wide = _iterate(wide, rows)
-    result = (wide.mT if tall else wide).to(dtype=x.dtype, memory_format=torch.contiguous_format)
+    result = (wide.mT if tall else wide).to(x.dtype).contiguous()
     return result if x.ndim == 3 else result.squeeze(0)
 
 
@@ -97,8 +107,8 @@ def normalize(x: Tensor, schedule: Schedule, dtype: torch.dtype) -> Tensor:
     spectral norm by 1 more tightly (Prach and Lampert, arXiv 2208.03160; Turbo-Muon, arXiv 2512.04632), but changes
     the polar factor slightly. Zero matrices and zero rows stay zero. The result has dtype `dtype`.
     """
-    exact = torch.promote_types(x.dtype, torch.float32)
-    largest = x.abs().amax(dim=(-2, -1), keepdim=True).to(exact)
+    exact = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
+    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=(-2, -1), keepdim=True, dtype=exact)
     y = torch.empty(x.shape, dtype=exact, device=x.device)
     torch.div(x, _nonzero(largest), out=y)  # entries up to 1: the squares below neither overflow nor all vanish
     y.div_(_nonzero(torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)))
@@ -118,16 +128,13 @@ def _nonzero(divisor: Tensor) -> Tensor:
 
 def _iterate(x: Tensor, rows: tuple[Row, ...]) -> Tensor:
     """The iteration on a stack (B, M, N), M <= N, of spectral norm at most 1. Computes in the dtype of `x`."""
-    scale = _FP16_SCALE if x.dtype == torch.float16 else 1.0
-    x = x * scale if scale != 1.0 else x
     for a, b, c in rows:
-        b, c = b / scale**2, c / scale**4
         gram = torch.bmm(x, x.mT)
         if c == 0.0:
             x = torch.baddbmm(x, gram, x, beta=a, alpha=b)
         else:
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x / scale if scale != 1.0 else x
+    return x
 
 
 def newton_schulz_flops(m: int, n: int, steps: int = DEFAULT_STEPS) -> int:
