@@ -1,0 +1,31 @@
+"""What orthogonalizing and moving a matrix costs, in seconds of a device; used to place owners and to plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from muon_dist.numerics.newton_schulz import newton_schulz_flops
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """An analytic device: only the ratio of its two numbers changes who owns what.
+
+    Attributes:
+        flops_per_second: matmul throughput of one rank.
+        bytes_per_second: what one rank sends (and receives) in a second.
+
+    The default ratio, 1e4 FLOPs a byte, is that of an H100 in bf16 (about 5e14 achieved) behind a 400 Gbit/s link
+    (5e10 bytes/s); a laptop core over loopback (5e10, 1e9) has 50. A wrong ratio costs balance, never exactness.
+    """
+
+    flops_per_second: float = 5e14
+    bytes_per_second: float = 5e10
+
+    def orthogonalize(self, rows: int, cols: int, steps: int) -> float:
+        """Seconds of Newton-Schulz on a `rows x cols` matrix."""
+        return newton_schulz_flops(min(rows, cols), max(rows, cols), steps) / self.flops_per_second
+
+    def move(self, elements: int, bytes_per_element: int) -> float:
+        """Seconds to send `elements` one way."""
+        return elements * bytes_per_element / self.bytes_per_second

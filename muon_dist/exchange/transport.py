@@ -1,0 +1,77 @@
+"""The only collectives on the hot path."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from muon_dist.errors import PlanMismatchError
+from muon_dist.ownership import digest, first_difference
+
+
+class Transport:
+    """Collectives over one process group; none at all when it has one rank.
+
+    Args:
+        group: a process group, or None for a single process.
+        device: where tensors that travel must be.
+
+    Attributes:
+        bytes_sent: payload that this rank has sent to other ranks by `all_to_all` since the start.
+        collectives: calls made, of any kind.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.group = group
+        self.device = device
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.world_size = dist.get_world_size(group) if group is not None else 1
+        self.bytes_sent = 0
+        self.collectives = 0
+
+    def all_to_all(self, send: torch.Tensor, sends: list[int], receives: list[int]) -> torch.Tensor:
+        """Exchange runs of a flat tensor: `sends[r]` elements to rank r, `receives[r]` from it, in rank order."""
+        received = send.new_empty(sum(receives))
+        dist.all_to_all_single(received, send, receives, sends, group=self.group)
+        self.bytes_sent += send.numel() * send.element_size()
+        self.collectives += 1
+        return received
+
+    def any_rank(self, flags: list[bool]) -> list[bool]:
+        """Elementwise 'or' over all ranks; one small collective."""
+        if self.world_size == 1:
+            return flags
+        packed = torch.tensor(flags, dtype=torch.uint8, device=self.device)
+        dist.all_reduce(packed, dist.ReduceOp.MAX, group=self.group)
+        self.collectives += 1
+        return [bool(f) for f in packed.tolist()]
+
+    def require_equal(self, what: str, fields: list[tuple[str, object]] | None, problem: BaseException | None) -> None:
+        """Compare `fields` on all ranks by their digest, before anything is exchanged on the strength of them.
+
+        A rank that could not compute its fields passes the `problem`; then every rank raises instead of waiting.
+
+        Raises:
+            PlanMismatchError: names the first differing field and each rank's value, or the rank that failed.
+        """
+        if self.world_size == 1:
+            if problem is not None:
+                raise problem
+            return
+        own = bytes(32) if fields is None else digest(fields)
+        sent = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(self.device)
+        every = [torch.empty_like(sent) for _ in range(self.world_size)]
+        dist.all_gather(every, sent, group=self.group)
+        digests = [bytes(d.tolist()) for d in every]
+        if problem is not None:
+            raise problem
+        failed = [r for r, d in enumerate(digests) if d == bytes(32)]
+        if failed:
+            raise PlanMismatchError(f"rank {failed[0]} could not make its {what}; its own message says why")
+        if len(set(digests)) > 1:
+            gathered: list = [None] * self.world_size
+            dist.all_gather_object(gathered, fields, group=self.group)
+            raise PlanMismatchError(
+                f"the ranks do not hold the same {what}: {first_difference(dict(enumerate(gathered)))}. "
+                "Start every rank with the same model, configuration and package versions."
+            )

@@ -1,0 +1,388 @@
+"""`Muon`: one `torch.optim.Optimizer` with Muon groups and AdamW groups, sharded over a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from muon_dist.errors import ConfigError, LayoutError, RoutingError
+from muon_dist.exchange.transport import Transport
+from muon_dist.layout import cut_parameter, replicated_layout
+from muon_dist.numerics import compute_dtype, get_schedule
+from muon_dist.optim.adamw import adamw_step
+from muon_dist.optim.binding import BINDERS, Binding, Group, NotReady, ParameterSpec, update_scale
+from muon_dist.optim.runtime import Runtime, Work
+from muon_dist.optim.state import MOMENTUM, PARTIAL, adopt_momentum, full_state_dict, partial_momentum, split_momentum
+from muon_dist.ownership import OwnershipPlan, assign_owners
+
+DEFAULT_GROUP = "default"
+ALGORITHMS = ("muon", "adamw")
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalized by Newton-Schulz for matrices, AdamW for the rest, exact under every sharding.
+
+    The update of a matrix W with gradient G and momentum buffer B (Keller Jordan 2024, and `torch.optim.Muon`):
+
+        B <- lerp(B, G, 1 - momentum);  U <- lerp(G, B, momentum) if nesterov else B
+        W <- W (1 - lr weight_decay) - lr scale(W) newton_schulz(U)
+
+    Momentum stays sharded. Each matrix is gathered to one owning rank, orthogonalized there, and the update
+    scattered back; under DDP it lives on the owner alone. The plan is made at the first step, because frameworks
+    replace parameters after an optimizer is made.
+
+    Args:
+        params: parameter groups, as from `param_groups(model)`: dicts with `params` and `algorithm` ("muon" or
+            "adamw"), optionally `param_names` (FQNs), `cuts` (for each parameter None or a dict with `heads`,
+            `sizes`, `transposed`; see `layout.cut_parameter`) and any option below. A group without `algorithm`, or
+            a plain list of parameters, is Muon's. 3-D parameters are batches of matrices.
+        lr: learning rate of groups that do not set their own.
+        weight_decay: decoupled, times lr.
+        momentum, nesterov: of Muon groups.
+        ns_steps, ns_schedule, ns_dtype: see `numerics.newton_schulz`.
+        scale: "match_rms_adamw", "spectral" or "none"; see `update_scale`.
+        betas, eps: of AdamW groups.
+        process_group: ranks that share the work: the default group when one is initialised, another, or None for
+            no sharding at all.
+        owner_policy: "balanced", "local" or "round_robin"; see `ownership.assign_owners`.
+        bucket_mb: bound on what a rank sends, receives or stacks at a time, in MiB of fp32; a larger matrix goes
+            alone.
+        wire_dtype: dtype in which momentum and updates travel. None loses nothing; torch.bfloat16 halves the bytes of
+            the gather at the cost of rounding what is orthogonalized.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+        RoutingError: no group is Muon's, or a parameter with fewer than two axes is in a Muon group.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | torch.Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int = 5,
+        ns_schedule: str = "keller",
+        ns_dtype: torch.dtype | None = None,
+        scale: str = "match_rms_adamw",
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        process_group: dist.ProcessGroup | str | None = DEFAULT_GROUP,
+        owner_policy: str = "balanced",
+        bucket_mb: float = 256.0,
+        wire_dtype: torch.dtype | None = None,
+    ) -> None:
+        if isinstance(process_group, str) and process_group != DEFAULT_GROUP:
+            raise ConfigError(f"process_group '{process_group}' is unknown: pass a ProcessGroup, None or 'default'")
+        if not bucket_mb > 0:
+            raise ConfigError(f"bucket_mb is {bucket_mb}: it must be above 0")
+        if wire_dtype is not None and not wire_dtype.is_floating_point:
+            raise ConfigError(f"wire_dtype is {wire_dtype}: use a floating-point dtype or None")
+        self._process_group = process_group
+        self._owner_policy = owner_policy
+        self._bucket_bytes = int(bucket_mb * 2**20)
+        self._wire_dtype = wire_dtype
+        self._specs: list[list[ParameterSpec]] = []
+        # Kept beside param_groups: a universal load of DeepSpeed overwrites every group's options with group 0's.
+        self._algorithms: list[str] = []
+        self._runtime: Runtime | None = None
+        self._loaded: dict[torch.Tensor, tuple[torch.Tensor, list[str] | None]] | None = None
+        self._buffer_of: dict[int, int] = {}
+        defaults = {
+            "algorithm": "muon",
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "ns_schedule": ns_schedule,
+            "ns_dtype": ns_dtype,
+            "scale": scale,
+            "betas": betas,
+            "eps": eps,
+        }
+        super().__init__(params, defaults)
+        if "muon" not in self._algorithms:
+            raise RoutingError("no parameter group has algorithm 'muon': use torch.optim.AdamW if that is intended")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; only before the first step, since the plan covers all groups."""
+        if self._runtime is not None:
+            raise ConfigError("a parameter group cannot be added after the first step: the ownership plan is made")
+        param_group = dict(param_group)
+        cuts = param_group.pop("cuts", None)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        index = len(self.param_groups) - 1
+        check_group(group, f"group {group.get('name', index)}")
+        names = group.get("param_names") or [f"group{index}.param{i}" for i in range(len(group["params"]))]
+        cuts = cuts if cuts is not None else [None] * len(names)
+        if len(cuts) != len(names):
+            raise ConfigError(f"group {index} has {len(cuts)} cuts for {len(names)} parameters")
+        self._algorithms.append(group["algorithm"])
+        self._specs.append(
+            [_spec(n, p, group["algorithm"], c) for n, p, c in zip(names, group["params"], cuts, strict=True)]
+        )
+
+    # Planning -------------------------------------------------------------------------------------------------------
+
+    @property
+    def specs(self) -> list[list[ParameterSpec]]:
+        """The parameters of each group as they were given, with the matrices of Muon's."""
+        return self._specs
+
+    @property
+    def algorithms(self) -> list[str]:
+        """The algorithm of each group."""
+        return self._algorithms
+
+    @property
+    def runtime(self) -> Runtime | None:
+        """What executes the plan; None before the first step or `bind`."""
+        return self._runtime
+
+    @property
+    def plan(self) -> OwnershipPlan | None:
+        """Layout and owners; None before the first step or `bind`."""
+        return self._runtime.plan if self._runtime is not None else None
+
+    @property
+    def orthogonalized(self) -> int:
+        """Matrices orthogonalized on this rank since the start."""
+        return self._runtime.orthogonalized if self._runtime is not None else 0
+
+    def bind(self, binding: Binding, groups: dict[int, int]) -> None:
+        """Plan on the tensors that a framework really keeps. Called by adapters, and at the first step otherwise.
+
+        Args:
+            binding: layout, buffers, process group and device.
+            groups: index of the parameter group of each buffer.
+
+        Raises:
+            LayoutError: the layout does not hold exactly the matrices that this optimizer was given.
+            PlanMismatchError: the ranks computed different plans.
+        """
+        plan, fields, problem = None, None, None
+        try:
+            self._check_covers(binding)
+            plan = assign_owners(
+                binding.layout,
+                policy=self._owner_policy,
+                steps=lambda m: _steps(self.param_groups[groups[m.buffer]]),
+                bytes_per_element=(self._wire_dtype or torch.float32).itemsize,
+            )
+            fields = [*plan.fields(), *self._option_fields(binding, groups)]
+        except Exception as error:
+            problem = error
+        transport = Transport(binding.group, binding.device)
+        transport.require_equal("ownership plan", fields, problem)
+        assert plan is not None
+        self._runtime = Runtime(
+            binding, plan, transport, groups, bucket_bytes=self._bucket_bytes, wire_dtype=self._wire_dtype
+        )
+        self._buffer_of = {id(tensor): i for i, tensor in enumerate(binding.buffers)}
+        self._install_momentum()
+
+    def _install_momentum(self) -> None:
+        """Put the shards into `state`, with the momentum that was loaded before, if any."""
+        assert self._runtime is not None
+        if self._loaded is not None:
+            adopt_momentum(self._runtime, self._loaded)
+            self._loaded = None
+        for buffer, shard in self._runtime.momentum.items():
+            self.state[self._runtime.binding.buffers[buffer]][MOMENTUM] = shard
+
+    def _check_covers(self, binding: Binding) -> None:
+        expected = {m.name: m for specs in self._specs for s in specs for m in s.matrices}
+        found = {m.matrix.name: m.matrix for m in binding.layout.matrices}
+        missing = [name for name in expected if name not in found]
+        unknown = [name for name in found if name not in expected]
+        if missing or unknown:
+            raise LayoutError(
+                f"the {binding.layout.kind} layout holds {len(found)} matrices, the optimizer was given "
+                f"{len(expected)}: missing {missing[:3]}, unknown {unknown[:3]}"
+            )
+        changed = [name for name, m in expected.items() if found[name] != m]
+        if changed:
+            name = changed[0]
+            raise LayoutError(f"{name} was given as {expected[name]}, the layout holds {found[name]}")
+
+    def _option_fields(self, binding: Binding, groups: dict[int, int]) -> Iterable[tuple[str, object]]:
+        yield "bucket_mb in bytes", self._bucket_bytes
+        yield "wire_dtype", str(self._wire_dtype)
+        for index in sorted(set(groups.values())):
+            group = self.param_groups[index]
+            dtype = compute_dtype(group["ns_dtype"], binding.device, group["ns_schedule"])
+            yield f"group {index}: Newton-Schulz", (group["ns_steps"], group["ns_schedule"], str(dtype))
+
+    def _bind_first(self) -> bool:
+        """Bind through an adapter, or to the parameters as they are; False while a framework is still being built."""
+        for binder in BINDERS:
+            answer = binder(self)
+            if isinstance(answer, NotReady):
+                return False
+            if answer is not None:
+                self.bind(*answer)
+                return True
+        self._check_untouched()
+        group = self._resolve_process_group()
+        buffers: list[torch.Tensor] = []
+        matrices = []
+        groups: dict[int, int] = {}
+        for index, specs in enumerate(self._specs):
+            for p, spec in zip(self.param_groups[index]["params"], specs, strict=True):
+                if spec.matrices:
+                    groups[len(buffers)] = index
+                    buffers.append(p)
+                    matrices.append(spec.matrices)
+        world = dist.get_world_size(group) if group is not None else 1
+        device = buffers[0].device if buffers else torch.device("cpu")
+        self.bind(Binding(replicated_layout(matrices, world), tuple(buffers), group, device), groups)
+        return True
+
+    def _check_untouched(self) -> None:
+        for group, specs in zip(self.param_groups, self._specs, strict=True):
+            found = [tuple(p.shape) for p in group["params"]]
+            expected = [s.shape for s in specs]
+            if found != expected:
+                what = next((f"{s.name} {s.shape}" for s, f in zip(specs, found, strict=False) if s.shape != f), "")
+                raise LayoutError(
+                    f"the parameters of group '{group.get('name', group['algorithm'])}' are not those that Muon was "
+                    f"given: {len(expected)} of them {('from ' + what) if what else ''} were replaced by "
+                    f"{len(found)} of shapes {found[:3]}. A framework has repartitioned them: under DeepSpeed call "
+                    "muon_dist.attach(engine) after deepspeed.initialize"
+                )
+            for p, s in zip(group["params"], specs, strict=True):
+                if s.matrices and not p.is_contiguous():
+                    raise LayoutError(f"{s.name} is not contiguous: call .contiguous() on it before making Muon")
+
+    def _resolve_process_group(self) -> dist.ProcessGroup | None:
+        if not isinstance(self._process_group, str):
+            return self._process_group
+        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+    # Stepping -------------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step. With a process group it is a collective: every rank must call it.
+
+        A parameter without a gradient on any rank is left alone; one without a gradient on some counts as zero there.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._runtime is None and not self._bind_first():
+            return loss
+        assert self._runtime is not None
+        work: dict[int, Work] = {}
+        present = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
+        has_gradient = [p.grad is not None for _, p in present]
+        if not self._runtime.plan.layout.complete_gradients:
+            has_gradient = self._runtime.transport.any_rank(has_gradient)
+        adamw: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for (index, p), wanted in zip(present, has_gradient, strict=True):
+            if not wanted:
+                continue
+            gradient = p.grad if p.grad is not None else torch.zeros_like(p)
+            if gradient.is_sparse:
+                raise ConfigError("sparse gradients are not supported: make the embedding with sparse=False")
+            if self._algorithms[index] == "muon":
+                work[self._buffer(index, p)] = Work(p, gradient, self.param_groups[index])
+            else:
+                adamw.setdefault(index, []).append((p, gradient))
+        for index, pairs in adamw.items():
+            adamw_step(self.param_groups[index], self.state, pairs)
+        self._runtime.step(work)
+        return loss
+
+    def _buffer(self, index: int, p: torch.Tensor) -> int:
+        buffer = self._buffer_of.get(id(p))
+        if buffer is None:
+            raise LayoutError(
+                f"a tensor of shape {tuple(p.shape)} in group {index} is not one that the plan was made for: "
+                "parameters may not be replaced after the first step"
+            )
+        return buffer
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part: its own momentum, and AdamW's state as this rank keeps it; local. See `full_state_dict`."""
+        packed = super().state_dict()
+        if partial := partial_momentum(self):
+            packed[PARTIAL] = partial
+        return packed
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The state of a single process, gathered to rank 0 of the process group; a collective.
+
+        Rank 0 gets a state_dict that `load_state_dict` takes on any number of ranks, others get {}.
+        """
+        return full_state_dict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `full_state_dict()`, or this rank's own `state_dict()`; local, on every rank.
+
+        Momentum is kept in fp32 whatever the parameters' dtype, and taken apart for this rank's plan.
+
+        Raises:
+            ConfigError: a group's algorithm differs.
+            CheckpointError: momentum of a matrix that this rank holds is missing (another rank's state_dict).
+        """
+        saved = [g.get("algorithm", "muon") for g in state_dict["param_groups"]]
+        if saved != self._algorithms:
+            raise ConfigError(f"the saved groups are {saved}, this optimizer's are {self._algorithms}")
+        momentum, rest = split_momentum(self, state_dict)
+        super().load_state_dict(rest)
+        self._loaded = momentum if state_dict["state"] else None
+        if self._runtime is not None:
+            if self._loaded is None:
+                for shard in self._runtime.momentum.values():
+                    shard.zero_()
+            self._install_momentum()
+            return
+        for p, (value, _) in momentum.items():
+            self.state[p][MOMENTUM] = value
+
+
+def check_group(group: Group, where: str) -> None:
+    """Raise ConfigError, naming key and value, for a parameter group whose options cannot be used."""
+    if group["algorithm"] not in ALGORITHMS:
+        raise ConfigError(f"{where}: algorithm '{group['algorithm']}' is unknown: use one of {ALGORITHMS}")
+    for key in ("lr", "weight_decay"):
+        if not float(group[key]) >= 0:
+            raise ConfigError(f"{where}: {key} is {group[key]}: it must be at least 0")
+    if group["algorithm"] == "adamw":
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ConfigError(f"{where}: betas are {group['betas']}: both must be in [0, 1)")
+        if not group["eps"] >= 0:
+            raise ConfigError(f"{where}: eps is {group['eps']}: it must be at least 0")
+        return
+    if not 0 <= group["momentum"] < 1:
+        raise ConfigError(f"{where}: momentum is {group['momentum']}: it must be in [0, 1)")
+    _steps(group)
+    compute_dtype(group["ns_dtype"], torch.device("cpu"), group["ns_schedule"])
+    update_scale(group["scale"], cut_parameter("", (1, 1))[0])
+
+
+def _steps(group: Group) -> int:
+    return len(get_schedule(group["ns_schedule"]).coefficients(group["ns_steps"]))
+
+
+def _spec(name: str, p: torch.Tensor, algorithm: str, cut: dict[str, Any] | None) -> ParameterSpec:
+    # zero.Init of ZeRO-3 leaves an empty tensor and keeps the shape in `ds_shape`
+    shape = tuple(int(n) for n in getattr(p, "ds_shape", p.shape))
+    if algorithm == "adamw":
+        return ParameterSpec(name, shape)
+    if len(shape) < 2:
+        raise RoutingError(
+            f"{name} of shape {shape} is in a Muon group, but only matrices can be orthogonalized: put it into a "
+            "group with algorithm 'adamw', or use muon_dist.param_groups(model)"
+        )
+    return ParameterSpec(name, shape, cut_parameter(name, shape, **(cut or {})))

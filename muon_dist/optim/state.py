@@ -1,0 +1,123 @@
+"""Momentum in and out of state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from muon_dist.errors import CheckpointError
+from muon_dist.optim.runtime import Runtime, view
+
+if TYPE_CHECKING:
+    from muon_dist.optim.muon import Muon
+
+MOMENTUM = "momentum_buffer"
+PARTIAL = "partial_momentum"
+"""Key of a rank's own state dict: for each parameter whose momentum the rank holds in part, the matrices it holds."""
+
+
+def indexed_parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The parameters in the order in which torch numbers them in a state dict."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _held_matrices(runtime: Runtime, buffer: int) -> list[str]:
+    return sorted({matrix.name for matrix, _, _ in runtime.momentum_pieces(buffer)})
+
+
+def partial_momentum(optimizer: Muon) -> dict[int, list[str]]:
+    """The `PARTIAL` entry of this rank: state-dict index -> names of the matrices, where momentum is not whole."""
+    runtime = optimizer.runtime
+    if runtime is None:
+        return {}
+    index_of = {id(p): i for i, p in enumerate(indexed_parameters(optimizer))}
+    return {
+        index_of[id(runtime.binding.buffers[buffer])]: _held_matrices(runtime, buffer)
+        for buffer, shard in runtime.momentum.items()
+        if shard.shape != runtime.binding.buffers[buffer].shape and id(runtime.binding.buffers[buffer]) in index_of
+    }
+
+
+def split_momentum(
+    optimizer: Muon, state_dict: Mapping[str, Any]
+) -> tuple[dict[torch.Tensor, tuple[torch.Tensor, list[str] | None]], dict[str, Any]]:
+    """Take momentum out of a state dict: torch's own loading would cast it to the parameter's dtype.
+
+    Returns (parameter -> (momentum, names of the matrices that it holds, None for all), the state dict without).
+    """
+    parameters = indexed_parameters(optimizer)
+    partial = state_dict.get(PARTIAL, {})
+    momentum: dict[torch.Tensor, tuple[torch.Tensor, list[str] | None]] = {}
+    rest: dict[int, dict[str, Any]] = {}
+    for index, entry in state_dict["state"].items():
+        rest[index] = {key: value for key, value in entry.items() if key != MOMENTUM}
+        if MOMENTUM in entry and index < len(parameters):
+            momentum[parameters[index]] = (entry[MOMENTUM], partial.get(index))
+    return momentum, {"state": rest, "param_groups": state_dict["param_groups"]}
+
+
+def adopt_momentum(runtime: Runtime, loaded: Mapping[torch.Tensor, tuple[torch.Tensor, list[str] | None]]) -> None:
+    """Copy loaded momentum into this rank's shards.
+
+    Raises:
+        CheckpointError: momentum that this rank holds is missing or has another shape.
+    """
+    for buffer, shard in runtime.momentum.items():
+        parameter = runtime.binding.buffers[buffer]
+        pieces = runtime.momentum_pieces(buffer)
+        if parameter not in loaded:
+            raise CheckpointError(
+                f"the state dict has no momentum of {pieces[0][0].name}, which rank {runtime.transport.rank} owns: it "
+                "is one rank's part only. Save with full_state_dict() on all ranks (MuonTrainer does), or load on "
+                "each rank the file that this rank saved"
+            )
+        value, names = loaded[parameter]
+        if names is not None:
+            if names != _held_matrices(runtime, buffer) or value.numel() != shard.numel():
+                raise CheckpointError(
+                    f"the state dict holds momentum of {names[:3]} of {len(names)} matrices, rank "
+                    f"{runtime.transport.rank} holds {_held_matrices(runtime, buffer)[:3]}: it was saved by another "
+                    "rank or plan. Save with full_state_dict()"
+                )
+            shard.copy_(value.view_as(shard))
+        elif value.numel() != parameter.numel():
+            raise CheckpointError(
+                f"momentum of {pieces[0][0].name} has {value.numel()} elements in the state dict, its parameter "
+                f"{parameter.numel()}"
+            )
+        else:
+            flat = value.to(shard.device).reshape(-1)
+            if shard.numel() == parameter.numel():
+                shard.view(-1).copy_(flat)
+            else:
+                for _, span, piece in pieces:
+                    piece.copy_(view(flat, span))
+
+
+def full_state_dict(optimizer: Muon) -> dict[str, Any]:
+    """See `Muon.full_state_dict`."""
+    local = torch.optim.Optimizer.state_dict(optimizer)
+    runtime = optimizer.runtime
+    if runtime is None or runtime.transport.world_size == 1:
+        return local
+    layout, group, rank = runtime.plan.layout, runtime.transport.group, runtime.transport.rank
+    if layout.kind != "replicated":
+        raise CheckpointError(
+            f"full_state_dict gathers the replicated layout only, this one is {layout.kind}: the framework saves each "
+            "rank's own shard (engine.save_checkpoint under DeepSpeed)"
+        )
+    index_of = {id(p): i for i, p in enumerate(indexed_parameters(optimizer))}
+    for buffer, parameter in enumerate(runtime.binding.buffers):
+        # Sources do not overlap, so the sum over ranks places every element exactly once.
+        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=runtime.binding.device)
+        if buffer in runtime.momentum:
+            for _, span, piece in runtime.momentum_pieces(buffer):
+                view(whole.view(-1), span).copy_(piece)
+        assert group is not None
+        dist.reduce(whole, dist.get_global_rank(group, 0), group=group)
+        if rank == 0:
+            local["state"].setdefault(index_of[id(parameter)], {})[MOMENTUM] = whole.cpu()
+    return local if rank == 0 else {}
