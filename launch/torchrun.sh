@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Run muon-dist (or a script) with torchrun on any number of nodes; see --help.
+set -euo pipefail
+# shellcheck source=launch/_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+
+usage() {
+    cat <<'TEXT'
+usage: bash launch/torchrun.sh [OPTIONS] [--] COMMAND [ARGUMENTS]
+
+COMMAND is a muon-dist command (train configs/llama-60m.yaml), a script (my_train.py) or a module (-m my.module).
+
+  --nnodes N            number of nodes                          NNODES          1
+  --node-rank R         this node's number, static rendezvous    NODE_RANK       0
+  --nproc-per-node P    processes on this node                   NPROC_PER_NODE  one a GPU, else 1
+  --master-addr HOST    the first node                           MASTER_ADDR     127.0.0.1
+  --master-port PORT    free port on the first node              MASTER_PORT     29500
+  --rdzv BACKEND        static, or c10d (nodes may come in any order; no node rank)
+                                                                 RDZV_BACKEND    static
+  --rdzv-id ID          name of the job, the same on all nodes   RDZV_ID         muon-dist
+  --max-restarts N      restarts after a failure                 MAX_RESTARTS    0
+
+The third column is the environment variable that does the same, the last the default. Run it once on every node:
+
+  bash launch/torchrun.sh --nproc-per-node 2 train configs/quickstart.yaml
+  bash launch/torchrun.sh --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 train configs/llama-1b.yaml   # first node
+  bash launch/torchrun.sh --nnodes 2 --node-rank 1 --master-addr 10.0.0.1 train configs/llama-1b.yaml   # second node
+
+On one node nothing listens beyond the loopback interface: the processes meet in a file. With several nodes the store of
+torch.distributed listens on every interface of the first node, without a password: use a private network.
+GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the interface (lo for gloo while the first node is 127.0.0.1).
+TEXT
+}
+
+nnodes="${NNODES:-1}"
+node_rank="${NODE_RANK:-0}"
+nproc="${NPROC_PER_NODE:-}"
+addr="${MASTER_ADDR:-127.0.0.1}"
+port="${MASTER_PORT:-29500}"
+rdzv="${RDZV_BACKEND:-static}"
+rdzv_id="${RDZV_ID:-muon-dist}"
+restarts="${MAX_RESTARTS:-0}"
+
+while (($#)); do
+    case "$1" in
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        --)
+            shift
+            break
+            ;;
+        --nnodes | --node-rank | --nproc-per-node | --master-addr | --master-port | --rdzv | --rdzv-id | --max-restarts)
+            (($# >= 2)) || muon_die "$1 needs a value"
+            case "$1" in
+                --nnodes) nnodes="$2" ;;
+                --node-rank) node_rank="$2" ;;
+                --nproc-per-node) nproc="$2" ;;
+                --master-addr) addr="$2" ;;
+                --master-port) port="$2" ;;
+                --rdzv) rdzv="$2" ;;
+                --rdzv-id) rdzv_id="$2" ;;
+                --max-restarts) restarts="$2" ;;
+            esac
+            shift 2
+            ;;
+        -m) break ;;
+        -*) muon_die "unknown option $1; bash launch/torchrun.sh --help lists them" ;;
+        *) break ;;
+    esac
+done
+
+if (($# == 0)); then
+    usage >&2
+    exit 2
+fi
+[[ "$nnodes" =~ ^[1-9][0-9]*$ ]] || muon_die "--nnodes (NNODES) must be a positive number, not '$nnodes'"
+[[ "$node_rank" =~ ^[0-9]+$ ]] || muon_die "--node-rank (NODE_RANK) must be a number, not '$node_rank'"
+[[ "$port" =~ ^[0-9]+$ ]] || muon_die "--master-port (MASTER_PORT) must be a number, not '$port'"
+[[ "$restarts" =~ ^[0-9]+$ ]] || muon_die "--max-restarts (MAX_RESTARTS) must be a number, not '$restarts'"
+if [[ -z "$nproc" ]]; then
+    nproc="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
+    ((nproc > 0)) || nproc=1
+fi
+[[ "$nproc" =~ ^[1-9][0-9]*$ ]] || muon_die "--nproc-per-node (NPROC_PER_NODE) must be a positive number, not '$nproc'"
+
+case "$1" in
+    -m | *.py) program=("$@") ;;
+    *) program=(-m muon_dist.cli "$@") ;;
+esac
+
+options=(--nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts "$restarts")
+if ((nnodes == 1)); then
+    meeting="$(mktemp -d "${TMPDIR:-/tmp}/muon-dist.XXXXXXXX")"
+    trap 'rm -rf -- "$meeting"' EXIT
+    options+=(--rdzv-backend c10d --rdzv-id "$rdzv_id" --rdzv-endpoint "$meeting/rendezvous"
+        --rdzv-conf store_type=file --local-addr 127.0.0.1)
+    # torchrun would share a TCP store that listens on every interface; muon-dist makes a file store of this instead
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 MUON_DIST_STORE="$meeting/store"
+    export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
+else
+    unset MUON_DIST_STORE
+    case "$addr" in 127.* | localhost | ::1) export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" ;; esac
+    case "$rdzv" in
+        static)
+            ((node_rank < nnodes)) || muon_die "--node-rank $node_rank must be below --nnodes $nnodes"
+            options+=(--node-rank "$node_rank" --master-addr "$addr" --master-port "$port")
+            ;;
+        c10d) options+=(--rdzv-backend c10d --rdzv-id "$rdzv_id" --rdzv-endpoint "$addr:$port") ;;
+        *) muon_die "--rdzv (RDZV_BACKEND) must be static or c10d, not '$rdzv'" ;;
+    esac
+fi
+
+# One thread a process unless told: torchrun's processes share the cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+python="${VIRTUAL_ENV:-$MUON_ROOT/.venv}/bin/python"
+[[ -x "$python" ]] || python="$(command -v python3)"
+"$python" -m torch.distributed.run "${options[@]}" "${program[@]}" &
+child=$!
+# A signal to this script goes to torchrun, which passes it on to its processes; wait returns early when one arrives.
+trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
+status=0
+wait "$child" || status=$?
+while kill -0 "$child" 2>/dev/null; do
+    status=0
+    wait "$child" || status=$?
+done
+exit "$status"

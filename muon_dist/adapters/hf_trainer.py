@@ -1,0 +1,393 @@
+"""The Hugging Face Trainer: `MuonFactory` for a stock `Trainer`, and `MuonTrainer` with what a stock one lacks."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from muon_dist.adapters.device import peak_flops as device_peak_flops
+from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.optim.groups import param_groups
+from muon_dist.optim.muon import Muon
+from muon_dist.routing import Override, SplitRule, route
+
+POSITION_NAME = "position.json"
+OPTIMIZER_NAME = "optimizer.pt"
+SCHEDULER_NAME = "scheduler.pt"
+_STOCK_MAX_GRAD_NORM = 1.0  # the default of TrainingArguments, indistinguishable from a wish
+
+
+def is_rank_zero() -> bool:
+    """True on the first rank, and where nothing is distributed."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
+
+
+class MuonFactory:
+    """Makes a `Muon` for a stock Trainer: `Trainer(..., optimizer_cls_and_kwargs=(MuonFactory, {"lr": 0.02}))`.
+
+    The keyword arguments are those of `muon_dist.param_groups` and of `muon_dist.Muon`; `lr` is needed, since Trainer
+    keeps its own `learning_rate` to itself here. `overrides` and `splits` may be plain dicts. On the first rank the
+    routing table is printed unless `print_routing=False`. Not an Optimizer subclass: Trainer would flatten the model
+    into its own parameter groups.
+    """
+
+    def __call__(self, opt_model: nn.Module, *, print_routing: bool = True, **kwargs: Any) -> Muon:
+        """The optimizer for `opt_model`. Raises ConfigError for an unknown argument, RoutingError as `route` does."""
+        if "lr" not in kwargs:
+            raise ConfigError(
+                "MuonFactory needs lr, for example optimizer_cls_and_kwargs=(MuonFactory, {'lr': 0.02}): Trainer does "
+                "not pass its learning_rate to a factory"
+            )
+        of_groups, of_muon = split_kwargs(kwargs)
+        of_groups["overrides"] = [_as(Override, o) for o in of_groups.get("overrides", ())]
+        of_groups["splits"] = [_as(SplitRule, s) for s in of_groups.get("splits", ())]
+        if print_routing and is_rank_zero():
+            table = route(opt_model, overrides=of_groups["overrides"], splits=of_groups["splits"])
+            print(table.render(), flush=True)
+        return Muon(param_groups(opt_model, **of_groups), **of_muon)
+
+
+def _as(cls: type, value: Any) -> Any:
+    return cls(**value) if isinstance(value, Mapping) else value
+
+
+def _keywords(function: Callable[..., Any], skip: str) -> set[str]:
+    return {name for name in inspect.signature(function).parameters if name not in (skip, "self")}
+
+
+def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sort keyword arguments into those of `param_groups` and those of `Muon` (a shared one goes to both).
+
+    Raises ConfigError that names every unknown one with the closest known.
+    """
+    for_groups = _keywords(param_groups, "model")
+    for_muon = _keywords(Muon, next(iter(inspect.signature(Muon).parameters)))
+    known = for_groups | for_muon | {"print_routing"}
+    problems = []
+    for name in kwargs:
+        if name not in known:
+            close = difflib.get_close_matches(name, sorted(known), n=1)
+            problems.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+    if problems:
+        raise ConfigError(f"unknown argument for Muon: {', '.join(problems)}; known are {', '.join(sorted(known))}")
+    return (
+        {k: v for k, v in kwargs.items() if k in for_groups},
+        {k: v for k, v in kwargs.items() if k in for_muon},
+    )
+
+
+class _Stream(Sampler[int]):
+    """The rest of a sample stream under the length of the whole, by which Trainer counts its steps."""
+
+    def __init__(self, samples: Iterable[int], remaining: int, total: int) -> None:
+        self.samples, self.remaining, self.total = samples, remaining, total
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(iter(self.samples), self.remaining)
+
+    def __len__(self) -> int:
+        return self.total
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what Trainer logs to a JSON-lines file, on the first rank: `step`, `time` (seconds since 1970), figures.
+
+    On resume the lines after the checkpoint's step go, so that each step stands in the file once.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step and state.global_step > 0]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **clean}) + "\n")
+
+
+class MuonTrainer(Trainer):
+    """A `Trainer` that trains with Muon and logs what pretraining is judged by.
+
+    muon: keyword arguments of `MuonFactory`; `lr` and `weight_decay` default to those of `args`. Instead of it,
+        `optimizer_cls_and_kwargs` or `optimizers` as in `Trainer`.
+    clip_muon, clip_adamw: bounds on the gradient norm of the Muon and of the AdamW parameters, None for no bound. Muon
+        is scale-free, so it needs none. They replace `max_grad_norm`, one bound over all, which must be left alone.
+    train_sampler: samples already consumed -> indices into `train_dataset` from there on. With it a resumed run goes
+        on with the next sample, also at another world size; `max_steps` is needed.
+    bytes_per_token: (train, eval) bytes of text for each token, for bits per byte; None leaves them out.
+    flops_per_token: forward and backward, for MFU; default 6 x the parameters outside embeddings.
+    peak_flops: of one rank's device; default from a table (GPU) or measured (CPU).
+    metrics_path: a JSON-lines file for all that is logged.
+
+    In the logs: `lr/<group>`, `grad_norm` (raw, all parameters), `grad_norm/muon`, `grad_norm/adamw`, `tokens_per_s`
+    (all ranks, evaluation and saving left out), `tokens`, `mfu`, `bits_per_byte`, `eval_bits_per_byte`,
+    `eval_perplexity`.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *,
+        muon: Mapping[str, Any] | None = None,
+        clip_muon: float | None = None,
+        clip_adamw: float | None = 1.0,
+        train_sampler: Callable[[int], Iterable[int]] | None = None,
+        bytes_per_token: tuple[float, float] | None = None,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
+        metrics_path: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else TrainingArguments(output_dir="tmp_trainer")
+        _check(args, muon, train_sampler, kwargs)
+        args.max_grad_norm = 0.0
+        if train_sampler is not None:
+            args.ignore_data_skip = True
+        own = kwargs.get("optimizer_cls_and_kwargs") is None and kwargs.get("optimizers", (None, None))[0] is None
+        if own:
+            chosen = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **(muon or {})}
+            split_kwargs(chosen)  # an unknown name is an error now, not at the first step
+            kwargs["optimizer_cls_and_kwargs"] = (MuonFactory, chosen)
+        super().__init__(model, args, **kwargs)
+        self.clip = {"muon": clip_muon, "adamw": clip_adamw}
+        self.train_sampler = train_sampler
+        self.bytes_per_token = bytes_per_token
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self._grad_norms: dict[str, torch.Tensor] = {}
+        self._group_lrs: dict[str, float] = {}
+        self._resumed_from: str | None = None
+        self._first_sample = self._first_step = 0
+        self._tokens = self._tokens_logged = 0
+        self._seconds = 0.0
+        self._step_started: float | None = None
+        if metrics_path is not None:
+            self.add_callback(MetricsFile(metrics_path))
+
+    # ---- the position in the data
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one optimizer step over all ranks and micro-batches."""
+        return int(self.get_total_train_batch_size(self.args))
+
+    @property
+    def consumed_samples(self) -> int:
+        """Samples that the optimizer steps up to now have used, over all ranks."""
+        return self._first_sample + (self.state.global_step - self._first_step) * self.samples_per_step
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        self._resumed_from = checkpoint
+        self._first_sample = self._first_step = self._tokens = self._tokens_logged = 0
+        self._seconds = 0.0
+        if checkpoint is not None and (self.train_sampler is not None or (Path(checkpoint) / POSITION_NAME).exists()):
+            position = read_position(checkpoint)
+            self._first_step, self._first_sample = position["global_step"], position["consumed_samples"]
+            self._tokens = self._tokens_logged = position["tokens"]
+        if self._flops_per_token is None and hasattr(self.model, "num_parameters"):
+            self._flops_per_token = 6.0 * self.model.num_parameters(exclude_embeddings=True)
+        if self._peak_flops is None:
+            self._peak_flops = device_peak_flops(self.args.device, _compute_dtype(self.args, self.model))
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.train_sampler is None:
+            return super()._get_train_sampler(train_dataset)
+        # Trainer has not read the checkpoint's state yet when it asks.
+        remaining = max(0, self.args.max_steps - self._first_step) * self.samples_per_step
+        return _Stream(self.train_sampler(self._first_sample), remaining, self.args.max_steps * self.samples_per_step)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._step_started = time.perf_counter()
+        batch = super().get_batch_samples(*args, **kwargs)
+        if self._resumed_from is not None and self.train_sampler is not None:
+            # Making the iterator drew from the generator, as it did at the start of the run that we continue, before
+            # the state was saved: restore it afterwards, or dropout differs.
+            self._load_rng_state(self._resumed_from)
+        self._resumed_from = None
+        return batch
+
+    # ---- gradients and learning rates
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The raw norm over all parameters; clips each algorithm's gradients by its own bound on the way."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._get_grad_norm(model, grad_norm)
+        self.accelerator.unscale_gradients()
+        gradients: dict[str, list[torch.Tensor]] = {}
+        for group in self.optimizer.param_groups:
+            kept = [p.grad for p in group["params"] if p.grad is not None]
+            gradients.setdefault(group.get("algorithm", "adamw"), []).extend(kept)
+        # in fp32: the norm of fp16 gradients overflows
+        self._grad_norms = {
+            algorithm: torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in kept])
+            )
+            for algorithm, kept in gradients.items()
+            if kept
+        }
+        for algorithm, norm in self._grad_norms.items():
+            bound = self.clip.get(algorithm)
+            if bound is not None:
+                # torch.nn.utils.clip_grad_norm_ with the same 1e-6, on a norm that is already known
+                torch._foreach_mul_(gradients[algorithm], (bound / (norm + 1e-6)).clamp(max=1.0))
+        if not self._grad_norms:
+            return None
+        return torch.linalg.vector_norm(torch.stack(list(self._grad_norms.values())))
+
+    def _get_learning_rate(self) -> float:
+        # Trainer asks between the step and the scheduler's, so these are the rates of the step that is logged.
+        rates: dict[str, float] = {}
+        for index, group in enumerate(self.optimizer.param_groups):
+            algorithm, lr = group.get("algorithm"), float(group["lr"])
+            if rates.get(f"lr/{algorithm}") != lr:
+                rates[f"lr/{group.get('name', algorithm or index)}"] = lr
+        self._group_lrs = rates
+        return cast(float, super()._get_learning_rate())
+
+    # ---- figures
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._tokens += 0 if main is None else main.numel() * self.args.world_size
+        return cast(torch.Tensor, loss)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._step_started is not None:
+            self._seconds += time.perf_counter() - self._step_started
+            self._step_started = None
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's, with our figures added to `logs`."""
+        if "loss" in logs:
+            logs.update(self._train_figures(logs["loss"]))
+        for name in [name for name in logs if name.startswith("eval") and name.endswith("_loss")]:
+            prefix = name.removesuffix("_loss")
+            logs[f"{prefix}_perplexity"] = math.exp(logs[name]) if logs[name] < 700 else math.inf
+            if self.bytes_per_token is not None:
+                logs[f"{prefix}_bits_per_byte"] = bits_per_byte(logs[name], self.bytes_per_token[1])
+        super().log(logs, start_time)
+
+    def _train_figures(self, loss: float) -> dict[str, float]:
+        figures: dict[str, float] = dict(self._group_lrs)
+        figures.update({f"grad_norm/{name}": norm.item() for name, norm in self._grad_norms.items()})
+        if self.bytes_per_token is not None:
+            figures["bits_per_byte"] = bits_per_byte(loss, self.bytes_per_token[0])
+        figures["tokens"] = self._tokens
+        if self._seconds > 0:
+            rate = (self._tokens - self._tokens_logged) / self._seconds
+            figures["tokens_per_s"] = rate
+            if self._flops_per_token is not None and self._peak_flops is not None:
+                figures["mfu"] = rate * self._flops_per_token / (self._peak_flops * self.args.world_size)
+        self._seconds, self._tokens_logged = 0.0, self._tokens
+        return figures
+
+    # ---- checkpoints
+
+    def _sharded_optimizer(self) -> Any | None:
+        """Our optimizer where its state is spread over ranks that Trainer knows nothing of, else None."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return None
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if isinstance(optimizer, Muon) else None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            position = {
+                "global_step": self.state.global_step,
+                "consumed_samples": self.consumed_samples,
+                "samples_per_step": self.samples_per_step,
+                "tokens": self._tokens,
+                "world_size": self.args.world_size,
+            }
+            (folder / POSITION_NAME).write_text(json.dumps(position, indent=2) + "\n", encoding="utf-8")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = self._sharded_optimizer()
+        if optimizer is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = optimizer.full_state_dict()  # a collective: every rank takes part, the first one writes
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = self._sharded_optimizer()
+        if checkpoint is None or optimizer is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+            if not os.path.isfile(os.path.join(checkpoint, name)):
+                # Trainer would go on with a fresh optimizer and say nothing.
+                raise CheckpointError(f"{checkpoint} holds no {name}: it cannot continue the run exactly")
+        state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
+        optimizer.load_full_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Nats per token -> bits per byte of text, which compares models of different vocabularies."""
+    return loss / math.log(2.0) / bytes_per_token
+
+
+def read_position(checkpoint: str | Path) -> dict[str, int]:
+    """Where in the data a checkpoint stands. Raises CheckpointError when the file is missing or unreadable."""
+    path = Path(checkpoint) / POSITION_NAME
+    try:
+        position = json.loads(path.read_text(encoding="utf-8"))
+        return {name: int(position[name]) for name in ("global_step", "consumed_samples", "tokens")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: no readable position in the data ({error}); was the save cut short?") from error
+
+
+def _compute_dtype(args: TrainingArguments, model: nn.Module) -> torch.dtype:
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return next((p.dtype for p in model.parameters()), torch.float32)
+
+
+def _check(
+    args: TrainingArguments, muon: Mapping[str, Any] | None, train_sampler: object, kwargs: Mapping[str, Any]
+) -> None:
+    if args.max_grad_norm not in (None, 0.0, _STOCK_MAX_GRAD_NORM):
+        raise ConfigError(
+            f"max_grad_norm={args.max_grad_norm} bounds one norm over all parameters; MuonTrainer clips each algorithm "
+            "by its own: leave max_grad_norm out and pass clip_adamw (and clip_muon, which Muon does not need)"
+        )
+    if muon is not None and (kwargs.get("optimizer_cls_and_kwargs") or kwargs.get("optimizers")):
+        raise ConfigError("muon and optimizer_cls_and_kwargs (or optimizers) both choose the optimizer: pass one")
+    if train_sampler is not None and args.max_steps <= 0:
+        raise ConfigError("train_sampler is an endless stream of samples: set max_steps in the training arguments")
