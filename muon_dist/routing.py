@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -62,7 +62,8 @@ class SplitRule:
     sizes: tuple[int, ...] | None = None
 
 
-class MatrixGroup(NamedTuple):
+@dataclass(frozen=True)
+class MatrixGroup:
     """`count` matrices of one shape; rows are outputs and columns inputs, however the parameter is stored."""
 
     count: int
@@ -134,7 +135,7 @@ class RoutingTable:
 
     def to_json(self) -> dict[str, Any]:
         """The table as plain data (dicts, lists, strings, numbers), for the run folder."""
-        rows = [{**asdict(r), "matrices": [g._asdict() for g in r.matrices()]} for r in self.routes]
+        rows = [{**asdict(r), "matrices": [asdict(g) for g in r.matrices()]} for r in self.routes]
         return json.loads(json.dumps({"routes": rows, "totals": self.totals()}))  # tuples become lists
 
     def render(self) -> str:

@@ -1,0 +1,225 @@
+"""The shape of a configuration: frozen pydantic models that refuse unknown keys.
+
+Field names are the keys of the YAML file; the descriptions end up in `muon-dist schema`. Nothing below `train/` sees
+these objects: they are unpacked there into plain arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from muon_dist.config.redact import redact
+from muon_dist.config.source import ConfigDumper
+from muon_dist.numerics.schedules import SCHEDULES
+
+DType = Literal["float32", "bfloat16", "float16"]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+# Checked in validate.py, so that the message can name the closest schedule.
+ScheduleName = Annotated[str, WithJsonSchema({"type": "string", "enum": list(SCHEDULES)})]
+
+
+class Block(BaseModel):
+    """Base of every block: immutable, no unknown keys, no conversion of types, no NaN or infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
+    )
+
+
+class TokenizerConfig(Block):
+    """A tokenizer to load (`path`), or one to train on the sources."""
+
+    path: str | None = Field(default=None, description="folder of an existing tokenizer, for AutoTokenizer")
+    model_type: Literal["bpe", "unigram"] = Field(
+        default="bpe", description="sentencepiece model to train when path is null"
+    )
+    vocab_size: PositiveInt | None = Field(
+        default=None, description="size of the vocabulary to train (4096 unless given); null when path is given"
+    )
+    sample_bytes: PositiveInt = Field(
+        default=50_000_000, description="UTF-8 bytes of text that the training reads at most"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_vocabulary(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("path") is None and "vocab_size" not in data:
+            return {**data, "vocab_size": 4096}
+        return data
+
+
+class SourceConfig(Block):
+    """One source of text: exactly one of builtin, path and dataset."""
+
+    builtin: Literal["stdlib"] | None = Field(default=None, description="English text of the Python standard library")
+    path: str | None = Field(default=None, description="a file, or a folder that is read recursively")
+    dataset: str | None = Field(default=None, description="name of a dataset for datasets.load_dataset")
+    weight: Positive = Field(default=1.0, description="share of the training samples, relative to the other sources")
+    format: Literal["auto", "text", "jsonl", "parquet"] = Field(default="auto", description="of the files of path")
+    text_field: str = Field(default="text", description="column with the text, in jsonl, parquet and datasets")
+    config: str | None = Field(default=None, description="configuration name of the dataset")
+    split: str = Field(default="train", description="split of the dataset")
+    streaming: bool = Field(default=True, description="read the dataset without downloading all of it")
+    revision: str | None = Field(default=None, description="branch, tag or commit of the dataset")
+    max_documents: PositiveInt | None = Field(default=None, description="stop after this many documents")
+
+
+class DataConfig(Block):
+    """What is read, and how it is cut into samples."""
+
+    sources: tuple[SourceConfig, ...] = (SourceConfig(builtin="stdlib"),)
+    dir: str = Field(default="data", description="folder of the tokenizer and the token shards")
+    sequence_length: Annotated[int, Field(ge=2)] = Field(default=1024, description="tokens in a sample")
+    validation_fraction: BelowOne = Field(default=0.02, description="share of the documents kept for validation")
+    shard_tokens: PositiveInt = Field(default=10_000_000, description="tokens in one shard file")
+    workers: PositiveInt = Field(default=2, description="processes that tokenize")
+
+
+class MuonConfig(Block):
+    """Settings of the Muon groups."""
+
+    lr: NonNegative
+    weight_decay: NonNegative = Field(default=0.1, description="decoupled")
+    momentum: BelowOne = 0.95
+    nesterov: bool = True
+    ns_steps: PositiveInt = Field(default=5, description="Newton-Schulz steps")
+    ns_schedule: ScheduleName = Field(
+        default="keller", description="coefficient schedule of the Newton-Schulz iteration"
+    )
+    ns_dtype: DType | None = Field(
+        default=None, description="dtype of the iteration; null: bfloat16 where that is fast"
+    )
+    scale: Literal["match_rms_adamw", "spectral", "none"] = Field(
+        default="match_rms_adamw",
+        description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); or 1",
+    )
+    bucket_mb: Positive = Field(
+        default=32.0, description="bytes (in MiB) that one exchange between ranks carries at most"
+    )
+    wire_dtype: DType | None = Field(
+        default=None, description="dtype in which updates travel; null: that of the parameter"
+    )
+    owner_policy: Literal["balanced", "local", "round_robin"] = Field(
+        default="balanced", description="which rank orthogonalizes which matrix"
+    )
+
+
+class AdamWConfig(Block):
+    """Settings of the AdamW groups: embeddings, output head, vectors; of everything when optimizer.name is adamw."""
+
+    lr: NonNegative
+    weight_decay: NonNegative = Field(default=0.1, description="decoupled; not applied to biases and norms")
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
+    eps: Positive = 1e-8
+
+
+class ClipConfig(Block):
+    """Largest gradient norm of each algorithm's parameters; null: not clipped. Muon's update is scale-free."""
+
+    muon: Positive | None = None
+    adamw: Positive | None = 1.0
+
+
+class OverrideConfig(Block):
+    """Send the parameters whose whole name matches the regular expression to an algorithm."""
+
+    pattern: str
+    algorithm: Literal["muon", "adamw"]
+
+
+class SplitConfig(Block):
+    """Cut the matching Muon parameters along the output axis: exactly one of heads and sizes."""
+
+    pattern: str
+    heads: PositiveInt | None = None
+    sizes: tuple[PositiveInt, ...] | None = None
+
+
+class RoutingConfig(Block):
+    """Corrections to which parameter goes where."""
+
+    overrides: tuple[OverrideConfig, ...] = ()
+    split: tuple[SplitConfig, ...] = ()
+
+
+class OptimizerConfig(Block):
+    """Muon with AdamW for the rest, or AdamW alone."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    muon: MuonConfig
+    adamw: AdamWConfig
+    clip: ClipConfig = ClipConfig()
+    routing: RoutingConfig = RoutingConfig()
+
+
+class EvaluationConfig(Block):
+    """The sample that is generated at the end."""
+
+    generate_prompt: str = Field(default="The", description="text that the sample continues")
+    generate_tokens: Annotated[int, Field(ge=0)] = Field(default=64, description="tokens to generate; 0: no sample")
+    temperature: NonNegative = Field(default=0.8, description="0: the most probable token always")
+    top_k: PositiveInt = Field(default=40, description="choose among this many most probable tokens")
+
+
+class Config(Block):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)] = Field(
+        description="the run folder is run_dir/name"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    run_dir: str = "runs"
+    tokenizer: Annotated[TokenizerConfig, Field(default_factory=lambda: TokenizerConfig(path=None))]
+    data: DataConfig = DataConfig()
+    model: Annotated[
+        dict[str, Any],
+        WithJsonSchema(
+            {
+                "type": "object",
+                "properties": {
+                    "model_type": {"type": "string"},
+                    "dtype": {"enum": ["float32", "bfloat16", "float16"]},
+                },
+                "required": ["model_type"],
+                "description": "model_type, dtype, and keyword arguments of transformers.AutoConfig.for_model",
+            }
+        ),
+    ]
+    optimizer: OptimizerConfig
+    trainer: dict[str, Any] = Field(default_factory=dict, description="arguments of transformers.TrainingArguments")
+    deepspeed: Annotated[
+        Any,
+        WithJsonSchema(
+            {
+                "anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}],
+                "description": "DeepSpeed configuration: the path of its JSON file, or the configuration itself",
+            }
+        ),
+    ] = None
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def to_yaml(self, redacted: bool = True) -> str:
+        """The whole configuration as YAML that `load_config` reads back.
+
+        Values of keys that look like credentials are replaced unless `redacted` is False.
+        """
+        plain = self.model_dump(mode="json")
+        return yaml.dump(
+            redact(plain) if redacted else plain, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True
+        )
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a configuration file, `base` included."""
+    schema = Config.model_json_schema()
+    schema["properties"]["base"] = {
+        "type": "string",
+        "description": "configuration file that this one changes, relative to this file",
+    }
+    return schema

@@ -1,0 +1,214 @@
+"""YAML files as plain data that remembers its lines.
+
+Only plain data is read: no tag makes an object. Scalars follow the YAML 1.2 core schema, in which `no` is text and
+`1e-3` is a number; PyYAML's own YAML 1.1 rules read them as False and as text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Keys = tuple[str | int, ...]
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 100_000
+_TAG = "tag:yaml.org,2002:"
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F_]+|0o[0-7_]+")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_RESOLVERS = (
+    ("bool", re.compile(r"true|True|TRUE|false|False|FALSE"), "tTfF"),
+    ("int", _INT, "-+0123456789"),
+    ("float", _FLOAT, "-+0123456789."),
+    ("null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
+    ("merge", re.compile(r"<<"), "<"),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own class attribute)
+
+
+class ConfigDumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.1 or the rules above would read as something else."""
+
+
+for _name, _pattern, _first in _RESOLVERS:
+    _whole = re.compile(rf"(?:{_pattern.pattern})\Z")
+    _Loader.add_implicit_resolver(_TAG + _name, _whole, list(_first))
+    if _name in ("int", "float"):
+        ConfigDumper.add_implicit_resolver(_TAG + _name, _whole, list(_first))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written: a file and line, or an override."""
+
+    where: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.where if self.line is None else f"{self.where}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong, at a place, with the dotted path of the key."""
+
+    place: Place
+    keys: Keys
+    message: str
+
+    def __str__(self) -> str:
+        path = ".".join(str(k) for k in self.keys)
+        return f"{self.place}: {path}: {self.message}" if path else f"{self.place}: {self.message}"
+
+
+@dataclass
+class Document:
+    """Plain data, where each of its values was written, and what was wrong on the way."""
+
+    data: Any
+    places: dict[Keys, Place] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    broken: bool = False
+    """A whole file is missing or unreadable: what is left says nothing about the keys."""
+
+    def place(self, keys: Keys) -> Place:
+        """The place of a value, or of the innermost block around it that was written somewhere."""
+        for end in range(len(keys), -1, -1):
+            if keys[:end] in self.places:
+                return self.places[keys[:end]]
+        return Place("config")
+
+
+def read(path: Path) -> Document:
+    """The document in a file; unreadable or malformed files give a document whose data is None and a problem."""
+    name = str(path)
+    try:
+        if not path.is_file():
+            return _failed(Place(name), "no such file" if not path.exists() else "not a file")
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        return _failed(Place(name), f"cannot be read: {error.strerror}")
+    if len(raw) > MAX_BYTES:
+        return _failed(Place(name), f"larger than {MAX_BYTES} bytes: not a configuration")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        return _failed(Place(name, line), f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}")
+    return parse(text, name)
+
+
+def parse(text: str, name: str, numbered: bool = True) -> Document:
+    """Plain data from YAML text; `numbered` False leaves the line out of places (an override has none)."""
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        return _failed(Place(name, line if numbered else None), f"character U+{ord(text[error.position]):04X} in YAML")
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark is not None else 1
+        where = Place(name, line if numbered else None)
+        return _failed(where, f"not valid YAML: {error.problem or error.context}")
+    except RecursionError:
+        return _failed(Place(name), "nested too deeply")
+    finally:
+        if loader is not None:
+            loader.dispose()
+    reader = _Plain(name, numbered)
+    data = None if node is None else reader.value(node, ())
+    return Document(data, reader.places, reader.problems)
+
+
+def _failed(place: Place, message: str) -> Document:
+    return Document(None, {(): place}, [Problem(place, (), message)], broken=True)
+
+
+class _Plain:
+    """Turns YAML nodes into plain data; what is not plain becomes a problem and None."""
+
+    def __init__(self, name: str, numbered: bool) -> None:
+        self.name, self.numbered = name, numbered
+        self.places: dict[Keys, Place] = {}
+        self.problems: list[Problem] = []
+        self.open: list[yaml.Node] = []
+        self.nodes = 0
+
+    def value(self, node: yaml.Node, keys: Keys) -> Any:
+        place = self._place(node)
+        self.places.setdefault(keys, place)
+        self.nodes += 1
+        if self.nodes > MAX_NODES or any(node is outer for outer in self.open):
+            if self.nodes <= MAX_NODES + 1:
+                self._refuse(node, keys, "aliases that repeat without end" if self.open else "too large")
+            return None
+        self.open.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode) and node.tag == _TAG + "map":
+                return self._mapping(node, keys)
+            if isinstance(node, yaml.SequenceNode) and node.tag == _TAG + "seq":
+                return [self.value(item, (*keys, i)) for i, item in enumerate(node.value)]
+            return self._scalar(node, keys)
+        finally:
+            self.open.pop()
+
+    def _place(self, node: yaml.Node) -> Place:
+        return Place(self.name, node.start_mark.line + 1 if self.numbered else None)
+
+    def _refuse(self, node: yaml.Node, keys: Keys, message: str) -> None:
+        self.problems.append(Problem(self._place(node), keys, message))
+
+    def _mapping(self, node: yaml.MappingNode, keys: Keys) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        first: dict[str, yaml.Node] = {}
+        for key_node, value_node in node.value:
+            if key_node.tag == _TAG + "merge":
+                self._refuse(key_node, keys, "merge keys (<<) are not supported: name a file with base:")
+                continue
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _TAG + "str":
+                shown = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a list or mapping"
+                self._refuse(key_node, keys, f"the key {shown} is not text: put it in quotes")
+                continue
+            key = key_node.value
+            if key in first:
+                line = first[key].start_mark.line + 1
+                self._refuse(key_node, (*keys, key), f"duplicate key, first given in line {line}: keep one")
+                continue
+            first[key] = key_node
+            self.places[(*keys, key)] = self._place(key_node)
+            out[key] = self.value(value_node, (*keys, key))
+        return out
+
+    def _scalar(self, node: yaml.Node, keys: Keys) -> Any:
+        kind, text = node.tag.removeprefix(_TAG), node.value
+        try:
+            if kind == "str":
+                return text
+            if kind == "null":
+                return None
+            if kind == "bool":
+                return {"true": True, "false": False}[text.lower()]
+            if kind == "int":
+                return int(text.replace("_", ""), 0)
+            if kind == "float":
+                bare = text.replace("_", "").lower()
+                return float(bare.replace(".inf", "inf").replace(".nan", "nan"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._refuse(node, keys, f"{text!r} is not a {kind}")
+            return None
+        shown = "!!" + kind if node.tag.startswith(_TAG) else node.tag
+        self._refuse(node, keys, f"the tag {shown} is refused: a configuration holds plain data only")
+        return None

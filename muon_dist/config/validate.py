@@ -1,0 +1,235 @@
+"""What a schema cannot say: settings that contradict each other, and the names of TrainingArguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import functools
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from muon_dist.config.redact import redact
+from muon_dist.config.schema import Config, SourceConfig
+from muon_dist.config.source import Keys
+from muon_dist.errors import ConfigError
+from muon_dist.numerics.schedules import SCHEDULES
+
+Found = Iterator[tuple[Keys, str]]
+
+# Keys of the trainer block that another key of ours decides.
+_DECIDED_ELSEWHERE = {
+    "output_dir": "run_dir and name",
+    "seed": "seed",
+    "data_seed": "seed",
+    "learning_rate": "optimizer.muon.lr and optimizer.adamw.lr",
+    "weight_decay": "optimizer.muon.weight_decay and optimizer.adamw.weight_decay",
+    "adam_beta1": "optimizer.adamw.betas",
+    "adam_beta2": "optimizer.adamw.betas",
+    "adam_epsilon": "optimizer.adamw.eps",
+    "optim": "optimizer.name",
+    "optim_args": "optimizer",
+    "optim_target_modules": "optimizer.routing",
+    "max_grad_norm": "optimizer.clip.muon and optimizer.clip.adamw",
+    "deepspeed": "deepspeed",
+}
+# Names that the model types give to the longest sequence (GPT-2: n_positions).
+_LONGEST = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" with the closest known name, or the list of names when none is close."""
+    names = list(known)
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if found:
+        return f"; did you mean {found[0]}?"
+    return f"; known: {', '.join(sorted(names))}" if len(names) <= 24 else ""
+
+
+@functools.lru_cache(maxsize=1)
+def training_arguments() -> dict[str, Any]:
+    """Name -> type of every argument of `transformers.TrainingArguments` (imported on first use: seconds)."""
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+
+
+def trainer_problems(trainer: dict[str, Any]) -> Found:
+    """Unknown names, values of the wrong type and unknown choices in the trainer block."""
+    if not trainer:
+        return
+    known = training_arguments()
+    for name, value in trainer.items():
+        keys: Keys = ("trainer", name)
+        if name not in known:
+            usable = [k for k in known if k not in _DECIDED_ELSEWHERE]
+            yield keys, f"unknown TrainingArguments name{closest(name, usable)}"
+            continue
+        choices = [m.value for t in typing.get_args(known[name]) if _is_enum(t) for m in t]
+        if choices and isinstance(value, str) and value not in choices:
+            yield keys, f"{value!r} is not one of {', '.join(choices)}{closest(value, choices)}"
+            continue
+        try:
+            TypeAdapter(known[name], config={"arbitrary_types_allowed": True}).validate_python(value, strict=True)
+        except ValidationError:
+            yield keys, f"needs {_type_text(known[name])}, not {redact({name: value})[name]!r}"
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
+
+
+_TYPE_WORDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number", type(None): "null"}
+
+
+def _type_text(kind: Any) -> str:
+    """A type of TrainingArguments in words."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return " or ".join(_type_text(t) for t in typing.get_args(kind) if not _is_enum(t))
+    return _TYPE_WORDS.get(kind, {list: "a list", dict: "a mapping"}.get(typing.get_origin(kind) or kind, str(kind)))
+
+
+def contradictions(config: Config) -> Found:
+    """Settings that are fine alone and wrong together; each message names both keys and the fix."""
+    yield from _tokenizer_and_data(config)
+    yield from _model(config)
+    yield from _optimizer(config)
+    yield from _trainer(config)
+    yield from _deepspeed(config)
+
+
+def _tokenizer_and_data(config: Config) -> Found:
+    tokenizer, data = config.tokenizer, config.data
+    if tokenizer.path is not None and tokenizer.vocab_size is not None:
+        yield (
+            ("tokenizer", "vocab_size"),
+            f"contradicts tokenizer.path ({tokenizer.path}), whose vocabulary is fixed: remove it or set it to null",
+        )
+    if tokenizer.path is None and tokenizer.vocab_size is None:
+        yield ("tokenizer", "vocab_size"), "is null and so is tokenizer.path: set one of them"
+    if not data.sources:
+        yield ("data", "sources"), "is empty: name a source, for instance {builtin: stdlib}"
+    for index, source in enumerate(data.sources):
+        yield from _source(("data", "sources", index), source)
+    if data.validation_fraction == 0 and config.trainer.get("eval_strategy", "no") != "no":
+        yield (
+            ("data", "validation_fraction"),
+            f"is 0, so trainer.eval_strategy = {config.trainer['eval_strategy']} has nothing to evaluate: "
+            "raise it or set trainer.eval_strategy to 'no'",
+        )
+
+
+def _source(keys: Keys, source: SourceConfig) -> Found:
+    kinds = [k for k in ("builtin", "path", "dataset") if getattr(source, k) is not None]
+    if len(kinds) != 1:
+        given = " and ".join(kinds) if kinds else "none of them"
+        yield keys, f"needs exactly one of builtin, path and dataset, and has {given}"
+        return
+    of_dataset = {"config", "split", "streaming", "revision"}
+    misplaced = {"builtin": of_dataset | {"format", "text_field"}, "path": of_dataset, "dataset": {"format"}}[kinds[0]]
+    for name in sorted(source.model_fields_set & misplaced):
+        yield (*keys, name), f"has no meaning for a source with {kinds[0]}: remove {name}"
+
+
+def _model(config: Config) -> Found:
+    model, data, tokenizer = config.model, config.data, config.tokenizer
+    if not isinstance(model.get("model_type"), str):
+        yield ("model", "model_type"), "is needed: the transformers model type, for instance llama"
+    if model.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
+        yield ("model", "dtype"), f"{model['dtype']!r} is not one of float32, bfloat16, float16"
+    vocabulary = model.get("vocab_size")
+    if vocabulary is not None and tokenizer.vocab_size is not None and vocabulary != tokenizer.vocab_size:
+        yield (
+            ("model", "vocab_size"),
+            f"is {vocabulary}, but tokenizer.vocab_size is {tokenizer.vocab_size}: remove model.vocab_size, "
+            "which is filled in from the tokenizer",
+        )
+    for name in _LONGEST:
+        longest = model.get(name)
+        if isinstance(longest, int) and data.sequence_length > longest:
+            yield (
+                ("data", "sequence_length"),
+                f"is {data.sequence_length}, more than model.{name} = {longest}: shorten it or raise model.{name}",
+            )
+
+
+def _optimizer(config: Config) -> Found:
+    muon, routing = config.optimizer.muon, config.optimizer.routing
+    schedule = SCHEDULES.get(muon.ns_schedule)
+    if schedule is None:
+        keys: Keys = ("optimizer", "muon", "ns_schedule")
+        yield keys, f"unknown schedule {muon.ns_schedule!r}{closest(muon.ns_schedule, SCHEDULES)}"
+    else:
+        try:
+            schedule.coefficients(muon.ns_steps)
+        except ConfigError as error:
+            yield ("optimizer", "muon", "ns_steps"), str(error)
+        if schedule.fp32_only and muon.ns_dtype not in (None, "float32"):
+            yield (
+                ("optimizer", "muon", "ns_dtype"),
+                f"is {muon.ns_dtype}, but optimizer.muon.ns_schedule = {schedule.name} is defined in float32: "
+                "set ns_dtype to float32 or null, or choose another schedule",
+            )
+    for index, override in enumerate(routing.overrides):
+        yield from _pattern(("optimizer", "routing", "overrides", index, "pattern"), override.pattern)
+    for index, split in enumerate(routing.split):
+        yield from _pattern(("optimizer", "routing", "split", index, "pattern"), split.pattern)
+        if (split.heads is None) == (not split.sizes):
+            yield ("optimizer", "routing", "split", index), "needs exactly one of heads and sizes"
+
+
+def _pattern(keys: Keys, pattern: str) -> Found:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield keys, f"{pattern!r} is not a valid regular expression: {error}"
+
+
+def _trainer(config: Config) -> Found:
+    trainer = config.trainer
+    for name, ours in _DECIDED_ELSEWHERE.items():
+        if name in trainer:
+            yield ("trainer", name), f"is decided by {ours}: set that, and remove trainer.{name}"
+    for half, other in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
+        if trainer.get(half) and trainer.get(other):
+            yield ("trainer", other), f"and trainer.{half} are both true: keep one of them"
+    wsd = trainer.get("lr_scheduler_type") == "warmup_stable_decay"
+    kwargs = trainer.get("lr_scheduler_kwargs")
+    if wsd and not (isinstance(kwargs, dict) and "num_decay_steps" in kwargs):
+        yield (
+            ("trainer", "lr_scheduler_kwargs"),
+            "needs num_decay_steps when trainer.lr_scheduler_type is warmup_stable_decay: "
+            "add lr_scheduler_kwargs: {num_decay_steps: N}",
+        )
+
+
+def _deepspeed(config: Config) -> Found:
+    deepspeed = config.deepspeed
+    if deepspeed is None:
+        return
+    if not isinstance(deepspeed, (str, dict)):
+        yield ("deepspeed",), f"needs a path, a mapping or null, not a {type(deepspeed).__name__}"
+        return
+    if config.trainer.get("fsdp"):
+        yield ("trainer", "fsdp"), "and deepspeed are both set: keep one of them"
+    if isinstance(deepspeed, dict):
+        if "optimizer" in deepspeed:
+            yield (
+                ("deepspeed", "optimizer"),
+                f"would replace the optimizer of optimizer.name = {config.optimizer.name}: remove deepspeed.optimizer",
+            )
+        for half in ("bf16", "fp16"):
+            block = deepspeed.get(half)
+            enabled = block.get("enabled") if isinstance(block, dict) else None
+            if isinstance(enabled, bool) and enabled != bool(config.trainer.get(half, False)):
+                yield (
+                    ("deepspeed", half, "enabled"),
+                    f"is {str(enabled).lower()}, but trainer.{half} is "
+                    f"{str(bool(config.trainer.get(half, False))).lower()}: set both alike, or enabled to auto",
+                )
