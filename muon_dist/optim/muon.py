@@ -313,7 +313,7 @@ class Muon(torch.optim.Optimizer):
     # State ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part: its own momentum, and AdamW's state as this rank keeps it; local. See `full_state_dict`."""
+        """This rank's part: its own momentum, and AdamW's state as kept here; local. See `full_state_dict`."""
         packed = super().state_dict()
         if partial := partial_momentum(self):
             packed[PARTIAL] = partial

@@ -38,6 +38,7 @@ def reference_step(
     update = gradient.float().lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
     parameter.mul_(1 - lr * weight_decay)
     for m in matrices:
+
         def block(tensor: torch.Tensor, m: Matrix = m) -> torch.Tensor:
             return tensor.as_strided((m.rows, m.cols), (m.stride, 1), tensor.storage_offset() + m.start)
 
