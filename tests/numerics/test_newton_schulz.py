@@ -1,0 +1,308 @@
+"""The iteration against fp64, the singular value decomposition, the published ranges and torch.optim.Muon."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from muon_dist.errors import ConfigError
+from muon_dist.numerics import SCHEDULES, coefficients, compute_dtype, newton_schulz, newton_schulz_flops, polar_factor
+from tests.numerics.spectra import gaussian, log_spaced, power_law, reference, relative_error, with_spectrum
+
+FROBENIUS = sorted(name for name, schedule in SCHEDULES.items() if schedule.normalization == "frobenius")
+ALL = sorted(SCHEDULES)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+# theory.md, "Newton-Schulz, honestly": 128 x 512 in fp32, worst range of singular values over 3 seeds, and relative
+# polar error, for Gaussian matrices and log-spaced spectra of condition 1e2, 1e4, 1e6.
+TABLE = {
+    ("keller", 5): [(0.682, 1.134, 0.218), (0.682, 1.202, 0.193), (0.018, 1.202, 0.549), (2e-4, 1.202, 0.719)],
+    ("cubic", 5): [(0.32, 0.79, 0.443), (0.02, 0.99, 0.737), (3e-4, 1.0, 0.854), (3e-6, 1.0, 0.897)],
+    ("cubic", 8): [(0.835, 1.0, 0.042), (0.068, 1.0, 0.549), (9e-4, 1.0, 0.774), (1e-5, 1.0, 0.847)],
+    ("polar_express", 5): [(0.870, 1.124, 0.086), (0.871, 1.123, 0.083), (0.036, 1.124, 0.465), (4e-4, 1.123, 0.677)],
+    ("strict", 6): [(0.997, 1.001, 0.001), (0.998, 1.001, 0.001), (0.066, 1.001, 0.391)],
+    ("cans", 5): [(0.886, 1.118, 0.081), (0.886, 1.113, 0.083), (0.039, 1.113, 0.456), (5e-4, 1.113, 0.673)],
+    ("you", 5): [(0.978, 1.032, 0.018), (0.978, 1.145, 0.049), (0.018, 1.145, 0.532), (2e-4, 1.145, 0.710)],
+}
+
+
+@functools.cache
+def table_matrix(column: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The matrix of a column of the table, rounded to fp32, and its polar factor."""
+    if column == 0:
+        x = gaussian(128, 512, seed=seed)
+        return x.float(), polar_factor(x)
+    x, polar = with_spectrum(128, 512, log_spaced(128, 10.0 ** (2 * column)), seed)
+    return x.float(), polar
+
+
+@pytest.mark.parametrize(("schedule", "steps"), TABLE)
+def test_published_ranges_and_errors(schedule: str, steps: int) -> None:
+    for column, (low, high, error) in enumerate(TABLE[schedule, steps]):
+        lows, highs, errors = [], [], []
+        for seed in range(3):
+            x, polar = table_matrix(column, seed)
+            y = newton_schulz(x, steps, schedule, dtype=torch.float32)
+            values = torch.linalg.svdvals(y.double())
+            lows.append(float(values.min()))
+            highs.append(float(values.max()))
+            errors.append(relative_error(y, polar))
+        where = f"{schedule} column {column}"
+        assert max(highs) == pytest.approx(high, abs=0.006), where
+        assert sum(errors) / 3 == pytest.approx(error, abs=0.008), where
+        lowest = pytest.approx(low, abs=0.007) if low > 0.1 else pytest.approx(low, rel=0.2)
+        assert min(lows) == lowest, where
+
+
+@pytest.mark.parametrize("schedule", FROBENIUS)
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 48), (1, 64), (64, 1), (1, 1), (2, 300)])
+def test_equals_the_plain_fp64_iteration(schedule: str, shape: tuple[int, int]) -> None:
+    x = gaussian(*shape, seed=1)
+    expected = reference(x, coefficients(schedule, 5), SCHEDULES[schedule].safety)
+    assert relative_error(newton_schulz(x.float(), schedule=schedule, dtype=torch.float32), expected) < 1e-5
+    if schedule != "strict":
+        assert relative_error(newton_schulz(x, schedule=schedule, dtype=torch.float64), expected) < 1e-11
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 12])
+def test_other_step_counts(steps: int) -> None:
+    x = gaussian(24, 40, seed=2)
+    for schedule in ("keller", "polar_express", "cans", "you", "cubic", "pade"):
+        expected = reference(x, coefficients(schedule, steps), SCHEDULES[schedule].safety)
+        assert relative_error(newton_schulz(x, steps, schedule, dtype=torch.float64), expected) < 1e-11, schedule
+
+
+def test_matches_torch_optim_muon_within_the_error_of_bf16() -> None:
+    for shape in [(64, 256), (128, 128), (32, 512)]:
+        grad = gaussian(*shape, seed=3).float()
+        p = torch.nn.Parameter(torch.zeros(shape))
+        p.grad = grad.clone()
+        torch.optim.Muon([p], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
+        theirs = -p.detach()
+        exact = reference(grad, coefficients("keller", 5), 1.0)
+        assert relative_error(newton_schulz(grad, dtype=torch.float32), theirs) < 0.03
+        ours = newton_schulz(grad, dtype=torch.bfloat16)
+        assert relative_error(ours, theirs) < 0.03
+        assert relative_error(ours, exact) < 1.2 * relative_error(theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+@pytest.mark.parametrize("schedule", sorted(set(ALL) - {"strict"}))
+@pytest.mark.parametrize("spectrum", ["gaussian", "cond1e4", "power1", "power2", "rank8", "rank1"])
+def test_low_precision_never_overshoots(schedule: str, dtype: torch.dtype, spectrum: str) -> None:
+    """Rounding may fill small directions with noise, but no direction exceeds the schedule's own band."""
+    values = {
+        "cond1e4": log_spaced(96, 1e4), "power1": power_law(96, 1), "power2": power_law(96, 2),
+        "rank8": power_law(8, 0), "rank1": power_law(1, 0),
+    }  # fmt: skip
+    x = gaussian(96, 256, seed=4) if spectrum == "gaussian" else with_spectrum(96, 256, values[spectrum], 4)[0]
+    y = newton_schulz(x.float(), schedule=schedule, dtype=dtype).double()
+    assert torch.linalg.matrix_norm(y, ord=2) < 1.22
+    assert (x * y).sum() > 0.4 * torch.linalg.svdvals(x).sum()  # downhill
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_low_precision_error_on_a_gaussian(dtype: torch.dtype, bound: float) -> None:
+    x = gaussian(256, 688, seed=5)
+    for schedule in ("keller", "polar_express", "you"):
+        expected = reference(x, coefficients(schedule, 5), SCHEDULES[schedule].safety)
+        assert relative_error(newton_schulz(x.float(), schedule=schedule, dtype=dtype), expected) < 2 * bound, schedule
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_rank_deficient_matrices_are_exact_in_fp32(rank: int) -> None:
+    x, polar = with_spectrum(128, 256, power_law(rank, 0.5), seed=6)
+    y = newton_schulz(x.float(), 8, "polar_express", dtype=torch.float32)
+    assert relative_error(y, polar) < 0.01
+    assert torch.linalg.svdvals(y.double())[rank] < 1e-3
+
+
+@pytest.mark.parametrize("values", [power_law(1, 0), power_law(96, 2), power_law(96, 0.5)])
+def test_aol_points_downhill_and_is_close_to_the_polar_factor(values: Tensor) -> None:
+    """As published, on power-law and rank-1 spectra AOL's leading direction comes out with the wrong sign."""
+    x, _ = with_spectrum(96, 256, values, seed=7)
+    y = newton_schulz(x.float(), schedule="aol", dtype=torch.float32).double()
+    assert (x * y).sum() > 0.85 * values.sum()
+    flat = newton_schulz(torch.ones(96, 256), schedule="aol", dtype=torch.float32)
+    assert relative_error(flat, polar_factor(torch.ones(96, 256, dtype=torch.float64))) < 0.02
+
+
+@pytest.mark.parametrize("schedule", ALL)
+def test_wide_and_tall_are_the_same_computation(schedule: str) -> None:
+    x = gaussian(3, 40, 96, seed=8).float()
+    y = newton_schulz(x, schedule=schedule, dtype=torch.float32)
+    t = newton_schulz(x.mT, schedule=schedule, dtype=torch.float32)
+    assert torch.equal(t, y.mT)
+    assert torch.equal(newton_schulz(x.mT.contiguous(), schedule=schedule, dtype=torch.float32), t)
+    assert y.is_contiguous() and t.is_contiguous()
+
+
+def test_a_square_matrix_and_its_transpose_agree() -> None:
+    x = gaussian(64, 64, seed=9).float()
+    for schedule in FROBENIUS:
+        y = newton_schulz(x, schedule=schedule, dtype=torch.float32)
+        assert relative_error(newton_schulz(x.T, schedule=schedule, dtype=torch.float32), y.T) < 3e-5, schedule
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("shape", [(5, 64, 256), (3, 256, 64), (7, 96, 96), (4, 1, 64), (4, 64, 1), (6, 3, 5)])
+def test_a_stack_equals_its_slices(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Bit for bit on one CPU thread (conftest.py); several threads cut products differently, within 3e-6."""
+    x = gaussian(*shape, seed=10).float()
+    for schedule in ("keller", "polar_express", "aol"):
+        stacked = newton_schulz(x, schedule=schedule, dtype=dtype)
+        alone = torch.stack([newton_schulz(matrix, schedule=schedule, dtype=dtype) for matrix in x])
+        assert torch.equal(stacked, alone), schedule
+
+
+@pytest.mark.parametrize("schedule", ALL)
+@pytest.mark.parametrize("exponent", [-105, -60, -20, 40, 100])
+def test_scale_does_not_matter(schedule: str, exponent: int) -> None:
+    """Powers of two are exact, so the result is bit-identical: from 1e-32 up to 1e30."""
+    x = gaussian(16, 32, seed=11).float()
+    assert torch.equal(newton_schulz(x * 2.0**exponent, schedule=schedule), newton_schulz(x, schedule=schedule))
+
+
+@pytest.mark.parametrize("norm", [1e-30, 1e-12, 1e-9, 1e12])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+def test_tiny_and_huge_norms(norm: float, dtype: torch.dtype) -> None:
+    x = gaussian(16, 32, seed=12).float()
+    x /= torch.linalg.matrix_norm(x)
+    bound = 1e-5 if dtype == torch.float32 else 0.03
+    assert relative_error(newton_schulz(x * norm, dtype=dtype), newton_schulz(x, dtype=dtype)) < bound
+
+
+def test_fp64_inputs_beyond_the_range_of_fp32() -> None:
+    x = gaussian(16, 32, seed=13)
+    for factor in (1e-250, 1e250):
+        assert relative_error(newton_schulz(x * factor), newton_schulz(x)) < 1e-5
+
+
+def test_fp16_inputs_whose_squares_overflow() -> None:
+    x = gaussian(64, 128, seed=14).half()
+    huge = x / x.abs().max() * 6e4
+    assert huge.abs().max() > 5e4
+    assert torch.isinf((huge * huge).sum())
+    y = newton_schulz(huge)
+    assert y.dtype == torch.float16
+    assert relative_error(y, reference(huge, coefficients("keller", 5), 1.0)) < 1e-3
+
+
+def test_the_norm_of_a_large_matrix_is_not_a_single_fp32_sum() -> None:
+    """A one-step linear map shows the normalisation itself: y = 1.5 x - .5 x^3 with all x far below 1."""
+    x = gaussian(512, 8192, seed=15).float()
+    y = newton_schulz(x, 1, "cubic", dtype=torch.float32)
+    assert relative_error(y, reference(x, coefficients("cubic", 1), 1.0)) < 1e-6
+
+
+@pytest.mark.parametrize("schedule", ALL)
+def test_zero_is_exactly_zero(schedule: str) -> None:
+    assert torch.equal(newton_schulz(torch.zeros(8, 16), schedule=schedule), torch.zeros(8, 16))
+    x = gaussian(3, 8, 16, seed=16).float()
+    x[1] = 0
+    y = newton_schulz(x, schedule=schedule)
+    assert torch.equal(y[1], torch.zeros(8, 16))
+    assert torch.equal(y[0], newton_schulz(x[0], schedule=schedule))
+    x[0, 3] = 0  # a zero row stays a zero row
+    assert torch.equal(newton_schulz(x, schedule=schedule)[0, 3], torch.zeros(16))
+
+
+@pytest.mark.parametrize("schedule", ["keller", "aol", "strict"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_entry_makes_its_matrix_nan_and_no_other(schedule: str, bad: float) -> None:
+    x = gaussian(3, 8, 16, seed=17).float()
+    clean = newton_schulz(x, schedule=schedule)
+    x[1, 2, 3] = bad
+    y = newton_schulz(x, schedule=schedule)
+    assert y[1].isnan().all()
+    assert torch.equal(y[0], clean[0]) and torch.equal(y[2], clean[2])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 4, 8), (3, 0, 8), (3, 8, 0)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    assert newton_schulz(torch.empty(shape, dtype=torch.bfloat16)).shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (2, 64, 16)])
+def test_dtype_shape_and_layout_of_the_result(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = gaussian(*shape, seed=18).to(dtype)
+    before = x.clone()
+    for compute in (None, torch.bfloat16, torch.float32):
+        y = newton_schulz(x, dtype=compute)
+        assert (y.dtype, y.shape, y.is_contiguous()) == (dtype, x.shape, True)
+        assert relative_error(y, newton_schulz(x.double(), dtype=torch.float64)) < 0.03
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("shape", [(4,), (), (2, 2, 2, 2)])
+def test_other_ranks_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="needs a matrix"):
+        newton_schulz(torch.zeros(shape))
+
+
+def test_integers_and_complex_numbers_are_refused() -> None:
+    for dtype in (torch.int64, torch.complex64):
+        with pytest.raises(ValueError, match="real floating"):
+            newton_schulz(torch.zeros(2, 2, dtype=dtype))
+
+
+def test_errors_come_even_for_an_empty_matrix() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'keller'"):
+        newton_schulz(torch.empty(0, 4), schedule="keler")
+
+
+def test_strict_is_fp32_or_an_error() -> None:
+    x = gaussian(64, 128, seed=19).float()
+    y = newton_schulz(x.bfloat16(), schedule="strict")
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, newton_schulz(x.bfloat16().float(), schedule="strict").bfloat16())
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        with pytest.raises(ConfigError, match=r"'strict' computes in float32, but ns_dtype=torch\."):
+            newton_schulz(x, schedule="strict", dtype=dtype)
+    values = torch.linalg.svdvals(newton_schulz(x, schedule="strict").double())
+    assert (values - 1).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_strict_refuses_fp32_in_name_only(precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with pytest.raises(ConfigError, match="needs full fp32 matrix products"):
+            newton_schulz(torch.ones(2, 3), schedule="strict")
+        newton_schulz(torch.ones(2, 3), schedule="keller")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_compute_dtype_policy() -> None:
+    cpu = torch.device("cpu")
+    assert compute_dtype(None, cpu) == torch.float32
+    assert compute_dtype(torch.bfloat16, cpu) == torch.bfloat16
+    assert compute_dtype(None, cpu, "strict") == torch.float32
+    with pytest.raises(ConfigError, match="ns_dtype must be"):
+        compute_dtype(torch.int8, cpu)
+
+
+def test_autocast_and_grad_mode_do_not_reach_inside() -> None:
+    x = gaussian(16, 32, seed=20).float()
+    expected = newton_schulz(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(newton_schulz(x), expected)
+    assert not newton_schulz(x.requires_grad_()).requires_grad
+
+
+def test_bf16_parameters_views_and_strides() -> None:
+    x = gaussian(4, 32, 48, seed=21).float()
+    assert torch.equal(newton_schulz(x[1, :, ::2]), newton_schulz(x[1, :, ::2].contiguous()))
+    assert torch.equal(newton_schulz(x[:, ::2]), newton_schulz(x[:, ::2].contiguous()))
+
+
+def test_flops() -> None:
+    assert newton_schulz_flops(100, 300, 5) == 20 * 100**2 * 300 + 10 * 100**3
+    assert newton_schulz_flops(300, 100, 5) == newton_schulz_flops(100, 300, 5)
+    assert newton_schulz_flops(8, 8, len(coefficients("deepseek_v4", 5))) == 10 * 6 * 8**3
