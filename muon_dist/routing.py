@@ -202,6 +202,12 @@ def _weight_ids(modules: Iterator[nn.Module] | Sequence[nn.Module]) -> set[int]:
     return {id(m.weight) for m in modules if isinstance(getattr(m, "weight", None), nn.Parameter)}
 
 
+def embedding_weights(model: nn.Module) -> set[int]:
+    """`id()` of the weights of every embedding module, and of what `get_input_embeddings()` returns."""
+    tables = [m for m in model.modules() if isinstance(m, _EMBEDDINGS)]
+    return _weight_ids([*tables, *_modules_offered(model, "get_input_embeddings")])
+
+
 def output_head(model: nn.Module) -> set[int]:
     """`id()` of the weight of the output head, if the model has one (a set, since some models have several).
 
@@ -371,8 +377,7 @@ def route(model: nn.Module, overrides: Sequence[Override] = (), splits: Sequence
     """
     _check_rules(overrides, splits)
     found = _uses(model)
-    embeddings = _weight_ids([m for m in model.modules() if isinstance(m, _EMBEDDINGS)])
-    embeddings |= _weight_ids(_modules_offered(model, "get_input_embeddings"))
+    embeddings = embedding_weights(model)
     heads = output_head(model)
     sent, cuts = _Rules("override", overrides), _Rules("split", splits)
 

@@ -205,6 +205,8 @@ def _message(keys: Keys, detail: Mapping[str, Any]) -> str:
         return "this key is needed"
     if kind == "extra_forbidden":
         return f"unknown key{_suggest(keys)}"
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
     if kind == "literal_error":
         expected = [x.strip("'") for x in detail["ctx"]["expected"].replace(" or ", ", ").split(", ")]
         hint = closest(given, expected) if isinstance(given, str) else ""

@@ -9,19 +9,27 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from muon_dist.config.redact import redact
 from muon_dist.config.source import ConfigDumper
-from muon_dist.numerics.schedules import SCHEDULES
+from muon_dist.numerics.schedules import SCHEDULES, get_schedule
 
 DType = Literal["float32", "bfloat16", "float16"]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
-# Checked in validate.py, so that the message can name the closest schedule.
-ScheduleName = Annotated[str, WithJsonSchema({"type": "string", "enum": list(SCHEDULES)})]
+
+
+def _known_schedule(name: str) -> str:
+    get_schedule(name)  # a ConfigError that names the closest schedule, and a ValueError as pydantic needs it
+    return name
+
+
+ScheduleName = Annotated[
+    str, AfterValidator(_known_schedule), WithJsonSchema({"type": "string", "enum": list(SCHEDULES)})
+]
 
 
 class Block(BaseModel):

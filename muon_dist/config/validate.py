@@ -18,7 +18,7 @@ from muon_dist.config.redact import redact
 from muon_dist.config.schema import Config, SourceConfig
 from muon_dist.config.source import Keys
 from muon_dist.errors import ConfigError
-from muon_dist.numerics.schedules import SCHEDULES
+from muon_dist.numerics.schedules import get_schedule
 
 Found = Iterator[tuple[Keys, str]]
 
@@ -161,21 +161,17 @@ def _model(config: Config) -> Found:
 
 def _optimizer(config: Config) -> Found:
     muon, routing = config.optimizer.muon, config.optimizer.routing
-    schedule = SCHEDULES.get(muon.ns_schedule)
-    if schedule is None:
-        keys: Keys = ("optimizer", "muon", "ns_schedule")
-        yield keys, f"unknown schedule {muon.ns_schedule!r}{closest(muon.ns_schedule, SCHEDULES)}"
-    else:
-        try:
-            schedule.coefficients(muon.ns_steps)
-        except ConfigError as error:
-            yield ("optimizer", "muon", "ns_steps"), str(error)
-        if schedule.fp32_only and muon.ns_dtype not in (None, "float32"):
-            yield (
-                ("optimizer", "muon", "ns_dtype"),
-                f"is {muon.ns_dtype}, but optimizer.muon.ns_schedule = {schedule.name} is defined in float32: "
-                "set ns_dtype to float32 or null, or choose another schedule",
-            )
+    schedule = get_schedule(muon.ns_schedule)
+    try:
+        schedule.coefficients(muon.ns_steps)
+    except ConfigError as error:
+        yield ("optimizer", "muon", "ns_steps"), str(error)
+    if schedule.fp32_only and muon.ns_dtype not in (None, "float32"):
+        yield (
+            ("optimizer", "muon", "ns_dtype"),
+            f"is {muon.ns_dtype}, but optimizer.muon.ns_schedule = {schedule.name} is defined in float32: "
+            "set ns_dtype to float32 or null, or choose another schedule",
+        )
     for index, override in enumerate(routing.overrides):
         yield from _pattern(("optimizer", "routing", "overrides", index, "pattern"), override.pattern)
     for index, split in enumerate(routing.split):
