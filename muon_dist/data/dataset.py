@@ -1,0 +1,150 @@
+"""Packed samples of fixed length out of prepared shards, memory-mapped."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from muon_dist.data.shards import Manifest, damages
+from muon_dist.errors import DataError
+
+Sample = dict[str, torch.Tensor]
+
+
+class TokenDataset(Dataset[Sample]):
+    """Samples of ``sequence_length`` tokens, cut one after the other from the stream of one source's split; the rest
+    at the end, shorter than a sample, is left out.
+
+    ``dir`` is a prepared folder; ``source`` its source folder, needed when it holds several. Item i is
+    ``{"input_ids", "labels"}``, both int64 (sequence_length,) and equal (Hugging Face models shift labels themselves).
+    Files are mapped on first use and not carried along when pickled to a DataLoader's workers.
+
+    Raises DataError, naming the file, when the folder is not prepared or a shard's size is wrong, when the split is
+    shorter than one sample, and when ``vocab_size`` (the model's) is too small for the tokens.
+    """
+
+    def __init__(
+        self,
+        dir: str | Path,
+        split: str,
+        sequence_length: int,
+        *,
+        source: str | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        if sequence_length < 2:
+            raise DataError(f"data.sequence_length: {sequence_length} is less than 2, so nothing could be predicted.")
+        self.folder, self.index = Manifest.load(dir).find(dir, split, source)
+        self.split = split
+        self.sequence_length = sequence_length
+        for damage in damages(self.folder, self.index, hashes=False):
+            raise DataError(damage)
+        self._starts = list(accumulate((shard.tokens for shard in self.index.shards), initial=0))
+        self._maps: dict[int, npt.NDArray[np.integer[Any]]] = {}
+        if len(self) == 0:
+            raise DataError(
+                f"{self.folder}: too short: {self.index.tokens} tokens, one sample has {sequence_length}. "
+                "Add text or lower data.sequence_length."
+            )
+        if vocab_size is not None:
+            self.check_vocabulary(vocab_size)
+
+    def __len__(self) -> int:
+        return self.index.tokens // self.sequence_length
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        ids = torch.from_numpy(self.tokens(index * self.sequence_length, self.sequence_length))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text per token of this split, exactly counted over whole documents."""
+        return self.index.bytes / self.index.tokens
+
+    def tokens(self, start: int, count: int) -> npt.NDArray[np.int64]:
+        """Tokens start .. start + count of the stream, int64 (count,). DataError on an id outside the vocabulary."""
+        out = np.empty(count, dtype=np.int64)
+        filled = 0
+        while filled < count:
+            number = bisect_right(self._starts, start + filled) - 1
+            offset = start + filled - self._starts[number]
+            part = self._map(number)[offset : offset + count - filled]
+            if int(part.max()) >= self.index.vocab_size:
+                self._refuse(number, offset + int(np.argmax(part >= self.index.vocab_size)), self.index.vocab_size)
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+        return out
+
+    def _map(self, number: int) -> npt.NDArray[np.integer[Any]]:
+        if number not in self._maps:
+            shard = self.index.shards[number]
+            self._maps[number] = np.memmap(
+                self.folder / shard.file, dtype=self.index.dtype, mode="r", shape=(shard.tokens,)
+            )
+        return self._maps[number]
+
+    def _refuse(self, number: int, position: int, vocab_size: int) -> None:
+        ids = self._map(number)
+        raise DataError(
+            f"{self.folder / self.index.shards[number].file}: token id {int(ids[position])} at byte offset "
+            f"{position * ids.itemsize} is outside the vocabulary of {vocab_size}."
+        )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """DataError, naming shard and byte offset, when a token id is not below the model's ``vocab_size``. Reads the
+        shards' headers; a shard itself only to find the offset."""
+        for number, shard in enumerate(self.index.shards):
+            if shard.max_token_id >= vocab_size:
+                self._refuse(number, int(np.argmax(self._map(number) >= vocab_size)), vocab_size)
+
+    def verify(self) -> None:
+        """Compare every byte with its SHA-256. DataError names the first damaged shard and where."""
+        for damage in damages(self.folder, self.index, hashes=True):
+            raise DataError(damage)
+
+
+class MixtureDataset(Dataset[Sample]):
+    """Several sources one after the other: samples [0, lengths[0]) are the first source's, and so on. The order in
+    which they are drawn, and the weights, are the ``MixtureSampler``'s."""
+
+    def __init__(self, datasets: Sequence[TokenDataset]) -> None:
+        if not datasets:
+            raise DataError("A mixture needs at least one source.")
+        self.datasets = tuple(datasets)
+        self.lengths = tuple(len(dataset) for dataset in datasets)
+        self._starts = list(accumulate(self.lengths, initial=0))
+
+    @classmethod
+    def open(
+        cls, dir: str | Path, split: str, sequence_length: int, *, vocab_size: int | None = None
+    ) -> MixtureDataset:
+        """All sources of a prepared folder, in the order of the manifest."""
+        names = [source.folder for source in Manifest.load(dir).sources]
+        return cls([TokenDataset(dir, split, sequence_length, source=n, vocab_size=vocab_size) for n in names])
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        number = bisect_right(self._starts, index) - 1
+        return self.datasets[number][index - self._starts[number]]
+
+    def verify(self) -> None:
+        """Compare every byte of every source with its SHA-256; DataError names the first damage."""
+        for dataset in self.datasets:
+            dataset.verify()

@@ -1,0 +1,113 @@
+"""Files that are either wholly there or not there: hashes, durable JSON, folders committed by rename."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from muon_dist.errors import DataError
+
+BLOCK_BYTES = 1 << 20  # unit in which damage is located
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_record(path: Path, name: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Name, size, modification time and SHA-256; the hash is taken from ``known`` where size and time agree."""
+    stat = path.stat()
+    if known and known["size"] == stat.st_size and known["mtime_ns"] == stat.st_mtime_ns:
+        digest = known["sha256"]
+    else:
+        digest = sha256_file(path)
+    return {"path": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file; durable once ``commit`` has synced its folder."""
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; DataError names the file if it is missing or damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: damaged, not JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: damaged, not a JSON object.")
+    return value
+
+
+def fsync(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def folder_lock(out: Path) -> Iterator[None]:
+    """Hold the right to build ``out``; a second process waits. What a killed builder left behind is removed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / f".{out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for stale in (*out.parent.glob(f".{out.name}.tmp-*"), *out.parent.glob(f".{out.name}.old-*")):
+            shutil.rmtree(stale)
+        yield
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    Call it under ``folder_lock``. Every file is synced before the rename, the parent after it, so that a kill or a
+    power cut leaves the old folder, the new one or none, never half of one.
+    """
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private folders
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                fsync(Path(folder, name))
+            fsync(Path(folder))
+        retired = None
+        if out.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
+            os.rename(out, retired)
+        os.rename(temporary, out)
+        fsync(out.parent)
+        if retired is not None:
+            shutil.rmtree(retired)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value

@@ -1,0 +1,312 @@
+"""From sources to token shards: several processes, bounded memory, one rename at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import multiprocessing
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from hashlib import blake2b
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from muon_dist.data.corpus import Source, documents, same_source, size_hint, source_record
+from muon_dist.data.files import folder_lock, new_folder
+from muon_dist.data.shards import (
+    MANIFEST_FILE,
+    Manifest,
+    PreparedSource,
+    SplitTotals,
+    SplitWriter,
+    check_folder,
+    token_dtype,
+)
+from muon_dist.data.tokenizer import Encoder, load_tokenizer
+from muon_dist.errors import DataError
+
+_BATCH_BYTES = 1 << 20  # text that one task of a worker holds
+_BATCH_DOCUMENTS = 1024
+_INLINE_BATCHES = 8  # a corpus of fewer batches is done before worker processes would have started
+
+
+def prepare(
+    sources: Sequence[Source],
+    tokenizer_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    validation_fraction: float = 0.02,
+    shard_tokens: int = 10_000_000,
+    workers: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+    overwrite: bool = False,
+    verify: bool = False,
+) -> Manifest:
+    """Tokenize the sources into ``out_dir`` and return its manifest.
+
+    Every source keeps its own shard set, so that weights apply at sampling time. A document goes to the validation
+    split by a hash of its text and ``seed``: the same text always to the same side, whatever else the corpus holds;
+    when that picks none of a source, the document with the lowest hash goes there. The bytes written do not depend on
+    ``workers``.
+
+    A folder prepared before from the same inputs is returned as it is, after a check of its file sizes (``verify``: of
+    every SHA-256). A damaged one, or one of other inputs, is named in a DataError, or rebuilt with ``overwrite``. The
+    folder appears by one rename when all is on disk. DataError also on bad sources (see ``documents``).
+    """
+    _check_settings(sources, validation_fraction, shard_tokens, workers)
+    out = Path(out_dir)
+    encoder = load_tokenizer(tokenizer_dir)
+    settings = {"validation_fraction": validation_fraction, "shard_tokens": shard_tokens, "seed": seed}
+    with folder_lock(out):
+        known, trouble = _existing(out, overwrite)
+        old = [one.record for one in known.sources] if known else []
+        records = [source_record(s, old[k] if k < len(old) else None) for k, s in enumerate(sources)]
+        if known is not None:
+            trouble = _difference(known, encoder, settings, records)
+            if trouble is None:
+                try:
+                    check_folder(out, known, hashes=verify)
+                    return known
+                except DataError as error:
+                    trouble = str(error)
+        if trouble is not None and not overwrite:
+            raise DataError(f"{trouble} Choose another folder, or prepare again with overwrite.")
+        with new_folder(out) as folder:
+            bar = _bar(progress, sources)
+            with bar, _encoding(encoder, seed, workers) as encode:
+                prepared = [
+                    _prepare_source(source, record, folder / source.folder(k), encoder, settings, encode, bar)
+                    for k, (source, record) in enumerate(zip(sources, records, strict=True))
+                ]
+            info = encoder.info
+            manifest = Manifest(info.vocab_size, info.eos_id, info.sha256, settings, tuple(prepared))
+            manifest.write(folder)
+        return manifest
+
+
+def _check_settings(sources: Sequence[Source], fraction: float, shard_tokens: int, workers: int) -> None:
+    if not sources:
+        raise DataError("data.sources: at least one source is needed.")
+    if not 0 <= fraction < 1:
+        raise DataError(f"data.validation_fraction: {fraction} does not lie in [0, 1).")
+    if shard_tokens < 1 or workers < 1:
+        raise DataError(f"data.shard_tokens ({shard_tokens}) and data.workers ({workers}) must be at least 1.")
+
+
+def _existing(out: Path, overwrite: bool) -> tuple[Manifest | None, str | None]:
+    """The manifest in ``out`` if there is one, and what is wrong with it. Never takes a foreign folder for ours."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None, None
+    if not (out / MANIFEST_FILE).is_file():
+        raise DataError(f"{out}: exists and was not prepared by this program (no {MANIFEST_FILE}); choose another.")
+    try:
+        return Manifest.load(out), None
+    except DataError as error:
+        if not overwrite:
+            raise
+        return None, str(error)
+
+
+def _difference(known: Manifest, encoder: Encoder, settings: dict[str, Any], records: list[Any]) -> str | None:
+    start = "was prepared from other inputs: "
+    if known.tokenizer_sha256 != encoder.info.sha256:
+        return f"The data folder {start}another tokenizer."
+    if known.settings != settings:
+        changed = [
+            f"{k} {known.settings.get(k)} (now {settings[k]})"
+            for k in settings
+            if known.settings.get(k) != settings[k]
+        ]
+        return f"The data folder {start}{', '.join(changed)}."
+    if len(known.sources) != len(records):
+        return f"The data folder {start}{len(known.sources)} sources (now {len(records)})."
+    for one, record in zip(known.sources, records, strict=True):
+        if not same_source(one.record, record):
+            return f"The data folder {start}the content or description of source {record['label']} has changed."
+    return None
+
+
+def _bar(progress: bool, sources: Sequence[Source]) -> Any:
+    """A progress bar over bytes of text; silent unless this is rank 0 on a terminal."""
+    shown = progress and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+    hints = [size_hint(source) for source in sources] if shown else []
+    total = sum(hint for hint in hints if hint is not None) if None not in hints else None
+    return tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not shown)
+
+
+class _Encoded(NamedTuple):
+    """A batch of documents: ids of all with their end-of-sequence tokens (tokens,), and per document its tokens, its
+    bytes and its hash for the split, each (documents,)."""
+
+    ids: npt.NDArray[np.integer[Any]]
+    lengths: list[int]
+    sizes: list[int]
+    keys: list[int]
+
+
+def _encode(encoder: Encoder, seed: int, batch: list[bytes]) -> _Encoded:
+    eos = np.array([encoder.info.eos_id])
+    found = encoder.encode([data.decode("utf-8") for data in batch])
+    ids = np.concatenate([part for one in found for part in (one, eos)])
+    salt = seed.to_bytes(16, "little", signed=True)
+    keys = [int.from_bytes(blake2b(data, digest_size=8, key=salt).digest(), "little") for data in batch]
+    narrow = ids.astype(token_dtype(encoder.info.vocab_size))
+    return _Encoded(narrow, [len(one) + 1 for one in found], [len(data) for data in batch], keys)
+
+
+_worker: tuple[Encoder, int] | None = None
+
+
+def _start_worker(encoder: Encoder, seed: int) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process, one core
+    _worker = (encoder, seed)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:  # a killed parent cannot stop its workers, and they would wait for tasks for ever
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _encode_in_worker(batch: list[bytes]) -> _Encoded:
+    assert _worker is not None
+    return _encode(*_worker, batch)
+
+
+class _Encoding:
+    """Encodes batches in order: the first few here, the rest in worker processes, which start when needed."""
+
+    def __init__(self, encoder: Encoder, seed: int, workers: int) -> None:
+        self.encoder, self.seed, self.workers = encoder, seed, workers
+        self.pool: ProcessPoolExecutor | None = None
+        self._inline = _INLINE_BATCHES
+
+    def run(self, batches: Iterator[list[bytes]]) -> Iterator[_Encoded]:
+        """Results in the order of the batches, at most two tasks a worker under way."""
+        here = batches if self.workers == 1 else itertools.islice(batches, self._inline)
+        for batch in here:
+            self._inline -= 1
+            yield _encode(self.encoder, self.seed, batch)
+        pending: deque[Future[_Encoded]] = deque()
+        try:
+            for batch in batches:
+                pending.append(self._started().submit(_encode_in_worker, batch))
+                if len(pending) > 2 * self.workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise DataError("A worker process of the preparation died (out of memory?); use fewer workers.") from None
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self.pool is None:
+            # spawn: a fork would copy the locks of this process's threads (torch, tokenizers), held or not
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (self.encoder, self.seed))
+        return self.pool
+
+
+@contextlib.contextmanager
+def _encoding(encoder: Encoder, seed: int, workers: int) -> Iterator[_Encoding]:
+    encoding = _Encoding(encoder, seed, workers)
+    try:
+        yield encoding
+    finally:
+        if encoding.pool is not None:
+            encoding.pool.shutdown(cancel_futures=True)
+
+
+def _batches(source: Source, digest: Any) -> Iterator[list[bytes]]:
+    """Documents in batches of about _BATCH_BYTES; ``digest`` takes in every document and its length."""
+    batch: list[bytes] = []
+    size = 0
+    for document in documents(source):
+        digest.update(len(document.data).to_bytes(8, "little"))
+        digest.update(document.data)
+        batch.append(document.data)
+        size += len(document.data)
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _Splitter:
+    """Sends each document to its split. While no document has a hash below the threshold, the one with the lowest is
+    held back, to be the validation split in case none comes."""
+
+    def __init__(self, train: SplitWriter, validation: SplitWriter, fraction: float) -> None:
+        self.train, self.validation = train, validation
+        self._threshold = fraction * 2.0**64
+        self._held: tuple[int, npt.NDArray[np.integer[Any]], int] | None = None
+
+    def add(self, key: int, ids: npt.NDArray[np.integer[Any]], size: int) -> None:
+        if key < self._threshold:
+            self.validation.add(ids, size)
+        elif self._threshold == 0 or self.validation.documents:
+            self.train.add(ids, size)
+        elif self._held is None:
+            self._held = (key, ids.copy(), size)
+        elif key < self._held[0]:
+            self._release(self.train)
+            self._held = (key, ids.copy(), size)
+        else:
+            self.train.add(ids, size)
+
+    def _release(self, writer: SplitWriter) -> None:
+        if self._held is not None:
+            writer.add(*self._held[1:])
+            self._held = None
+
+    def finish(self, label: str) -> dict[str, SplitTotals]:
+        self._release(self.train if self.validation.documents or not self.train.documents else self.validation)
+        count = self.train.documents + self.validation.documents
+        if not count:
+            raise DataError(f"{label}: holds no text: every document is empty.")
+        if not self.train.documents or (self._threshold and not self.validation.documents):
+            raise DataError(
+                f"{label}: too short to be split: {count} document(s) of "
+                f"{self.train.bytes + self.validation.bytes} bytes in all. Add text, lower document_bytes, or set validation_fraction to 0."
+            )
+        return {"train": self.train.finish(), "validation": self.validation.finish()}
+
+
+def _prepare_source(
+    source: Source,
+    record: dict[str, Any],
+    folder: Path,
+    encoder: Encoder,
+    settings: dict[str, Any],
+    encoding: _Encoding,
+    bar: Any,
+) -> PreparedSource:
+    info = encoder.info
+    train, validation = (
+        SplitWriter(folder / split, info.vocab_size, info.eos_id, settings["shard_tokens"])
+        for split in ("train", "validation")
+    )
+    splitter = _Splitter(train, validation, settings["validation_fraction"])
+    digest = hashlib.sha256()
+    for batch in encoding.run(_batches(source, digest)):
+        starts = itertools.accumulate(batch.lengths, initial=0)
+        for start, length, size, key in zip(starts, batch.lengths, batch.sizes, batch.keys, strict=False):
+            splitter.add(key, batch.ids[start : start + length], size)
+            bar.update(size)
+    splits = splitter.finish(source.label)
+    return PreparedSource(folder.name, record, digest.hexdigest(), splits)
