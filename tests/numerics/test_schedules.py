@@ -69,6 +69,30 @@ def test_polar_express_is_algorithm_1_divided_by_the_safety_factor() -> None:
     assert coefficients("strict", 6) == rows[:6]
 
 
+# Copied from the sources a second time, as printed there: a slip of one digit in either place shows.
+PRINTED = {
+    "keller": "3.4445 -4.7750 2.0315",
+    "cans": "8.4703 -25.1081 18.6293 4.1828 -3.1087 0.5806 3.9619 -2.9541 0.5630 3.2866 -2.4647 0.5074 "
+    "2.2737 -1.6447 0.4162",
+    "you": "4.0848 -6.8946 2.9270 3.9505 -6.3029 2.6377 3.7418 -5.5913 2.3037 2.8769 -3.1427 1.2046 "
+    "2.8366 -3.0525 1.2012",
+    "aol": "4.0098 -7.0585 2.4635 3.4585 -5.5479 2.5959 2.7573 -3.2939 1.4254 2.7215 -3.0494 1.3169",
+    "deepseek_v4": "3.4445 -4.7750 2.0315 " * 8 + "2.0 -1.5 0.5 " * 2,
+    "cubic": "1.5 -0.5 0",
+    "pade": "1.875 -1.25 0.375",
+}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_rows_are_those_of_the_source(name: str) -> None:
+    numbers = [float(number) for number in PRINTED[name].split()]
+    rows = list(SCHEDULES[name].rows)
+    if name == "cans":  # all rows but the last are widened by the safety factor
+        s = SCHEDULES[name].safety
+        rows[:-1] = [(a * s, b * s**3, c * s**5) for a, b, c in rows[:-1]]
+    assert [number for row in rows for number in row] == pytest.approx(numbers, rel=1e-12)
+
+
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_normalised_singular_values_stay_positive_and_bounded(name: str) -> None:
     """Rounding in bf16 adds up to 2^-8 to a normalised singular value: each stays positive and below 1.3 after it."""
