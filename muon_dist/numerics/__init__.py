@@ -1,4 +1,4 @@
-"""Pure mathematics on tensors. Never imports torch.distributed."""
+"""Pure mathematics on tensors. Nothing here communicates."""
 
 from __future__ import annotations
 

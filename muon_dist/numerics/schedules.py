@@ -78,14 +78,14 @@ def _rescaled(rows: tuple[Row, ...], safety: float) -> tuple[Row, ...]:
 _KELLER: Row = (3.4445, -4.7750, 2.0315)
 
 # Pade quintic: the Taylor coefficients of (1 - e)^(-1/2), e = 1 - x^2, to second order. Cubic convergence to 1 from
-# everywhere in (0, sqrt(7/3)). Higham, "Functions of Matrices" (2008), section 8.3.
+# everywhere in (0, sqrt(7/3)). Bjorck and Bowie (1971); Higham, "Functions of Matrices" (2008), chapter 8.
 _PADE: Row = (15 / 8, -10 / 8, 3 / 8)
 
-# The same to first order: the classical Newton-Schulz iteration. Higham (2008), equation 8.20.
+# The same to first order: the classical Newton-Schulz iteration.
 _CUBIC: Row = (1.5, -0.5, 0.0)
 
-# Third order of another kind: slope 0 and curvature 0 at x = 1 is given up for slope 2 at zero. The two closing steps
-# of DeepSeek-V4 (technical report, 2026).
+# The two closing steps of DeepSeek-V4 (technical report, 2026): slope 0 at x = 1, so quadratic convergence (from
+# above, curvature 1), and slope 2 at zero.
 _DEEPSEEK_CLOSING: Row = (2.0, -1.5, 0.5)
 
 # Amsel, Persson, Musco, Gower, "The Polar Express" (arXiv 2505.16932), Algorithm 1, full precision, l = 1e-3. The
@@ -142,6 +142,7 @@ _AOL: tuple[Row, ...] = (
     (2.7215, -3.0494, 1.3169),
 )
 
+_CLASSICAL_SOURCE = "Bjorck and Bowie (1971); Higham, Functions of Matrices (2008), chapter 8"
 _POLAR_EXPRESS_SOURCE = "arXiv 2505.16932, Algorithm 1"
 
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
@@ -155,8 +156,8 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
             Schedule("cans", _CANS, _PADE, "arXiv 2506.10935", safety=_CANS_SAFETY),
             Schedule("you", _YOU, _PADE, "leloykun.github.io/ponder/muon-opt-coeffs"),
             Schedule("aol", _AOL, None, "arXiv 2512.04632", safety=_AOL_SAFETY, normalization="aol"),
-            Schedule("cubic", (_CUBIC,), _CUBIC, "Higham, Functions of Matrices (2008), equation 8.20"),
-            Schedule("pade", (_PADE,), _PADE, "Higham, Functions of Matrices (2008), section 8.3"),
+            Schedule("cubic", (_CUBIC,), _CUBIC, _CLASSICAL_SOURCE),
+            Schedule("pade", (_PADE,), _PADE, _CLASSICAL_SOURCE),
             Schedule("deepseek_v4", (_KELLER,) * 8 + (_DEEPSEEK_CLOSING,) * 2, None, "DeepSeek-V4 report (2026)"),
             Schedule(
                 "strict",
