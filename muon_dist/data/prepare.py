@@ -282,7 +282,8 @@ class _Splitter:
         if not self.train.documents or (self._threshold and not self.validation.documents):
             raise DataError(
                 f"{label}: too short to be split: {count} document(s) of "
-                f"{self.train.bytes + self.validation.bytes} bytes in all. Add text, lower document_bytes, or set validation_fraction to 0."
+                f"{self.train.bytes + self.validation.bytes} bytes in all. "
+                "Add text, lower document_bytes, or set validation_fraction to 0."
             )
         return {"train": self.train.finish(), "validation": self.validation.finish()}
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import gc
 import json
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ from typing import Any, NamedTuple
 from muon_dist.errors import DataError
 
 _BLOCK = 1 << 20
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _STDLIB_SKIP = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "turtledemo"})
 
 
@@ -155,7 +158,10 @@ def stdlib_root() -> Path:
 def stdlib_files() -> list[Path]:
     """The standard library's Python files without tests and installed packages, sorted."""
     root = stdlib_root()
-    files = [path for path in root.rglob("*.py") if not _STDLIB_SKIP.intersection(path.relative_to(root).parts)]
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _STDLIB_SKIP]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise DataError(f"builtin stdlib: {root} holds no Python source files; use another source.")
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
@@ -169,23 +175,43 @@ def read_stdlib() -> tuple[Document, ...]:
     """
     root = stdlib_root()
     found: list[Document] = []
-    for path in stdlib_files():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old modules
-            try:
-                tree = ast.parse(path.read_bytes())
-            except SyntaxError:  # templates and Python 2 samples that some builds ship
-                continue
-        name = path.relative_to(root).as_posix()
-        texts = _topics(tree) if name == "pydoc_data/topics.py" else [_docstrings(tree)]
-        found += [Document(text.encode("utf-8"), f"stdlib {name}") for text in texts if text and _encodable(text)]
+    collecting = gc.isenabled()
+    gc.disable()  # trees hold no circles, and looking for some takes as long as parsing
+    try:
+        for path in stdlib_files():
+            name = path.relative_to(root).as_posix()
+            found += [Document(text.encode("utf-8"), f"stdlib {name}") for text in _english(path, name)]
+    finally:
+        if collecting:
+            gc.enable()
     return tuple(found)
 
 
+def _english(path: Path, name: str) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in old modules
+        try:
+            tree = ast.parse(path.read_bytes())
+        except SyntaxError:  # templates and Python 2 samples that some builds ship
+            return []
+    texts = _topics(tree) if name == "pydoc_data/topics.py" else [_docstrings(tree)]
+    return [text for text in texts if text and _encodable(text)]
+
+
 def _docstrings(tree: ast.Module) -> str:
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = sorted((n for n in ast.walk(tree) if isinstance(n, kinds)), key=lambda n: getattr(n, "lineno", 0))
-    return "\n\n".join(text for text in map(ast.get_docstring, nodes) if text)
+    """Docstrings of a module, its classes and functions, in the order of the source."""
+    return "\n\n".join(text for node in _documented(tree) if (text := ast.get_docstring(node)))
+
+
+def _documented(node: ast.AST) -> Iterator[_Documented]:
+    # through statements alone: expressions hold no definitions, and are most of a tree
+    if isinstance(node, _Documented):
+        yield node
+    for field in ("body", "handlers", "orelse", "finalbody"):
+        children = getattr(node, field, None)
+        if isinstance(children, list):
+            for child in children:
+                yield from _documented(child)
 
 
 def _topics(tree: ast.Module) -> list[str]:
