@@ -9,14 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from muon_dist.adapters.hf_trainer import MuonFactory, MuonTrainer
+    from muon_dist.adapters.factory import MuonFactory
+    from muon_dist.adapters.hf_trainer import MuonTrainer
     from muon_dist.numerics.newton_schulz import newton_schulz
     from muon_dist.optim.groups import param_groups
     from muon_dist.optim.muon import Muon
 
 _HOMES = {
     "Muon": "muon_dist.optim.muon",
-    "MuonFactory": "muon_dist.adapters.hf_trainer",
+    "MuonFactory": "muon_dist.adapters.factory",
     "MuonTrainer": "muon_dist.adapters.hf_trainer",
     "newton_schulz": "muon_dist.numerics.newton_schulz",
     "param_groups": "muon_dist.optim.groups",

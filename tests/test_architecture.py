@@ -14,7 +14,7 @@ MAX_FUNCTION_LINES = 60
 
 # One row a floor; an import goes to a lower floor, or stays inside its own unit.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "numerics"),
+    ("errors", "frameworks", "numerics"),
     ("config", "routing", "layout"),
     ("cost", "ownership"),
     ("exchange",),
@@ -32,7 +32,7 @@ SIDEWAYS = {("numerics", "errors"), ("ownership", "cost"), ("cli", "train")}
 HOMES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("adapters.deepspeed",),
     "accelerate": ("adapters.hf_trainer", "adapters.deepspeed"),
-    "transformers": ("adapters.hf_trainer", "adapters.deepspeed", "model", "data.tokenizer", "routing"),
+    "transformers": ("adapters", "model", "data.tokenizer", "routing", "config"),
     "transformers.Trainer": ("adapters.hf_trainer",),
     "transformers.TrainingArguments": ("adapters.hf_trainer", "config"),
     "transformers.trainer": ("adapters.hf_trainer",),

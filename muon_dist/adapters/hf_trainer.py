@@ -1,9 +1,7 @@
-"""The Hugging Face Trainer: `MuonFactory` for a stock `Trainer`, and `MuonTrainer` with what a stock one lacks."""
+"""`MuonTrainer`: the Hugging Face Trainer with what a stock one lacks for Muon. `MuonFactory` serves a stock one."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
 import math
 import os
@@ -16,78 +14,20 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from muon_dist.adapters.device import peak_flops as device_peak_flops
+from muon_dist.adapters.factory import MuonFactory, split_kwargs
+from muon_dist.adapters.hf_callbacks import MetricsFile
 from muon_dist.errors import CheckpointError, ConfigError
-from muon_dist.optim.groups import param_groups
 from muon_dist.optim.muon import Muon
-from muon_dist.routing import Override, SplitRule, route
+
+__all__ = ["MuonFactory", "MuonTrainer", "TrainingArguments", "bits_per_byte", "read_position"]
 
 POSITION_NAME = "position.json"
 OPTIMIZER_NAME = "optimizer.pt"
 SCHEDULER_NAME = "scheduler.pt"
 _STOCK_MAX_GRAD_NORM = 1.0  # the default of TrainingArguments, indistinguishable from a wish
-
-
-def is_rank_zero() -> bool:
-    """True on the first rank, and where nothing is distributed."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
-
-
-class MuonFactory:
-    """Makes a `Muon` for a stock Trainer: `Trainer(..., optimizer_cls_and_kwargs=(MuonFactory, {"lr": 0.02}))`.
-
-    The keyword arguments are those of `muon_dist.param_groups` and of `muon_dist.Muon`; `lr` is needed, since Trainer
-    keeps its own `learning_rate` to itself here. `overrides` and `splits` may be plain dicts. On the first rank the
-    routing table is printed unless `print_routing=False`. Not an Optimizer subclass: Trainer would flatten the model
-    into its own parameter groups.
-    """
-
-    def __call__(self, opt_model: nn.Module, *, print_routing: bool = True, **kwargs: Any) -> Muon:
-        """The optimizer for `opt_model`. Raises ConfigError for an unknown argument, RoutingError as `route` does."""
-        if "lr" not in kwargs:
-            raise ConfigError(
-                "MuonFactory needs lr, for example optimizer_cls_and_kwargs=(MuonFactory, {'lr': 0.02}): Trainer does "
-                "not pass its learning_rate to a factory"
-            )
-        of_groups, of_muon = split_kwargs(kwargs)
-        of_groups["overrides"] = [_as(Override, o) for o in of_groups.get("overrides", ())]
-        of_groups["splits"] = [_as(SplitRule, s) for s in of_groups.get("splits", ())]
-        if print_routing and is_rank_zero():
-            table = route(opt_model, overrides=of_groups["overrides"], splits=of_groups["splits"])
-            print(table.render(), flush=True)
-        return Muon(param_groups(opt_model, **of_groups), **of_muon)
-
-
-def _as(cls: type, value: Any) -> Any:
-    return cls(**value) if isinstance(value, Mapping) else value
-
-
-def _keywords(function: Callable[..., Any], skip: str) -> set[str]:
-    return {name for name in inspect.signature(function).parameters if name not in (skip, "self")}
-
-
-def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Sort keyword arguments into those of `param_groups` and those of `Muon` (a shared one goes to both).
-
-    Raises ConfigError that names every unknown one with the closest known.
-    """
-    for_groups = _keywords(param_groups, "model")
-    for_muon = _keywords(Muon, next(iter(inspect.signature(Muon).parameters)))
-    known = for_groups | for_muon | {"print_routing"}
-    problems = []
-    for name in kwargs:
-        if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            problems.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
-    if problems:
-        raise ConfigError(f"unknown argument for Muon: {', '.join(problems)}; known are {', '.join(sorted(known))}")
-    return (
-        {k: v for k, v in kwargs.items() if k in for_groups},
-        {k: v for k, v in kwargs.items() if k in for_muon},
-    )
 
 
 class _Stream(Sampler[int]):
@@ -101,33 +41,6 @@ class _Stream(Sampler[int]):
 
     def __len__(self) -> int:
         return self.total
-
-
-class MetricsFile(TrainerCallback):
-    """Appends what Trainer logs to a JSON-lines file, on the first rank: `step`, `time` (seconds since 1970), figures.
-
-    On resume the lines after the checkpoint's step go, so that each step stands in the file once.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step and state.global_step > 0]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **clean}) + "\n")
 
 
 class MuonTrainer(Trainer):
@@ -183,9 +96,10 @@ class MuonTrainer(Trainer):
         self._grad_norms: dict[str, torch.Tensor] = {}
         self._group_lrs: dict[str, float] = {}
         self._resumed_from: str | None = None
+        self._order: str | None = None
         self._first_sample = self._first_step = 0
-        self._tokens = self._tokens_logged = 0
-        self._seconds = 0.0
+        self._tokens = self._tokens_logged = self._tokens_resumed = 0
+        self._seconds = self.train_seconds = 0.0
         self._step_started: float | None = None
         if metrics_path is not None:
             self.add_callback(MetricsFile(metrics_path))
@@ -204,13 +118,14 @@ class MuonTrainer(Trainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         checkpoint = kwargs.get("resume_from_checkpoint")
-        self._resumed_from = checkpoint
-        self._first_sample = self._first_step = self._tokens = self._tokens_logged = 0
-        self._seconds = 0.0
+        self._resumed_from, self._order = checkpoint, None
+        self._first_sample = self._first_step = self._tokens = self._tokens_logged = self._tokens_resumed = 0
+        self._seconds = self.train_seconds = 0.0
         if checkpoint is not None and (self.train_sampler is not None or (Path(checkpoint) / POSITION_NAME).exists()):
             position = read_position(checkpoint)
             self._first_step, self._first_sample = position["global_step"], position["consumed_samples"]
-            self._tokens = self._tokens_logged = position["tokens"]
+            self._tokens = self._tokens_logged = self._tokens_resumed = position["tokens"]
+            self._order = position["order"]
         if self._flops_per_token is None and hasattr(self.model, "num_parameters"):
             self._flops_per_token = 6.0 * self.model.num_parameters(exclude_embeddings=True)
         if self._peak_flops is None:
@@ -222,7 +137,16 @@ class MuonTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         # Trainer has not read the checkpoint's state yet when it asks.
         remaining = max(0, self.args.max_steps - self._first_step) * self.samples_per_step
-        return _Stream(self.train_sampler(self._first_sample), remaining, self.args.max_steps * self.samples_per_step)
+        samples = self.train_sampler(self._first_sample)
+        digest = getattr(samples, "digest", None)
+        order = digest() if digest is not None else None
+        if self._order is not None and order != self._order:
+            raise CheckpointError(
+                f"{self._resumed_from} was trained on another order of samples (data, weights, sequence length or "
+                "seed differ): go on with those, or start a new run"
+            )
+        self._order = order
+        return _Stream(samples, remaining, self.args.max_steps * self.samples_per_step)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._step_started = time.perf_counter()
@@ -282,7 +206,8 @@ class MuonTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self._step_started is not None:
-            self._seconds += time.perf_counter() - self._step_started
+            seconds = time.perf_counter() - self._step_started
+            self._seconds, self.train_seconds = self._seconds + seconds, self.train_seconds + seconds
             self._step_started = None
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -306,10 +231,33 @@ class MuonTrainer(Trainer):
         if self._seconds > 0:
             rate = (self._tokens - self._tokens_logged) / self._seconds
             figures["tokens_per_s"] = rate
-            if self._flops_per_token is not None and self._peak_flops is not None:
-                figures["mfu"] = rate * self._flops_per_token / (self._peak_flops * self.args.world_size)
+            mfu = self._mfu(rate)
+            if mfu is not None:
+                figures["mfu"] = mfu
         self._seconds, self._tokens_logged = 0.0, self._tokens
         return figures
+
+    def throughput(self) -> dict[str, float | None]:
+        """Tokens and seconds of the training of this process group, their rate over all ranks, and MFU (0 to 1)."""
+        tokens, seconds = self._tokens - self._tokens_resumed, self.train_seconds
+        rate = tokens / seconds if seconds > 0 else None
+        return {
+            "tokens": self._tokens,
+            "train_seconds": seconds,
+            "tokens_per_s": rate,
+            "mfu": self._mfu(rate) if rate is not None else None,
+            "peak_flops": self._peak_flops,
+        }
+
+    def _mfu(self, rate: float) -> float | None:
+        if self._flops_per_token is None or self._peak_flops is None:
+            return None
+        return rate * self._flops_per_token / (self._peak_flops * self.args.world_size)
+
+    def show_with(self, console: TrainerCallback) -> None:
+        """Let `console` print the log in place of Trainer's printer."""
+        self.remove_callback(PrinterCallback)
+        self.add_callback(console)
 
     # ---- checkpoints
 
@@ -330,6 +278,7 @@ class MuonTrainer(Trainer):
                 "samples_per_step": self.samples_per_step,
                 "tokens": self._tokens,
                 "world_size": self.args.world_size,
+                "order": self._order,
             }
             (folder / POSITION_NAME).write_text(json.dumps(position, indent=2) + "\n", encoding="utf-8")
 
@@ -354,7 +303,7 @@ class MuonTrainer(Trainer):
                 # Trainer would go on with a fresh optimizer and say nothing.
                 raise CheckpointError(f"{checkpoint} holds no {name}: it cannot continue the run exactly")
         state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
-        optimizer.load_full_state_dict(state)
+        optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
 
 
@@ -363,14 +312,15 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     return loss / math.log(2.0) / bytes_per_token
 
 
-def read_position(checkpoint: str | Path) -> dict[str, int]:
+def read_position(checkpoint: str | Path) -> dict[str, Any]:
     """Where in the data a checkpoint stands. Raises CheckpointError when the file is missing or unreadable."""
     path = Path(checkpoint) / POSITION_NAME
     try:
         position = json.loads(path.read_text(encoding="utf-8"))
-        return {name: int(position[name]) for name in ("global_step", "consumed_samples", "tokens")}
+        numbers = {name: int(position[name]) for name in ("global_step", "consumed_samples", "tokens")}
+        return {**numbers, "order": position["order"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: no readable position in the data ({error}); was the save cut short?") from error
+        raise CheckpointError(f"{path}: no readable position in the data ({error}); was the save cut off?") from error
 
 
 def _compute_dtype(args: TrainingArguments, model: nn.Module) -> torch.dtype:
@@ -384,8 +334,8 @@ def _check(
 ) -> None:
     if args.max_grad_norm not in (None, 0.0, _STOCK_MAX_GRAD_NORM):
         raise ConfigError(
-            f"max_grad_norm={args.max_grad_norm} bounds one norm over all parameters; MuonTrainer clips each algorithm "
-            "by its own: leave max_grad_norm out and pass clip_adamw (and clip_muon, which Muon does not need)"
+            f"max_grad_norm={args.max_grad_norm} bounds one norm over all parameters; MuonTrainer bounds each "
+            "algorithm's: leave max_grad_norm out and pass clip_adamw (and clip_muon, which Muon does not need)"
         )
     if muon is not None and (kwargs.get("optimizer_cls_and_kwargs") or kwargs.get("optimizers")):
         raise ConfigError("muon and optimizer_cls_and_kwargs (or optimizers) both choose the optimizer: pass one")

@@ -38,7 +38,7 @@ def _number(name: str, default: int) -> int:
     try:
         return int(text) if text else default
     except ValueError as error:
-        raise ConfigError(f"the environment variable {name} is {text!r}, not a number: the launcher sets it") from error
+        raise ConfigError(f"the environment variable {name} is {text!r}: the launcher sets a number") from error
 
 
 def start(timeout_seconds: float = 1800.0) -> None:
@@ -70,32 +70,59 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+class _Outcome:
+    """What a piece of work on one rank came to; travels by pickle."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.value: Any = None
+        self.kind: type[MuonDistError] | None = None
+        self.text = ""
+        self.error: Exception | None = None
+        try:
+            self.value = work()
+        except Exception as error:
+            self.error = error
+            self.kind = type(error) if isinstance(error, MuonDistError) else MuonDistError
+            self.text = str(error) if isinstance(error, MuonDistError) else f"{type(error).__name__}: {error}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "error": None}  # its traceback does not pickle
+
+    def raise_here(self, elsewhere: bool) -> None:
+        """Raise what happened; on a rank that only heard of it, marked so that it is reported once."""
+        if self.kind is None:
+            return
+        if self.error is not None:
+            raise self.error
+        error = self.kind(self.text)
+        error.reported_elsewhere = elsewhere  # type: ignore[attr-defined]
+        raise error
+
+
+def everywhere(work: Callable[[], T]) -> T:
+    """Run on every rank what gives the same on each; its error is reported by the first rank alone."""
+    try:
+        return work()
+    except MuonDistError as error:
+        error.reported_elsewhere = rank() != 0  # type: ignore[attr-defined]
+        raise
+
+
 def once(work: Callable[[], T]) -> T:
     """Run `work` on the first rank while the others wait, and give its (picklable) result to all.
 
-    A MuonDistError there is raised on every rank, so that none is left waiting.
+    An error there is raised on every rank, so that none is left waiting.
     """
     if world_size() == 1:
         return work()
+    message: list[Any] = [_Outcome(work) if rank() == 0 else None]
+    own = message[0]
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    message: list[Any] = [None]
-    failure: Exception | None = None
-    if rank() == 0:
-        try:
-            message = [(True, work())]
-        except Exception as error:
-            failure = error
-            known = type(error) if isinstance(error, MuonDistError) else MuonDistError
-            message = [(False, (known, f"rank 0: {error}"))]
     dist.broadcast_object_list(message, src=0, group=group)
     dist.destroy_process_group(group)
-    if failure is not None:
-        raise failure
-    done, value = message[0]
-    if not done:
-        kind, text = value
-        raise kind(text)
-    return cast(T, value)
+    outcome: _Outcome = own or message[0]
+    outcome.raise_here(elsewhere=True)
+    return cast(T, outcome.value)
 
 
 def on_each_node(work: Callable[[], Any]) -> None:
@@ -103,21 +130,20 @@ def on_each_node(work: Callable[[], Any]) -> None:
 
     With a shared file system the later ones find everything done; without one, each node does its own.
     """
-    once(lambda: bool(work() or True))
+
+    def done() -> None:
+        work()
+
+    once(done)
     if world_size() == 1:
         return
-    failure: Exception | None = None
-    if local_rank() == 0 and rank() != 0:
-        try:
-            work()
-        except Exception as error:
-            failure = error
+    own = _Outcome(done) if local_rank() == 0 and rank() != 0 else None
     outcomes: list[Any] = [None] * world_size()
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    dist.all_gather_object(outcomes, str(failure) if failure is not None else None, group=group)
+    dist.all_gather_object(outcomes, own, group=group)
     dist.destroy_process_group(group)
-    if failure is not None:
-        raise failure
-    for other, text in enumerate(outcomes):
-        if text is not None:
-            raise MuonDistError(f"rank {other}: {text}")
+    if own is not None:
+        own.raise_here(elsewhere=False)
+    for outcome in outcomes:
+        if outcome is not None:
+            outcome.raise_here(elsewhere=True)

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 
-REDACTED = "<redacted>"
-_SECRET_VARIABLE = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-# Of a setting only the last word counts: hub_token is a secret, num_key_value_heads and shard_tokens are not.
-_SECRET_SETTING = re.compile(r"(^|[._-])(token|key|secret|password|passwd|credentials?)$", re.IGNORECASE)
+from muon_dist.config import REDACTED, is_secret
+
 _SHOWN_VARIABLES = re.compile(
     r"^(ACCELERATE|CUDA|DS|GLOO|HF|KMP|MASTER|MKL|MUON|NCCL|OMP|PYTORCH|RDZV|SLURM|TOKENIZERS|TORCH|TORCHELASTIC|TRITON"
     r"|UCX|WANDB|TRACKIO)_|^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|NNODES|NODE_RANK)$"
@@ -27,31 +25,20 @@ _PACKAGES = (
 ).split()
 
 
-def redact_settings(value: Any) -> Any:
-    """A copy of nested settings in which the text under every secret-looking key is replaced."""
-    if isinstance(value, Mapping):
-        return {
-            k: REDACTED if isinstance(v, str) and v and _SECRET_SETTING.search(str(k)) else redact_settings(v)
-            for k, v in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [redact_settings(v) for v in value]
-    return value
-
-
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
     """Command-line arguments with the values of secret-looking `key=value` pairs replaced."""
     shown = []
     for argument in arguments:
         key, equals, _ = argument.partition("=")
-        shown.append(f"{key}={REDACTED}" if equals and _SECRET_SETTING.search(key) else argument)
+        # tokenizer.path is no secret, trainer.hub_token is: the last part of the key decides
+        shown.append(f"{key}={REDACTED}" if equals and is_secret(key.rpartition(".")[2]) else argument)
     return shown
 
 
 def redact_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """The environment variables that bear on a run, secret-looking ones replaced."""
     return {
-        name: REDACTED if _SECRET_VARIABLE.search(name) and not name.startswith("TOKENIZERS_") else value
+        name: REDACTED if is_secret(name) and not name.startswith("TOKENIZERS_") else value
         for name, value in sorted(variables.items())
         if _SHOWN_VARIABLES.search(name)
     }

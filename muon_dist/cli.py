@@ -1,0 +1,165 @@
+"""The command line. Each command imports what it needs itself, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from muon_dist.errors import MuonDistError
+
+app = typer.Typer(
+    name="muon-dist",
+    help="Pretrain language models with Muon, from one process to many machines.",
+    epilog="A run on two processes: bash launch/torchrun.sh --nproc-per-node 2 train configs/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads it on Python 3.10 too)
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, for example optimizer.muon.lr=0.02."),
+]
+RunPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart, a checkpoint or a model folder.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what other settings left in the folder.")]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Optional[str], typer.Option(help="Make the run folder in here instead of in the configuration's run_dir.")  # noqa: UP045
+    ] = None,
+    resume: Annotated[
+        Optional[str], typer.Option(help="Go on from a checkpoint: its path, or auto for the newest of this run.")  # noqa: UP045
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again in a folder that holds a run.")] = False,
+) -> None:
+    """Train a model: tokenizer, data, training, evaluation, a sample. Start it with torchrun for several processes."""
+    _quiet()
+    from muon_dist.train.run import train as run
+
+    run(config, overrides or [], run_dir=run_dir, resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def tokenizer(config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
+    """Train the tokenizer on the configuration's text and save it for AutoTokenizer."""
+    from muon_dist.config import load_config
+    from muon_dist.train import corpus
+
+    info = corpus.make_tokenizer(load_config(config, overrides or []), overwrite)
+    typer.echo(f"{info.path}: {info.vocab_size:,} tokens, sha256 {info.sha256}")
+
+
+@app.command()
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every byte of data prepared before.")] = False,
+) -> None:
+    """Turn the configuration's text into token shards. What is done already stays."""
+    from muon_dist.config import load_config
+    from muon_dist.train import corpus
+
+    settings = load_config(config, overrides or [])
+    manifest = corpus.prepare(settings, overwrite, verify)
+    for source in manifest.sources:
+        for split, totals in source.splits.items():
+            typer.echo(f"{source.folder} {split}: {totals.documents:,} documents, {totals.tokens:,} tokens")
+    typer.echo(str(corpus.tokens_folder(settings)))
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunPath,
+    data: Annotated[
+        Optional[Path], typer.Option(help="Prepared data (folder tokens), if not that of the run.")  # noqa: UP045
+    ] = None,
+    sequence_length: Annotated[
+        Optional[int], typer.Option(min=2, help="Tokens in a sample, if not those of the run.")  # noqa: UP045
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    max_samples: Annotated[
+        Optional[int], typer.Option(min=1, help="Only the first so many samples.")  # noqa: UP045
+    ] = None,
+) -> None:
+    """Loss, perplexity and bits per byte on the validation text, as one line of JSON."""
+    _quiet()
+    from muon_dist.train.models import evaluate_folder
+
+    figures = evaluate_folder(
+        run, data=data, sequence_length=sequence_length, batch_size=batch_size, max_samples=max_samples
+    )
+    typer.echo(json.dumps(figures))
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the most probable token always.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=1, help="Choose among so many most probable tokens.")] = 40,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Let a trained model continue a text."""
+    _quiet()
+    from muon_dist.train.models import generate_from_folder
+
+    typer.echo(generate_from_folder(run, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
+    dtype: Annotated[
+        Optional[str], typer.Option(help="float32, bfloat16 or float16; as trained unless given.")  # noqa: UP045
+    ] = None,
+) -> None:
+    """Write model and tokenizer to a folder for AutoModelForCausalLM and AutoTokenizer."""
+    _quiet()
+    from muon_dist.train.models import export_folder
+
+    export_folder(run, out, dtype)
+    typer.echo(str(out))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a configuration file, for an editor."""
+    from muon_dist.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def _quiet() -> None:
+    """Before torch and transformers are imported: no banners of libraries between the lines of a run."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point: run the command; an error of ours is a message and its exit code, never a traceback."""
+    try:
+        return app(args=arguments)
+    except MuonDistError as error:
+        if not getattr(error, "reported_elsewhere", False):
+            rank = os.environ.get("RANK", "0")
+            print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""From a configuration to the model, the routing table and the trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from muon_dist.adapters.hf_callbacks import Console
+from muon_dist.adapters.hf_trainer import MuonFactory, MuonTrainer, TrainingArguments
+from muon_dist.config import Config
+from muon_dist.errors import ConfigError
+from muon_dist.model import DTYPES, build_model, check_sequence_length, flops_per_token
+from muon_dist.optim.groups import param_groups
+from muon_dist.routing import Override, RoutingTable, SplitRule, route
+from muon_dist.train.folder import RunFolder
+
+
+class AdamWFactory:
+    """`torch.optim.AdamW` on the parameters that Muon would train, with the same ones exempt from weight decay.
+
+    torch's own optimizer, so that the comparison does not rest on our code.
+    """
+
+    def __call__(
+        self,
+        opt_model: nn.Module,
+        *,
+        table: RoutingTable,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> torch.optim.AdamW:
+        """The optimizer, with the groups "adamw" and "adamw_no_decay"."""
+        merged: dict[str, dict[str, Any]] = {}
+        for group in param_groups(opt_model, lr=lr, weight_decay=weight_decay, table=table):
+            name = "adamw_no_decay" if group["name"] == "adamw_no_decay" else "adamw"
+            into = merged.setdefault(
+                name,
+                {"params": [], "name": name, "algorithm": "adamw", "weight_decay": group["weight_decay"]},
+            )
+            into["params"] += group["params"]
+        return torch.optim.AdamW(list(merged.values()), lr=lr, betas=betas, eps=eps)
+
+
+def make_model(config: Config, tokenizer: Any) -> Any:
+    """The model with fresh weights from `config.seed`, its vocabulary and special tokens from the tokenizer."""
+    model = build_model(
+        config.model,
+        vocab_size=len(tokenizer),
+        seed=config.seed,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    check_sequence_length(model.config, config.data.sequence_length)
+    return model
+
+
+def routing_table(config: Config, model: nn.Module) -> RoutingTable:
+    """Where each parameter goes under the routing rules of the configuration."""
+    rules = config.optimizer.routing
+    return route(
+        model,
+        [Override(rule.pattern, rule.algorithm) for rule in rules.overrides],
+        [SplitRule(rule.pattern, heads=rule.heads, sizes=rule.sizes) for rule in rules.split],
+    )
+
+
+def optimizer_factory(config: Config, table: RoutingTable) -> tuple[type, dict[str, Any]]:
+    """What Trainer takes as `optimizer_cls_and_kwargs`."""
+    muon, adamw = config.optimizer.muon, config.optimizer.adamw
+    shared: dict[str, Any] = {"table": table, "betas": tuple(adamw.betas), "eps": adamw.eps}
+    if config.optimizer.name == "adamw":
+        return AdamWFactory, {**shared, "lr": adamw.lr, "weight_decay": adamw.weight_decay}
+    dtypes = {"ns_dtype": muon.ns_dtype, "wire_dtype": muon.wire_dtype}
+    rest = muon.model_dump(exclude=set(dtypes))
+    return MuonFactory, {
+        **shared,
+        **rest,
+        **{name: None if value is None else DTYPES[value] for name, value in dtypes.items()},
+        "adamw_lr": adamw.lr,
+        "adamw_weight_decay": adamw.weight_decay,
+        "print_routing": False,
+    }
+
+
+def training_arguments(config: Config, folder: RunFolder, train_samples: int) -> TrainingArguments:
+    """`TrainingArguments` of the trainer block. Epochs are turned into steps, which is how the sampler counts.
+
+    Raises ConfigError with the message of transformers when it refuses a value.
+    """
+    cuda = torch.cuda.is_available()
+    settings: dict[str, Any] = {
+        "logging_steps": 10,
+        "report_to": "none",
+        # Every parameter of a causal language model gets a gradient; looking for those that do not costs time.
+        "ddp_find_unused_parameters": False,
+        "use_cpu": not cuda,
+        "dataloader_pin_memory": cuda,
+        **config.trainer,
+        "output_dir": str(folder.checkpoints),
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "learning_rate": config.optimizer.muon.lr if config.optimizer.name == "muon" else config.optimizer.adamw.lr,
+        "max_grad_norm": 0.0,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "deepspeed": config.deepspeed,
+    }
+    try:
+        args = TrainingArguments(**settings)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"trainer: transformers refuses these settings: {error}") from error
+    if args.max_steps <= 0:
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        args.max_steps = math.ceil(args.num_train_epochs * train_samples / batch)
+    return args
+
+
+def stack(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Samples of equal length -> one batch, (B, T) for each key."""
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def make_trainer(
+    config: Config,
+    folder: RunFolder,
+    *,
+    model: Any,
+    tokenizer: Any,
+    table: RoutingTable,
+    train_dataset: Any,
+    eval_dataset: Any | None,
+    sampler: Callable[[int, int], Iterable[int]],
+    bytes_per_token: tuple[float, float],
+) -> MuonTrainer:
+    """The trainer of a run. sampler: (samples consumed, samples in all) -> indices into `train_dataset`."""
+    args = training_arguments(config, folder, len(train_dataset))
+    total = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    clip = config.optimizer.clip
+    trainer = MuonTrainer(
+        model,
+        args,
+        optimizer_cls_and_kwargs=optimizer_factory(config, table),
+        clip_muon=clip.muon,
+        clip_adamw=clip.adamw,
+        train_sampler=lambda consumed: sampler(consumed, total),
+        bytes_per_token=bytes_per_token,
+        flops_per_token=flops_per_token(model, config.data.sequence_length),
+        metrics_path=folder.metrics,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        data_collator=stack,
+    )
+    trainer.show_with(Console())
+    return trainer

@@ -1,0 +1,103 @@
+"""From a configuration to a tokenizer, token shards and the datasets of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from muon_dist.config import Config
+from muon_dist.data import Manifest, MixtureDataset, MixtureSampler, Source, TokenizerInfo, load_tokenizer
+from muon_dist.data import prepare as prepare_shards
+from muon_dist.data import train_tokenizer as train_tokenizer_folder
+
+# Of the tokenizer's sample and of the split by document. Not the seed of the run: runs with several seeds are compared
+# on the same data.
+_DATA_SEED = 0
+
+
+def sources(config: Config) -> list[Source]:
+    """The sources of text in the configuration."""
+    return [Source(**source.model_dump()) for source in config.data.sources]
+
+
+def tokenizer_folder(config: Config) -> Path:
+    """Where the tokenizer of the configuration lies, or will lie."""
+    return Path(config.tokenizer.path) if config.tokenizer.path is not None else Path(config.data.dir) / "tokenizer"
+
+
+def tokens_folder(config: Config) -> Path:
+    """Where the token shards lie, or will lie."""
+    return Path(config.data.dir) / "tokens"
+
+
+def make_tokenizer(config: Config, overwrite: bool = False) -> TokenizerInfo:
+    """Load the tokenizer of the configuration, or train it; one trained before on the same text stays."""
+    block = config.tokenizer
+    if block.path is not None:
+        return load_tokenizer(block.path).info
+    assert block.vocab_size is not None  # the schema fills it in
+    return train_tokenizer_folder(
+        sources(config),
+        tokenizer_folder(config),
+        model_type=block.model_type,
+        vocab_size=block.vocab_size,
+        sample_bytes=block.sample_bytes,
+        seed=_DATA_SEED,
+        threads=config.data.workers,
+        overwrite=overwrite,
+    )
+
+
+def prepare(config: Config, overwrite: bool = False, verify: bool = False) -> Manifest:
+    """Tokenizer and token shards of the configuration; what is done already stays."""
+    make_tokenizer(config, overwrite)
+    data = config.data
+    return prepare_shards(
+        sources(config),
+        tokenizer_folder(config),
+        tokens_folder(config),
+        validation_fraction=data.validation_fraction,
+        shard_tokens=data.shard_tokens,
+        workers=data.workers,
+        seed=_DATA_SEED,
+        overwrite=overwrite,
+        verify=verify,
+    )
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """Packed samples of a run, and how many bytes of text one of their tokens stands for."""
+
+    train: MixtureDataset
+    validation: MixtureDataset | None
+    weights: tuple[float, ...]
+    seed: int
+
+    @property
+    def bytes_per_token(self) -> tuple[float, float]:
+        """(train, validation): of the mixture as it is drawn, and of all validation samples."""
+        total = sum(self.weights)
+        train = sum(w / total * d.bytes_per_token for w, d in zip(self.weights, self.train.datasets, strict=True))
+        return train, bytes_per_token(self.validation) if self.validation is not None else train
+
+    def sampler(self, consumed: int, total: int) -> MixtureSampler:
+        """The order of training samples from `consumed` to `total`."""
+        return MixtureSampler(self.train.lengths, self.weights, seed=self.seed, consumed=consumed, total=total)
+
+
+def bytes_per_token(dataset: MixtureDataset) -> float:
+    """Bytes of text for each token, over the samples of all sources."""
+    return sum(len(d) * d.bytes_per_token for d in dataset.datasets) / len(dataset)
+
+
+def open_datasets(config: Config, vocab_size: int) -> Datasets:
+    """The prepared data. DataError when it is missing, damaged or holds tokens beyond `vocab_size`."""
+    data: dict[str, Any] = {"sequence_length": config.data.sequence_length, "vocab_size": vocab_size}
+    folder = tokens_folder(config)
+    validation = None
+    if config.data.validation_fraction > 0:
+        validation = MixtureDataset.open(folder, "validation", **data)
+    train = MixtureDataset.open(folder, "train", **data)
+    return Datasets(train, validation, tuple(s.weight for s in config.data.sources), config.seed)

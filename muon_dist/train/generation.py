@@ -1,0 +1,44 @@
+"""Text from a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int = 40,
+    seed: int = 0,
+) -> str:
+    """`prompt` and its continuation by at most `tokens` tokens.
+
+    temperature 0 takes the most probable token always; else one of the `top_k` most probable is drawn, the same for
+    the same `seed`. The caller's random state is left as it was.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        ids = torch.tensor([[start]], device=model.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    choice: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        choice = {"do_sample": True, "temperature": temperature, "top_k": top_k}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    was_training, used_cache = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            out = model.generate(**inputs, max_new_tokens=tokens, pad_token_id=padding, **choice)
+    finally:
+        model.train(was_training)
+        model.config.use_cache = used_cache
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -1,0 +1,101 @@
+"""What is done with a trained model: evaluate, generate, export."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from muon_dist.adapters.hf_callbacks import quiet_transformers
+from muon_dist.config import Config, load_config
+from muon_dist.data import MixtureDataset
+from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.model import DTYPES
+from muon_dist.model.load import load_model, load_text_tokenizer
+from muon_dist.train import corpus
+from muon_dist.train.evaluation import evaluate
+from muon_dist.train.folder import RunFolder
+from muon_dist.train.generation import generate
+
+
+def find_model(path: str | Path) -> Path:
+    """The model folder meant by a run folder (its final model, else its newest checkpoint), or by itself.
+
+    Raises CheckpointError when there is none.
+    """
+    root = Path(path)
+    if (root / "config.json").is_file():
+        return root
+    folder = RunFolder(root)
+    if (folder.model / "config.json").is_file():
+        return folder.model
+    finished = folder.finished_checkpoints()
+    if finished:
+        return finished[-1]
+    raise CheckpointError(f"{root}: neither a model (config.json) nor a run folder with a model/ or a checkpoint")
+
+
+def run_config(path: str | Path) -> Config | None:
+    """The configuration of the run that a run, model or checkpoint folder belongs to, if it is in one."""
+    root = Path(path)
+    for candidate in (root, root.parent, root.parent.parent):
+        file = RunFolder(candidate).config
+        if file.is_file():
+            return load_config(file)
+    return None
+
+
+def evaluate_folder(
+    path: str | Path,
+    *,
+    data: str | Path | None = None,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    max_samples: int | None = None,
+) -> dict[str, Any]:
+    """`evaluate` on the validation split of the run's data, or of other prepared `data` of the same tokenizer."""
+    quiet_transformers()
+    folder = find_model(path)
+    config = run_config(path)
+    if config is None and (data is None or sequence_length is None):
+        raise ConfigError(f"{path} lies in no run folder: pass --data and --sequence-length")
+    if data is None:
+        assert config is not None
+        data = corpus.tokens_folder(config)
+    if sequence_length is None:
+        assert config is not None
+        sequence_length = config.data.sequence_length
+    model = load_model(folder)
+    dataset = MixtureDataset.open(data, "validation", sequence_length, vocab_size=model.config.vocab_size)
+    figures = evaluate(
+        model, dataset, corpus.bytes_per_token(dataset), batch_size=batch_size, max_samples=max_samples
+    )
+    return {"model": str(folder), "data": str(data), **figures}
+
+
+def generate_from_folder(path: str | Path, prompt: str, tokens: int, **choice: Any) -> str:
+    """`generate` with the model and the tokenizer of a folder."""
+    quiet_transformers()
+    folder = find_model(path)
+    return generate(load_model(folder), load_text_tokenizer(folder), prompt, tokens, **choice)
+
+
+def export_folder(path: str | Path, out: str | Path, dtype: str | None = None) -> None:
+    """Save the model (in `dtype`, or as it is) and its tokenizer to the new folder `out`.
+
+    Raises ConfigError when `out` exists or the dtype is unknown, CheckpointError when there is no model.
+    """
+    quiet_transformers()
+    target = Path(out)
+    if target.exists():
+        raise ConfigError(f"{target} exists already: choose another folder")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
+    folder = find_model(path)
+    model = load_model(folder, DTYPES[dtype] if dtype is not None else None)
+    tokenizer = load_text_tokenizer(folder)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(target)

@@ -1,0 +1,138 @@
+"""A training run from its configuration to its summary."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from muon_dist.adapters.hf_callbacks import quiet_transformers
+from muon_dist.adapters.hf_trainer import MuonTrainer
+from muon_dist.config import Config, load_config
+from muon_dist.model import count_parameters
+from muon_dist.model.load import load_text_tokenizer
+from muon_dist.routing import RoutingTable
+from muon_dist.train import build, corpus, distributed, environment, summary
+from muon_dist.train.folder import RunFolder, changed_settings, write_json
+from muon_dist.train.generation import generate
+
+
+def train(
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train as the configuration says and return the summary (on the first rank complete, else without the sample).
+
+    run_dir: where the run folder (run_dir/name) is made, instead of the configuration's. resume: "auto" or a
+    checkpoint. overwrite: start again in a folder that holds a run. Every rank of a launcher calls it.
+    """
+    quiet_transformers()
+    config = distributed.everywhere(lambda: load_config(config_path, overrides))
+    distributed.start(float(config.trainer.get("ddp_timeout", 1800)))
+    try:
+        folder = RunFolder(Path(run_dir if run_dir is not None else config.run_dir) / config.name)
+        checkpoint = distributed.once(lambda: _open(folder, config, resume, overwrite))
+        _say(f"run folder {folder.root}" + (f", resuming from {checkpoint}" if checkpoint else ""))
+        started = time.perf_counter()
+        distributed.on_each_node(lambda: corpus.prepare(config))
+        trainer = _trainer(config, folder, time.perf_counter() - started)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return _finish(config, folder, trainer)
+    finally:
+        distributed.stop()
+
+
+def _say(text: str) -> None:
+    if distributed.rank() == 0:
+        print(text, flush=True)
+
+
+def _open(folder: RunFolder, config: Config, resume: str | None, overwrite: bool) -> str | None:
+    """Make the run folder ready and write down what the run is."""
+    checkpoint = folder.open(resume, overwrite)
+    text = config.to_yaml()
+    if checkpoint is not None and folder.config.exists():
+        for line in changed_settings(yaml.safe_load(folder.config.read_text("utf-8")), yaml.safe_load(text)):
+            print(f"changed since the run began: {line}", flush=True)
+    folder.config.write_text(text, encoding="utf-8")
+    write_json(folder.environment, environment.describe())
+    return checkpoint
+
+
+def _trainer(config: Config, folder: RunFolder, preparation: float) -> MuonTrainer:
+    tokenizer = load_text_tokenizer(corpus.tokenizer_folder(config))
+    datasets = corpus.open_datasets(config, len(tokenizer))
+    model = build.make_model(config, tokenizer)
+    table = build.routing_table(config, model)
+    distributed.once(lambda: _write_routing(folder, table))
+    count = count_parameters(model)
+    train_bytes, _ = datasets.bytes_per_token
+    _say(
+        f"model {config.model['model_type']}, {count.total:,} parameters, {count.non_embedding:,} outside embeddings; "
+        f"data {len(datasets.train):,} samples of {config.data.sequence_length} tokens, {train_bytes:.3f} bytes per "
+        f"token, ready in {preparation:.1f} s; {distributed.world_size()} processes; {config.optimizer.name}"
+    )
+    return build.make_trainer(
+        config,
+        folder,
+        model=model,
+        tokenizer=tokenizer,
+        table=table,
+        train_dataset=datasets.train,
+        eval_dataset=datasets.validation,
+        sampler=datasets.sampler,
+        bytes_per_token=datasets.bytes_per_token,
+    )
+
+
+def _write_routing(folder: RunFolder, table: RoutingTable) -> None:
+    text = table.render()
+    print(text, flush=True)
+    folder.routing.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    routes = table.to_json()
+    folder.routing.write_text(routes if isinstance(routes, str) else json.dumps(routes, indent=2), encoding="utf-8")
+
+
+def _finish(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str, Any]:
+    """Evaluate, save the model, write and show the summary."""
+    figures = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    trainer.save_model(str(folder.model))
+    found = folder.finished_checkpoints()
+    out: dict[str, Any] = {
+        "name": config.name,
+        "optimizer": config.optimizer.name,
+        "seed": config.seed,
+        "steps": trainer.state.global_step,
+        "world_size": distributed.world_size(),
+        **trainer.throughput(),
+        "validation_loss": figures.get("eval_loss"),
+        "validation_bits_per_byte": figures.get("eval_bits_per_byte"),
+        "validation_perplexity": figures.get("eval_perplexity"),
+        "run": str(folder.root),
+        "checkpoint": str(found[-1]) if found else None,
+        "model": str(folder.model),
+        "metrics": str(folder.metrics),
+    }
+    if distributed.rank() == 0:
+        block = config.evaluation
+        if block.generate_tokens > 0:
+            out["sample"] = generate(
+                trainer.accelerator.unwrap_model(trainer.model),
+                trainer.processing_class,
+                block.generate_prompt,
+                block.generate_tokens,
+                temperature=block.temperature,
+                top_k=block.top_k,
+                seed=config.seed,
+            )
+        write_json(folder.summary, out)
+        summary.show(out)
+    return out
