@@ -6,6 +6,7 @@ weights), never on its name: names lie. Users correct it with `Override` and cut
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import json
@@ -101,7 +102,8 @@ class Route:
         if self.algorithm != "muon":
             return ()
         batch, outputs, inputs = _logical_matrix(self.shape, self.transposed)
-        sizes = _block_sizes(self.split, outputs)
+        split = self.split or Split(heads=1)
+        sizes = split.sizes or (outputs // (split.heads or 1),) * (split.heads or 1)
         return tuple(MatrixGroup(batch * len(list(run)), rows, inputs) for rows, run in itertools.groupby(sizes))
 
 
@@ -118,11 +120,8 @@ class RoutingTable:
     def totals(self) -> dict[str, dict[str, float]]:
         """Parameters, matrices, elements and share of all elements for "muon", "adamw" and "frozen"."""
         everything = sum(r.elements for r in self.routes)
-        parts = {
-            "muon": self.select("muon"),
-            "adamw": self.select("adamw"),
-            "frozen": tuple(r for r in self.routes if r.frozen),
-        }
+        frozen = tuple(r for r in self.routes if r.frozen)
+        parts = {"muon": self.select("muon"), "adamw": self.select("adamw"), "frozen": frozen}
         return {
             name: {
                 "parameters": len(routes),
@@ -187,15 +186,10 @@ def _uses(model: nn.Module) -> list[tuple[nn.Parameter, list[_Use]]]:
 def _modules_offered(model: nn.Module, method: str) -> Iterator[nn.Module]:
     """What each submodule's `method()` returns (Hugging Face models, also when wrapped), None left out."""
     for module in model.modules():
-        offer = getattr(module, method, None)
-        if not callable(offer):
-            continue
-        try:
-            offered = offer()
-        except (NotImplementedError, AttributeError):  # transformers backbones without a text embedding
-            continue
-        if isinstance(offered, nn.Module):
-            yield offered
+        if callable(offer := getattr(module, method, None)):
+            with contextlib.suppress(NotImplementedError, AttributeError):  # backbones without a text embedding
+                if isinstance(offered := offer(), nn.Module):
+                    yield offered
 
 
 def _weight_ids(modules: Iterator[nn.Module] | Sequence[nn.Module]) -> set[int]:
@@ -220,10 +214,8 @@ def output_head(model: nn.Module) -> set[int]:
         return offered
     tables = {logical_shape(m.weight) for m in model.modules() if isinstance(m, _EMBEDDINGS)}
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and logical_shape(m.weight) in tables]
-    if not heads:
-        return set()
-    most = max(logical_shape(m.weight)[0] for m in heads)
-    return {id([m for m in heads if logical_shape(m.weight)[0] == most][-1].weight)}
+    largest = max(reversed(heads), key=lambda m: logical_shape(m.weight)[0], default=None)
+    return _weight_ids([largest] if largest is not None else [])
 
 
 def _is_transposed(use: _Use, shape: tuple[int, ...]) -> bool:
@@ -242,30 +234,20 @@ def _logical_matrix(shape: tuple[int, ...], transposed: bool) -> tuple[int, int,
     return batch, outputs, inputs
 
 
-def _block_sizes(split: Split | None, outputs: int) -> list[int]:
-    if split is None:
-        return [outputs]
-    if split.heads is not None:
-        return [outputs // split.heads] * split.heads
-    return list(split.sizes or ())
-
-
 def _default(uses: list[_Use], shape: tuple[int, ...], embedding: bool, head: bool) -> tuple[Algorithm, str, bool]:
     """(algorithm, reason, decay) by module type, logical shape and identity."""
     modules = [u.module for u in uses]
     if len(shape) < 2:
         return "adamw", "a vector (one axis)" if shape else "a scalar", False
-    if embedding:
-        return "adamw", "embedding", True
-    if head:
-        return "adamw", "output head", True
+    if embedding or head:
+        return "adamw", "embedding" if embedding else "output head", True
     if any(isinstance(m, _NORMS) for m in modules):
         return "adamw", f"normalisation ({type(modules[0]).__name__})", False
     if len(shape) > 3 or any(isinstance(m, _CONVOLUTIONS) for m in modules):
         return "adamw", f"convolution or more than three axes ({type(modules[0]).__name__})", True
+    if len(shape) == 3 and shape[0] == 1:
+        return "adamw", "three axes, but a batch of one: no experts", True
     if len(shape) == 3:
-        if shape[0] == 1:
-            return "adamw", "three axes, but a batch of one: no experts", True
         return "muon", f"batch of {shape[0]} matrices", True
     # gpt-oss keeps one bias vector for each expert, (E, out), beside the (E, in, out) weight of the same module
     stacked = {s[0] for p in modules[0]._parameters.values() if p is not None and len(s := logical_shape(p)) == 3}
@@ -308,33 +290,34 @@ class _Rules:
         for index, rule in enumerate(self.rules):
             if self.matched[index]:
                 continue
-            idle = [n for n in names if self._hit(index, [n])]
+            idle = ", ".join([n for n in names if self._hit(index, [n])][:3])
             if idle:
-                raise RoutingError(
-                    f"{self.what} {rule.pattern!r} matches only parameters that go to AdamW, which cuts nothing: "
-                    f"{', '.join(idle[:3])}"
-                )
-            plain = re.sub(r"\\(.)", r"\1", rule.pattern).replace(".*", "")
-            closest = difflib.get_close_matches(plain, names, n=1, cutoff=0.0)
-            hint = f"; the closest name is {closest[0]}" if closest else ""
+                raise RoutingError(f"{self.what} {rule.pattern!r} matches only parameters that go to AdamW: {idle}")
             raise RoutingError(
-                f"{self.what} {rule.pattern!r} matches no parameter "
-                f"(the whole name must match, with or without '.weight'){hint}"
+                f"{self.what} {rule.pattern!r} matches no parameter (the whole name must match, with or without "
+                f"'.weight'); the closest name is {_closest(rule.pattern, names)}"
             )
+
+
+def _closest(pattern: str, names: Sequence[str]) -> str:
+    """The name of which an end part (`q_proj`, `self_attn.q_proj`, ...) is most like the pattern."""
+    plain = re.sub(r"\\(.)|[.^$*+?()]+", r"\1", pattern)
+
+    def likeness(name: str) -> float:
+        parts = name.removesuffix(".weight").split(".")
+        ends = ("".join(parts[start:]) for start in range(len(parts)))
+        return max(difflib.SequenceMatcher(None, end, plain).ratio() for end in ends)
+
+    return max(names, key=likeness, default="none: the model has no parameters")
 
 
 def _make_split(rule: SplitRule, fqn: str, shape: tuple[int, ...], transposed: bool) -> Split:
     outputs = _logical_matrix(shape, transposed)[1]
+    axis = f"the output axis of {fqn} {_shape_text(shape)}, which has {outputs} rows"
     if rule.heads is not None and outputs % rule.heads:
-        raise RoutingError(
-            f"split {rule.pattern!r}: heads = {rule.heads} does not divide the output axis of {fqn} "
-            f"{_shape_text(shape)}, which has {outputs} rows"
-        )
+        raise RoutingError(f"split {rule.pattern!r}: heads = {rule.heads} does not divide {axis}")
     if rule.sizes is not None and sum(rule.sizes) != outputs:
-        raise RoutingError(
-            f"split {rule.pattern!r}: sizes {list(rule.sizes)} add up to {sum(rule.sizes)}, but the output axis of "
-            f"{fqn} {_shape_text(shape)} has {outputs} rows"
-        )
+        raise RoutingError(f"split {rule.pattern!r}: the sizes add up to {sum(rule.sizes)}, unlike {axis}")
     return Split(rule.heads, None if rule.sizes is None else tuple(rule.sizes))
 
 
