@@ -1,5 +1,6 @@
 """Layouts: which rank holds which fragments of every matrix."""
 
+from muon_dist.layout.flat import FlatGroup, PlacedParameter, flat_layout
 from muon_dist.layout.fragment import (
     Fragment,
     Layout,
@@ -9,15 +10,20 @@ from muon_dist.layout.fragment import (
     cut_parameter,
     fragments_of_run,
 )
+from muon_dist.layout.per_parameter import per_parameter_layout
 from muon_dist.layout.replicated import replicated_layout
 
 __all__ = [
+    "FlatGroup",
     "Fragment",
     "Layout",
     "Matrix",
     "MatrixLayout",
+    "PlacedParameter",
     "Span",
     "cut_parameter",
+    "flat_layout",
     "fragments_of_run",
+    "per_parameter_layout",
     "replicated_layout",
 ]

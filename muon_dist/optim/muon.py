@@ -10,16 +10,17 @@ import torch.distributed as dist
 
 from muon_dist.errors import ConfigError, LayoutError, RoutingError
 from muon_dist.exchange.transport import Transport
-from muon_dist.layout import cut_parameter, replicated_layout
-from muon_dist.numerics import compute_dtype, get_schedule
+from muon_dist.frameworks import loaded_binders
+from muon_dist.layout import replicated_layout
+from muon_dist.numerics import compute_dtype
 from muon_dist.optim.adamw import adamw_step
-from muon_dist.optim.binding import BINDERS, Binding, Group, NotReady, ParameterSpec, update_scale
+from muon_dist.optim.binding import BINDERS, Binding, Group, NotReady, ParameterSpec
+from muon_dist.optim.options import check_group, iterations, make_spec
 from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import MOMENTUM, PARTIAL, adopt_momentum, full_state_dict, partial_momentum, split_momentum
 from muon_dist.ownership import OwnershipPlan, assign_owners
 
 DEFAULT_GROUP = "default"
-ALGORITHMS = ("muon", "adamw")
 
 
 class Muon(torch.optim.Optimizer):
@@ -90,6 +91,9 @@ class Muon(torch.optim.Optimizer):
         self._specs: list[list[ParameterSpec]] = []
         # Kept beside param_groups: a universal load of DeepSpeed overwrites every group's options with group 0's.
         self._algorithms: list[str] = []
+        # All groups, also while a framework steps them one at a time with `param_groups` cut down to that one.
+        self._groups: list[Group] = []
+        self._gathered: dict[str, Any] | None = None
         self._runtime: Runtime | None = None
         self._loaded: dict[torch.Tensor, tuple[torch.Tensor, list[str] | None]] | None = None
         self._buffer_of: dict[int, int] = {}
@@ -119,6 +123,7 @@ class Muon(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         index = len(self.param_groups) - 1
+        self._groups.append(group)
         check_group(group, f"group {group.get('name', index)}")
         names = group.get("param_names") or [f"group{index}.param{i}" for i in range(len(group["params"]))]
         cuts = cuts if cuts is not None else [None] * len(names)
@@ -126,7 +131,7 @@ class Muon(torch.optim.Optimizer):
             raise ConfigError(f"group {index} has {len(cuts)} cuts for {len(names)} parameters")
         self._algorithms.append(group["algorithm"])
         self._specs.append(
-            [_spec(n, p, group["algorithm"], c) for n, p, c in zip(names, group["params"], cuts, strict=True)]
+            [make_spec(n, p, group["algorithm"], c) for n, p, c in zip(names, group["params"], cuts, strict=True)]
         )
 
     # Planning -------------------------------------------------------------------------------------------------------
@@ -173,7 +178,7 @@ class Muon(torch.optim.Optimizer):
             plan = assign_owners(
                 binding.layout,
                 policy=self._owner_policy,
-                steps=lambda m: _steps(self.param_groups[groups[m.buffer]]),
+                steps=lambda m: iterations(self._groups[groups[m.buffer]]),
                 bytes_per_element=(self._wire_dtype or torch.float32).itemsize,
             )
             fields = [*plan.fields(), *self._option_fields(binding, groups)]
@@ -216,13 +221,13 @@ class Muon(torch.optim.Optimizer):
         yield "bucket_mb in bytes", self._bucket_bytes
         yield "wire_dtype", str(self._wire_dtype)
         for index in sorted(set(groups.values())):
-            group = self.param_groups[index]
+            group = self._groups[index]
             dtype = compute_dtype(group["ns_dtype"], binding.device, group["ns_schedule"])
             yield f"group {index}: Newton-Schulz", (group["ns_steps"], group["ns_schedule"], str(dtype))
 
     def _bind_first(self) -> bool:
         """Bind through an adapter, or to the parameters as they are; False while a framework is still being built."""
-        for binder in BINDERS:
+        for binder in (*BINDERS, *loaded_binders()):
             answer = binder(self)
             if isinstance(answer, NotReady):
                 return False
@@ -281,7 +286,7 @@ class Muon(torch.optim.Optimizer):
             return loss
         assert self._runtime is not None
         work: dict[int, Work] = {}
-        present = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
+        present = [(self._index(group), p) for group in self.param_groups for p in group["params"]]
         has_gradient = [p.grad is not None for _, p in present]
         if not self._runtime.plan.layout.complete_gradients:
             has_gradient = self._runtime.transport.any_rank(has_gradient)
@@ -293,13 +298,25 @@ class Muon(torch.optim.Optimizer):
             if gradient.is_sparse:
                 raise ConfigError("sparse gradients are not supported: make the embedding with sparse=False")
             if self._algorithms[index] == "muon":
-                work[self._buffer(index, p)] = Work(p, gradient, self.param_groups[index])
+                work[self._buffer(index, p)] = Work(p, gradient, self._groups[index])
             else:
                 adamw.setdefault(index, []).append((p, gradient))
         for index, pairs in adamw.items():
-            adamw_step(self.param_groups[index], self.state, pairs)
+            adamw_step(self._groups[index], self.state, pairs)
         self._runtime.step(work)
         return loss
+
+    def _index(self, group: Group) -> int:
+        index = next((i for i, known in enumerate(self._groups) if known is group), None)
+        if index is not None:
+            return index
+        if len(self.param_groups) != len(self._groups):
+            raise LayoutError(
+                f"group '{group.get('name', group.get('algorithm'))}' is not one of the {len(self._groups)} that Muon "
+                "was made with: change a group in place instead of replacing it"
+            )
+        self._groups = list(self.param_groups)
+        return self._index(group)
 
     def _buffer(self, index: int, p: torch.Tensor) -> int:
         buffer = self._buffer_of.get(id(p))
@@ -314,6 +331,8 @@ class Muon(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part: its own momentum, and AdamW's state as kept here; local. See `full_state_dict`."""
+        if self._gathered is not None:
+            return self._gathered
         packed = super().state_dict()
         if partial := partial_momentum(self):
             packed[PARTIAL] = partial
@@ -325,6 +344,17 @@ class Muon(torch.optim.Optimizer):
         Rank 0 gets a state_dict that `load_state_dict` takes on any number of ranks, others get {}.
         """
         return full_state_dict(self)
+
+    def gather_state(self) -> None:
+        """Until `release_state`, let `state_dict()` be `full_state_dict()` on rank 0; a collective.
+
+        For a framework that saves the state dict of rank 0 alone: its hook before a save, on all ranks.
+        """
+        self._gathered = self.full_state_dict() or None
+
+    def release_state(self) -> None:
+        """Let `state_dict()` be this rank's part again."""
+        self._gathered = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `full_state_dict()`, or this rank's own `state_dict()`; local, on every rank.
@@ -340,6 +370,7 @@ class Muon(torch.optim.Optimizer):
             raise ConfigError(f"the saved groups are {saved}, this optimizer's are {self._algorithms}")
         momentum, rest = split_momentum(self, state_dict)
         super().load_state_dict(rest)
+        self._groups = list(self.param_groups)
         self._loaded = momentum if state_dict["state"] else None
         if self._runtime is not None:
             if self._loaded is None:
@@ -349,40 +380,3 @@ class Muon(torch.optim.Optimizer):
             return
         for p, (value, _) in momentum.items():
             self.state[p][MOMENTUM] = value
-
-
-def check_group(group: Group, where: str) -> None:
-    """Raise ConfigError, naming key and value, for a parameter group whose options cannot be used."""
-    if group["algorithm"] not in ALGORITHMS:
-        raise ConfigError(f"{where}: algorithm '{group['algorithm']}' is unknown: use one of {ALGORITHMS}")
-    for key in ("lr", "weight_decay"):
-        if not float(group[key]) >= 0:
-            raise ConfigError(f"{where}: {key} is {group[key]}: it must be at least 0")
-    if group["algorithm"] == "adamw":
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ConfigError(f"{where}: betas are {group['betas']}: both must be in [0, 1)")
-        if not group["eps"] >= 0:
-            raise ConfigError(f"{where}: eps is {group['eps']}: it must be at least 0")
-        return
-    if not 0 <= group["momentum"] < 1:
-        raise ConfigError(f"{where}: momentum is {group['momentum']}: it must be in [0, 1)")
-    _steps(group)
-    compute_dtype(group["ns_dtype"], torch.device("cpu"), group["ns_schedule"])
-    update_scale(group["scale"], cut_parameter("", (1, 1))[0])
-
-
-def _steps(group: Group) -> int:
-    return len(get_schedule(group["ns_schedule"]).coefficients(group["ns_steps"]))
-
-
-def _spec(name: str, p: torch.Tensor, algorithm: str, cut: dict[str, Any] | None) -> ParameterSpec:
-    # zero.Init of ZeRO-3 leaves an empty tensor and keeps the shape in `ds_shape`
-    shape = tuple(int(n) for n in getattr(p, "ds_shape", p.shape))
-    if algorithm == "adamw":
-        return ParameterSpec(name, shape)
-    if len(shape) < 2:
-        raise RoutingError(
-            f"{name} of shape {shape} is in a Muon group, but only matrices can be orthogonalized: put it into a "
-            "group with algorithm 'adamw', or use muon_dist.param_groups(model)"
-        )
-    return ParameterSpec(name, shape, cut_parameter(name, shape, **(cut or {})))

@@ -1,0 +1,53 @@
+"""Checks of a parameter group's options, and what is noted of its parameters before a framework replaces them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from muon_dist.errors import ConfigError, RoutingError
+from muon_dist.layout import cut_parameter
+from muon_dist.numerics import compute_dtype, get_schedule
+from muon_dist.optim.binding import Group, ParameterSpec, update_scale
+
+ALGORITHMS = ("muon", "adamw")
+
+
+def check_group(group: Group, where: str) -> None:
+    """Raise ConfigError, naming key and value, for a parameter group whose options cannot be used."""
+    if group["algorithm"] not in ALGORITHMS:
+        raise ConfigError(f"{where}: algorithm '{group['algorithm']}' is unknown: use one of {ALGORITHMS}")
+    for key in ("lr", "weight_decay"):
+        if not float(group[key]) >= 0:
+            raise ConfigError(f"{where}: {key} is {group[key]}: it must be at least 0")
+    if group["algorithm"] == "adamw":
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ConfigError(f"{where}: betas are {group['betas']}: both must be in [0, 1)")
+        if not group["eps"] >= 0:
+            raise ConfigError(f"{where}: eps is {group['eps']}: it must be at least 0")
+        return
+    if not 0 <= group["momentum"] < 1:
+        raise ConfigError(f"{where}: momentum is {group['momentum']}: it must be in [0, 1)")
+    iterations(group)
+    compute_dtype(group["ns_dtype"], torch.device("cpu"), group["ns_schedule"])
+    update_scale(group["scale"], cut_parameter("", (1, 1))[0])
+
+
+def iterations(group: Group) -> int:
+    """Newton-Schulz steps of a Muon group, the schedule's fixed tail included."""
+    return len(get_schedule(group["ns_schedule"]).coefficients(group["ns_steps"]))
+
+
+def make_spec(name: str, p: torch.Tensor, algorithm: str, cut: dict[str, Any] | None) -> ParameterSpec:
+    """The specification of parameter `p`. Raises RoutingError for one under Muon with fewer than two axes."""
+    # zero.Init of ZeRO-3 leaves an empty tensor and keeps the shape in `ds_shape`
+    shape = tuple(int(n) for n in getattr(p, "ds_shape", p.shape))
+    if algorithm == "adamw":
+        return ParameterSpec(name, shape)
+    if len(shape) < 2:
+        raise RoutingError(
+            f"{name} of shape {shape} is in a Muon group, but only matrices can be orthogonalized: put it into a "
+            "group with algorithm 'adamw', or use muon_dist.param_groups(model)"
+        )
+    return ParameterSpec(name, shape, cut_parameter(name, shape, **(cut or {})))
