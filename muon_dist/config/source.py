@@ -128,9 +128,10 @@ def parse(text: str, name: str, numbered: bool = True) -> Document:
     finally:
         if loader is not None:
             loader.dispose()
+    if node is None:
+        return Document(None, {(): Place(name)})
     reader = _Plain(name, numbered)
-    data = None if node is None else reader.value(node, ())
-    return Document(data, reader.places, reader.problems)
+    return Document(reader.value(node, ()), reader.places, reader.problems)
 
 
 def _failed(place: Place, message: str) -> Document:
@@ -151,9 +152,12 @@ class _Plain:
         place = self._place(node)
         self.places.setdefault(keys, place)
         self.nodes += 1
-        if self.nodes > MAX_NODES or any(node is outer for outer in self.open):
-            if self.nodes <= MAX_NODES + 1:
-                self._refuse(node, keys, "aliases that repeat without end" if self.open else "too large")
+        if any(node is outer for outer in self.open):
+            self._refuse(node, keys, "an alias inside what it stands for")
+            return None
+        if self.nodes > MAX_NODES:
+            if self.nodes == MAX_NODES + 1:
+                self._refuse(node, keys, f"more than {MAX_NODES} values, counted with aliases")
             return None
         self.open.append(node)
         try:

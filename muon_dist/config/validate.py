@@ -133,7 +133,7 @@ def _source(keys: Keys, source: SourceConfig) -> Found:
         return
     of_dataset = {"config", "split", "streaming", "revision"}
     misplaced = {"builtin": of_dataset | {"format", "text_field"}, "path": of_dataset, "dataset": {"format"}}[kinds[0]]
-    for name in sorted(source.model_fields_set & misplaced):
+    for name in sorted(n for n in misplaced if getattr(source, n) != SourceConfig.model_fields[n].default):
         yield (*keys, name), f"has no meaning for a source with {kinds[0]}: remove {name}"
 
 

@@ -1,0 +1,246 @@
+"""Loading: inheritance, overrides, and what every kind of bad input gets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from muon_dist.config import Config, json_schema, load_config
+from muon_dist.errors import ConfigError
+
+MINIMAL = """\
+name: tiny
+model: {model_type: llama, hidden_size: 32}
+optimizer:
+  muon: {lr: 1e-2}
+  adamw: {lr: 0.003}
+"""
+
+
+def write(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def errors(path: Path, *overrides: str) -> list[str]:
+    """The lines of the error, without the folder, sorted as shown."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    assert caught.value.exit_code == 2
+    lines = str(caught.value).replace(f"{path.parent}/", "").split("\n  ")
+    if len(lines) > 1:
+        assert lines.pop(0) == f"{len(lines)} errors in the configuration:"
+    return lines
+
+
+def test_defaults_and_types(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    assert config.optimizer.muon.lr == 0.01  # 1e-2 is text in YAML 1.1
+    assert config.optimizer.adamw.betas == (0.9, 0.95) and config.optimizer.clip.muon is None
+    assert config.tokenizer.vocab_size == 4096 and config.data.sources[0].builtin == "stdlib"
+    assert load_config(write(tmp_path, MINIMAL + "tokenizer: {path: tok}\n")).tokenizer.vocab_size is None
+    with pytest.raises(ValueError, match="frozen"):
+        config.optimizer.muon.lr = 1.0  # type: ignore[misc]
+
+
+def test_yaml_1_2_scalars(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, MINIMAL + "trainer: {eval_strategy: no, max_steps: 1_000}\nrun_dir: 2026-11-22\n")
+    )
+    assert config.trainer == {"eval_strategy": "no", "max_steps": 1000}
+    assert config.run_dir == "2026-11-22"
+
+
+def test_base_is_relative_merged_and_lists_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, MINIMAL + "data: {sources: [{builtin: stdlib}, {path: a}], sequence_length: 64}\n", "low.yaml")
+    write(tmp_path, "base: low.yaml\nmodel: {hidden_size: 64}\n", "middle.yaml")
+    text = (
+        "base: ../middle.yaml\nname: top\ndata: {sources: [{path: b, weight: 2}]}\noptimizer: {muon: {ns_steps: 6}}\n"
+    )
+    config = load_config(write(tmp_path / "sub", text))
+    assert config.name == "top" and config.model == {"model_type": "llama", "hidden_size": 64}
+    assert [s.path for s in config.data.sources] == ["b"] and config.data.sequence_length == 64
+    assert config.optimizer.muon.lr == 0.01 and config.optimizer.muon.ns_steps == 6
+
+
+def test_errors_name_the_file_of_an_inherited_key(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL + "data: {workers: 0}\n", "low.yaml")
+    path = write(tmp_path, "base: low.yaml\n\ndata: {sequence_length: none}\n")
+    assert errors(path) == [
+        "low.yaml:6: data.workers: should be greater than or equal to 1, not 0",
+        "run.yaml:3: data.sequence_length: should be a valid integer, not 'none'",
+    ]
+    assert errors(path, "data.workers=2") == ["run.yaml:3: data.sequence_length: should be a valid integer, not 'none'"]
+
+
+def test_base_that_is_missing_or_goes_in_a_circle(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: x\nbase: nowhere.yaml\n")
+    assert errors(path) == [f"run.yaml:2: base: no such file: {tmp_path}/nowhere.yaml".replace(f"{tmp_path}/", "")]
+    write(tmp_path, "base: run.yaml\n", "other.yaml")
+    (line,) = errors(write(tmp_path, "base: other.yaml\n"))
+    assert line == "other.yaml:1: base: files that name each other as base: run.yaml -> other.yaml -> run.yaml"
+    assert errors(write(tmp_path, "base: [a]\n")) == ["run.yaml:1: base: needs the path of a file"]
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "data: {sources: [{builtin: stdlib}, {path: a}]}\n")
+    config = load_config(
+        path,
+        [
+            "optimizer.muon.lr=2e-2",
+            "optimizer.adamw.betas=[0.8, 0.9]",
+            "optimizer.clip={muon: 2.0}",
+            "data.sources.1.weight=3",
+            "trainer.eval_strategy=no",
+            "tokenizer={path: a=b, vocab_size: null}",
+            "optimizer.routing.overrides=[{pattern: lm_head, algorithm: muon}]",
+        ],
+    )
+    assert config.optimizer.muon.lr == 0.02 and config.optimizer.adamw.betas == (0.8, 0.9)
+    assert config.optimizer.clip.muon == 2.0 and config.optimizer.clip.adamw == 1.0
+    assert [s.weight for s in config.data.sources] == [1.0, 3.0]
+    assert config.trainer["eval_strategy"] == "no" and config.tokenizer.path == "a=b"
+    assert config.optimizer.routing.overrides[0].pattern == "lm_head"
+
+
+def test_bad_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert errors(path, "seed", "optimizer.moun.lr=1", "data.sequence_length=1.5", "seed=[1") == [
+        "override data.sequence_length=1.5: data.sequence_length: should be a valid integer, not 1.5",
+        "override optimizer.moun.lr=1: optimizer.moun: unknown key; did you mean muon?",
+        "override seed: write an override as key.key=value, for instance optimizer.muon.lr=0.01",
+        "override seed=[1: seed: not valid YAML: expected ',' or ']', but got '<stream end>'",
+    ]
+    (line,) = errors(path, "trainer.hub_token=[hf_verysecret]")
+    assert "hf_verysecret" not in line and line.startswith("override trainer.hub_token: ")
+
+
+def test_all_errors_at_once_with_lines_and_closest_keys(tmp_path: Path) -> None:
+    text = """\
+name: a/b
+name: again
+lr: 0.1
+model: {model_type: llama, max_position_embeddings: 128}
+optimizer:
+  muon:
+    lr: fast
+    ns_schedule: kellr
+    scale: spectra
+  adamw: {lr: 0.001, betas: [0.9, 1.5]}
+data: {sequence_length: 256, sources: [{builtin: stdlib, wieght: 2}]}
+trainer:
+  max_step: 10
+  bf16: yes
+  lr_scheduler_type: cosin
+evaluaton: {}
+"""
+    lines = errors(write(tmp_path, text))
+    starts = [
+        "run.yaml:1: name: ",
+        "run.yaml:2: name: duplicate key, first given in line 1",
+        "run.yaml:3: lr: unknown key; did you mean optimizer.muon.lr or optimizer.adamw.lr?",
+        "run.yaml:7: optimizer.muon.lr: should be a valid number, not 'fast'",
+        "run.yaml:8: optimizer.muon.ns_schedule: unknown ns_schedule 'kellr'; did you mean 'keller'?",
+        "run.yaml:9: optimizer.muon.scale: 'spectra' is not one of match_rms_adamw, spectral, none; did you mean",
+        "run.yaml:10: optimizer.adamw.betas.1: should be less than 1, not 1.5",
+        "run.yaml:11: data.sources.0.wieght: unknown key; did you mean weight?",
+        "run.yaml:13: trainer.max_step: unknown TrainingArguments name; did you mean max_steps?",
+        "run.yaml:14: trainer.bf16: needs true or false, not 'yes'",
+        "run.yaml:15: trainer.lr_scheduler_type: 'cosin' is not one of linear, cosine,",
+        "run.yaml:16: evaluaton: unknown key; did you mean evaluation?",
+    ]
+    # A key that is given twice is told once.
+    assert [s for s in starts[1:] if not any(line.startswith(s) for line in lines)] == []
+    assert len(lines) == len(starts) - 1
+
+
+def test_missing_keys_are_placed_at_their_block(tmp_path: Path) -> None:
+    assert errors(write(tmp_path, "seed: 1\noptimizer:\n  muon: {}\n")) == [
+        "run.yaml:1: model: this key is needed",
+        "run.yaml:1: name: this key is needed",
+        "run.yaml:2: optimizer.adamw: this key is needed",
+        "run.yaml:3: optimizer.muon.lr: this key is needed",
+    ]
+
+
+@pytest.mark.parametrize(
+    "raw, expected",
+    [
+        (b"name: x\noptimizer: [1,\n", r"run\.yaml:3: not valid YAML: "),
+        (b"name: x\n\tseed: 1\n", r"run\.yaml:2: not valid YAML: "),
+        (b"name: x\nseed: \xff1\n", r"run\.yaml:2: not UTF-8: byte 0xff at offset 14"),
+        (b"name: x\nseed: \x07\n", r"run\.yaml:2: character U\+0007 in YAML"),
+        (b"", r"run\.yaml: holds no settings"),
+        (b"- a\n- b\n", r"run\.yaml:1: holds no settings"),
+        (b"a: 1\n---\nb: 2\n", r"run\.yaml:2: not valid YAML: but found another document"),
+        (b"1: x\n", r"run\.yaml:1: the key 1 is not text"),
+        (b"x: &a [*a]\n", r"run\.yaml:1: x\.0: an alias inside what it stands for"),
+        (b"a: &a {name: x}\nb: {<<: *a}\n", r"run\.yaml:2: b: merge keys \(<<\) are not supported"),
+        (b"seed: !!int x\n", r"run\.yaml:1: seed: 'x' is not a int"),
+        (b"a: " + b"[" * 3000 + b"]" * 3000, r"run\.yaml: nested too deeply"),
+        (b"#" * (1 << 20) + b"\n", r"run\.yaml: larger than 1048576 bytes"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, raw: bytes, expected: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(raw)
+    lines = errors(path)
+    assert any(re.match(expected, line) for line in lines), lines
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    assert errors(tmp_path / "run.yaml") == ["run.yaml: no such file"]
+    with pytest.raises(ConfigError, match="not a file"):
+        load_config(tmp_path)
+
+
+def test_aliases_cannot_grow_without_bound(tmp_path: Path) -> None:
+    bomb = "\n".join(["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)])
+    assert any("more than 100000 values" in line for line in errors(write(tmp_path, bomb + "\n")))
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.system", "!!python/name:os.system", "!!binary", "!mine", "!!timestamp"]
+)
+def test_tags_that_make_objects_are_refused(tmp_path: Path, tag: str) -> None:
+    canary = tmp_path / "canary"
+    path = write(tmp_path, MINIMAL + f'run_dir: {tag} ["touch {canary}"]\n')
+    (line,) = errors(path)
+    assert line == f"run.yaml:6: run_dir: the tag {tag} is refused: a configuration holds plain data only"
+    (line,) = errors(write(tmp_path, MINIMAL), f'run_dir={tag} "touch {canary}"')
+    assert f"the tag {tag} is refused" in line
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", ["../escape", ".hidden", "..", "a b", ""])
+def test_names_that_leave_the_run_folder(tmp_path: Path, name: str) -> None:
+    (line,) = errors(write(tmp_path, MINIMAL), f"name='{name}'")
+    assert f"override name='{name}': name: " in line
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    trainer = "trainer: {eval_strategy: no, run_name: '1e5', log_level: 'on', hub_revision: '0o7', max_steps: 5}\n"
+    prompt = 'evaluation: {generate_prompt: "caf\\u00e9: {x}\\n# 12"}\n'
+    path = write(tmp_path, MINIMAL + trainer + prompt + "deepspeed: {a: 1.0e-8, b: [1, null]}\n")
+    config = load_config(path, ["optimizer.routing.split=[{pattern: '.*q', heads: 8}]", "optimizer.muon.lr=1e-7"])
+    again = load_config(write(tmp_path, config.to_yaml(), "again.yaml"))
+    assert again == config and isinstance(again, Config)
+    assert again.trainer["run_name"] == "1e5" and again.evaluation.generate_prompt == "caf\u00e9: {x}\n# 12"
+
+
+def test_saved_configuration_holds_no_secret(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL), ["trainer.hub_token=hf_abc", "data.shard_tokens=77"])
+    assert "hf_abc" not in config.to_yaml() and "hf_abc" in config.to_yaml(redacted=False)
+    assert "shard_tokens: 77" in config.to_yaml()
+
+
+def test_json_schema_knows_every_key() -> None:
+    schema = json_schema()
+    assert {"name", "base", "optimizer", "trainer"} <= set(schema["properties"])
+    muon = schema["$defs"]["MuonConfig"]
+    assert "keller" in muon["properties"]["ns_schedule"]["enum"] and muon["additionalProperties"] is False
+    assert set(schema["required"]) == {"name", "model", "optimizer"}

@@ -1,0 +1,119 @@
+"""Settings that are fine alone and wrong together, and the trainer block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from muon_dist.config import load_config
+from muon_dist.errors import ConfigError
+
+MINIMAL = """\
+name: tiny
+model: {model_type: llama, hidden_size: 32}
+optimizer:
+  muon: {lr: 0.01}
+  adamw: {lr: 0.003}
+"""
+
+
+@pytest.mark.parametrize(
+    "overrides, first, second",
+    [
+        (["tokenizer={path: tok, vocab_size: 100}"], "tokenizer.vocab_size: ", "tokenizer.path (tok)"),
+        (["tokenizer.vocab_size=null"], "tokenizer.vocab_size: ", "tokenizer.path"),
+        (["data.sources=[]"], "data.sources: ", "name a source"),
+        (["data.sources=[{weight: 1}]"], "data.sources.0: ", "builtin, path and dataset, and has none"),
+        (["data.sources=[{path: a, builtin: stdlib}]"], "data.sources.0: ", "has builtin and path"),
+        (["data.sources=[{path: a, streaming: false}]"], "data.sources.0.streaming: ", "source with path"),
+        (["data.sources=[{dataset: a, format: text}]"], "data.sources.0.format: ", "source with dataset"),
+        (
+            ["data.validation_fraction=0", "trainer.eval_strategy=steps"],
+            "data.validation_fraction: ",
+            "trainer.eval_strategy = steps",
+        ),
+        (["model.model_type=null"], "model.model_type: ", "is needed"),
+        (["model.dtype=float64"], "model.dtype: ", "float32, bfloat16, float16"),
+        (["model.vocab_size=7"], "model.vocab_size: ", "tokenizer.vocab_size is 4096"),
+        (
+            ["model.max_position_embeddings=128", "data.sequence_length=256"],
+            "data.sequence_length: is 256",
+            "model.max_position_embeddings = 128",
+        ),
+        (["model.n_positions=128", "data.sequence_length=256"], "data.sequence_length: ", "model.n_positions"),
+        (
+            ["optimizer.muon.ns_schedule=strict", "optimizer.muon.ns_dtype=bfloat16"],
+            "optimizer.muon.ns_dtype: is bfloat16",
+            "optimizer.muon.ns_schedule = strict",
+        ),
+        (
+            ["optimizer.muon.ns_schedule=strict", "optimizer.muon.ns_steps=9"],
+            "optimizer.muon.ns_steps: ",
+            "ns_schedule='strict'",
+        ),
+        (
+            ["optimizer.routing.overrides=[{pattern: '(', algorithm: muon}]"],
+            "optimizer.routing.overrides.0.pattern: ",
+            "not a valid regular expression",
+        ),
+        (["optimizer.routing.split=[{pattern: a}]"], "optimizer.routing.split.0: ", "one of heads and sizes"),
+        (["optimizer.routing.split=[{pattern: a, sizes: []}]"], "optimizer.routing.split.0: ", "heads and sizes"),
+        (["trainer={bf16: true, fp16: true}"], "trainer.fp16: ", "trainer.bf16 are both true"),
+        (["trainer.learning_rate=0.1"], "trainer.learning_rate: ", "optimizer.muon.lr and optimizer.adamw.lr"),
+        (["trainer.max_grad_norm=1.0"], "trainer.max_grad_norm: ", "optimizer.clip.adamw"),
+        (["trainer.output_dir=x"], "trainer.output_dir: ", "run_dir and name"),
+        (
+            ["trainer.lr_scheduler_type=warmup_stable_decay"],
+            "trainer.lr_scheduler_kwargs: ",
+            "trainer.lr_scheduler_type is warmup_stable_decay",
+        ),
+        (["deepspeed=7"], "deepspeed: ", "a path, a mapping or null"),
+        (["deepspeed=ds.json", "trainer.fsdp=full_shard"], "trainer.fsdp: ", "and deepspeed are both set"),
+        (["deepspeed.optimizer.type=Adam"], "deepspeed.optimizer: ", "optimizer.name = muon"),
+        (["deepspeed={bf16: {enabled: true}}"], "deepspeed.bf16.enabled: is true", "trainer.bf16 is false"),
+    ],
+)
+def test_contradictions_name_both_keys(tmp_path: Path, overrides: list[str], first: str, second: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    text = str(caught.value)
+    assert "errors in the configuration" not in text, text
+    assert first in text and second in text, text
+    assert caught.value.exit_code == 2
+
+
+def test_contradictions_are_found_beside_other_errors(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL + "trainer: {fp16: true, bf16: true}\nseeed: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    text = str(caught.value)
+    assert "trainer.fp16: " in text and "seeed: unknown key; did you mean seed?" in text
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("bf16=1", "trainer.bf16: needs true or false, not 1"),
+        ("max_steps=ten", "trainer.max_steps: needs a whole number, not 'ten'"),
+        ("save_total_limit=[1]", "trainer.save_total_limit: needs a whole number or null, not [1]"),
+        ("warmup_steps=0.1", None),
+        ("report_to=[tensorboard]", None),
+        ("gradient_checkpointing_kwargs={use_reentrant: false}", None),
+        ("eval_strategy=epoch", None),
+        ("save_strategy=somtimes", "trainer.save_strategy: 'somtimes' is not one of no, steps, epoch, best"),
+    ],
+)
+def test_trainer_values(tmp_path: Path, value: str, expected: str | None) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    if expected is None:
+        name = value.split("=")[0]
+        assert name in load_config(path, [f"trainer.{value}"]).trainer
+    else:
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, [f"trainer.{value}"])
+        assert expected in str(caught.value)
