@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # torch.optim imports it on first use: 2 s that every forked rank would pay again
 import torch.distributed as dist
 
 
@@ -38,9 +40,9 @@ def _rank_main(
         result = fn(*args)
         dist.barrier()
         dist.destroy_process_group()
-        pipe.send((True, result))
+        pipe.send_bytes(pickle.dumps((True, result)))  # by value: torch's pickler would share a dying rank's memory
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         pipe.close()
 
@@ -69,7 +71,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
             for pipe in ready:
                 rank = pipes.index(pipe)  # type: ignore[arg-type]
                 try:
-                    outcomes[rank] = pipe.recv()  # type: ignore[union-attr]
+                    outcomes[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
                 except EOFError:
                     outcomes[rank] = (False, f"rank {rank} died without a result (exit {processes[rank].exitcode})")
             if not ready:

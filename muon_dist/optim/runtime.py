@@ -69,8 +69,8 @@ class Runtime:
         wire_dtype: dtype of gathered momentum and scattered updates; None moves both without loss.
 
     Attributes:
-        momentum: buffer -> this rank's fp32 momentum: of the buffer's shape where the rank is a source of all that
-            it holds, else one flat tensor of the source fragments in matrix order.
+        momentum: buffer -> this rank's fp32 momentum: of the buffer's shape, padding included, where the rank is a
+            source of all that it holds, else one flat tensor of the source fragments in matrix order, or nothing.
         orthogonalized: matrices orthogonalized on this rank since the start.
     """
 
@@ -102,18 +102,19 @@ class Runtime:
 
     def _place_momentum(self) -> None:
         rank = self.transport.rank
-        by_buffer: dict[int, list[tuple[int, Fragment]]] = defaultdict(list)
-        held: dict[int, int] = defaultdict(int)
+        sourced: dict[int, list[tuple[int, Fragment]]] = {b: [] for b in range(len(self.binding.buffers))}
+        held = dict.fromkeys(sourced, 0)
         for i, layout in enumerate(self.plan.layout.matrices):
             held[layout.buffer] += layout.held(rank)
-            for f in self.plan.sources[i]:
-                if f.rank == rank:
-                    by_buffer[layout.buffer].append((i, f))
+            sourced[layout.buffer] += [(i, f) for f in self.plan.sources[i] if f.rank == rank]
         self._momentum_spans = [[] for _ in self._matrices]
-        for buffer, pieces in by_buffer.items():
+        for buffer, pieces in sourced.items():
             tensor = self.binding.buffers[buffer]
-            whole = sum(f.length for _, f in pieces) == held[buffer]
-            size = tensor.shape if whole else (sum(f.length for _, f in pieces),)
+            length = sum(f.length for _, f in pieces)
+            whole = length == held[buffer]
+            if not whole and not pieces:
+                continue
+            size = tensor.shape if whole else (length,)
             self.momentum[buffer] = torch.zeros(size, dtype=torch.float32, device=tensor.device)
             at = 0
             for i, f in pieces:

@@ -55,7 +55,7 @@ def split_momentum(
     for index, entry in state_dict["state"].items():
         rest[index] = {key: value for key, value in entry.items() if key != MOMENTUM}
         if MOMENTUM in entry and index < len(parameters):
-            momentum[parameters[index]] = (entry[MOMENTUM], partial.get(index))
+            momentum[parameters[index]] = (entry[MOMENTUM].detach().clone(), partial.get(index))
     return momentum, {"state": rest, "param_groups": state_dict["param_groups"]}
 
 
@@ -68,6 +68,8 @@ def adopt_momentum(runtime: Runtime, loaded: Mapping[torch.Tensor, tuple[torch.T
     for buffer, shard in runtime.momentum.items():
         parameter = runtime.binding.buffers[buffer]
         pieces = runtime.momentum_pieces(buffer)
+        if not pieces:  # padding only
+            continue
         if parameter not in loaded:
             raise CheckpointError(
                 f"the state dict has no momentum of {pieces[0][0].name}, which rank {runtime.transport.rank} owns: it "
@@ -109,6 +111,8 @@ def full_state_dict(optimizer: Muon) -> dict[str, Any]:
             f"full_state_dict gathers the replicated layout only, this one is {layout.kind}: the framework saves each "
             "rank's own shard (engine.save_checkpoint under DeepSpeed)"
         )
+    # torch's inner dicts are the live state
+    local["state"] = {index: dict(entry) for index, entry in local["state"].items()}
     index_of = {id(p): i for i, p in enumerate(indexed_parameters(optimizer))}
     for buffer, parameter in enumerate(runtime.binding.buffers):
         # Sources do not overlap, so the sum over ranks places every element exactly once.

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from muon_dist.exchange.schedule import bytes_sent, make_buckets, outgoing, returning, splits
+from muon_dist.layout import Layout, MatrixLayout, cut_parameter, fragments_of_run
+from muon_dist.layout.replicated import replicated_layout
+from muon_dist.ownership import OwnershipPlan, assign_owners
+
+
+def random_plan(seed: int, world: int) -> OwnershipPlan:
+    """Matrices of random shapes, each cut into random runs over the ranks, some of them empty."""
+    rng = random.Random(seed)
+    layouts = []
+    for i in range(12):
+        shape = (rng.randint(1, 9), rng.randint(1, 9))
+        (m,) = cut_parameter(f"m{i}", shape)
+        cuts = sorted(rng.randint(0, m.numel) for _ in range(world - 1))
+        runs = zip([0, *cuts], [*cuts, m.numel], strict=True)
+        fragments = [f for r, (a, b) in enumerate(runs) for f in fragments_of_run(m, r, a, b - a, 0, 0)]
+        layouts.append(MatrixLayout(m, tuple(fragments)))
+    return assign_owners(Layout("flat", world, tuple(layouts)))
+
+
+@pytest.mark.parametrize("bound", [1, 40, 10**9])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_buckets_hold_every_matrix_once_within_the_bound(world, bound):
+    plan = random_plan(world, world)
+    everything = range(len(plan.layout.matrices))
+    buckets = make_buckets(plan, list(everything), bound)
+    assert sorted(i for b in buckets for i in b.matrices) == list(everything)
+    largest = max(m.matrix.numel for m in plan.layout.matrices)
+    for b in buckets:
+        if len(b.matrices) > 1:
+            for counts in (b.gather, b.scatter):
+                for rank in range(world):
+                    sends, receives = splits(counts, rank, world)
+                    assert sum(sends) <= max(bound, largest) >= sum(receives)
+            for rank in range(world):
+                owned = [i for i in b.matrices if plan.owners[i] == rank]
+                assert len(owned) <= 1 or sum(plan.layout.matrices[i].matrix.numel for i in owned) <= bound
+    assert bound == 1 or len(buckets) < len(everything)
+
+
+def test_messages_agree_on_both_ends_and_with_the_byte_count():
+    world = 4
+    plan = random_plan(7, world)
+    buckets = make_buckets(plan, list(range(12)), 60)
+    total = 0
+    for b in buckets:
+        for sender in range(world):
+            sends, _ = splits(b.gather, sender, world)
+            returns, _ = splits(b.scatter, sender, world)
+            for receiver in range(world):
+                if sender == receiver:
+                    assert sends[receiver] == 0
+                    continue
+                assert sends[receiver] == sum(f.length for _, f in outgoing(plan, b, sender, receiver))
+                assert returns[receiver] == sum(f.length for _, f in returning(plan, b, sender, receiver))
+                # exclusive fragments: what came in goes back
+                assert returns[receiver] == splits(b.gather, receiver, world)[0][sender]
+            total += 4 * sum(sends) + 2 * sum(returns)
+    assert total == sum(bytes_sent(buckets, r, 4, 2) for r in range(world))
+
+
+def test_replicated_gathers_nothing_and_broadcasts():
+    matrices = [cut_parameter(f"m{i}", (4, 6))[0] for i in range(4)]
+    plan = assign_owners(replicated_layout([[m] for m in matrices], 4))
+    (bucket,) = make_buckets(plan, [0, 1, 2, 3], 10**9)
+    assert bucket.gather == {}
+    assert sum(bucket.scatter.values()) == 4 * 24 * 3
+    assert [bytes_sent((bucket,), r, 4, 4) for r in range(4)] == [4 * 24 * 3] * 4

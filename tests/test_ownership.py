@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from muon_dist.cost import CostModel
+from muon_dist.errors import ConfigError, PlanMismatchError
+from muon_dist.layout import Fragment, Layout, Matrix, MatrixLayout, cut_parameter
+from muon_dist.layout.replicated import replicated_layout
+from muon_dist.ownership import OwnershipPlan, assign_owners, digest, first_difference
+
+
+def square(name: str, side: int) -> Matrix:
+    return cut_parameter(name, (side, side))[0]
+
+
+def work(m: MatrixLayout) -> float:
+    return CostModel().orthogonalize(m.matrix.rows, m.matrix.cols, 5)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_balanced_is_within_grahams_bound_of_the_best(world):
+    """LPT ends within 4/3 - 1/(3 m) of the optimum (Graham 1969), found here by trying every assignment."""
+    matrices = [square(f"m{i}", side) for i, side in enumerate([64, 96, 96, 128, 160, 64])]
+    layout = replicated_layout([[m] for m in matrices], world)
+    best = min(
+        max(OwnershipPlan(layout, owners).load(work))
+        for owners in itertools.product(range(world), repeat=len(matrices))
+    )
+    assert max(assign_owners(layout).load(work)) <= best * (4 / 3 - 1 / (3 * world)) * (1 + 1e-12)
+
+
+def test_a_whole_matrix_stays_unless_balance_pays():
+    def on(rank: int, name: str, side: int) -> MatrixLayout:
+        m = square(name, side)
+        return MatrixLayout(m, (Fragment(rank, 0, m.numel, 0, 0),))
+
+    spread = Layout("flat", 2, (on(0, "a", 64), on(1, "b", 64)))
+    assert assign_owners(spread).owners == (0, 1)
+    crowded = Layout("flat", 2, tuple(on(0, f"m{i}", 1024) for i in range(8)))
+    cheap_link = assign_owners(crowded, cost=CostModel(1e10, 1e12))
+    dear_link = assign_owners(crowded, cost=CostModel(1e15, 1e3))
+    assert sorted(cheap_link.owners) == [0] * 4 + [1] * 4
+    assert dear_link.owners == (0,) * 8
+
+
+def test_each_phase_is_balanced_by_itself():
+    """ZeRO steps one buffer at a time: two matrices of one buffer on one rank would leave the other idle."""
+
+    def split(name: str, buffer: int) -> MatrixLayout:
+        m = square(name, 64)
+        half = m.numel // 2
+        return MatrixLayout(m, (Fragment(0, 0, half, buffer, 0), Fragment(1, half, half, buffer, -half)))
+
+    matrices = (split("a", 0), split("b", 0), split("c", 1), split("d", 1))
+    plan = assign_owners(Layout("per_parameter", 2, matrices, phases=((0,), (1,))))
+    assert {plan.owners[0], plan.owners[1]} == {0, 1} == {plan.owners[2], plan.owners[3]}
+
+
+def test_policies():
+    layout = replicated_layout([[square(f"m{i}", 8)] for i in range(4)], 3)
+    assert assign_owners(layout, policy="round_robin").owners == (0, 1, 2, 0)
+    assert assign_owners(layout, policy="local").owners == (0, 0, 0, 0)
+    with pytest.raises(ConfigError, match="owner_policy 'best' is unknown"):
+        assign_owners(layout, policy="best")
+
+
+def test_plan_checks_itself():
+    layout = replicated_layout([[square("m", 8)]], 2)
+    with pytest.raises(PlanMismatchError, match="2 owners for 1 matrices"):
+        OwnershipPlan(layout, (0, 1))
+    with pytest.raises(PlanMismatchError, match="owner 2 is not a rank of a world of 2"):
+        OwnershipPlan(layout, (2,))
+
+
+def test_first_difference_names_field_and_ranks():
+    layout = replicated_layout([[square("m", 8)], [square("n", 8)]], 2)
+    same, other = OwnershipPlan(layout, (0, 1)), OwnershipPlan(layout, (0, 0))
+    assert digest(same.fields()) != digest(other.fields())
+    assert digest(same.fields()) == digest(OwnershipPlan(layout, (0, 1)).fields())
+    message = first_difference({0: list(same.fields()), 1: list(other.fields())})
+    assert message == "field 'n: owner' differs: rank 0: 1, rank 1: 0"
+    shorter = list(same.fields())[:-1]
+    assert "'(nothing) | n: owner'" in first_difference({0: list(same.fields()), 1: shorter})
