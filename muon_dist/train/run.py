@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from muon_dist.adapters.hf_callbacks import quiet_transformers
@@ -35,6 +37,8 @@ def train(
     checkpoint. overwrite: start again in a folder that holds a run. Every rank of a launcher calls it.
     """
     quiet_transformers()
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which accelerate imports, warns on every rank
     config = distributed.everywhere(lambda: load_config(config_path, overrides))
     distributed.start(float(config.trainer.get("ddp_timeout", 1800)))
     try:
@@ -101,9 +105,19 @@ def _write_routing(folder: RunFolder, table: RoutingTable) -> None:
     folder.routing.write_text(routes if isinstance(routes, str) else json.dumps(routes, indent=2), encoding="utf-8")
 
 
+def _final_evaluation(trainer: MuonTrainer) -> dict[str, float]:
+    """What the last step's evaluation found, made now unless the training loop has just made it."""
+    if trainer.eval_dataset is None:
+        return {}
+    for entry in reversed(trainer.state.log_history):
+        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
+            return dict(entry)
+    return dict(trainer.evaluate())
+
+
 def _finish(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str, Any]:
     """Evaluate, save the model, write and show the summary."""
-    figures = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    figures = _final_evaluation(trainer)
     trainer.save_model(str(folder.model))
     found = folder.finished_checkpoints()
     out: dict[str, Any] = {
