@@ -215,7 +215,7 @@ def test_gradient_missing_on_one_rank_counts_as_zero_there():
         assert all(torch.equal(results[0][n], results[1][n]) for n in SHAPES)
         with_gradient = expected_after(3).parameters["square"]
         zero = Reference(lr=0.02, weight_decay=0.1)
-        for step in range(3):
+        for _ in range(3):
             zero.step({"square": torch.zeros(64, 64)})
         found = results[0]["square"]
         assert min((found - p).norm() for p in (with_gradient, zero.parameters["square"])) < 1e-4

@@ -293,7 +293,7 @@ def test_replaced_parameters_are_an_error_not_sgd():
     flat = torch.nn.Parameter(torch.randn(16))
     flat.grad = torch.randn(16)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(LayoutError, match="are not those that Muon was given.*attach"):
+    with pytest.raises(LayoutError, match=r"are not those that Muon was given.*attach"):
         optimizer.step()
 
 
