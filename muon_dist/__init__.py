@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from muon_dist.adapters.deepspeed import attach
     from muon_dist.adapters.factory import MuonFactory
     from muon_dist.adapters.hf_trainer import MuonTrainer
     from muon_dist.numerics.newton_schulz import newton_schulz
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from muon_dist.optim.muon import Muon
 
 _HOMES = {
+    "attach": "muon_dist.adapters.deepspeed",
     "Muon": "muon_dist.optim.muon",
     "MuonFactory": "muon_dist.adapters.factory",
     "MuonTrainer": "muon_dist.adapters.hf_trainer",
@@ -23,7 +25,7 @@ _HOMES = {
     "param_groups": "muon_dist.optim.groups",
 }
 
-__all__ = ["Muon", "MuonFactory", "MuonTrainer", "newton_schulz", "param_groups"]
+__all__ = ["Muon", "MuonFactory", "MuonTrainer", "attach", "newton_schulz", "param_groups"]
 __version__ = "0.1.0"
 
 
