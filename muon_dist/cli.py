@@ -137,6 +137,27 @@ def export(
 
 
 @app.command()
+def compare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    lr: Annotated[
+        Optional[list[float]], typer.Option(help="A learning rate of the grid; repeat it. Default 0.003 0.01 0.03.")  # noqa: UP045
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds at each optimizer's best learning rate.")] = 3,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each one process on one thread.")] = 2,
+    output: Annotated[Path, typer.Option(help="Folder of the runs and of the table.")] = Path("results/compare"),
+) -> None:
+    """Muon against AdamW: each at its best learning rate of one grid, the same everything else, over several seeds."""
+    _quiet()
+    from muon_dist.train.compare import compare_optimizers
+
+    report = compare_optimizers(
+        config, overrides or [], lrs=lr or [0.003, 0.01, 0.03], seeds=seeds, jobs=jobs, output=output
+    )
+    typer.echo(report["table"])
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a configuration file, for an editor."""
     from muon_dist.config import json_schema
