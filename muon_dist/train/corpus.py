@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from muon_dist.config import Config
-from muon_dist.data import Manifest, MixtureDataset, MixtureSampler, Source, TokenizerInfo, load_tokenizer
+from muon_dist.data import Manifest, Source, TokenizerInfo, load_tokenizer
 from muon_dist.data import prepare as prepare_shards
 from muon_dist.data import train_tokenizer as train_tokenizer_folder
+from muon_dist.data.dataset import MixtureDataset
+from muon_dist.data.sampler import MixtureSampler
 
 # Of the tokenizer's sample and of the split by document. Not the seed of the run: runs with several seeds are compared
 # on the same data.

@@ -8,7 +8,7 @@ from typing import Any
 
 from muon_dist.adapters.hf_callbacks import quiet_transformers
 from muon_dist.config import Config, load_config
-from muon_dist.data import MixtureDataset
+from muon_dist.data.dataset import MixtureDataset
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.model import DTYPES
 from muon_dist.model.load import load_model, load_text_tokenizer

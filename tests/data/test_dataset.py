@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from muon_dist.data import Manifest, MixtureDataset, MixtureSampler, Source, TokenDataset, TokenizerInfo, prepare
+from muon_dist.data import Manifest, Source, TokenizerInfo, prepare
+from muon_dist.data.dataset import MixtureDataset, TokenDataset
+from muon_dist.data.sampler import MixtureSampler
 from muon_dist.data.shards import SplitIndex, SplitWriter, damages
 
 from .refusal import refused

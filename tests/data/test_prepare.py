@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ from muon_dist.data.shards import INDEX_FILE, MANIFEST_FILE, SplitIndex, check_f
 
 from .refusal import refused
 
-prepare_module = sys.modules["muon_dist.data.prepare"]
+prepare_module = importlib.import_module("muon_dist.data.preparation")
 
 
 def stream(folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,7 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from muon_dist.data import MixtureSampler
-from muon_dist.data.sampler import BLOCK, permute, quotas
+from muon_dist.data.sampler import BLOCK, MixtureSampler, permute, quotas
 
 from .refusal import refused
 
@@ -141,7 +140,7 @@ def test_resume_across_blocks() -> None:
 
 def test_order_is_the_same_in_another_process() -> None:
     program = (
-        "from muon_dist.data import MixtureSampler; s = MixtureSampler([1000, 30], [3, 1], seed=4, total=500);"
+        "from muon_dist.data.sampler import MixtureSampler; s = MixtureSampler([1000, 30], [3, 1], seed=4, total=500);"
         "print(s.digest(), *s)"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
