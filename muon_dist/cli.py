@@ -46,9 +46,16 @@ def train(
 ) -> None:
     """Train a model: tokenizer, data, training, evaluation, a sample. Start it with torchrun for several processes."""
     _quiet()
-    from muon_dist.train.run import train as run
+    from muon_dist.config import load_config
 
-    run(config, overrides or [], run_dir=run_dir, resume=resume, overwrite=overwrite)
+    try:
+        settings = load_config(config, overrides or [])
+    except MuonDistError as error:
+        error.reported_elsewhere = os.environ.get("RANK", "0") != "0"  # type: ignore[attr-defined]
+        raise
+    from muon_dist.train.run import train as run  # seconds, so after the configuration is known to be right
+
+    run(settings, run_dir=run_dir, resume=resume, overwrite=overwrite)
 
 
 @app.command()

@@ -99,15 +99,6 @@ class _Outcome:
         raise error
 
 
-def everywhere(work: Callable[[], T]) -> T:
-    """Run on every rank what gives the same on each; its error is reported by the first rank alone."""
-    try:
-        return work()
-    except MuonDistError as error:
-        error.reported_elsewhere = rank() != 0  # type: ignore[attr-defined]
-        raise
-
-
 def once(work: Callable[[], T]) -> T:
     """Run `work` on the first rank while the others wait, and give its (picklable) result to all.
 
@@ -123,6 +114,26 @@ def once(work: Callable[[], T]) -> T:
     outcome: _Outcome = own or message[0]
     outcome.raise_here(elsewhere=True)
     return cast(T, outcome.value)
+
+
+def everywhere(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; an error on some is raised on all, and reported by the first rank that has it."""
+    if world_size() == 1:
+        return work()
+    own = _Outcome(work)
+    found: list[Any] = [None] * world_size()
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    dist.all_gather_object(found, (own.kind, own.text), group=group)
+    dist.destroy_process_group(group)
+    if own.error is not None:
+        own.error.reported_elsewhere = (own.kind, own.text) in found[: rank()]  # type: ignore[attr-defined]
+        raise own.error
+    for kind, text in found:
+        if kind is not None:
+            error = kind(text)
+            error.reported_elsewhere = True
+            raise error
+    return cast(T, own.value)
 
 
 def on_each_node(work: Callable[[], Any]) -> None:

@@ -72,9 +72,9 @@ class RunFolder:
         folder holds a run already and neither resume nor overwrite was asked for, CheckpointError when there is
         nothing to resume from.
         """
-        if resume is not None:
-            return str(self._to_resume(resume))
-        if self.metrics.exists() or self.checkpoints.exists():
+        checkpoint = self._to_resume(resume) if resume is not None else None
+        own = checkpoint is not None and checkpoint.resolve().parent == self.checkpoints.resolve()
+        if not own and (self.metrics.exists() or self.checkpoints.exists()):
             if not overwrite:
                 raise ConfigError(
                     f"{self.root} holds a run already: continue it with --resume auto, start it again with "
@@ -88,7 +88,7 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run_dir: cannot make the run folder {self.root}: {error}") from error
-        return None
+        return str(checkpoint) if checkpoint is not None else None
 
     def _to_resume(self, resume: str) -> Path:
         if resume == "auto":

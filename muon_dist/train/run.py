@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import yaml
 
 from muon_dist.adapters.hf_callbacks import quiet_transformers
 from muon_dist.adapters.hf_trainer import MuonTrainer
-from muon_dist.config import Config, load_config
+from muon_dist.config import Config
 from muon_dist.model import count_parameters
 from muon_dist.model.load import load_text_tokenizer
 from muon_dist.routing import RoutingTable
@@ -24,8 +23,7 @@ from muon_dist.train.generation import generate
 
 
 def train(
-    config_path: str | Path,
-    overrides: Sequence[str] = (),
+    config: Config,
     *,
     run_dir: str | None = None,
     resume: str | None = None,
@@ -39,7 +37,6 @@ def train(
     quiet_transformers()
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which accelerate imports, warns on every rank
-    config = distributed.everywhere(lambda: load_config(config_path, overrides))
     distributed.start(float(config.trainer.get("ddp_timeout", 1800)))
     try:
         folder = RunFolder(Path(run_dir if run_dir is not None else config.run_dir) / config.name)
@@ -72,10 +69,7 @@ def _open(folder: RunFolder, config: Config, resume: str | None, overwrite: bool
 
 
 def _trainer(config: Config, folder: RunFolder, preparation: float) -> MuonTrainer:
-    tokenizer = load_text_tokenizer(corpus.tokenizer_folder(config))
-    datasets = corpus.open_datasets(config, len(tokenizer))
-    model = build.make_model(config, tokenizer)
-    table = build.routing_table(config, model)
+    tokenizer, datasets, model, table = distributed.everywhere(lambda: _parts(config))
     distributed.once(lambda: _write_routing(folder, table))
     count = count_parameters(model)
     train_bytes, _ = datasets.bytes_per_token
@@ -84,17 +78,27 @@ def _trainer(config: Config, folder: RunFolder, preparation: float) -> MuonTrain
         f"data {len(datasets.train):,} samples of {config.data.sequence_length} tokens, {train_bytes:.3f} bytes per "
         f"token, ready in {preparation:.1f} s; {distributed.world_size()} processes; {config.optimizer.name}"
     )
-    return build.make_trainer(
-        config,
-        folder,
-        model=model,
-        tokenizer=tokenizer,
-        table=table,
-        train_dataset=datasets.train,
-        eval_dataset=datasets.validation,
-        sampler=datasets.sampler,
-        bytes_per_token=datasets.bytes_per_token,
+    return distributed.everywhere(
+        lambda: build.make_trainer(
+            config,
+            folder,
+            model=model,
+            tokenizer=tokenizer,
+            table=table,
+            train_dataset=datasets.train,
+            eval_dataset=datasets.validation,
+            sampler=datasets.sampler,
+            bytes_per_token=datasets.bytes_per_token,
+        )
     )
+
+
+def _parts(config: Config) -> tuple[Any, corpus.Datasets, Any, RoutingTable]:
+    """Tokenizer, datasets, model, routing table."""
+    tokenizer = load_text_tokenizer(corpus.tokenizer_folder(config))
+    datasets = corpus.open_datasets(config, len(tokenizer))
+    model = build.make_model(config, tokenizer)
+    return tokenizer, datasets, model, build.routing_table(config, model)
 
 
 def _write_routing(folder: RunFolder, table: RoutingTable) -> None:

@@ -1,0 +1,196 @@
+"""Redaction, run folders, doing things once on many ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from muon_dist.errors import ConfigError, DataError
+from muon_dist.train import distributed, environment
+from muon_dist.train.folder import RunFolder, changed_settings
+from muon_dist.train.summary import rows, show
+from tests.distributed import run_ranks
+
+# ---- secrets
+
+
+def test_no_secret_reaches_the_environment_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "canary-1")
+    monkeypatch.setenv("WANDB_API_KEY", "canary-2")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary-3")
+    monkeypatch.setenv("MY_PASSWORD", "canary-4")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr("sys.argv", ["muon-dist", "train", "x.yaml", "trainer.hub_token=canary-5", "seed=3"])
+    text = json.dumps(environment.describe())
+    assert "canary" not in text
+    found = json.loads(text)
+    assert found["variables"]["HF_TOKEN"] == "<redacted>"
+    assert found["variables"]["OMP_NUM_THREADS"] == "1"
+    assert "AWS_SECRET_ACCESS_KEY" not in found["variables"]
+    assert found["command"][-1] == "seed=3"
+
+
+def test_harmless_settings_are_shown() -> None:
+    shown = ["tokenizer.path=some/folder", "data.shard_tokens", "model.num_key_value_heads=4"]
+    assert environment.redact_arguments(shown[:2]) == shown[:2]
+
+
+# ---- folders
+
+
+def checkpoint(root: Path, step: int, finished: bool) -> Path:
+    folder = root / "checkpoints" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    if finished:
+        (folder / "position.json").write_text("{}")
+    return folder
+
+
+def test_auto_takes_the_newest_finished_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    checkpoint(tmp_path, 9, True)
+    newest = checkpoint(tmp_path, 10, True)
+    checkpoint(tmp_path, 11, False)
+    (tmp_path / "checkpoints" / "checkpoint-12.tmp").mkdir()
+    assert folder.open("auto", False) == str(newest)
+
+
+def test_overwrite_leaves_what_is_not_the_runs(tmp_path: Path) -> None:
+    checkpoint(tmp_path, 3, True)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert RunFolder(tmp_path).open(None, True) is None
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot make the run folder"):
+        RunFolder(tmp_path / "file" / "run").open(None, False)
+
+
+def test_changed_settings() -> None:
+    old = {"a": {"lr": 0.1, "same": 1}, "gone": 2}
+    new = {"a": {"lr": 0.2, "same": 1}, "new": [1]}
+    assert changed_settings(old, new) == ["a.lr: 0.1 -> 0.2", "gone: 2 -> None", "new: None -> [1]"]
+
+
+# ---- ranks
+
+
+def _once_each() -> tuple[int, list[int]]:
+    calls: list[int] = []
+    value = distributed.once(lambda: calls.append(dist.get_rank()) or 40 + dist.get_rank())
+    return value, calls
+
+
+def test_once_runs_on_the_first_rank_alone() -> None:
+    assert run_ranks(_once_each, 3) == [(40, [0]), (40, []), (40, [])]
+
+
+def _once_fails() -> tuple[str, str, bool]:
+    def fail() -> None:
+        raise DataError("a.txt: byte 7 is not UTF-8")
+
+    try:
+        distributed.once(fail)
+    except DataError as error:
+        return type(error).__name__, str(error), getattr(error, "reported_elsewhere", False)
+    raise AssertionError("no error")
+
+
+def test_an_error_on_the_first_rank_reaches_all_and_is_reported_once() -> None:
+    message = "a.txt: byte 7 is not UTF-8"
+    assert run_ranks(_once_fails, 3) == [
+        ("DataError", message, False),
+        ("DataError", message, True),
+        ("DataError", message, True),
+    ]
+
+
+def _on_each_node(local_ranks: list[int]) -> list[int]:
+    os.environ["LOCAL_RANK"] = str(local_ranks[dist.get_rank()])
+    calls: list[int] = []
+    distributed.on_each_node(lambda: calls.append(dist.get_rank()))
+    return calls
+
+
+def test_each_node_does_its_own_once() -> None:
+    """Two nodes of two processes."""
+    assert run_ranks(_on_each_node, 4, [0, 1, 0, 1]) == [[0], [], [2], []]
+
+
+def _second_node_fails() -> str:
+    os.environ["LOCAL_RANK"] = "0"
+
+    def work() -> None:
+        if dist.get_rank() == 1:
+            raise DataError("disk full")
+
+    try:
+        distributed.on_each_node(work)
+    except DataError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_error_on_another_node_reaches_all() -> None:
+    assert run_ranks(_second_node_fails, 2) == ["disk full", "disk full"]
+
+
+def _some_fail(failing: list[int]) -> tuple[str, bool]:
+    def work() -> int:
+        if dist.get_rank() in failing:
+            raise DataError(f"shard {failing[0]} is damaged")
+        return dist.get_rank()
+
+    try:
+        return str(distributed.everywhere(work)), False
+    except DataError as error:
+        return str(error), error.reported_elsewhere  # type: ignore[attr-defined]
+
+
+def test_everywhere_agrees_on_failure() -> None:
+    assert run_ranks(_some_fail, 3, []) == [("0", False), ("1", False), ("2", False)]
+    text = "shard 1 is damaged"
+    assert run_ranks(_some_fail, 3, [1, 2]) == [(text, True), (text, False), (text, True)]
+
+
+def test_a_rank_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "two")
+    with pytest.raises(ConfigError, match="RANK is 'two'"):
+        distributed.rank()
+
+
+# ---- the summary
+
+SUMMARY = {
+    "name": "x",
+    "optimizer": "muon",
+    "validation_loss": 3.25,
+    "tokens_per_s": 12345.6,
+    "mfu": 0.25,
+    "peak_flops": 5e10,
+    "checkpoint": None,
+    "sample": "Once [bold]upon[/bold]",
+}
+
+
+def test_the_summary_leaves_out_what_is_unknown() -> None:
+    assert dict(rows(SUMMARY)) == {
+        "validation loss": "3.2500 nats per token",
+        "tokens per second": "12,346",
+        "MFU": "25.0% of 50 GFLOP/s",
+    }
+
+
+def test_the_summary_is_plain_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    show(SUMMARY)
+    shown = capsys.readouterr().out
+    assert "validation loss: 3.2500 nats per token\n" in shown
+    assert "Once [bold]upon[/bold]" in shown and "\x1b" not in shown

@@ -1,0 +1,174 @@
+"""A whole run: what lies in its folder, resuming, AdamW, and what is done with the model afterwards."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from muon_dist.config import load_config
+from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.train import run
+from muon_dist.train.models import evaluate_folder, export_folder, find_model, generate_from_folder
+
+
+def train(path: Path, overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+    return run.train(load_config(path, overrides), **options)
+
+
+@pytest.fixture(scope="module")
+def finished(workspace: Path) -> dict[str, Any]:
+    return train(workspace / "tiny.yaml")
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_the_run_folder(finished: dict[str, Any], workspace: Path) -> None:
+    root = Path(finished["run"])
+    assert root == workspace / "runs" / "tiny"
+    assert yaml.safe_load((root / "config.yaml").read_text())["optimizer"]["muon"]["momentum"] == 0.95
+    environment = json.loads((root / "environment.json").read_text())
+    assert environment["packages"]["torch"].startswith("2.")
+    routes = json.loads((root / "routing.json").read_text())
+    assert "self_attn.q_proj.weight" in json.dumps(routes)
+    assert "model.embed_tokens.weight" in (root / "routing.txt").read_text()
+    lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+    train_lines = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in train_lines] == list(range(1, 9))
+    assert train_lines[-1]["loss"] < train_lines[0]["loss"]
+    assert [p.name for p in sorted((root / "checkpoints").iterdir())] == ["checkpoint-4", "checkpoint-8"]
+    assert json.loads((root / "summary.json").read_text()) == json.loads(json.dumps(finished))
+    assert finished["tokens"] == 8 * 4 * 16
+    assert finished["sample"].startswith("the cat")
+
+
+def test_the_model_loads_with_transformers_alone(finished: dict[str, Any]) -> None:
+    for folder in (finished["model"], finished["checkpoint"]):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        text = "the fox hid by the barn.\n"
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+        assert len(tokenizer) == model.config.vocab_size
+    assert same(weights(finished["model"]), weights(finished["checkpoint"]))
+
+
+def test_eval_agrees_with_the_trainer(finished: dict[str, Any]) -> None:
+    figures = evaluate_folder(finished["run"])
+    assert figures["loss"] == pytest.approx(finished["validation_loss"], rel=1e-5)
+    assert figures["bits_per_byte"] == pytest.approx(finished["validation_bits_per_byte"], rel=1e-5)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+
+
+def test_bits_per_byte_counts_bytes_of_text(finished: dict[str, Any], workspace: Path) -> None:
+    """Against the definition: bits to predict all tokens of the split, over the bytes of its text."""
+    from muon_dist.data.dataset import MixtureDataset
+
+    dataset = MixtureDataset.open(workspace / "data" / "tokens", "validation", 16)
+    ids = [i for k in range(len(dataset)) for i in dataset[k]["input_ids"].tolist()]
+    text = AutoTokenizer.from_pretrained(finished["model"]).decode(ids, skip_special_tokens=True)
+    bits_per_token = finished["validation_loss"] / math.log(2)
+    direct = bits_per_token * len(ids) / len(text.encode())
+    # the last, shorter rest of the split is in the manifest's count and not in the samples
+    assert finished["validation_bits_per_byte"] == pytest.approx(direct, rel=0.02)
+
+
+def test_resume_ends_where_the_whole_run_ended(finished: dict[str, Any], workspace: Path, tmp_path: Path) -> None:
+    whole = weights(finished["model"])
+    halted = ["run_dir=" + str(tmp_path), "trainer.max_steps=8"]
+    train(workspace / "tiny.yaml", halted)
+    root = tmp_path / "tiny"
+    # as if it had been killed after its first checkpoint
+    for path in (root / "checkpoints" / "checkpoint-8" / "trainer_state.json", root / "summary.json"):
+        path.unlink()
+    resumed = train(workspace / "tiny.yaml", halted, resume="auto")
+    assert same(weights(resumed["model"]), whole)
+    steps = [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()]
+    assert [s for s in steps if s <= 7] == list(range(1, 8))
+
+
+def test_a_run_is_not_overwritten_unasked(finished: dict[str, Any], workspace: Path) -> None:
+    before = (Path(finished["run"]) / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"holds a run already: .*--resume auto.*--overwrite"):
+        train(workspace / "tiny.yaml")
+    assert (Path(finished["run"]) / "metrics.jsonl").read_bytes() == before
+
+
+def test_nothing_to_resume(workspace: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"--resume auto: .* holds no finished checkpoint"):
+        train(workspace / "tiny.yaml", run_dir=str(tmp_path), resume="auto")
+
+
+def test_other_data_is_refused_on_resume(finished: dict[str, Any], workspace: Path) -> None:
+    other = str(workspace / "other")
+    with pytest.raises(CheckpointError, match="another order of samples"):
+        train(workspace / "tiny.yaml", ["seed=1"], resume=finished["checkpoint"], run_dir=other)
+
+
+def test_adamw_is_one_line_away(finished: dict[str, Any], workspace: Path, tmp_path: Path) -> None:
+    out = train(workspace / "tiny.yaml", ["optimizer.name=adamw", "trainer.max_steps=2"], run_dir=str(tmp_path))
+    lines = [json.loads(line) for line in Path(out["metrics"]).read_text().splitlines()]
+    first = next(line for line in lines if "loss" in line)
+    muon = next(
+        line for line in map(json.loads, Path(finished["metrics"]).read_text().splitlines()) if "loss" in line
+    )
+    # same weights, same first batch; and every parameter under AdamW's rate
+    assert first["loss"] == muon["loss"]
+    assert "lr/muon" not in first and first["lr/adamw"] == 0.01
+    state = torch.load(Path(out["checkpoint"]) / "optimizer.pt", weights_only=True)
+    parameters = sum(len(group["params"]) for group in state["param_groups"])
+    assert all("exp_avg_sq" in entry for entry in state["state"].values()) and parameters == len(state["state"])
+    assert {group["name"]: group["weight_decay"] for group in state["param_groups"]} == {
+        "adamw": 0.1,
+        "adamw_no_decay": 0.0,
+    }
+
+
+def test_epochs_become_steps(workspace: Path, tmp_path: Path) -> None:
+    from muon_dist.data.dataset import MixtureDataset
+
+    samples = len(MixtureDataset.open(workspace / "data" / "tokens", "train", 16))
+    overrides = ["trainer.max_steps=-1", "trainer.num_train_epochs=0.1", "trainer.save_strategy='no'"]
+    out = train(workspace / "tiny.yaml", overrides, run_dir=str(tmp_path))
+    assert out["steps"] == math.ceil(0.1 * samples / 4)
+    assert out["checkpoint"] is None
+
+
+def test_generation_is_the_same_for_a_seed(finished: dict[str, Any]) -> None:
+    first = generate_from_folder(finished["run"], "the dog", 12, temperature=1.0, seed=5)
+    assert first == generate_from_folder(finished["model"], "the dog", 12, temperature=1.0, seed=5)
+    assert first.startswith("the dog") and len(first) > len("the dog")
+    others = {generate_from_folder(finished["run"], "the dog", 12, temperature=1.0, seed=s) for s in range(4)}
+    assert len(others) > 1
+    assert generate_from_folder(finished["run"], "", 4, temperature=0.0)
+
+
+def test_export(finished: dict[str, Any], tmp_path: Path) -> None:
+    export_folder(finished["run"], tmp_path / "half", "bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    export_folder(finished["run"], tmp_path / "same")
+    assert same(weights(tmp_path / "same"), weights(finished["model"]))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["half", "same"]
+    with pytest.raises(ConfigError, match="exists already"):
+        export_folder(finished["run"], tmp_path / "same")
+    with pytest.raises(ConfigError, match="--dtype int8: use one of float32"):
+        export_folder(finished["run"], tmp_path / "new", "int8")
+
+
+def test_find_model(finished: dict[str, Any], tmp_path: Path) -> None:
+    assert find_model(finished["run"]) == Path(finished["model"])
+    assert find_model(finished["checkpoint"]) == Path(finished["checkpoint"])
+    with pytest.raises(CheckpointError, match="neither a model"):
+        find_model(tmp_path)
