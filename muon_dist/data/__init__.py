@@ -1,5 +1,5 @@
-"""Corpora, tokenizers and token shards. Samples and their order are in ``data.dataset`` and ``data.sampler``, which are
-not imported here: the worker processes of ``prepare`` import this package, and torch would cost each of them 200 MB.
+"""Corpora, tokenizers and token shards. Samples and their order are in ``data.dataset`` and ``data.sampler``, not
+imported here: the worker processes of ``prepare`` import this package, and torch would cost each of them 200 MB.
 """
 
 from __future__ import annotations
