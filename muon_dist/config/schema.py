@@ -175,6 +175,15 @@ class EvaluationConfig(Block):
     top_k: PositiveInt = Field(default=40, description="choose among this many most probable tokens")
 
 
+class DiagnosticsConfig(Block):
+    """Spectral measures of every Muon matrix, written by its owner to the run folder's spectra/."""
+
+    every: Annotated[int, Field(ge=0)] = Field(default=0, description="steps between two rounds of measures; 0: none")
+    budget: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.02, description="largest share of the time that measuring may take; 1: no bound"
+    )
+
+
 class Config(Block):
     """One run."""
 
@@ -211,6 +220,7 @@ class Config(Block):
         ),
     ] = None
     evaluation: EvaluationConfig = EvaluationConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
 
     def to_yaml(self, redacted: bool = True) -> str:
         """The whole configuration as YAML that `load_config` reads back.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from muon_dist.layout import replicated_layout
 from muon_dist.numerics import compute_dtype
 from muon_dist.optim.adamw import adamw_step
 from muon_dist.optim.binding import BINDERS, Binding, Group, NotReady, ParameterSpec
+from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.options import check_group, iterations, make_spec
 from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import MOMENTUM, PARTIAL, adopt_momentum, full_state_dict, partial_momentum, split_momentum
@@ -53,6 +54,7 @@ class Muon(torch.optim.Optimizer):
             alone.
         wire_dtype: dtype in which momentum and updates travel. None loses nothing; torch.bfloat16 halves the bytes of
             the gather at the cost of rounding what is orthogonalized.
+        diagnostics: a `Diagnostics`, or its arguments: spectral measures of each matrix, taken on its owner.
 
     Raises:
         ConfigError: an option is unknown or out of range.
@@ -77,6 +79,7 @@ class Muon(torch.optim.Optimizer):
         owner_policy: str = "balanced",
         bucket_mb: float = 256.0,
         wire_dtype: torch.dtype | None = None,
+        diagnostics: Diagnostics | Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(process_group, str) and process_group != DEFAULT_GROUP:
             raise ConfigError(f"process_group '{process_group}' is unknown: pass a ProcessGroup, None or 'default'")
@@ -88,6 +91,7 @@ class Muon(torch.optim.Optimizer):
         self._owner_policy = owner_policy
         self._bucket_bytes = int(bucket_mb * 2**20)
         self._wire_dtype = wire_dtype
+        self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
         self._specs: list[list[ParameterSpec]] = []
         # Kept beside param_groups: a universal load of DeepSpeed overwrites every group's options with group 0's.
         self._algorithms: list[str] = []
@@ -190,6 +194,8 @@ class Muon(torch.optim.Optimizer):
         self._runtime = Runtime(
             binding, plan, transport, groups, bucket_bytes=self._bucket_bytes, wire_dtype=self._wire_dtype
         )
+        if self.diagnostics is not None:
+            self.diagnostics.attach(self._runtime)
         self._buffer_of = {id(tensor): i for i, tensor in enumerate(binding.buffers)}
         self._install_momentum()
 

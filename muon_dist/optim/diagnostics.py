@@ -1,0 +1,185 @@
+"""Spectral measures of a live run, taken by the owner of each matrix while it holds the whole of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from muon_dist.errors import ConfigError
+from muon_dist.layout.fragment import Matrix
+from muon_dist.numerics.spectral_gram import gram_spectral_stats
+
+if TYPE_CHECKING:
+    from muon_dist.optim.runtime import Runtime
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def place(name: str) -> tuple[int | None, str]:
+    """Layer and type of a matrix: "model.layers.3.mlp.up_proj.weight" -> (3, "mlp.up_proj").
+
+    The layer is the first whole number among the parts of the name, None where there is none; the type is what stands
+    behind it, without ".weight" and without the index of a head or an expert.
+    """
+    stem = name.partition("[")[0].removesuffix(".weight")
+    found = _LAYER.search(stem)
+    return (int(found.group(1)), stem[found.end() :]) if found else (None, stem)
+
+
+class Diagnostics:
+    """Measures every matrix that this rank owns once in `every` steps, one JSON line each, and sends nothing.
+
+    The owner has just gathered the momentum and computed the update, so both are there whole. Each rank writes its
+    own file; whoever reads them merges them. A round of measures starts at the first step and at every multiple of
+    `every`. It is spread over as many steps as its cost needs: no matrix is measured while the measures have taken
+    more than `budget` of the time since the first step.
+
+    Args:
+        every: steps from one round to the next.
+        folder: gets `rank-R.jsonl`; made when the first line is written. None keeps the measures in `latest` alone.
+        budget: largest share of the time that measuring may take, on each rank; 1 for no bound.
+
+    Attributes:
+        latest: the newest record of each matrix owned here, by name.
+        seconds: spent on measuring since the start.
+
+    Raises:
+        ConfigError: `every` or `budget` out of range.
+    """
+
+    def __init__(self, every: int, folder: str | Path | None = None, *, budget: float = 0.02) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ConfigError(f"diagnostics: every is {every!r}; it must be a whole number of steps, 1 or more")
+        if not 0 < budget <= 1:
+            raise ConfigError(f"diagnostics: budget is {budget}; it is a share of the time, above 0 and up to 1")
+        self.every = every
+        self.budget = budget
+        self.folder = Path(folder) if folder is not None else None
+        self.latest: dict[str, dict[str, Any]] = {}
+        self.seconds = 0.0
+        self._owned: tuple[str, ...] = ()
+        self._began = math.inf
+        self._writable = True
+        self.start(0)
+
+    @property
+    def path(self) -> Path | None:
+        """The file of this rank."""
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return self.folder / f"rank-{rank}.jsonl" if self.folder is not None else None
+
+    def start(self, step: int) -> None:
+        """Count from `step` on: the next optimizer step is `step + 1`. Lines of later steps, of the run that is being
+        continued or replaced, are dropped; by rank 0 also those of ranks that this run does not have. Local."""
+        self._step = step + 1
+        self._seen: set[str] = set()
+        self._pending: set[str] = set()
+        self._round = self._next = step + 1
+        if self.path is None or not self.path.parent.is_dir():
+            return
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        foreign = [p for p in self.path.parent.glob("rank-*.jsonl") if _rank_of(p) >= world]
+        for path in [self.path, *(foreign if self.path.name == "rank-0.jsonl" else [])]:
+            _keep_until(path, step)
+
+    def attach(self, runtime: Runtime) -> None:
+        """Observe what `runtime` orthogonalizes on this rank."""
+        owned = runtime.plan.owned_by(runtime.transport.rank)
+        self._owned = tuple(runtime.plan.layout.matrices[i].matrix.name for i in owned)
+        self._began = time.perf_counter()
+        runtime.observer = self.observe
+
+    def observe(self, matrix: Matrix, momentum: torch.Tensor, update: torch.Tensor) -> None:
+        """Take note of one orthogonalized matrix, (rows, cols) both, and measure it when it is due."""
+        if matrix.name in self._seen:  # the same matrix again: a new step has begun
+            # A matrix that was not stepped (no gradient anywhere) must not hold up the round.
+            self._pending &= self._seen
+            self._seen.clear()
+            self._step += 1
+        self._seen.add(matrix.name)
+        if not self._pending and self._step >= self._next:
+            self._pending = set(self._owned)
+            self._round, self._next = self._step, (self._step // self.every + 1) * self.every
+        if matrix.name not in self._pending:
+            return
+        now = time.perf_counter()
+        if self.seconds >= self.budget * (now - self._began):
+            return
+        if momentum.device.type != "cpu":
+            torch.accelerator.synchronize()  # what was queued before is not our time
+            now = time.perf_counter()
+        self._pending.discard(matrix.name)
+        self._write(self._record(matrix, momentum, update))
+        self.seconds += time.perf_counter() - now
+
+    def _record(self, matrix: Matrix, momentum: torch.Tensor, update: torch.Tensor) -> dict[str, Any]:
+        layer, kind = place(matrix.name)
+        measures = asdict(gram_spectral_stats(momentum, update))
+        record = {
+            "step": self._step,
+            "round": self._round,
+            "matrix": matrix.name,
+            "layer": layer,
+            "type": kind,
+            "rows": matrix.rows,
+            "cols": matrix.cols,
+            **{name: value if math.isfinite(value) else None for name, value in measures.items()},
+        }
+        self.latest[matrix.name] = record
+        return record
+
+    def _write(self, record: dict[str, Any]) -> None:
+        path = self.path
+        if path is None or not self._writable:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            # Raising on this rank alone would leave the others waiting in a collective.
+            self._writable = False
+            print(f"diagnostics: cannot write {path}: {error}; this rank measures on without it", file=sys.stderr)
+
+    def means(self, names: Iterable[str] = ("flatness", "nuclear_rank_ratio", "cosine")) -> dict[str, float]:
+        """The mean of some measures over the newest records of the matrices owned by this rank; {} before any."""
+        out = {}
+        for name in names:
+            values = [r[name] for r in self.latest.values() if r[name] is not None]
+            if values:
+                out[name] = sum(values) / len(values)
+        return out
+
+
+def _rank_of(path: Path) -> int:
+    text = path.stem.removeprefix("rank-")
+    return int(text) if text.isdigit() else -1
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and damaged ones (a run that was killed may leave half of its last line)."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    if not kept:
+        path.unlink()
+        return
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
