@@ -215,8 +215,8 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         totals: dict[str, float] = {}
         for group in optimizer.param_groups:
-            for p in group["params"]:
-                totals[group["algorithm"]] = totals.get(group["algorithm"], 0.0) + p.grad.double().square().sum().item()
+            squares = sum(p.grad.double().square().sum().item() for p in group["params"])
+            totals[group["algorithm"]] = totals.get(group["algorithm"], 0.0) + squares
         self.norms.append({name: math.sqrt(total) for name, total in totals.items()})
 
 
