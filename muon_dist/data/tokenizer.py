@@ -184,7 +184,8 @@ def _train(sample: Sequence[str], model_type: str, vocab_size: int, threads: int
             bos_piece=BOS,
             eos_piece=EOS,
             pad_piece=PAD,
-            num_threads=threads,
+            # unigram sums over threads in float32: another number of them gives another model
+            num_threads=threads if model_type == "bpe" else 1,
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -165,3 +165,13 @@ def test_bad_folders(tmp_path: Path, tokenizer: TokenizerInfo, corpus: Path) -> 
     assert (foreign / "thesis.tex").exists()
     with refused("model_type", "wordpiece"):
         train_tokenizer([Source(path=corpus)], tmp_path / "x", model_type="wordpiece")
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_the_number_of_threads_changes_nothing(tmp_path: Path, texts: list[str], model_type: str) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(texts[:20]))
+    source = Source(path=tmp_path / "a.txt")
+    one, three = (
+        train_tokenizer([source], tmp_path / str(n), model_type=model_type, vocab_size=900, threads=n) for n in (1, 3)
+    )
+    assert one.sha256 == three.sha256
