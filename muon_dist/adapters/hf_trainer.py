@@ -19,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from muon_dist.adapters.device import peak_flops as device_peak_flops
 from muon_dist.adapters.factory import MuonFactory, split_kwargs
 from muon_dist.adapters.hf_callbacks import MetricsFile
+from muon_dist.adapters.hf_records import SpectraLog, take_diagnostics
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.optim.muon import Muon
 
@@ -87,7 +88,8 @@ class MuonTrainer(Trainer):
             chosen = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **(muon or {})}
             split_kwargs(chosen)  # an unknown name is an error now, not at the first step
             kwargs["optimizer_cls_and_kwargs"] = (MuonFactory, chosen)
-        super().__init__(model, args, **kwargs)
+        factory, diagnostics = take_diagnostics(kwargs.pop("optimizer_cls_and_kwargs", None))
+        super().__init__(model, args, optimizer_cls_and_kwargs=factory, **kwargs)
         self.clip = {"muon": clip_muon, "adamw": clip_adamw}
         self.train_sampler = train_sampler
         self.bytes_per_token = bytes_per_token
@@ -101,6 +103,8 @@ class MuonTrainer(Trainer):
         self._tokens = self._tokens_logged = self._tokens_resumed = 0
         self._seconds = self.train_seconds = 0.0
         self._step_started: float | None = None
+        if diagnostics is not None:
+            self.add_callback(SpectraLog(diagnostics))  # before the file, which takes the log as it finds it
         if metrics_path is not None:
             self.add_callback(MetricsFile(metrics_path))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from muon_dist.adapters.hf_callbacks import Console
+from muon_dist.adapters.hf_records import EventsFile, OwnershipFile
 from muon_dist.adapters.hf_trainer import MuonFactory, MuonTrainer, TrainingArguments
 from muon_dist.config import Config
 from muon_dist.errors import ConfigError
@@ -71,8 +73,10 @@ def routing_table(config: Config, model: nn.Module) -> RoutingTable:
     )
 
 
-def optimizer_factory(config: Config, table: RoutingTable) -> tuple[type, dict[str, Any]]:
-    """What Trainer takes as `optimizer_cls_and_kwargs`."""
+def optimizer_factory(
+    config: Config, table: RoutingTable, spectra: Path | None = None
+) -> tuple[type, dict[str, Any]]:
+    """What Trainer takes as `optimizer_cls_and_kwargs`. spectra: the folder of the measures, if there are any."""
     muon, adamw = config.optimizer.muon, config.optimizer.adamw
     shared: dict[str, Any] = {"table": table, "betas": tuple(adamw.betas), "eps": adamw.eps}
     if config.optimizer.name == "adamw":
@@ -86,6 +90,7 @@ def optimizer_factory(config: Config, table: RoutingTable) -> tuple[type, dict[s
         "adamw_lr": adamw.lr,
         "adamw_weight_decay": adamw.weight_decay,
         "print_routing": False,
+        "diagnostics": {**config.diagnostics.model_dump(), "folder": spectra} if config.diagnostics.every else None,
     }
 
 
@@ -146,7 +151,8 @@ def make_trainer(
     trainer = MuonTrainer(
         model,
         args,
-        optimizer_cls_and_kwargs=optimizer_factory(config, table),
+        optimizer_cls_and_kwargs=optimizer_factory(config, table, folder.spectra),
+        callbacks=[EventsFile(folder.events), OwnershipFile(folder.ownership)],
         clip_muon=clip.muon,
         clip_adamw=clip.adamw,
         train_sampler=lambda consumed: sampler(consumed, total),

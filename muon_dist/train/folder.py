@@ -44,6 +44,21 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        """Starts, checkpoints, ends; one JSON object a line."""
+        return self.root / "events.jsonl"
+
+    @property
+    def ownership(self) -> Path:
+        """Which rank owns which matrix."""
+        return self.root / "ownership.json"
+
+    @property
+    def spectra(self) -> Path:
+        """Spectral measures, a file a rank."""
+        return self.root / "spectra"
+
+    @property
     def checkpoints(self) -> Path:
         """Folders checkpoint-STEP."""
         return self.root / "checkpoints"
@@ -80,9 +95,9 @@ class RunFolder:
                     f"{self.root} holds a run already: continue it with --resume auto, start it again with "
                     "--overwrite, or choose another name=..."
                 )
-            for path in (self.checkpoints, self.model):
+            for path in (self.checkpoints, self.model, self.spectra):
                 shutil.rmtree(path, ignore_errors=True)
-            for path in (self.metrics, self.summary):
+            for path in (self.metrics, self.summary, self.events, self.ownership):
                 path.unlink(missing_ok=True)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
