@@ -25,8 +25,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 # Neighbours on one floor do not import each other, but for these: everybody raises typed errors, a plan is made from
-# costs, and the command line is a thin face of train/.
-SIDEWAYS = {("numerics", "errors"), ("ownership", "cost"), ("cli", "train")}
+# costs, the command line is a thin face of train/, and `muon-dist spectra report` writes a page.
+SIDEWAYS = {("numerics", "errors"), ("ownership", "cost"), ("cli", "train"), ("experiments", "report")}
 
 # A framework is imported in its own adapter alone. The longest matching prefix decides.
 HOMES: dict[str, tuple[str, ...]] = {
@@ -42,7 +42,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch.distributed.fsdp": ("adapters.fsdp2",),
     "torch.nn.parallel": ("adapters.ddp",),
     "pydantic": ("config",),
-    "typer": ("cli",),
+    "typer": ("cli", "experiments.cli"),
 }
 
 

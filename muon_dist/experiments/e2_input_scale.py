@@ -92,9 +92,9 @@ def largest_stable(config: Config, kind: Kind, scale: float, seed: int, init: In
         exponent -= 1
         if exponent < low:
             raise ValueError(f"E2: {kind} is unstable on the whole grid at scale {scale:g}: lower Config.exponents")
-    while exponent < high and (
-        above := stable_norm(config, kind, 2.0 ** (exponent + 1), scale, seed, init)
-    ) is not None:
+    while (
+        exponent < high and (above := stable_norm(config, kind, 2.0 ** (exponent + 1), scale, seed, init)) is not None
+    ):
         exponent, norm = exponent + 1, above
     return {"lr": 2.0**exponent, "norm": norm}
 
@@ -118,25 +118,31 @@ def run(config: Config) -> dict[str, Any]:
         )
         for arm in ("sgd", "muon")
     }
-    stable = {
+    stable: dict[str, dict[str, list[dict[str, float]]]] = {
         arm: {
             f"{scale:g}": [largest_stable(config, arm, scale, seed) for seed in config.seeds]
             for scale in config.scales
         }
         for arm in config.arms
     }
-    centre = {
+    centre: dict[str, dict[str, dict[str, float]]] = {
         key: {
             arm: {scale: geometric_mean([v[key] for v in found]) for scale, found in row.items()}
             for arm, row in stable.items()
         }
         for key in ("lr", "norm")
     }
-    default_init = {
+    default_init: dict[str, float] = {
         arm: geometric_mean([largest_stable(config, arm, 1.0, seed, "default")["lr"] for seed in config.seeds])
         for arm in _DEFAULT_INIT_ARMS
     }
-    data = {"default_init": default_init, "slopes": fits, "thresholds": thresholds, "stable": stable, "stable_geometric_mean": centre}
+    data = {
+        "default_init": default_init,
+        "slopes": fits,
+        "thresholds": thresholds,
+        "stable": stable,
+        "stable_geometric_mean": centre,
+    }
     return result("E2", TITLE, CLAIM, config, _criteria(config, fits, default_init, **centre), data, _notes(config))
 
 
@@ -156,7 +162,7 @@ def _criteria(
         Criterion("one-hot regression: SGD's slope is -2, worst seed", sgd, "|slope + 2| < 0.01", sgd < 0.01),
         Criterion("one-hot regression: Muon's slope is -1, worst seed", muon, "|slope + 1| < 0.01", muon < 0.01),
         Criterion("MLP: largest stable lr, Muon / SGD at s = 1", at_one, "< 1", at_one < 1),
-        Criterion("the same from torch's default initialisation", default, "< 1", default < 1, "reading", central=False),
+        Criterion("the same from torch's default initialisation", default, "< 1", default < 1, "reading", False),
         Criterion("MLP: largest stable lr, Muon / SGD at s = 16", at_sixteen, "> 3", at_sixteen > 3),
         Criterion("MLP: largest stable lr, Muon / NSGD, smallest over s >= 1", against, ">= 2", against >= 2),
         Criterion("flattening Adam raises its stable lr, smallest ratio over s", flat, "> 1", flat > 1, "reading",
@@ -168,7 +174,7 @@ def _criteria(
 
 def _notes(config: Config) -> list[str]:
     return [
-        "Adam's update has entries of order 1, flattened Adam's a Frobenius norm of sqrt(min(m, n)): for 128 x 128 the "
+        "Adam's update has entries of order 1, flattened Adam's a Frobenius norm of sqrt(min(m, n)): at 128 x 128 the "
         "first is up to 11 times longer at the same lr. The norms of the steps taken at the largest stable lr are the "
         "fair comparison, and stand beside the learning rates.",
         f"Stable means: never above {config.blow_up:g} times the first loss in {config.steps} steps, and below it at "

@@ -28,7 +28,7 @@ from muon_dist.experiments.quadratics import (
 from muon_dist.experiments.result import Criterion, result, show, summary
 
 TITLE = "Convergence under Kronecker curvature"
-CLAIM = "Under Kronecker-factored curvature Muon acts as the preconditioner C^-1/2 and improves the convergence factor."
+CLAIM = "Under Kronecker-factored curvature Muon acts as C^-1/2 does and improves the convergence factor."
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ def tuned_annealing(config: Config, q: Quadratic, start: Tensor, direction: Dire
     return {**summary(table[best].tolist()), "start": grid[best][0], "decay": grid[best][1]}
 
 
-def compare(config: Config, shape: tuple[int, int], kappas: tuple[float, float], anneal: bool = True) -> dict[str, Any]:
+def compare(
+    config: Config, shape: tuple[int, int], kappas: tuple[float, float], anneal: bool = True
+) -> dict[str, Any]:
     """Iterations to f / f_0 <= tolerance for every method on one Kronecker problem."""
     q = kronecker(*shape, *kappas)
     start = starting_points(config, shape)
@@ -157,8 +159,8 @@ def run(config: Config) -> dict[str, Any]:
     law = [condition_law(config, s) for s in config.alignments]
     data = {"problems": problems, "sweep": sweep, "law": law}
     notes = [
-        "A run that did not reach the tolerance within the limit counts as inf; annealed arms use the best point of the "
-        f"same grid ({len(config.starts)} starts x {len(config.decays)} decays) for Muon and NSGD.",
+        "A run that did not reach the tolerance within the limit counts as inf; annealed arms use the best point of "
+        f"the same grid ({len(config.starts)} starts x {len(config.decays)} decays) for Muon and NSGD.",
     ]
     return result("E4", TITLE, CLAIM, config, _criteria(problems, sweep, law), data, notes)
 

@@ -83,9 +83,7 @@ def run(config: Config) -> dict[str, Any]:
         q = kronecker(m, n, *config.kappas)
         draws = [gaussian((config.draws, m, n), torch.Generator().manual_seed(seed)) for seed in config.seeds]
         by_shape[f"{m}x{n}"] = _collect([ratios(q, d) for d in draws])
-    by_alignment = {
-        f"{q:g}": _collect([aligned(config, seed, q) for seed in config.seeds]) for q in config.alignments
-    }
+    by_alignment = {f"{q:g}": _collect([aligned(config, seed, q) for seed in config.seeds]) for q in config.alignments}
     by_shuffle = {
         f"{share:g}": _collect([shuffled(config, seed, share) for seed in config.seeds]) for share in config.shuffles
     }

@@ -114,9 +114,7 @@ def milestones(config: Config, build: Callable[[], nn.Module], seeds: tuple[int,
     return table
 
 
-def deep_linear(
-    config: Config, seed_list: tuple[int, ...], direction: Direction, lr: Tensor, decay: Tensor
-) -> Tensor:
+def deep_linear(config: Config, seed_list: tuple[int, ...], direction: Direction, lr: Tensor, decay: Tensor) -> Tensor:
     """Iterations to f / f_0 <= tolerance of f = 1/2 |W_3 W_2 W_1 - M|^2, for each (lr, decay) and seed, (G, S)."""
     width, depth, runs = config.linear_width, config.linear_depth, len(lr)
     weights, targets = [], []
@@ -203,7 +201,8 @@ def _criteria(config: Config, tables: dict[str, Any], linear: dict[str, Any]) ->
         Criterion("identical lr 0.03: SGD's epochs to 97% minus Muon's", text(same), ">= 5 on all",
                   min(same.values()) >= 5),
         Criterion("deep linear 3x16x16: NSGD annealed / Muon annealed, iterations (Muon "
-                  f"{show(linear['Muon, annealed'])}, NSGD {show(linear['NSGD, annealed'])})", ratio, ">= 4", ratio >= 4),
+                  f"{show(linear['Muon, annealed'])}, NSGD {show(linear['NSGD, annealed'])})", ratio, ">= 4",
+                  ratio >= 4),
         Criterion("control, same Frobenius norm (lr 0.03): NSGD's epochs minus Muon's", text(nsgd), "> 0 on all",
                   min(nsgd.values()) > 0, "falsifier", central=False),
         Criterion("control, SGD at its own best step (lr 3): its epochs minus Muon's (lr 0.05)", text(tuned),

@@ -192,7 +192,7 @@ def ablation(config: Config) -> dict[str, Any]:
 
 def run(config: Config) -> dict[str, Any]:
     """Run E8; see docs/theory.md, section "A language model"."""
-    arms = {kind: tuned(config, kind, grid) for kind, grid in config.grids}
+    arms: dict[str, dict[str, Any]] = {kind: tuned(config, kind, grid) for kind, grid in config.grids}
     counts = ablation(config)
     text = stdlib_text(config.characters, config.validation)
     edges = [LABELS[kind] for kind, arm in arms.items() if arm["at_edge"]]

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from muon_dist.errors import DataError
 
-
 Init = Literal["he", "default"]
 
 
@@ -182,4 +181,4 @@ class TinyGPT(nn.Module):
 
     def others(self) -> list[nn.Parameter]:
         """Embeddings and head, which every arm trains with the same AdamW."""
-        return [self.tokens.weight, self.positions, self.head.weight]
+        return [*self.tokens.parameters(), self.positions, *self.head.parameters()]

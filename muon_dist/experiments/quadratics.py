@@ -128,9 +128,7 @@ def guaranteed(c: float = 1.0) -> Step:
     return step
 
 
-def iterations(
-    q: Quadratic, start: Tensor, direction: Direction, step: Step, tolerance: float, limit: int
-) -> Tensor:
+def iterations(q: Quadratic, start: Tensor, direction: Direction, step: Step, tolerance: float, limit: int) -> Tensor:
     """Iterations until f <= tolerance * f(start), for each problem of start (B, m, n); inf when ``limit`` is hit."""
     goal = tolerance * q.value(start)
     found = torch.full((len(start),), float("inf"), dtype=torch.float64)

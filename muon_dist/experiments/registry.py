@@ -87,7 +87,7 @@ def run_experiment(name: str, config: Any, profile: str) -> dict[str, Any]:
 
 
 def run_and_write(name: str, config: Any, profile: str, output: Path) -> dict[str, Any]:
-    """Run, then write ``<name>.json`` (every number) and ``<name>.svg`` (the figure) into ``output``."""
+    """Run, then write ``<name>.json`` (every number) and ``<name>-<n>.svg`` (its panels) into ``output``."""
     from muon_dist.experiments.figures import draw  # matplotlib takes a second to import
 
     output.mkdir(parents=True, exist_ok=True)
@@ -95,5 +95,5 @@ def run_and_write(name: str, config: Any, profile: str, output: Path) -> dict[st
         raise ConfigError(f"--output {output}: not writable")
     record = run_experiment(name, config, profile)
     write_result(record, output / f"{name}.json")
-    draw(record, output / f"{name}.svg")
+    draw(record, output)
     return record

@@ -18,6 +18,7 @@ import torch
 from muon_dist.errors import DataError
 
 HOLDS = "holds"
+HOLDS_IN_PART = "holds in part"
 CONTRADICTED = "contradicted"
 
 
@@ -31,7 +32,8 @@ class Criterion:
         threshold: what it is compared with, as text.
         passed: whether the statement holds.
         source: who makes it: ``theory`` (the project's theory sheet), ``paper`` (a claim of arXiv 2605.13079),
-            ``reading`` (asked for by the referee or the reading of the paper) or ``falsifier`` (an attempt to break it).
+            ``reading`` (asked for by the referee or the reading of the paper) or ``falsifier`` (an attempt to
+            break it).
         central: whether the experiment is contradicted when all statements of this kind fail.
     """
 
@@ -44,19 +46,19 @@ class Criterion:
 
 
 def verdict(criteria: Sequence[Criterion]) -> str:
-    """``holds`` | ``holds in part: <what failed>`` | ``contradicted: <what failed>``.
+    """``holds`` | ``holds in part: all but <what failed>`` | ``contradicted: <what failed>``.
 
     Contradicted means that no central criterion passed. Raises ValueError without criteria: an experiment that
     tests nothing has no verdict.
     """
     if not criteria:
         raise ValueError("an experiment needs at least one criterion")
-    failed = [c.name for c in criteria if not c.passed]
+    failed = "; ".join(f'"{c.name}"' for c in criteria if not c.passed)
     if not failed:
         return HOLDS
     if not any(c.passed for c in criteria if c.central):
-        return f"{CONTRADICTED}: {'; '.join(failed)}"
-    return f"holds in part: fails for {'; '.join(failed)}"
+        return f"{CONTRADICTED}: {failed}"
+    return f"{HOLDS_IN_PART}: all but {failed}"
 
 
 def result(
@@ -116,16 +118,16 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no infinity: an infinite or undefined number becomes a string that says so."""
+def plain(value: Any) -> Any:
+    """As it will stand in the file. JSON has no infinity: an infinite or undefined number becomes "inf" or "nan"."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, torch.Tensor):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, (numpy.generic, numpy.ndarray)):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
@@ -134,7 +136,7 @@ def _plain(value: Any) -> Any:
 def write_result(record: dict[str, Any], path: Path) -> None:
     """Write one result as strict JSON (no NaN, no Infinity)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_plain(record), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(plain(record), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -35,8 +35,8 @@ LABELS: dict[str, str] = {
 class Rule:
     """How a matrix is updated: W <- W - lr direction(momentum).
 
-    ``beta`` is an exponential moving average of the gradient (the gradient enters with weight 1 - beta, so that lr means
-    the same with and without momentum). ``steps`` and ``schedule`` belong to Newton-Schulz.
+    ``beta`` is that of an exponential moving average (the gradient enters with weight 1 - beta, so that lr means the
+    same with and without momentum). ``steps`` and ``schedule`` belong to Newton-Schulz.
     """
 
     kind: Kind
