@@ -108,10 +108,10 @@ class MuonConfig(Block):
         description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); or 1",
     )
     bucket_mb: Positive = Field(
-        default=32.0, description="bytes (in MiB) that one exchange between ranks carries at most"
+        default=32.0, description="MiB of fp32 that a rank sends, receives or stacks at a time"
     )
     wire_dtype: DType | None = Field(
-        default=None, description="dtype in which updates travel; null: that of the parameter"
+        default=None, description="dtype in which momentum and updates travel; null: nothing is lost"
     )
     owner_policy: Literal["balanced", "local", "round_robin"] = Field(
         default="balanced", description="which rank orthogonalizes which matrix"

@@ -74,7 +74,9 @@ def test_errors_name_the_file_of_an_inherited_key(tmp_path: Path) -> None:
         "low.yaml:6: data.workers: should be greater than or equal to 1, not 0",
         "run.yaml:3: data.sequence_length: should be a valid integer, not 'none'",
     ]
-    assert errors(path, "data.workers=2") == ["run.yaml:3: data.sequence_length: should be a valid integer, not 'none'"]
+    assert errors(path, "data.workers=2") == [
+        "run.yaml:3: data.sequence_length: should be a valid integer, not 'none'"
+    ]
 
 
 def test_base_that_is_missing_or_goes_in_a_circle(tmp_path: Path) -> None:
