@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from muon_dist.numerics.newton_schulz import newton_schulz_flops
+import torch
+
+from muon_dist.numerics import newton_schulz_flops, segment_length
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,10 @@ class CostModel:
     flops_per_second: float = 5e14
     bytes_per_second: float = 5e10
 
-    def orthogonalize(self, rows: int, cols: int, steps: int) -> float:
-        """Seconds of Newton-Schulz on a `rows x cols` matrix."""
-        return newton_schulz_flops(min(rows, cols), max(rows, cols), steps) / self.flops_per_second
+    def orthogonalize(self, rows: int, cols: int, steps: int, dtype: torch.dtype = torch.float32) -> float:
+        """Seconds of Newton-Schulz on a `rows x cols` matrix in compute dtype `dtype`."""
+        segment = segment_length(rows, cols, dtype)
+        return newton_schulz_flops(rows, cols, steps, segment) / self.flops_per_second
 
     def move(self, elements: int, bytes_per_element: int) -> float:
         """Seconds to send `elements` one way."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from muon_dist.numerics.newton_schulz import compute_dtype, newton_schulz, newton_schulz_flops
+from muon_dist.numerics.newton_schulz import compute_dtype, newton_schulz, newton_schulz_flops, segment_length
 from muon_dist.numerics.schedules import SCHEDULES, Schedule, coefficients, get_schedule
 from muon_dist.numerics.spectral import SpectralStats, polar_factor, spectral_stats, spectral_stats_batch
 
@@ -16,6 +16,7 @@ __all__ = [
     "newton_schulz",
     "newton_schulz_flops",
     "polar_factor",
+    "segment_length",
     "spectral_stats",
     "spectral_stats_batch",
 ]

@@ -98,7 +98,7 @@ def newton_schulz(
     tall = stack.size(-2) > stack.size(-1)
     with torch.autocast(device_type=x.device.type, enabled=False):
         wide = normalize(stack.mT if tall else stack, chosen, work_dtype)
-        wide = _iterate(wide, rows)
+        wide = _iterate(wide, rows, segment_length(wide.size(-2), wide.size(-1), work_dtype))
     result = (wide.mT if tall else wide).to(x.dtype).contiguous()
     return result if x.ndim == 3 else result.squeeze(0)
 
@@ -132,23 +132,54 @@ def _nonzero(divisor: Tensor) -> Tensor:
     return torch.where(divisor == 0, torch.ones_like(divisor), divisor)
 
 
-def _iterate(x: Tensor, rows: tuple[Row, ...]) -> Tensor:
+def segment_length(m: int, n: int, dtype: torch.dtype) -> int:
+    """How many steps are taken on the Gram matrix before X is formed again: 1 is the standard iteration, 3 Gram form.
+
+    Gram form does the arithmetic of a step on the small A = X X^T alone, since X only ever changes by Q X with Q a
+    polynomial in A (Gram Newton-Schulz, as in the gram-newton-schulz package and DeepSpeed). It squares the singular
+    values, so A loses the small ones: X is formed again after three steps. In fp32 that keeps the error against fp64
+    near that of the standard iteration (tests: within a factor of 4, spectra up to condition 1e6 and rank 1); without forming X
+    again it is up to a hundred times larger. In bf16 and fp16 it is not used.
+
+    Three steps cost 4 m^2 n + 18 m^3 FLOPs in place of 12 m^2 n + 6 m^3, which is less for n > 1.5 m.
+    """
+    return 3 if dtype in (torch.float32, torch.float64) and 2 * max(m, n) > 3 * min(m, n) else 1
+
+
+def _iterate(x: Tensor, rows: tuple[Row, ...], segment: int) -> Tensor:
     """The iteration on a stack (B, M, N), M <= N, of spectral norm at most 1. Computes in the dtype of `x`."""
-    for a, b, c in rows:
+    for first in range(0, len(rows), segment):
         gram = torch.bmm(x, x.mT)
-        if c == 0.0:
-            x = torch.baddbmm(x, gram, x, beta=a, alpha=b)
-        else:
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        steps = rows[first : first + segment]
+        (a, b, c), *more = steps
+        z = _polynomial(gram, b, c)
+        if not more:
+            x = torch.baddbmm(x, z, x, beta=a)
+            continue
+        z.diagonal(dim1=-2, dim2=-1).add_(a)
+        q = z
+        for a, b, c in more:
+            gram = torch.bmm(torch.bmm(z, gram), z)
+            z = _polynomial(gram, b, c)
+            z.diagonal(dim1=-2, dim2=-1).add_(a)
+            q = torch.bmm(z, q)
+        x = torch.bmm(q, x)
     return x
 
 
-def newton_schulz_flops(m: int, n: int, steps: int = DEFAULT_STEPS) -> int:
-    """Matrix-product FLOPs (2 m n k each) of `steps` standard steps on an (m, n) matrix.
+def _polynomial(gram: Tensor, b: float, c: float) -> Tensor:
+    """b A + c A^2: a new tensor."""
+    return gram * b if c == 0.0 else torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
 
-    A step is X X^T (2 s^2 l), A^2 (2 s^3) and B X (2 s^2 l), s = min(m, n), l = max(m, n): 20 s^2 l + 10 s^3 for five.
-    For a schedule of fixed length, `steps` is `len(coefficients(schedule, steps))`. Two schedules differ slightly from
-    this count, which stays the common measure of work: cubic skips A^2, aol adds one X X^T for its preconditioning.
+
+def newton_schulz_flops(m: int, n: int, steps: int = DEFAULT_STEPS, segment: int = 1) -> int:
+    """Matrix-product FLOPs (2 m n k each) of `steps` steps on an (m, n) matrix, `segment` of them on the Gram matrix.
+
+    With s = min(m, n), l = max(m, n): a standard step is X X^T (2 s^2 l), A^2 (2 s^3) and B X (2 s^2 l), 20 s^2 l +
+    10 s^3 for five. A segment of k steps is X X^T and Q X once, A^2 k times, and 6 s^3 for each step after the first:
+    8 s^2 l + 28 s^3 for segments of 3 and 2. For a schedule of fixed length, `steps` is
+    `len(coefficients(schedule, steps))`.
     """
     short, long = min(m, n), max(m, n)
-    return steps * (4 * short * short * long + 2 * short**3)
+    lengths = [min(segment, steps - first) for first in range(0, steps, segment)]
+    return sum(4 * short**2 * long + (8 * k - 6) * short**3 for k in lengths)
