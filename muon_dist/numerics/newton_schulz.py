@@ -138,8 +138,8 @@ def segment_length(m: int, n: int, dtype: torch.dtype) -> int:
     Gram form does the arithmetic of a step on the small A = X X^T alone, since X only ever changes by Q X with Q a
     polynomial in A (Gram Newton-Schulz, as in the gram-newton-schulz package and DeepSpeed). It squares the singular
     values, so A loses the small ones: X is formed again after three steps. In fp32 that keeps the error against fp64
-    near that of the standard iteration (tests: within a factor of 4, spectra up to condition 1e6 and rank 1); without forming X
-    again it is up to a hundred times larger. In bf16 and fp16 it is not used.
+    near that of the standard iteration (tests: within a factor of 4, up to condition 1e6 and for rank 1); without
+    forming X again it is up to a hundred times larger. In bf16 and fp16 it is not used.
 
     Three steps cost 4 m^2 n + 18 m^3 FLOPs in place of 12 m^2 n + 6 m^3, which is less for n > 1.5 m.
     """
