@@ -117,16 +117,18 @@ def _find(optimizer: Muon) -> tuple[DeepSpeedEngine | None, Any]:
     DeepSpeed keeps no list of its engines, and our optimizer is not told of its wrapper, so all living objects are
     looked through, once. By type, not isinstance: that asks the objects, and some import modules when asked.
     """
-    engines: list[DeepSpeedEngine] = []
-    wrapper = None
-    for candidate in gc.get_objects():
-        kind = type(candidate)
-        if issubclass(kind, WRAPPERS) and vars(candidate).get("optimizer") is optimizer:
-            wrapper = candidate
-        elif issubclass(kind, DeepSpeedEngine):
-            engines.append(candidate)
-    held = wrapper if wrapper is not None else optimizer
-    return next((e for e in engines if vars(e).get("optimizer") is held), None), wrapper
+    kinds = set(_with_subclasses((*WRAPPERS, DeepSpeedEngine)))
+    living = [candidate for candidate in gc.get_objects() if type(candidate) in kinds]
+    wrappers = [w for w in living if isinstance(w, WRAPPERS) and vars(w).get("optimizer") is optimizer]
+    held = wrappers[0] if wrappers else optimizer
+    engines = [e for e in living if isinstance(e, DeepSpeedEngine) and vars(e).get("optimizer") is held]
+    return engines[0] if engines else None, wrappers[0] if wrappers else None
+
+
+def _with_subclasses(classes: Iterable[type]) -> Iterator[type]:
+    for cls in classes:
+        yield cls
+        yield from _with_subclasses(cls.__subclasses__())
 
 
 # Refusals ----------------------------------------------------------------------------------------------------------
@@ -196,7 +198,7 @@ def _one_group(group: dist.ProcessGroup, others: Iterable[dist.ProcessGroup]) ->
 
 def _bound(engine: DeepSpeedEngine, optimizer: Muon, clip: _Clip) -> Bound:
     _check(engine, optimizer)
-    wrapper = engine.optimizer
+    wrapper: Any = engine.optimizer
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         layout, buffers, groups, others = _stage3(wrapper, optimizer)
         group = _one_group(wrapper.dp_process_group, wrapper.sub_group_process_groups)
@@ -206,8 +208,9 @@ def _bound(engine: DeepSpeedEngine, optimizer: Muon, clip: _Clip) -> Bound:
     elif isinstance(wrapper, (FP16_UnfusedOptimizer, Muon)):
         layout, buffers, groups, others = _stage0(engine, optimizer)
         group = engine.seq_data_parallel_group
-        wrapper.checkpoint_event_prologue = optimizer.gather_state  # hooks of the engine, see `_stage0`
-        wrapper.checkpoint_event_epilogue = optimizer.release_state
+        hooked: Any = wrapper  # hooks of the engine, see `_stage0`
+        hooked.checkpoint_event_prologue = optimizer.gather_state
+        hooked.checkpoint_event_epilogue = optimizer.release_state
     else:
         raise FrameworkError(f"Muon is inside a {type(wrapper).__name__}, of which muon_dist does not know the layout")
     for tensor in (*buffers, *others):
