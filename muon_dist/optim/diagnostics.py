@@ -23,17 +23,19 @@ if TYPE_CHECKING:
     from muon_dist.optim.runtime import Runtime
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def place(name: str) -> tuple[int | None, str]:
     """Layer and type of a matrix: "model.layers.3.mlp.up_proj.weight" -> (3, "mlp.up_proj").
 
     The layer is the first whole number among the parts of the name, None where there is none; the type is what stands
-    behind it, without ".weight" and without the index of a head or an expert.
+    behind it, without ".weight" and without the index of a head or an expert: "mlp.experts.*.up_proj".
     """
     stem = name.partition("[")[0].removesuffix(".weight")
     found = _LAYER.search(stem)
-    return (int(found.group(1)), stem[found.end() :]) if found else (None, stem)
+    layer, kind = (int(found.group(1)), stem[found.end() :]) if found else (None, stem)
+    return layer, _NUMBER.sub("*", kind)
 
 
 class Diagnostics:
@@ -84,7 +86,7 @@ class Diagnostics:
         self._step = step + 1
         self._seen: set[str] = set()
         self._pending: set[str] = set()
-        self._round = self._next = step + 1
+        self._first = self._round = self._next = step + 1
         if self.path is None or not self.path.parent.is_dir():
             return
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -109,7 +111,9 @@ class Diagnostics:
         self._seen.add(matrix.name)
         if not self._pending and self._step >= self._next:
             self._pending = set(self._owned)
-            self._round, self._next = self._step, (self._step // self.every + 1) * self.every
+            # The same number on every rank, also where one begins late.
+            self._round = max(self._step // self.every * self.every, self._first)
+            self._next = (self._step // self.every + 1) * self.every
         if matrix.name not in self._pending:
             return
         now = time.perf_counter()

@@ -1,0 +1,198 @@
+"""Reads a run folder as it is: unfinished, incomplete or damaged. What is wrong with it is said, never hidden."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from muon_dist.config import redact
+from muon_dist.errors import DataError
+
+Record = dict[str, Any]
+
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+# The trainer writes these last; without them the save was cut off.
+_LAST_FILES = ("trainer_state.json", "position.json")
+
+
+@dataclass
+class RunRecord:
+    """What a run folder holds.
+
+    Attributes:
+        metrics, events, spectra, sharpness: the lines of the files, in order; spectra of all ranks, by step.
+        problems: one sentence for each missing file and each damaged line.
+    """
+
+    root: Path
+    config: Record | None = None
+    environment: Record | None = None
+    routing: Record | None = None
+    ownership: Record | None = None
+    summary: Record | None = None
+    metrics: list[Record] = field(default_factory=list)
+    events: list[Record] = field(default_factory=list)
+    spectra: list[Record] = field(default_factory=list)
+    sharpness: list[Record] = field(default_factory=list)
+    checkpoints: list[Record] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The run's name, or that of its folder."""
+        return str((self.config or {}).get("name") or self.root.resolve().name)
+
+    @property
+    def training(self) -> list[Record]:
+        """The lines of the log that carry a training loss."""
+        return [line for line in self.metrics if "loss" in line]
+
+    @property
+    def evaluations(self) -> list[Record]:
+        """The lines of the log that carry a validation loss."""
+        return [line for line in self.metrics if "eval_loss" in line]
+
+    def setting(self, *keys: str) -> Any:
+        """A value of the configuration by its path, None where it is not there."""
+        value: Any = self.config
+        for key in keys:
+            if not isinstance(value, Mapping):
+                return None
+            value = value.get(key)
+        return value
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        DataError: there is no such folder, or nothing of a run in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; give a run folder, such as runs/quickstart")
+    record = RunRecord(root)
+    problems = record.problems
+    config = _whole(root / "config.yaml", yaml.safe_load, problems, "settings are not shown")
+    record.config = redact(config) if config is not None else None
+    record.environment = _whole(root / "environment.json", json.loads, problems, "versions are not shown")
+    record.routing = _whole(root / "routing.json", json.loads, problems, "routing is not shown", ("routes", "totals"))
+    record.metrics = _lines(root / "metrics.jsonl", problems, "no curves can be drawn", ("step",))
+    record.events = _lines(root / "events.jsonl", problems, "starts and ends are not known", ("time", "event", "step"))
+    record.checkpoints = _checkpoints(root / "checkpoints")
+    if not (record.config or record.metrics or record.routing or record.checkpoints):
+        raise DataError(f"{root}: nothing of a run in it (no config.yaml, metrics.jsonl, routing.json or checkpoints)")
+    wanted = record.setting("diagnostics", "every")
+    if record.setting("optimizer", "name") != "adamw":
+        record.ownership = _whole(
+            root / "ownership.json",
+            json.loads,
+            problems,
+            "it is written after the first step; owners are not shown",
+            ("layout", "policy", "world_size", "matrices", "loads"),
+        )
+        record.spectra = _spectra(root / "spectra", problems, record.ownership, bool(wanted))
+    if (root / "spectra" / "sharpness.jsonl").exists():
+        record.sharpness = _lines(root / "spectra" / "sharpness.jsonl", problems, "", ("step", "matrices"))
+    record.summary = _whole(root / "summary.json", json.loads, problems, "the run has not finished")
+    return record
+
+
+def _whole(
+    path: Path, parse: Callable[[str], Any], problems: list[str], consequence: str, needed: tuple[str, ...] = ()
+) -> Record | None:
+    try:
+        value = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing: {consequence}.")
+        return None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems.append(f"{path.name} cannot be read ({_first_line(error)}): {consequence}.")
+        return None
+    if not isinstance(value, dict):
+        problems.append(f"{path.name} holds {type(value).__name__} instead of a mapping: {consequence}.")
+        return None
+    absent = [name for name in needed if name not in value]
+    if absent:
+        problems.append(f"{path.name} lacks {', '.join(absent)}: {consequence}.")
+        return None
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _lines(path: Path, problems: list[str], consequence: str, needed: tuple[str, ...]) -> list[Record]:
+    """The objects of a JSON-lines file; a line that is none, or lacks a field, is left out and named."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing: {consequence}.")
+        return []
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read ({_first_line(error)}): {consequence}.")
+        return []
+    found: list[Record] = []
+    damaged: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict) or any(name not in value for name in needed):
+                raise ValueError
+            found.append(value)
+        except ValueError:
+            damaged.append(number)
+    if damaged:
+        shown = ", ".join(map(str, damaged[:8])) + (" and more" if len(damaged) > 8 else "")
+        problems.append(
+            f"{path.parent.name + '/' if path.parent.name == 'spectra' else ''}{path.name}: {len(damaged)} damaged "
+            f"line{'s' if len(damaged) > 1 else ''} left out ({'lines' if len(damaged) > 1 else 'line'} {shown})."
+        )
+    return found
+
+
+def _spectra(folder: Path, problems: list[str], plan: Record | None, wanted: bool) -> list[Record]:
+    """The measures of all ranks, by step; ranks that own matrices and wrote nothing are named."""
+    files = sorted(folder.glob("rank-*.jsonl"))
+    needed = ("step", "round", "matrix", "layer", "type")
+    found = [line for path in files for line in _lines(path, problems, "", needed)]
+    if not wanted and not files:
+        problems.append("No spectral measures: set diagnostics.every in the configuration to take them.")
+    elif plan is not None:
+        have = {path.stem for path in files}
+        absent = [r["rank"] for r in plan["loads"] if r["matrices"] and f"rank-{r['rank']}" not in have]
+        if absent:
+            problems.append(
+                f"spectra/: no file from rank {', '.join(map(str, absent))}; where nodes do not share the run folder, "
+                "copy the files together."
+            )
+    return sorted(found, key=lambda line: line["step"])
+
+
+def _checkpoints(folder: Path) -> list[Record]:
+    """Step, whether the save was finished, bytes and time of each checkpoint folder, oldest step first."""
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in folder.iterdir():
+        match = _CHECKPOINT.match(path.name)
+        if match is None or not path.is_dir():
+            continue
+        last = [path / name for name in _LAST_FILES]
+        files = [p for p in path.rglob("*") if p.is_file()]
+        found.append(
+            {
+                "step": int(match.group(1)),
+                "finished": all(p.is_file() for p in last),
+                "bytes": sum(p.stat().st_size for p in files),
+                "time": max((p.stat().st_mtime for p in files), default=None),
+            }
+        )
+    return sorted(found, key=lambda c: c["step"])
