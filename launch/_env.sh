@@ -51,9 +51,9 @@ muon_env() {
         muon_log "already installed in $venv"
     else
         constraints="$(muon_constraints "$venv")"
-        command=("$venv/bin/python" -m pip install --quiet -e "$target")
+        command=("$venv/bin/python" -m pip install --quiet --quiet -e "$target")
         [[ -z "$constraints" ]] || command+=(-c "$constraints")
-        muon_log "installing; plain: $(printf '%q ' "${command[@]}")"
+        muon_log "installing, which takes a few minutes; plain: $(printf '%q ' "${command[@]}")"
         "${command[@]}" </dev/null || muon_die "pip failed; the command above shows it"
         printf '%s\n' "$want" >"$stamp"
     fi

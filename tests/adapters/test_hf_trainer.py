@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from muon_dist import Muon, MuonFactory, MuonTrainer
 from muon_dist.adapters.device import gpu_peak_flops, peak_flops
 from muon_dist.errors import CheckpointError, ConfigError
-from tests.distributed import run_ranks
+from tests.distributed import RankFailure, run_ranks
 
 VOCABULARY, LENGTH = 64, 16
 BATCH = 4
@@ -133,6 +133,29 @@ def test_stock_trainer_example_two_ranks(tmp_path: Path) -> None:
     assert held0 + held1 == matrices and min(held0, held1) > 0
 
 
+def stock_session(folder: str, resume: str | None) -> str:
+    trainer = Trainer(
+        model=make_model(),
+        args=arguments(Path(folder), save_strategy="steps", save_steps=3),
+        train_dataset=Words(),
+        optimizer_cls_and_kwargs=(MuonFactory, {"lr": 0.02, "print_routing": False}),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return digest(trainer.model)
+
+
+def test_stock_trainer_resumes_exactly_on_one_rank(tmp_path: Path) -> None:
+    whole = stock_session(str(tmp_path), None)
+    assert stock_session(str(tmp_path), str(tmp_path / "checkpoint-3")) == whole
+
+
+def test_stock_trainer_never_resumes_with_half_of_the_momentum(tmp_path: Path) -> None:
+    """A stock Trainer saves what its first rank holds; going on with that alone would be wrong without a word."""
+    run_ranks(stock_session, 2, str(tmp_path), None, timeout=120)
+    with pytest.raises(RankFailure, match=r"CheckpointError: .*MuonTrainer"):
+        run_ranks(stock_session, 2, str(tmp_path), str(tmp_path / "checkpoint-3"), timeout=120)
+
+
 def test_factory_names_the_closest_argument() -> None:
     with pytest.raises(ConfigError, match=r"'momentun' \(did you mean 'momentum'\?\)"):
         MuonFactory()(make_model(), lr=0.02, momentun=0.9)
@@ -220,7 +243,7 @@ class Gradients(TrainerCallback):
         self.norms.append({name: math.sqrt(total) for name, total in totals.items()})
 
 
-@pytest.mark.parametrize("muon, adamw", [(None, 0.01), (0.02, None), (None, None), (0.02, 0.01)])
+@pytest.mark.parametrize("muon, adamw", [(None, 0.01), (0.02, None), (0.02, 0.01)])
 def test_each_algorithm_is_clipped_by_its_own_bound(tmp_path: Path, muon: float | None, adamw: float | None) -> None:
     seen = Gradients()
     trainer = trained(tmp_path, clip_muon=muon, clip_adamw=adamw, callbacks=[seen])
@@ -231,6 +254,21 @@ def test_each_algorithm_is_clipped_by_its_own_bound(tmp_path: Path, muon: float 
             raw = line[f"grad_norm/{name}"]
             assert bound is None or raw > bound, "the bound does not bind, so this shows nothing"
             assert norms[name] == pytest.approx(raw if bound is None else bound, rel=1e-4)
+
+
+def test_bounds_that_do_not_bind_change_nothing_and_the_logged_norm_is_raw(tmp_path: Path) -> None:
+    seen = Gradients()
+    trainer = trained(
+        tmp_path, clip_muon=50.0, clip_adamw=50.0, callbacks=[seen], train_sampler=lambda consumed: Order(consumed)
+    )
+    fresh, data = make_model(), Words()
+    first = torch.stack([data.ids[i] for i in list(Order(0))[:BATCH]])
+    fresh(input_ids=first, labels=first).loss.backward()
+    raw = math.sqrt(sum(p.grad.double().square().sum().item() for p in fresh.parameters()))
+    assert raw > 1.0, "the global bound of TrainingArguments would not bind, so this shows nothing"
+    line = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert line["grad_norm"] == pytest.approx(raw, rel=1e-4)
+    assert math.hypot(*seen.norms[0].values()) == pytest.approx(raw, rel=1e-4)
 
 
 def test_global_clip_is_refused(tmp_path: Path) -> None:
