@@ -9,6 +9,7 @@ import torch
 
 from muon_dist.experiments.quadratics import (
     Quadratic,
+    aligned_ratio,
     gaussian,
     kronecker,
     log_spaced,
@@ -87,7 +88,9 @@ def run(config: Config) -> dict[str, Any]:
     by_shuffle = {
         f"{share:g}": _collect([shuffled(config, seed, share) for seed in config.seeds]) for share in config.shuffles
     }
-    data = {"shapes": by_shape, "alignment": by_alignment, "shuffle": by_shuffle}
+    a = log_spaced(config.kappas[0], config.knob_shape[0])
+    known = {f"{q:g}": aligned_ratio(a, 1 - q) for q in config.alignments}
+    data = {"shapes": by_shape, "alignment": by_alignment, "alignment_known": known, "shuffle": by_shuffle}
     return result("E5", TITLE, CLAIM, config, _criteria(by_shape, by_alignment, by_shuffle), data)
 
 

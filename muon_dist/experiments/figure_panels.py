@@ -147,6 +147,16 @@ def e4_sweep(ax: Axes, record: dict[str, Any]) -> None:
     ax.legend()
 
 
+def e4_width(ax: Axes, record: dict[str, Any]) -> None:
+    rows = record["data"]["widths"]
+    for name, colour in (("GD, step 1/L", COLOURS["sgd"]), ("Muon, step s_mean/L", COLOURS["muon"])):
+        means, sds = stats([row[name] for row in rows.values()])
+        ax.errorbar([int(n) for n in rows], means, yerr=sds, marker="o", capsize=3, color=colour, label=name)
+    ax.axhline(record["data"]["width_theory"], **THEORY, label="theory for Muon, n to infinity")
+    ax.set(xscale="log", yscale="log", xlabel="columns n, at 16 rows", ylabel="iterations to f / f0 = 1e-4")
+    ax.legend()
+
+
 def e5_shapes(ax: Axes, record: dict[str, Any]) -> None:
     rows = record["data"]["shapes"]
     means, sds = stats([row["quotient"] for row in rows.values()])
@@ -173,6 +183,11 @@ def _measured_and_predicted(ax: Axes, rows: dict[str, Any], label: str) -> None:
 
 def e5_alignment(ax: Axes, record: dict[str, Any]) -> None:
     _measured_and_predicted(ax, record["data"]["alignment"], "q, in D = A^-q Z B^-q")
+    known = record["data"]["alignment_known"]
+    ax.plot(
+        [float(q) for q in known], list(known.values()), ":", color="black", label="theory, given A and q (m << n)"
+    )
+    ax.legend()
     ax.set(yscale="log")
 
 
@@ -329,6 +344,7 @@ PANELS: dict[str, list[tuple[str, Panel]]] = {
         ("Falsifier: 32 x 32", e4_square),
         ("The condition number's law", e4_law),
         ("No dependence on kappa_A", e4_sweep),
+        ("The guaranteed step needs m << n", e4_width),
     ],
     "E5": [
         ("The formula by shape", e5_shapes),

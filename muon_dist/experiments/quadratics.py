@@ -94,6 +94,12 @@ def polar(gradient: Tensor) -> Tensor:
     return polar_factor(gradient)
 
 
+def polar_of_wide(gradient: Tensor) -> Tensor:
+    """(G G^T)^(-1/2) G by the eigenvalues of the small Gram matrix: for m << n and condition numbers below 1e6."""
+    values, vectors = torch.linalg.eigh(gradient @ gradient.mT)
+    return (vectors * values.rsqrt()[:, None, :]) @ (vectors.mT @ gradient)
+
+
 def steepest(gradient: Tensor) -> Tensor:
     return gradient
 
@@ -156,6 +162,12 @@ def predicted_ratio(singular_values: Tensor) -> Tensor:
     """
     s = singular_values
     return s.mean(-1) * s.pow(3).mean(-1) / s.pow(2).mean(-1) ** 2
+
+
+def aligned_ratio(a: Tensor, s: float) -> float:
+    """e_Muon / e_SGD from the eigenvalues a (m,) of A when C is proportional to A^(2s), m << n; s = 1 is
+    ``predicted_ratio`` of the gradient's spectrum. Derived in docs/theory.md."""
+    return float(a.pow(s).sum() ** 2 * a.pow(2 * s + 1).sum() / (a.sum() * a.pow(2 * s).sum() ** 2))
 
 
 def measured_ratio(q: Quadratic, d: Tensor) -> Tensor:

@@ -149,6 +149,12 @@ def test_e4_condition_law():
         assert e4_kronecker.condition_law(config, s)["ratio"] == pytest.approx(factor, rel=0.1)
 
 
+def test_e4_guaranteed_step_meets_its_recursion_for_many_columns():
+    config = replace(E4, wide=(4, 64), wide_kappas=(20.0, 3.0))
+    found = e4_kronecker.guaranteed_step(config, 4096)["Muon, step s_mean/L"]["mean"]
+    assert found == pytest.approx(e4_kronecker.guaranteed_step_theory(config), rel=0.1)
+
+
 def test_e4_criteria_can_fail():
     slow = {name: summary([100.0]) for name in ("steepest descent", "Muon, line search", "Muon, annealed",
             "NSGD, annealed", "GD, step 1/L", "Muon, step s_mean/L")}  # fmt: skip
@@ -156,7 +162,7 @@ def test_e4_criteria_can_fail():
     square = slow | {"steepest descent": summary([10.0])}
     sweep = {"10": {"Muon, line search": summary([10.0])}, "1000": {"Muon, line search": summary([100.0])}}
     law = [{"s": 0.5, "ratio": 1.0, "kappa_c_half": 10.0}, {"s": 2.5, "ratio": 3.0, "kappa_c_half": 1.0}]
-    bad = e4_kronecker._criteria({"wide": slow, "square": square, "kappa 1": slow}, sweep, law)
+    bad = e4_kronecker._criteria({"wide": slow, "square": square, "kappa 1": slow}, sweep, law, {"64": slow}, 10)
     assert len(failures(bad)) == len(bad)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from muon_dist.experiments.quadratics import (
     Quadratic,
+    aligned_ratio,
     annealed,
     constant,
     frobenius_matched,
@@ -21,6 +22,7 @@ from muon_dist.experiments.quadratics import (
     log_spaced,
     measured_ratio,
     polar,
+    polar_of_wide,
     predicted_ratio,
     steepest,
     with_spectrum,
@@ -102,6 +104,21 @@ def test_formula_in_its_limit():
     d = gaussian((5, 4, 4096), generator())
     predicted = predicted_ratio(torch.linalg.svdvals(q.gradient(d)))
     assert ((measured_ratio(q, d) / predicted - 1).abs() < 0.01).all()
+
+
+def test_alignment_formula():
+    a = log_spaced(40.0, 4)
+    assert aligned_ratio(a, 0.0) == pytest.approx(1.0)
+    assert aligned_ratio(a, 1.0) == pytest.approx(float(predicted_ratio(a)))
+    q = Quadratic(torch.outer(a, torch.ones(4096, dtype=torch.float64)))
+    for s in (-0.5, 0.0, 0.5, 1.0):
+        d = a[:, None] ** (s - 1) * gaussian((3, 4, 4096), generator())
+        assert float(measured_ratio(q, d).mean()) == pytest.approx(aligned_ratio(a, s), rel=0.02)
+
+
+def test_polar_of_wide_is_the_polar_factor():
+    g = gaussian((3, 4, 9), generator())
+    torch.testing.assert_close(polar_of_wide(g), polar(g))
 
 
 def test_iterations_known_cases():
