@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +46,12 @@ HOMES: dict[str, tuple[str, ...]] = {
     "pydantic": ("config",),
     "typer": ("cli", "experiments.cli"),
 }
+# import name -> name of the package, where they differ
+DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn"}
+# in an extra, imported where it is used
+OPTIONAL = {"scikit-learn"}
+# needed and not imported by name: the Trainer's engine, sentencepiece's model file, the format of saved models
+THROUGH_OTHERS = {"accelerate", "protobuf", "safetensors"}
 
 
 def modules() -> dict[str, Path]:
@@ -152,6 +160,18 @@ def test_each_framework_in_its_adapter_alone(name: str) -> None:
         framework = max(matching, key=len)
         allowed = any(starts(name, home) for home in HOMES[framework])
         assert allowed, f"{MODULES[name]}:{line} imports {target}; only {', '.join(HOMES[framework])} may"
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Every third-party package is a dependency of our own, not one that happens to come with another."""
+    text = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    declared = {name.lower() for name in re.findall(r'^    "([A-Za-z0-9_.-]+)', block[1], re.MULTILINE)}
+    roots = {target.partition(".")[0] for name in MODULES for target, _ in imports(name)}
+    third_party = roots - set(sys.stdlib_module_names) - {"muon_dist"}
+    distributions = {DISTRIBUTIONS.get(root, root) for root in third_party}
+    assert (distributions - OPTIONAL) | THROUGH_OTHERS == declared
 
 
 @pytest.mark.parametrize("name", list(MODULES))
