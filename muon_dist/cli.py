@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from muon_dist.errors import MuonDistError
+from muon_dist.experiments.cli import app as spectra
 
 app = typer.Typer(
     name="muon-dist",
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(spectra)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[
@@ -162,6 +164,35 @@ def compare(
         config, overrides or [], lrs=lr or [0.003, 0.01, 0.03], seeds=seeds, jobs=jobs, output=output
     )
     typer.echo(report["table"])
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, also of a run that has not finished.")],
+    output: Annotated[
+        Optional[Path], typer.Option(help="The page to write; report.html in the run folder unless given.")  # noqa: UP045
+    ] = None,
+) -> None:
+    """One self-contained HTML page of a run: curves, spectra, routing, ownership, checkpoints, settings."""
+    from muon_dist.report.run_page import write_run_page
+
+    typer.echo(str(write_run_page(run, output)))
+
+
+@spectra.command()
+def probe(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with a checkpoint.")],
+    step: Annotated[
+        Optional[int], typer.Option(help="Of the checkpoint; the newest unless given.")  # noqa: UP045
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Training samples in the probe batch.")] = 4,
+    lanczos: Annotated[int, typer.Option(min=1, help="Lanczos steps for the largest eigenvalue.")] = 12,
+) -> None:
+    """The learning rate of a run against the stable step of its updates, by Hessian-vector products; one process."""
+    _quiet()
+    from muon_dist.train.probe import probe_run, table
+
+    typer.echo(table(probe_run(run, step=step, samples=samples, lanczos=lanczos)))
 
 
 @app.command()
