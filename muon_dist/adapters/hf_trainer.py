@@ -50,7 +50,8 @@ class MuonTrainer(Trainer):
     muon: keyword arguments of `MuonFactory`; `lr` and `weight_decay` default to those of `args`. Instead of it,
         `optimizer_cls_and_kwargs` or `optimizers` as in `Trainer`.
     clip_muon, clip_adamw: bounds on the gradient norm of the Muon and of the AdamW parameters, None for no bound. Muon
-        is scale-free, so it needs none. They replace `max_grad_norm`, one bound over all, which must be left alone.
+        is scale-free, so it needs none. They replace `max_grad_norm`, one bound over all, which must be left alone;
+        except under DeepSpeed, which clips AdamW's by `max_grad_norm` and the norm over all parameters.
     train_sampler: samples already consumed -> indices into `train_dataset` from there on. With it a resumed run goes
         on with the next sample, also at another world size; `max_steps` is needed.
     bytes_per_token: (train, eval) bytes of text for each token, for bits per byte; None leaves them out.
@@ -79,8 +80,9 @@ class MuonTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else TrainingArguments(output_dir="tmp_trainer")
-        _check(args, muon, train_sampler, kwargs)
-        args.max_grad_norm = 0.0
+        _check(args, muon, clip_muon, train_sampler, kwargs)
+        if args.deepspeed is None:
+            args.max_grad_norm = 0.0
         if train_sampler is not None:
             args.ignore_data_skip = True
         own = kwargs.get("optimizer_cls_and_kwargs") is None and kwargs.get("optimizers", (None, None))[0] is None
@@ -334,9 +336,19 @@ def _compute_dtype(args: TrainingArguments, model: nn.Module) -> torch.dtype:
 
 
 def _check(
-    args: TrainingArguments, muon: Mapping[str, Any] | None, train_sampler: object, kwargs: Mapping[str, Any]
+    args: TrainingArguments,
+    muon: Mapping[str, Any] | None,
+    clip_muon: float | None,
+    train_sampler: object,
+    kwargs: Mapping[str, Any],
 ) -> None:
-    if args.max_grad_norm not in (None, 0.0, _STOCK_MAX_GRAD_NORM):
+    if args.deepspeed is not None:
+        if clip_muon is not None:
+            raise ConfigError(
+                f"clip_muon={clip_muon}: under DeepSpeed Muon's parameters are not clipped, so clip_muon (in a "
+                "configuration optimizer.clip.muon) must be null; AdamW's are, by max_grad_norm"
+            )
+    elif args.max_grad_norm not in (None, 0.0, _STOCK_MAX_GRAD_NORM):
         raise ConfigError(
             f"max_grad_norm={args.max_grad_norm} bounds one norm over all parameters; MuonTrainer bounds each "
             "algorithm's: leave max_grad_norm out and pass clip_adamw (and clip_muon, which Muon does not need)"

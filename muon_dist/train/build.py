@@ -112,7 +112,8 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         "seed": config.seed,
         "data_seed": config.seed,
         "learning_rate": config.optimizer.muon.lr if config.optimizer.name == "muon" else config.optimizer.adamw.lr,
-        "max_grad_norm": 0.0,
+        # DeepSpeed clips by itself, by the norm over all parameters, and our adapter exempts Muon's from it.
+        "max_grad_norm": (config.optimizer.clip.adamw or 0.0) if config.deepspeed is not None else 0.0,
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "deepspeed": config.deepspeed,

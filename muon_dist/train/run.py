@@ -15,7 +15,7 @@ from muon_dist.adapters.hf_callbacks import quiet_transformers
 from muon_dist.adapters.hf_trainer import MuonTrainer
 from muon_dist.config import Config
 from muon_dist.model import count_parameters
-from muon_dist.model.load import load_text_tokenizer
+from muon_dist.model.load import load_model, load_text_tokenizer
 from muon_dist.routing import RoutingTable
 from muon_dist.train import build, corpus, distributed, environment, summary
 from muon_dist.train.folder import RunFolder, changed_settings, write_json
@@ -142,8 +142,10 @@ def _finish(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str
     if distributed.rank() == 0:
         block = config.evaluation
         if block.generate_tokens > 0:
+            # Under ZeRO-3 this rank holds a part of the model alone, so the saved one speaks.
+            speaker = load_model(folder.model) if trainer.is_deepspeed_enabled else trainer.model
             out["sample"] = generate(
-                trainer.accelerator.unwrap_model(trainer.model),
+                speaker,
                 trainer.processing_class,
                 block.generate_prompt,
                 block.generate_tokens,
