@@ -198,7 +198,7 @@ def run(config: Config) -> dict[str, Any]:
     data = {"problems": problems, "sweep": sweep, "law": law, "widths": widths, "width_theory": theory}
     notes = [
         "The guaranteed step s_mean/L does gain when m << n holds all along: as the columns with large b converge, "
-        "few columns carry the error, and at 16x256 fewer than the rows, which ends the averaging. See the sweep over n.",
+        "few columns carry the error, at 16x256 fewer than the rows, which ends the averaging. See the sweep over n.",
         "A run that did not reach the tolerance within the limit counts as inf; annealed arms use the best point of "
         f"the same grid ({len(config.starts)} starts x {len(config.decays)} decays) for Muon and NSGD.",
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,24 +76,31 @@ PROFILES = {
 }
 
 
-def epochs_to_milestone(
+def first_epoch(curve: Sequence[float], milestone: float) -> float:
+    """Number of the first epoch that reaches the milestone; inf when none does."""
+    return next((float(i) for i, value in enumerate(curve, start=1) if value >= milestone), float("inf"))
+
+
+def accuracy_curves(
     config: Config, build: Callable[[], nn.Module], arm: Arm, seed: int
-) -> tuple[float, list[float]]:
-    """Epochs until the test accuracy first reaches the milestone (inf: never), and the accuracy after each epoch."""
+) -> tuple[list[float], list[float]]:
+    """Test and training accuracy after each epoch, until both have reached the milestone."""
     data = digits(seed)
     model = seeded(build, seed)
     per_epoch = len(data.x) // config.batch
-    curve: list[float] = []
+    test: list[float] = []
+    training: list[float] = []
 
     def after(step: int) -> bool:
         if step % per_epoch == 0:
-            curve.append(accuracy(model, data.test_x, data.test_y))
-        return bool(curve) and curve[-1] >= config.milestone
+            test.append(accuracy(model, data.test_x, data.test_y))
+            training.append(accuracy(model, data.x, data.y))
+        return bool(test) and min(max(test), max(training)) >= config.milestone
 
     optimizer = MatrixOptimizer(list(model.parameters()), Rule(arm[0], arm[1], config.beta), seed)
     stream = batches(data.x, data.y, config.batch, seed)
     train(cross_entropy(model), optimizer, stream, config.epochs * per_epoch, after_step=after)
-    return (float(len(curve)) if curve and curve[-1] >= config.milestone else float("inf")), curve
+    return test, training
 
 
 def name(arm: Arm) -> str:
@@ -101,15 +108,18 @@ def name(arm: Arm) -> str:
 
 
 def milestones(config: Config, build: Callable[[], nn.Module], seeds: tuple[int, ...]) -> dict[str, Any]:
+    """Epochs to the milestone of every arm, on test accuracy (and, under "training", on training accuracy)."""
     table = {}
     for arm in config.arms:
-        found = [epochs_to_milestone(config, build, arm, seed) for seed in seeds]
+        curves = [accuracy_curves(config, build, arm, seed) for seed in seeds]
+        reached = [[first_epoch(curve, config.milestone) for curve in column] for column in zip(*curves, strict=True)]
         # "never" enters the mean as the length of the run, which makes every gap below a lower bound
-        reached = summary(min(epochs, config.epochs) for epochs, _ in found)
+        test, training = (summary(min(epochs, config.epochs) for epochs in column) for column in reached)
         table[name(arm)] = {
-            **reached,
-            "never": sum(epochs == float("inf") for epochs, _ in found),
-            "curves": [curve for _, curve in found],
+            **test,
+            "never": sum(epochs == float("inf") for epochs in reached[0]),
+            "training": training,
+            "curves": [curve for curve, _ in curves],
         }
     return table
 
@@ -171,40 +181,46 @@ def run(config: Config) -> dict[str, Any]:
         f"'Never' within {config.epochs} epochs counts as {config.epochs}: gaps to such rows are lower bounds.",
         "An identical learning rate is not an identical step: SGD's update has the norm of the gradient, Muon's "
         "sqrt(r). The rows with the same Frobenius norm, and SGD at its own best step, are the fair ones.",
+        "On the test set several arms hover just below 97% for epochs, which stretches gaps; training accuracy, given "
+        "beside it, does not have that edge.",
     ]
-    return result("E7", TITLE, CLAIM, config, _criteria(config, tables, linear), {**tables, "linear": linear}, notes)
+    return result("E7", TITLE, CLAIM, config, _criteria(tables, linear), {**tables, "linear": linear}, notes)
 
 
-def _criteria(config: Config, tables: dict[str, Any], linear: dict[str, Any]) -> list[Criterion]:
-    same = {
-        network: table[name(("sgd", 0.03))]["mean"] - table[name(("muon", 0.03))]["mean"]
-        for network, table in tables.items()
-    }
-    gaps = {
-        control: {
-            network: table[name(control)]["mean"] - table[name(("muon", 0.05))]["mean"]
-            for network, table in tables.items()
-        }
-        for control in (("nsgd", 0.03), ("sgd", 3.0))
-    }
-    nsgd = {
-        network: table[name(("nsgd", 0.03))]["mean"] - table[name(("muon", 0.03))]["mean"]
-        for network, table in tables.items()
-    }
+_COMPARED: tuple[Arm, ...] = (("sgd", 0.03), ("muon", 0.03), ("muon", 0.05), ("nsgd", 0.03), ("sgd", 3.0))
+
+
+def gaps(tables: dict[str, Any], slow: Arm, fast: Arm, training: bool = False) -> dict[str, float]:
+    """Epochs of one arm minus those of another, by network."""
+
+    def epochs(row: dict[str, Any]) -> float:
+        return float((row["training"] if training else row)["mean"])
+
+    return {network: epochs(table[name(slow)]) - epochs(table[name(fast)]) for network, table in tables.items()}
+
+
+def _text(row: dict[str, float]) -> str:
+    return ", ".join(f"{network} {gap:+.2f}" for network, gap in row.items())
+
+
+def _criteria(tables: dict[str, Any], linear: dict[str, Any]) -> list[Criterion]:
+    sgd, muon, faster, nsgd, tuned = _COMPARED
+    same = gaps(tables, sgd, muon)
+    norm, norm_training = (gaps(tables, nsgd, muon, training) for training in (False, True))
+    best, best_training = (gaps(tables, tuned, faster, training) for training in (False, True))
     ratio = linear["NSGD, annealed"]["mean"] / linear["Muon, annealed"]["mean"]
-
-    def text(row: dict[str, float]) -> str:
-        return ", ".join(f"{network} {gap:+.2f}" for network, gap in row.items())
-
-    tuned = gaps[("sgd", 3.0)]
     return [
-        Criterion("identical lr 0.03: SGD's epochs to 97% minus Muon's", text(same), ">= 5 on all",
+        Criterion("identical lr 0.03: SGD's epochs to 97% minus Muon's", _text(same), ">= 5 on all",
                   min(same.values()) >= 5),
         Criterion("deep linear 3x16x16: NSGD annealed / Muon annealed, iterations (Muon "
                   f"{show(linear['Muon, annealed'])}, NSGD {show(linear['NSGD, annealed'])})", ratio, ">= 4",
                   ratio >= 4),
-        Criterion("control, same Frobenius norm (lr 0.03): NSGD's epochs minus Muon's", text(nsgd), "> 0 on all",
-                  min(nsgd.values()) > 0, "falsifier", central=False),
-        Criterion("control, SGD at its own best step (lr 3): its epochs minus Muon's (lr 0.05)", text(tuned),
-                  ">= 1 on all", min(tuned.values()) >= 1, "falsifier", central=False),
+        Criterion("control, same Frobenius norm (lr 0.03): NSGD's epochs minus Muon's", _text(norm), ">= 1 on all",
+                  min(norm.values()) >= 1, "falsifier", central=False),
+        Criterion("control, SGD at its own best step (lr 3): its epochs minus Muon's (lr 0.05)", _text(best),
+                  ">= 1 on all", min(best.values()) >= 1, "falsifier", central=False),
+        Criterion("'several epochs earlier' (>= 2) also on training accuracy, same Frobenius norm",
+                  _text(norm_training), ">= 2 on all", min(norm_training.values()) >= 2, "falsifier", central=False),
+        Criterion("'several epochs earlier' (>= 2) also on training accuracy, SGD at its own best step",
+                  _text(best_training), ">= 2 on all", min(best_training.values()) >= 2, "falsifier", central=False),
     ]  # fmt: skip

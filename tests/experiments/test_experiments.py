@@ -244,17 +244,19 @@ def test_e7_deep_linear_solves_and_stalls():
 
 def test_e7_milestone_counts_epochs():
     config = replace(e7_milestones.PROFILES["quick"], milestone=0.5, epochs=4)
-    reached, curve = e7_milestones.epochs_to_milestone(config, e7_milestones.mlp, ("muon", 0.05), 0)
-    assert reached == len(curve) <= 4 and curve[-1] >= 0.5
-    never, curve = e7_milestones.epochs_to_milestone(config, e7_milestones.mlp, ("sgd", 1e-6), 0)
-    assert never == math.inf and len(curve) == 4
+    test, training = e7_milestones.accuracy_curves(config, e7_milestones.mlp, ("muon", 0.05), 0)
+    assert len(test) == len(training) <= 4 and max(test) >= 0.5 and max(training) >= 0.5
+    test, training = e7_milestones.accuracy_curves(config, e7_milestones.mlp, ("sgd", 1e-6), 0)
+    assert len(test) == 4 and e7_milestones.first_epoch(test, 0.5) == math.inf
+    assert e7_milestones.first_epoch([0.1, 0.6, 0.4, 0.9], 0.5) == 2
 
 
 def test_e7_criteria_can_fail():
     config = e7_milestones.Config()
-    table = {e7_milestones.name(arm): summary([5.0]) for arm in config.arms}
+    row = summary([5.0])
+    table = {e7_milestones.name(arm): {**row, "training": row} for arm in config.arms}
     linear = {"NSGD, annealed": summary([30.0]), "Muon, annealed": summary([20.0])}
-    bad = e7_milestones._criteria(config, {"MLP": table, "CNN": table}, linear)
+    bad = e7_milestones._criteria({"MLP": table, "CNN": table}, linear)
     assert len(failures(bad)) == len(bad)
 
 
