@@ -22,7 +22,7 @@ from muon_dist.numerics.spectral_gram import gram_spectral_stats
 if TYPE_CHECKING:
     from muon_dist.optim.runtime import Runtime
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -30,12 +30,14 @@ def place(name: str) -> tuple[int | None, str]:
     """Layer and type of a matrix: "model.layers.3.mlp.up_proj.weight" -> (3, "mlp.up_proj").
 
     The layer is the first whole number among the parts of the name, None where there is none; the type is what stands
-    behind it, without ".weight" and without the index of a head or an expert: "mlp.experts.*.up_proj".
+    behind it, without ".weight" and without the index of a head or an expert ("mlp.experts.*.up_proj"), or before it
+    where nothing is behind it.
     """
     stem = name.partition("[")[0].removesuffix(".weight")
     found = _LAYER.search(stem)
-    layer, kind = (int(found.group(1)), stem[found.end() :]) if found else (None, stem)
-    return layer, _NUMBER.sub("*", kind)
+    if found is None:
+        return None, stem
+    return int(found.group(1)), _NUMBER.sub("*", stem[found.end() :]) or stem[: found.start()] or "matrix"
 
 
 class Diagnostics:
@@ -72,7 +74,7 @@ class Diagnostics:
         self._owned: tuple[str, ...] = ()
         self._began = math.inf
         self._writable = True
-        self.start(0)
+        self._count_from(0)
 
     @property
     def path(self) -> Path | None:
@@ -83,16 +85,18 @@ class Diagnostics:
     def start(self, step: int) -> None:
         """Count from `step` on: the next optimizer step is `step + 1`. Lines of later steps, of the run that is being
         continued or replaced, are dropped; by rank 0 also those of ranks that this run does not have. Local."""
-        self._step = step + 1
-        self._seen: set[str] = set()
-        self._pending: set[str] = set()
-        self._first = self._round = self._next = step + 1
+        self._count_from(step)
         if self.path is None or not self.path.parent.is_dir():
             return
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         foreign = [p for p in self.path.parent.glob("rank-*.jsonl") if _rank_of(p) >= world]
         for path in [self.path, *(foreign if self.path.name == "rank-0.jsonl" else [])]:
             _keep_until(path, step)
+
+    def _count_from(self, step: int) -> None:
+        self._seen: set[str] = set()
+        self._pending: set[str] = set()
+        self._step = self._first = self._round = self._next = step + 1
 
     def attach(self, runtime: Runtime) -> None:
         """Observe what `runtime` orthogonalizes on this rank."""
