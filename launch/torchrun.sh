@@ -116,6 +116,8 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 python="${VIRTUAL_ENV:-$MUON_ROOT/.venv}/bin/python"
 [[ -x "$python" ]] || python="$(command -v python3)"
+"$python" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None or i.find_spec("muon_dist") is None)' \
+    || muon_die "$python has no torch or no muon_dist: activate the environment, or make it with launch/quickstart.sh"
 "$python" -m torch.distributed.run "${options[@]}" "${program[@]}" &
 child=$!
 # A signal to this script goes to torchrun, which passes it on to its processes; wait returns early when one arrives.

@@ -74,6 +74,14 @@ def attach(engine: DeepSpeedEngine, *, clip_muon: bool = False) -> Muon:
     return optimizer
 
 
+def avoid_cpu_builds() -> None:
+    """Without a GPU, keep `deepspeed.init_distributed` from compiling its shared-memory collectives for 40 s.
+
+    Training uses torch.distributed's. A build that is killed leaves a lock on which later runs hang without a word.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def bind(optimizer: Muon) -> Bound | NotReady | None:
     """The binder: looks for the engine or wrapper that holds `optimizer`. None where DeepSpeed does not hold it.
 

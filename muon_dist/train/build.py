@@ -118,6 +118,10 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         "remove_unused_columns": False,
         "deepspeed": config.deepspeed,
     }
+    if config.deepspeed is not None and not cuda:
+        from muon_dist.adapters.deepspeed import avoid_cpu_builds  # imports DeepSpeed, so only where it is used
+
+        avoid_cpu_builds()
     try:
         args = TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
