@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from muon_dist.adapters.device import peak_flops as device_peak_flops
 from muon_dist.adapters.factory import MuonFactory, split_kwargs
@@ -23,7 +24,7 @@ from muon_dist.adapters.hf_records import SpectraLog, take_diagnostics
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.optim.muon import Muon
 
-__all__ = ["MuonFactory", "MuonTrainer", "TrainingArguments", "bits_per_byte", "read_position"]
+__all__ = ["MuonFactory", "MuonTrainer", "TrainingArguments", "bits_per_byte", "leave_deepspeed", "read_position"]
 
 POSITION_NAME = "position.json"
 OPTIMIZER_NAME = "optimizer.pt"
@@ -311,6 +312,11 @@ class MuonTrainer(Trainer):
         state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+
+def leave_deepspeed() -> None:
+    """After a ZeRO-3 run: from here on transformers loads a model whole instead of partitioning it over the ranks."""
+    unset_hf_deepspeed_config()
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:

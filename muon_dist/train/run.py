@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from muon_dist.adapters.hf_callbacks import quiet_transformers
-from muon_dist.adapters.hf_trainer import MuonTrainer
+from muon_dist.adapters.hf_trainer import MuonTrainer, leave_deepspeed
 from muon_dist.config import Config
 from muon_dist.model import count_parameters
 from muon_dist.model.load import load_model, load_text_tokenizer
@@ -142,8 +142,11 @@ def _finish(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str
     if distributed.rank() == 0:
         block = config.evaluation
         if block.generate_tokens > 0:
-            # Under ZeRO-3 this rank holds a part of the model alone, so the saved one speaks.
-            speaker = load_model(folder.model) if trainer.is_deepspeed_enabled else trainer.model
+            speaker = trainer.model
+            if trainer.is_deepspeed_enabled:
+                # Under ZeRO-3 this rank holds a part of the model alone, so the saved one speaks.
+                leave_deepspeed()
+                speaker = load_model(folder.model)
             out["sample"] = generate(
                 speaker,
                 trainer.processing_class,
