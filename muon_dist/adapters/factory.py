@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,12 +40,23 @@ class MuonFactory:
                 "not pass its learning_rate to a factory"
             )
         of_groups, of_muon = split_kwargs(kwargs)
+        _refuse_replacement()
         overrides = [_as(Override, o) for o in of_groups.pop("overrides", ())]
         splits = [_as(SplitRule, s) for s in of_groups.pop("splits", ())]
         table = of_groups.pop("table", None) or route(opt_model, overrides, splits)
         if print_routing and is_rank_zero():
             print(table.render(), flush=True)
         return Muon(param_groups(opt_model, table=table, **of_groups), **of_muon)
+
+
+def _refuse_replacement() -> None:
+    """Raise FrameworkError where the Trainer would hand DeepSpeed another optimizer than the one made here."""
+    integration = sys.modules.get("transformers.integrations.deepspeed")
+    config = integration.deepspeed_config() if integration is not None else None
+    if config is not None:
+        from muon_dist.adapters.deepspeed import check_config  # imports DeepSpeed, which the Trainer is about to use
+
+        check_config(config)
 
 
 def _as(cls: type, value: Any) -> Any:

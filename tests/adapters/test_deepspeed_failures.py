@@ -146,11 +146,10 @@ def _scale_changes(case: Case) -> tuple[float, float, list[float]]:
 
 def test_momentum_is_in_true_units_under_dynamic_loss_scale():
     config = {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 4}}
-    for clip in (0.0, 0.05):
-        cases = [Case(s, "fp16", config={**config, "gradient_clipping": clip}) for s in (1, 2, 3)]
-        for case, (muon, cosine, scales) in zip(cases, _in_one(_scale_changes, cases), strict=True):
-            assert len(set(scales)) >= 3, scales
-            assert muon < 1e-5 and cosine > 1 - 1e-6, (case, muon, cosine)
+    cases = [Case(s, "fp16", config={**config, "gradient_clipping": c}) for s, c in ((1, 0.0), (2, 0.05), (3, 0.05))]
+    for case, (muon, cosine, scales) in zip(cases, _in_one(_scale_changes, cases), strict=True):
+        assert len(set(scales)) >= 3, scales
+        assert muon < 1e-5 and cosine > 1 - 1e-6, (case, muon, cosine)
 
 
 # 3, 4, 5: no work and no state twice -------------------------------------------------------------------------------
@@ -198,11 +197,11 @@ def muon_specs() -> list[Any]:
 # 6: momentum stays fp32 over many bf16 steps -----------------------------------------------------------------------
 
 
-def _sixty_steps(case: Case) -> float:
+def _many_steps(case: Case) -> float:
     engine, optimizer = make_engine(case)
     start = master(engine, optimizer)
     truth = Truth(start, optimizer)
-    for step in range(60):
+    for step in range(40):
         backward(engine, step % 8, 1)
         gradients = gradients_of(engine)
         engine.step()
@@ -212,9 +211,9 @@ def _sixty_steps(case: Case) -> float:
     return muon
 
 
-def test_bf16_momentum_is_exact_after_sixty_steps():
-    cases = [Case(1, "bf16"), Case(3, "bf16")]
-    assert max(_in_one(_sixty_steps, cases)) < 1e-5
+def test_bf16_momentum_is_exact_after_many_steps():
+    cases = [Case(1, "bf16")]
+    assert max(_in_one(_many_steps, cases)) < 1e-5
 
 
 # 9: routing by what a module is ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import run_ranks
+from tests.distributed import RankFailure, run_ranks
 
 pytest.importorskip("deepspeed")
 
@@ -179,6 +179,23 @@ def test_accelerate(stage, offload):
         moved = (w - start[n].detach()).norm()
         assert (by_rank[0]["weights"][n] - w).norm() < 2e-4 * moved, n
     assert sum(r["calls"] for r in by_rank) == STEPS * 14
+
+
+def _offload_by_default(folder: str) -> None:
+    _environment()
+    config = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    }
+    path = Path(folder) / "offload.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    _train(str(path), folder)
+
+
+def test_offload_that_would_train_adamw_is_refused(tmp_path):
+    """accelerate would replace Muon by DeepSpeedCPUAdam and say nothing."""
+    with pytest.raises(RankFailure, match="FrameworkError: with offload_optimizer, accelerate and the Trainer would"):
+        run_ranks(_offload_by_default, 1, str(tmp_path))
 
 
 def test_every_configuration_keeps_muon():
