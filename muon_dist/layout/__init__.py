@@ -1,5 +1,6 @@
 """Layouts: which rank holds which fragments of every matrix."""
 
+from muon_dist.layout.dtensor import ShardedParameter, dtensor_layout
 from muon_dist.layout.flat import FlatGroup, PlacedParameter, flat_layout
 from muon_dist.layout.fragment import (
     Fragment,
@@ -20,8 +21,10 @@ __all__ = [
     "Matrix",
     "MatrixLayout",
     "PlacedParameter",
+    "ShardedParameter",
     "Span",
     "cut_parameter",
+    "dtensor_layout",
     "flat_layout",
     "fragments_of_run",
     "per_parameter_layout",
