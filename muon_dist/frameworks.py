@@ -10,9 +10,22 @@ from typing import Any
 ADAPTERS = (("deepspeed", "muon_dist.adapters.deepspeed"),)
 """(framework's module, our adapter's module, which has a `bind`)"""
 
+CHECKS: tuple[tuple[str, str], ...] = ()
+"""(framework's module, our adapter's module, which has a `check_parameter`)"""
+
 
 def loaded_binders() -> Iterator[Callable[[Any], Any]]:
     """The `bind` of each adapter whose framework this process has imported."""
-    for framework, adapter in ADAPTERS:
+    return _loaded(ADAPTERS, "bind")
+
+
+def loaded_checks() -> Iterator[Callable[[str, Any], None]]:
+    """`check_parameter(name, parameter)` of each adapter whose framework is imported: raises FrameworkError for a
+    parameter of which that framework has already made something that Muon cannot step."""
+    return _loaded(CHECKS, "check_parameter")
+
+
+def _loaded(table: tuple[tuple[str, str], ...], name: str) -> Iterator[Callable[..., Any]]:
+    for framework, adapter in table:
         if framework in sys.modules:
-            yield importlib.import_module(adapter).bind
+            yield getattr(importlib.import_module(adapter), name)

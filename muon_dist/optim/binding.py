@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from muon_dist.errors import ConfigError
 from muon_dist.layout.fragment import Layout, Matrix
+from muon_dist.ownership import OwnershipPlan
 
 if TYPE_CHECKING:
     from muon_dist.optim.muon import Muon
@@ -23,12 +24,17 @@ class Binding:
 
     Attributes:
         layout: where every matrix lies, in terms of `buffers`.
-        buffers: this rank's local tensors, by buffer index; `param_groups` hold the same tensors while they are
-            stepped.
+        buffers: by buffer index, the tensors that `param_groups` hold while they are stepped.
         group: ranks that share the work; None for a single process.
         device: where gathered matrices are orthogonalized and collectives run; buffers may be elsewhere (offload).
         gradient_factor: multiplies the gradients of Muon groups before momentum; an adapter uses it to take back a
             clip that the framework has applied to all gradients alike.
+        local: this rank's part of a buffer, its gradient or its stored momentum, where those are distributed tensors;
+            asked anew in every step, since a framework may move what lies below.
+        everywhere: buffers of which every holder keeps the momentum, not the sources alone: those whose sources the
+            framework's checkpoint cannot express.
+        stored: the momentum of a buffer as it stands in the optimizer's `state`, of this rank's part (None where it
+            keeps none); None to store nothing.
     """
 
     layout: Layout
@@ -36,6 +42,11 @@ class Binding:
     group: dist.ProcessGroup | None
     device: torch.device
     gradient_factor: Callable[[], float] = field(default=lambda: 1.0)
+    local: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda tensor: tensor)
+    everywhere: Callable[[OwnershipPlan], Set[int]] = field(default=lambda plan: frozenset())
+    stored: Callable[[OwnershipPlan, int, torch.Tensor | None], torch.Tensor | None] = field(
+        default=lambda plan, buffer, momentum: momentum
+    )
 
 
 class NotReady:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from muon_dist.frameworks import loaded_checks
 from muon_dist.routing import Override, Route, RoutingTable, SplitRule, route
 
 
@@ -35,9 +36,13 @@ def param_groups(
 
     Raises:
         RoutingError: nothing reaches Muon, or a rule does not fit.
+        FrameworkError: a framework has already made something else of the parameters.
     """
-    table = table or route(model, overrides, splits)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    for check in loaded_checks():
+        for fqn, p in parameters.items():
+            check(fqn, p)
+    table = table or route(model, overrides, splits)
     adamw_lr = lr if adamw_lr is None else adamw_lr
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
     adamw = table.select("adamw")

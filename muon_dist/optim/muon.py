@@ -87,7 +87,7 @@ class Muon(torch.optim.Optimizer):
             raise ConfigError(f"bucket_mb is {bucket_mb}: it must be above 0")
         if wire_dtype is not None and not wire_dtype.is_floating_point:
             raise ConfigError(f"wire_dtype is {wire_dtype}: use a floating-point dtype or None")
-        self._process_group = process_group
+        self.process_group = process_group
         self._owner_policy = owner_policy
         self._bucket_bytes = int(bucket_mb * 2**20)
         self._wire_dtype = wire_dtype
@@ -205,8 +205,11 @@ class Muon(torch.optim.Optimizer):
         if self._loaded is not None:
             adopt_momentum(self._runtime, self._loaded)
             self._loaded = None
-        for buffer, shard in self._runtime.momentum.items():
-            self.state[self._runtime.binding.buffers[buffer]][MOMENTUM] = shard
+        binding, plan = self._runtime.binding, self._runtime.plan
+        for buffer, parameter in enumerate(binding.buffers):
+            stored = binding.stored(plan, buffer, self._runtime.momentum.get(buffer))
+            if stored is not None:
+                self.state[parameter][MOMENTUM] = stored
 
     def _check_covers(self, binding: Binding) -> None:
         expected = {m.name: m for specs in self._specs for s in specs for m in s.matrices}
@@ -273,8 +276,8 @@ class Muon(torch.optim.Optimizer):
                     raise LayoutError(f"{s.name} is not contiguous: call .contiguous() on it before making Muon")
 
     def _resolve_process_group(self) -> dist.ProcessGroup | None:
-        if not isinstance(self._process_group, str):
-            return self._process_group
+        if not isinstance(self.process_group, str):
+            return self.process_group
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
     # Stepping -------------------------------------------------------------------------------------------------------
@@ -292,6 +295,7 @@ class Muon(torch.optim.Optimizer):
             return loss
         assert self._runtime is not None
         work: dict[int, Work] = {}
+        local = self._runtime.binding.local
         present = [(self._index(group), p) for group in self.param_groups for p in group["params"]]
         has_gradient = [p.grad is not None for _, p in present]
         if not self._runtime.plan.layout.complete_gradients:
@@ -304,7 +308,7 @@ class Muon(torch.optim.Optimizer):
             if gradient.is_sparse:
                 raise ConfigError("sparse gradients are not supported: make the embedding with sparse=False")
             if self._algorithms[index] == "muon":
-                work[self._buffer(index, p)] = Work(p, gradient, self._groups[index])
+                work[self._buffer(index, p)] = Work(local(p), local(gradient), self._groups[index])
             else:
                 adamw.setdefault(index, []).append((p, gradient))
         for index, pairs in adamw.items():

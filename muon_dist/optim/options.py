@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from muon_dist.errors import ConfigError, RoutingError
+from muon_dist.frameworks import loaded_checks
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import compute_dtype, get_schedule
 from muon_dist.optim.binding import Group, ParameterSpec, update_scale
@@ -41,6 +42,8 @@ def iterations(group: Group) -> int:
 
 def make_spec(name: str, p: torch.Tensor, algorithm: str, cut: dict[str, Any] | None) -> ParameterSpec:
     """The specification of parameter `p`. Raises RoutingError for one under Muon with fewer than two axes."""
+    for check in loaded_checks():
+        check(name, p)
     # zero.Init of ZeRO-3 leaves an empty tensor and keeps the shape in `ds_shape`
     shape = tuple(int(n) for n in getattr(p, "ds_shape", p.shape))
     if algorithm == "adamw":

@@ -69,8 +69,9 @@ class Runtime:
         wire_dtype: dtype of gathered momentum and scattered updates; None moves both without loss.
 
     Attributes:
-        momentum: buffer -> this rank's fp32 momentum: of the buffer's shape, padding included, where the rank is a
-            source of all that it holds, else one flat tensor of the source fragments in matrix order, or nothing.
+        momentum: buffer -> this rank's fp32 momentum: of the local buffer's shape, padding included, where the rank is
+            a source of all that it holds or must keep it all, else one flat tensor of the source fragments in matrix
+            order, or nothing.
         orthogonalized: matrices orthogonalized on this rank since the start.
     """
 
@@ -102,6 +103,7 @@ class Runtime:
 
     def _place_momentum(self) -> None:
         rank = self.transport.rank
+        everywhere = self.binding.everywhere(self.plan)
         sourced: dict[int, list[tuple[int, Fragment]]] = {b: [] for b in range(len(self.binding.buffers))}
         held = dict.fromkeys(sourced, 0)
         for i, layout in enumerate(self.plan.layout.matrices):
@@ -109,9 +111,9 @@ class Runtime:
             sourced[layout.buffer] += [(i, f) for f in self.plan.sources[i] if f.rank == rank]
         self._momentum_spans = [[] for _ in self._matrices]
         for buffer, pieces in sourced.items():
-            tensor = self.binding.buffers[buffer]
+            tensor = self.binding.local(self.binding.buffers[buffer])
             length = sum(f.length for _, f in pieces)
-            whole = length == held[buffer]
+            whole = length == held[buffer] or buffer in everywhere
             if not whole and not pieces:
                 continue
             size = tensor.shape if whole else (length,)

@@ -37,7 +37,8 @@ def partial_momentum(optimizer: Muon) -> dict[int, list[str]]:
     return {
         index_of[id(runtime.binding.buffers[buffer])]: _held_matrices(runtime, buffer)
         for buffer, shard in runtime.momentum.items()
-        if shard.shape != runtime.binding.buffers[buffer].shape and id(runtime.binding.buffers[buffer]) in index_of
+        if shard.shape != runtime.binding.local(runtime.binding.buffers[buffer]).shape
+        and id(runtime.binding.buffers[buffer]) in index_of
     }
 
 
@@ -48,14 +49,16 @@ def split_momentum(
 
     Returns (parameter -> (momentum, names of the matrices that it holds, None for all), the state dict without).
     """
-    parameters = indexed_parameters(optimizer)
+    # As torch matches them: by order. The keys are numbers, or FQNs from torch.distributed.checkpoint.
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    parameters = dict(zip(keys, indexed_parameters(optimizer), strict=False))
     partial = state_dict.get(PARTIAL, {})
     momentum: dict[torch.Tensor, tuple[torch.Tensor, list[str] | None]] = {}
-    rest: dict[int, dict[str, Any]] = {}
-    for index, entry in state_dict["state"].items():
-        rest[index] = {key: value for key, value in entry.items() if key != MOMENTUM}
-        if MOMENTUM in entry and index < len(parameters):
-            momentum[parameters[index]] = (entry[MOMENTUM].detach().clone(), partial.get(index))
+    rest: dict[Any, dict[str, Any]] = {}
+    for key, entry in state_dict["state"].items():
+        rest[key] = {name: value for name, value in entry.items() if name != MOMENTUM}
+        if MOMENTUM in entry and key in parameters:
+            momentum[parameters[key]] = (entry[MOMENTUM].detach().clone(), partial.get(key))
     return momentum, {"state": rest, "param_groups": state_dict["param_groups"]}
 
 
@@ -68,15 +71,17 @@ def adopt_momentum(runtime: Runtime, loaded: Mapping[torch.Tensor, tuple[torch.T
     for buffer, shard in runtime.momentum.items():
         parameter = runtime.binding.buffers[buffer]
         pieces = runtime.momentum_pieces(buffer)
-        if not pieces:  # padding only
-            continue
         if parameter not in loaded:
+            if not pieces:  # padding, or a copy
+                continue
             raise CheckpointError(
                 f"the state dict has no momentum of {pieces[0][0].name}, which rank {runtime.transport.rank} owns: it "
                 "is one rank's part only. Save with full_state_dict() on all ranks (MuonTrainer does), or load on "
                 "each rank the file that this rank saved"
             )
         value, names = loaded[parameter]
+        value, parameter = runtime.binding.local(value), runtime.binding.local(parameter)
+        label = pieces[0][0].name if pieces else f"what rank {runtime.transport.rank} only copies or pads"
         if names is not None:
             if names != _held_matrices(runtime, buffer) or value.numel() != shard.numel():
                 raise CheckpointError(
@@ -87,7 +92,7 @@ def adopt_momentum(runtime: Runtime, loaded: Mapping[torch.Tensor, tuple[torch.T
             shard.copy_(value.view_as(shard))
         elif value.numel() != parameter.numel():
             raise CheckpointError(
-                f"momentum of {pieces[0][0].name} has {value.numel()} elements in the state dict, its parameter "
+                f"momentum of {label} has {value.numel()} elements in the state dict, its parameter "
                 f"{parameter.numel()}"
             )
         else:
@@ -109,7 +114,7 @@ def full_state_dict(optimizer: Muon) -> dict[str, Any]:
     if layout.kind != "replicated":
         raise CheckpointError(
             f"full_state_dict gathers the replicated layout only, this one is {layout.kind}: the framework saves each "
-            "rank's own shard (engine.save_checkpoint under DeepSpeed)"
+            "rank's own shard (engine.save_checkpoint under DeepSpeed, torch.distributed.checkpoint under FSDP2)"
         )
     # torch's inner dicts are the live state
     local["state"] = {index: dict(entry) for index, entry in local["state"].items()}
