@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-ADAPTERS = (("deepspeed", "muon_dist.adapters.deepspeed"),)
+ADAPTERS = (("deepspeed", "muon_dist.adapters.deepspeed"), ("torch.distributed.tensor", "muon_dist.adapters.fsdp2"))
 """(framework's module, our adapter's module, which has a `bind`)"""
 
-CHECKS: tuple[tuple[str, str], ...] = ()
+CHECKS = (("torch.distributed.fsdp", "muon_dist.adapters.fsdp2"),)
 """(framework's module, our adapter's module, which has a `check_parameter`)"""
 
 
