@@ -54,6 +54,6 @@ def horizontal_bars(
     ax.barh(list(places), shown, xerr=sds, color=colour, height=0.65, capsize=2, **kwargs)
     for place, mean in zip(places, means, strict=True):
         text = f" {mean:.3g}" if mean < float("inf") else " not within the limit"
-        ax.annotate(text, (shown[place], place), va="bottom", fontsize=7)
+        ax.annotate(text, (shown[place], place - 0.36), va="bottom", fontsize=7)
     ax.set_yticks(list(places), labels)
     ax.invert_yaxis()

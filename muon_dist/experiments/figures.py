@@ -39,7 +39,7 @@ def draw(record: dict[str, Any], folder: Path) -> list[Path]:
             panel(ax, record)
             ax.set_title(title, loc="left")
             verdict = f"{record['experiment']}: {record['verdict']}"
-            shown = textwrap.shorten(verdict, 165, placeholder=" ...")
+            shown = textwrap.shorten(verdict, 150, placeholder=" ...")
             figure.supxlabel(textwrap.fill(shown, 82), fontsize=7, x=0.01, ha="left", color="#444444")
             path = folder / f"{record['experiment']}-{index}.svg"
             figure.savefig(path, metadata={"Date": None, "Title": title, "Description": verdict})
