@@ -50,9 +50,9 @@ class MuonTrainer(Trainer):
 
     muon: keyword arguments of `MuonFactory`; `lr` and `weight_decay` default to those of `args`. Instead of it,
         `optimizer_cls_and_kwargs` or `optimizers` as in `Trainer`.
-    clip_muon, clip_adamw: bounds on the gradient norm of the Muon and of the AdamW parameters, None for no bound. Muon
-        is scale-free, so it needs none. They replace `max_grad_norm`, one bound over all, which must be left alone;
-        except under DeepSpeed, which clips AdamW's by `max_grad_norm` and the norm over all parameters.
+    clip_muon, clip_adamw: bounds on the gradient norm over all parameters, by which the gradients of Muon's and of
+        AdamW's parameters are scaled down; None for no bound. Muon is scale-free, so it needs none. They replace
+        `max_grad_norm`, which must be left alone; except under DeepSpeed, where `max_grad_norm` is AdamW's.
     train_sampler: samples already consumed -> indices into `train_dataset` from there on. With it a resumed run goes
         on with the next sample, also at another world size; `max_steps` is needed.
     bytes_per_token: (train, eval) bytes of text for each token, for bits per byte; None leaves them out.
@@ -168,7 +168,11 @@ class MuonTrainer(Trainer):
     # ---- gradients and learning rates
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The raw norm over all parameters; clips each algorithm's gradients by its own bound on the way."""
+        """The raw norm over all parameters; on the way each algorithm's gradients are scaled down by its own bound.
+
+        The factor is min(1, bound / norm over *all* parameters), as DeepSpeed must have it, which knows one norm only:
+        so a configuration trains alike under DDP and under every ZeRO stage.
+        """
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._get_grad_norm(model, grad_norm)
         self.accelerator.unscale_gradients()
@@ -184,14 +188,15 @@ class MuonTrainer(Trainer):
             for algorithm, kept in gradients.items()
             if kept
         }
-        for algorithm, norm in self._grad_norms.items():
+        if not self._grad_norms:
+            return None
+        total = torch.linalg.vector_norm(torch.stack(list(self._grad_norms.values())))
+        for algorithm in self._grad_norms:
             bound = self.clip.get(algorithm)
             if bound is not None:
                 # torch.nn.utils.clip_grad_norm_ with the same 1e-6, on a norm that is already known
-                torch._foreach_mul_(gradients[algorithm], (bound / (norm + 1e-6)).clamp(max=1.0))
-        if not self._grad_norms:
-            return None
-        return torch.linalg.vector_norm(torch.stack(list(self._grad_norms.values())))
+                torch._foreach_mul_(gradients[algorithm], (bound / (total + 1e-6)).clamp(max=1.0))
+        return total
 
     def _get_learning_rate(self) -> float:
         # Trainer asks between the step and the scheduler's, so these are the rates of the step that is logged.

@@ -128,7 +128,10 @@ class AdamWConfig(Block):
 
 
 class ClipConfig(Block):
-    """Largest gradient norm of each algorithm's parameters; null: not clipped. Muon's update is scale-free."""
+    """Bound on the gradient norm over all parameters, applied to each algorithm's gradients; null: not clipped.
+
+    Muon's update is scale-free, so it needs none.
+    """
 
     muon: Positive | None = None
     adamw: Positive | None = 1.0
