@@ -199,10 +199,11 @@ def run(config: Config) -> dict[str, Any]:
     notes = [
         f"Text: {len(text.train)} training characters of Python's standard library, alphabet of {text.alphabet}; the "
         "text, and so the losses, change with the Python version.",
-        "Best step at the edge of its grid: " + (", ".join(edges) if edges else "no arm") + ".",
     ]
-    if not config.tuning_seeds:
-        notes.append("Quick profile: one learning rate an arm, fixed in advance and not tuned; the full profile searches a grid.")
+    if config.tuning_seeds:
+        notes.append("Best step at the edge of its grid: " + (", ".join(edges) if edges else "no arm") + ".")
+    else:
+        notes.append("One learning rate an arm, fixed in advance and not tuned; the full profile searches a grid.")
     return result("E8", TITLE, CLAIM, config, _criteria(arms, counts), {"arms": arms, "ablation": counts}, notes)
 
 

@@ -268,13 +268,14 @@ def e7_linear(ax: Axes, record: dict[str, Any]) -> None:
 
 def e8_arms(ax: Axes, record: dict[str, Any]) -> None:
     rows = dict(sorted(record["data"]["arms"].items(), key=lambda item: number(item[1]["mean"])))
-    labels = [f"{LABELS[kind]}, lr {row['lr']:g}" for kind, row in rows.items()]
+    labels = [f"{LABELS[kind].partition(' (')[0]}, lr {row['lr']:g}" for kind, row in rows.items()]
     horizontal_bars(ax, labels, list(rows.values()), COLOURS["muon"])
     means, _ = stats(list(rows.values()))
     others = [number(row["mean"]) for kind, row in rows.items() if kind not in ("muon", "random", "flat_adam")]
-    ax.axvline(min(others) - 0.25, **THEORY, label="best unflattened arm minus 0.25 (criterion)")
-    ax.set(xlabel="validation loss, nats per character", xlim=(min(means) - 0.15, max(means) + 0.15))
-    ax.legend()
+    ax.axvline(min(others) - 0.25, **THEORY, label="best unflattened arm minus 0.25")
+    limits = (min(min(means), min(others) - 0.25) - 0.1, max(means) + 0.25)
+    ax.set(xlabel="validation loss, nats per character", xlim=limits, ylim=(len(rows) + 0.3, -0.8))
+    ax.legend(loc="lower right")
 
 
 def e8_iterations(ax: Axes, record: dict[str, Any]) -> None:
@@ -369,7 +370,7 @@ PANELS: dict[str, list[tuple[str, Panel]]] = {
         ("Digits, CNN", e7_epochs("CNN")),
         ("Deep linear network", e7_linear),
     ],
-    "E8": [("Each arm at its own best lr", e8_arms), ("How many iterations", e8_iterations)],
+    "E8": [("Each arm at its own lr", e8_arms), ("How many iterations", e8_iterations)],
     "NS": [
         ("What comes out", ns_ranges),
         ("Effect on the stable step", ns_stable),
