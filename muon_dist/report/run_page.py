@@ -20,7 +20,7 @@ from muon_dist.report.run_record import Record, RunRecord, read_run
 # (measure, title, what it says, logarithmic axis)
 SPECTRA = (
     ("flatness", "Flatness", "mean over the largest singular value of the momentum", False),
-    ("stable_rank", "Stable rank", "||G||_F^2 / ||G||_2^2 of the momentum", True),
+    ("stable_rank", "Stable rank", "||G||_F^2 / ||G||_2^2 of the momentum", False),
     ("s_mean", "Mean singular value", "of the momentum, as it is orthogonalized", True),
     ("cosine", "Cosine to the polar factor", "of the orthogonalized update; 1 is exact", False),
     ("residual", "Residual", "||XX^T - I||_F / sqrt(r) of the orthogonalized update", False),
