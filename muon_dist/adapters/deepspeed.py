@@ -177,8 +177,8 @@ def _refusals(engine: DeepSpeedEngine) -> Iterator[str]:
 def _check(engine: DeepSpeedEngine, optimizer: Muon) -> None:
     for reason in _refusals(engine):
         raise FrameworkError(f"muon_dist under DeepSpeed {deepspeed.__version__} cannot be exact with {reason}")
-    if len(optimizer.specs) != len(engine.basic_optimizer.param_groups) and not isinstance(engine.optimizer, WRAPPERS):
-        raise FrameworkError("DeepSpeed has removed a parameter group: leave empty groups out")
+    if not all(optimizer.specs):
+        raise FrameworkError("DeepSpeed removes parameter groups without parameters: leave them out")
 
 
 def _matched(parameters: Sequence[Any], specs: Sequence[ParameterSpec], group: int) -> list[tuple[Any, ParameterSpec]]:
