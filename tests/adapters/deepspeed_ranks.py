@@ -138,10 +138,15 @@ def batch(step: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (GLOBAL_BATCH, SEQUENCE), generator=generator)
 
 
+def used(step: int) -> torch.Tensor:
+    """As much of the batch as the ranks can share evenly."""
+    return batch(step)[: GLOBAL_BATCH - GLOBAL_BATCH % dist.get_world_size()]
+
+
 def backward(engine: Any, step: int, accumulation: int) -> float:
     """All micro-batches of a step but for `engine.step()` of the last; the mean loss of this rank."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    parts = batch(step).chunk(world * accumulation)
+    parts = used(step).chunk(world * accumulation)
     total = 0.0
     for micro in range(accumulation):
         tokens = parts[micro * world + rank]
@@ -240,7 +245,7 @@ def single_process_gradients(model: nn.Module, weights: dict[str, torch.Tensor],
         for name, p in names.items():
             p.copy_(weights[name])
     model.zero_grad()
-    model(input_ids=batch(step), labels=batch(step)).loss.backward()
+    model(input_ids=used(step), labels=used(step)).loss.backward()
     return {name: p.grad.clone() for name, p in names.items()}
 
 
