@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from muon_dist.errors import ConfigError
-from muon_dist.optim.groups import param_groups
+from muon_dist.optim.groups import check_parameters, param_groups
 from muon_dist.optim.muon import Muon
 from muon_dist.routing import Override, SplitRule, route
 
@@ -43,6 +43,7 @@ class MuonFactory:
         _refuse_replacement()
         overrides = [_as(Override, o) for o in of_groups.pop("overrides", ())]
         splits = [_as(SplitRule, s) for s in of_groups.pop("splits", ())]
+        check_parameters(opt_model)
         table = of_groups.pop("table", None) or route(opt_model, overrides, splits)
         if print_routing and is_rank_zero():
             print(table.render(), flush=True)

@@ -190,6 +190,21 @@ def _placed(p: Any, spec: ParameterSpec, group: dist.ProcessGroup) -> ShardedPar
 # State -------------------------------------------------------------------------------------------------------------
 
 
+class _SourceMesh(DeviceMesh):
+    """A mesh that only names its ranks: nothing is sent over it, so it has no process groups."""
+
+    def __init__(self, device_type: str, ranks: list[int]) -> None:
+        super().__init__(device_type, ranks, _init_backend=False)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "_dim_group_names":  # what DTensor asks for before it communicates
+            raise AttributeError(name)
+        raise FrameworkError(
+            "momentum under HSDP lies on one rank of each shard only and is not gathered as a tensor: save sharded "
+            "(torch.distributed.checkpoint without full_state_dict; SHARDED_STATE_DICT under accelerate)"
+        )
+
+
 class _Storage:
     """Momentum as DTensors, so that torch.distributed.checkpoint saves and reshards it by itself.
 
@@ -228,14 +243,8 @@ class _Storage:
         p, ranks = self._parameters[buffer], self._sources[buffer]
         mesh, placements = p.device_mesh, p.placements
         if ranks is not None and len(ranks) < mesh.size():
-            mesh, placements = self._mesh(mesh.device_type, ranks), [Shard(0)]
+            mesh = self._meshes.setdefault(ranks, _SourceMesh(mesh.device_type, [self._ranks[rank] for rank in ranks]))
+            placements = (Shard(0),)
         if momentum is None:
             momentum = torch.empty(0, dtype=torch.float32, device=_local(p).device)
         return DTensor.from_local(momentum, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
-
-    def _mesh(self, device_type: str, ranks: tuple[int, ...]) -> DeviceMesh:
-        """A mesh that only names its ranks: nothing is ever sent over it, so it has no process groups."""
-        if ranks not in self._meshes:
-            named = [self._ranks[rank] for rank in ranks]
-            self._meshes[ranks] = DeviceMesh(device_type, named, _init_backend=False)
-        return self._meshes[ranks]

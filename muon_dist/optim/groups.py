@@ -39,9 +39,7 @@ def param_groups(
         FrameworkError: a framework has already made something else of the parameters.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for check in loaded_checks():
-        for fqn, p in parameters.items():
-            check(fqn, p)
+    check_parameters(model)
     table = table or route(model, overrides, splits)
     adamw_lr = lr if adamw_lr is None else adamw_lr
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
@@ -69,6 +67,13 @@ def param_groups(
             group["weight_decay"] = group_decay
         groups.append(group)
     return groups
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise FrameworkError for a parameter of which a framework has already made something that Muon cannot step."""
+    for check in loaded_checks():
+        for fqn, p in model.named_parameters():
+            check(fqn, p)
 
 
 def _cut(route: Route) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.fsdp  # 2 s that every forked rank would pay again
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -24,7 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from muon_dist import Muon, param_groups
+from muon_dist import Muon, MuonFactory, param_groups
 from muon_dist.errors import FrameworkError, MuonDistError
 from muon_dist.exchange import bytes_sent, make_buckets
 from muon_dist.layout import cut_parameter
@@ -33,8 +35,8 @@ from muon_dist.routing import SplitRule, route
 from tests.distributed import run_ranks
 
 LR, DECAY = 0.02, 0.1
-SPLITS = (SplitRule(r".*q_proj\.weight", heads=2),)
-MATRICES = 2 * 7 + 2  # two layers of 4 + 3, and each q_proj cut into two heads
+SPLITS = (SplitRule(r".*q_proj\.weight", heads=4),)
+MATRICES = 2 * (4 + 6)  # two layers: q_proj cut into four, and k, v, o, gate, up, down
 MESHES: list[tuple[int, ...]] = [(1,), (2,), (3,), (4,), (2, 2)]
 Result = dict[str, torch.Tensor]
 
@@ -70,7 +72,7 @@ def backward(model: Any, step: int, rank: int) -> float:
     tokens = batch(step, rank)
     loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def whole(tensors: dict[str, Any]) -> Result:
@@ -144,7 +146,7 @@ def train(shape: tuple[int, ...], steps: int, policy: str = "balanced") -> dict[
 @pytest.mark.parametrize("shape", MESHES, ids=str)
 def test_equals_one_process_with_exact_calls_and_bytes(shape):
     world = math.prod(shape)
-    steps = 20 if shape == (2,) else 6
+    steps = 20 if shape == (2,) else 5
     results = run_ranks(train, world, shape, steps)
     expected, trained = reference(world, steps, results[0]["gradients"]), reference(world, steps)
     print(shape, steps, *(difference(results[0]["parameters"], other) for other in (expected, trained)))
@@ -156,7 +158,7 @@ def test_equals_one_process_with_exact_calls_and_bytes(shape):
         assert all(torch.equal(r["parameters"][n], results[0]["parameters"][n]) for n in expected)
         assert r["sent"] == r["predicted"] and (r["sent"] > 0 or world == 1)
     assert sum(r["calls"] for r in results) == steps * MATRICES
-    # Momentum once over all ranks: also under HSDP, but for the two q_proj if their heads' sources are in two copies
+    # Once over all ranks, also under HSDP, but for a q_proj whose heads have their sources in two copies
     total, allowed = sum(r["momentum"] for r in results), 2 * 12 * 20 if len(shape) == 2 else 0
     assert results[0]["muon"] <= total <= results[0]["muon"] + allowed
 
@@ -164,9 +166,9 @@ def test_equals_one_process_with_exact_calls_and_bytes(shape):
 # torch's own Muon on the same DTensors ----------------------------------------------------------------------------
 
 
-def updates_of_both() -> tuple[dict[str, tuple[float, float]], bool]:
+def updates_of_both() -> dict[str, tuple[float, float]]:
     """Relative difference and cosine of one step's update, ours against `torch.optim.Muon`, both in bf16 and by the
-    same coefficients; and whether torch's needs every rank to orthogonalize every matrix."""
+    same coefficients."""
     torch.manual_seed(1)
     mesh = make_mesh((2,))
     shapes = {"square": (24, 24), "wide": (15, 40), "tall": (31, 12)}
@@ -187,14 +189,14 @@ def updates_of_both() -> tuple[dict[str, tuple[float, float]], bool]:
         ours, torchs = (f[n] - start[n] * (1 - LR * DECAY) for f in found)
         cosine = nn.functional.cosine_similarity(ours.flatten(), torchs.flatten(), dim=0)
         result[n] = float((ours - torchs).norm() / torchs.norm()), float(cosine)
-    return result, True
+    return result
 
 
 def test_torch_muon_on_dtensors_agrees_within_its_bf16():
-    for result, _ in run_ranks(updates_of_both, 2):
+    for result in run_ranks(updates_of_both, 2):
         print(result)
         for relative, cosine in result.values():
-            assert relative < 0.03 and cosine > 0.9995
+            assert relative < 0.05 and cosine > 0.999
 
 
 # Policies of fully_shard, and ways to get there -------------------------------------------------------------------
@@ -333,7 +335,7 @@ def test_replicate_keeps_momentum_on_the_owner():
 
 
 def swapped() -> None:
-    """What accelerate does in `_prepare_fsdp2`: placeholders while the model is sharded, then the DTensors."""
+    """Placeholders while the model is sharded, then the DTensors: what accelerate does."""
     model = llama()
     optimizer = make_optimizer(model)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -434,6 +436,8 @@ def fsdp1() -> list[str]:
             param_groups(wrapped, lr=LR)
         messages.append(str(caught.value))
         with pytest.raises(FrameworkError):
+            MuonFactory()(wrapped, lr=LR, print_routing=False)
+        with pytest.raises(FrameworkError):
             Muon(list(wrapped.parameters()), lr=LR)
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
     optimizer = Muon(param_groups(model, lr=LR))
@@ -476,14 +480,20 @@ def continued(model: Any, optimizer: Muon, steps: range) -> Result:
     return whole(dict(model.named_parameters()))
 
 
-def save(shape: tuple[int, ...], folder: str, policy: str) -> tuple[Result, Result, Result]:
+def save(shape: tuple[int, ...], folder: str, policy: str) -> tuple[Result, Result, Result, int]:
     model = shard(llama(), make_mesh(shape))
     optimizer = make_optimizer(model, owner_policy=policy)
     at_save = continued(model, optimizer, range(3))
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=folder)
     momentum = logical_momentum(optimizer)
-    return momentum, at_save, continued(model, optimizer, range(3, 5))
+    copied = optimizer.runtime.binding.everywhere(optimizer.plan)
+    for buffer, p in enumerate(optimizer.runtime.binding.buffers):
+        stored = optimizer.state[p]["momentum_buffer"]
+        if len(shape) == 2 and buffer not in copied and stored.device_mesh.get_coordinate() is not None:
+            with pytest.raises(FrameworkError, match=r"momentum under HSDP.*save sharded"):
+                stored.full_tensor()
+    return momentum, at_save, continued(model, optimizer, range(3, 5)), len(copied)
 
 
 def load(shape: tuple[int, ...], folder: str, policy: str) -> tuple[Result, Result, Result]:
@@ -503,14 +513,90 @@ def load(shape: tuple[int, ...], folder: str, policy: str) -> tuple[Result, Resu
     return momentum, at_load, continued(model, optimizer, range(3, 5))
 
 
-@pytest.mark.parametrize(("saved", "policy"), [((2,), "balanced"), ((2, 2), "balanced"), ((2, 2), "round_robin")])
-def test_checkpoint_moves_to_other_meshes_bit_for_bit(saved, policy, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("saved", "policy", "copied", "loaded"),
+    [
+        ((2,), "balanced", 0, [(2,), (3,), (4,), (2, 2)]),
+        ((2, 2), "local", 0, [(3,), (2, 2)]),
+        # The heads of a q_proj have their sources in both copies, so both keep its momentum
+        ((2, 2), "round_robin", 2, [(2,), (2, 2)]),
+    ],
+    ids=str,
+)
+def test_checkpoint_moves_to_other_meshes_bit_for_bit(saved, policy, copied, loaded, tmp_path: Path):
     folder = str(tmp_path / "checkpoint")
-    momentum, at_save, after = run_ranks(save, math.prod(saved), saved, folder, policy)[0]
+    momentum, at_save, after, found_copied = run_ranks(save, math.prod(saved), saved, folder, policy)[0]
+    assert found_copied == copied
     assert len(momentum) == MATRICES and all(m.isfinite().all() and m.any() for m in momentum.values())
-    for shape in [(2,), (3,), (4,), (2, 2)] if saved == (2,) else [(2,), saved]:
+    for shape in loaded:
         for found, at_load, later in run_ranks(load, math.prod(shape), shape, folder, policy):
             assert all(torch.equal(found[n], m) for n, m in momentum.items()) and found.keys() == momentum.keys()
             assert all(torch.equal(at_load[n], w) for n, w in at_save.items())
             if shape == saved:
                 assert all(torch.equal(later[n], w) for n, w in after.items())
+
+
+def full_state() -> tuple[bool, int]:
+    """The options with which accelerate's FULL_STATE_DICT works: whole tensors on rank 0, sent out on loading."""
+    optimizers = []
+    saved: dict[str, Any] = {}
+    for round_ in range(2):
+        model = shard(llama(), make_mesh((2,)))
+        optimizers.append(make_optimizer(model))
+        if round_ == 0:
+            continued(model, optimizers[0], range(2))
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            saved = get_optimizer_state_dict(model, optimizers[0], options=options)
+        else:
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_optimizer_state_dict(model, optimizers[1], saved, options=options)
+    first, second = (logical_momentum(o) for o in optimizers)
+    return all(torch.equal(second[n], m) for n, m in first.items()), len(saved)
+
+
+def test_full_state_dict_from_rank_zero():
+    assert run_ranks(full_state, 2) == [(True, 2), (True, 0)]
+
+
+# accelerate --------------------------------------------------------------------------------------------------------
+
+
+def through_accelerate(folder: str) -> tuple[bool, bool]:
+    """accelerate's own preparation, saving and loading for fsdp_version=2.
+
+    On CPU it would take plain DDP whatever the plugin says; the type of the run is therefore set by hand, and nothing
+    else.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import (
+        DistributedType,
+        FullyShardedDataParallelPlugin,
+        load_fsdp_optimizer,
+        save_fsdp_optimizer,
+    )
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # asked for, not used: the group exists
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"], cpu_ram_efficient_loading=False,
+        state_dict_type="SHARDED_STATE_DICT",
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    model = llama()
+    model, wrapped = accelerator.prepare(model, make_optimizer(model))
+    named = dict(model.named_parameters())
+    assert all(isinstance(p, DTensor) for p in named.values())
+    check_steps(model, wrapped.optimizer, named)
+    saved = logical_momentum(wrapped.optimizer)
+    save_fsdp_optimizer(plugin, accelerator, wrapped, model, folder)
+    continued(model, wrapped, range(3, 4))
+    moved = logical_momentum(wrapped.optimizer)
+    load_fsdp_optimizer(plugin, accelerator, wrapped, model, folder)
+    loaded = logical_momentum(wrapped.optimizer)
+    return all(torch.equal(loaded[n], saved[n]) for n in saved), any(torch.equal(moved[n], saved[n]) for n in saved)
+
+
+def test_accelerate_prepares_steps_saves_and_loads(tmp_path: Path):
+    assert run_ranks(through_accelerate, 2, str(tmp_path)) == [(True, False)] * 2
