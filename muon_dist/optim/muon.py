@@ -185,7 +185,8 @@ class Muon(torch.optim.Optimizer):
                 steps=lambda m: iterations(self._groups[groups[m.buffer]]),
                 bytes_per_element=(self._wire_dtype or torch.float32).itemsize,
             )
-            fields = [*plan.fields(), *self._option_fields(binding, groups)]
+            # options first: they also move owners, and the first difference is the one that is named
+            fields = [*self._option_fields(binding, groups), *plan.fields()]
         except Exception as error:
             problem = error
         transport = Transport(binding.group, binding.device)
