@@ -41,6 +41,22 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **clean}) + "\n")
 
 
+class AttachDeepSpeed(TrainerCallback):
+    """Plans on DeepSpeed's tensors before the first step, so that what cannot be exact is refused at the start.
+
+    At stage 0 in fp32 only this call exempts Muon's gradients from DeepSpeed's clip.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.is_deepspeed_enabled:
+            from muon_dist.adapters.deepspeed import attach  # imports DeepSpeed, so only where it is used
+
+            attach(self.trainer.deepspeed)
+
+
 class Console(TrainerCallback):
     """One line for each entry of the log on the first rank, and a progress bar below it where there is a terminal."""
 

@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from muon_dist.adapters.device import peak_flops as device_peak_flops
 from muon_dist.adapters.factory import MuonFactory, split_kwargs
-from muon_dist.adapters.hf_callbacks import MetricsFile
+from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
 from muon_dist.adapters.hf_records import SpectraLog, take_diagnostics
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.optim.muon import Muon
@@ -108,6 +108,8 @@ class MuonTrainer(Trainer):
         self._step_started: float | None = None
         if diagnostics is not None:
             self.add_callback(SpectraLog(diagnostics))  # before the file, which takes the log as it finds it
+        if factory is not None and factory[0] is MuonFactory:
+            self.add_callback(AttachDeepSpeed(self))
         if metrics_path is not None:
             self.add_callback(MetricsFile(metrics_path))
 
