@@ -29,6 +29,7 @@ from muon_dist.layout.per_parameter import slice_length
 from muon_dist.optim.adamw import adamw_state
 from muon_dist.optim.binding import Binding, Bound, NotReady, ParameterSpec
 from muon_dist.optim.muon import Muon
+from muon_dist.routing import logical_shape
 
 WRAPPERS = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer, FP16_UnfusedOptimizer)
 _CLIP_EPSILON = 1e-6  # in every clip of DeepSpeed's: gradient / max(1, (norm + 1e-6) / gradient_clipping)
@@ -183,7 +184,7 @@ def _check(engine: DeepSpeedEngine, optimizer: Muon) -> None:
 
 def _matched(parameters: Sequence[Any], specs: Sequence[ParameterSpec], group: int) -> list[tuple[Any, ParameterSpec]]:
     """Pair DeepSpeed's parameters with what the optimizer was given, checked by shape."""
-    shapes = [tuple(int(n) for n in getattr(p, "ds_shape", p.shape)) for p in parameters]
+    shapes = [logical_shape(p) for p in parameters]
     wrong = [s.name for s, shape in zip(specs, shapes, strict=False) if s.shape != shape]
     if wrong or len(shapes) != len(specs):
         raise LayoutError(

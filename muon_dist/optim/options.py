@@ -11,6 +11,7 @@ from muon_dist.frameworks import loaded_checks
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import compute_dtype, get_schedule
 from muon_dist.optim.binding import Group, ParameterSpec, update_scale
+from muon_dist.routing import logical_shape
 
 ALGORITHMS = ("muon", "adamw")
 
@@ -44,8 +45,7 @@ def make_spec(name: str, p: torch.Tensor, algorithm: str, cut: dict[str, Any] | 
     """The specification of parameter `p`. Raises RoutingError for one under Muon with fewer than two axes."""
     for check in loaded_checks():
         check(name, p)
-    # zero.Init of ZeRO-3 leaves an empty tensor and keeps the shape in `ds_shape`
-    shape = tuple(int(n) for n in getattr(p, "ds_shape", p.shape))
+    shape = logical_shape(p)
     if algorithm == "adamw":
         return ParameterSpec(name, shape)
     if len(shape) < 2:
