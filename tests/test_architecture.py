@@ -19,16 +19,22 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "frameworks", "numerics"),
     ("config", "routing", "layout"),
     ("cost", "ownership"),
-    ("exchange",),
+    ("exchange", "checkpoint"),
     ("optim",),
-    ("adapters", "checkpoint", "data", "model"),
-    ("planner", "experiments", "report"),
-    ("train", "cli"),
+    ("adapters", "data", "model"),
+    ("planner", "bench", "experiments", "report", "launcher"),
+    ("train", "doctor", "cli"),
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 # Neighbours on one floor do not import each other, but for these: everybody raises typed errors, a plan is made from
 # costs, the command line is a thin face of train/, and `muon-dist spectra report` writes a page.
-SIDEWAYS = {("numerics", "errors"), ("ownership", "cost"), ("cli", "train"), ("experiments", "report")}
+SIDEWAYS = {
+    ("numerics", "errors"),
+    ("ownership", "cost"),
+    ("cli", "train"),
+    ("cli", "doctor"),
+    ("experiments", "report"),
+}
 
 # A framework is imported in its own adapter alone. The longest matching prefix decides.
 HOMES: dict[str, tuple[str, ...]] = {

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.errors import PlanMismatchError
+from muon_dist.exchange.progress import Progress
 from muon_dist.ownership import digest, first_difference
 
 
@@ -19,6 +20,7 @@ class Transport:
     Attributes:
         bytes_sent: payload that this rank has sent to other ranks by `all_to_all` since the start.
         collectives: calls made, of any kind.
+        progress: what this rank is doing.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -28,6 +30,7 @@ class Transport:
         self.world_size = dist.get_world_size(group) if group is not None else 1
         self.bytes_sent = 0
         self.collectives = 0
+        self.progress = Progress()
 
     def all_to_all(self, send: torch.Tensor, sends: list[int], receives: list[int]) -> torch.Tensor:
         """Exchange runs of a flat tensor: `sends[r]` elements to rank r, `receives[r]` from it, in rank order."""

@@ -12,11 +12,11 @@ from muon_dist.errors import ConfigError, LayoutError, RoutingError
 from muon_dist.exchange.transport import Transport
 from muon_dist.frameworks import loaded_binders
 from muon_dist.layout import replicated_layout
-from muon_dist.numerics import compute_dtype
 from muon_dist.optim.adamw import adamw_step
 from muon_dist.optim.binding import BINDERS, Binding, Group, NotReady, ParameterSpec
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.options import check_group, iterations, make_spec
+from muon_dist.optim.planning import check_covers, check_untouched, default_process_group, option_fields
 from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import MOMENTUM, PARTIAL, adopt_momentum, full_state_dict, partial_momentum, split_momentum
 from muon_dist.ownership import OwnershipPlan, assign_owners
@@ -178,7 +178,7 @@ class Muon(torch.optim.Optimizer):
         """
         plan, fields, problem = None, None, None
         try:
-            self._check_covers(binding)
+            check_covers(self._specs, binding)
             plan = assign_owners(
                 binding.layout,
                 policy=self._owner_policy,
@@ -186,7 +186,14 @@ class Muon(torch.optim.Optimizer):
                 bytes_per_element=(self._wire_dtype or torch.float32).itemsize,
             )
             # options first: they also move owners, and the first difference is the one that is named
-            fields = [*self._option_fields(binding, groups), *plan.fields()]
+            options = option_fields(
+                self._groups,
+                groups,
+                binding.device,
+                bucket_bytes=self._bucket_bytes,
+                wire_dtype=self._wire_dtype,
+            )
+            fields = [*options, *plan.fields()]
         except Exception as error:
             problem = error
         transport = Transport(binding.group, binding.device)
@@ -212,29 +219,6 @@ class Muon(torch.optim.Optimizer):
             if stored is not None:
                 self.state[parameter][MOMENTUM] = stored
 
-    def _check_covers(self, binding: Binding) -> None:
-        expected = {m.name: m for specs in self._specs for s in specs for m in s.matrices}
-        found = {m.matrix.name: m.matrix for m in binding.layout.matrices}
-        missing = [name for name in expected if name not in found]
-        unknown = [name for name in found if name not in expected]
-        if missing or unknown:
-            raise LayoutError(
-                f"the {binding.layout.kind} layout holds {len(found)} matrices, the optimizer was given "
-                f"{len(expected)}: missing {missing[:3]}, unknown {unknown[:3]}"
-            )
-        changed = [name for name, m in expected.items() if found[name] != m]
-        if changed:
-            name = changed[0]
-            raise LayoutError(f"{name} was given as {expected[name]}, the layout holds {found[name]}")
-
-    def _option_fields(self, binding: Binding, groups: dict[int, int]) -> Iterable[tuple[str, object]]:
-        yield "bucket_mb in bytes", self._bucket_bytes
-        yield "wire_dtype", str(self._wire_dtype)
-        for index in sorted(set(groups.values())):
-            group = self._groups[index]
-            dtype = compute_dtype(group["ns_dtype"], binding.device, group["ns_schedule"])
-            yield f"group {index}: Newton-Schulz", (group["ns_steps"], group["ns_schedule"], str(dtype))
-
     def _bind_first(self) -> bool:
         """Bind through an adapter, or to the parameters as they are; False while a framework is still being built."""
         for binder in (*BINDERS, *loaded_binders()):
@@ -244,8 +228,8 @@ class Muon(torch.optim.Optimizer):
             if answer is not None:
                 self.bind(*answer)
                 return True
-        self._check_untouched()
-        group = self._resolve_process_group()
+        check_untouched(self.param_groups, self._specs)
+        group = default_process_group(self.process_group)
         buffers: list[torch.Tensor] = []
         matrices = []
         groups: dict[int, int] = {}
@@ -259,27 +243,6 @@ class Muon(torch.optim.Optimizer):
         device = buffers[0].device if buffers else torch.device("cpu")
         self.bind(Binding(replicated_layout(matrices, world), tuple(buffers), group, device), groups)
         return True
-
-    def _check_untouched(self) -> None:
-        for group, specs in zip(self.param_groups, self._specs, strict=True):
-            found = [tuple(p.shape) for p in group["params"]]
-            expected = [s.shape for s in specs]
-            if found != expected:
-                what = next((f"{s.name} {s.shape}" for s, f in zip(specs, found, strict=False) if s.shape != f), "")
-                raise LayoutError(
-                    f"the parameters of group '{group.get('name', group['algorithm'])}' are not those that Muon was "
-                    f"given: {len(expected)} of them {('from ' + what) if what else ''} were replaced by "
-                    f"{len(found)} of shapes {found[:3]}. A framework has repartitioned them: under DeepSpeed call "
-                    "muon_dist.attach(engine) after deepspeed.initialize"
-                )
-            for p, s in zip(group["params"], specs, strict=True):
-                if s.matrices and not p.is_contiguous():
-                    raise LayoutError(f"{s.name} is not contiguous: call .contiguous() on it before making Muon")
-
-    def _resolve_process_group(self) -> dist.ProcessGroup | None:
-        if not isinstance(self.process_group, str):
-            return self.process_group
-        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
     # Stepping -------------------------------------------------------------------------------------------------------
 

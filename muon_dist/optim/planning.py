@@ -1,0 +1,71 @@
+"""What must hold before a plan is made, and what all ranks must agree on beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from muon_dist.errors import LayoutError
+from muon_dist.numerics import compute_dtype
+from muon_dist.optim.binding import Binding, Group, ParameterSpec
+
+
+def check_covers(specs: Sequence[Sequence[ParameterSpec]], binding: Binding) -> None:
+    """Raises LayoutError unless the layout holds exactly the matrices that the optimizer was given."""
+    expected = {m.name: m for group in specs for s in group for m in s.matrices}
+    found = {m.matrix.name: m.matrix for m in binding.layout.matrices}
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    if missing or unknown:
+        raise LayoutError(
+            f"the {binding.layout.kind} layout holds {len(found)} matrices, the optimizer was given "
+            f"{len(expected)}: missing {missing[:3]}, unknown {unknown[:3]}"
+        )
+    changed = [name for name, m in expected.items() if found[name] != m]
+    if changed:
+        name = changed[0]
+        raise LayoutError(f"{name} was given as {expected[name]}, the layout holds {found[name]}")
+
+
+def check_untouched(groups: Sequence[Group], specs: Sequence[Sequence[ParameterSpec]]) -> None:
+    """Raises LayoutError when the groups hold other parameters than they were made with, or a strided matrix."""
+    for group, given in zip(groups, specs, strict=True):
+        found = [tuple(p.shape) for p in group["params"]]
+        expected = [s.shape for s in given]
+        if found != expected:
+            what = next((f"{s.name} {s.shape}" for s, f in zip(given, found, strict=False) if s.shape != f), "")
+            raise LayoutError(
+                f"the parameters of group '{group.get('name', group['algorithm'])}' are not those that Muon was "
+                f"given: {len(expected)} of them {('from ' + what) if what else ''} were replaced by "
+                f"{len(found)} of shapes {found[:3]}. A framework has repartitioned them: under DeepSpeed call "
+                "muon_dist.attach(engine) after deepspeed.initialize"
+            )
+        for p, s in zip(group["params"], given, strict=True):
+            if s.matrices and not p.is_contiguous():
+                raise LayoutError(f"{s.name} is not contiguous: call .contiguous() on it before making Muon")
+
+
+def option_fields(
+    groups: Sequence[Group],
+    group_of: Mapping[int, int],
+    device: torch.device,
+    *,
+    bucket_bytes: int,
+    wire_dtype: torch.dtype | None,
+) -> Iterable[tuple[str, object]]:
+    """(name, value) of the options that decide what travels and what is computed; equal on all ranks."""
+    yield "bucket_mb in bytes", bucket_bytes
+    yield "wire_dtype", str(wire_dtype)
+    for index in sorted(set(group_of.values())):
+        group = groups[index]
+        dtype = compute_dtype(group["ns_dtype"], device, group["ns_schedule"])
+        yield f"group {index}: Newton-Schulz", (group["ns_steps"], group["ns_schedule"], str(dtype))
+
+
+def default_process_group(chosen: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
+    """The process group that was chosen; the default one, where there is one, in place of a name."""
+    if not isinstance(chosen, str):
+        return chosen
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
