@@ -1,0 +1,127 @@
+"""The result of routing: where each parameter goes, and why."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Algorithm = Literal["muon", "adamw"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """How one parameter is cut into matrices along its output axis; exactly one of the two fields is set.
+
+    heads: into this many blocks of equal size. sizes: into blocks of these sizes (fused QKV, fused gate and up).
+    """
+
+    heads: int | None = None
+    sizes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class MatrixGroup:
+    """`count` matrices of one shape; rows are outputs and columns inputs, however the parameter is stored."""
+
+    count: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where one parameter goes, and why.
+
+    shape: the logical shape as stored. transposed: stored (in, out), or (E, in, out), instead of (out, in).
+    aliases: the other FQNs of the same (tied) tensor. A frozen parameter is listed but takes no part in training.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    algorithm: Algorithm
+    reason: str
+    transposed: bool = False
+    split: Split | None = None
+    decay: bool = True
+    aliases: tuple[str, ...] = ()
+    frozen: bool = False
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def matrices(self) -> tuple[MatrixGroup, ...]:
+        """The matrices that Muon orthogonalizes one by one, blocks in order of the output axis; () under AdamW.
+
+        (M, N) is one matrix, (E, M, N) a batch of E, and four axes or more are read as (out, everything else).
+        """
+        if self.algorithm != "muon":
+            return ()
+        batch, outputs, inputs = logical_matrix(self.shape, self.transposed)
+        split = self.split or Split(heads=1)
+        sizes = split.sizes or (outputs // (split.heads or 1),) * (split.heads or 1)
+        return tuple(MatrixGroup(batch * len(list(run)), rows, inputs) for rows, run in itertools.groupby(sizes))
+
+
+@dataclass(frozen=True)
+class RoutingTable:
+    """The route of every parameter, in the order of `model.named_parameters()`, tied weights once."""
+
+    routes: tuple[Route, ...]
+
+    def select(self, algorithm: Algorithm) -> tuple[Route, ...]:
+        """The routes of one algorithm that are trained; frozen parameters are left out."""
+        return tuple(r for r in self.routes if r.algorithm == algorithm and not r.frozen)
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        """Parameters, matrices, elements and share of all elements for "muon", "adamw" and "frozen"."""
+        everything = sum(r.elements for r in self.routes)
+        frozen = tuple(r for r in self.routes if r.frozen)
+        parts = {"muon": self.select("muon"), "adamw": self.select("adamw"), "frozen": frozen}
+        return {
+            name: {
+                "parameters": len(routes),
+                "matrices": sum(g.count for r in routes for g in r.matrices()) if name == "muon" else 0,
+                "elements": sum(r.elements for r in routes),
+                "share": sum(r.elements for r in routes) / everything if everything else 0.0,
+            }
+            for name, routes in parts.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The table as plain data (dicts, lists, strings, numbers), for the run folder."""
+        rows = [{**asdict(r), "matrices": [asdict(g) for g in r.matrices()]} for r in self.routes]
+        return json.loads(json.dumps({"routes": rows, "totals": self.totals()}))  # tuples become lists
+
+    def render(self) -> str:
+        """A plain-text table, one line for each parameter, then the totals."""
+        rows = [("parameter", "shape", "algorithm", "matrices", "reason")]
+        for r in self.routes:
+            reason = r.reason if not r.aliases else f"{r.reason}; tied with {', '.join(r.aliases)}"
+            groups = " + ".join(f"{g.count} x ({g.rows}, {g.columns})" for g in r.matrices())
+            kind, matrices = ("frozen", "-") if r.frozen else (r.algorithm, groups or "-")
+            rows.append((r.fqn, shape_text(r.shape), kind, matrices, reason))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join((*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4])) for row in rows]
+        for name, total in self.totals().items():
+            if total["parameters"] or name == "muon":
+                matrices = f"{total['matrices']:,} matrices, " if name == "muon" else ""
+                share = f"{total['elements']:,} elements ({total['share']:.1%})"
+                lines.append(f"{name}: {total['parameters']:,} parameters, {matrices}{share}")
+        return "\n".join(lines)
+
+
+def logical_matrix(shape: tuple[int, ...], transposed: bool) -> tuple[int, int, int]:
+    """(batch, outputs, inputs) of a parameter; four axes or more are read as (out, everything else)."""
+    if len(shape) > 3:
+        return 1, shape[0], math.prod(shape[1:])
+    batch = shape[0] if len(shape) == 3 else 1
+    outputs, inputs = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
+    return batch, outputs, inputs
+
+
+def shape_text(shape: tuple[int, ...]) -> str:
+    return f"({', '.join(str(n) for n in shape)})"
