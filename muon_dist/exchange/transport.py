@@ -44,6 +44,7 @@ class Transport:
         """Elementwise 'or' over all ranks; one small collective."""
         if self.world_size == 1:
             return flags
+        self.progress.enter("gradient flags")
         packed = torch.tensor(flags, dtype=torch.uint8, device=self.device)
         dist.all_reduce(packed, dist.ReduceOp.MAX, group=self.group)
         self.collectives += 1
@@ -61,6 +62,7 @@ class Transport:
             if problem is not None:
                 raise problem
             return
+        self.progress.enter(what)
         own = bytes(32) if fields is None else digest(fields)
         sent = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(self.device)
         every = [torch.empty_like(sent) for _ in range(self.world_size)]

@@ -275,6 +275,7 @@ class Muon(torch.optim.Optimizer):
                 work[self._buffer(index, p)] = Work(local(p), local(gradient), self._groups[index])
             else:
                 adamw.setdefault(index, []).append((p, gradient))
+        self._runtime.transport.progress.enter("adamw")
         for index, pairs in adamw.items():
             adamw_step(self._groups[index], self.state, pairs)
         self._runtime.step(work)

@@ -160,13 +160,25 @@ class Runtime:
 
         Momentum first, then weight decay on everything held, then bucket by bucket the orthogonalized update.
         """
+        progress = self.transport.progress
+        progress.enter("momentum")
         self._update_momentum(work)
         for w in work.values():
             w.parameter.mul_(1 - w.group["lr"] * w.group["weight_decay"])
-        for recipe in self._recipes_for(tuple(sorted(work))):
+        for index, recipe in enumerate(self._recipes_for(tuple(sorted(work)))):
+            progress.enter("gather", index)
             stacks = self._gather(recipe, work)
+            progress.enter("orthogonalize", index)
             updates = self._orthogonalize(recipe, stacks, work)
-            self._scatter(recipe, updates, work)
+            progress.enter("scatter", index)
+            received = self._scatter(recipe, updates, work)
+            progress.enter("update", index)
+            self._update(recipe, updates, received, work)
+        phases = self.plan.layout.phases
+        if len(phases) <= 1 or any(buffer in work for buffer in phases[-1]):
+            progress.finish_step()
+        else:
+            progress.enter("idle")
 
     def _recipes_for(self, buffers: tuple[int, ...]) -> list[Recipe]:
         if buffers not in self._recipes:
@@ -264,15 +276,25 @@ class Runtime:
         }
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
-    def _scatter(self, recipe: Recipe, updates: Mapping[int, torch.Tensor], work: Mapping[int, Work]) -> None:
-        received = None
-        if recipe.scatters:
-            sends, receives = recipe.scatter_splits
-            packed = torch.empty(sum(sends), dtype=self._scatter_dtype(work), device=self.binding.device)
-            for p in recipe.scatter_send:
-                f = p.fragment
-                packed[p.at : p.at + f.length].copy_(updates[p.matrix][f.offset : f.stop])
-            received = self.transport.all_to_all(packed, sends, receives)
+    def _scatter(
+        self, recipe: Recipe, updates: Mapping[int, torch.Tensor], work: Mapping[int, Work]
+    ) -> torch.Tensor | None:
+        if not recipe.scatters:
+            return None
+        sends, receives = recipe.scatter_splits
+        packed = torch.empty(sum(sends), dtype=self._scatter_dtype(work), device=self.binding.device)
+        for p in recipe.scatter_send:
+            f = p.fragment
+            packed[p.at : p.at + f.length].copy_(updates[p.matrix][f.offset : f.stop])
+        return self.transport.all_to_all(packed, sends, receives)
+
+    def _update(
+        self,
+        recipe: Recipe,
+        updates: Mapping[int, torch.Tensor],
+        received: torch.Tensor | None,
+        work: Mapping[int, Work],
+    ) -> None:
         for i, update in updates.items():
             for f in self.plan.layout.matrices[i].on(self.transport.rank):
                 self._apply(i, f, update[f.offset : f.stop], work)
