@@ -16,6 +16,7 @@ from muon_dist.experiments.quadratics import predicted_ratio
 from muon_dist.experiments.result import Criterion, result, summary
 from muon_dist.experiments.training import MatrixOptimizer, Rule, train
 from muon_dist.numerics import polar_factor
+from muon_dist.numerics.sharpness import largest_eigenvalue
 
 TITLE = "Real networks, by Hessian-vector products"
 CLAIM = "The average singular value, not the largest, sets the stable step of a network's layers."
@@ -41,31 +42,6 @@ PROFILES = {
     "full": Config(),
     "quick": Config(seeds=(0, 1), other_seeds=(0,), probe=384, lanczos=16),
 }
-
-
-def largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, count: int, seed: int = 0) -> float:
-    """Largest (algebraic) eigenvalue of a symmetric operator by ``count`` Lanczos steps, fully reorthogonalised.
-
-    A Ritz value never exceeds the true eigenvalue, so the bound computed from it is, if anything, too large.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    v = torch.randn(like.numel(), generator=generator, dtype=like.dtype)
-    basis = [v / v.norm()]
-    alphas: list[float] = []
-    betas: list[float] = []
-    for _ in range(min(count, like.numel())):
-        w = apply(basis[-1].view_as(like)).flatten()
-        alphas.append(float(w @ basis[-1]))
-        stack = torch.stack(basis)
-        for _ in range(2):
-            w = w - stack.T @ (stack @ w)
-        norm = float(w.norm())
-        if norm < 1e-10 * max(abs(a) for a in alphas):
-            break
-        betas.append(norm)
-        basis.append(w / norm)
-    off = betas[: len(alphas) - 1]
-    return float(numpy.linalg.eigvalsh(numpy.diag(alphas) + numpy.diag(off, 1) + numpy.diag(off, -1))[-1])
 
 
 def actual_threshold(loss_at: Callable[[float], float], start: float) -> float:
@@ -108,7 +84,7 @@ def probe_layer(loss: Callable[[], Tensor], weight: nn.Parameter, lanczos: int) 
     s = torch.linalg.svdvals(flat.double())
     s_mean, s_max = float(s.sum()) / r, float(s[0])
     o_ho, g_hg = float((o * apply(o).view_as(o)).sum()), float((flat * apply(flat).view_as(flat)).sum())
-    top = largest_eigenvalue(apply, weight, lanczos)
+    top = largest_eigenvalue(lambda v: apply(v).flatten(), flat.flatten(), lanczos, reorthogonalize=True)
     original = weight.detach().clone()
 
     @torch.no_grad()

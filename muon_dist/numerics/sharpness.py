@@ -39,27 +39,37 @@ class StableStep:
     """2 <G, U> / (L ||U||_F^2) <= threshold. For U = polar factor of G it is (2 / L) s_mean, the paper's bound."""
 
 
-def largest_eigenvalue(product: Product, like: Tensor, steps: int, seed: int = 0) -> float:
+def largest_eigenvalue(
+    product: Product, like: Tensor, steps: int, seed: int = 0, *, reorthogonalize: bool = False
+) -> float:
     """Largest (algebraic) eigenvalue of a symmetric operator on vectors shaped as the flat `like`, by Lanczos.
 
-    Without reorthogonalisation: copies of converged eigenvalues may appear, the largest stays what it is, and three
-    vectors are kept instead of `steps`. A start from random numbers of `seed`; at most `like.numel()` steps.
+    A Ritz value never exceeds the true eigenvalue. Starts from random numbers of `seed`; at most `like.numel()` steps.
+
+    reorthogonalize: keep all vectors and project each new one against them, twice. Without, copies of converged
+        eigenvalues may appear, the largest stays what it is, and three vectors are kept instead of `steps`.
     """
     generator = torch.Generator().manual_seed(seed)
     vector = torch.randn(like.numel(), generator=generator).to(like)
-    vector = vector / vector.norm()
+    basis = [vector / vector.norm()]
     previous, beta = torch.zeros_like(vector), 0.0
     alphas: list[float] = []
     betas: list[float] = []
     for _ in range(min(steps, like.numel())):
+        vector = basis[-1]
         w = product(vector) - beta * previous
         alphas.append(float(w @ vector))
         w = w - alphas[-1] * vector
+        if reorthogonalize:
+            stack = torch.stack(basis)
+            for _ in range(2):
+                w = w - stack.T @ (stack @ w)
         beta = float(w.norm())
         if not beta > 1e-7 * max(map(abs, alphas)):
             break
         betas.append(beta)
-        previous, vector = vector, w / beta
+        previous = vector
+        basis = [*basis, w / beta] if reorthogonalize else [w / beta]
     off = torch.tensor(betas[: len(alphas) - 1], dtype=torch.float64)
     tridiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
     return float(torch.linalg.eigvalsh(tridiagonal)[-1])

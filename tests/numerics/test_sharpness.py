@@ -18,14 +18,24 @@ def symmetric(eigenvalues: list[float], seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("eigenvalues", [[5.0, 1.0, 0.5, -3.0, -9.0], [2.0] * 4, [-1.0, -2.0], [1e-8, 3e-8]])
-def test_largest_eigenvalue(eigenvalues: list[float]) -> None:
+@pytest.mark.parametrize("reorthogonalize", [False, True])
+def test_largest_eigenvalue(eigenvalues: list[float], reorthogonalize: bool) -> None:
     h = symmetric(eigenvalues)
-    assert largest_eigenvalue(lambda v: h @ v, h[0], 12) == pytest.approx(max(eigenvalues), rel=1e-6)
+    found = largest_eigenvalue(lambda v: h @ v, h[0], 12, reorthogonalize=reorthogonalize)
+    assert found == pytest.approx(max(eigenvalues), rel=1e-6)
 
 
-def test_many_steps_do_no_harm() -> None:
+@pytest.mark.parametrize("reorthogonalize", [False, True])
+def test_many_steps_do_no_harm(reorthogonalize: bool) -> None:
     h = symmetric([10.0 * 0.9**i for i in range(60)])
-    assert largest_eigenvalue(lambda v: h @ v, h[0], 60) == pytest.approx(10.0, rel=1e-9)
+    assert largest_eigenvalue(lambda v: h @ v, h[0], 60, reorthogonalize=reorthogonalize) == pytest.approx(
+        10, rel=1e-9
+    )
+
+
+def test_the_largest_not_the_largest_in_magnitude_of_a_crowded_spectrum() -> None:
+    h = torch.linspace(-3, 2, 30, dtype=torch.float64)
+    assert largest_eigenvalue(lambda v: h * v, h, 30, reorthogonalize=True) == pytest.approx(2.0)
 
 
 def test_threshold_is_where_the_loss_is_back() -> None:
