@@ -30,7 +30,7 @@ def test_progress_names_every_phase_and_bucket_and_counts_the_step():
         assert step == 1
         assert [operation for operation, bucket in seen if bucket is None] == ["adamw", "momentum", "idle"]
         buckets = max(bucket for _, bucket in seen if bucket is not None) + 1
-        assert buckets > 3
+        assert buckets > 1
         for operation in ("gather", "orthogonalize", "scatter", "update"):
             assert [bucket for name, bucket in seen if name == operation] == list(range(buckets)), operation
 
