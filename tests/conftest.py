@@ -28,3 +28,12 @@ def _one_thread() -> None:
 def root() -> Path:
     """The repository root."""
     return ROOT
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("namespaces") is not None:
+        from tests.namespaces import why_not
+
+        reason = why_not()
+        if reason is not None:
+            pytest.skip(reason)
