@@ -83,10 +83,13 @@ class RunFolder:
     def open(self, resume: str | None, overwrite: bool) -> str | None:
         """Make the folder ready and return the checkpoint to resume from, or None for a new run.
 
-        resume: "auto" (the newest finished checkpoint), the path of a checkpoint, or None. Raises ConfigError when the
-        folder holds a run already and neither resume nor overwrite was asked for, CheckpointError when there is
-        nothing to resume from.
+        resume: "auto" (the newest finished checkpoint), "if-any" (the same, and from the start when there is none: for
+        launchers that repeat the command), the path of a checkpoint, or None. Raises ConfigError when the folder holds
+        a run already and neither resume nor overwrite was asked for, CheckpointError when there is nothing to resume
+        from.
         """
+        if resume == "if-any":
+            resume, overwrite = ("auto", overwrite) if self.finished_checkpoints() else (None, True)
         checkpoint = self._to_resume(resume) if resume is not None else None
         own = checkpoint is not None and checkpoint.resolve().parent == self.checkpoints.resolve()
         if not own and (self.metrics.exists() or self.checkpoints.exists()):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from muon_dist.config import load_config
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.train import run
+from muon_dist.train.folder import RunFolder
 from muon_dist.train.models import evaluate_folder, export_folder, find_model, generate_from_folder
 
 
@@ -109,6 +110,18 @@ def test_a_run_is_not_overwritten_unasked(finished: dict[str, Any], workspace: P
 def test_nothing_to_resume(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"--resume auto: .* holds no finished checkpoint"):
         train(workspace / "tiny.yaml", run_dir=str(tmp_path), resume="auto")
+
+
+def test_resume_if_any(workspace: Path, tmp_path: Path) -> None:
+    """The command that a launcher repeats: anew while there is nothing finished, then from the newest checkpoint."""
+    config = load_config(workspace / "tiny.yaml", ["trainer.max_steps=4", "trainer.save_steps=2"])
+    folder = RunFolder(tmp_path / "tiny")
+    for unfinished in (False, True):
+        if unfinished:  # killed before its first checkpoint was whole
+            (folder.checkpoints / "checkpoint-2").mkdir(parents=True)
+        assert folder.open("if-any", overwrite=False) is None
+    run.train(config, run_dir=str(tmp_path), resume="if-any")
+    assert folder.open("if-any", overwrite=False) == str(folder.checkpoints / "checkpoint-4")
 
 
 def test_other_data_is_refused_on_resume(finished: dict[str, Any], workspace: Path) -> None:
