@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from muon_dist.bench.cli import app as bench
 from muon_dist.errors import MuonDistError
 from muon_dist.experiments.cli import app as spectra
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(spectra)
+app.add_typer(bench)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[
@@ -42,7 +44,8 @@ def train(
         Optional[str], typer.Option(help="Make the run folder in here instead of in the configuration's run_dir.")  # noqa: UP045
     ] = None,
     resume: Annotated[
-        Optional[str], typer.Option(help="Go on from a checkpoint: its path, or auto for the newest of this run.")  # noqa: UP045
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Go on from a checkpoint: its path, auto for this run's newest, or if-any (new if none)."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again in a folder that holds a run.")] = False,
 ) -> None:

@@ -50,7 +50,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch.distributed.fsdp": ("adapters.fsdp2",),
     "torch.nn.parallel": ("adapters.ddp",),
     "pydantic": ("config",),
-    "typer": ("cli", "experiments.cli"),
+    "typer": ("cli", "experiments.cli", "bench.cli"),
 }
 # import name -> name of the package, where they differ
 DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn"}

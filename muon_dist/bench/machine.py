@@ -1,0 +1,80 @@
+"""What a benchmark ran on, and how its files are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("muon-dist", "torch", "deepspeed", "transformers", "muon-fsdp2", "dtensor-muon", "muon-optimizer")
+
+
+def describe() -> dict[str, Any]:
+    """Hardware, load, versions, commit and command line."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": list(os.getloadavg()),
+        "packages": {name: version(name) for name in PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _commit() -> str | None:
+    """Of the checkout that this file lies in, "+changes" appended when it is not clean."""
+    folder = Path(__file__).resolve().parent
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    try:
+        commit, changes = (
+            subprocess.run(["git", *c], cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout
+            for c in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.strip() + ("+changes" if changes.strip() else "")
+
+
+def write(folder: Path, name: str, record: dict[str, Any], text: str) -> tuple[Path, Path]:
+    """`name`.json and `name`.md in `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / f"{name}.json", folder / f"{name}.md"
+    files[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    files[1].write_text(text, encoding="utf-8")
+    return files
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,211 @@
+"""Newton-Schulz against the matrix products that it is made of, timed in turn on the same machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muon_dist.bench.machine import markdown
+from muon_dist.errors import ConfigError
+from muon_dist.numerics import newton_schulz, newton_schulz_flops, polar_factor, segment_length
+from muon_dist.numerics.schedules import DEFAULT_STEPS
+
+Shape = tuple[int, int, int]
+"""(batch, rows, columns)"""
+Product = tuple[int, int, int]
+"""(m, k, n): a product of an m x k with a k x n matrix, one for each of the batch"""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# Matrices of Llamas of 24M, 60M and 160M parameters, of DeepSeek's experts cut down, and batches of small ones (heads,
+# experts), where calls and elementwise work weigh most.
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "ci": ((1, 48, 96), (4, 32, 32)),
+    "quick": ((1, 384, 384), (12, 384, 384), (1, 1024, 384), (4, 1024, 384), (1, 768, 2048), (64, 64, 384),
+              (128, 64, 64), (64, 128, 128)),
+    "full": ((1, 384, 384), (24, 384, 384), (1, 1024, 384), (12, 1024, 384), (1, 384, 1024), (1, 512, 512),
+             (1, 1376, 512), (8, 1376, 512), (1, 768, 768), (1, 768, 2048), (1, 2048, 768), (1, 1024, 4096),
+             (1, 1024, 1024), (1, 2048, 2048), (16, 64, 384), (64, 64, 384), (128, 64, 64), (64, 128, 128),
+             (32, 128, 512), (16, 256, 256), (16, 256, 768), (256, 32, 32)),
+}  # fmt: skip
+PROFILE_DTYPES = {"ci": ("float32",), "quick": ("float32", "bfloat16"), "full": ("float32", "bfloat16", "float16")}
+_LARGEST = {"ci": 256, "quick": 2048, "full": 2048}  # side of the square product that stands for the machine's peak
+_SVD_LIMIT = 1024  # above this shorter side the exact factor takes minutes
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, over rounds."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+
+def products(rows: int, cols: int, steps: int, segment: int) -> Counter[Product]:
+    """The matrix products of `newton_schulz` on one matrix, with how often each is made.
+
+    A segment of k steps makes X X^T once, k times A^2, Q X once, and three products of the Gram matrix's size for
+    each step after the first; their FLOPs are `newton_schulz_flops`.
+    """
+    m, n = min(rows, cols), max(rows, cols)
+    made: Counter[Product] = Counter()
+    for first in range(0, steps, segment):
+        k = min(segment, steps - first)
+        for product, times in (((m, n, m), 1), ((m, m, m), k + 3 * (k - 1)), ((m, m, n), 1)):
+            made[product] += times  # one by one: of a square matrix the three are one shape
+    return made
+
+
+def flops_of(made: Counter[Product]) -> int:
+    """FLOPs of products: 2 m k n each."""
+    return sum(2 * m * k * n * times for (m, k, n), times in made.items())
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turn(calls: Sequence[Callable[[], object]], rounds: int, seconds: float, device: torch.device) -> list[Timing]:
+    """Time `calls` one after another, `rounds` times, so that a load on the machine meets all of them.
+
+    In a round each is repeated until it has taken about `seconds`, once at least; the first, untimed round warms up.
+    On one CPU thread the clock is the thread's own, which other processes cannot stop.
+    """
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+    def timed(call: Callable[[], object], repeats: int) -> float:
+        _synchronize(device)
+        started = clock()
+        for _ in range(repeats):
+            call()
+        _synchronize(device)
+        return (clock() - started) / repeats
+
+    repeats = []
+    for call in calls:
+        timed(call, 1)
+        repeats.append(max(1, min(1000, round(seconds / max(timed(call, 1), 1e-7)))))
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for i, call in enumerate(calls):
+            found[i].append(timed(call, repeats[i]))
+    return [Timing(tuple(f)) for f in found]
+
+
+def _product_call(batch: int, product: Product, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    m, k, n = product
+    left = torch.randn(batch, m, k, device=device).to(dtype)
+    # X X^T reads its second factor transposed, as the iteration does
+    right = left.mT if (m, k, n) == (m, k, m) and k != m else torch.randn(batch, k, n, device=device).to(dtype)
+    out = torch.empty(batch, m, n, dtype=dtype, device=device)
+    return lambda: torch.bmm(left, right, out=out)
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def measure(
+    shape: Shape, dtype: torch.dtype, largest: Callable[[], object], largest_flops: int, device: torch.device,
+    *, rounds: int, seconds: float, steps: int = DEFAULT_STEPS, schedule: str = "keller",
+) -> dict[str, Any]:  # fmt: skip
+    """One row: time, FLOP/s, the products' FLOP/s, their ratio, and errors, for a random stack of `shape`.
+
+    `ratio_of_products` is the median over rounds of (seconds of the bare products, preallocated) / (seconds of
+    Newton-Schulz): the share of the same machine's matmul throughput on the same shapes that is reached.
+    """
+    batch, rows, cols = shape
+    segment = segment_length(rows, cols, dtype)
+    made = products(rows, cols, steps, segment)
+    flops = batch * newton_schulz_flops(rows, cols, steps, segment)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(rows * cols)).to(device)
+    result = newton_schulz(x, steps, schedule, dtype)
+    exact = newton_schulz(x.double(), steps, schedule, torch.float64)
+    polar = polar_factor(x.cpu()) if min(rows, cols) <= _SVD_LIMIT else None
+    x = x.to(dtype)
+    bare = [_product_call(batch, product, dtype, device) for product in made]
+    ours, square, *parts = in_turn(
+        [lambda: newton_schulz(x, steps, schedule, dtype), largest, *bare], rounds, seconds, device
+    )
+    by_round = zip(*(p.rounds for p in parts), strict=True)
+    matmul = [sum(n * t for n, t in zip(made.values(), times, strict=True)) for times in by_round]
+    ratios = [m / o for m, o in zip(matmul, ours.rounds, strict=True)]
+    return {
+        "batch": batch,
+        "rows": rows,
+        "cols": cols,
+        "dtype": str(dtype).removeprefix("torch."),
+        "form": "gram" if segment > 1 else "standard",
+        "seconds": ours.median,
+        "seconds_lowest": min(ours.rounds),
+        "seconds_highest": max(ours.rounds),
+        "flops": flops,
+        "flops_per_second": flops / ours.median,
+        "matmul_flops_per_second": flops / statistics.median(matmul),
+        "largest_square_flops_per_second": largest_flops / square.median,
+        "ratio_of_products": statistics.median(ratios),
+        "ratio_lowest": min(ratios),
+        "ratio_highest": max(ratios),
+        "ratio_of_largest_square": flops / ours.median / (largest_flops / square.median),
+        "error_to_float64": _relative(result.cpu(), exact.cpu()),
+        "error_to_svd": None if polar is None else _relative(result.cpu(), polar),
+        "float64_error_to_svd": None if polar is None else _relative(exact.cpu(), polar),
+    }
+
+
+def run(profile: str, dtypes: Sequence[str] | None, only: str, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of all shapes of `profile` whose name (`4x1024x384`) contains `only`.
+
+    Raises ConfigError for an unknown profile or dtype, or where nothing is left.
+    """
+    if profile not in SHAPES:
+        raise ConfigError(f"--profile {profile!r} is unknown: use {', '.join(SHAPES)}")
+    names = tuple(dtypes or PROFILE_DTYPES[profile])
+    if unknown := sorted(set(names) - set(DTYPES)):
+        raise ConfigError(f"--dtype {unknown[0]!r} is unknown: use {', '.join(DTYPES)}")
+    shapes = [s for s in SHAPES[profile] if only in "x".join(map(str, s))]
+    if not shapes:
+        raise ConfigError(f"--only {only!r}: no shape of profile {profile} has that in its name")
+    rounds, seconds = {"ci": (3, 0.002), "quick": (5, 0.03), "full": (7, 0.1)}[profile]
+    side = _LARGEST[profile]
+    rows = []
+    for name in names:
+        dtype = DTYPES[name]
+        largest = _product_call(1, (side, side, side), dtype, device)
+        rows += [measure(s, dtype, largest, 2 * side**3, device, rounds=rounds, seconds=seconds) for s in shapes]
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown of the rows."""
+    header = (
+        "shape (batch x rows x columns)", "dtype", "form", "ms", "GFLOP/s", "the same products, GFLOP/s", "ratio",
+        "lowest to highest ratio", "of the largest square product", "error to fp64", "error to SVD (fp64 itself)",
+    )  # fmt: skip
+    lines = [
+        (
+            f"{r['batch']} x {r['rows']} x {r['cols']}",
+            r["dtype"],
+            r["form"],
+            f"{1e3 * r['seconds']:.2f}",
+            f"{r['flops_per_second'] / 1e9:.1f}",
+            f"{r['matmul_flops_per_second'] / 1e9:.1f}",
+            f"{r['ratio_of_products']:.2f}",
+            f"{r['ratio_lowest']:.2f} to {r['ratio_highest']:.2f}",
+            f"{r['ratio_of_largest_square']:.2f}",
+            f"{r['error_to_float64']:.1e}",
+            "-" if r["error_to_svd"] is None else f"{r['error_to_svd']:.3f} ({r['float64_error_to_svd']:.3f})",
+        )
+        for r in rows
+    ]
+    return markdown(header, lines)
