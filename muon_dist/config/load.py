@@ -232,7 +232,7 @@ def _suggest(keys: Keys) -> str:
 
 def _blocks(model: type[BaseModel], keys: tuple[str, ...]) -> dict[tuple[str, ...], list[str]]:
     """Dotted path -> field names of every block under `model`, list items counted as their list."""
-    found = {keys: list(model.model_fields)}
+    found = {keys: [info.alias or name for name, info in model.model_fields.items()]}
     for name, info in model.model_fields.items():
         for kind in (info.annotation, *typing.get_args(info.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):

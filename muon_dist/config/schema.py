@@ -87,6 +87,11 @@ class DataConfig(Block):
     validation_fraction: BelowOne = Field(default=0.02, description="share of the documents kept for validation")
     shard_tokens: PositiveInt = Field(default=10_000_000, description="tokens in one shard file")
     workers: PositiveInt = Field(default=2, description="processes that tokenize")
+    global_batch_size: PositiveInt | None = Field(
+        default=None,
+        description="samples of one optimizer step over all processes, kept at any number of them: accumulation "
+        "follows, and trainer.per_device_train_batch_size is the most that a process takes at a time",
+    )
 
 
 class MuonConfig(Block):
@@ -187,6 +192,26 @@ class DiagnosticsConfig(Block):
     )
 
 
+class CheckpointConfig(Block):
+    """How a run is saved and continued. When: trainer.save_strategy and trainer.save_steps."""
+
+    background: bool = Field(
+        default=True, alias="async", description="hold training for the copy to host memory only, write beside it"
+    )
+    keep_last: PositiveInt | None = Field(default=None, description="newest checkpoints to keep; null: all")
+    keep_every: PositiveInt | None = Field(
+        default=None, description="keep those of steps that are multiples of this as well"
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        default="stop", description="when a save fails, for instance on a full disk: end the run, or warn and go on"
+    )
+    resume: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="without --resume, go on from the newest checkpoint: when the same launch starts again, "
+        "whenever there is one, or never",
+    )
+
+
 class Config(Block):
     """One run."""
 
@@ -224,13 +249,14 @@ class Config(Block):
     ] = None
     evaluation: EvaluationConfig = EvaluationConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
     def to_yaml(self, redacted: bool = True) -> str:
         """The whole configuration as YAML that `load_config` reads back.
 
         Values of keys that look like credentials are replaced unless `redacted` is False.
         """
-        plain = self.model_dump(mode="json")
+        plain = self.model_dump(mode="json", by_alias=True)
         return yaml.dump(
             redact(plain) if redacted else plain, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True
         )

@@ -195,6 +195,14 @@ def _trainer(config: Config) -> Found:
     for half, other in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
         if trainer.get(half) and trainer.get(other):
             yield ("trainer", other), f"and trainer.{half} are both true: keep one of them"
+    if config.data.global_batch_size is not None and "gradient_accumulation_steps" in trainer:
+        yield (
+            ("trainer", "gradient_accumulation_steps"),
+            f"follows from data.global_batch_size = {config.data.global_batch_size} and the number of processes: "
+            "remove one of them",
+        )
+    if config.checkpoint.keep_last is not None and "save_total_limit" in trainer:
+        yield ("trainer", "save_total_limit"), "and checkpoint.keep_last say the same: remove one of them"
     wsd = trainer.get("lr_scheduler_type") == "warmup_stable_decay"
     kwargs = trainer.get("lr_scheduler_kwargs")
     if wsd and not (isinstance(kwargs, dict) and "num_decay_steps" in kwargs):

@@ -1,0 +1,26 @@
+"""The same samples in every optimizer step, whatever the number of processes."""
+
+from __future__ import annotations
+
+from muon_dist.errors import ConfigError
+
+
+def share_batch(global_batch_size: int, most_at_once: int, world_size: int) -> tuple[int, int]:
+    """(samples of a process in a micro-batch, micro-batches of an optimizer step).
+
+    Their product with `world_size` is exactly `global_batch_size`: the largest micro-batch of at most `most_at_once`
+    samples that gives this, so that a run keeps its curve when processes come and go.
+
+    Raises:
+        ConfigError: `world_size` does not divide `global_batch_size`.
+    """
+    share, rest = divmod(global_batch_size, world_size)
+    if rest:
+        possible = [n for n in range(1, min(global_batch_size, 4 * world_size) + 1) if global_batch_size % n == 0]
+        raise ConfigError(
+            f"data.global_batch_size: {global_batch_size} samples cannot be shared evenly by {world_size} processes; "
+            f"it can by {', '.join(map(str, possible))}. Choose a multiple of {world_size}, one that every number "
+            "of processes divides with which the run may have to go on"
+        )
+    micro = next(n for n in range(min(most_at_once, share), 0, -1) if share % n == 0)
+    return micro, share // micro
