@@ -10,21 +10,31 @@ usage: bash launch/torchrun.sh [OPTIONS] [--] COMMAND [ARGUMENTS]
 
 COMMAND is a muon-dist command (train configs/llama-60m.yaml), a script (my_train.py) or a module (-m my.module).
 
-  --nnodes N            number of nodes                          NNODES          1
+  --nnodes N            number of nodes, or MIN:MAX (elastic)    NNODES          1
   --node-rank R         this node's number, static rendezvous    NODE_RANK       0
   --nproc-per-node P    processes on this node                   NPROC_PER_NODE  one a GPU, else 1
   --master-addr HOST    the first node                           MASTER_ADDR     127.0.0.1
   --master-port PORT    free port on the first node              MASTER_PORT     29500
   --rdzv BACKEND        static, or c10d (nodes may come in any order; no node rank)
-                                                                 RDZV_BACKEND    static
+                                                                 RDZV_BACKEND    static, c10d when elastic
   --rdzv-id ID          name of the job, the same on all nodes   RDZV_ID         muon-dist
-  --max-restarts N      restarts after a failure                 MAX_RESTARTS    0
+  --rdzv-conf K=V,...   settings of the c10d rendezvous          RDZV_CONF       none
+  --max-restarts N      restarts after a failure                 MAX_RESTARTS    0, 3 when elastic
 
 The third column is the environment variable that does the same, the last the default. Run it once on every node:
 
   bash launch/torchrun.sh --nproc-per-node 2 train configs/quickstart.yaml
   bash launch/torchrun.sh --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 train configs/llama-1b.yaml   # first node
   bash launch/torchrun.sh --nnodes 2 --node-rank 1 --master-addr 10.0.0.1 train configs/llama-1b.yaml   # second node
+
+Elastic: the run begins with MAX nodes, or with MIN or more when no other came for last_call_timeout (30 s). When a node
+is lost, the processes of the others fail at their time-out (trainer.ddp_timeout), and torchrun starts them anew on the
+nodes that are left. They go on from the newest checkpoint, so the command must say so, and the configuration must fix
+the batch of a step (data.global_batch_size):
+
+  bash launch/torchrun.sh --nnodes 2:4 --master-addr 10.0.0.1 train configs/llama-1b.yaml --resume if-any
+
+The first node holds the rendezvous: when that one is lost, the run ends, and the same command starts it again.
 
 On one node nothing listens beyond the loopback interface: the processes meet in a file. With several nodes the store of
 torch.distributed listens on every interface of the first node, without a password: use a private network.
@@ -37,9 +47,10 @@ node_rank="${NODE_RANK:-0}"
 nproc="${NPROC_PER_NODE:-}"
 addr="${MASTER_ADDR:-127.0.0.1}"
 port="${MASTER_PORT:-29500}"
-rdzv="${RDZV_BACKEND:-static}"
+rdzv="${RDZV_BACKEND:-}"
 rdzv_id="${RDZV_ID:-muon-dist}"
-restarts="${MAX_RESTARTS:-0}"
+rdzv_conf="${RDZV_CONF:-}"
+restarts="${MAX_RESTARTS:-}"
 
 while (($#)); do
     case "$1" in
@@ -51,7 +62,8 @@ while (($#)); do
             shift
             break
             ;;
-        --nnodes | --node-rank | --nproc-per-node | --master-addr | --master-port | --rdzv | --rdzv-id | --max-restarts)
+        --nnodes | --node-rank | --nproc-per-node | --master-addr | --master-port | --rdzv | --rdzv-id | \
+            --rdzv-conf | --max-restarts)
             (($# >= 2)) || muon_die "$1 needs a value"
             case "$1" in
                 --nnodes) nnodes="$2" ;;
@@ -61,6 +73,7 @@ while (($#)); do
                 --master-port) port="$2" ;;
                 --rdzv) rdzv="$2" ;;
                 --rdzv-id) rdzv_id="$2" ;;
+                --rdzv-conf) rdzv_conf="$2" ;;
                 --max-restarts) restarts="$2" ;;
             esac
             shift 2
@@ -75,7 +88,15 @@ if (($# == 0)); then
     usage >&2
     exit 2
 fi
-[[ "$nnodes" =~ ^[1-9][0-9]*$ ]] || muon_die "--nnodes (NNODES) must be a positive number, not '$nnodes'"
+[[ "$nnodes" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] \
+    || muon_die "--nnodes (NNODES) must be a positive number or MIN:MAX, not '$nnodes'"
+fewest="${nnodes%%:*}" most="${nnodes##*:}"
+((fewest <= most)) || muon_die "--nnodes (NNODES): MIN is above MAX in '$nnodes'"
+if [[ "$nnodes" == *:* ]]; then
+    [[ "${rdzv:=c10d}" == c10d ]] || muon_die "--nnodes $nnodes is elastic, which needs --rdzv c10d, not $rdzv"
+    : "${restarts:=3}"
+fi
+: "${rdzv:=static}" "${restarts:=0}"
 [[ "$node_rank" =~ ^[0-9]+$ ]] || muon_die "--node-rank (NODE_RANK) must be a number, not '$node_rank'"
 [[ "$port" =~ ^[0-9]+$ ]] || muon_die "--master-port (MASTER_PORT) must be a number, not '$port'"
 [[ "$restarts" =~ ^[0-9]+$ ]] || muon_die "--max-restarts (MAX_RESTARTS) must be a number, not '$restarts'"
@@ -91,7 +112,7 @@ case "$1" in
 esac
 
 options=(--nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts "$restarts")
-if ((nnodes == 1)); then
+if [[ "$nnodes" == 1 ]]; then
     meeting="$(mktemp -d "${TMPDIR:-/tmp}/muon-dist.XXXXXXXX")"
     trap 'rm -rf -- "$meeting"' EXIT
     options+=(--rdzv-backend c10d --rdzv-id "$rdzv_id" --rdzv-endpoint "$meeting/rendezvous"
@@ -104,10 +125,13 @@ else
     case "$addr" in 127.* | localhost | ::1) export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" ;; esac
     case "$rdzv" in
         static)
-            ((node_rank < nnodes)) || muon_die "--node-rank $node_rank must be below --nnodes $nnodes"
+            ((node_rank < most)) || muon_die "--node-rank $node_rank must be below --nnodes $nnodes"
             options+=(--node-rank "$node_rank" --master-addr "$addr" --master-port "$port")
             ;;
-        c10d) options+=(--rdzv-backend c10d --rdzv-id "$rdzv_id" --rdzv-endpoint "$addr:$port") ;;
+        c10d)
+            options+=(--rdzv-backend c10d --rdzv-id "$rdzv_id" --rdzv-endpoint "$addr:$port")
+            [[ -z "$rdzv_conf" ]] || options+=(--rdzv-conf "$rdzv_conf")
+            ;;
         *) muon_die "--rdzv (RDZV_BACKEND) must be static or c10d, not '$rdzv'" ;;
     esac
 fi

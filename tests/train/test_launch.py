@@ -168,7 +168,9 @@ def test_an_error_is_said_once(root: Path, workspace: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--nnodes", "two", "train"], "--nnodes (NNODES) must be a positive number, not 'two'"),
+        (["--nnodes", "two", "train"], "--nnodes (NNODES) must be a positive number or MIN:MAX, not 'two'"),
+        (["--nnodes", "3:2", "train"], "--nnodes (NNODES): MIN is above MAX in '3:2'"),
+        (["--nnodes", "2:3", "--rdzv", "static", "train"], "--nnodes 2:3 is elastic, which needs --rdzv c10d"),
         (["--nnodes", "2", "--node-rank", "2", "train"], "--node-rank 2 must be below --nnodes 2"),
         (["--nnodes", "2", "--rdzv", "etcd", "train"], "--rdzv (RDZV_BACKEND) must be static or c10d"),
         (["--nprocs", "2", "train"], "unknown option --nprocs"),
