@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -40,15 +42,21 @@ class Transport:
         self.collectives += 1
         return received
 
-    def any_rank(self, flags: list[bool]) -> list[bool]:
-        """Elementwise 'or' over all ranks; one small collective."""
+    def highest(self, values: torch.Tensor) -> list[int]:
+        """Elementwise maximum of a small uint8 tensor over all ranks; one small collective, and the one transfer."""
+        if self.world_size > 1:
+            self.progress.enter("gradient flags")
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+            self.collectives += 1
+        return [int(v) for v in values.tolist()]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The (picklable) value of every rank, in rank order; for messages, not for the hot path."""
         if self.world_size == 1:
-            return flags
-        self.progress.enter("gradient flags")
-        packed = torch.tensor(flags, dtype=torch.uint8, device=self.device)
-        dist.all_reduce(packed, dist.ReduceOp.MAX, group=self.group)
-        self.collectives += 1
-        return [bool(f) for f in packed.tolist()]
+            return [value]
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, value, group=self.group)
+        return every
 
     def require_equal(self, what: str, fields: list[tuple[str, object]] | None, problem: BaseException | None) -> None:
         """Compare `fields` on all ranks by their digest, before anything is exchanged on the strength of them.

@@ -29,6 +29,8 @@ class Binding:
         device: where gathered matrices are orthogonalized and collectives run; buffers may be elsewhere (offload).
         gradient_factor: multiplies the gradients of Muon groups before momentum; an adapter uses it to take back a
             clip that the framework has applied to all gradients alike.
+        finite: whether all gradients of this step are finite, the same answer on every rank; None where the framework
+            has not found out: then the optimizer looks at the gradients itself.
         local: this rank's part of a buffer, its gradient or its stored momentum, where those are distributed tensors;
             asked anew in every step, since a framework may move what lies below.
         everywhere: buffers of which every holder keeps the momentum, not the sources alone: those whose sources the
@@ -42,6 +44,7 @@ class Binding:
     group: dist.ProcessGroup | None
     device: torch.device
     gradient_factor: Callable[[], float] = field(default=lambda: 1.0)
+    finite: Callable[[], bool | None] = field(default=lambda: None)
     local: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda tensor: tensor)
     everywhere: Callable[[OwnershipPlan], Set[int]] = field(default=lambda plan: frozenset())
     stored: Callable[[OwnershipPlan, int, torch.Tensor | None], torch.Tensor | None] = field(

@@ -15,6 +15,7 @@ from muon_dist.layout import replicated_layout
 from muon_dist.optim.adamw import adamw_step
 from muon_dist.optim.binding import BINDERS, Binding, Group, NotReady, ParameterSpec
 from muon_dist.optim.diagnostics import Diagnostics
+from muon_dist.optim.guard import StepGuard, parameter_names
 from muon_dist.optim.options import check_group, iterations, make_spec
 from muon_dist.optim.planning import check_covers, check_untouched, default_process_group, option_fields
 from muon_dist.optim.runtime import Runtime, Work
@@ -54,6 +55,8 @@ class Muon(torch.optim.Optimizer):
             alone.
         wire_dtype: dtype in which momentum and updates travel. None loses nothing; torch.bfloat16 halves the bytes of
             the gather at the cost of rounding what is orthogonalized.
+        max_nonfinite: a step in which a gradient is NaN or infinite on any rank is left out, with everything unchanged
+            on all ranks; after so many in a row NonFiniteError is raised.
         diagnostics: a `Diagnostics`, or its arguments: spectral measures of each matrix, taken on its owner.
 
     Raises:
@@ -79,6 +82,7 @@ class Muon(torch.optim.Optimizer):
         owner_policy: str = "balanced",
         bucket_mb: float = 256.0,
         wire_dtype: torch.dtype | None = None,
+        max_nonfinite: int = 5,
         diagnostics: Diagnostics | Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(process_group, str) and process_group != DEFAULT_GROUP:
@@ -91,6 +95,7 @@ class Muon(torch.optim.Optimizer):
         self._owner_policy = owner_policy
         self._bucket_bytes = int(bucket_mb * 2**20)
         self._wire_dtype = wire_dtype
+        self.guard = StepGuard(max_nonfinite)
         self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
         self._specs: list[list[ParameterSpec]] = []
         # Kept beside param_groups: a universal load of DeepSpeed overwrites every group's options with group 0's.
@@ -250,6 +255,10 @@ class Muon(torch.optim.Optimizer):
         """One optimizer step. With a process group it is a collective: every rank must call it.
 
         A parameter without a gradient on any rank is left alone; one without a gradient on some counts as zero there.
+        With a gradient that is NaN or infinite on any rank, the step changes nothing on all ranks.
+
+        Raises:
+            NonFiniteError: the `max_nonfinite`-th such step in a row.
         """
         loss = None
         if closure is not None:
@@ -259,11 +268,20 @@ class Muon(torch.optim.Optimizer):
             return loss
         assert self._runtime is not None
         work: dict[int, Work] = {}
-        local = self._runtime.binding.local
+        binding, transport = self._runtime.binding, self._runtime.transport
+        local = binding.local
         present = [(self._index(group), p) for group in self.param_groups for p in group["params"]]
-        has_gradient = [p.grad is not None for _, p in present]
-        if not self._runtime.plan.layout.complete_gradients:
-            has_gradient = self._runtime.transport.any_rank(has_gradient)
+        has_gradient = self.guard.allows(
+            transport,
+            [p for _, p in present],
+            [None if p.grad is None else local(p.grad) for _, p in present],
+            lambda: parameter_names(self._groups, self._specs, [i for i, _ in present]),
+            agreed=binding.finite(),
+            complete=self._runtime.plan.layout.complete_gradients,
+        )
+        if has_gradient is None:
+            transport.progress.finish_step()
+            return loss
         adamw: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for (index, p), wanted in zip(present, has_gradient, strict=True):
             if not wanted:

@@ -185,9 +185,12 @@ def test_a_full_disk_does_not_stop_a_rank(tmp_path: Path, capsys: pytest.Capture
 def test_a_poisoned_momentum_is_written_as_null(tmp_path: Path) -> None:
     parameters, optimizer = square(count=1, diagnostics=Diagnostics(1, tmp_path, budget=1.0))
     for p in parameters.values():
-        p.grad = torch.full((8, 8), torch.nan)
+        p.grad = torch.eye(8)
     optimizer.step()
-    (line,) = lines(tmp_path / "rank-0.jsonl")
+    for p in parameters.values():
+        optimizer.state[p]["momentum_buffer"].fill_(torch.nan)  # not by a gradient: the optimizer refuses those
+    optimizer.step()
+    _, line = lines(tmp_path / "rank-0.jsonl")
     assert line["s_mean"] is None and line["cosine"] is None
     assert optimizer.diagnostics is not None and optimizer.diagnostics.means() == {}
 
