@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError, PlanMismatchError
-from muon_dist.layout.fragment import Fragment, Layout, MatrixLayout
+from muon_dist.layout.fragment import Layout, Matrix, MatrixLayout
+from muon_dist.layout.fragments import Fragments
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,10 @@ class OwnershipPlan:
             raise PlanMismatchError(f"owner {wrong[0]} is not a rank of a world of {self.layout.world_size}")
 
     @cached_property
-    def sources(self) -> tuple[tuple[Fragment, ...], ...]:
+    def sources(self) -> tuple[Fragments, ...]:
         """For each matrix, the fragments that hold its momentum and send it to the owner."""
-        return tuple(m.sources(owner) for m, owner in zip(self.layout.matrices, self.owners, strict=True))
+        domains = self.layout.domains
+        return tuple(m.sources(owner, domains) for m, owner in zip(self.layout.matrices, self.owners, strict=True))
 
     def owned_by(self, rank: int) -> tuple[int, ...]:
         """Indices of the matrices that `rank` owns."""
@@ -93,8 +97,9 @@ def assign_owners(
     """Choose the owner of every matrix.
 
     `balanced`: largest first (Graham's LPT), each to the rank on which it ends earliest, counting the seconds of the
-    iteration and of the bytes that must move to that rank and back. A matrix that lies whole on one rank moves
-    nothing there, so it stays unless balance pays for the move. Balance is sought within each phase.
+    iteration and of the bytes that must move to that rank and back. A matrix of which a rank holds more than half
+    begins there, and matrices move off the busiest rank only while that makes the last rank end earlier. Balance is
+    sought within each phase.
     `local`: each to the rank that holds most of it (the lowest of several); fewest bytes, no balance.
     `round_robin`: in the order of the parameters; for comparison.
 
@@ -104,24 +109,102 @@ def assign_owners(
     if policy == "round_robin":
         return OwnershipPlan(layout, tuple(i % world for i in range(len(layout.matrices))), policy)
     if policy == "local":
-        held = ([m.held(r) for r in range(world)] for m in layout.matrices)
-        return OwnershipPlan(layout, tuple(h.index(max(h)) for h in held), policy)
+        held = (m.held_by_rank(world) for m in layout.matrices)
+        return OwnershipPlan(layout, tuple(int(h.argmax()) for h in held), policy)
     if policy != "balanced":
         raise ConfigError(f"owner_policy '{policy}' is unknown: use balanced, local or round_robin")
     model = cost or CostModel()
-    work = [model.orthogonalize(m.matrix.rows, m.matrix.cols, steps(m)) for m in layout.matrices]
-    order = sorted(range(len(work)), key=lambda i: (-work[i], layout.matrices[i].matrix.name))
-    owners = [0] * len(work)
-    loads: dict[int, list[float]] = {}
-    for i in order:
-        m = layout.matrices[i]
-        load = loads.setdefault(layout.phase(m), [0.0] * world)
-        missing = [m.matrix.numel] * world
-        for f in m.fragments:
-            missing[f.rank] -= f.length
-        # Twice: to the owner, and back. A copy that is already everywhere (DDP) misses nothing anywhere, so its
-        # broadcast, the same whoever owns it, does not count.
-        ends = [load[r] + work[i] + 2 * model.move(missing[r], bytes_per_element) for r in range(world)]
-        owners[i] = ends.index(min(ends))
-        load[owners[i]] = ends[owners[i]]
+    phases: dict[int, list[int]] = {}
+    for i, m in enumerate(layout.matrices):
+        phases.setdefault(layout.phase(m), []).append(i)
+    owners = [0] * len(layout.matrices)
+    for members in phases.values():
+        seconds = [model.orthogonalize(m.rows, m.cols, steps(layout.matrices[i])) for i, m in _shapes(layout, members)]
+        balance = _Balance(layout, members, seconds, 2 * model.move(1, bytes_per_element))
+        balance.place()
+        balance.improve()
+        for i, owner in balance.owner.items():
+            owners[i] = owner
     return OwnershipPlan(layout, tuple(owners), policy)
+
+
+def _shapes(layout: Layout, members: Sequence[int]) -> Iterable[tuple[int, Matrix]]:
+    return ((i, layout.matrices[i].matrix) for i in members)
+
+
+class _Balance:
+    """Owners of the matrices of one phase, and when each rank ends.
+
+    Args:
+        layout, members: the matrices, by index.
+        seconds: of the iteration on each.
+        round_trip: seconds for one element to travel to an owner and back. A copy that is already everywhere (DDP)
+            misses nothing anywhere, so its broadcast, the same whoever owns it, does not count.
+    """
+
+    def __init__(self, layout: Layout, members: Sequence[int], seconds: Sequence[float], round_trip: float) -> None:
+        self.layout = layout
+        self.members = members
+        self.seconds = dict(zip(members, seconds, strict=True))
+        self.round_trip = round_trip
+        self.ends = np.zeros(layout.world_size)
+        self.owner: dict[int, int] = {}
+        self.owned: list[set[int]] = [set() for _ in range(layout.world_size)]
+
+    def cost(self, i: int) -> np.ndarray:
+        """Seconds that matrix `i` takes of each rank if that rank owns it."""
+        m = self.layout.matrices[i]
+        return self.seconds[i] + (m.matrix.numel - m.held_by_rank(self.layout.world_size)) * self.round_trip
+
+    def give(self, i: int, rank: int, seconds: float) -> None:
+        self.owner[i] = rank
+        self.owned[rank].add(i)
+        self.ends[rank] += seconds
+
+    def _order(self, i: int) -> tuple[float, str]:
+        return -self.seconds[i], self.layout.matrices[i].matrix.name
+
+    def place(self) -> None:
+        """Matrices that lie mostly on one rank there, then the others, largest first."""
+        loose = []
+        for i in self.members:
+            m = self.layout.matrices[i]
+            longest = int(m.fragments.length.argmax())
+            alone = len(m.fragments) == 1 or int(m.fragments.length.sum()) == m.matrix.numel
+            if alone and 2 * int(m.fragments.length[longest]) > m.matrix.numel:
+                home = int(m.fragments.rank[longest])
+                self.give(i, home, float(self.cost(i)[home]))
+            else:
+                loose.append(i)
+        for i in sorted(loose, key=self._order):
+            cost = self.cost(i)
+            rank = int((self.ends + cost).argmin())
+            self.give(i, rank, float(cost[rank]))
+
+    def improve(self) -> None:
+        """Move one matrix at a time off the rank that ends last, while it and the receiver then end before that."""
+        while True:
+            busiest = int(self.ends.argmax())
+            before = self.ends[busiest]
+            best: tuple[float, int, int, float, float] | None = None
+            seen = set()
+            for i in sorted(self.owned[busiest], key=self._order):
+                m = self.layout.matrices[i]
+                # Alike for this purpose: the same arithmetic, and lying wholly on this rank.
+                alike = (self.seconds[i], m.matrix.numel) if m.held(busiest) == m.matrix.numel else (i,)
+                if alike in seen:
+                    continue
+                seen.add(alike)
+                cost = self.cost(i)
+                there = self.ends + cost
+                there[busiest] = np.inf
+                receiver = int(there.argmin())
+                last = max(float(there[receiver]), float(before - cost[busiest]))
+                if last < before * (1 - 1e-9) and (best is None or last < best[0]):
+                    best = last, i, receiver, float(cost[busiest]), float(cost[receiver])
+            if best is None:
+                return
+            _, i, receiver, saved, spent = best
+            self.owned[busiest].remove(i)
+            self.ends[busiest] -= saved
+            self.give(i, receiver, spent)

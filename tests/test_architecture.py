@@ -18,7 +18,7 @@ MAX_FUNCTION_LINES = 60
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "frameworks", "numerics"),
     ("config", "routing", "layout"),
-    ("cost", "ownership"),
+    ("cost", "ownership", "partition_order"),
     ("exchange", "checkpoint"),
     ("optim",),
     ("adapters", "data", "model"),
@@ -31,6 +31,8 @@ FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 SIDEWAYS = {
     ("numerics", "errors"),
     ("ownership", "cost"),
+    ("partition_order", "cost"),
+    ("partition_order", "ownership"),
     ("cli", "train"),
     ("cli", "doctor"),
     ("experiments", "report"),

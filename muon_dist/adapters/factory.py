@@ -40,7 +40,7 @@ class MuonFactory:
                 "not pass its learning_rate to a factory"
             )
         of_groups, of_muon = split_kwargs(kwargs)
-        _refuse_replacement()
+        of_groups.setdefault("partitions", _partitions(_deepspeed_config()))
         overrides = [_as(Override, o) for o in of_groups.pop("overrides", ())]
         splits = [_as(SplitRule, s) for s in of_groups.pop("splits", ())]
         check_parameters(opt_model)
@@ -50,14 +50,26 @@ class MuonFactory:
         return Muon(param_groups(opt_model, table=table, **of_groups), **of_muon)
 
 
-def _refuse_replacement() -> None:
-    """Raise FrameworkError where the Trainer would hand DeepSpeed another optimizer than the one made here."""
+def _deepspeed_config() -> dict[str, Any] | None:
+    """The Trainer's DeepSpeed configuration, if any.
+
+    Raises FrameworkError where the Trainer would hand DeepSpeed another optimizer than the one made here.
+    """
     integration = sys.modules.get("transformers.integrations.deepspeed")
     config = integration.deepspeed_config() if integration is not None else None
     if config is not None:
         from muon_dist.adapters.deepspeed import check_config  # imports DeepSpeed, which the Trainer is about to use
 
         check_config(config)
+    return config
+
+
+def _partitions(config: Mapping[str, Any] | None) -> int | None:
+    """The ranks over which ZeRO stage 1 or 2 will cut the Muon group; None where it keeps no given order."""
+    zero = (config or {}).get("zero_optimization") or {}
+    if zero.get("stage") not in (1, 2) or zero.get("round_robin_gradients", False):
+        return None
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
 
 
 def _as(cls: type, value: Any) -> Any:

@@ -6,8 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from muon_dist.errors import LayoutError
-from muon_dist.layout.fragment import Fragment, Layout, Matrix, MatrixLayout, fragments_of_run
+from muon_dist.layout.fragment import Layout, Matrix, MatrixLayout
+from muon_dist.layout.fragments import slices_of
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,30 @@ class ShardedParameter:
         size = -(-self.shape[0] // len(self.shards()))
         return min(shard * size, self.shape[0]), min((shard + 1) * size, self.shape[0])
 
+    def copies(self) -> tuple[int, ...]:
+        """For each rank of the mesh, in its order, which copy of the parameter it belongs to."""
+        if 0 not in self.cuts:
+            return tuple(range(len(self.ranks)))
+        axis = self.cuts.index(0)
+        inner = math.prod(self.mesh_shape[axis + 1 :])
+        length = self.mesh_shape[axis] * inner
+        return tuple(i // length * inner + i % inner for i in range(len(self.ranks)))
+
 
 def dtensor_layout(parameters: Sequence[ShardedParameter], world_size: int) -> Layout:
-    """A layout in which buffer i is the local tensor of `parameters[i]`; copies (HSDP, Replicate) are fragments."""
+    """A layout in which buffer i is the local tensor of `parameters[i]`; copies (HSDP, Replicate) are fragments.
+
+    The domains are the copies of the parameter with the most shards.
+    """
     matrices: list[MatrixLayout] = []
     for buffer, p in enumerate(parameters):
-        width = math.prod(p.shape[1:])
+        holders = np.array(p.shards())
+        size = -(-p.shape[0] // len(holders)) * math.prod(p.shape[1:])
         for m in p.matrices:
-            fragments: list[Fragment] = []
-            for shard, holders in enumerate(p.shards()):
-                first, last = (row * width for row in p.rows(shard))
-                for rank in holders:
-                    fragments += fragments_of_run(m, rank, first, last - first, buffer, 0)
-            matrices.append(MatrixLayout(m, tuple(fragments)))
-    return Layout("dtensor", world_size, tuple(matrices))
+            matrices.append(MatrixLayout(m, slices_of(m, size, holders, buffer=buffer)))
+    widest = max(parameters, key=lambda p: len(p.shards()), default=None)
+    domains = [0] * world_size
+    if widest is not None:
+        for rank, copy in zip(widest.ranks, widest.copies(), strict=True):
+            domains[rank] = copy
+    return Layout("dtensor", world_size, tuple(matrices), domains=tuple(domains) if any(domains) else ())

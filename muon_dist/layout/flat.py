@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from muon_dist.errors import LayoutError
-from muon_dist.layout.fragment import Fragment, Layout, Matrix, MatrixLayout, fragments_of_run
+from muon_dist.layout.fragment import Layout, Matrix, MatrixLayout
+from muon_dist.layout.fragments import slices_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def flat_layout(groups: Sequence[FlatGroup], world_size: int, *, together: bool 
         LayoutError: a parameter reaches past the last partition, or two overlap.
     """
     matrices: list[MatrixLayout] = []
+    holders = np.arange(world_size)[:, None]
     for buffer, group in enumerate(groups):
         end = 0
         for p in sorted(group.parameters, key=lambda p: p.offset):
@@ -56,14 +60,8 @@ def flat_layout(groups: Sequence[FlatGroup], world_size: int, *, together: bool 
                 )
             end = p.offset + p.numel
         for p in group.parameters:
-            first, last = p.offset // group.partition, (p.offset + p.numel - 1) // group.partition
             for m in p.matrices:
-                fragments: list[Fragment] = []
-                for rank in range(first, last + 1):
-                    left = max(p.offset, rank * group.partition)
-                    right = min(p.offset + p.numel, (rank + 1) * group.partition)
-                    position = left - rank * group.partition
-                    fragments += fragments_of_run(m, rank, left - p.offset, right - left, buffer, position)
-                matrices.append(MatrixLayout(m, tuple(fragments)))
+                pieces = slices_of(m, group.partition, holders, buffer=buffer, begin=p.offset, shift=p.offset)
+                matrices.append(MatrixLayout(m, pieces))
     phases = (tuple(range(len(groups))),) if together else tuple((i,) for i in range(len(groups)))
     return Layout("flat", world_size, tuple(matrices), phases, complete_gradients=True)

@@ -11,157 +11,96 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from muon_dist.errors import LayoutError
+from muon_dist.layout.fragments import Fragments
+from muon_dist.layout.matrix import Fragment, Matrix, Span, cut_parameter
 
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """The logical 2-D object that is orthogonalized: a block of a parameter flattened row by row.
-
-    Element (i, j) stands at `start + i * stride + j` of the flattened parameter. `stride == cols` when the block
-    spans whole rows, as weights, experts and heads cut along the rows do.
-
-    Attributes:
-        name: FQN of the parameter, with `[i]` behind it when the parameter is cut into several matrices.
-        rows, cols: the shape as stored.
-        start, stride: the place in the flattened parameter, in elements.
-        transposed: stored as (in, out), like GPT-2's Conv1D; matters to the scale of the update only.
-    """
-
-    name: str
-    rows: int
-    cols: int
-    start: int
-    stride: int
-    transposed: bool = False
-
-    @property
-    def numel(self) -> int:
-        return self.rows * self.cols
-
-    @property
-    def parameter(self) -> str:
-        """FQN of the parameter that this matrix is cut from."""
-        return self.name.partition("[")[0]
-
-    @property
-    def fan(self) -> tuple[int, int]:
-        """(output features, input features)."""
-        return (self.cols, self.rows) if self.transposed else (self.rows, self.cols)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A `rows x cols` block at `position` of a buffer, `stride` apart, that holds `rows * cols` consecutive elements
-    of the flattened matrix from `offset` on."""
-
-    offset: int
-    position: int
-    rows: int
-    cols: int
-    stride: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """A run of the flattened matrix that one rank holds.
-
-    Attributes:
-        rank: who holds it.
-        offset, length: the run, in elements of the flattened matrix.
-        buffer: index of the rank's local tensor that contains it; the numbering is the same on all ranks.
-        origin: position in that buffer of element 0 of the flattened *parameter*; negative where the rank holds only
-            a later part of the parameter.
-    """
-
-    rank: int
-    offset: int
-    length: int
-    buffer: int
-    origin: int
-
-    @property
-    def stop(self) -> int:
-        return self.offset + self.length
-
-    def spans(self, matrix: Matrix) -> list[Span]:
-        """The places in the buffer that hold this fragment, in the order of the flattened matrix."""
-        first = self.origin + matrix.start
-        if matrix.stride == matrix.cols:
-            return [Span(self.offset, first + self.offset, 1, self.length, self.length)]
-        spans = []
-        at = self.offset
-        while at < self.stop:
-            row, column = divmod(at, matrix.cols)
-            whole_rows = (self.stop - at) // matrix.cols if column == 0 else 0
-            rows = max(whole_rows, 1)
-            cols = matrix.cols if whole_rows else min(matrix.cols - column, self.stop - at)
-            spans.append(Span(at, first + row * matrix.stride + column, rows, cols, matrix.stride))
-            at += rows * cols
-        return spans
+__all__ = ["Fragment", "Layout", "Matrix", "MatrixLayout", "Span", "cut_parameter", "fragments_of_run"]
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixLayout:
     """One matrix and every fragment of it, on all ranks; copies are allowed, gaps are not.
 
+    `fragments` may be given as any sequence of `Fragment` and is kept as `Fragments`.
+
     Raises LayoutError when the fragments leave a gap, run past the end, or overlap on one rank.
     """
 
     matrix: Matrix
-    fragments: tuple[Fragment, ...]
+    fragments: Fragments
 
     def __post_init__(self) -> None:
-        covered = 0
-        last: dict[int, int] = {}
-        for f in sorted(self.fragments, key=lambda f: (f.offset, f.rank)):
-            if f.length <= 0 or f.offset < 0 or f.stop > self.matrix.numel:
-                raise LayoutError(
-                    f"{self.matrix.name}: rank {f.rank} claims elements {f.offset}..{f.stop} of a matrix of "
-                    f"{self.matrix.numel}"
-                )
-            if f.offset < last.get(f.rank, 0):
-                raise LayoutError(f"{self.matrix.name}: rank {f.rank} holds element {f.offset} twice")
-            last[f.rank] = f.stop
-            if f.offset > covered:
-                raise LayoutError(f"{self.matrix.name}: no rank holds elements {covered}..{f.offset}")
-            covered = max(covered, f.stop)
-        if covered != self.matrix.numel:
-            raise LayoutError(f"{self.matrix.name}: no rank holds elements {covered}..{self.matrix.numel}")
+        object.__setattr__(self, "fragments", Fragments.of(self.fragments))
+        f = self.fragments
+        name, numel = self.matrix.name, self.matrix.numel
+        outside = np.flatnonzero((f.length <= 0) | (f.offset < 0) | (f.stop > numel))
+        if len(outside):
+            bad = f[int(outside[0])]
+            raise LayoutError(
+                f"{name}: rank {bad.rank} claims elements {bad.offset}..{bad.stop} of a matrix of {numel}"
+            )
+        by_rank = np.lexsort((f.offset, f.rank)) if len(f) > 1 else np.arange(len(f))
+        ranks, offsets, stops = f.rank[by_rank], f.offset[by_rank], f.stop[by_rank]
+        twice = np.flatnonzero((ranks[1:] == ranks[:-1]) & (offsets[1:] < stops[:-1])) + 1
+        if len(twice):
+            raise LayoutError(f"{name}: rank {ranks[twice[0]]} holds element {offsets[twice[0]]} twice")
+        by_offset = np.argsort(f.offset, kind="stable") if len(f) > 1 else np.arange(len(f))
+        begins = np.append(f.offset[by_offset], numel)
+        covered = np.maximum.accumulate(np.append(0, f.stop[by_offset]))
+        gap = np.flatnonzero(begins > covered)
+        if len(gap):
+            raise LayoutError(f"{name}: no rank holds elements {covered[gap[0]]}..{begins[gap[0]]}")
 
     @property
     def buffer(self) -> int:
         """The buffer that holds this matrix; the same on every rank that holds a part."""
-        return self.fragments[0].buffer
+        return int(self.fragments.buffer[0])
 
-    def on(self, rank: int) -> tuple[Fragment, ...]:
+    def on(self, rank: int) -> Fragments:
         """The fragments on `rank`."""
-        return tuple(f for f in self.fragments if f.rank == rank)
+        return self.fragments.on(rank)
 
     def held(self, rank: int) -> int:
         """Elements of the matrix that `rank` holds."""
-        return sum(f.length for f in self.fragments if f.rank == rank)
+        return int(self.fragments.length[self.fragments.rank == rank].sum())
 
-    def sources(self, owner: int) -> tuple[Fragment, ...]:
+    def held_by_rank(self, world_size: int) -> np.ndarray:
+        """Elements of the matrix that each rank holds, (world_size,)."""
+        held = np.zeros(world_size, dtype=np.int64)
+        np.add.at(held, self.fragments.rank, self.fragments.length)
+        return held
+
+    def sources(self, owner: int, domains: Sequence[int] = ()) -> Fragments:
         """A cover of the matrix without overlap, the owner's own fragments first; momentum lives on these.
 
-        A source may be a part of a fragment where copies overlap. Deterministic: every rank computes the same.
+        Of copies, one on a rank of the owner's own domain is taken before others, then the one that reaches furthest,
+        then the lowest rank. A source may be a part of a fragment where copies overlap. Deterministic: every rank
+        computes the same.
         """
-        own = sorted(self.on(owner), key=lambda f: f.offset)
-        others = sorted((f for f in self.fragments if f.rank != owner), key=lambda f: (f.offset, -f.length, f.rank))
-        cover = list(own)
+        own = self.on(owner)
+        if int(own.length.sum()) == self.matrix.numel:
+            return own.chosen(np.argsort(own.offset))
+        if int(self.fragments.length.sum()) == self.matrix.numel:  # no copies
+            return self.fragments.chosen(np.argsort(self.fragments.offset))
+        near = {r for r, d in enumerate(domains) if d == domains[owner]} if domains else set()
+        others = [f for f in self.fragments if f.rank != owner]
+        ordered = sorted(own, key=lambda f: f.offset)
+        cover = list(ordered)
         at = 0
-        for f in (*own, None):
+        for f in (*ordered, None):
             stop = f.offset if f is not None else self.matrix.numel
             while at < stop:
-                # Of the fragments that hold element `at`, the one that reaches furthest; lowest rank on a tie.
-                best = max((o for o in others if o.offset <= at < o.stop), key=lambda o: (o.stop, -o.rank))
+                holding = (o for o in others if o.offset <= at < o.stop)
+                best = max(holding, key=lambda o: (o.rank in near, o.stop, -o.rank))
                 reach = min(best.stop, stop)
                 cover.append(Fragment(best.rank, at, reach - at, best.buffer, best.origin))
                 at = reach
             if f is not None:
                 at = f.stop
-        return tuple(sorted(cover, key=lambda f: f.offset))
+        return Fragments.of(sorted(cover, key=lambda f: f.offset))
 
 
 @dataclass(frozen=True)
@@ -175,6 +114,8 @@ class Layout:
         phases: buffers that are stepped together; balance is sought within each. By default all are.
         complete_gradients: the framework hands every rank a gradient for every buffer that is stepped, so the ranks
             need not agree first on which are missing.
+        domains: for each rank a number that ranks near each other share (HSDP: the copy of the model, usually a node).
+            Of copies, those of the owner's own domain are its sources. Empty: all are alike.
     """
 
     kind: str
@@ -182,6 +123,7 @@ class Layout:
     matrices: tuple[MatrixLayout, ...]
     phases: tuple[tuple[int, ...], ...] = ()
     complete_gradients: bool = False
+    domains: tuple[int, ...] = ()
     _phase_of: dict[int, int] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -189,11 +131,13 @@ class Layout:
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
             raise LayoutError(f"{twice} stands in the layout twice")
+        if self.domains and len(self.domains) != self.world_size:
+            raise LayoutError(f"{len(self.domains)} domains for {self.world_size} ranks")
         for m in self.matrices:
-            wrong = next((f for f in m.fragments if not 0 <= f.rank < self.world_size), None)
-            if wrong is not None:
-                raise LayoutError(f"{m.matrix.name}: rank {wrong.rank} of a world of {self.world_size}")
-            if any(f.buffer != m.buffer for f in m.fragments):
+            wrong = m.fragments.rank[(m.fragments.rank < 0) | (m.fragments.rank >= self.world_size)]
+            if len(wrong):
+                raise LayoutError(f"{m.matrix.name}: rank {wrong[0]} of a world of {self.world_size}")
+            if (m.fragments.buffer != m.fragments.buffer[0]).any():
                 raise LayoutError(f"{m.matrix.name}: its fragments lie in different buffers")
         self._phase_of.update({buffer: i for i, phase in enumerate(self.phases) for buffer in phase})
 
@@ -212,60 +156,12 @@ class Layout:
         yield "world size", self.world_size
         yield "number of matrices", len(self.matrices)
         yield "phases", self.phases
+        yield "domains", self.domains
         for m in self.matrices:
             x = m.matrix
             yield f"{x.name}: shape", (x.rows, x.cols)
             yield f"{x.name}: place in the parameter", (x.start, x.stride, x.transposed)
-            yield f"{x.name}: fragments", tuple((f.rank, f.offset, f.length, f.buffer, f.origin) for f in m.fragments)
-
-
-def cut_parameter(
-    name: str,
-    shape: Sequence[int],
-    *,
-    heads: int | None = None,
-    sizes: Sequence[int] | None = None,
-    transposed: bool = False,
-) -> tuple[Matrix, ...]:
-    """The matrices of one parameter.
-
-    Args:
-        name: FQN.
-        shape: (M, N); (E, M, N) is a batch of E matrices; more axes are flattened to (M, -1), as for convolutions.
-        heads: cut the output axis into this many equal blocks.
-        sizes: or into blocks of these sizes, as for fused QKV.
-        transposed: stored (in, out), so that the output axis is the columns.
-
-    Raises:
-        LayoutError: fewer than two axes, or a cut that does not fit the output axis.
-    """
-    if len(shape) < 2:
-        raise LayoutError(f"{name} has shape {tuple(shape)}: only matrices can be orthogonalized; send it to adamw")
-    batch, m, n = 1, int(shape[0]), 1
-    if len(shape) == 3:
-        batch, m, n = (int(s) for s in shape)
-    else:
-        for s in shape[1:]:
-            n *= int(s)
-    out = n if transposed else m
-    if heads is not None:
-        if heads < 1 or out % heads:
-            raise LayoutError(f"{name}: {heads} heads do not divide its output axis of {out}")
-        sizes = [out // heads] * heads
-    blocks = [int(s) for s in sizes] if sizes is not None else [out]
-    if sum(blocks) != out or min(blocks) < 1:
-        raise LayoutError(f"{name}: the split {blocks} does not add up to its output axis of {out}")
-    matrices: list[Matrix] = []
-    single = batch == 1 and len(blocks) == 1
-    for b in range(batch):
-        at = 0
-        for block in blocks:
-            rows, cols = (m, block) if transposed else (block, n)
-            start = b * m * n + (at if transposed else at * n)
-            label = name if single else f"{name}[{len(matrices)}]"
-            matrices.append(Matrix(label, rows, cols, start, n, transposed))
-            at += block
-    return tuple(matrices)
+            yield f"{x.name}: fragments", m.fragments
 
 
 def fragments_of_run(matrix: Matrix, rank: int, start: int, length: int, buffer: int, position: int) -> list[Fragment]:

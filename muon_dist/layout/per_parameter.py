@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from muon_dist.errors import LayoutError
 from muon_dist.layout.flat import PlacedParameter
-from muon_dist.layout.fragment import Fragment, Layout, MatrixLayout, fragments_of_run
+from muon_dist.layout.fragment import Layout, MatrixLayout
+from muon_dist.layout.fragments import slices_of
 
 
 def slice_length(numel: int, world_size: int) -> int:
@@ -25,6 +28,7 @@ def per_parameter_layout(sub_groups: Sequence[Sequence[PlacedParameter]], world_
         LayoutError: two slices of a sub-group overlap.
     """
     matrices: list[MatrixLayout] = []
+    holders = np.arange(world_size)[:, None]
     for buffer, parameters in enumerate(sub_groups):
         end = 0
         for p in sorted(parameters, key=lambda p: p.offset):
@@ -34,11 +38,6 @@ def per_parameter_layout(sub_groups: Sequence[Sequence[PlacedParameter]], world_
         for p in parameters:
             size = slice_length(p.numel, world_size)
             for m in p.matrices:
-                fragments: list[Fragment] = []
-                for rank in range(world_size):
-                    length = min(size, p.numel - rank * size)
-                    if length > 0:
-                        fragments += fragments_of_run(m, rank, rank * size, length, buffer, p.offset)
-                matrices.append(MatrixLayout(m, tuple(fragments)))
+                matrices.append(MatrixLayout(m, slices_of(m, size, holders, buffer=buffer, shift=p.offset)))
     phases = tuple((i,) for i in range(len(sub_groups)))
     return Layout("per_parameter", world_size, tuple(matrices), phases, complete_gradients=True)

@@ -7,7 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from muon_dist.errors import ConfigError
 from muon_dist.frameworks import loaded_checks
+from muon_dist.layout import cut_parameter
+from muon_dist.partition_order import partition_order
 from muon_dist.routing import Override, Route, RoutingTable, SplitRule, route
 
 
@@ -21,6 +24,7 @@ def param_groups(
     overrides: Sequence[Override] = (),
     splits: Sequence[SplitRule] = (),
     table: RoutingTable | None = None,
+    partitions: int | None = None,
 ) -> list[dict[str, Any]]:
     """The groups of `model` for `Muon`: "muon", "adamw" and "adamw_no_decay" (biases and norms), those not empty.
 
@@ -30,6 +34,9 @@ def param_groups(
         adamw_lr, adamw_weight_decay: of the AdamW groups; None means those of the Muon group.
         overrides, splits: see `routing.route`.
         table: a routing table already made for this model, in place of `overrides` and `splits`.
+        partitions: ranks over which DeepSpeed's ZeRO stage 1 or 2 will cut the Muon group: its parameters are put into
+            the order in which the boundaries fall between matrices as far as possible (`partition_order`). Not with
+            round_robin_gradients, which orders them anew. Checkpoints of DeepSpeed's own are tied to the order.
 
     Returns:
         Dicts with `params`, `param_names` (FQNs), `name`, `algorithm`, for Muon `cuts`, and the options given.
@@ -53,6 +60,8 @@ def param_groups(
     for name, algorithm, routes, group_lr, group_decay in kinds:
         if not routes:
             continue
+        if algorithm == "muon" and partitions is not None:
+            routes = _in_partition_order(routes, partitions)
         group: dict[str, Any] = {
             "params": [parameters[r.fqn] for r in routes],
             "param_names": [r.fqn for r in routes],
@@ -74,6 +83,13 @@ def check_parameters(model: nn.Module) -> None:
     for check in loaded_checks():
         for fqn, p in model.named_parameters():
             check(fqn, p)
+
+
+def _in_partition_order(routes: Sequence[Route], partitions: int) -> tuple[Route, ...]:
+    if partitions < 1:
+        raise ConfigError(f"partitions is {partitions}: it must be at least 1")
+    order = partition_order([cut_parameter(r.fqn, r.shape, **_cut(r)) for r in routes], partitions)
+    return tuple(routes[i] for i in order)
 
 
 def _cut(route: Route) -> dict[str, Any]:

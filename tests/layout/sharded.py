@@ -48,7 +48,7 @@ def round_trip(layout: Layout, shards: list[list[torch.Tensor]], wholes: dict[st
                     assert torch.equal(stacks[key][b], wanted), m.name
                     updates[i] = 2 * stacks[key][b].reshape(-1)
                     owned += 1
-            runtime._scatter(recipe, updates, work)
+            runtime._update(recipe, updates, runtime._scatter(recipe, updates, work), work)
     for i, buffer in enumerate(buffers):
         expected = shards[i][rank].clone()
         for m in layout.matrices:

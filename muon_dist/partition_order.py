@@ -1,0 +1,184 @@
+"""The order in which ZeRO-1/2 should lay parameters end to end, so that its equal slices begin between matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from muon_dist.cost import CostModel
+from muon_dist.layout.flat import FlatGroup, PlacedParameter, flat_layout
+from muon_dist.layout.fragment import Matrix, MatrixLayout
+from muon_dist.ownership import OwnershipPlan, assign_owners
+
+# DeepSpeed pads a flat group to a multiple of this times the ranks (nccl_start_alignment_factor in
+# runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py, 0.19.8).
+DEEPSPEED_ALIGNMENT = 2
+_CANDIDATES = 4096  # ways to place one boundary that are compared
+_WIDEST = 6  # counts of one kind that are tried at a boundary
+_MOVED_BYTES = 2 * 4  # an element that is not where it is orthogonalized travels twice, in fp32
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Parameters that are interchangeable: cut alike into matrices of the same shapes.
+
+    members: in the given order. size: elements of one. work: seconds to orthogonalize one. ends: where a boundary
+    inside one cuts no matrix, 0 and `size` included.
+    """
+
+    members: tuple[int, ...]
+    size: int
+    work: float
+    ends: np.ndarray
+
+    def moved(self, inside: np.ndarray) -> np.ndarray:
+        """Elements on the smaller side of the matrix that a boundary `inside` the parameter cuts; inf outside."""
+        right = np.searchsorted(self.ends, inside).clip(1, len(self.ends) - 1)
+        cut = np.minimum(self.ends[right] - inside, inside - self.ends[right - 1]).astype(float)
+        return np.where((inside < 0) | (inside > self.size), math.inf, cut)
+
+
+def slice_elements(numels: Sequence[int], partitions: int, alignment: int = DEEPSPEED_ALIGNMENT) -> int:
+    """Elements of each rank's slice of a flat group of parameters of `numels` elements, padding included."""
+    return -(-sum(numels) // (alignment * partitions)) * alignment
+
+
+def partition_order(
+    parameters: Sequence[Sequence[Matrix]],
+    partitions: int,
+    *,
+    alignment: int = DEEPSPEED_ALIGNMENT,
+    cost: CostModel | None = None,
+) -> list[int]:
+    """Indices of `parameters` in the order in which to lay them end to end and cut into `partitions` equal slices.
+
+    A matrix cut by a boundary travels; one that is whole on a rank does not. Every slice gets about the same number
+    of each kind of parameter, which balances the arithmetic, and within that freedom each boundary is put where it
+    cuts off least. Parameters of one kind keep their order, so that the layers of a slice stay neighbours. The given
+    order is kept unless the new one ends earlier (arithmetic and bytes of the busiest rank), or as early with fewer
+    bytes. The same everywhere for the same arguments.
+
+    Args:
+        parameters: the matrices of each, which cover it.
+        partitions: ranks of the data-parallel group.
+        alignment: the group is padded to a multiple of `alignment * partitions` elements.
+        cost: weighs bytes against arithmetic.
+    """
+    given = list(range(len(parameters)))
+    if partitions < 2 or len(parameters) < 2:
+        return given
+    model = cost or CostModel()
+    numels = [sum(m.numel for m in matrices) for matrices in parameters]
+    size = slice_elements(numels, partitions, alignment)
+    aligned = _arrange(_kinds(parameters, model), partitions, size, model)
+    before, after = (_ends(parameters, order, partitions, size, model) for order in (given, aligned))
+    return aligned if after < before else given
+
+
+def _kinds(parameters: Sequence[Sequence[Matrix]], model: CostModel) -> list[_Kind]:
+    """Largest in total first."""
+    members: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for i, matrices in enumerate(parameters):
+        key = tuple((min(m.rows, m.cols), max(m.rows, m.cols), m.start, m.stride == m.cols) for m in matrices)
+        members.setdefault(key, []).append(i)
+    kinds = []
+    for indices in members.values():
+        matrices = parameters[indices[0]]
+        size = sum(m.numel for m in matrices)
+        whole_rows = all(m.stride == m.cols for m in matrices)  # blocks of columns are all cut by any boundary
+        ends = np.array(sorted({0, size, *(m.start for m in matrices if whole_rows)}), dtype=np.int64)
+        work = sum(model.orthogonalize(m.rows, m.cols, 5) for m in matrices)
+        kinds.append(_Kind(tuple(indices), size, work, ends))
+    return sorted(kinds, key=lambda k: (-k.size * len(k.members), k.members))
+
+
+def _offsets(kinds: int) -> np.ndarray:
+    """(candidates, kinds): what is added to the proportional count of each kind, the least change first."""
+    varied = min(kinds, int(math.log2(_CANDIDATES)))
+    width = max(w for w in range(2, _WIDEST + 1) if w == 2 or w**varied <= _CANDIDATES)
+    steps = np.arange(width) - (width - 1) // 2
+    grid = np.stack(np.meshgrid(*[steps] * varied, indexing="ij"), axis=-1).reshape(-1, varied)
+    grid = grid[np.argsort(np.abs(grid - 0.5).sum(axis=1), kind="stable")]
+    return np.concatenate([grid, np.zeros((len(grid), kinds - varied), dtype=grid.dtype)], axis=1)
+
+
+def _arrange(kinds: list[_Kind], partitions: int, size: int, model: CostModel) -> list[int]:
+    """Walk over the boundaries, and choose for each how many of each kind lie before it."""
+    counts = np.array([len(k.members) for k in kinds])
+    sizes = np.array([k.size for k in kinds])
+    works = np.array([k.work for k in kinds])
+    mean, total = float(counts @ works) / partitions, int(counts @ sizes)
+    offsets = _offsets(len(kinds))
+    taken = np.zeros_like(counts)
+    order: list[int] = []
+    first: int | None = None  # the kind that must begin the next slice
+    for boundary in range(size, size * partitions, size):
+        proportional = counts * min(boundary, total) // total
+        candidates = np.unique(np.clip(proportional + offsets, taken, counts), axis=0)
+        beyond = candidates @ sizes - boundary
+        # The parameter that sticks out is the last of this slice, or the first of the next.
+        cut = np.stack(
+            [
+                np.where(
+                    beyond == 0,
+                    0.0,
+                    np.where(
+                        beyond > 0,
+                        np.where(candidates[:, i] > taken[i], k.moved(k.size - beyond), math.inf),
+                        np.where(candidates[:, i] < counts[i], k.moved(-beyond), math.inf),
+                    ),
+                )
+                for i, k in enumerate(kinds)
+            ]
+        )
+        least = np.minimum(cut.min(axis=0), float(total))
+        load = (candidates - taken) @ works
+        ahead = np.abs(candidates @ works - mean * boundary / size)
+        price = least * _MOVED_BYTES / model.bytes_per_second + np.maximum(load - mean, 0) + 0.1 * ahead
+        best = int(price.argmin())
+        edge = int(cut[:, best].argmin())
+        slice_counts = candidates[best] - taken
+        order += _members(kinds, taken, slice_counts, first, edge if beyond[best] > 0 else None)
+        first = edge if beyond[best] < 0 else None
+        taken = candidates[best]
+    return order + _members(kinds, taken, counts - taken, first, None)
+
+
+def _members(
+    kinds: list[_Kind], taken: np.ndarray, counts: np.ndarray, first: int | None, last: int | None
+) -> list[int]:
+    """The next `counts` parameters of each kind in the given order, one of kind `first` before and `last` after."""
+    chosen = [list(k.members[int(t) : int(t) + int(c)]) for k, t, c in zip(kinds, taken, counts, strict=True)]
+    head = [chosen[first].pop(0)] if first is not None and chosen[first] else []
+    tail = [chosen[last].pop()] if last is not None and chosen[last] else []
+    return head + sorted(i for members in chosen for i in members) + tail
+
+
+def _ends(
+    parameters: Sequence[Sequence[Matrix]], order: Sequence[int], partitions: int, size: int, model: CostModel
+) -> tuple[float, int]:
+    """(seconds until the last rank is done, elements that travel one way) when laid out in `order`."""
+    placed = []
+    at = 0
+    for i in order:
+        numel = sum(m.numel for m in parameters[i])
+        placed.append(PlacedParameter(f"parameter {i}", numel, at, tuple(parameters[i])))
+        at += numel
+    plan = assign_owners(flat_layout([FlatGroup(tuple(placed), size)], partitions), cost=model)
+    return _last(plan, model), sum(
+        m.matrix.numel - m.held(owner) for m, owner in zip(plan.layout.matrices, plan.owners, strict=True)
+    )
+
+
+def _last(plan: OwnershipPlan, model: CostModel) -> float:
+    def seconds(m: MatrixLayout, owner: int) -> float:
+        missing = m.matrix.numel - m.held(owner)
+        return model.orthogonalize(m.matrix.rows, m.matrix.cols, 5) + 2 * model.move(missing, 4)
+
+    loads = [0.0] * plan.layout.world_size
+    for m, owner in zip(plan.layout.matrices, plan.owners, strict=True):
+        loads[owner] += seconds(m, owner)
+    return max(loads)
