@@ -1,0 +1,71 @@
+"""Real torchrun rendezvous and training across hosts with their own addresses, on links that are slow or bad."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.namespaces import Host, hosts
+
+pytestmark = [pytest.mark.namespaces, pytest.mark.torchrun]
+
+
+def torchrun(host: Host, root: Path, log: Path, *arguments: object, **variables: str) -> subprocess.Popen[Any]:
+    """launch/torchrun.sh on a host with the first host as the meeting place; its output goes to `log`."""
+    command = ["bash", "launch/torchrun.sh", "--rdzv", "c10d", "--master-addr", "node0", "--nproc-per-node", "1"]
+    with log.open("wb") as out:
+        return host.popen(
+            [*command, *map(str, arguments)],
+            env=host.environment(**variables),
+            cwd=root,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def wait_for(paths: list[Path], processes: list[subprocess.Popen[Any]], logs: list[Path], patience: float) -> None:
+    """Until all of `paths` exist; fails with the logs when a process ends or the time is over."""
+    deadline = time.monotonic() + patience
+    while not all(path.exists() for path in paths):
+        if time.monotonic() > deadline or any(process.poll() not in (None, 0) for process in processes):
+            pytest.fail("\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}" for log in logs))
+        time.sleep(0.05)
+
+
+@pytest.mark.deepspeed
+def test_training_over_good_slow_and_lossy_links(root: Path, tmp_path: Path) -> None:
+    """DDP, ZeRO-2 and ZeRO-3 on two hosts: a slow link, and one with delay and loss, change no bit of the result."""
+    links: dict[str, dict[str, str]] = {
+        "good": {},
+        "slow": {"rate": "2mbit"},
+        "lossy": {"delay": "2ms", "loss": "2%"},
+    }
+    results: dict[str, list[dict[str, Any]]] = {}
+    with hosts(2) as both:
+        logs = [tmp_path / f"{host.name}.log" for host in both]
+        processes = [
+            torchrun(host, root, log, "--nnodes", 2, "-m", "tests.launch.phases", tmp_path, *links)
+            for host, log in zip(both, logs, strict=True)
+        ]
+        for phase, limits in links.items():
+            both[1].limit(**limits)
+            (tmp_path / f"{phase}.go").touch()
+            written = [tmp_path / f"{phase}.{rank}.json" for rank in range(2)]
+            wait_for(written, processes, logs, 120)
+            results[phase] = [json.loads(path.read_text()) for path in written]
+            if phase == "slow":
+                sent = int(re.findall(r"Sent (\d+) bytes", both[1].run("tc", "-s", "qdisc", "show", "dev", "eth0"))[0])
+        assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    for phase, ranks in results.items():
+        assert {rank["host"] for rank in ranks} == {"node0", "node1"} and {rank["world"] for rank in ranks} == {2}
+        for rank in ranks:
+            assert rank["digests"] == results["good"][0]["digests"], phase
+            assert max(rank["apart"].values()) < 1e-6
+    bound = (sent - 128 * 1024) * 8 / 2e6
+    assert results["slow"][0]["seconds"] > bound > 1, "the limit was felt"
