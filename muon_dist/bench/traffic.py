@@ -1,0 +1,112 @@
+"""Counts the payload of every collective that a process makes, whoever calls it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+
+def _nbytes(*tensors: Any) -> int:
+    total = 0
+    for t in tensors:
+        total += _nbytes(*t) if isinstance(t, (list, tuple)) else t.numel() * t.element_size()
+    return total
+
+
+class Traffic:
+    """While entered, sums what this rank receives from the others and sends to them, by collective, in bytes.
+
+    At the level of `dist.ProcessGroup`, below torch.distributed and deepspeed.comm, above C++: what DDP's reducer
+    sends by itself is not seen, what its communication hook sends is. Of a reduction, all-gather or broadcast, what a
+    ring moves: (W - 1) / W of the whole, twice for an all-reduce; of a gather, scatter, all-to-all and point-to-point
+    message, exactly what this rank receives and sends. `calls` counts collectives; barriers are left out.
+    """
+
+    def __init__(self) -> None:
+        self.received: defaultdict[str, float] = defaultdict(float)
+        self.sent: defaultdict[str, float] = defaultdict(float)
+        self.calls: Counter[str] = Counter()
+        self._originals: dict[str, Any] = {}
+
+    @property
+    def total(self) -> float:
+        """Bytes received."""
+        return sum(self.received.values())
+
+    @property
+    def total_sent(self) -> float:
+        """Bytes sent."""
+        return sum(self.sent.values())
+
+    @property
+    def collectives(self) -> int:
+        """Calls of any kind."""
+        return sum(self.calls.values())
+
+    def clear(self) -> None:
+        self.received.clear()
+        self.sent.clear()
+        self.calls.clear()
+
+    def _count(self, name: str, group: Any, args: tuple[Any, ...]) -> None:
+        self.calls[name] += 1
+        received, sent = _moved(name, group.size(), group.rank(), args)
+        self.received[name] += received
+        self.sent[name] += sent
+
+    NAMES = (
+        "allreduce", "allreduce_coalesced", "_allgather_base", "all_gather_single", "allgather",
+        "all_gather_single_coalesced", "allgather_coalesced", "allgather_into_tensor_coalesced",
+        "_reduce_scatter_base", "reduce_scatter_single", "reduce_scatter_single_coalesced",
+        "reduce_scatter_tensor_coalesced", "reduce_scatter", "all_to_all_single", "alltoall_base", "alltoall",
+        "broadcast", "reduce", "gather", "scatter", "send", "recv", "recv_anysource",
+    )  # fmt: skip
+
+    def __enter__(self) -> Traffic:
+        for name in self.NAMES:
+            original = getattr(dist.ProcessGroup, name)
+            self._originals[name] = vars(dist.ProcessGroup)[name]  # the descriptor, to put back
+
+            def counted(group: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+                self._count(_name, group, args)
+                return _original(group, *args, **kwargs)
+
+            setattr(dist.ProcessGroup, name, counted)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for name, original in self._originals.items():
+            setattr(dist.ProcessGroup, name, original)
+
+
+def _moved(name: str, world: int, rank: int, args: tuple[Any, ...]) -> tuple[float, float]:
+    """(bytes received, bytes sent) of one call with `args`, the tensors in the order of ProcessGroup's methods."""
+    share = (world - 1) / world
+    if name in ("allreduce", "allreduce_coalesced"):
+        return (2 * share * _nbytes(args[0]),) * 2
+    if name in ("_allgather_base", "all_gather_single", "allgather", "all_gather_single_coalesced"):
+        return (share * _nbytes(args[0]),) * 2  # the output
+    if name in ("_reduce_scatter_base", "reduce_scatter_single", "reduce_scatter_single_coalesced", "reduce_scatter"):
+        return (share * _nbytes(args[1]),) * 2  # the input
+    if name in ("broadcast", "reduce"):
+        return (share * _nbytes(args[0]),) * 2
+    if name in ("all_to_all_single", "alltoall_base"):
+        output, given, receives, sends = args[:4]
+        keep_in = receives[rank] if receives else output.numel() // world
+        keep_out = sends[rank] if sends else given.numel() // world
+        return (output.numel() - keep_in) * output.element_size(), (given.numel() - keep_out) * given.element_size()
+    if name in ("gather", "scatter"):
+        root = args[2].rootRank == rank
+        whole = share * _nbytes(args[0] if name == "gather" else args[1])
+        own = _nbytes(args[1] if name == "gather" else args[0])
+        if name == "gather":
+            return (whole, 0) if root else (0, own)
+        return (0, whole) if root else (own, 0)
+    if name in ("recv", "recv_anysource"):
+        return _nbytes(args[0]), 0
+    if name == "send":
+        return 0, _nbytes(args[0])
+    raise NotImplementedError(f"a collective that is not counted: {name}")
