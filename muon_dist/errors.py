@@ -56,3 +56,24 @@ class FrameworkError(MuonDistError, RuntimeError):
     """A framework (DeepSpeed, Trainer, accelerate, FSDP2) is set up in a way that cannot be exact."""
 
     exit_code = 9
+
+
+class PeerError(MuonDistError, RuntimeError):
+    """Another rank is absent, or a message between ranks failed."""
+
+    exit_code = 10
+
+
+class ReplicaError(MuonDistError, RuntimeError):
+    """Copies of a parameter that must be equal are not."""
+
+    exit_code = 11
+
+
+class Stopped(MuonDistError):
+    """The run was asked to stop by a signal, has committed a checkpoint and is to be started again.
+
+    75 is EX_TEMPFAIL of sysexits.h: a failure that goes away when the command is repeated.
+    """
+
+    exit_code = 75

@@ -35,3 +35,8 @@ class Progress:
         """Count a finished optimizer step."""
         self.step += 1
         self.enter("idle")
+
+
+def place(operation: str, bucket: int | None, step: int) -> str:
+    """ "gather of bucket 3 in step 17", for messages; `step` counts finished steps, the message counts from 1."""
+    return f"{operation}{'' if bucket is None else f' of bucket {bucket}'} in step {step + 1}"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from muon_dist.errors import PlanMismatchError
-from muon_dist.exchange.progress import Progress
+from muon_dist.errors import MuonDistError, PeerError, PlanMismatchError
+from muon_dist.exchange.progress import Progress, place
 from muon_dist.ownership import digest, first_difference
+
+# Operations of Progress that wait for other ranks.
+_MESSAGES = ("gradient flags", "gather", "scatter", "ownership plan")
 
 
 class Transport:
@@ -18,6 +23,7 @@ class Transport:
     Args:
         group: a process group, or None for a single process.
         device: where tensors that travel must be.
+        progress: what is told of each operation; a new one by default.
 
     Attributes:
         bytes_sent: payload that this rank has sent to other ranks by `all_to_all` since the start.
@@ -25,14 +31,32 @@ class Transport:
         progress: what this rank is doing.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, device: torch.device, progress: Progress | None = None
+    ) -> None:
         self.group = group
         self.device = device
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
         self.bytes_sent = 0
         self.collectives = 0
-        self.progress = Progress()
+        self.progress = progress if progress is not None else Progress()
+
+    @contextmanager
+    def named_failures(self) -> Iterator[None]:
+        """Inside, a message that fails raises PeerError with operation, bucket and step, which backends leave out."""
+        try:
+            yield
+        except (MuonDistError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:
+            p = self.progress
+            if p.operation not in _MESSAGES:
+                raise
+            raise PeerError(
+                f"rank {self.rank} of {self.world_size}: {place(p.operation, p.bucket, p.step)} failed: {error}. "
+                "Another rank has ended, or the network is down: look for the first error of the other ranks"
+            ) from error
 
     def all_to_all(self, send: torch.Tensor, sends: list[int], receives: list[int]) -> torch.Tensor:
         """Exchange runs of a flat tensor: `sends[r]` elements to rank r, `receives[r]` from it, in rank order."""

@@ -30,6 +30,7 @@ class StepGuard:
         vetoed: steps left out by `veto`, since the start.
         in_a_row: steps left out for their gradients since the last good one.
         applied: False when the current step is left out.
+        begins: True in the first call of a step.
     """
 
     def __init__(self, max_nonfinite: int) -> None:
@@ -38,7 +39,7 @@ class StepGuard:
         self.max_nonfinite = max_nonfinite
         self.veto: Callable[[], bool] | None = None
         self.skipped = self.vetoed = self.in_a_row = 0
-        self.applied = True
+        self.applied = self.begins = True
         self._seen: set[int] = set()
 
     def state_dict(self) -> dict[str, int]:
@@ -73,9 +74,9 @@ class StepGuard:
             NonFiniteError: on all ranks, after `max_nonfinite` bad steps in a row; names ranks and parameters.
         """
         keys = {id(p) for p in parameters}
-        begins = not self._seen or bool(self._seen & keys)
-        self._seen = keys if begins else self._seen | keys
-        if begins:
+        self.begins = not self._seen or bool(self._seen & keys)
+        self._seen = keys if self.begins else self._seen | keys
+        if self.begins:
             self.applied = not (self.veto is not None and self.veto())
             self.vetoed += not self.applied
             if agreed is not None and self.applied:
@@ -84,7 +85,7 @@ class StepGuard:
         if not self.applied:
             return None
         present = [g is not None for g in gradients]
-        if begins and agreed is None:
+        if self.begins and agreed is None:
             found = self._agree(transport, gradients, names)
             return [v > ABSENT for v in found] if self.applied else None
         if complete:

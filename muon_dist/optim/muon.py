@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.errors import ConfigError, LayoutError, RoutingError
+from muon_dist.exchange.progress import Progress
 from muon_dist.exchange.transport import Transport
 from muon_dist.frameworks import loaded_binders
 from muon_dist.layout import replicated_layout
@@ -96,6 +97,7 @@ class Muon(torch.optim.Optimizer):
         self._bucket_bytes = int(bucket_mb * 2**20)
         self._wire_dtype = wire_dtype
         self.guard = StepGuard(max_nonfinite)
+        self.progress = Progress()
         self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
         self._specs: list[list[ParameterSpec]] = []
         # Kept beside param_groups: a universal load of DeepSpeed overwrites every group's options with group 0's.
@@ -201,7 +203,7 @@ class Muon(torch.optim.Optimizer):
             fields = [*options, *plan.fields()]
         except Exception as error:
             problem = error
-        transport = Transport(binding.group, binding.device)
+        transport = Transport(binding.group, binding.device, self.progress)
         transport.require_equal("ownership plan", fields, problem)
         assert plan is not None
         self._runtime = Runtime(
@@ -259,6 +261,7 @@ class Muon(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: the `max_nonfinite`-th such step in a row.
+            PeerError: a message to or from another rank failed; names the operation, bucket and step.
         """
         loss = None
         if closure is not None:
@@ -267,21 +270,26 @@ class Muon(torch.optim.Optimizer):
         if self._runtime is None and not self._bind_first():
             return loss
         assert self._runtime is not None
-        work: dict[int, Work] = {}
-        binding, transport = self._runtime.binding, self._runtime.transport
-        local = binding.local
+        with self._runtime.transport.named_failures():
+            self._step(self._runtime)
+        return loss
+
+    def _step(self, runtime: Runtime) -> None:
+        local, progress = runtime.binding.local, runtime.transport.progress
         present = [(self._index(group), p) for group in self.param_groups for p in group["params"]]
         has_gradient = self.guard.allows(
-            transport,
+            runtime.transport,
             [p for _, p in present],
             [None if p.grad is None else local(p.grad) for _, p in present],
             lambda: parameter_names(self._groups, self._specs, [i for i, _ in present]),
-            agreed=binding.finite(),
-            complete=self._runtime.plan.layout.complete_gradients,
+            agreed=runtime.binding.finite(),
+            complete=runtime.plan.layout.complete_gradients,
         )
         if has_gradient is None:
-            transport.progress.finish_step()
-            return loss
+            if self.guard.begins:
+                progress.finish_step()
+            return
+        work: dict[int, Work] = {}
         adamw: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for (index, p), wanted in zip(present, has_gradient, strict=True):
             if not wanted:
@@ -293,11 +301,10 @@ class Muon(torch.optim.Optimizer):
                 work[self._buffer(index, p)] = Work(local(p), local(gradient), self._groups[index])
             else:
                 adamw.setdefault(index, []).append((p, gradient))
-        self._runtime.transport.progress.enter("adamw")
+        progress.enter("adamw")
         for index, pairs in adamw.items():
             adamw_step(self._groups[index], self.state, pairs)
-        self._runtime.step(work)
-        return loss
+        runtime.step(work)
 
     def _index(self, group: Group) -> int:
         index = next((i for i, known in enumerate(self._groups) if known is group), None)

@@ -1,0 +1,116 @@
+"""What the ranks tell each other once a step: loss, a wish to stop, and how long each was busy. One small all-reduce.
+
+It begins with the backward pass and is read when the optimizer steps, so nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """The same on every rank.
+
+    Attributes:
+        loss: mean over the ranks.
+        stop: rank -> what it asked for, of those that asked (a signal number).
+        busy: by rank, seconds between `mark` and `cast`: work of its own, before it could wait for another.
+    """
+
+    loss: float
+    stop: dict[int, int]
+    busy: tuple[float, ...]
+
+
+class StepVote:
+    """One vote a step over a process group (None: a single process)."""
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.group = group
+        self.device = device
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.world_size = dist.get_world_size(group) if group is not None else 1
+        self._began = time.perf_counter()
+        self._cast: tuple[torch.Tensor, Any] | None = None
+        self._events: list[torch.cuda.Event] = []
+        self._busy_before = 0.0
+
+    def mark(self) -> None:
+        """From here on this rank works for the next step: before its data are read."""
+        self._began = time.perf_counter()
+        if self.device.type == "cuda":
+            # Kernels run behind; their time is known, and told, one step later.
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[0].record()
+
+    def cast(self, loss: torch.Tensor | float, stop: int = 0) -> None:
+        """Begin the vote of this step, on every rank. loss: of this rank, a number or a tensor of one element."""
+        own = torch.zeros(1 + 2 * self.world_size, dtype=torch.float64)
+        own[1 + self.rank] = stop
+        busy = time.perf_counter() - self._began
+        if self._events:
+            self._events[1].record()
+            busy = max(busy, self._busy_before)
+        own[1 + self.world_size + self.rank] = busy
+        votes = own.to(self.device, non_blocking=True)
+        votes[0] = loss.detach() if isinstance(loss, torch.Tensor) else loss
+        work = dist.all_reduce(votes, group=self.group, async_op=True) if self.world_size > 1 else None
+        self._cast = votes, work
+
+    def result(self) -> Ballot | None:
+        """Wait for the vote that was begun; None when none was since the last call."""
+        if self._cast is None:
+            return None
+        votes, work = self._cast
+        self._cast = None
+        if work is not None:
+            work.wait()
+        loss, *rest = votes.tolist()
+        if self._events:
+            self._busy_before = self._events[0].elapsed_time(self._events[1]) / 1e3
+        stop = {rank: int(value) for rank, value in enumerate(rest[: self.world_size]) if value}
+        return Ballot(loss / self.world_size, stop, tuple(rest[self.world_size :]))
+
+
+class StragglerReport:
+    """Names a rank that is slower than the others time after time.
+
+    A rank is named when in the last `window` steps it was the slowest in at least three of four, and the median of
+    its busy times exceeds the median of the others' medians by `seconds` and by a fifth. Load that moves about
+    between ranks, or a single slow step, names nobody.
+    """
+
+    def __init__(self, world_size: int, *, seconds: float = 0.1, window: int = 12) -> None:
+        self.world_size, self.seconds = world_size, seconds
+        self._steps: deque[tuple[float, ...]] = deque(maxlen=window)
+
+    def add(self, busy: tuple[float, ...]) -> str | None:
+        """Take one step's times; a message when a rank stands out, after which counting starts anew."""
+        self._steps.append(busy)
+        if self.world_size < 2 or len(self._steps) < (self._steps.maxlen or 1):
+            return None
+        rank, times = Counter(max(range(self.world_size), key=b.__getitem__) for b in self._steps).most_common(1)[0]
+        medians = [_median([b[r] for b in self._steps]) for r in range(self.world_size)]
+        usual = _median([m for r, m in enumerate(medians) if r != rank])
+        excess = medians[rank] - usual
+        if times < 0.75 * len(self._steps) or excess < max(self.seconds, 0.2 * usual):
+            return None
+        steps = len(self._steps)
+        self._steps.clear()
+        return (
+            f"rank {rank} is slow: {medians[rank]:.3f} s of its own work a step, the others {usual:.3f} s (medians of "
+            f"{steps} steps; the slowest in {times} of them)"
+        )
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

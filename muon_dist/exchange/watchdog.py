@@ -1,0 +1,193 @@
+"""A thread that notices when a step hangs, and says which rank is absent, in what, since when.
+
+gloo notices a stopped peer only at its timeout, NCCL too, and neither names the operation or the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from muon_dist.errors import PeerError
+from muon_dist.exchange.progress import Progress, place
+
+IDLE = "idle"
+_MOST_INTERVAL = 5.0
+_STORE_PATIENCE = 2.0
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank last published: a count of its publications, and where it stood."""
+
+    count: int
+    step: int
+    operation: str
+    bucket: int | None
+    seconds: float
+
+    def text(self) -> str:
+        """ "gather of bucket 3 in step 17, for 12 s"."""
+        return f"{place(self.operation, self.bucket, self.step)}, for {self.seconds:.0f} s"
+
+
+def leave(message: str) -> None:
+    """End the process at once: its main thread hangs in a collective and cannot raise."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(PeerError.exit_code)
+
+
+class Watchdog:
+    """Publishes where this rank stands and ends it when one operation takes longer than `timeout` seconds.
+
+    progress: of this rank; nothing is watched while it is "idle".
+    store: through which the ranks see each other; `default_store()` in most cases. None for a single process.
+    timeout: seconds; below the process group's, whose own end names nothing.
+    interval: seconds between two publications; default a twentieth of the timeout, at most 5.
+    on_timeout: called in the thread with the message; by default it is printed and the process ends with exit code 10.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        store: dist.Store | None,
+        rank: int,
+        world_size: int,
+        *,
+        timeout: float,
+        interval: float | None = None,
+        on_timeout: Callable[[str], None] = leave,
+    ) -> None:
+        self.progress, self.rank, self.world_size = progress, rank, world_size
+        self.timeout = timeout
+        self.interval = interval if interval is not None else min(_MOST_INTERVAL, timeout / 20)
+        self._store = store
+        self._on_timeout = on_timeout
+        self._count = 0
+        self._published = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="muon_dist watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._publish()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop watching; the last publication stays."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=_STORE_PATIENCE)
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        baseline: dict[int, Beat] = {}
+        since = 0.0
+        while not self._stop.wait(min(self.interval, 1.0)):
+            if time.monotonic() - self._published >= self.interval:
+                self._publish()
+            began, operation = self.progress.since, self.progress.operation
+            waited = time.monotonic() - began
+            if operation == IDLE or waited < self.timeout - 2.5 * self.interval:
+                baseline = {}
+                continue
+            if not baseline or began != since:
+                baseline, since = self.beats(), began
+            if waited >= self.timeout:
+                self._on_timeout(self.describe(baseline, self.beats()))
+                return
+
+    def _key(self, rank: int) -> str:
+        return f"muon_dist/watchdog/{rank}"
+
+    def _publish(self) -> None:
+        self._count += 1
+        self._published = time.monotonic()
+        p = self.progress
+        beat = Beat(self._count, p.step, p.operation, p.bucket, round(self._published - p.since, 3))
+        if self._store is not None:
+            store, text = self._store, json.dumps(asdict(beat))
+            _patiently(lambda: store.set(self._key(self.rank), text))
+
+    def beats(self) -> dict[int, Beat]:
+        """What each rank last published; empty where the store does not answer."""
+        if self._store is None:
+            return {}
+        store = self._store
+
+        def read() -> dict[int, Beat]:
+            found = {}
+            for rank in range(self.world_size):
+                if store.check([self._key(rank)]):
+                    found[rank] = Beat(**json.loads(store.get(self._key(rank))))
+            return found
+
+        return _patiently(read) or {}
+
+    def describe(self, before: Mapping[int, Beat], after: Mapping[int, Beat]) -> str:
+        """The message of a time-out, from two readings more than an interval apart."""
+        p = self.progress
+        waited = time.monotonic() - p.since
+        own = f"rank {self.rank} has been in {place(p.operation, p.bucket, p.step)} for {waited:.0f} s"
+        if self.world_size == 1:
+            return f"{own}: longer than the watchdog's {self.timeout:.0f} s"
+        if not after:
+            return f"{own}, and the store of the process group does not answer: the host that keeps it may be gone"
+        others = [r for r in range(self.world_size) if r != self.rank]
+        never = [r for r in others if r not in after]
+        absent = [r for r in others if r in after and r in before and after[r].count == before[r].count]
+        parts = [f"rank {r} is absent: last seen in {after[r].text()}" for r in absent]
+        parts += [f"rank {r} was never seen" for r in never]
+        if not parts:
+            behind = min(others, key=lambda r: (after[r].step, after[r].operation == p.operation))
+            parts = [f"all ranks are alive; rank {behind} is behind, in {after[behind].text()}"]
+        return f"{own}: {'; '.join(parts)}"
+
+
+def _patiently(work: Callable[[], Any]) -> Any:
+    """The result of `work`, or None when it fails or takes too long: a store may live on a host that is gone."""
+    result: list[Any] = []
+
+    def run() -> None:
+        try:
+            result.append(work())
+        except (RuntimeError, ValueError):  # torch's errors of a store; a key half written
+            return
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_STORE_PATIENCE)
+    return result[0] if result else None
+
+
+def default_store() -> dist.Store | None:
+    """The store of the default process group for another thread, or None without a process group.
+
+    A connection of its own where the store is a server, since the main thread may block in the shared one.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    store: Any = dist.distributed_c10d._get_default_store()
+    below = store
+    while isinstance(below, dist.PrefixStore):
+        below = below.underlying_store
+    chosen: dist.Store = store if isinstance(below, dist.FileStore) else store.clone()
+    return chosen
