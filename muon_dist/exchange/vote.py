@@ -82,12 +82,12 @@ class StepVote:
 class StragglerReport:
     """Names a rank that is slower than the others time after time.
 
-    A rank is named when in the last `window` steps it was the slowest in at least three of four, and the median of
+    A rank is named when in the last `window` steps it was the slowest in six of seven or more, and the median of
     its busy times exceeds the median of the others' medians by `seconds` and by a fifth. Load that moves about
     between ranks, or a single slow step, names nobody.
     """
 
-    def __init__(self, world_size: int, *, seconds: float = 0.1, window: int = 12) -> None:
+    def __init__(self, world_size: int, *, seconds: float = 0.1, window: int = 16) -> None:
         self.world_size, self.seconds = world_size, seconds
         self._steps: deque[tuple[float, ...]] = deque(maxlen=window)
 
@@ -100,7 +100,7 @@ class StragglerReport:
         medians = [_median([b[r] for b in self._steps]) for r in range(self.world_size)]
         usual = _median([m for r, m in enumerate(medians) if r != rank])
         excess = medians[rank] - usual
-        if times < 0.75 * len(self._steps) or excess < max(self.seconds, 0.2 * usual):
+        if times * 7 < len(self._steps) * 6 or excess < max(self.seconds, 0.2 * usual):
             return None
         steps = len(self._steps)
         self._steps.clear()

@@ -1,0 +1,116 @@
+"""A stopped peer: found by the watchdog shortly after its time, and named with operation, bucket and step."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from muon_dist.exchange.progress import Progress
+from muon_dist.exchange.watchdog import Beat, Watchdog, default_store
+from tests.distributed import run_ranks
+
+TIMEOUT = 1.5
+
+
+def hang(stopped: int) -> tuple[str, float] | None:
+    """Rank `stopped` stops itself; the others wait in a named operation until the watchdog speaks."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    progress = Progress()
+    said: list[str] = []
+    spoke = threading.Event()
+
+    def hear(message: str) -> None:
+        said.append(message)
+        spoke.set()
+
+    watchdog = Watchdog(progress, default_store(), rank, world, timeout=TIMEOUT, interval=0.1, on_timeout=hear)
+    with watchdog:
+        for _ in range(16):
+            progress.finish_step()
+        dist.barrier()
+        began = time.monotonic()
+        if rank == stopped:
+            progress.enter("orthogonalize", 2)
+            time.sleep(0.3)  # published
+            pid = os.getpid()
+            if os.fork() == 0:  # wakes its parent again, for the end of the test
+                time.sleep(TIMEOUT + 1.5)
+                os.kill(pid, signal.SIGCONT)
+                os._exit(0)
+            os.kill(pid, signal.SIGSTOP)
+            progress.enter("idle")
+            return None
+        progress.enter("scatter", 2)
+        assert spoke.wait(TIMEOUT + 5)
+        return said[0], time.monotonic() - began
+
+
+def test_a_stopped_rank_is_named() -> None:
+    results = run_ranks(hang, 3, 1)
+    assert results[1] is None
+    for rank in (0, 2):
+        message, seconds = results[rank]
+        assert TIMEOUT <= seconds < TIMEOUT + 5
+        assert re.search(rf"^rank {rank} has been in scatter of bucket 2 in step 17 for \d s: ", message)
+        assert "rank 1 is absent: last seen in orthogonalize of bucket 2 in step 17" in message
+        assert "rank 0 is" not in message and "rank 2 is" not in message
+
+
+def slow() -> str | None:
+    rank = dist.get_rank()
+    progress = Progress()
+    said: list[str] = []
+    with Watchdog(progress, default_store(), rank, 2, timeout=1.0, interval=0.1, on_timeout=said.append):
+        progress.enter("forward/backward" if rank == 1 else "gather", None if rank == 1 else 0)
+        time.sleep(1.6)
+        progress.enter("idle")
+    return said[0] if said else None
+
+
+def test_a_rank_that_lives_but_is_behind_is_named() -> None:
+    messages = run_ranks(slow, 2)
+    assert "all ranks are alive; rank 1 is behind, in forward/backward in step 1" in messages[0]
+    assert "rank 0 is behind, in gather of bucket 0 in step 1" in messages[1]
+
+
+def test_nothing_is_said_while_idle_or_while_operations_change() -> None:
+    progress = Progress()
+    said: list[str] = []
+    with Watchdog(progress, None, 0, 1, timeout=0.3, interval=0.02, on_timeout=said.append):
+        time.sleep(0.5)
+        for _ in range(10):
+            progress.enter("gather")
+            time.sleep(0.05)
+    assert not said
+    with Watchdog(progress, None, 0, 1, timeout=0.3, interval=0.02, on_timeout=said.append):
+        time.sleep(0.6)
+    assert len(said) == 1 and said[0].startswith("rank 0 has been in gather in step 1")
+
+
+def test_by_default_the_process_ends_with_its_message(capfd: pytest.CaptureFixture[str]) -> None:
+    pid = os.fork()
+    if pid == 0:
+        progress = Progress()
+        progress.enter("gather", 4)
+        Watchdog(progress, None, 0, 1, timeout=0.2, interval=0.05).start()
+        time.sleep(10)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 10
+    assert "error: rank 0 has been in gather of bucket 4 in step 1" in capfd.readouterr().err
+
+
+def test_a_store_that_does_not_answer_is_said() -> None:
+    progress = Progress()
+    progress.enter("gather")
+    message = Watchdog(progress, None, 0, 4, timeout=1.0).describe({}, {})
+    assert "the store of the process group does not answer" in message
+    beat = Beat(1, 3, "idle", None, 2.0)
+    message = Watchdog(progress, None, 0, 3, timeout=1.0).describe({1: beat}, {1: beat})
+    assert "rank 1 is absent: last seen in idle in step 4, for 2 s; rank 2 was never seen" in message
