@@ -1,0 +1,156 @@
+"""Saves one after another, beside training or in its way, under one policy for errors and for what is kept."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muon_dist.checkpoint import folder
+from muon_dist.checkpoint.phases import enter
+from muon_dist.checkpoint.piece import Piece
+from muon_dist.checkpoint.ranks import Ranks
+from muon_dist.checkpoint.writer import Contents, Snapshot, commit, take
+from muon_dist.errors import CheckpointError
+
+
+def warn_on_stderr(text: str) -> None:
+    """The default way to tell of a save that failed."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+class Saver:
+    """Commits checkpoints under `root`.
+
+    Args:
+        root: their folder.
+        ranks: all ranks that save together, over a process group of their own: a save in the background uses it
+            while training uses others.
+        background: hold the caller for a copy to host memory only, and write in a thread; at most one save at a time.
+            The copies stay allocated, as large as what this rank writes.
+        on_error: "stop" raises when a save has failed, "continue" warns. In the background the error comes with the
+            next `save` or `wait`, at which all ranks hear of it; the first rank warns at once.
+        keep_last, keep_every: see `folder.retire`.
+
+    Attributes:
+        last: the newest commit of this process.
+        stall: seconds for which the last `save` held the caller.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        ranks: Ranks | None = None,
+        *,
+        background: bool = False,
+        on_error: str = "stop",
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        warn: Callable[[str], None] = warn_on_stderr,
+    ) -> None:
+        if on_error not in ("stop", "continue"):
+            raise ValueError(f"on_error is {on_error!r}: use stop or continue")
+        self.root = Path(root)
+        self.ranks = ranks or Ranks()
+        self.background = background
+        self.on_error = on_error
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.warn = warn
+        self.last: Path | None = None
+        self.stall = 0.0
+        self._host: dict[str, torch.Tensor] | None = {} if background else None
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+
+    def save(
+        self,
+        pieces: Sequence[Piece],
+        contents: Contents,
+        *,
+        state: Mapping[str, Any] | None = None,
+        rank_state: Mapping[str, Any] | None = None,
+        protected: Collection[Path] = (),
+    ) -> None:
+        """Save; a collective. See `take` and `Contents`; `protected` checkpoints are never removed.
+
+        Raises:
+            CheckpointError: this save, or the one in the background before it, failed and the policy is "stop".
+        """
+        self.wait()
+        started = time.perf_counter()
+        final = self.root / folder.checkpoint_name(contents.step)
+        taken: list[tuple[Snapshot, dict[str, Any]]] = []
+
+        def copy() -> None:
+            enter("start", final, self.ranks.rank)
+            taken.append(take(pieces, self.ranks.rank, rank_state or {}, state=state, host=self._host))
+            enter("copied", final, self.ranks.rank)
+
+        try:
+            self.ranks.everywhere(copy)
+        except CheckpointError as error:
+            self._problem = error
+            self._settle()
+            return
+        snapshot, shared = taken[0]
+        contents = replace(contents, state=shared)
+        if self.background:
+            # Not a daemon: a process that ends in good order waits for its commit.
+            self._thread = threading.Thread(
+                target=self._commit, args=(snapshot, contents, protected), name="checkpoint", daemon=False
+            )
+            self._thread.start()
+            self.stall = time.perf_counter() - started
+            return
+        self._commit(snapshot, contents, protected)
+        self.stall = time.perf_counter() - started
+        self._settle()
+
+    def wait(self) -> Path | None:
+        """Wait for the save in the background, if any; the newest commit. Raises as `save`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._settle()
+        return self.last
+
+    @property
+    def busy(self) -> bool:
+        """A save is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _settle(self) -> None:
+        problem, self._problem = self._problem, None
+        if problem is None:
+            return
+        if not isinstance(problem, CheckpointError):  # a rank is gone, or a fault of ours: no policy covers that
+            raise problem
+        if self.on_error == "stop":
+            raise problem
+
+    def _commit(self, snapshot: Snapshot, contents: Contents, protected: Collection[Path]) -> None:
+        try:
+            self.last = commit(self.root, self.ranks, snapshot, contents)
+        except BaseException as error:
+            self._problem = error
+            if self.ranks.rank == 0:
+                later = "" if self.on_error == "stop" else "; the run goes on without it (checkpoint.on_error)"
+                self.warn(f"{error}{later}")
+            return
+        if self.ranks.rank == 0:
+            try:
+                folder.retire(
+                    self.root,
+                    self.last,
+                    keep_last=self.keep_last,
+                    keep_every=self.keep_every,
+                    protected=protected,
+                )
+            except OSError as error:
+                self.warn(f"{self.root}: an old checkpoint could not be removed: {error}")

@@ -1,0 +1,256 @@
+"""Loading: a checkpoint is believed only when every byte is right, and each rank reads what it holds, no more."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from muon_dist.checkpoint import files, folder
+from muon_dist.checkpoint.manifest import Manifest, Stored, rank_file, read_manifest
+from muon_dist.checkpoint.phases import enter
+from muon_dist.checkpoint.piece import BUFFER, WEIGHT, Extent, Holding, Piece
+from muon_dist.checkpoint.ranks import Ranks
+from muon_dist.checkpoint.state import decode
+from muon_dist.errors import CheckpointError
+
+_READ = 16 * 2**20
+"""Elements that are read at a time."""
+
+
+class Checkpoint:
+    """A committed checkpoint.
+
+    Made by `open_checkpoint`, which has verified every byte, or by `Checkpoint.look`, which has read the manifest
+    alone.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._open: dict[str, Any] = {}
+
+    @classmethod
+    def look(cls, path: str | Path) -> Checkpoint:
+        """Read the manifest, and check that the files it names are there in their sizes."""
+        manifest = read_manifest(Path(path))
+        for name, record in manifest.files.items():
+            if (Path(path) / name).parent.is_symlink():
+                raise CheckpointError(f"{(Path(path) / name).parent} is a link: it is not followed")
+            files.check_size(Path(path) / name, record)
+        return cls(Path(path), manifest)
+
+    def verify(self, only: Sequence[str] | None = None) -> None:
+        """Read `only` these files, or all, and compare their hashes. Raises CheckpointError that names a file."""
+        for name in self.manifest.files if only is None else only:
+            files.check_bytes(self.path / name, self.manifest.files[name])
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def weights_only(self) -> bool:
+        """It holds no state of an optimizer: made by `convert`, or with `save_only_model`."""
+        return not set(self.manifest.kinds()) - {WEIGHT, BUFFER}
+
+    def state(self) -> dict[str, Any]:
+        """The named small states that are the same on every rank."""
+        return dict(decode(self.manifest.state, _Tensors(self, rank_file(0, "safetensors"))))
+
+    def rank_state(self, rank: int) -> dict[str, Any] | None:
+        """The small state of a rank of the run that saved it; None for a rank that it did not have."""
+        name = rank_file(rank, "json")
+        if name not in self.manifest.files:
+            return None
+        text = (self.path / name).read_text(encoding="utf-8")
+        return dict(decode(json.loads(text), _Tensors(self, rank_file(rank, "safetensors"))))
+
+    def kinds_of(self, name: str) -> dict[str, torch.dtype]:
+        """The state of one parameter that it holds: kind -> dtype, weight and buffer left out."""
+        return {
+            kind: files.DTYPES[t.dtype]
+            for (kind, n), t in self.manifest.tensors.items()
+            if n == name and kind not in (WEIGHT, BUFFER)
+        }
+
+    # ---- tensors
+
+    def check(self, pieces: Sequence[Piece]) -> None:
+        """Raise CheckpointError unless every piece can be filled; nothing is read or changed."""
+        states: dict[str, set[str]] = {}
+        for kind, name in self.manifest.tensors:
+            if kind not in (WEIGHT, BUFFER):
+                states.setdefault(name, set()).add(kind)
+        for piece in pieces:
+            tensor = self.manifest.tensors.get((piece.kind, piece.name))
+            if tensor is None:
+                if piece.kind in (WEIGHT, BUFFER):
+                    raise CheckpointError(f"{self.path} does not hold {piece.name}: it is of another model")
+                if piece.name in states:
+                    raise CheckpointError(
+                        f"{self.path} holds {', '.join(sorted(states[piece.name]))} of {piece.name} and no "
+                        f"{piece.kind}: it was trained by another algorithm; route it as it was, or start a new run"
+                    )
+                continue
+            if tensor.shape != piece.shape:
+                raise CheckpointError(
+                    f"{piece.name} ({piece.kind}) has shape {tensor.shape} in {self.path}, here {piece.shape}"
+                )
+            found = sum(p.numel for part in tensor.parts for p in piece.extent.common(part.extent))
+            if found != piece.extent.numel:
+                raise CheckpointError(
+                    f"{self.path} holds {found} of {piece.extent.numel} elements of {piece.name} ({piece.kind})"
+                )
+
+    @torch.no_grad()
+    def fill(self, pieces: Sequence[Piece]) -> None:
+        """Copy into `pieces`; state of which the checkpoint has none becomes zero, as it was then.
+
+        Host memory beyond the pieces is bounded by what is read at a time.
+        """
+        for piece in pieces:
+            tensor = self.manifest.tensors.get((piece.kind, piece.name))
+            if tensor is None:
+                piece.tensor.zero_()
+                continue
+            for stored in tensor.parts:
+                for part in piece.extent.common(stored.extent):
+                    for extent, values in self._read(stored, part):
+                        target = piece.part(extent)
+                        target.copy_(values.view(target.shape))
+
+    def tensor(self, kind: str, name: str) -> torch.Tensor:
+        """One whole logical tensor, in the dtype in which it was saved."""
+        found = self.manifest.tensors[kind, name]
+        whole = torch.empty(found.shape, dtype=files.DTYPES[found.dtype])
+        if found.numel:
+            self.fill([Piece(name, kind, found.shape, Extent.run(0, found.numel), whole.view(-1))])
+        return whole
+
+    def _slice(self, file: str, key: str) -> Any:
+        try:
+            if file not in self._open:
+                if len(self._open) >= 8:
+                    self._open.clear()
+                self._open[file] = safe_open(self.path / file, framework="pt")
+            return self._open[file].get_slice(key)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path / file} has no tensor {key}: {error}") from error
+
+    def _read(self, stored: Stored, part: Extent) -> Iterator[tuple[Extent, torch.Tensor]]:
+        """`part` of a stored block, piece by piece: (which elements, their values)."""
+        source = self._slice(stored.file, stored.key)
+        held = stored.extent
+        expected = [held.cols] if held.rows == 1 else [held.rows, held.cols]
+        if source.get_shape() != expected:
+            raise CheckpointError(f"{self.path / stored.file}: {stored.key} has shape {source.get_shape()}")
+        row, column = held.place(part)
+        width = part.cols if held.rows > 1 or part.rows == 1 else part.stride
+        step = max(1, _READ // width)
+        for first in range(0, part.rows, step):
+            rows = min(step, part.rows - first)
+            extent = Extent.block(part.offset + first * part.stride, rows, part.cols, part.stride)
+            if held.rows > 1:
+                yield extent, source[row + first : row + first + rows, column : column + part.cols]
+            elif rows == 1:
+                at = column + first * part.stride
+                for start in range(0, part.cols, _READ):
+                    n = min(_READ, part.cols - start)
+                    yield Extent.run(extent.offset + start, n), source[at + start : at + start + n]
+            else:
+                at = column + first * part.stride
+                flat = source[at : at + (rows - 1) * part.stride + part.cols]
+                yield extent, flat.as_strided((rows, part.cols), (part.stride, 1))
+
+
+class _Tensors(dict[str, torch.Tensor]):
+    """The tensors of a rank's small state, read when asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, file: str) -> None:
+        super().__init__()
+        self._checkpoint, self._file = checkpoint, file
+
+    def __missing__(self, key: str) -> torch.Tensor:
+        value: torch.Tensor = self._checkpoint._slice(self._file, key)[...]
+        return value.clone()
+
+
+def open_checkpoint(path: str | Path, ranks: Ranks | None = None) -> Checkpoint:
+    """Verify a checkpoint, each rank a share of its bytes; a collective.
+
+    Raises:
+        CheckpointError: on every rank, when a byte is wrong or a file is missing; names it.
+    """
+    ranks = ranks or Ranks()
+    folder_path = Path(path)
+
+    def verified() -> Checkpoint:
+        checkpoint = Checkpoint.look(folder_path)
+        shares: list[list[str]] = [[] for _ in range(ranks.size)]
+        loads = [0] * ranks.size
+        for name, record in sorted(checkpoint.manifest.files.items(), key=lambda item: (-item[1].size, item[0])):
+            least = loads.index(min(loads))
+            shares[least].append(name)
+            loads[least] += record.size
+        checkpoint.verify(shares[ranks.rank])
+        return checkpoint
+
+    kept: list[Checkpoint] = []
+    ranks.everywhere(lambda: kept.append(verified()))
+    return kept[0]
+
+
+def newest_good(
+    root: str | Path, ranks: Ranks | None = None, warn: Callable[[str], None] = print
+) -> Checkpoint | None:
+    """The newest checkpoint under `root` that verifies, with a warning for each newer one that does not; a collective.
+
+    None where there is none at all.
+
+    Raises:
+        CheckpointError: there are some and none of them is good; names what is wrong with the newest.
+    """
+    ranks = ranks or Ranks()
+    first: CheckpointError | None = None
+    for path in reversed(ranks.first(lambda: folder.commits(root))):
+        try:
+            return open_checkpoint(path, ranks)
+        except CheckpointError as error:
+            first = first or error
+            if ranks.rank == 0:
+                warn(f"{error}; trying the checkpoint before it")
+    if first is not None:
+        raise first
+    return None
+
+
+def load(checkpoint: Checkpoint, holding: Holding, ranks: Ranks | None = None) -> None:
+    """Fill what this rank holds from a verified checkpoint, of any layout and world size; a collective.
+
+    Raises:
+        CheckpointError: on every rank and before a tensor is touched, when the checkpoint is of another model or
+            lacks a part.
+    """
+    ranks = ranks or Ranks()
+    enter("load", checkpoint.path, ranks.rank)
+
+    def fits() -> set[str]:
+        checkpoint.check(holding.pieces)
+        return {piece.name for piece in holding.pieces if piece.kind == WEIGHT}
+
+    known = set().union(*ranks.everywhere(fits))
+    wanted = {name for kind, name in checkpoint.manifest.tensors if kind == WEIGHT}
+    if wanted - known:
+        raise CheckpointError(f"{checkpoint.path} holds {min(wanted - known)}, which this model does not have")
+    ranks.everywhere(lambda: checkpoint.fill(holding.pieces))
+    holding.finish()
+
+
+def numel(checkpoint: Checkpoint, kind: str = WEIGHT) -> int:
+    """Elements of all tensors of a kind."""
+    return sum(math.prod(t.shape) for (k, _), t in checkpoint.manifest.tensors.items() if k == kind)

@@ -1,0 +1,188 @@
+"""Two-phase commit: every rank writes and syncs its file into a temporary folder, then one rename makes it visible."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muon_dist.checkpoint import files, folder
+from muon_dist.checkpoint.files import DTYPES, FileRecord
+from muon_dist.checkpoint.manifest import Manifest, Stored, Tensor, rank_file, write_manifest
+from muon_dist.checkpoint.phases import enter
+from muon_dist.checkpoint.piece import Extent, Piece, to_write
+from muon_dist.checkpoint.ranks import Ranks
+from muon_dist.checkpoint.state import encode
+from muon_dist.errors import CheckpointError
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Index = list[tuple[str, str, str, tuple[int, ...], str, Extent]]
+"""key, kind, name, shape of the whole, dtype, place in it"""
+
+
+@dataclass
+class Snapshot:
+    """What this rank will write: live tensors, or copies of them that training does not change any more."""
+
+    items: list[tuple[str, torch.Tensor]]
+    index: Index
+    rank_state: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.items)
+
+
+@dataclass
+class Contents:
+    """What a checkpoint holds besides the tensors; the first rank's counts.
+
+    Attributes:
+        step: optimizer steps that were finished.
+        layout: a word for the manifest.
+        info: plain JSON: position in the data, configuration, versions.
+        state: named small states, the same on every rank, already plain (see `state.encode`).
+        documents: further files by name, one folder deep at most, such as "trainer_state.json".
+    """
+
+    step: int
+    layout: str
+    info: Mapping[str, Any] = field(default_factory=dict)
+    state: Mapping[str, Any] = field(default_factory=dict)
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def take(
+    pieces: Sequence[Piece],
+    rank: int,
+    rank_state: Mapping[str, Any],
+    *,
+    state: Mapping[str, Any] | None = None,
+    host: dict[str, torch.Tensor] | None = None,
+) -> tuple[Snapshot, dict[str, Any]]:
+    """(what `rank` writes, `state` encoded).
+
+    rank_state: of this rank alone. state: the same on every rank; the first writes it. host: buffers kept from save to
+    save, into which the tensors are copied; without it the snapshot holds live tensors.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    own = encode(dict(rank_state), tensors, f"rank{rank}")
+    shared = encode(dict(state or {}), tensors if rank == 0 else {}, "all")
+    items: list[tuple[str, torch.Tensor]] = []
+    index: Index = []
+    for piece in to_write(pieces, rank):
+        e = piece.extent
+        key = f"{piece.kind}/{piece.name}/{e.offset}"
+        if piece.dtype not in _DTYPE_NAMES:
+            raise CheckpointError(f"{piece.name} ({piece.kind}) is of {piece.dtype}, which safetensors does not have")
+        items.append((key, piece.tensor if host is None else _copied(key, piece.tensor, host)))
+        index.append((key, piece.kind, piece.name, piece.shape, _DTYPE_NAMES[piece.dtype], e))
+    return Snapshot([*items, *tensors.items()], index, own), shared
+
+
+def _copied(key: str, tensor: torch.Tensor, host: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A copy in a buffer that is used again: fresh memory costs more than the copy."""
+    kept = host.get(key)
+    if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+        kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        host[key] = kept
+    return kept.copy_(tensor)
+
+
+def commit(root: Path, ranks: Ranks, snapshot: Snapshot, contents: Contents) -> Path:
+    """Write a checkpoint and make it visible; its folder. A collective of `ranks`.
+
+    Raises:
+        CheckpointError: on every rank when any failed; the temporary folder is gone and older checkpoints are as
+            they were.
+    """
+    rank = ranks.rank
+    final = root / folder.checkpoint_name(contents.step)
+    temporary: Path | None = None
+    try:
+        temporary = ranks.first(lambda: _make(root, contents.step))
+        target = temporary
+        written = ranks.everywhere(lambda: _write_own(target, rank, snapshot))
+        ranks.first(lambda: _finish(target, final, written, contents, ranks.size))
+    except BaseException as error:
+        if temporary is not None and rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            raised = CheckpointError(f"{final} could not be saved: {error}")
+            raised.reported_elsewhere = getattr(error, "reported_elsewhere", False)  # type: ignore[attr-defined]
+            raise raised from error
+        raise
+    enter("committed", final, rank)
+    return final
+
+
+def _make(root: Path, step: int) -> Path:
+    temporary = root / folder.temporary_name(step)
+    enter("make", temporary, 0)
+    root.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    return temporary
+
+
+def _write_own(target: Path, rank: int, snapshot: Snapshot) -> tuple[dict[str, FileRecord], Index]:
+    tensors, state = rank_file(rank, "safetensors"), rank_file(rank, "json")
+    if not target.is_dir():
+        raise CheckpointError(
+            f"{target} is not there: all ranks must see one folder, on a file system that they share"
+        )
+    records = {
+        tensors: files.write_tensors(target / tensors, snapshot.items, rank),
+        state: files.write_json(target / state, snapshot.rank_state, rank),
+    }
+    enter("gather", target, rank)
+    return records, snapshot.index
+
+
+def _finish(
+    target: Path,
+    final: Path,
+    written: Sequence[tuple[dict[str, FileRecord], Index]],
+    contents: Contents,
+    world_size: int,
+) -> None:
+    """On the first rank: the other files, the manifest, the rename."""
+    records: dict[str, FileRecord] = {}
+    tensors: dict[tuple[str, str], Tensor] = {}
+    for rank, (own, index) in enumerate(written):
+        records.update(own)
+        for name, record in own.items():
+            files.check_size(target / name, record)  # does this rank see what the others wrote?
+        for key, kind, name, shape, dtype, extent in index:
+            tensor = tensors.setdefault((kind, name), Tensor(shape, dtype))
+            if (tensor.shape, tensor.dtype) != (shape, dtype):
+                raise CheckpointError(
+                    f"{name} ({kind}) is {tensor.dtype} {tensor.shape} on one rank and {dtype} {shape} on rank {rank}"
+                )
+            tensor.parts.append(Stored(rank_file(rank, "safetensors"), key, kind, name, extent))
+    for (kind, name), tensor in tensors.items():
+        held = sum(part.extent.numel for part in tensor.parts)
+        if held != tensor.numel:
+            raise CheckpointError(f"the ranks hold {held} of the {tensor.numel} elements of {name} ({kind})")
+    for name, data in contents.documents.items():
+        (target / name).parent.mkdir(exist_ok=True)
+        records[name] = files.write_bytes(target / name, data, 0)
+    for inner in sorted({(target / name).parent for name in records} - {target}):
+        files.sync_folder(inner, 0)
+    manifest = Manifest(
+        step=contents.step,
+        world_size=world_size,
+        layout=contents.layout,
+        tensors=tensors,
+        files=records,
+        info=dict(contents.info),
+        state=dict(contents.state),
+    )
+    enter("manifest", target, 0)
+    write_manifest(target, manifest, 0)
+    files.sync_folder(target, 0)
+    folder.publish(target, final)
