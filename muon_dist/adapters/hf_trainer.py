@@ -20,6 +20,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from muon_dist.adapters.device import peak_flops as device_peak_flops
 from muon_dist.adapters.factory import MuonFactory, split_kwargs
 from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
+from muon_dist.adapters.hf_guards import Guards
 from muon_dist.adapters.hf_records import SpectraLog, take_diagnostics
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.optim.muon import Muon
@@ -59,6 +60,7 @@ class MuonTrainer(Trainer):
     flops_per_token: forward and backward, for MFU; default 6 x the parameters outside embeddings.
     peak_flops: of one rank's device; default from a table (GPU) or measured (CPU).
     metrics_path: a JSON-lines file for all that is logged.
+    guards: what watches over the run; None: only Muon's own check that gradients are finite.
 
     In the logs: `lr/<group>`, `grad_norm` (raw, all parameters), `grad_norm/muon`, `grad_norm/adamw`, `tokens_per_s`
     (all ranks, evaluation and saving left out), `tokens`, `mfu`, `bits_per_byte`, `eval_bits_per_byte`,
@@ -78,6 +80,7 @@ class MuonTrainer(Trainer):
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
         metrics_path: str | Path | None = None,
+        guards: Guards | None = None,
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else TrainingArguments(output_dir="tmp_trainer")
@@ -112,6 +115,10 @@ class MuonTrainer(Trainer):
             self.add_callback(AttachDeepSpeed(self))
         if metrics_path is not None:
             self.add_callback(MetricsFile(metrics_path))
+        self.guards = guards
+        if guards is not None:
+            guards.attach(self)
+            self.add_callback(guards)
 
     # ---- the position in the data
 
@@ -139,7 +146,11 @@ class MuonTrainer(Trainer):
             self._flops_per_token = 6.0 * self.model.num_parameters(exclude_embeddings=True)
         if self._peak_flops is None:
             self._peak_flops = device_peak_flops(self.args.device, _compute_dtype(self.args, self.model))
-        return super()._inner_training_loop(*args, **kwargs)
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            if self.guards is not None:
+                self.guards.close()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.train_sampler is None:
@@ -159,6 +170,8 @@ class MuonTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._step_started = time.perf_counter()
+        if self.guards is not None:
+            self.guards.begin_data()
         batch = super().get_batch_samples(*args, **kwargs)
         if self._resumed_from is not None and self.train_sampler is not None:
             # Making the iterator drew from the generator, as it did at the start of the run that we continue, before
@@ -209,6 +222,17 @@ class MuonTrainer(Trainer):
                 rates[f"lr/{group.get('name', algorithm or index)}"] = lr
         self._group_lrs = rates
         return cast(float, super()._get_learning_rate())
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the guards hear of it."""
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.guards is not None and model.training:
+            # as training_step weights the micro-batches
+            scaled = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+            loss = found[0] if isinstance(found, tuple) else found
+            part = loss if scaled or self.compute_loss_func else loss / self.current_gradient_accumulation_steps
+            self.guards.add_loss(part, last=self.accelerator.sync_gradients)
+        return found
 
     # ---- figures
 
