@@ -21,7 +21,8 @@ COMMAND is a muon-dist command (train configs/llama-60m.yaml), a script (my_trai
   --rdzv-conf K=V,...   settings of the c10d rendezvous          RDZV_CONF       none
   --max-restarts N      restarts after a failure                 MAX_RESTARTS    0, 3 when elastic
 
-The third column is the environment variable that does the same, the last the default. Run it once on every node:
+The third column is the environment variable that does the same, the last the default; torchrun's own PET_NNODES and so
+on, which Kubeflow sets, count after them. Run it once on every node:
 
   bash launch/torchrun.sh --nproc-per-node 2 train configs/quickstart.yaml
   bash launch/torchrun.sh --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 train configs/llama-1b.yaml   # first node
@@ -42,15 +43,20 @@ GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the interface (lo for gloo whil
 TEXT
 }
 
-nnodes="${NNODES:-1}"
-node_rank="${NODE_RANK:-0}"
-nproc="${NPROC_PER_NODE:-}"
-addr="${MASTER_ADDR:-127.0.0.1}"
-port="${MASTER_PORT:-29500}"
-rdzv="${RDZV_BACKEND:-}"
-rdzv_id="${RDZV_ID:-muon-dist}"
-rdzv_conf="${RDZV_CONF:-}"
-restarts="${MAX_RESTARTS:-}"
+# Kubeflow sets torchrun's own variables: PET_ and the name of an option.
+endpoint="${PET_RDZV_ENDPOINT:-}"
+nnodes="${NNODES:-${PET_NNODES:-1}}"
+node_rank="${NODE_RANK:-${PET_NODE_RANK:-0}}"
+nproc="${NPROC_PER_NODE:-${PET_NPROC_PER_NODE:-}}"
+addr="${MASTER_ADDR:-${PET_MASTER_ADDR:-${endpoint%:*}}}"
+port="${MASTER_PORT:-${PET_MASTER_PORT:-${endpoint##*:}}}"
+rdzv="${RDZV_BACKEND:-${PET_RDZV_BACKEND:-}}"
+rdzv_id="${RDZV_ID:-${PET_RDZV_ID:-muon-dist}}"
+rdzv_conf="${RDZV_CONF:-${PET_RDZV_CONF:-}}"
+restarts="${MAX_RESTARTS:-${PET_MAX_RESTARTS:-}}"
+: "${addr:=127.0.0.1}" "${port:=29500}"
+case "$nproc" in auto | gpu) nproc="" ;; cpu) nproc=1 ;; esac
+unset "${!PET_@}" # each is an option below
 
 while (($#)); do
     case "$1" in
