@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from muon_dist.ownership import OwnershipPlan, assign_owners
 # runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py, 0.19.8).
 DEEPSPEED_ALIGNMENT = 2
 _CANDIDATES = 4096  # ways to place one boundary that are compared
+_BEAM = 16  # partial orders kept at a boundary,
+_BEAM_STEPS = 2048  # fewer for many partitions: this many boundaries times partial orders in all
 _WIDEST = 6  # counts of one kind that are tried at a boundary
+_EVEN = 0.1  # weight of the seconds by which the kinds are used up unevenly, which later boundaries would pay for
 _MOVED_BYTES = 2 * 4  # an element that is not where it is orthogonalized travels twice, in fp32
 
 
@@ -105,53 +109,105 @@ def _offsets(kinds: int) -> np.ndarray:
     return np.concatenate([grid, np.zeros((len(grid), kinds - varied), dtype=grid.dtype)], axis=1)
 
 
+@dataclass(frozen=True)
+class _State:
+    """How many parameters of each kind lie before a boundary.
+
+    price: seconds that this has cost so far. edge: the kind of the parameter that the boundary cuts, the last of the
+    slice (`sticks_out`) or the first of the next. before: the state at the boundary before.
+    """
+
+    taken: np.ndarray
+    price: float
+    edge: int | None = None
+    sticks_out: bool = False
+    before: _State | None = None
+
+
 def _arrange(kinds: list[_Kind], partitions: int, size: int, model: CostModel) -> list[int]:
-    """Walk over the boundaries, and choose for each how many of each kind lie before it."""
-    counts = np.array([len(k.members) for k in kinds])
-    sizes = np.array([k.size for k in kinds])
-    works = np.array([k.work for k in kinds])
-    mean, total = float(counts @ works) / partitions, int(counts @ sizes)
-    offsets = _offsets(len(kinds))
-    taken = np.zeros_like(counts)
+    """Walk over the boundaries, and choose for each how many of each kind lie before it; a beam of choices is kept."""
+    walk = _Walk(kinds, partitions, size, model)
+    width = max(1, min(_BEAM, _BEAM_STEPS // partitions))
+    beam = [_State(np.zeros(len(kinds), dtype=np.int64), 0.0)]
+    for boundary in range(1, partitions):
+        found: dict[bytes, _State] = {}
+        for state in beam:
+            for following in walk.followers(state, boundary, width):
+                known = found.setdefault(following.taken.tobytes(), following)
+                if following.price < known.price:
+                    found[following.taken.tobytes()] = following
+        beam = sorted(found.values(), key=lambda s: s.price)[:width]
+    last = _State(np.array([len(k.members) for k in kinds]), 0.0, before=beam[0])
+    chosen = [last]
+    while chosen[-1].before is not None:
+        chosen.append(chosen[-1].before)
     order: list[int] = []
-    first: int | None = None  # the kind that must begin the next slice
-    for boundary in range(size, size * partitions, size):
-        proportional = counts * min(boundary, total) // total
-        candidates = np.unique(np.clip(proportional + offsets, taken, counts), axis=0)
-        beyond = candidates @ sizes - boundary
-        # The parameter that sticks out is the last of this slice, or the first of the next.
+    first: int | None = None
+    for before, after in itertools.pairwise(reversed(chosen)):
+        order += _members(kinds, before.taken, after.taken, first, after.edge if after.sticks_out else None)
+        first = None if after.sticks_out else after.edge
+    return order
+
+
+class _Walk:
+    """What the choices at a boundary are, and what they cost."""
+
+    def __init__(self, kinds: list[_Kind], partitions: int, size: int, model: CostModel) -> None:
+        self.kinds = kinds
+        self.size = size
+        self.counts = np.array([len(k.members) for k in kinds])
+        self.sizes = np.array([k.size for k in kinds])
+        self.works = np.array([k.work for k in kinds])
+        self.mean = float(self.counts @ self.works) / partitions
+        self.total = int(self.counts @ self.sizes)
+        self.seconds_moved = _MOVED_BYTES / model.bytes_per_second
+        self.offsets = _offsets(len(kinds))
+
+    def followers(self, state: _State, boundary: int, number: int) -> list[_State]:
+        """The `number` cheapest states at the `boundary`-th boundary after `state` at the one before."""
+        at = min(boundary * self.size, self.total)
+        candidates = np.unique(
+            np.clip(self.counts * at // self.total + self.offsets, state.taken, self.counts), axis=0
+        )
+        reserved = np.zeros_like(self.counts)
+        if state.edge is not None and not state.sticks_out:
+            reserved[state.edge] = 1  # it begins this slice
+        least_taken = state.taken + reserved
+        candidates = np.vstack([candidates[(candidates >= least_taken).all(axis=1)], least_taken])
+        beyond = candidates @ self.sizes - boundary * self.size
+        # The parameter that sticks out is the last of the slice before the boundary, or the first of the one after.
         cut = np.stack(
             [
                 np.where(
-                    beyond == 0,
-                    0.0,
-                    np.where(
-                        beyond > 0,
-                        np.where(candidates[:, i] > taken[i], k.moved(k.size - beyond), math.inf),
-                        np.where(candidates[:, i] < counts[i], k.moved(-beyond), math.inf),
-                    ),
+                    beyond > 0,
+                    np.where(candidates[:, i] > state.taken[i] + reserved[i], k.moved(k.size - beyond), math.inf),
+                    np.where(candidates[:, i] < self.counts[i], k.moved(-beyond), math.inf),
                 )
-                for i, k in enumerate(kinds)
+                for i, k in enumerate(self.kinds)
             ]
         )
-        least = np.minimum(cut.min(axis=0), float(total))
-        load = (candidates - taken) @ works
-        ahead = np.abs(candidates @ works - mean * boundary / size)
-        price = least * _MOVED_BYTES / model.bytes_per_second + np.maximum(load - mean, 0) + 0.1 * ahead
-        best = int(price.argmin())
-        edge = int(cut[:, best].argmin())
-        slice_counts = candidates[best] - taken
-        order += _members(kinds, taken, slice_counts, first, edge if beyond[best] > 0 else None)
-        first = edge if beyond[best] < 0 else None
-        taken = candidates[best]
-    return order + _members(kinds, taken, counts - taken, first, None)
+        edges = cut.argmin(axis=0)
+        least = np.where(beyond == 0, 0.0, np.minimum(cut.min(axis=0), float(self.total)))
+        load = (candidates - state.taken) @ self.works
+        uneven = np.abs(candidates - self.counts * (at / self.total)) @ self.works
+        price = state.price + least * self.seconds_moved + np.maximum(load - self.mean, 0) + _EVEN * uneven
+        return [
+            _State(
+                candidates[b],
+                float(price[b]),
+                None if beyond[b] == 0 else int(edges[b]),
+                bool(beyond[b] > 0),
+                state,
+            )
+            for b in np.argsort(price, kind="stable")[:number]
+        ]
 
 
 def _members(
-    kinds: list[_Kind], taken: np.ndarray, counts: np.ndarray, first: int | None, last: int | None
+    kinds: list[_Kind], start: np.ndarray, stop: np.ndarray, first: int | None, last: int | None
 ) -> list[int]:
-    """The next `counts` parameters of each kind in the given order, one of kind `first` before and `last` after."""
-    chosen = [list(k.members[int(t) : int(t) + int(c)]) for k, t, c in zip(kinds, taken, counts, strict=True)]
+    """Parameters `start` to `stop` of each kind in the given order, one of kind `first` before and `last` after."""
+    chosen = [list(k.members[int(a) : int(b)]) for k, a, b in zip(kinds, start, stop, strict=True)]
     head = [chosen[first].pop(0)] if first is not None and chosen[first] else []
     tail = [chosen[last].pop()] if last is not None and chosen[last] else []
     return head + sorted(i for members in chosen for i in members) + tail
