@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,10 @@ def _add(parts: list[str], logs: dict[str, Any], name: str, form: str) -> None:
 
 
 def quiet_transformers() -> None:
-    """Leave out transformers' progress bars and remarks; its errors stay."""
+    """Leave out transformers' progress bars and remarks; its errors stay.
+
+    And the deprecation of collectives that DeepSpeed still calls by their old names, repeated in every step.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -212,6 +212,30 @@ class CheckpointConfig(Block):
     )
 
 
+class GuardsConfig(Block):
+    """What watches over a run."""
+
+    max_nonfinite: PositiveInt = Field(
+        default=5, description="so many steps in a row with a NaN or infinite gradient end the run; each is left out"
+    )
+    spike: Literal["off", "skip", "rollback"] = Field(
+        default="off",
+        description="a step whose loss jumps: nothing; left out; or weights and state go back to the last commit too",
+    )
+    spike_window: Annotated[int, Field(ge=4)] = Field(default=128, description="losses that a loss is judged by")
+    spike_sigmas: Positive = Field(default=6.0, description="standard deviations above their mean that are a jump")
+    hash_every: Annotated[int, Field(ge=0)] = Field(
+        default=100, description="steps between two comparisons of copies of parameters, also before saves; 0: none"
+    )
+    watchdog_seconds: NonNegative | None = Field(
+        default=None, description="longest operation; null: 0.9 of trainer.ddp_timeout; 0: no watchdog"
+    )
+    straggler_seconds: NonNegative = Field(
+        default=0.1, description="name a rank that is slower by this, step after step; 0: never"
+    )
+    signals: bool = Field(default=True, description="on SIGTERM and SIGUSR1 commit a checkpoint and leave with 75")
+
+
 class Config(Block):
     """One run."""
 
@@ -230,9 +254,11 @@ class Config(Block):
                 "properties": {
                     "model_type": {"type": "string"},
                     "dtype": {"enum": ["float32", "bfloat16", "float16"]},
+                    "partitioned_init": {"type": "boolean"},
                 },
                 "required": ["model_type"],
-                "description": "model_type, dtype, and keyword arguments of transformers.AutoConfig.for_model",
+                "description": "model_type, dtype, partitioned_init (under ZeRO-3 no process ever holds the whole "
+                "model), and keyword arguments of transformers.AutoConfig.for_model",
             }
         ),
     ]
@@ -249,6 +275,7 @@ class Config(Block):
     ] = None
     evaluation: EvaluationConfig = EvaluationConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
+    guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def to_yaml(self, redacted: bool = True) -> str:

@@ -102,6 +102,16 @@ def contradictions(config: Config) -> Found:
     yield from _optimizer(config)
     yield from _trainer(config)
     yield from _deepspeed(config)
+    yield from _guards(config)
+
+
+def _guards(config: Config) -> Found:
+    if config.guards.spike != "off" and config.optimizer.name != "muon":
+        yield (
+            ("guards", "spike"),
+            f"is {config.guards.spike} and optimizer.name is {config.optimizer.name}: only Muon can leave a step out; "
+            "set guards.spike to off",
+        )
 
 
 def _tokenizer_and_data(config: Config) -> Found:
@@ -143,6 +153,8 @@ def _model(config: Config) -> Found:
         yield ("model", "model_type"), "is needed: the transformers model type, for instance llama"
     if model.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
         yield ("model", "dtype"), f"{model['dtype']!r} is not one of float32, bfloat16, float16"
+    if not isinstance(model.get("partitioned_init", False), bool):
+        yield ("model", "partitioned_init"), f"{model['partitioned_init']!r} is not true or false"
     vocabulary = model.get("vocab_size")
     if vocabulary is not None and tokenizer.vocab_size is not None and vocabulary != tokenizer.vocab_size:
         yield (

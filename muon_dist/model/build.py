@@ -19,6 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from muon_dist.errors import ConfigError
 
+# Keys of the `model` block that are ours: what it is, the weights' dtype, whether ZeRO-3 partitions it as it is built.
+_NOT_OF_THE_CLASS = ("model_type", "dtype", "partitioned_init")
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -41,14 +43,14 @@ def build_config(
 ) -> PretrainedConfig:
     """The transformers configuration of the `model` block of a run.
 
-    model: `model_type`, and keyword arguments of its configuration class by their exact names; `dtype` is left to
-    `build_model`. The vocabulary and the special tokens come from the tokenizer.
+    model: `model_type`, and keyword arguments of its configuration class by their exact names; `dtype` and
+    `partitioned_init` are for whoever builds the model. The vocabulary and the special tokens come from the tokenizer.
 
     Raises ConfigError that names the key: an unknown model type or keyword argument (with the closest one), a value
     that the configuration class refuses, dimensions that do not fit, a vocabulary or token id other than the
     tokenizer's.
     """
-    arguments = {k: v for k, v in model.items() if k not in ("model_type", "dtype")}
+    arguments = {k: v for k, v in model.items() if k not in _NOT_OF_THE_CLASS}
     kind = model.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         hint = _closest(str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from muon_dist.adapters.hf_callbacks import Console
+from muon_dist.adapters.hf_guards import Guards
 from muon_dist.adapters.hf_records import EventsFile, OwnershipFile
 from muon_dist.adapters.hf_trainer import MuonFactory, MuonTrainer, TrainingArguments
 from muon_dist.config import Config
@@ -18,6 +19,8 @@ from muon_dist.errors import ConfigError
 from muon_dist.model import DTYPES, build_model, check_sequence_length, flops_per_token
 from muon_dist.optim.groups import param_groups
 from muon_dist.routing import Override, RoutingTable, SplitRule, route
+from muon_dist.train import distributed
+from muon_dist.train.batch import share_batch
 from muon_dist.train.folder import RunFolder
 
 
@@ -73,9 +76,7 @@ def routing_table(config: Config, model: nn.Module) -> RoutingTable:
     )
 
 
-def optimizer_factory(
-    config: Config, table: RoutingTable, spectra: Path | None = None
-) -> tuple[type, dict[str, Any]]:
+def optimizer_factory(config: Config, table: RoutingTable, spectra: Path | None = None) -> tuple[type, dict[str, Any]]:
     """What Trainer takes as `optimizer_cls_and_kwargs`. spectra: the folder of the measures, if there are any."""
     muon, adamw = config.optimizer.muon, config.optimizer.adamw
     shared: dict[str, Any] = {"table": table, "betas": tuple(adamw.betas), "eps": adamw.eps}
@@ -90,6 +91,7 @@ def optimizer_factory(
         "adamw_lr": adamw.lr,
         "adamw_weight_decay": adamw.weight_decay,
         "print_routing": False,
+        "max_nonfinite": config.guards.max_nonfinite,
         "diagnostics": {**config.diagnostics.model_dump(), "folder": spectra} if config.diagnostics.every else None,
     }
 
@@ -118,10 +120,14 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         "remove_unused_columns": False,
         "deepspeed": config.deepspeed,
     }
-    if config.deepspeed is not None and not cuda:
-        from muon_dist.adapters.deepspeed import avoid_cpu_builds  # imports DeepSpeed, so only where it is used
+    if config.deepspeed is not None:
+        from muon_dist.adapters.deepspeed import prepare_process  # imports DeepSpeed, so only where it is used
 
-        avoid_cpu_builds()
+        prepare_process(cuda)
+    if config.data.global_batch_size is not None:
+        most = int(settings.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size))
+        micro, accumulation = share_batch(config.data.global_batch_size, most, distributed.world_size())
+        settings.update(per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
     try:
         args = TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -132,6 +138,23 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
     return args
 
 
+def require_zero3(args: TrainingArguments) -> TrainingArguments:
+    """Raises ConfigError unless the run is one with ZeRO-3, which `model.partitioned_init` needs."""
+    plugin = getattr(args, "hf_deepspeed_config", None)
+    if plugin is None or not plugin.is_zero3():
+        raise ConfigError(
+            "model.partitioned_init: only DeepSpeed's ZeRO stage 3 partitions a model as it is built: set "
+            "deepspeed to a stage-3 configuration, or leave partitioned_init out"
+        )
+    return args
+
+
+def make_guards(config: Config, stop_requested: Callable[[], int], say: Callable[[str], None]) -> Guards:
+    """The guards of the configuration. stop_requested: the signal that asked this rank to stop, or 0."""
+    settings = config.guards.model_dump(exclude={"signals"})
+    return Guards(**settings, stop_requested=stop_requested, say=say)
+
+
 def stack(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Samples of equal length -> one batch, (B, T) for each key."""
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
@@ -140,6 +163,7 @@ def stack(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tens
 def make_trainer(
     config: Config,
     folder: RunFolder,
+    args: TrainingArguments,
     *,
     model: Any,
     tokenizer: Any,
@@ -148,9 +172,12 @@ def make_trainer(
     eval_dataset: Any | None,
     sampler: Callable[[int, int], Iterable[int]],
     bytes_per_token: tuple[float, float],
+    guards: Guards | None = None,
 ) -> MuonTrainer:
-    """The trainer of a run. sampler: (samples consumed, samples in all) -> indices into `train_dataset`."""
-    args = training_arguments(config, folder, len(train_dataset))
+    """The trainer of a run. args: of `training_arguments`.
+
+    sampler: (samples consumed, samples in all) -> indices into `train_dataset`.
+    """
     total = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     clip = config.optimizer.clip
     trainer = MuonTrainer(
@@ -164,6 +191,7 @@ def make_trainer(
         bytes_per_token=bytes_per_token,
         flops_per_token=flops_per_token(model, config.data.sequence_length),
         metrics_path=folder.metrics,
+        guards=guards,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,

@@ -41,14 +41,14 @@ def _number(name: str, default: int) -> int:
         raise ConfigError(f"the environment variable {name} is {text!r}: the launcher sets a number") from error
 
 
-def start(timeout_seconds: float = 1800.0) -> None:
-    """Join the default process group when a launcher started several processes.
+def start(timeout_seconds: float = 1800.0) -> bool:
+    """Join the default process group when a launcher started several processes; True when that was done here.
 
     gloo on CPU, NCCL beside it with CUDA. With MUON_DIST_STORE (launch/torchrun.sh, one node) the processes meet in
     that file, and no store listens on the network; else as MASTER_ADDR and MASTER_PORT say.
     """
     if dist.is_initialized() or world_size() == 1:
-        return
+        return False
     timeout = timedelta(seconds=timeout_seconds)
     backend = "gloo"
     if torch.cuda.is_available():
@@ -57,11 +57,12 @@ def start(timeout_seconds: float = 1800.0) -> None:
     path = os.environ.get("MUON_DIST_STORE")
     if path is None:
         dist.init_process_group(backend, timeout=timeout)
-        return
+        return True
     # A restarted group must not meet what the failed one left in the file.
     path = f"{path}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     store = dist.FileStore(path, world_size())
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout)
+    return True
 
 
 def stop() -> None:

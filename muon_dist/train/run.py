@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch
 import yaml
 
 from muon_dist.adapters.hf_callbacks import quiet_transformers
+from muon_dist.adapters.hf_guards import stop_text
 from muon_dist.adapters.hf_trainer import MuonTrainer, leave_deepspeed
 from muon_dist.config import Config
+from muon_dist.errors import Stopped
 from muon_dist.model import count_parameters
 from muon_dist.model.load import load_model, load_text_tokenizer
 from muon_dist.routing import RoutingTable
 from muon_dist.train import build, corpus, distributed, environment, summary
 from muon_dist.train.folder import RunFolder, changed_settings, write_json
 from muon_dist.train.generation import generate
+from muon_dist.train.signals import StopSignals
 
 
 def train(
@@ -37,18 +41,21 @@ def train(
     quiet_transformers()
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which accelerate imports, warns on every rank
-    distributed.start(float(config.trainer.get("ddp_timeout", 1800)))
+    joined = distributed.start(float(config.trainer.get("ddp_timeout", 1800)))
     try:
         folder = RunFolder(Path(run_dir if run_dir is not None else config.run_dir) / config.name)
         checkpoint = distributed.once(lambda: _open(folder, config, resume, overwrite))
         _say(f"run folder {folder.root}" + (f", resuming from {checkpoint}" if checkpoint else ""))
         started = time.perf_counter()
         distributed.on_each_node(lambda: corpus.prepare(config))
-        trainer = _trainer(config, folder, time.perf_counter() - started)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with StopSignals() if config.guards.signals else nullcontext() as signals:
+            trainer = _trainer(config, folder, time.perf_counter() - started, signals)
+            trainer.train(resume_from_checkpoint=checkpoint)
+        _leave_if_stopped(trainer)
         return _finish(config, folder, trainer)
     finally:
-        distributed.stop()
+        if joined:
+            distributed.stop()
 
 
 def _say(text: str) -> None:
@@ -68,8 +75,20 @@ def _open(folder: RunFolder, config: Config, resume: str | None, overwrite: bool
     return checkpoint
 
 
-def _trainer(config: Config, folder: RunFolder, preparation: float) -> MuonTrainer:
-    tokenizer, datasets, model, table = distributed.everywhere(lambda: _parts(config))
+def _leave_if_stopped(trainer: MuonTrainer) -> None:
+    """Raises Stopped on every rank when a signal ended the training; the first rank reports it."""
+    stopped = trainer.guards.stopped if trainer.guards is not None else {}
+    if stopped:
+        error = Stopped(
+            f"{stop_text(stopped)}: all ranks committed step {trainer.state.global_step}. Start the same command "
+            "again to go on from there"
+        )
+        error.reported_elsewhere = distributed.rank() != 0  # type: ignore[attr-defined]
+        raise error
+
+
+def _trainer(config: Config, folder: RunFolder, preparation: float, signals: StopSignals | None = None) -> MuonTrainer:
+    tokenizer, datasets, args, model, table = distributed.everywhere(lambda: _parts(config, folder))
     distributed.once(lambda: _write_routing(folder, table))
     count = count_parameters(model)
     train_bytes, _ = datasets.bytes_per_token
@@ -82,6 +101,7 @@ def _trainer(config: Config, folder: RunFolder, preparation: float) -> MuonTrain
         lambda: build.make_trainer(
             config,
             folder,
+            args,
             model=model,
             tokenizer=tokenizer,
             table=table,
@@ -89,16 +109,27 @@ def _trainer(config: Config, folder: RunFolder, preparation: float) -> MuonTrain
             eval_dataset=datasets.validation,
             sampler=datasets.sampler,
             bytes_per_token=datasets.bytes_per_token,
+            guards=build.make_guards(config, lambda: signals.requested if signals is not None else 0, _say),
         )
     )
 
 
-def _parts(config: Config) -> tuple[Any, corpus.Datasets, Any, RoutingTable]:
-    """Tokenizer, datasets, model, routing table."""
+def _parts(config: Config, folder: RunFolder) -> tuple[Any, corpus.Datasets, Any, Any, RoutingTable]:
+    """Tokenizer, datasets, training arguments, model, routing table."""
     tokenizer = load_text_tokenizer(corpus.tokenizer_folder(config))
     datasets = corpus.open_datasets(config, len(tokenizer))
-    model = build.make_model(config, tokenizer)
-    return tokenizer, datasets, model, build.routing_table(config, model)
+
+    def arguments() -> Any:
+        return build.training_arguments(config, folder, len(datasets.train))
+
+    # While there are TrainingArguments with ZeRO-3, transformers partitions a model as it builds it.
+    if config.model.get("partitioned_init", False):
+        args = build.require_zero3(arguments())
+        model = build.make_model(config, tokenizer)
+    else:
+        model = build.make_model(config, tokenizer)
+        args = arguments()
+    return tokenizer, datasets, args, model, build.routing_table(config, model)
 
 
 def _write_routing(folder: RunFolder, table: RoutingTable) -> None:

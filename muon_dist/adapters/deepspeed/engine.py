@@ -1,0 +1,143 @@
+"""From an engine to the optimizer inside it, and back."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from muon_dist.adapters.deepspeed.checks import check_engine, one_group
+from muon_dist.adapters.deepspeed.gradients import Clip, is_finite
+from muon_dist.adapters.deepspeed.layouts import stage0, stage3, stage12
+from muon_dist.errors import FrameworkError
+from muon_dist.optim.adamw import adamw_state
+from muon_dist.optim.binding import Binding, Bound, NotReady
+from muon_dist.optim.muon import Muon
+
+WRAPPERS = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer, FP16_UnfusedOptimizer)
+
+
+def attach(engine: DeepSpeedEngine, *, clip_muon: bool = False) -> Muon:
+    """Check the engine and plan on its tensors now; without this call the first step does so.
+
+    A collective: every rank calls it, after `deepspeed.initialize` (or `accelerator.prepare`).
+
+    Args:
+        engine: as `deepspeed.initialize` returned it.
+        clip_muon: keep `gradient_clipping` on the gradients of Muon groups too. By default they are exempt: the
+            orthogonalized update has no scale, and a clip would only weigh the gradients in the momentum unequally.
+            At stage 0 in fp32 they are exempt only with this call.
+
+    Returns:
+        The `Muon` inside the engine.
+
+    Raises:
+        FrameworkError: the engine's optimizer is not ours any more, or a setting cannot be exact; names it.
+    """
+    if not isinstance(engine, DeepSpeedEngine):
+        raise FrameworkError(
+            f"attach takes the engine that deepspeed.initialize returned, not {type(engine).__name__}"
+        )
+    optimizer = engine.basic_optimizer
+    if not isinstance(optimizer, Muon):
+        raise FrameworkError(
+            f"the engine steps {type(optimizer).__name__}, not muon_dist.Muon: it was replaced. accelerate and the "
+            "Trainer replace any optimizer by DeepSpeedCPUAdam when offload_optimizer is set: put "
+            '"zero_force_ds_cpu_optimizer": false into the DeepSpeed configuration, and no "optimizer" block'
+        )
+    clip = Clip(engine, clip_muon)
+    if isinstance(engine.optimizer, Muon):
+        clip.record_norms()
+    if optimizer.runtime is None:
+        optimizer.bind(*bound_to(engine, optimizer, clip))
+    else:
+        optimizer.runtime.binding.gradient_factor = clip
+    return optimizer
+
+
+def prepare_process(gpu: bool) -> None:
+    """Before `TrainingArguments` and the model.
+
+    Tells DeepSpeed of the process group that there is: `zero.Init`, under which transformers builds a model for
+    ZeRO-3, would take the process for a single one. Without a GPU it first keeps DeepSpeed from compiling its
+    shared-memory collectives for 40 s (training uses torch's; a build that is killed leaves a lock on which later
+    runs hang without a word).
+    """
+    if not gpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if dist.is_initialized():
+        deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+
+def bind(optimizer: Muon) -> Bound | NotReady | None:
+    """The binder: looks for the engine or wrapper that holds `optimizer`. None where DeepSpeed does not hold it.
+
+    `NotReady` while `deepspeed.initialize` runs: FP16_UnfusedOptimizer makes a real step on zero gradients there.
+    """
+    engine, wrapper = find_engine(optimizer)
+    if engine is None:
+        return NotReady() if wrapper is not None else None
+    if engine.optimizer is optimizer and engine.gradient_clipping() > 0:
+        warnings.warn(
+            f"gradient_clipping={engine.gradient_clipping()} applies to the gradients of Muon groups too at stage 0 "
+            "in fp32: call muon_dist.attach(engine) after deepspeed.initialize to exempt them",
+            stacklevel=2,
+        )
+    return bound_to(engine, optimizer, Clip(engine, False))
+
+
+def find_engine(optimizer: Muon) -> tuple[DeepSpeedEngine | None, Any]:
+    """The engine and the wrapper that hold `optimizer`; an engine still in its __init__ holds no wrapper yet.
+
+    DeepSpeed keeps no list of its engines, and our optimizer is not told of its wrapper, so all living objects are
+    looked through, once. By type, not isinstance: that asks the objects, and some import modules when asked.
+    """
+    kinds = set(_with_subclasses((*WRAPPERS, DeepSpeedEngine)))
+    living = [candidate for candidate in gc.get_objects() if type(candidate) in kinds]
+    wrappers = [w for w in living if isinstance(w, WRAPPERS) and vars(w).get("optimizer") is optimizer]
+    held = wrappers[0] if wrappers else optimizer
+    engines = [e for e in living if isinstance(e, DeepSpeedEngine) and vars(e).get("optimizer") is held]
+    return engines[0] if engines else None, wrappers[0] if wrappers else None
+
+
+def _with_subclasses(classes: Iterable[type]) -> Iterator[type]:
+    for cls in classes:
+        yield cls
+        yield from _with_subclasses(cls.__subclasses__())
+
+
+def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
+    check_engine(engine, optimizer)
+    wrapper: Any = engine.optimizer
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        layout, buffers, groups, others = stage3(wrapper, optimizer)
+        group = one_group(wrapper.dp_process_group, wrapper.sub_group_process_groups)
+    elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        layout, buffers, groups, others = stage12(wrapper, optimizer)
+        group = one_group(wrapper.dp_process_group, wrapper.real_dp_process_group)
+    elif isinstance(wrapper, (FP16_UnfusedOptimizer, Muon)):
+        layout, buffers, groups, others = stage0(engine, optimizer)
+        group = engine.seq_data_parallel_group
+        hooked: Any = wrapper  # hooks of the engine, see `_stage0`
+        hooked.checkpoint_event_prologue = optimizer.gather_state
+        hooked.checkpoint_event_epilogue = optimizer.release_state
+    else:
+        raise FrameworkError(f"Muon is inside a {type(wrapper).__name__}, of which muon_dist does not know the layout")
+    for tensor in (*buffers, *others):
+        if tensor.dtype != torch.float32 and not isinstance(wrapper, Muon):
+            raise FrameworkError(f"master weights in {tensor.dtype}: leave out *_master_weights_and_grads")
+    # DeepSpeed links the state of all groups after the first group's step: what is not there by then, it never sees.
+    for tensor in others:
+        if "exp_avg" not in optimizer.state[tensor]:
+            optimizer.state[tensor].update(adamw_state(tensor))
+    return Binding(layout, tuple(buffers), group, engine.device, clip, finite=lambda: is_finite(wrapper)), groups

@@ -1,0 +1,69 @@
+"""What DeepSpeed has done to the gradients of a step before the optimizer sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.utils import clip_grad_norm_, is_invalid_grad_norm
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from muon_dist.optim.muon import Muon
+
+_CLIP_EPSILON = 1e-6  # in every clip of DeepSpeed's: gradient / max(1, (norm + 1e-6) / gradient_clipping)
+
+
+class Clip:
+    """The factor that gives a Muon group its true gradient back, from what DeepSpeed made of it for this step."""
+
+    def __init__(self, engine: DeepSpeedEngine, clip_muon: bool) -> None:
+        self.engine = engine
+        self.clip_muon = clip_muon
+        self.norm = 0.0
+
+    def record_norms(self) -> None:
+        """At stage 0 in fp32 the engine clips the parameters' own gradients and forgets the norm: keep it."""
+        engine = self.engine
+
+        def clip_fp32_gradients() -> None:
+            bound = engine.gradient_clipping()
+            self.norm = float(clip_grad_norm_(engine.module.parameters(), max_norm=bound, mpu=engine.mpu))
+
+        engine.clip_fp32_gradients = clip_fp32_gradients
+
+    def __call__(self) -> float:
+        wrapper = self.engine.optimizer
+        growth = _growth(wrapper)
+        if isinstance(wrapper, Muon):
+            bound, norm = self.engine.gradient_clipping(), self.norm
+        else:
+            bound, norm = wrapper.clip_grad, wrapper._global_grad_norm
+        if not bound > 0 or norm is None:
+            return growth
+        norm = float(norm)
+        # Stages 1 and 2 report the true norm and clip by the one divided by the new loss scale; stage 3 reports that.
+        stage3 = isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3)
+        used, true = (norm, norm * growth) if stage3 else (norm / growth, norm)
+        divided_by = growth * max(1.0, (used + _CLIP_EPSILON) / bound)
+        return divided_by / max(1.0, (true + _CLIP_EPSILON) / bound) if self.clip_muon else divided_by
+
+
+def _growth(wrapper: Any) -> float:
+    """By how much the dynamic loss scale grew in this step, else 1.
+
+    DeepSpeed unscales by the scale *after* its update, so the gradient of such a step arrives divided by that much
+    too much (fp16, every `loss_scale_window` steps).
+    """
+    scaler = getattr(wrapper, "loss_scaler", None)
+    if scaler is None or not scaler.dynamic or wrapper.custom_loss_scaler:
+        return 1.0
+    stable = (scaler.cur_iter - 1) - scaler.last_overflow_iter - 1
+    return float(scaler.scale_factor) if stable > 0 and stable % scaler.scale_window == 0 else 1.0
+
+
+def is_finite(wrapper: Any) -> bool | None:
+    """From the norm that the wrapper has taken over all ranks; None at stage 0 in fp32, where there is no wrapper.
+
+    Mostly DeepSpeed leaves a bad step out itself and `step` is not called; not so in bf16 without check_grad_overflow.
+    """
+    return None if isinstance(wrapper, Muon) else not is_invalid_grad_norm(wrapper._global_grad_norm)
