@@ -52,12 +52,18 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch.distributed.fsdp": ("adapters.fsdp2",),
     "torch.nn.parallel": ("adapters.ddp",),
     "pydantic": ("config",),
+    "quack": ("numerics.products",),
     "typer": ("cli", "experiments.cli", "bench.cli"),
 }
 # import name -> name of the package, where they differ
-DISTRIBUTIONS = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "huggingface_hub": "huggingface-hub",
+    "sklearn": "scikit-learn",
+    "quack": "quack-kernels",
+}
 # in an extra, imported where it is used
-OPTIONAL = {"scikit-learn"}
+OPTIONAL = {"quack-kernels", "scikit-learn"}
 # needed and not imported by name: the Trainer's engine, sentencepiece's model file, the format of saved models
 THROUGH_OTHERS = {"accelerate", "protobuf", "safetensors"}
 

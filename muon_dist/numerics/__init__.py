@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from muon_dist.numerics.newton_schulz import compute_dtype, newton_schulz, newton_schulz_flops, segment_length
+from muon_dist.numerics.newton_schulz import (
+    compute_dtype,
+    kernel_name,
+    newton_schulz,
+    newton_schulz_,
+    newton_schulz_flops,
+    segment_length,
+)
 from muon_dist.numerics.schedules import SCHEDULES, Schedule, coefficients, get_schedule
 from muon_dist.numerics.spectral import SpectralStats, polar_factor, spectral_stats, spectral_stats_batch
 
@@ -13,7 +20,9 @@ __all__ = [
     "coefficients",
     "compute_dtype",
     "get_schedule",
+    "kernel_name",
     "newton_schulz",
+    "newton_schulz_",
     "newton_schulz_flops",
     "polar_factor",
     "segment_length",

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from muon_dist.errors import ConfigError
+from muon_dist.numerics.compiled import compiled_iteration
+from muon_dist.numerics.iteration import Workspace, iterate, matrices_at_once, normal_dtype, normalize
+from muon_dist.numerics.products import products_for
 from muon_dist.numerics.schedules import DEFAULT_STEPS, Row, Schedule, get_schedule
 
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,7 +62,12 @@ def _require_full_fp32(device: torch.device, schedule: str) -> None:
 
 @torch.no_grad()
 def newton_schulz(
-    x: Tensor, steps: int = DEFAULT_STEPS, schedule: str = "keller", dtype: torch.dtype | None = None
+    x: Tensor,
+    steps: int = DEFAULT_STEPS,
+    schedule: str = "keller",
+    dtype: torch.dtype | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
     """Approximate the polar factor U V^T of every matrix X = U S V^T.
 
@@ -73,6 +81,7 @@ def newton_schulz(
         steps: number of iterations; see `schedules.coefficients`.
         schedule: one of `schedules.SCHEDULES`.
         dtype: compute dtype; None for the policy of `compute_dtype`.
+        compiled: through `torch.compile`, once for each shape of a stack; see `compiled.check_compiler`.
 
     Returns:
         A contiguous tensor of the shape, dtype and device of `x`, without gradient. Every matrix of a stack is
@@ -91,85 +100,84 @@ def newton_schulz(
         raise ValueError(f"newton_schulz needs a matrix (M, N) or a stack (B, M, N), got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"newton_schulz needs real floating numbers, got {x.dtype}")
-    if x.numel() == 0:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    stack = x if x.ndim == 3 else x.unsqueeze(0)
-    tall = stack.size(-2) > stack.size(-1)
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        wide = normalize(stack.mT if tall else stack, chosen, work_dtype)
-        wide = _iterate(wide, rows, segment_length(wide.size(-2), wide.size(-1), work_dtype))
-    result = (wide.mT if tall else wide).to(x.dtype).contiguous()
-    return result if x.ndim == 3 else result.squeeze(0)
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.ndim == 3:
+        _orthogonalize(x, result, chosen, rows, work_dtype, compiled)
+    else:
+        _orthogonalize(x.unsqueeze(0), result.unsqueeze(0), chosen, rows, work_dtype, compiled)
+    return result
 
 
-def normalize(x: Tensor, schedule: Schedule, dtype: torch.dtype) -> Tensor:
-    """Bring every matrix of the stack `x` (B, M, N), M <= N, to spectral norm 1 or less: a new contiguous tensor.
+@torch.no_grad()
+def newton_schulz_(
+    stack: Tensor,
+    steps: int = DEFAULT_STEPS,
+    schedule: str = "keller",
+    dtype: torch.dtype | None = None,
+    *,
+    compiled: bool = False,
+) -> None:
+    """`newton_schulz` of a contiguous stack (B, M, N), written over it: no second stack is allocated.
 
-    "frobenius": X / (safety ||X||_F). "aol": each row i is also divided by sqrt(sum_j |X X^T|_ij), which bounds the
-    spectral norm by 1 more tightly (Prach and Lampert, arXiv 2208.03160; Turbo-Muon, arXiv 2512.04632), but changes
-    the polar factor slightly. Zero matrices and zero rows stay zero. The result has dtype `dtype`.
+    Raises as `newton_schulz`.
     """
-    exact = torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32)
-    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=(-2, -1), keepdim=True, dtype=exact)
-    y = torch.empty(x.shape, dtype=exact, device=x.device)
-    torch.div(x, _nonzero(largest), out=y)  # entries up to 1: the squares below neither overflow nor all vanish
-    # By rows first: one fp32 sum over 45 million squares is 0.35% too small on CPU.
-    row_norms = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    y.div_(_nonzero(torch.linalg.vector_norm(row_norms, dim=-2, keepdim=True)))
-    if schedule.normalization == "aol":
-        # fp16 would round the small entries of the Gram matrix (below 6e-8) away, and with them the bound.
-        low = y.to(torch.float32 if dtype == torch.float16 else dtype)
-        reach = torch.bmm(low, low.mT).abs().sum(dim=-1, keepdim=True, dtype=exact)
-        y.div_(_nonzero(reach.sqrt_()))
-    if schedule.safety != 1.0:
-        y.div_(schedule.safety)
-    return y.to(dtype)
+    chosen = get_schedule(schedule)
+    rows = chosen.coefficients(steps)
+    assert stack.ndim == 3 and stack.is_contiguous() and stack.is_floating_point()
+    _orthogonalize(stack, stack, chosen, rows, compute_dtype(dtype, stack.device, schedule), compiled)
 
 
-def _nonzero(divisor: Tensor) -> Tensor:
-    """`divisor` with 1 in place of 0; NaN stays NaN, so that a bad input is never hidden."""
-    return torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+def _orthogonalize(
+    source: Tensor, target: Tensor, schedule: Schedule, rows: tuple[Row, ...], dtype: torch.dtype, compiled: bool
+) -> None:
+    """Of every matrix in `source` (B, M, N) the orthogonalized one into the contiguous `target`, which may be it."""
+    if source.numel() == 0:
+        return
+    count, m, n = source.shape
+    segment = segment_length(m, n, dtype)
+    products = products_for(min(m, n), max(m, n), dtype, source.device)
+    with torch.autocast(device_type=source.device.type, enabled=False):
+        if compiled:
+            target.copy_(compiled_iteration(source, schedule, rows, segment, dtype, products))
+            return
+        at_once = matrices_at_once(count, m, n, segment, dtype, source.device)
+        space = Workspace(at_once, m, n, segment, dtype=dtype, device=source.device)
+        normalized_there = target.dtype == normal_dtype(source.dtype, dtype)
+        for first in range(0, count, at_once):
+            result = target[first : first + at_once]
+            x = normalize(source[first : first + at_once], schedule, dtype, result if normalized_there else None)
+            x = iterate(x, rows, space, products)
+            if x is not result:
+                result.copy_(x)
+
+
+def kernel_name(m: int, n: int, dtype: torch.dtype, device: torch.device, *, compiled: bool = False) -> str:
+    """Which form runs for (m, n) matrices and who multiplies: "Gram form, segments of 3, float32, torch"."""
+    segment = segment_length(m, n, dtype)
+    form = "standard" if segment == 1 else f"Gram form, segments of {segment}"
+    who = products_for(min(m, n), max(m, n), dtype, device).name
+    return f"{form}, {str(dtype).removeprefix('torch.')}, {who}{', compiled' if compiled else ''}"
 
 
 def segment_length(m: int, n: int, dtype: torch.dtype) -> int:
-    """How many steps are taken on the Gram matrix before X is formed again: 1 is the standard iteration, 3 Gram form.
+    """How many steps are taken on the Gram matrix before X is formed again: 1 is standard, more is Gram form.
 
     Gram form does the arithmetic of a step on the small A = X X^T alone, since X only ever changes by Q X with Q a
     polynomial in A (Gram Newton-Schulz, as in the gram-newton-schulz package and DeepSpeed). It squares the singular
-    values, so A loses the small ones: X is formed again after three steps. In fp32 that keeps the error against fp64
-    near that of the standard iteration (tests: within a factor of 4, up to condition 1e6 and for rank 1); without
-    forming X again it is up to a hundred times larger. In bf16 and fp16 it is not used.
+    values, so A loses the small ones, and X must be formed again. Up to condition 1e6 and for rank 1 (tests):
 
-    Three steps cost 4 m^2 n + 18 m^3 FLOPs in place of 12 m^2 n + 6 m^3, which is less for n > 1.5 m.
+    - fp32: after three steps; the error against fp64 stays within a factor of 4 of the standard iteration's. Without
+      forming X again it is up to a hundred times larger.
+    - fp16: after two and after four; within a factor of 4 of the standard iteration's in fp16 or below 0.5%, and
+      never above the standard iteration's in bf16.
+    - bf16: not used.
+
+    Segments of three cost 8 m^2 n + 28 m^3 FLOPs for five steps, segments of two 12 m^2 n + 22 m^3, standard steps
+    20 m^2 n + 10 m^3: more than both for n > 1.5 m.
     """
-    return 3 if dtype in (torch.float32, torch.float64) and 2 * max(m, n) > 3 * min(m, n) else 1
-
-
-def _iterate(x: Tensor, rows: tuple[Row, ...], segment: int) -> Tensor:
-    """The iteration on a stack (B, M, N), M <= N, of spectral norm at most 1. Computes in the dtype of `x`."""
-    for first in range(0, len(rows), segment):
-        gram = torch.bmm(x, x.mT)
-        steps = rows[first : first + segment]
-        (a, b, c), *more = steps
-        z = _polynomial(gram, b, c)
-        if not more:
-            x = torch.baddbmm(x, z, x, beta=a)
-            continue
-        z.diagonal(dim1=-2, dim2=-1).add_(a)
-        q = z
-        for a, b, c in more:
-            gram = torch.bmm(torch.bmm(z, gram), z)
-            z = _polynomial(gram, b, c)
-            z.diagonal(dim1=-2, dim2=-1).add_(a)
-            q = torch.bmm(z, q)
-        x = torch.bmm(q, x)
-    return x
-
-
-def _polynomial(gram: Tensor, b: float, c: float) -> Tensor:
-    """b A + c A^2: a new tensor."""
-    return gram * b if c == 0.0 else torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    if 2 * max(m, n) <= 3 * min(m, n):
+        return 1
+    return {torch.float32: 3, torch.float64: 3, torch.float16: 2}.get(dtype, 1)
 
 
 def newton_schulz_flops(m: int, n: int, steps: int = DEFAULT_STEPS, segment: int = 1) -> int:

@@ -1,0 +1,60 @@
+"""The iteration through `torch.compile`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from muon_dist.errors import ConfigError
+from muon_dist.numerics.iteration import Workspace, iterate, normalize
+from muon_dist.numerics.products import PLAIN, Products
+from muon_dist.numerics.schedules import Row, Schedule, get_schedule
+
+_SHAPES = 1024
+"""Compiled forms that are kept; PyTorch's own bound is 8, beyond which it would stop compiling."""
+
+
+def _whole(
+    x: Tensor, schedule: Schedule, rows: tuple[Row, ...], segment: int, dtype: torch.dtype, products: Products
+) -> Tensor:
+    count, m, n = x.shape
+    space = Workspace(count, m, n, segment, dtype=dtype, device=x.device)
+    return iterate(normalize(x, schedule, dtype), rows, space, products)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_whole, dynamic=False, fullgraph=True)
+
+
+def compiled_iteration(
+    x: Tensor, schedule: Schedule, rows: tuple[Row, ...], segment: int, dtype: torch.dtype, products: Products
+) -> Tensor:
+    """The orthogonalized stack (B, M, N) in `dtype`, by code that is compiled once for each shape of the stack.
+
+    Raises ConfigError where compiling fails, instead of running uncompiled.
+    """
+    import torch._dynamo  # only here: it takes 2 s to import
+
+    try:
+        with torch._dynamo.config.patch(recompile_limit=_SHAPES, accumulated_recompile_limit=_SHAPES):
+            return _compiled()(x, schedule, rows, segment, dtype, products)
+    except Exception as error:
+        raise ConfigError(
+            f"ns_compile=True, but torch.compile failed on {x.device} ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}): leave ns_compile out, or "
+            "install what the compiler needs (a C++ compiler on CPU, Triton on CUDA)"
+        ) from error
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a small iteration on `device`, so that a machine without a compiler says so before the first step.
+
+    Raises ConfigError as `compiled_iteration`.
+    """
+    schedule = get_schedule("keller")
+    x = torch.ones(1, 2, 3, device=device)
+    compiled_iteration(x, schedule, schedule.coefficients(1), 1, torch.float32, PLAIN)

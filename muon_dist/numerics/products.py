@@ -1,0 +1,91 @@
+"""Who multiplies the matrices of the iteration: PyTorch, or kernels that compute half of a symmetric product."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("muon_dist")
+
+SYMMETRIC_DTYPES = (torch.float16, torch.bfloat16)
+SYMMETRIC_TILE = 256
+"""Below this side a symmetric product is one tile, of which no half can be left out (gram-newton-schulz 0.1.6)."""
+SYMMETRIC_ALIGNMENT = 8
+"""The kernels read 16 bytes at a time, so rows must be multiples of 8 two-byte elements."""
+HOPPER = (9, 0)
+
+
+class Products:
+    """Batched products of `torch.bmm`, all into given tensors.
+
+    Attributes:
+        name: what multiplies, as reports and logs call it.
+        symmetric_half: True when only half of a symmetric product is computed.
+    """
+
+    name = "torch"
+    symmetric_half = False
+
+    def symmetric(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        """out <- x y, known to be symmetric."""
+        torch.bmm(x, y, out=out)
+
+    def square(self, x: Tensor, beta: float, alpha: float, out: Tensor) -> None:
+        """out <- beta x + alpha x^2, of a symmetric x."""
+        torch.baddbmm(x, x, x, beta=beta, alpha=alpha, out=out)
+
+
+class SymmetricKernels(Products):
+    """The CuTe kernels that the `gram-newton-schulz` package is built on (quack-kernels), for Hopper and newer."""
+
+    name = "quack gemm_symmetric"
+    symmetric_half = True
+
+    def __init__(self, gemm_symmetric: Any) -> None:
+        self._gemm = gemm_symmetric
+
+    def symmetric(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        self._gemm(x, y, out=out)
+
+    def square(self, x: Tensor, beta: float, alpha: float, out: Tensor) -> None:
+        self._gemm(x, x, C=x, out=out, alpha=float(alpha), beta=float(beta))
+
+
+PLAIN = Products()
+
+
+@functools.cache
+def _symmetric_kernels() -> Products:
+    """The kernels, or the plain products with one line in the log that says why."""
+    try:
+        from quack.gemm_interface import gemm_symmetric
+    except ImportError as error:
+        logger.info(
+            "Newton-Schulz runs on torch.bmm: this GPU could use symmetric kernels, but importing them failed (%s). "
+            "pip install 'muon-dist[kernels]' brings them.",
+            error,
+        )
+        return PLAIN
+    logger.info("Newton-Schulz runs on %s where shapes and dtype allow it", SymmetricKernels.name)
+    return SymmetricKernels(gemm_symmetric)
+
+
+def products_for(short: int, long: int, dtype: torch.dtype, device: torch.device) -> Products:
+    """What multiplies for matrices of sides `short` <= `long` in compute dtype `dtype` on `device`.
+
+    The symmetric kernels need a GPU of compute capability 9.0 or newer, fp16 or bf16, a short side of 256 or more, and
+    sides that are multiples of 8; everything else, and every machine without them, uses `torch.bmm`.
+    """
+    suits = (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and dtype in SYMMETRIC_DTYPES
+        and short >= SYMMETRIC_TILE
+        and short % SYMMETRIC_ALIGNMENT == long % SYMMETRIC_ALIGNMENT == 0
+        and torch.cuda.get_device_capability(device) >= HOPPER
+    )
+    return _symmetric_kernels() if suits else PLAIN
