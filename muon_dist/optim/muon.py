@@ -18,7 +18,7 @@ from muon_dist.optim.binding import BINDERS, Binding, Group, NotReady, Parameter
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.guard import StepGuard, parameter_names
 from muon_dist.optim.options import check_group, iterations, make_spec
-from muon_dist.optim.planning import check_covers, check_untouched, default_process_group, option_fields
+from muon_dist.optim.planning import check_covers, check_order, check_untouched, default_process_group, option_fields
 from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import MOMENTUM, PARTIAL, adopt_momentum, full_state_dict, partial_momentum, split_momentum
 from muon_dist.ownership import OwnershipPlan, assign_owners
@@ -363,11 +363,13 @@ class Muon(torch.optim.Optimizer):
 
         Raises:
             ConfigError: a group's algorithm differs.
-            CheckpointError: momentum of a matrix that this rank holds is missing (another rank's state_dict).
+            CheckpointError: momentum of a matrix that this rank holds is missing (another rank's state_dict), or the
+                parameters of a group were in another order.
         """
         saved = [g.get("algorithm", "muon") for g in state_dict["param_groups"]]
         if saved != self._algorithms:
             raise ConfigError(f"the saved groups are {saved}, this optimizer's are {self._algorithms}")
+        check_order(state_dict["param_groups"], self._specs)
         momentum, rest = split_momentum(self, state_dict)
         super().load_state_dict(rest)
         self._groups = list(self.param_groups)

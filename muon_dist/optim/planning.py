@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from muon_dist.errors import LayoutError
+from muon_dist.errors import CheckpointError, LayoutError
 from muon_dist.numerics import compute_dtype
 from muon_dist.optim.binding import Binding, Group, ParameterSpec
 
@@ -45,6 +46,19 @@ def check_untouched(groups: Sequence[Group], specs: Sequence[Sequence[ParameterS
         for p, s in zip(group["params"], given, strict=True):
             if s.matrices and not p.is_contiguous():
                 raise LayoutError(f"{s.name} is not contiguous: call .contiguous() on it before making Muon")
+
+
+def check_order(saved: Sequence[Mapping[str, Any]], specs: Sequence[Sequence[ParameterSpec]]) -> None:
+    """Raises CheckpointError for a saved state of the same parameters in another order, since it goes by position."""
+    for group, given in zip(saved, specs, strict=True):
+        names, expected = list(group.get("param_names") or ()), [s.name for s in given]
+        if names != expected and sorted(names) == sorted(expected):
+            first = next(i for i, (a, b) in enumerate(zip(names, expected, strict=True)) if a != b)
+            raise CheckpointError(
+                f"the saved state has the parameters of group '{group.get('name', '')}' in another order: number "
+                f"{first} was {names[first]} and is {expected[first]}. Make the groups as they were made then, with "
+                "the same `partitions` (param_groups), or load a checkpoint that is kept by name"
+            )
 
 
 def option_fields(
