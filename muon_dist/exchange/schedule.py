@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from muon_dist.layout.fragment import Fragment
 from muon_dist.ownership import OwnershipPlan
-
-Move = tuple[int, int, int]
-"""(sender, receiver, elements)"""
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,8 @@ def outgoing(plan: OwnershipPlan, bucket: Bucket, rank: int, peer: int) -> Itera
     """The pieces of the gather message from `rank` to `peer`, in order, as (matrix, fragment on `rank`)."""
     for i in bucket.matrices:
         if plan.owners[i] == peer:
-            for f in plan.sources[i]:
-                if f.rank == rank:
-                    yield i, f
+            for f in plan.sources[i].on(rank):
+                yield i, f
 
 
 def returning(plan: OwnershipPlan, bucket: Bucket, owner: int, peer: int) -> Iterator[tuple[int, Fragment]]:
@@ -51,47 +49,61 @@ def returning(plan: OwnershipPlan, bucket: Bucket, owner: int, peer: int) -> Ite
                 yield i, f
 
 
-class _Messages:
-    """Messages of one direction of a bucket while it grows."""
+class _Ends:
+    """What each rank sends, receives and stacks in a bucket while it grows: (kind, rank) -> elements."""
 
-    def __init__(self) -> None:
-        self.counts: dict[tuple[int, int], int] = {}
-        self.busy: dict[tuple[str, int], int] = {}
+    def __init__(self, plan: OwnershipPlan) -> None:
+        self.plan = plan
+        self.busy = np.zeros((5, plan.layout.world_size), dtype=np.int64)
 
-    def would_exceed(self, moves: Sequence[Move], bound: int) -> bool:
-        added: dict[tuple[str, int], int] = {}
-        for sender, receiver, n in moves:
-            for end in (("send", sender), ("receive", receiver)):
-                added[end] = added.get(end, 0) + n
-        return any(self.busy.get(end, 0) + n > bound for end, n in added.items())
+    def of(self, i: int) -> np.ndarray:
+        """What matrix `i` adds: sent and received in the gather, sent and received in the scatter, stacked."""
+        added = np.zeros_like(self.busy)
+        owner, matrix = self.plan.owners[i], self.plan.layout.matrices[i]
+        np.add.at(added[0], self.plan.sources[i].rank, self.plan.sources[i].length)
+        np.add.at(added[3], matrix.fragments.rank, matrix.fragments.length)
+        added[0, owner] = added[3, owner] = 0  # what stays is not sent
+        added[1, owner], added[2, owner] = added[0].sum(), added[3].sum()
+        added[4, owner] = matrix.matrix.numel
+        return added
 
-    def add(self, moves: Sequence[Move]) -> None:
-        for sender, receiver, n in moves:
-            self.counts[sender, receiver] = self.counts.get((sender, receiver), 0) + n
-            for end in (("send", sender), ("receive", receiver)):
-                self.busy[end] = self.busy.get(end, 0) + n
-
-
-def _moves(plan: OwnershipPlan, i: int) -> tuple[list[Move], list[Move]]:
-    """What matrix `i` adds to the gather and to the scatter."""
-    owner = plan.owners[i]
-    gather = [(f.rank, owner, f.length) for f in plan.sources[i] if f.rank != owner]
-    scatter = [(owner, f.rank, f.length) for f in plan.layout.matrices[i].fragments if f.rank != owner]
-    return gather, scatter
+    def exceed(self, added: np.ndarray, bound: int) -> bool:
+        return bool(((self.busy + added > bound) & (added > 0)).any())
 
 
 def _by_progress(plan: OwnershipPlan, matrices: Sequence[int]) -> list[int]:
     """`matrices` with the owners' lists, each sorted by shape, interleaved by the share of it that is done."""
-    shapes = [(m.matrix.rows, m.matrix.cols) for m in plan.layout.matrices]
+    queues: dict[int, list[tuple[tuple[int, int], int]]] = {}
+    for i in matrices:
+        m = plan.layout.matrices[i].matrix
+        queues.setdefault(plan.owners[i], []).append(((m.rows, m.cols), i))
     progress: list[tuple[float, int, tuple[int, int], int]] = []
-    for owner in sorted({plan.owners[i] for i in matrices}):
-        queue = sorted((i for i in matrices if plan.owners[i] == owner), key=lambda i: (shapes[i], i))
-        total = sum(plan.layout.matrices[i].matrix.numel for i in queue)
+    for owner in sorted(queues):
+        total = sum(rows * cols for (rows, cols), _ in queues[owner])
         done = 0
-        for i in queue:
-            progress.append((done / total, owner, shapes[i], i))
-            done += plan.layout.matrices[i].matrix.numel
+        for shape, i in sorted(queues[owner]):
+            progress.append((done / total, owner, shape, i))
+            done += shape[0] * shape[1]
     return [i for *_, i in sorted(progress)]
+
+
+def cut_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int) -> list[tuple[int, ...]]:
+    """The matrices of each bucket of `make_buckets`, without its messages."""
+
+    def key(i: int) -> tuple[int, int, int, int]:
+        m = plan.layout.matrices[i].matrix
+        return plan.owners[i], m.rows, m.cols, i
+
+    buckets: list[list[int]] = []
+    ends = _Ends(plan)
+    for i in _by_progress(plan, matrices):
+        added = ends.of(i)
+        if not buckets or ends.exceed(added, bucket_elements):
+            buckets.append([])
+            ends.busy[:] = 0
+        buckets[-1].append(i)
+        ends.busy += added
+    return [tuple(sorted(members, key=key)) for members in buckets]
 
 
 def make_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int) -> tuple[Bucket, ...]:
@@ -100,31 +112,21 @@ def make_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: 
     A matrix larger than the bound has a bucket of its own. The owners' lists are interleaved by progress, so that
     each bucket gives every owner work, and equal shapes of one owner stay together for one batched call.
     """
+    return tuple(_bucket(plan, members) for members in cut_buckets(plan, matrices, bucket_elements))
 
-    def close(members: list[int], gather: _Messages, scatter: _Messages) -> Bucket:
-        def key(i: int) -> tuple[int, int, int, int]:
-            m = plan.layout.matrices[i].matrix
-            return plan.owners[i], m.rows, m.cols, i
 
-        return Bucket(tuple(sorted(members, key=key)), gather.counts, scatter.counts)
-
-    buckets: list[Bucket] = []
-    members: list[int] = []
-    gather, scatter, stacks = _Messages(), _Messages(), _Messages()
-    for i in _by_progress(plan, matrices):
-        inward, outward = _moves(plan, i)
-        stacked = [(plan.owners[i], plan.owners[i], plan.layout.matrices[i].matrix.numel)]
-        kinds = (gather, inward), (scatter, outward), (stacks, stacked)
-        if members and any(messages.would_exceed(moves, bucket_elements) for messages, moves in kinds):
-            buckets.append(close(members, gather, scatter))
-            members, gather, scatter, stacks = [], _Messages(), _Messages(), _Messages()
-        members.append(i)
-        gather.add(inward)
-        scatter.add(outward)
-        stacks.add(stacked)
-    if members:
-        buckets.append(close(members, gather, scatter))
-    return tuple(buckets)
+def _bucket(plan: OwnershipPlan, members: tuple[int, ...]) -> Bucket:
+    gather: dict[tuple[int, int], int] = {}
+    scatter: dict[tuple[int, int], int] = {}
+    for i in members:
+        owner = plan.owners[i]
+        for f in plan.sources[i]:
+            if f.rank != owner:
+                gather[f.rank, owner] = gather.get((f.rank, owner), 0) + f.length
+        for f in plan.layout.matrices[i].fragments:
+            if f.rank != owner:
+                scatter[owner, f.rank] = scatter.get((owner, f.rank), 0) + f.length
+    return Bucket(members, gather, scatter)
 
 
 def bytes_sent(buckets: Sequence[Bucket], rank: int, gather_bytes: int, scatter_bytes: int) -> int:
