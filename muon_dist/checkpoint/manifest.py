@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from muon_dist.checkpoint.files import FileRecord, write_bytes
+import torch
+
+from muon_dist.checkpoint.files import DTYPES, FileRecord, write_bytes
 from muon_dist.checkpoint.piece import Extent
 from muon_dist.errors import CheckpointError
 
@@ -47,6 +49,10 @@ class Tensor:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _parsed(path: Path, body: Mapping[str, Any]) -> Manifest:
     tensors = {
-        (kind, name): Tensor(tuple(_number(n) for n in t["shape"]), str(t["dtype"]))
+        (kind, name): Tensor(tuple(_number(n) for n in t["shape"]), _known(DTYPES, t["dtype"]))
         for kind, named in body["tensors"].items()
         for name, t in named.items()
     }
@@ -177,6 +183,12 @@ def _check_part(path: Path, part: Stored, tensor: Tensor) -> None:
     e = part.extent
     if e.rows < 1 or e.cols < 1 or e.stop > tensor.numel or (e.rows > 1 and e.stride < e.cols):
         raise CheckpointError(f"{path}: {part.name} ({part.kind}) of shape {tensor.shape} has no part {e}")
+
+
+def _known(names: Mapping[str, Any], value: Any) -> str:
+    if value not in names:
+        raise ValueError(f"{value!r} is none of {', '.join(names)}")
+    return str(value)
 
 
 def _number(value: Any) -> int:

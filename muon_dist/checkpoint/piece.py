@@ -23,6 +23,17 @@ MOMENTUM = "momentum"
 """Kind of Muon's momentum. Other state keeps torch's own names: exp_avg, exp_avg_sq, step."""
 
 
+# what torch puts into the names of a module that it wraps
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name as the bare model has it, whatever wraps the model (DDP, torch.compile, DeepSpeed, FSDP2)."""
+    for inner in _WRAPPERS:
+        name = name.replace(inner, "")
+    return name.removeprefix("module.")
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """A block of a flattened logical tensor: element (i, j) stands at `offset + i * stride + j`.

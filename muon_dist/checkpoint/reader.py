@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from muon_dist.checkpoint import files, folder
-from muon_dist.checkpoint.manifest import Manifest, Stored, rank_file, read_manifest
+from muon_dist.checkpoint.manifest import Manifest, Stored, Tensor, rank_file, read_manifest
 from muon_dist.checkpoint.phases import enter
 from muon_dist.checkpoint.piece import BUFFER, WEIGHT, Extent, Holding, Piece
 from muon_dist.checkpoint.ranks import Ranks
@@ -70,30 +71,27 @@ class Checkpoint:
         text = (self.path / name).read_text(encoding="utf-8")
         return dict(decode(json.loads(text), _Tensors(self, rank_file(rank, "safetensors"))))
 
-    def kinds_of(self, name: str) -> dict[str, torch.dtype]:
-        """The state of one parameter that it holds: kind -> dtype, weight and buffer left out."""
-        return {
-            kind: files.DTYPES[t.dtype]
-            for (kind, n), t in self.manifest.tensors.items()
-            if n == name and kind not in (WEIGHT, BUFFER)
-        }
+    @cached_property
+    def states(self) -> dict[str, dict[str, Tensor]]:
+        """What it holds of each parameter besides its weight: name -> kind -> tensor."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for (kind, name), tensor in self.manifest.tensors.items():
+            if kind not in (WEIGHT, BUFFER):
+                found.setdefault(name, {})[kind] = tensor
+        return found
 
     # ---- tensors
 
     def check(self, pieces: Sequence[Piece]) -> None:
         """Raise CheckpointError unless every piece can be filled; nothing is read or changed."""
-        states: dict[str, set[str]] = {}
-        for kind, name in self.manifest.tensors:
-            if kind not in (WEIGHT, BUFFER):
-                states.setdefault(name, set()).add(kind)
         for piece in pieces:
             tensor = self.manifest.tensors.get((piece.kind, piece.name))
             if tensor is None:
-                if piece.kind in (WEIGHT, BUFFER):
+                if piece.kind in (WEIGHT, BUFFER) or (WEIGHT, piece.name) not in self.manifest.tensors:
                     raise CheckpointError(f"{self.path} does not hold {piece.name}: it is of another model")
-                if piece.name in states:
+                if piece.name in self.states:
                     raise CheckpointError(
-                        f"{self.path} holds {', '.join(sorted(states[piece.name]))} of {piece.name} and no "
+                        f"{self.path} holds {', '.join(sorted(self.states[piece.name]))} of {piece.name} and no "
                         f"{piece.kind}: it was trained by another algorithm; route it as it was, or start a new run"
                     )
                 continue

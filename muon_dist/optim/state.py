@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from muon_dist.errors import CheckpointError
+from muon_dist.checkpoint.piece import MOMENTUM as MOMENTUM_KIND
+from muon_dist.checkpoint.piece import Extent, Piece, clean_name
+from muon_dist.errors import CheckpointError, FrameworkError
 from muon_dist.optim.runtime import Runtime, view
 
 if TYPE_CHECKING:
@@ -22,6 +24,37 @@ PARTIAL = "partial_momentum"
 def indexed_parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """The parameters in the order in which torch numbers them in a state dict."""
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def bound_runtime(optimizer: Muon) -> Runtime:
+    """The optimizer's runtime, planned now if it was not yet; then a collective.
+
+    Raises:
+        FrameworkError: the framework around the optimizer is still being built.
+    """
+    if optimizer.runtime is None and not optimizer._bind_first():
+        raise FrameworkError("the framework has not finished making the optimizer: save or load after it has")
+    assert optimizer.runtime is not None
+    return optimizer.runtime
+
+
+def momentum_pieces(optimizer: Muon) -> list[Piece]:
+    """The momentum that this rank holds, as live pieces of the whole momentum of each parameter.
+
+    No element is listed by two ranks: momentum lives on the sources alone.
+    """
+    runtime = bound_runtime(optimizer)
+    shapes = {spec.name: spec.shape for specs in optimizer.specs for spec in specs}
+    pieces = []
+    for buffer in runtime.momentum:
+        for matrix, span, part in runtime.momentum_pieces(buffer):
+            row, column = divmod(span.offset, matrix.cols)
+            at = matrix.start + row * matrix.stride + column
+            extent = Extent.block(at, span.rows, span.cols, matrix.stride)
+            live = part.view(-1) if extent.rows == 1 else part
+            name = matrix.parameter
+            pieces.append(Piece(clean_name(name), MOMENTUM_KIND, shapes[name], extent, live))
+    return pieces
 
 
 def _held_matrices(runtime: Runtime, buffer: int) -> list[str]:
