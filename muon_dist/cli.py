@@ -13,6 +13,7 @@ import typer
 from muon_dist.bench.cli import app as bench
 from muon_dist.errors import MuonDistError
 from muon_dist.experiments.cli import app as spectra
+from muon_dist.launcher.cli import app as launch
 
 app = typer.Typer(
     name="muon-dist",
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(spectra)
 app.add_typer(bench)
+app.add_typer(launch)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[

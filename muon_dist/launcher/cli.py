@@ -1,0 +1,309 @@
+"""``muon-dist launch``: write the file that starts a run somewhere. Nothing is started here.
+
+Each command imports what it needs itself, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from muon_dist.launcher.job import Job
+
+app = typer.Typer(
+    name="launch",
+    help="Write the file that starts a training run: torchrun, SLURM, Kubernetes, DeepSpeed, accelerate.",
+    no_args_is_help=True,
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", metavar="CONFIG", help="A YAML file, as for muon-dist train.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads it on Python 3.10 too)
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as for muon-dist train."),
+]
+NodesOption = Annotated[str, typer.Option("--nodes", metavar="N|MIN:MAX", help="Machines; a range when elastic.")]
+GpusOption = Annotated[int, typer.Option("--gpus-per-node", min=0, help="GPUs of a machine; 0: CPU.")]
+ProcessesOption = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--processes-per-node", min=1, help="Processes on a machine; one a GPU unless given."),
+]
+OutputOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--output", "-o", help="The file to write; standard output unless given."),
+]
+FolderOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--folder", help="Where the run starts, on every machine; where the file is started unless given."),
+]
+VenvOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--venv", help="Folder of the Python virtual environment, on every machine."),
+]
+InterfaceOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--interface", help="Network interface for gloo and NCCL, such as eth0."),
+]
+NameOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--name", help="Name of the job; the configuration's unless given."),
+]
+RunDirOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--run-dir", help="As for muon-dist train."),
+]
+AddressOption = Annotated[str, typer.Option("--master-addr", help="The first machine, where the others meet.")]
+PortOption = Annotated[int, typer.Option("--master-port", help="A free port of the first machine.")]
+
+
+def _job(
+    config: Path,
+    overrides: Sequence[str],
+    nodes: str,
+    gpus: int,
+    processes: int | None,
+    name: str | None,
+    run_dir: str | None,
+    repeated: str | None,
+    *,
+    folder: str | None = None,
+    environment: str | None = None,
+    interface: str | None = None,
+) -> Job:
+    """The job, from a configuration that was read and checked; warnings about it go to standard error."""
+    from muon_dist.config import is_secret, load_config
+    from muon_dist.launcher.job import Job, check_resumable, parse_nodes
+
+    settings = load_config(config, overrides)
+    fewest, most = parse_nodes(nodes)
+    where = ["--run-dir", run_dir] if run_dir is not None else []
+    # whatever starts the same command again goes on from what is there
+    arguments = ("train", str(config), *overrides, *where, "--resume", "if-any")
+    job = Job(
+        name=name if name is not None else settings.name,
+        arguments=arguments,
+        fewest_nodes=fewest,
+        nodes=most,
+        gpus=gpus,
+        processes=processes if processes is not None else max(1, gpus),
+        folder=folder,
+        environment=environment,
+        interface=interface,
+    )
+    secret = [word.partition("=")[0] for word in overrides if is_secret(word.partition("=")[0].rpartition(".")[2])]
+    if secret:
+        _warn([f"{', '.join(secret)}: the value stands in the file that is written; better set it in the environment"])
+    _warn(check_resumable(settings.model_dump(mode="json"), job, repeated))
+    return job
+
+
+def _made_by() -> list[str]:
+    """The command line, for the comment in the file; values that look like credentials are left out."""
+    from muon_dist.config import REDACTED, is_secret
+
+    shown = ["muon-dist"]
+    for word in sys.argv[1:]:
+        key, equals, _ = word.partition("=")
+        shown.append(f"{key}={REDACTED}" if equals and is_secret(key.rpartition(".")[2]) else word)
+    return shown
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def _write(text: str, output: Path | None, executable: bool = False) -> None:
+    from muon_dist.errors import ConfigError
+
+    if output is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+        if executable:
+            output.chmod(output.stat().st_mode | 0o111)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {output}: {error}") from error
+    print(str(output), file=sys.stderr)
+
+
+@app.command()
+def torchrun(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    nodes: NodesOption = "1",
+    gpus: GpusOption = 0,
+    processes: ProcessesOption = None,
+    master_addr: AddressOption = "127.0.0.1",
+    master_port: PortOption = 29500,
+    static: Annotated[bool, typer.Option("--static", help="Give each machine its number, instead of c10d.")] = False,
+    max_restarts: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Restarts after a failure; 0, or 3 when elastic."),
+    ] = None,
+    name: NameOption = None,
+    run_dir: RunDirOption = None,
+    folder: FolderOption = None,
+    venv: VenvOption = None,
+    interface: InterfaceOption = None,
+    output: OutputOption = None,
+) -> None:
+    """A bash script to run once on every machine."""
+    from muon_dist.errors import ConfigError
+    from muon_dist.launcher.job import check_address
+    from muon_dist.launcher.torchrun import render_torchrun
+
+    job = _job(config, overrides or [], nodes, gpus, processes, name, run_dir, None,
+               folder=folder, environment=venv, interface=interface)  # fmt: skip
+    if static and job.elastic:
+        raise ConfigError(f"--static: an elastic job (--nodes {nodes}) has no fixed numbers; leave one of the two out")
+    _warn(check_address(master_addr, master_port, job.nodes))
+    text = render_torchrun(
+        job, _made_by(), address=master_addr, port=master_port, static=static, restarts=max_restarts
+    )
+    _write(text, output, executable=True)
+
+
+@app.command()
+def slurm(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    nodes: NodesOption = "1",
+    gpus: GpusOption = 0,
+    processes: ProcessesOption = None,
+    time: Annotated[str, typer.Option(help="Time limit, as sbatch takes it.")] = "24:00:00",
+    warn: Annotated[int, typer.Option(min=30, help="Seconds before the limit at which the run saves and ends.")] = 180,
+    requeues: Annotated[int, typer.Option(min=0, help="How often the job may start itself again.")] = 50,
+    cpus: Annotated[Optional[int], typer.Option("--cpus-per-task", min=1, help="Cores of a machine.")] = None,  # noqa: UP045
+    memory: Annotated[Optional[str], typer.Option(help="Memory of a machine, such as 200G.")] = None,  # noqa: UP045
+    partition: Annotated[Optional[str], typer.Option(help="As sbatch takes it.")] = None,  # noqa: UP045
+    account: Annotated[Optional[str], typer.Option(help="As sbatch takes it.")] = None,  # noqa: UP045
+    qos: Annotated[Optional[str], typer.Option(help="As sbatch takes it.")] = None,  # noqa: UP045
+    constraint: Annotated[Optional[str], typer.Option(help="As sbatch takes it.")] = None,  # noqa: UP045
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="Share no machine with other jobs.")] = False,
+    log: Annotated[str, typer.Option(help="sbatch's --output.")] = "%x-%j.out",
+    name: NameOption = None,
+    run_dir: RunDirOption = None,
+    folder: FolderOption = None,
+    venv: VenvOption = None,
+    interface: InterfaceOption = None,
+    output: OutputOption = None,
+) -> None:
+    """A script for sbatch: one task a machine, a signal before the time limit, requeue and resume."""
+    from muon_dist.launcher.slurm import Slurm, render_slurm
+
+    job = _job(config, overrides or [], nodes, gpus, processes, name, run_dir, "SLURM's requeue",
+               folder=folder, environment=venv, interface=interface)  # fmt: skip
+    options = Slurm(
+        time=time, partition=partition, account=account, qos=qos, constraint=constraint, cpus=cpus, memory=memory,
+        output=log, warn=warn, requeues=requeues, exclusive=exclusive,
+    )  # fmt: skip
+    _write(render_slurm(job, options, _made_by()), output)
+
+
+@app.command()
+def k8s(
+    config: ConfigOption,
+    image: Annotated[str, typer.Option(help="Container image with muon-dist installed.")],
+    overrides: Overrides = None,
+    nodes: NodesOption = "1",
+    gpus: GpusOption = 0,
+    processes: ProcessesOption = None,
+    kind: Annotated[str, typer.Option(help="trainjob (Kubeflow Trainer v2) or pytorchjob (v1, can be elastic).")] = (
+        "trainjob"
+    ),
+    namespace: Annotated[Optional[str], typer.Option(help="Of the job.")] = None,  # noqa: UP045
+    volume: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="CLAIM:/PATH", help="Mount a persistent volume claim; repeat it."),
+    ] = None,
+    cpu: Annotated[Optional[str], typer.Option(help="Cores of a pod.")] = None,  # noqa: UP045
+    memory: Annotated[Optional[str], typer.Option(help="Memory of a pod, such as 200Gi.")] = None,  # noqa: UP045
+    shm: Annotated[str, typer.Option(help="Largest size of /dev/shm.")] = "8Gi",
+    grace: Annotated[int, typer.Option(min=30, help="Seconds for saving when a pod is told to end.")] = 180,
+    name: NameOption = None,
+    run_dir: RunDirOption = None,
+    folder: FolderOption = None,
+    venv: VenvOption = None,
+    interface: InterfaceOption = None,
+    output: OutputOption = None,
+) -> None:
+    """A Kubernetes manifest: TrainJob with a runtime of its own, or PyTorchJob."""
+    from muon_dist.errors import ConfigError
+    from muon_dist.launcher.kubernetes import Kubernetes, render_kubernetes
+
+    if kind not in ("trainjob", "pytorchjob"):
+        raise ConfigError(f"--kind: {kind!r} is neither trainjob nor pytorchjob")
+    job = _job(config, overrides or [], nodes, gpus, processes, name, run_dir, "a restart of its pods",
+               folder=folder, environment=venv, interface=interface)  # fmt: skip
+    if not volume:
+        _warn(["no --volume: data and checkpoints are lost with the pods, and machines do not share them"])
+    options = Kubernetes(
+        image=image, kind="trainjob" if kind == "trainjob" else "pytorchjob", namespace=namespace,
+        volumes=tuple(volume or ()), cpu=cpu, memory=memory, shared_memory=shm, grace=grace,
+    )  # fmt: skip
+    _write(render_kubernetes(job, options, _made_by()), output)
+
+
+@app.command()
+def deepspeed(
+    config: ConfigOption,
+    host: Annotated[
+        list[str], typer.Option(help="A machine, by the name that ssh takes; repeat it, the first first.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The hostfile to write.")],
+    overrides: Overrides = None,
+    gpus: GpusOption = 0,
+    processes: ProcessesOption = None,
+    master_port: PortOption = 29500,
+    name: NameOption = None,
+    run_dir: RunDirOption = None,
+    interface: InterfaceOption = None,
+) -> None:
+    """A hostfile, and the deepspeed command for the first machine."""
+    from muon_dist.launcher.hosts import exports, render_hostfile
+    from muon_dist.launcher.job import check_address
+
+    job = _job(config, overrides or [], str(len(host)), gpus, processes, name, run_dir, None, interface=interface)
+    files = render_hostfile(job, host, master_port, _made_by())
+    _warn(check_address(host[0], master_port, job.nodes))
+    _write(files.text, output)
+    _show(exports(job), files.command, output)
+
+
+@app.command()
+def accelerate(
+    config: ConfigOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="accelerate's configuration file to write.")],
+    overrides: Overrides = None,
+    nodes: NodesOption = "1",
+    gpus: GpusOption = 0,
+    processes: ProcessesOption = None,
+    master_addr: AddressOption = "127.0.0.1",
+    master_port: PortOption = 29500,
+    name: NameOption = None,
+    run_dir: RunDirOption = None,
+    interface: InterfaceOption = None,
+) -> None:
+    """A configuration file for accelerate, and the command for every machine."""
+    from muon_dist.launcher.hosts import exports, render_accelerate
+    from muon_dist.launcher.job import check_address
+
+    job = _job(config, overrides or [], nodes, gpus, processes, name, run_dir, None, interface=interface)
+    files = render_accelerate(job, master_addr, master_port, _made_by())
+    _warn(check_address(master_addr, master_port, job.nodes))
+    _write(files.text, output)
+    _show(exports(job), files.command, output)
+
+
+def _show(preparation: str, command: str, output: Path) -> None:
+    """The commands to run, on standard output."""
+    import shlex
+
+    typer.echo(preparation)
+    typer.echo(command.replace("{file}", shlex.quote(str(output)), 1))

@@ -1,0 +1,84 @@
+"""Files for DeepSpeed's and accelerate's own launchers."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from muon_dist.errors import ConfigError
+from muon_dist.launcher.job import Job, check_address
+from muon_dist.launcher.shell import header, preparation, script, words
+
+
+@dataclass(frozen=True)
+class Files:
+    """A file for a launcher, and the command that uses it. `name` of the file stands in the command as {file}."""
+
+    text: str
+    command: str
+
+
+def render_hostfile(job: Job, hosts: Sequence[str], port: int, command: Sequence[str]) -> Files:
+    """DeepSpeed's hostfile, a line a machine, and the command for the first of them.
+
+    Raises ConfigError when the number of hosts is not the number of machines, a host comes twice, or the job is
+    elastic.
+    """
+    _fixed(job, "deepspeed")
+    if len(hosts) != job.nodes or len(set(hosts)) != len(hosts):
+        raise ConfigError(
+            f"--host: {len(set(hosts))} different hosts for --nodes {job.nodes}; name each once, the first first"
+        )
+    for host in hosts:
+        check_address(host, port, 1)
+    lines = [*header(command, []), *(f"{host} slots={job.processes}" for host in hosts)]
+    start = ["deepspeed", "--hostfile", "{file}", "--master_addr", hosts[0], "--master_port", str(port)]
+    if job.nodes > 1:
+        # else DeepSpeed leaves the hostfile's other machines out when only this one is asked for
+        start.append("--force_multi")
+    # --module: what follows is a module; --no_local_rank: muon-dist takes it from the environment, not as an argument
+    run = f"{shlex.join([*start, '--no_local_rank', '--module'])} {words(job).removeprefix('-m ')}"
+    return Files(text="\n".join(lines) + "\n", command=run)
+
+
+def render_accelerate(job: Job, address: str, port: int, command: Sequence[str]) -> Files:
+    """accelerate's configuration file, the same for all machines, and the command for each of them.
+
+    Raises ConfigError for an elastic job, and for several processes without GPUs.
+    """
+    _fixed(job, "accelerate")
+    if not job.gpus and job.nodes * job.processes > 1:
+        raise ConfigError("accelerate starts several processes without GPUs through mpirun alone; use launch torchrun")
+    settings: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        "distributed_type": "NO" if job.nodes * job.processes == 1 else "MULTI_GPU",
+        "main_training_function": "main",
+        # the Trainer sets the precision itself, from trainer.bf16 and trainer.fp16
+        "mixed_precision": "no",
+        "num_machines": job.nodes,
+        "num_processes": job.nodes * job.processes,
+        "machine_rank": 0,
+        "main_process_ip": address,
+        "main_process_port": port,
+        "rdzv_backend": "static",
+        "same_network": True,
+        "use_cpu": job.gpus == 0,
+    }
+    text = script(header(command, []), [yaml.safe_dump(settings, sort_keys=False).rstrip()])
+    rank = " --machine_rank NODE_RANK" if job.nodes > 1 else ""
+    return Files(text=text, command=f"accelerate launch --config_file {{file}}{rank} {words(job)}")
+
+
+def exports(job: Job) -> str:
+    """The lines of shell to run before either command."""
+    return "\n".join(preparation(job)[1:])
+
+
+def _fixed(job: Job, launcher: str) -> None:
+    if job.elastic:
+        raise ConfigError(f"--nodes {job.node_range}: {launcher} has a fixed number of machines; use launch torchrun")

@@ -1,0 +1,217 @@
+"""Kubernetes manifests: Kubeflow Trainer v2 (TrainingRuntime and TrainJob) and, for elastic jobs, PyTorchJob.
+
+Sources: the resource definitions of Kubeflow Trainer v2 (`trainer.kubeflow.org/v1alpha1`; package
+kubeflow-trainer-api) and of the Training Operator v1 (`kubeflow.org/v1`). Both tell torchrun where to meet through its
+own PET_ variables.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+
+from muon_dist.errors import ConfigError
+from muon_dist.launcher.job import Job
+from muon_dist.launcher.shell import ALONE, ALONE_OPTIONS, WAIT, header, preparation
+
+_LABEL = re.compile(r"^[a-z]([a-z0-9-]{0,48}[a-z0-9])?$")  # RFC 1035, with room for the suffixes of pods
+_QUANTITY = re.compile(r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")
+_IMAGE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$")
+_VOLUME = re.compile(r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?):(/[^:]*)$")
+PORT = 29400  # PyTorchJob: the port of the c10d rendezvous
+
+
+@dataclass(frozen=True)
+class Kubernetes:
+    """Where and with what the containers run.
+
+    kind: "trainjob" (Kubeflow Trainer v2) or "pytorchjob" (Training Operator v1, which has elastic jobs). volumes:
+    "claim:/path" of persistent volume claims that all pods mount. grace: seconds that a pod has for saving when it is
+    told to end.
+    """
+
+    image: str
+    kind: Literal["trainjob", "pytorchjob"] = "trainjob"
+    namespace: str | None = None
+    volumes: tuple[str, ...] = ()
+    cpu: str | None = None
+    memory: str | None = None
+    shared_memory: str = "8Gi"
+    grace: int = 180
+
+    def __post_init__(self) -> None:
+        if not _IMAGE.match(self.image):
+            raise ConfigError(f"--image: {self.image!r} is no name of a container image")
+        if self.namespace is not None and not _LABEL.match(self.namespace):
+            raise ConfigError(f"--namespace: {self.namespace!r} is no name of a namespace: a-z, 0-9 and -")
+        for option, value in (("cpu", self.cpu), ("memory", self.memory), ("shm", self.shared_memory)):
+            if value is not None and not _QUANTITY.match(value):
+                raise ConfigError(f"--{option}: {value!r} is no quantity of Kubernetes, such as 8 or 64Gi")
+        for volume in self.volumes:
+            if not _VOLUME.match(volume):
+                raise ConfigError(f"--volume: {volume!r} is not CLAIM:/PATH, such as runs:/workspace/runs")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML with texts of several lines written as such."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def resource_name(name: str) -> str:
+    """A name of Kubernetes (RFC 1035, at most 50 characters) from the name of a run.
+
+    Raises ConfigError when nothing of it can be kept.
+    """
+    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    label = f"run-{label}" if label[:1].isdigit() else label
+    label = label[:50].rstrip("-")
+    if not _LABEL.match(label):
+        raise ConfigError(f"--name: nothing of {name!r} can be a name in Kubernetes; give one of a-z, 0-9 and -")
+    return label
+
+
+def literal(text: str) -> str:
+    """`text` so that Kubernetes, which replaces $(VARIABLE) in commands and arguments, leaves it as it is."""
+    return re.sub(r"\$(?=[$(])", "$$", text)
+
+
+def render_kubernetes(job: Job, kubernetes: Kubernetes, command: Sequence[str]) -> str:
+    """The manifest as YAML. Raises ConfigError for an elastic TrainJob, which Kubeflow Trainer v2 does not have."""
+    name = resource_name(job.name)
+    if kubernetes.kind == "trainjob" and job.elastic:
+        raise ConfigError(
+            f"--nodes {job.node_range}: a TrainJob has a fixed number of machines (Kubeflow Trainer v2); give one "
+            "number, or --kind pytorchjob"
+        )
+    documents = (
+        _trainjob(name, job, kubernetes) if kubernetes.kind == "trainjob" else [_pytorchjob(name, job, kubernetes)]
+    )
+    text = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)
+    return "\n".join([*header(command, ["kubectl apply -f FILE"]), text])
+
+
+def _container(name: str, job: Job, kubernetes: Kubernetes) -> dict[str, Any]:
+    """The container with the training: bash, a fixed script, and the words of the command as its arguments."""
+    start = f"python -m torch.distributed.run --nproc-per-node {job.processes}"
+    # torchrun takes the number of machines, this one's and the meeting place from PET_ variables
+    if job.nodes == 1:
+        run = [*ALONE, f'{start} --nnodes 1 {ALONE_OPTIONS} "$@" &', *WAIT]
+    else:
+        run = [f'exec {start} "$@"']
+    lines = [*preparation(job), f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={max(30, kubernetes.grace - 30)}", *run]
+    container: dict[str, Any] = {
+        "name": name,
+        "image": kubernetes.image,
+        "command": ["bash", "-c", literal("\n".join(lines)), "muon-dist"],
+        "args": [literal(word) for word in ("-m", "muon_dist.cli", *job.arguments)],
+    }
+    amounts: dict[str, Any] = {}
+    if kubernetes.cpu is not None:
+        amounts["cpu"] = kubernetes.cpu
+    if kubernetes.memory is not None:
+        amounts["memory"] = kubernetes.memory
+    if job.gpus:
+        amounts["nvidia.com/gpu"] = str(job.gpus)
+    if amounts:
+        container["resources"] = {"limits": amounts, "requests": dict(amounts)}
+    claims = [(_VOLUME.match(volume), f"volume-{i}") for i, volume in enumerate(kubernetes.volumes)]
+    container["volumeMounts"] = [
+        {"name": "shared-memory", "mountPath": "/dev/shm"},
+        *({"name": volume, "mountPath": match[3]} for match, volume in claims if match is not None),
+    ]
+    return container
+
+
+def _pod(name: str, job: Job, kubernetes: Kubernetes) -> dict[str, Any]:
+    claims = [(volume.partition(":")[0], f"volume-{i}") for i, volume in enumerate(kubernetes.volumes)]
+    return {
+        # the 64 MiB that a container has by default are too few for NCCL and for workers of a data loader
+        "volumes": [
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": kubernetes.shared_memory}},
+            *({"name": volume, "persistentVolumeClaim": {"claimName": claim}} for claim, volume in claims),
+        ],
+        "containers": [_container(name, job, kubernetes)],
+        "terminationGracePeriodSeconds": kubernetes.grace,
+    }
+
+
+def _metadata(name: str, kubernetes: Kubernetes) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": name}
+    if kubernetes.namespace is not None:
+        found["namespace"] = kubernetes.namespace
+    return found
+
+
+def _trainjob(name: str, job: Job, kubernetes: Kubernetes) -> list[dict[str, Any]]:
+    """A runtime of the job's own with the whole pod, and the job: no part rests on what the cluster has installed."""
+    step = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    runtime = {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainingRuntime",
+        "metadata": _metadata(name, kubernetes),
+        "spec": {
+            "mlPolicy": {"numNodes": job.nodes, "torch": {}},
+            "template": {
+                "spec": {
+                    # a pod that was evicted or whose machine died: all start again, from the newest checkpoint
+                    "failurePolicy": {"maxRestarts": 10},
+                    "replicatedJobs": [
+                        {
+                            "name": "node",
+                            "template": {
+                                "metadata": {"labels": step},
+                                "spec": {
+                                    "template": {"spec": {**_pod("node", job, kubernetes), "restartPolicy": "Never"}}
+                                },
+                            },
+                        }
+                    ],
+                }
+            },
+        },
+    }
+    train = {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": _metadata(name, kubernetes),
+        "spec": {
+            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": name},
+            "trainer": {"numNodes": job.nodes, "numProcPerNode": job.processes},
+        },
+    }
+    return [runtime, train]
+
+
+def _pytorchjob(name: str, job: Job, kubernetes: Kubernetes) -> dict[str, Any]:
+    pod = _pod("pytorch", job, kubernetes)
+    pod["containers"][0]["ports"] = [{"name": "pytorchjob-port", "containerPort": PORT}]
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": _metadata(name, kubernetes),
+        "spec": {
+            "elasticPolicy": {
+                "rdzvBackend": "c10d",
+                "rdzvId": name,
+                "rdzvPort": PORT,
+                "minReplicas": job.fewest_nodes,
+                "maxReplicas": job.nodes,
+                "maxRestarts": 10,
+            },
+            "nprocPerNode": str(job.processes),
+            "runPolicy": {"cleanPodPolicy": "Running"},
+            "pytorchReplicaSpecs": {
+                "Worker": {"replicas": job.nodes, "restartPolicy": "OnFailure", "template": {"spec": pod}}
+            },
+        },
+    }
