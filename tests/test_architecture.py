@@ -53,7 +53,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "torch.nn.parallel": ("adapters.ddp",),
     "pydantic": ("config",),
     "quack": ("numerics.products",),
-    "typer": ("cli", "experiments.cli", "bench.cli"),
+    "typer": ("cli", "experiments.cli", "bench.cli", "launcher.cli"),
 }
 # import name -> name of the package, where they differ
 DISTRIBUTIONS = {
