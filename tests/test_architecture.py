@@ -40,7 +40,7 @@ SIDEWAYS = {
 
 # A framework is imported in its own adapter alone. The longest matching prefix decides.
 HOMES: dict[str, tuple[str, ...]] = {
-    "deepspeed": ("adapters.deepspeed",),
+    "deepspeed": ("adapters.deepspeed", "bench.peers_deepspeed"),
     "accelerate": ("adapters.hf_trainer", "adapters.deepspeed"),
     "transformers": ("adapters", "model", "data.tokenizer", "routing", "config"),
     "transformers.Trainer": ("adapters.hf_trainer",),
@@ -49,8 +49,13 @@ HOMES: dict[str, tuple[str, ...]] = {
     "transformers.training_args": ("adapters.hf_trainer", "config"),
     "datasets": ("data",),
     "sentencepiece": ("data",),
-    "torch.distributed.fsdp": ("adapters.fsdp2",),
-    "torch.nn.parallel": ("adapters.ddp",),
+    "torch.distributed.fsdp": ("adapters.fsdp2", "bench.peers_fsdp2"),
+    "torch.nn.parallel": ("adapters.ddp", "bench.peers_ddp"),
+    # other Muons, for comparison
+    "torch.optim._muon": ("bench.peers_torch",),
+    "muon": ("bench.peers_keller",),
+    "muon_fsdp2": ("bench.peers_muon_fsdp2",),
+    "dtensor_muon": ("bench.peers_dtensor_muon",),
     "pydantic": ("config",),
     "quack": ("numerics.products",),
     "typer": ("cli", "experiments.cli", "bench.cli", "launcher.cli"),
@@ -61,9 +66,12 @@ DISTRIBUTIONS = {
     "huggingface_hub": "huggingface-hub",
     "sklearn": "scikit-learn",
     "quack": "quack-kernels",
+    "muon": "muon-optimizer",
+    "muon_fsdp2": "muon-fsdp2",
+    "dtensor_muon": "dtensor-muon",
 }
 # in an extra, imported where it is used
-OPTIONAL = {"quack-kernels", "scikit-learn"}
+OPTIONAL = {"dtensor-muon", "muon-fsdp2", "muon-optimizer", "quack-kernels", "scikit-learn"}
 # needed and not imported by name: the Trainer's engine, sentencepiece's model file, the format of saved models
 THROUGH_OTHERS = {"accelerate", "protobuf", "safetensors"}
 

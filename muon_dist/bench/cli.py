@@ -14,6 +14,7 @@ import typer
 app = typer.Typer(name="bench", help="Measure the iteration, and the step against its peers.", no_args_is_help=True)
 
 ProfileOption = Annotated[str, typer.Option(help="quick, full, or ci (tiny: checks that it works).")]
+_QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @app.command()
@@ -43,3 +44,35 @@ def orthogonalize(
     record = {"environment": environment, "profile": profile, "device": str(device), "rows": rows}
     for path in machine.write(output, "orthogonalize", record, text):
         typer.echo(f"-> {path}")
+
+
+@app.command()
+def step(
+    profile: ProfileOption = "quick",
+    output: Annotated[Path, typer.Option(help="Folder for step.json and step.md.")] = Path("bench"),
+    ranks: Annotated[int, typer.Option(min=2, help="Processes on this machine; a launcher's count under one.")] = 2,
+    peers: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A part of the names of the peers to run, such as deepspeed; repeat it."),
+    ] = None,
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A part of the names of the cases to run, such as ZeRO-3; repeat it."),
+    ] = None,
+    model: Annotated[Optional[str], typer.Option(help="tiny, small or medium in place of the profile's.")] = None,  # noqa: UP045
+    rounds: Annotated[Optional[int], typer.Option(min=1, help="Timed steps in place of the profile's.")] = None,  # noqa: UP045
+    link: Annotated[str, typer.Option(help="What connects the ranks, for the table.")] = "loopback",
+    compiled: Annotated[bool, typer.Option("--compiled", help="Let peers use torch.compile where they do.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Keep the other rows of an existing step.json.")] = False,
+) -> None:
+    """Ours, every other Muon and AdamW on the same model and ranks, stepped in turn: time, bytes, memory, error."""
+    # Before torch and DeepSpeed are imported. Other packages' torch.compile costs up to a minute a case on a CPU.
+    defaults = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "0" if compiled else "1", "OMP_NUM_THREADS": "1"}
+    for name, value in (defaults | _QUIET).items():
+        os.environ.setdefault(name, value)
+    from muon_dist.bench import step as bench
+
+    bench.command(
+        profile, output, ranks=ranks, peers=peers or [], only=only or [], model=model, rounds=rounds, link=link,
+        append=append, echo=typer.echo,
+    )  # fmt: skip

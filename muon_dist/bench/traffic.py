@@ -6,7 +6,21 @@ from collections import Counter, defaultdict
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+# Of torch.ops._c10d_functional, by the ProcessGroup's method that moves the same. Their last argument names the group.
+FUNCTIONAL = {
+    "all_gather_into_tensor": "_allgather_base",
+    "all_reduce": "allreduce",
+    "reduce_scatter_tensor": "_reduce_scatter_base",
+    "all_to_all_single": "all_to_all_single",
+    "broadcast": "broadcast",
+    "all_gather_into_tensor_coalesced": "_allgather_base",
+    "all_reduce_coalesced": "allreduce",
+    "reduce_scatter_tensor_coalesced": "_reduce_scatter_base",
+}
 
 
 def _nbytes(*tensors: Any) -> int:
@@ -19,10 +33,11 @@ def _nbytes(*tensors: Any) -> int:
 class Traffic:
     """While entered, sums what this rank receives from the others and sends to them, by collective, in bytes.
 
-    At the level of `dist.ProcessGroup`, below torch.distributed and deepspeed.comm, above C++: what DDP's reducer
-    sends by itself is not seen, what its communication hook sends is. Of a reduction, all-gather or broadcast, what a
-    ring moves: (W - 1) / W of the whole, twice for an all-reduce; of a gather, scatter, all-to-all and point-to-point
-    message, exactly what this rank receives and sends. `calls` counts collectives; barriers are left out.
+    At the level of `dist.ProcessGroup`, below torch.distributed and deepspeed.comm, and of the functional collectives
+    of DTensor. What C++ calls by itself is not seen: of DDP only what a communication hook in Python sends. Of a
+    reduction, all-gather or broadcast, what a ring moves: (W - 1) / W of the whole, twice for an all-reduce; of a
+    gather, scatter, all-to-all and point-to-point message, exactly what this rank receives and sends. `calls` counts
+    collectives; barriers are left out.
     """
 
     def __init__(self) -> None:
@@ -30,6 +45,7 @@ class Traffic:
         self.sent: defaultdict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
         self._originals: dict[str, Any] = {}
+        self._functional: dict[str, Any] = {}
 
     @property
     def total(self) -> float:
@@ -75,11 +91,33 @@ class Traffic:
                 return _original(group, *args, **kwargs)
 
             setattr(dist.ProcessGroup, name, counted)
+        for name in FUNCTIONAL:
+            self._functional[name] = getattr(torch.ops._c10d_functional, name)
+            setattr(torch.ops._c10d_functional, name, _Counted(self, name, self._functional[name]))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for name, original in self._originals.items():
             setattr(dist.ProcessGroup, name, original)
+        for name, original in self._functional.items():
+            setattr(torch.ops._c10d_functional, name, original)
+
+
+class _Counted:
+    """Stands in place of a functional collective, with its overloads."""
+
+    def __init__(self, traffic: Traffic, name: str, original: Any) -> None:
+        self._traffic, self._name, self._original = traffic, name, original
+
+    def __call__(self, tensor: Any, *args: Any) -> Any:
+        result = self._original(tensor, *args)
+        named: Any = args[-1]  # a group, or its name
+        group = _resolve_process_group(named) if isinstance(named, str) else named
+        self._traffic._count(FUNCTIONAL[self._name], group, (result, tensor, *args[:-1]))
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
 
 
 def _moved(name: str, world: int, rank: int, args: tuple[Any, ...]) -> tuple[float, float]:

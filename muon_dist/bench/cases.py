@@ -1,0 +1,137 @@
+"""What is compared with what: models, cases, profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from muon_dist.errors import ConfigError
+from muon_dist.model import build_model
+
+LR = 0.02
+MOMENTUM = 0.95
+SEQUENCE = 32  # tokens of a rank in a timed step: few, so that the optimizer is most of it
+MICRO_BATCH = (4, 128)  # sequences, tokens: what forward and backward are timed on to fill larger steps
+
+MODELS: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "medium": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 16, "num_attention_heads": 8},
+}
+VOCABULARY = {"tiny": 256, "small": 4096, "medium": 8192}
+
+NS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One peer under one sharding, beside ours and AdamW under the same.
+
+    Attributes:
+        name: unique, shown.
+        peer: name of the other optimizer.
+        sharding: "ddp", "fsdp2" or "zero0" to "zero3".
+        ns_dtype: what Newton-Schulz computes in, on both sides: "fp32", "bf16" or "fp16".
+        dtype: of weights and gradients, "fp32" or "bf16" (with fp32 masters).
+        offload: optimizer state on the CPU, by DeepSpeed.
+    """
+
+    name: str
+    peer: str
+    sharding: str
+    ns_dtype: str = "fp32"
+    dtype: str = "fp32"
+    offload: bool = False
+
+
+DEEPSPEED, TORCH, KELLER = "deepspeed", "torch.optim.Muon", "muon-optimizer"
+MUON_FSDP2, DTENSOR_MUON = "muon-fsdp2", "dtensor-muon"
+
+# Peers that compute in bf16 alone are met in bf16; DeepSpeed, whose dtype can be set, in fp32 and as it ships (fp16).
+_PEERS = (
+    Case("DDP", TORCH, "ddp", "bf16"),
+    Case("DDP, Keller Jordan's", KELLER, "ddp", "bf16"),
+    Case("FSDP2", MUON_FSDP2, "fsdp2", "bf16"),
+    Case("FSDP2, DTensor", DTENSOR_MUON, "fsdp2", "bf16"),
+)
+_ZERO = tuple(Case(f"ZeRO-{stage}", DEEPSPEED, f"zero{stage}") for stage in (1, 2, 3))
+_MORE = (
+    Case("ZeRO-0", DEEPSPEED, "zero0"),
+    Case("ZeRO-1, fp16 iteration", DEEPSPEED, "zero1", "fp16"),
+    Case("ZeRO-3, fp16 iteration", DEEPSPEED, "zero3", "fp16"),
+    Case("ZeRO-1, bf16 weights", DEEPSPEED, "zero1", dtype="bf16"),
+    Case("ZeRO-3, bf16 weights", DEEPSPEED, "zero3", dtype="bf16"),
+    Case("ZeRO-2, offload", DEEPSPEED, "zero2", offload=True),
+    Case("ZeRO-3, offload", DEEPSPEED, "zero3", offload=True),
+)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much is measured.
+
+    Attributes:
+        model: name in MODELS.
+        rounds: timed steps of each side.
+        exact_layers: layers whose updates are compared with the exact ones; None for all.
+        tokens_per_step: step sizes at which the share of the optimizer is stated; none, and it is not measured.
+    """
+
+    model: str
+    cases: tuple[Case, ...]
+    rounds: int
+    exact_layers: int | None
+    tokens_per_step: tuple[int, ...] = (8192, 65536)
+
+
+PROFILES = {
+    "ci": Profile("tiny", (*_ZERO, *_PEERS), 2, None),
+    "quick": Profile("small", (*_ZERO, *_PEERS), 3, 1),
+    "full": Profile("small", (*_ZERO, *_PEERS, *_MORE), 9, None),
+}
+
+
+def select(profile: str, only: Sequence[str], peers: Sequence[str]) -> tuple[Case, ...]:
+    """The cases of `profile` that have one of `only` in their names and one of `peers` as their peer.
+
+    Raises ConfigError for an unknown profile, and for a word that selects nothing.
+    """
+    if profile not in PROFILES:
+        raise ConfigError(f"--profile {profile!r} is unknown: use {', '.join(PROFILES)}")
+    cases = PROFILES[profile].cases
+    for option, words, known in (
+        ("--only", only, [c.name for c in cases]),
+        ("--peers", peers, sorted({c.peer for c in cases})),
+    ):
+        for word in words:
+            if not any(word in name for name in known):
+                raise ConfigError(f"{option} {word!r}: profile {profile} has {', '.join(known)}")
+    return tuple(
+        c
+        for c in cases
+        if (not only or any(word in c.name for word in only)) and (not peers or any(word in c.peer for word in peers))
+    )
+
+
+def make_model(name: str) -> nn.Module:
+    """The Llama of that name with seeded weights that bf16 holds exactly, so that every dtype starts alike."""
+    settings: Mapping[str, Any] = {
+        "model_type": "llama",
+        "num_key_value_heads": MODELS[name]["num_attention_heads"],
+        "max_position_embeddings": 2048,
+        **MODELS[name],
+    }
+    model = build_model(settings, vocab_size=VOCABULARY[name], seed=0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+    return model.train()
+
+
+def tokens(name: str, seed: int, shape: tuple[int, int] = (1, SEQUENCE)) -> torch.Tensor:
+    """Random tokens for the model of that name."""
+    return torch.randint(0, VOCABULARY[name], shape, generator=torch.Generator().manual_seed(seed))

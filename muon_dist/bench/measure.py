@@ -1,0 +1,196 @@
+"""What one rank does for one case: three sides beside each other, stepped in turn."""
+
+from __future__ import annotations
+
+import importlib
+import time
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from muon_dist.bench.cases import (
+    DEEPSPEED,
+    DTENSOR_MUON,
+    KELLER,
+    MICRO_BATCH,
+    MUON_FSDP2,
+    TORCH,
+    Case,
+    make_model,
+    tokens,
+)
+from muon_dist.bench.exact import Exact
+from muon_dist.bench.memory import peak_bytes
+from muon_dist.bench.sides import ADAMW, OURS, Builder, Side, build_adamw, build_ours, split
+from muon_dist.bench.traffic import Traffic
+
+# A framework is imported by its own module, once it is needed.
+SHARDINGS = {
+    "ddp": "muon_dist.bench.peers_ddp",
+    "fsdp2": "muon_dist.bench.peers_fsdp2",
+    **{f"zero{stage}": "muon_dist.bench.peers_deepspeed" for stage in range(4)},
+}
+BUILDERS = {
+    TORCH: "muon_dist.bench.peers_torch",
+    KELLER: "muon_dist.bench.peers_keller",
+    MUON_FSDP2: "muon_dist.bench.peers_muon_fsdp2",
+    DTENSOR_MUON: "muon_dist.bench.peers_dtensor_muon",
+}
+
+
+def import_for(case: Case) -> None:
+    """Import what a case needs, so that ranks forked afterwards have it."""
+    importlib.import_module(SHARDINGS[case.sharding])
+    if case.peer != DEEPSPEED:
+        importlib.import_module(BUILDERS[case.peer])
+
+
+def make(optimizer: str, case: Case, model_name: str) -> Side:
+    """A side with a fresh model."""
+    model = make_model(model_name)
+    sharding = importlib.import_module(SHARDINGS[case.sharding])
+    if optimizer == DEEPSPEED:
+        return sharding.make_theirs(model, case)
+    build: Builder
+    if optimizer == OURS:
+        build = build_ours
+    elif optimizer == ADAMW:
+        build = build_adamw
+    else:
+        build = importlib.import_module(BUILDERS[optimizer]).build
+    return sharding.make(model, case, build)
+
+
+@dataclass
+class Measured:
+    """One side on one rank. Times in seconds by round, from barrier to barrier; bytes and counts of one step."""
+
+    error: float | None = None
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
+    received: float = 0.0
+    sent: float = 0.0
+    collectives: int = 0
+    calls: int = 0
+    momentum: int = 0
+    temporary: int = 0
+
+
+@dataclass
+class Outcome:
+    """A case on one rank: sides by name, or why there is no peer; elements of the model, and of Muon's part of it."""
+
+    sides: dict[str, Measured]
+    parameters: int
+    muon_parameters: int
+    micro_batch: float | None = None
+    skipped: str | None = None
+
+
+def _exactness(side: Side, exact: Exact, model_name: str) -> float | None:
+    """Two steps on given gradients; the error of what the weights have become. The first steps of the side."""
+    for gradients in exact.gradients:
+        side.step_with(gradients, _tokens(model_name, 0))
+    return exact.error(side.scale, side.whole) if side.scale in exact.moved else None
+
+
+def _tokens(model_name: str, index: int) -> torch.Tensor:
+    return tokens(model_name, index * 97 + dist.get_rank())
+
+
+def _count(side: Side, measured: Measured, model_name: str) -> None:
+    """One untimed step: bytes, collectives, calls, memory."""
+    before = side.calls()
+    with Traffic() as traffic:
+        loss = side.loss(_tokens(model_name, 1))
+        if not side.works_in_backward:
+            side.backward(loss)
+
+        def rest() -> None:
+            if side.works_in_backward:
+                side.backward(loss)
+            side.step()
+
+        measured.temporary = peak_bytes(rest)
+    measured.received, measured.sent = traffic.total, traffic.total_sent
+    measured.collectives = traffic.collectives
+    measured.calls = side.calls() - before
+    measured.momentum = side.momentum_bytes()
+
+
+def _timed(side: Side, measured: Measured, index: int, model_name: str) -> None:
+    batch = _tokens(model_name, index)
+    marks = []
+
+    def mark() -> None:
+        dist.barrier()
+        marks.append(time.perf_counter())
+
+    mark()
+    loss = side.loss(batch)
+    mark()
+    side.backward(loss)
+    mark()
+    side.step()
+    mark()
+    for times, (start, end) in zip((measured.forward, measured.backward, measured.step), pairwise(marks), strict=True):
+        times.append(end - start)
+
+
+def _micro_batch(side: Side, model_name: str) -> float:
+    """Seconds of forward and backward of one micro-batch of `MICRO_BATCH` on every rank, the lower of two."""
+    found = []
+    for index in range(2):
+        batch = tokens(model_name, index, MICRO_BATCH)
+        dist.barrier()
+        started = time.perf_counter()
+        side.backward(side.loss(batch))
+        dist.barrier()
+        found.append(time.perf_counter() - started)
+    side.step()  # completes what DeepSpeed has begun
+    return min(found)
+
+
+def _described(error: Exception) -> str:
+    """The error and where it was raised, in one line."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message} ({Path(last.filename).name}:{last.lineno}, {last.name}: {last.line})"
+
+
+def run_case(case: Case, model_name: str, exact: Exact, rounds: int, micro_batch: bool) -> Outcome:
+    """Make ours, the peer and AdamW, check their updates, count a step of each, and time `rounds` steps in turn.
+
+    A peer that cannot be made or stepped, on any rank, is left out with its error; ours and AdamW must run.
+    """
+    warnings.simplefilter("ignore", FutureWarning)  # of torch, at every collective of DeepSpeed
+    sides: dict[str, Side] = {}
+    model = make_model(model_name)
+    outcome = Outcome({}, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in split(model)[0]))
+    for name in (OURS, case.peer, ADAMW):
+        try:
+            sides[name] = make(name, case, model_name)
+            outcome.sides[name] = Measured(error=_exactness(sides[name], exact, model_name))
+            _count(sides[name], outcome.sides[name], model_name)
+        except Exception as error:
+            if name != case.peer:
+                raise
+            sides.pop(name, None)
+            outcome.sides.pop(name, None)
+            outcome.skipped = _described(error)
+    names = list(sides)
+    for index in range(rounds):
+        turn = index % len(names)
+        for name in (*names[turn:], *names[:turn]):
+            _timed(sides[name], outcome.sides[name], index + 2, model_name)
+    if micro_batch:
+        outcome.micro_batch = _micro_batch(sides[ADAMW], model_name)
+    for side in sides.values():
+        side.close()
+    return outcome

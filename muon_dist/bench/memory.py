@@ -1,0 +1,24 @@
+"""Peak of what a call allocates, counted by torch's allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes of CPU tensors alive at a time during `call()` above those alive at its start.
+
+    From the profiler's records of every allocation and release. What is freed in the call and was there before makes
+    room: the peak is of the sum.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    assert profiler.profiler is not None
+    records = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for record in sorted(records, key=lambda e: e.start_ns()):
+        now += record.nbytes()
+        peak = max(peak, now)
+    return peak

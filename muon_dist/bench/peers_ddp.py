@@ -1,0 +1,19 @@
+"""DDP."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from muon_dist.bench.cases import Case
+from muon_dist.bench.sides import Builder, PlainSide
+
+
+def make(model: nn.Module, case: Case, build: Builder) -> PlainSide:
+    """`model` under DDP, its all-reduces made by the Python hook, where the byte counter sees them."""
+    built = build(model, case)
+    wrapped = DistributedDataParallel(model)
+    wrapped.register_comm_hook(dist.group.WORLD, allreduce_hook)
+    return PlainSide(wrapped, model, built)

@@ -1,0 +1,34 @@
+"""FSDP2: `fully_shard` of every layer and of the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+from muon_dist.bench.cases import Case
+from muon_dist.bench.sides import Builder, PlainSide, on_cpu_mesh
+
+
+class ShardedSide(PlainSide):
+    """Parameters and gradients that are DTensors, cut along their rows."""
+
+    def replace(self, parameter: Any, gradient: torch.Tensor) -> None:
+        parts = torch.chunk(gradient, dist.get_world_size())
+        rank = dist.get_rank()
+        if rank < len(parts):
+            parameter.grad.to_local().copy_(parts[rank])
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self.parameters[name].detach().full_tensor()
+
+
+def make(model: Any, case: Case, build: Builder) -> ShardedSide:
+    """A Llama of transformers under fully_shard; the optimizer is made afterwards, on its DTensors."""
+    mesh = on_cpu_mesh()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return ShardedSide(model, model, build(model, case))

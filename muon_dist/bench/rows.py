@@ -1,0 +1,194 @@
+"""What the ranks measured, as rows with named columns and as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from muon_dist.bench.cases import MICRO_BATCH, SEQUENCE, Case, Profile
+from muon_dist.bench.machine import markdown
+from muon_dist.bench.measure import Measured, Outcome
+from muon_dist.bench.sides import ADAMW, OURS
+
+SIDE_NAMES = (("ours", OURS), ("peer", None), ("adamw", ADAMW))
+
+Row = dict[str, Any]
+
+
+def row_of(case: Case, ranks: int, profile: Profile, skipped: str | None) -> Row:
+    """What is known before anything is measured."""
+    return {
+        "case": case.name,
+        "peer": case.peer,
+        "sharding": case.sharding,
+        "ns_dtype": case.ns_dtype,
+        "dtype": case.dtype,
+        "offload": case.offload,
+        "model": profile.model,
+        "ranks": ranks,
+        "rounds": profile.rounds,
+        "skipped": skipped,
+        "ratio_peer_over_ours": None,
+        "micro_batch_seconds": None,
+    }
+
+
+def _slowest(measured: Iterable[Sequence[float]]) -> list[float]:
+    """By round, the slowest rank."""
+    return [max(times) for times in zip(*measured, strict=True)]
+
+
+def _times(by_rank: Sequence[Measured], adamw: Sequence[Measured]) -> tuple[list[float], list[float]]:
+    """By round: (seconds of the optimizer, seconds of the whole step).
+
+    The optimizer's are those of backward and step, less those of AdamW's backward in the same round: some optimizers
+    work in backward.
+    """
+    backward, step, plain = (
+        _slowest(getattr(m, part) for m in side)
+        for side, part in ((by_rank, "backward"), (by_rank, "step"), (adamw, "backward"))
+    )
+    forward = _slowest(m.forward for m in by_rank)
+    optimizer = [b + s - p for b, s, p in zip(backward, step, plain, strict=True)]
+    return optimizer, [f + b + s for f, b, s in zip(forward, backward, step, strict=True)]
+
+
+def figures(case: Case, outcomes: Sequence[Outcome], profile: Profile) -> Row:
+    """The columns of all sides: `ours_`, `peer_` and `adamw_`."""
+    row: Row = {"parameters": outcomes[0].parameters, "muon_parameters": outcomes[0].muon_parameters}
+    optimizer_times, step_times = {}, {}
+    adamw = [o.sides[ADAMW] for o in outcomes]
+    for label, name in SIDE_NAMES:
+        name = name or case.peer
+        if not all(name in o.sides for o in outcomes):
+            continue
+        by_rank = [o.sides[name] for o in outcomes]
+        optimizer_times[label], step_times[label] = _times(by_rank, adamw)
+        row |= {f"{label}_{key}": value for key, value in _side(by_rank, optimizer_times[label]).items()}
+        row[f"{label}_step_seconds"] = statistics.median(step_times[label])
+    if "peer" in optimizer_times:
+        ratios = _ratios(optimizer_times)
+        row |= {
+            "ratio_peer_over_ours": statistics.median(ratios),
+            "ratio_lowest": min(ratios),
+            "ratio_highest": max(ratios),
+            "ratio_whole_step": statistics.median(_ratios(step_times)),
+        }
+    if outcomes[0].micro_batch is not None:
+        row |= _shares(row, max(o.micro_batch or 0.0 for o in outcomes), len(outcomes), profile)
+    return row
+
+
+def _ratios(times: dict[str, list[float]]) -> list[float]:
+    return [p / o for p, o in zip(times["peer"], times["ours"], strict=True)]
+
+
+def _side(by_rank: Sequence[Measured], optimizer: list[float]) -> Row:
+    """Columns of one side: bytes, memory of the busiest rank; collectives of rank 0; calls of all."""
+    return {
+        "optimizer_seconds": statistics.median(optimizer),
+        "optimizer_seconds_lowest": min(optimizer),
+        "optimizer_seconds_highest": max(optimizer),
+        "bytes_received": max(m.received for m in by_rank),
+        "bytes_sent": max(m.sent for m in by_rank),
+        "collectives": by_rank[0].collectives,
+        "newton_schulz_calls": sum(m.calls for m in by_rank),
+        "momentum_bytes": max(m.momentum for m in by_rank),
+        "temporary_bytes": max(m.temporary for m in by_rank),
+        "peak_optimizer_bytes": max(m.momentum + m.temporary for m in by_rank),
+        "error_to_exact": by_rank[0].error,
+    }
+
+
+def _shares(row: Row, seconds: float, ranks: int, profile: Profile) -> Row:
+    """What ours adds to a step with AdamW, as a share of it, at the profile's step sizes.
+
+    A step of T tokens is T / (ranks x micro-batch) forward and backward passes of the measured micro-batch and one
+    step of the measured optimizer.
+    """
+    tokens = MICRO_BATCH[0] * MICRO_BATCH[1] * ranks
+    shares = {}
+    for size in profile.tokens_per_step:
+        passes = size / tokens * seconds
+        added = row["ours_optimizer_seconds"] - row["adamw_optimizer_seconds"]
+        shares[str(size)] = added / (passes + row["adamw_optimizer_seconds"])
+    return {"micro_batch_seconds": seconds, "micro_batch_tokens": tokens, "share_over_adamw": shares}
+
+
+def merge(rows: Sequence[Row], before: Sequence[Row]) -> list[Row]:
+    """`before` with the same cases replaced by `rows`, and the others of `rows` after them."""
+    key = ("case", "model", "ranks", "link")
+    fresh = {tuple(r[k] for k in key): r for r in rows}
+    kept = [fresh.pop(tuple(r[k] for k in key), r) for r in before]
+    return [*kept, *fresh.values()]
+
+
+def _pair(row: Row, key: str, scale: float, digits: int = 1) -> str:
+    """'peer, ours' of a column."""
+    shown = [f"{row[f'{side}_{key}'] / scale:.{digits}f}" for side in ("peer", "ours")]
+    return " → ".join(shown)
+
+
+def _line(row: Row) -> tuple[str, ...]:
+    head = (
+        row["case"] + ("" if row["link"] == "loopback" else f", {row['link']}"),
+        row["peer"],
+        row["ns_dtype"],
+    )
+    if row["skipped"]:
+        return (*head, f"skipped: {row['skipped']}", *[""] * 8)
+    return (
+        *head,
+        f"**{row['ratio_peer_over_ours']:.2f}** ({row['ratio_lowest']:.2f} to {row['ratio_highest']:.2f})",
+        f"{_pair(row, 'optimizer_seconds', 1e-3, 0)} ({row['adamw_optimizer_seconds'] * 1e3:.0f})",
+        f"{row['ratio_whole_step']:.2f}",
+        f"{_pair(row, 'bytes_received', 1e6)} ({row['adamw_bytes_received'] / 1e6:.1f})",
+        f"{_pair(row, 'bytes_sent', 1e6)} ({row['adamw_bytes_sent'] / 1e6:.1f})",
+        f"{_pair(row, 'collectives', 1, 0)} ({row['adamw_collectives']})",
+        f"{_pair(row, 'peak_optimizer_bytes', 1e6)} (momentum {_pair(row, 'momentum_bytes', 1e6)})",
+        _pair(row, "newton_schulz_calls", 1, 0),
+        f"{row['peer_error_to_exact']:.1e} → {row['ours_error_to_exact']:.1e}",
+    )
+
+
+HEADER = (
+    "case", "peer", "iteration in", "optimizer time, peer / ours (lowest to highest)",
+    "optimizer, ms: peer → ours (AdamW)", "whole step, peer / ours", "MB received by a rank: peer → ours (AdamW)",
+    "MB sent: peer → ours (AdamW)", "collectives: peer → ours (AdamW)", "peak of the optimizer, MB: peer → ours",
+    "matrices orthogonalized: peer → ours", "error of the update: peer → ours",
+)  # fmt: skip
+
+
+def table(rows: Sequence[Row], environment: dict[str, Any]) -> str:
+    """Markdown: the comparison, and the share of a step that ours costs over AdamW."""
+    size = next((f"{r['parameters'] / 1e6:.1f}M" for r in rows if "parameters" in r), "?")
+    about = (
+        f"Llama of {size} parameters, {rows[0]['ranks']} ranks with one thread each on {environment['cores']} cores, "
+        f"gloo, torch {torch.__version__}, {rows[0]['rounds']} rounds in turn, steps of {SEQUENCE} tokens a rank.\n\n"
+    )
+    text = about + markdown(HEADER, [_line(r) for r in rows])
+    shares = [r for r in rows if r.get("share_over_adamw")]
+    if shares:
+        sizes = list(shares[0]["share_over_adamw"])
+        header = (
+            "sharding",
+            "iteration in",
+            "forward and backward of a micro-batch, s (tokens of all ranks)",
+            "optimizer, ms: ours (AdamW)",
+            *(f"ours over AdamW, {int(size):,} tokens a step" for size in sizes),
+        )
+        lines = [
+            (
+                r["sharding"],
+                r["ns_dtype"],
+                f"{r['micro_batch_seconds']:.2f} ({r['micro_batch_tokens']})",
+                f"{1e3 * r['ours_optimizer_seconds']:.0f} ({1e3 * r['adamw_optimizer_seconds']:.0f})",
+                *(f"{100 * r['share_over_adamw'][s]:.1f}%" for s in sizes),
+            )
+            for r in shares
+        ]
+        text += "\n" + markdown(header, lines)
+    return text

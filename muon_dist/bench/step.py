@@ -1,0 +1,121 @@
+"""Ours against every other Muon: runs the cases and writes their rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from muon_dist.bench import machine, measure
+from muon_dist.bench.cases import MODELS, PROFILES, Case, Profile, select
+from muon_dist.bench.exact import Exact, make_exact
+from muon_dist.bench.ranks import RankFailure, run_ranks
+from muon_dist.bench.rows import Row, figures, merge, row_of, table
+from muon_dist.errors import ConfigError, PeerError
+
+TIMEOUT = 600.0  # seconds for a case; ranks that hang are ended then
+
+
+def run(
+    cases: Sequence[Case],
+    profile: Profile,
+    *,
+    ranks: int | None,
+    link: str,
+    report: Callable[[Row], None],
+) -> list[Row]:
+    """A row for each case, skipped ones included; `report` is called with each as it is done.
+
+    Every case has `ranks` processes of its own on this machine; with None, those of the process group that this
+    process has joined, and all ranks return the same rows.
+
+    Raises PeerError where a rank dies or hangs, or ours or AdamW fails.
+    """
+    exact = make_exact(profile.model, profile.exact_layers)
+    rows = []
+    timed: set[str] = set()
+    for case in cases:
+        micro_batch = bool(profile.tokens_per_step) and case.sharding not in timed and not case.offload
+        row = _run(case, profile, exact, ranks, micro_batch) | {"link": link}
+        if row["micro_batch_seconds"] is not None:
+            timed.add(case.sharding)
+        rows.append(row)
+        report(row)
+    return rows
+
+
+def _run(case: Case, profile: Profile, exact: Exact, ranks: int | None, micro_batch: bool) -> Row:
+    arguments = (case, profile.model, exact, profile.rounds, micro_batch)
+    world = ranks or dist.get_world_size()
+    try:
+        measure.import_for(case)
+    except ImportError as error:
+        return row_of(case, world, profile, f"{type(error).__name__}: {error}")
+    try:
+        if ranks is None:
+            outcomes: list[Any] = [None] * world
+            dist.all_gather_object(outcomes, measure.run_case(*arguments))
+        else:
+            outcomes = run_ranks(measure.run_case, ranks, *arguments, timeout=TIMEOUT)
+    except RankFailure as error:
+        raise PeerError(f"{case.name} against {case.peer}: {error}") from error
+    reasons = [o.skipped for o in outcomes if o.skipped]
+    return row_of(case, world, profile, reasons[0] if reasons else None) | figures(case, outcomes, profile)
+
+
+def command(
+    profile: str,
+    output: Path,
+    *,
+    ranks: int,
+    peers: Sequence[str],
+    only: Sequence[str],
+    model: str | None,
+    rounds: int | None,
+    link: str,
+    append: bool,
+    echo: Callable[[str], None],
+) -> None:
+    """`muon-dist bench step`. Under a launcher (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment)
+    this process is one of the ranks, and the first of them writes.
+
+    Raises ConfigError for an option that selects nothing, PeerError as `run` does.
+    """
+    cases = select(profile, only, peers)
+    chosen = PROFILES[profile]
+    if model is not None and model not in MODELS:
+        raise ConfigError(f"--model {model!r} is unknown: use {', '.join(MODELS)}")
+    chosen = dataclasses.replace(chosen, model=model or chosen.model, rounds=rounds or chosen.rounds)
+    before = _existing(output / "step.json") if append else []
+    torch.set_num_threads(1)
+    launched = "RANK" in os.environ
+    if launched:
+        dist.init_process_group("gloo")
+    writes = not launched or dist.get_rank() == 0
+
+    def report(row: Row) -> None:
+        if writes:
+            ratio = row["ratio_peer_over_ours"]
+            outcome = row["skipped"] or f"{row['peer']} / ours {ratio:.2f}"
+            echo(f"{row['case']}: {outcome}")
+
+    rows = merge(run(cases, chosen, ranks=None if launched else ranks, link=link, report=report), before)
+    if launched:
+        dist.destroy_process_group()
+    if writes:
+        environment = machine.describe()
+        text = table(rows, environment)
+        record = {"environment": environment, "profile": profile, "rows": rows}
+        echo("\n" + text)
+        for path in machine.write(output, "step", record, text):
+            echo(f"-> {path}")
+
+
+def _existing(path: Path) -> list[Row]:
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
