@@ -89,6 +89,10 @@ def _by_progress(plan: OwnershipPlan, matrices: Sequence[int]) -> list[int]:
 
 def cut_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int) -> list[tuple[int, ...]]:
     """The matrices of each bucket of `make_buckets`, without its messages."""
+    # The owner of the largest matrix must hold it anyway. Without this every matrix above the bound has a bucket of
+    # its own, in which all owners but one wait: Newton-Schulz runs one matrix after another on the whole world.
+    sizes = (plan.layout.matrices[i].matrix.numel for i in matrices)
+    bound = max(bucket_elements, max(sizes, default=0))
 
     def key(i: int) -> tuple[int, int, int, int]:
         m = plan.layout.matrices[i].matrix
@@ -98,7 +102,7 @@ def cut_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: i
     ends = _Ends(plan)
     for i in _by_progress(plan, matrices):
         added = ends.of(i)
-        if not buckets or ends.exceed(added, bucket_elements):
+        if not buckets or ends.exceed(added, bound):
             buckets.append([])
             ends.busy[:] = 0
         buckets[-1].append(i)
@@ -109,7 +113,7 @@ def cut_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: i
 def make_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int) -> tuple[Bucket, ...]:
     """Cut `matrices` into buckets such that no rank sends, receives or stacks more than `bucket_elements` at a time.
 
-    A matrix larger than the bound has a bucket of its own. The owners' lists are interleaved by progress, so that
+    The largest matrix raises the bound. The owners' lists are interleaved by progress, so that
     each bucket gives every owner work, and equal shapes of one owner stay together for one batched call.
     """
     return tuple(_bucket(plan, members) for members in cut_buckets(plan, matrices, bucket_elements))

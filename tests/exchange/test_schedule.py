@@ -5,7 +5,14 @@ import random
 import pytest
 
 from muon_dist.exchange.schedule import bytes_sent, make_buckets, outgoing, returning, splits
-from muon_dist.layout import Layout, MatrixLayout, cut_parameter, fragments_of_run
+from muon_dist.layout import (
+    Layout,
+    MatrixLayout,
+    PlacedParameter,
+    cut_parameter,
+    fragments_of_run,
+    per_parameter_layout,
+)
 from muon_dist.layout.replicated import replicated_layout
 from muon_dist.ownership import OwnershipPlan, assign_owners
 
@@ -40,8 +47,18 @@ def test_buckets_hold_every_matrix_once_within_the_bound(world, bound):
                     assert sum(sends) <= max(bound, largest) >= sum(receives)
             for rank in range(world):
                 owned = [i for i in b.matrices if plan.owners[i] == rank]
-                assert len(owned) <= 1 or sum(plan.layout.matrices[i].matrix.numel for i in owned) <= bound
+                assert sum(plan.layout.matrices[i].matrix.numel for i in owned) <= max(bound, largest)
     assert bound == 1 or len(buckets) < len(everything)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_matrices_above_the_bound_share_a_bucket_when_their_owners_differ(world):
+    """One bucket each would let one owner work and all others wait."""
+    matrices = [cut_parameter(f"m{i}", (16, 16))[0] for i in range(2 * world)]
+    placed = [PlacedParameter(m.name, m.numel, i * m.numel // world, (m,)) for i, m in enumerate(matrices)]
+    plan = assign_owners(per_parameter_layout([placed], world))
+    buckets = make_buckets(plan, range(len(matrices)), 1)
+    assert [sorted(plan.owners[i] for i in b.matrices) for b in buckets] == [list(range(world))] * 2
 
 
 def test_messages_agree_on_both_ends_and_with_the_byte_count():
