@@ -33,7 +33,12 @@ class MatrixLayout:
     fragments: Fragments
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fragments", Fragments.of(self.fragments))
+        f = Fragments.of(self.fragments)
+        object.__setattr__(self, "fragments", f)
+        if not f.tiles(self.matrix.numel):
+            self._check()
+
+    def _check(self) -> None:
         f = self.fragments
         name, numel = self.matrix.name, self.matrix.numel
         outside = np.flatnonzero((f.length <= 0) | (f.offset < 0) | (f.stop > numel))
@@ -83,9 +88,13 @@ class MatrixLayout:
         own = self.on(owner)
         if int(own.length.sum()) == self.matrix.numel:
             return own.chosen(np.argsort(own.offset))
-        if int(self.fragments.length.sum()) == self.matrix.numel:  # no copies
-            return self.fragments.chosen(np.argsort(self.fragments.offset))
-        near = {r for r, d in enumerate(domains) if d == domains[owner]} if domains else set()
+        domain = np.asarray(domains)
+        own_copy = (
+            self.fragments.chosen(domain[self.fragments.rank] == domain[owner]) if len(domain) else self.fragments
+        )
+        if int(own_copy.length.sum()) == self.matrix.numel:  # no copies, or none in the owner's domain
+            return own_copy.chosen(np.argsort(own_copy.offset))
+        near = set(own_copy.rank.tolist()) if len(domain) else set()
         others = [f for f in self.fragments if f.rank != owner]
         ordered = sorted(own, key=lambda f: f.offset)
         cover = list(ordered)

@@ -46,6 +46,19 @@ class Fragments(Sequence[Fragment]):
         """Those that `rank` holds."""
         return self.chosen(self.rank == rank)
 
+    def tiles(self, numel: int) -> bool:
+        """Whether they certainly cover a matrix of `numel` elements on distinct ranks: one after another, or each all of
+        it. A cover of another kind is not recognized."""
+        if len(self) == 1:
+            return bool(self.offset[0] == 0 and self.length[0] == numel > 0)
+        if not len(self):
+            return False
+        distinct = (self.rank[1:] > self.rank[:-1]).all() or (self.rank[1:] < self.rank[:-1]).all()
+        if self.length.strides == (0,) and self.length[0] == numel:
+            return bool(distinct and not self.offset.any())
+        ends_meet = self.offset[0] == 0 and self.stop[-1] == numel and (self.offset[1:] == self.stop[:-1]).all()
+        return bool(distinct and ends_meet and (self.length > 0).all())
+
     def _columns(self) -> tuple[np.ndarray, ...]:
         return self.rank, self.offset, self.length, self.buffer, self.origin
 
