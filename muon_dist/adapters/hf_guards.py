@@ -77,6 +77,7 @@ class Guards(TrainerCallback):
         self._loss: torch.Tensor | float = 0.0
         self._ballot: Ballot | None = None
         self._spiked = False
+        self._hook: Any = None
 
     # ---- state in checkpoints
 
@@ -109,12 +110,24 @@ class Guards(TrainerCallback):
     def begin_data(self) -> None:
         """This rank begins to work for the next step."""
         self._progress.enter("data")
-        if self._vote is not None:
-            self._vote.mark()
+        self._clock("start")
         self._loss, self._ballot, self._spiked = 0.0, None, False
+
+    def _clock(self, action: str) -> None:
+        if self._vote is not None:
+            getattr(self._vote.work, action)()
+
+    def pause(self) -> None:
+        """From here on this rank may wait for others."""
+        self._clock("pause")
+
+    def resume(self) -> None:
+        """This rank works for itself again."""
+        self._clock("resume")
 
     def add_loss(self, loss: torch.Tensor, last: bool) -> None:
         """A micro-batch's part of this step's loss, before its backward pass; `last` begins the vote."""
+        self.pause()
         self._loss = self._loss + loss.detach()
         if last and self._vote is not None:
             self._vote.cast(self._loss, self._stop_requested())
@@ -129,6 +142,9 @@ class Guards(TrainerCallback):
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         muon = self._muon()
         if muon is not None:
             muon.guard.veto = None
@@ -147,6 +163,9 @@ class Guards(TrainerCallback):
             self._progress = muon.progress
             muon.guard.veto = self._veto
         self._progress.step = state.global_step
+        if not args.torch_compile:  # a hook would be compiled too; then the forward pass does not count as own work
+            # DDP sends buffers before it calls the model itself.
+            self._hook = self._trainer.model.register_forward_pre_hook(lambda module, given: self._forward(module))
         seconds = self.watchdog_seconds
         if seconds is None:
             seconds = _WATCHDOG_SHARE * args.ddp_timeout
@@ -186,6 +205,10 @@ class Guards(TrainerCallback):
         self._progress.enter(IDLE)
 
     # ---- the parts
+
+    def _forward(self, module: torch.nn.Module) -> None:
+        if module.training:
+            self.resume()
 
     def _muon(self) -> Muon | None:
         optimizer = getattr(self._trainer, "optimizer", None)
@@ -256,6 +279,51 @@ class Guards(TrainerCallback):
             check.check()
 
 
+class GuardedLoop:
+    """The places of a Trainer's loop that guards must know of; to be inherited before Trainer."""
+
+    guards: Guards | None = None
+
+    def watch_with(self, guards: Guards) -> None:
+        """Let `guards` watch over this trainer."""
+        self.guards = guards
+        guards.attach(self)
+        self.add_callback(guards)  # type: ignore[attr-defined]
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self.guards is not None:
+                self.guards.close()
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.guards is None:
+            return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self.guards.begin_data()
+        batch = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self.guards.resume()
+        return batch
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        if self.guards is not None:
+            self.guards.pause()  # it asks all ranks
+        return super()._get_num_items_in_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.guards is None or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        self.guards.pause()
+        found = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        # weighted as training_step weights micro-batches
+        scaled = trainer.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+        loss = found[0] if isinstance(found, tuple) else found
+        part = loss if scaled or trainer.compute_loss_func else loss / trainer.current_gradient_accumulation_steps
+        self.guards.add_loss(part, last=trainer.accelerator.sync_gradients)
+        return found
+
+
 def replica_checks(model: torch.nn.Module, device: torch.device) -> Iterator[ReplicaCheck]:
     """The comparisons for a model whose ranks are data-parallel: one for each group of ranks that hold copies.
 
@@ -273,7 +341,8 @@ def replica_checks(model: torch.nn.Module, device: torch.device) -> Iterator[Rep
             if len(axes) == 1:
                 group = mesh.get_group(axes[0])
                 ranks = tuple(dist.get_process_group_ranks(group))
-                shards.setdefault(ranks, (group, []))[1].append((name, p.detach().to_local()))
+                shard: Any = p.detach()
+                shards.setdefault(ranks, (group, []))[1].append((name, shard.to_local()))
         elif not hasattr(p, "ds_tensor"):  # ZeRO-3's mark of a partitioned parameter
             whole.append((name, p.detach()))
     if whole:

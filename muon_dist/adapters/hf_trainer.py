@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -14,22 +12,20 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from muon_dist.adapters.device import peak_flops as device_peak_flops
 from muon_dist.adapters.factory import MuonFactory, split_kwargs
 from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
-from muon_dist.adapters.hf_guards import Guards
+from muon_dist.adapters.hf_checkpoint import CheckpointOptions, CheckpointTrainer, read_position
+from muon_dist.adapters.hf_guards import GuardedLoop, Guards
 from muon_dist.adapters.hf_records import SpectraLog, take_diagnostics
+from muon_dist.checkpoint import Checkpoint
 from muon_dist.errors import CheckpointError, ConfigError
-from muon_dist.optim.muon import Muon
 
-__all__ = ["MuonFactory", "MuonTrainer", "TrainingArguments", "bits_per_byte", "leave_deepspeed", "read_position"]
+__all__ = ["CheckpointOptions", "MuonFactory", "MuonTrainer", "TrainingArguments", "bits_per_byte", "leave_deepspeed"]
 
-POSITION_NAME = "position.json"
-OPTIMIZER_NAME = "optimizer.pt"
-SCHEDULER_NAME = "scheduler.pt"
 _STOCK_MAX_GRAD_NORM = 1.0  # the default of TrainingArguments, indistinguishable from a wish
 
 
@@ -46,7 +42,7 @@ class _Stream(Sampler[int]):
         return self.total
 
 
-class MuonTrainer(Trainer):
+class MuonTrainer(GuardedLoop, CheckpointTrainer):
     """A `Trainer` that trains with Muon and logs what pretraining is judged by.
 
     muon: keyword arguments of `MuonFactory`; `lr` and `weight_decay` default to those of `args`. Instead of it,
@@ -61,6 +57,7 @@ class MuonTrainer(Trainer):
     peak_flops: of one rank's device; default from a table (GPU) or measured (CPU).
     metrics_path: a JSON-lines file for all that is logged.
     guards: what watches over the run; None: only Muon's own check that gradients are finite.
+    checkpoint: how it saves; see `CheckpointOptions` and `CheckpointTrainer`.
 
     In the logs: `lr/<group>`, `grad_norm` (raw, all parameters), `grad_norm/muon`, `grad_norm/adamw`, `tokens_per_s`
     (all ranks, evaluation and saving left out), `tokens`, `mfu`, `bits_per_byte`, `eval_bits_per_byte`,
@@ -103,7 +100,7 @@ class MuonTrainer(Trainer):
         self._peak_flops = peak_flops
         self._grad_norms: dict[str, torch.Tensor] = {}
         self._group_lrs: dict[str, float] = {}
-        self._resumed_from: str | None = None
+        self._resumed_from: Checkpoint | None = None
         self._order: str | None = None
         self._first_sample = self._first_step = 0
         self._tokens = self._tokens_logged = self._tokens_resumed = 0
@@ -115,10 +112,9 @@ class MuonTrainer(Trainer):
             self.add_callback(AttachDeepSpeed(self))
         if metrics_path is not None:
             self.add_callback(MetricsFile(metrics_path))
-        self.guards = guards
         if guards is not None:
-            guards.attach(self)
-            self.add_callback(guards)
+            self.watch_with(guards)
+            self.providers["guards"] = guards
 
     # ---- the position in the data
 
@@ -132,13 +128,23 @@ class MuonTrainer(Trainer):
         """Samples that the optimizer steps up to now have used, over all ranks."""
         return self._first_sample + (self.state.global_step - self._first_step) * self.samples_per_step
 
+    def position(self) -> dict[str, Any]:
+        """Where in the data the run stands; for the manifest of a checkpoint."""
+        return {
+            "global_step": self.state.global_step,
+            "consumed_samples": self.consumed_samples,
+            "samples_per_step": self.samples_per_step,
+            "tokens": self._tokens,
+            "world_size": self.args.world_size,
+            "order": self._order,
+        }
+
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        checkpoint = kwargs.get("resume_from_checkpoint")
-        self._resumed_from, self._order = checkpoint, None
+        self._resumed_from, self._order = self._source, None
         self._first_sample = self._first_step = self._tokens = self._tokens_logged = self._tokens_resumed = 0
         self._seconds = self.train_seconds = 0.0
-        if checkpoint is not None and (self.train_sampler is not None or (Path(checkpoint) / POSITION_NAME).exists()):
-            position = read_position(checkpoint)
+        if self._source is not None and not self._source.weights_only:
+            position = read_position(self._source)
             self._first_step, self._first_sample = position["global_step"], position["consumed_samples"]
             self._tokens = self._tokens_logged = self._tokens_resumed = position["tokens"]
             self._order = position["order"]
@@ -146,11 +152,7 @@ class MuonTrainer(Trainer):
             self._flops_per_token = 6.0 * self.model.num_parameters(exclude_embeddings=True)
         if self._peak_flops is None:
             self._peak_flops = device_peak_flops(self.args.device, _compute_dtype(self.args, self.model))
-        try:
-            return super()._inner_training_loop(*args, **kwargs)
-        finally:
-            if self.guards is not None:
-                self.guards.close()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.train_sampler is None:
@@ -162,21 +164,19 @@ class MuonTrainer(Trainer):
         order = digest() if digest is not None else None
         if self._order is not None and order != self._order:
             raise CheckpointError(
-                f"{self._resumed_from} was trained on another order of samples (data, weights, sequence length or "
-                "seed differ): go on with those, or start a new run"
+                f"{self._source.path if self._source else ''} was trained on another order of samples (data, weights, "
+                "sequence length or seed differ): go on with those, or start a new run"
             )
         self._order = order
         return _Stream(samples, remaining, self.args.max_steps * self.samples_per_step)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._step_started = time.perf_counter()
-        if self.guards is not None:
-            self.guards.begin_data()
         batch = super().get_batch_samples(*args, **kwargs)
         if self._resumed_from is not None and self.train_sampler is not None:
             # Making the iterator drew from the generator, as it did at the start of the run that we continue, before
             # the state was saved: restore it afterwards, or dropout differs.
-            self._load_rng_state(self._resumed_from)
+            self._load_rng_state(str(self._resumed_from.path))
         self._resumed_from = None
         return batch
 
@@ -222,17 +222,6 @@ class MuonTrainer(Trainer):
                 rates[f"lr/{group.get('name', algorithm or index)}"] = lr
         self._group_lrs = rates
         return cast(float, super()._get_learning_rate())
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; the guards hear of it."""
-        found = super().compute_loss(model, inputs, *args, **kwargs)
-        if self.guards is not None and model.training:
-            # as training_step weights the micro-batches
-            scaled = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
-            loss = found[0] if isinstance(found, tuple) else found
-            part = loss if scaled or self.compute_loss_func else loss / self.current_gradient_accumulation_steps
-            self.guards.add_loss(part, last=self.accelerator.sync_gradients)
-        return found
 
     # ---- figures
 
@@ -297,53 +286,6 @@ class MuonTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(console)
 
-    # ---- checkpoints
-
-    def _sharded_optimizer(self) -> Any | None:
-        """Our optimizer where its state is spread over ranks that Trainer knows nothing of, else None."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return None
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer if isinstance(optimizer, Muon) else None
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            position = {
-                "global_step": self.state.global_step,
-                "consumed_samples": self.consumed_samples,
-                "samples_per_step": self.samples_per_step,
-                "tokens": self._tokens,
-                "world_size": self.args.world_size,
-                "order": self._order,
-            }
-            (folder / POSITION_NAME).write_text(json.dumps(position, indent=2) + "\n", encoding="utf-8")
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        optimizer = self._sharded_optimizer()
-        if optimizer is None:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = optimizer.full_state_dict()  # a collective: every rank takes part, the first one writes
-        if self.args.should_save:
-            os.makedirs(output_dir, exist_ok=True)
-            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        optimizer = self._sharded_optimizer()
-        if checkpoint is None or optimizer is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-            if not os.path.isfile(os.path.join(checkpoint, name)):
-                # Trainer would go on with a fresh optimizer and say nothing.
-                raise CheckpointError(f"{checkpoint} holds no {name}: it cannot continue the run exactly")
-        state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
-        optimizer.load_state_dict(state)
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
-
 
 def leave_deepspeed() -> None:
     """After a ZeRO-3 run: from here on transformers loads a model whole instead of partitioning it over the ranks."""
@@ -353,17 +295,6 @@ def leave_deepspeed() -> None:
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
     """Nats per token -> bits per byte of text, which compares models of different vocabularies."""
     return loss / math.log(2.0) / bytes_per_token
-
-
-def read_position(checkpoint: str | Path) -> dict[str, Any]:
-    """Where in the data a checkpoint stands. Raises CheckpointError when the file is missing or unreadable."""
-    path = Path(checkpoint) / POSITION_NAME
-    try:
-        position = json.loads(path.read_text(encoding="utf-8"))
-        numbers = {name: int(position[name]) for name in ("global_step", "consumed_samples", "tokens")}
-        return {**numbers, "order": position["order"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: no readable position in the data ({error}); was the save cut off?") from error
 
 
 def _compute_dtype(args: TrainingArguments, model: nn.Module) -> torch.dtype:

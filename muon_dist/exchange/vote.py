@@ -21,7 +21,7 @@ class Ballot:
     Attributes:
         loss: mean over the ranks.
         stop: rank -> what it asked for, of those that asked (a signal number).
-        busy: by rank, seconds between `mark` and `cast`: work of its own, before it could wait for another.
+        busy: by rank, seconds of its own work in this step, in which it could not wait for another.
     """
 
     loss: float
@@ -29,36 +29,71 @@ class Ballot:
     busy: tuple[float, ...]
 
 
+class Stopwatch:
+    """Seconds of this rank's own work in a step; to be paused wherever it may wait for others.
+
+    On a GPU, kernels run behind: their time (by events) is known one step later, and the longer of both counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._since: float | None = None
+        self._seconds = self._kernels_before = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        """A new step begins, before its data are read."""
+        if self._events and self._events[-1][1].query():
+            self._kernels_before = sum(a.elapsed_time(b) for a, b in self._events) / 1e3
+        self._seconds, self._since, self._events = 0.0, None, []
+        self.resume()
+
+    def resume(self) -> None:
+        """Own work goes on."""
+        if self._since is not None:
+            return
+        self._since = time.perf_counter()
+        if self._cuda:
+            pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self._events.append(pair)
+            pair[0].record()
+
+    def pause(self) -> None:
+        """Others may be waited for."""
+        if self._since is None:
+            return
+        self._seconds += time.perf_counter() - self._since
+        self._since = None
+        if self._cuda:
+            self._events[-1][1].record()
+
+    def seconds(self) -> float:
+        """Of this step up to now."""
+        running = time.perf_counter() - self._since if self._since is not None else 0.0
+        return max(self._seconds + running, self._kernels_before)
+
+
 class StepVote:
-    """One vote a step over a process group (None: a single process)."""
+    """One vote a step over a process group (None: a single process).
+
+    Attributes:
+        work: the watch of this rank's own work, told with the vote.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self.group = group
         self.device = device
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
-        self._began = time.perf_counter()
+        self.work = Stopwatch(device)
         self._cast: tuple[torch.Tensor, Any] | None = None
-        self._events: list[torch.cuda.Event] = []
-        self._busy_before = 0.0
-
-    def mark(self) -> None:
-        """From here on this rank works for the next step: before its data are read."""
-        self._began = time.perf_counter()
-        if self.device.type == "cuda":
-            # Kernels run behind; their time is known, and told, one step later.
-            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            self._events[0].record()
 
     def cast(self, loss: torch.Tensor | float, stop: int = 0) -> None:
         """Begin the vote of this step, on every rank. loss: of this rank, a number or a tensor of one element."""
         own = torch.zeros(1 + 2 * self.world_size, dtype=torch.float64)
         own[1 + self.rank] = stop
-        busy = time.perf_counter() - self._began
-        if self._events:
-            self._events[1].record()
-            busy = max(busy, self._busy_before)
-        own[1 + self.world_size + self.rank] = busy
+        self.work.pause()
+        own[1 + self.world_size + self.rank] = self.work.seconds()
         votes = own.to(self.device, non_blocking=True)
         votes[0] = loss.detach() if isinstance(loss, torch.Tensor) else loss
         work = dist.all_reduce(votes, group=self.group, async_op=True) if self.world_size > 1 else None
@@ -73,8 +108,6 @@ class StepVote:
         if work is not None:
             work.wait()
         loss, *rest = votes.tolist()
-        if self._events:
-            self._busy_before = self._events[0].elapsed_time(self._events[1]) / 1e3
         stop = {rank: int(value) for rank, value in enumerate(rest[: self.world_size]) if value}
         return Ballot(loss / self.world_size, stop, tuple(rest[self.world_size :]))
 

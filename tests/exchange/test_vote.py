@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from muon_dist.exchange.vote import StepVote, StragglerReport
+from muon_dist.exchange.vote import StepVote, Stopwatch, StragglerReport
 from tests.distributed import run_ranks
 
 
@@ -16,11 +16,11 @@ def vote() -> list:
     rank = dist.get_rank()
     voting = StepVote(dist.group.WORLD, torch.device("cpu"))
     assert voting.result() is None
-    voting.mark()
+    voting.work.start()
     time.sleep(0.05 * rank)
     voting.cast(torch.tensor(float(rank), requires_grad=True), stop=12 if rank == 2 else 0)
     first = voting.result()
-    voting.mark()
+    voting.work.start()
     voting.cast(1.5)
     return [first, voting.result(), voting.result()]
 
@@ -32,6 +32,21 @@ def test_every_rank_hears_the_same() -> None:
     assert (first.loss, first.stop) == (1.5, {2: 12})
     assert first.busy[3] - first.busy[0] > 0.1
     assert (second.loss, second.stop, third) == (1.5, {}, None)
+
+
+def test_time_in_which_others_may_be_waited_for_does_not_count() -> None:
+    work = Stopwatch(torch.device("cpu"))
+    work.start()
+    work.pause()
+    time.sleep(0.1)
+    work.pause()
+    assert work.seconds() < 0.05
+    work.resume()
+    work.resume()
+    time.sleep(0.1)
+    assert 0.1 <= work.seconds() < 0.19
+    work.start()
+    assert work.seconds() < 0.05
 
 
 def test_alone() -> None:
