@@ -47,8 +47,10 @@ class Fragments(Sequence[Fragment]):
         return self.chosen(self.rank == rank)
 
     def tiles(self, numel: int) -> bool:
-        """Whether they cover a matrix of `numel` elements on distinct ranks, one after another or each all of it. A cover
-        of another kind is not recognized."""
+        """Whether they cover a matrix of `numel` elements on distinct ranks, one after another or each all of it.
+
+        A cover of another kind is not recognized.
+        """
         if len(self) == 1:
             return bool(self.offset[0] == 0 and self.length[0] == numel > 0)
         if not len(self):
