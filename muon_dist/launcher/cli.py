@@ -266,14 +266,16 @@ def deepspeed(
     interface: InterfaceOption = None,
 ) -> None:
     """A hostfile, and the deepspeed command for the first machine."""
-    from muon_dist.launcher.hosts import exports, render_hostfile
+    from muon_dist.launcher.hosts import render_hostfile, variables
     from muon_dist.launcher.job import check_address
 
     job = _job(config, overrides or [], str(len(host)), gpus, processes, name, run_dir, None, interface=interface)
     files = render_hostfile(job, host, master_port, _made_by())
     _warn(check_address(host[0], master_port, job.nodes))
     _write(files.text, output)
-    _show(exports(job), files.command, output)
+    # DeepSpeed carries few variables to the other machines by itself, and these from a file
+    note = "# in ~/.deepspeed_env on the first machine, which DeepSpeed carries to the others:"
+    _show([note, *(f"#   {variable}" for variable in variables(job))], files.command, output)
 
 
 @app.command()
@@ -291,19 +293,19 @@ def accelerate(
     interface: InterfaceOption = None,
 ) -> None:
     """A configuration file for accelerate, and the command for every machine."""
-    from muon_dist.launcher.hosts import exports, render_accelerate
+    from muon_dist.launcher.hosts import render_accelerate, variables
     from muon_dist.launcher.job import check_address
 
     job = _job(config, overrides or [], nodes, gpus, processes, name, run_dir, None, interface=interface)
     files = render_accelerate(job, master_addr, master_port, _made_by())
     _warn(check_address(master_addr, master_port, job.nodes))
     _write(files.text, output)
-    _show(exports(job), files.command, output)
+    _show([f"export {variable}" for variable in variables(job)], files.command, output)
 
 
-def _show(preparation: str, command: str, output: Path) -> None:
+def _show(preparation: Sequence[str], command: str, output: Path) -> None:
     """The commands to run, on standard output."""
     import shlex
 
-    typer.echo(preparation)
+    typer.echo("\n".join(preparation))
     typer.echo(command.replace("{file}", shlex.quote(str(output)), 1))

@@ -11,7 +11,7 @@ import yaml
 
 from muon_dist.errors import ConfigError
 from muon_dist.launcher.job import Job, check_address
-from muon_dist.launcher.shell import header, preparation, script, words
+from muon_dist.launcher.shell import header, script, words
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,9 @@ def render_hostfile(job: Job, hosts: Sequence[str], port: int, command: Sequence
     for host in hosts:
         check_address(host, port, 1)
     lines = [*header(command, []), *(f"{host} slots={job.processes}" for host in hosts)]
-    start = ["deepspeed", "--hostfile", "{file}", "--master_addr", hosts[0], "--master_port", str(port)]
-    if job.nodes > 1:
-        # else DeepSpeed leaves the hostfile's other machines out when only this one is asked for
-        start.append("--force_multi")
     # --module: what follows is a module; --no_local_rank: muon-dist takes it from the environment, not as an argument
-    run = f"{shlex.join([*start, '--no_local_rank', '--module'])} {words(job).removeprefix('-m ')}"
+    options = shlex.join(["--master_addr", hosts[0], "--master_port", str(port), "--no_local_rank", "--module"])
+    run = f"deepspeed --hostfile {{file}} {options} {words(job).removeprefix('-m ')}"
     return Files(text="\n".join(lines) + "\n", command=run)
 
 
@@ -74,9 +71,12 @@ def render_accelerate(job: Job, address: str, port: int, command: Sequence[str])
     return Files(text=text, command=f"accelerate launch --config_file {{file}}{rank} {words(job)}")
 
 
-def exports(job: Job) -> str:
-    """The lines of shell to run before either command."""
-    return "\n".join(preparation(job)[1:])
+def variables(job: Job) -> list[str]:
+    """NAME=VALUE of the environment that the processes need on every machine."""
+    found = [f"OMP_NUM_THREADS={job.threads}", "TOKENIZERS_PARALLELISM=false"]
+    if job.interface is not None:
+        found += [f"GLOO_SOCKET_IFNAME={job.interface}", f"NCCL_SOCKET_IFNAME={job.interface}"]
+    return found
 
 
 def _fixed(job: Job, launcher: str) -> None:

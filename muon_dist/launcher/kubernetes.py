@@ -194,7 +194,7 @@ def _trainjob(name: str, job: Job, kubernetes: Kubernetes) -> list[dict[str, Any
 
 def _pytorchjob(name: str, job: Job, kubernetes: Kubernetes) -> dict[str, Any]:
     pod = _pod("pytorch", job, kubernetes)
-    pod["containers"][0]["ports"] = [{"name": "pytorchjob-port", "containerPort": PORT}]
+    pod["containers"][0]["ports"] = [{"name": "pytorchjob-port", "containerPort": PORT, "protocol": "TCP"}]
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",

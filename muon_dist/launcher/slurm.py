@@ -58,6 +58,7 @@ _MEETING = (
 # (not --batch): to torchrun and its processes at once; these save, and torchrun waits so long for them.
 _SIGNALS = (
     "warned=",
+    "# shellcheck disable=SC2329",
     "on_warning() {",
     '    [[ -z "$warned" ]] || return 0',
     "    warned=yes",

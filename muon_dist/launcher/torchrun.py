@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from muon_dist.launcher.job import DEFAULT_PORT, Job
@@ -36,7 +37,7 @@ def render_torchrun(
         options = f'--node-rank "$node_rank" --master-addr {address} --master-port {port}'
     else:
         how = f"Run it on each of the {job.nodes} machines, in any order; they meet at {address}."
-        options = f"--rdzv-backend c10d --rdzv-id {job.name} --rdzv-endpoint {endpoint(address, port)}"
+        options = f"--rdzv-backend c10d --rdzv-id {job.name} --rdzv-endpoint {shlex.quote(endpoint(address, port))}"
     restarts = restarts if restarts is not None else 3 if job.elastic else 0
     if job.nodes > 1:
         options += f" --max-restarts {restarts}"
