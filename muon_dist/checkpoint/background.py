@@ -96,7 +96,7 @@ class Saver:
             self.ranks.everywhere(copy)
         except CheckpointError as error:
             self._problem = error
-            self._settle()
+            self._raise_problem()
             return
         snapshot, shared = taken[0]
         contents = replace(contents, state=shared)
@@ -110,22 +110,26 @@ class Saver:
             return
         self._commit(snapshot, contents, protected)
         self.stall = time.perf_counter() - started
-        self._settle()
+        self._raise_problem()
 
     def wait(self) -> Path | None:
         """Wait for the save in the background, if any; the newest commit. Raises as `save`."""
+        self.settle()
+        self._raise_problem()
+        return self.last
+
+    def settle(self) -> None:
+        """Wait for the save in the background, and keep what it came to for the next `save` or `wait`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._settle()
-        return self.last
 
     @property
     def busy(self) -> bool:
         """A save is being written in the background."""
         return self._thread is not None and self._thread.is_alive()
 
-    def _settle(self) -> None:
+    def _raise_problem(self) -> None:
         problem, self._problem = self._problem, None
         if problem is None:
             return

@@ -130,6 +130,10 @@ class Checkpoint:
             self.fill([Piece(name, kind, found.shape, Extent.run(0, found.numel), whole.view(-1))])
         return whole
 
+    def close(self) -> None:
+        """Close its files; they are opened again when something is read."""
+        self._open.clear()
+
     def _slice(self, file: str, key: str) -> Any:
         try:
             if file not in self._open:

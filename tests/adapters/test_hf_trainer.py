@@ -109,9 +109,7 @@ def stock_example(folder: str) -> tuple[list[float], str, int, bool]:
     )
     trainer.train()
     optimizer = trainer.optimizer.optimizer
-    held = sum(
-        entry["momentum_buffer"].numel() for entry in optimizer.state.values() if "momentum_buffer" in entry
-    )
+    held = sum(entry["momentum_buffer"].numel() for entry in optimizer.state.values() if "momentum_buffer" in entry)
     return losses(trainer), digest(trainer.model), held, isinstance(optimizer, Muon)
 
 
@@ -247,9 +245,7 @@ class Gradients(TrainerCallback):
 def test_each_algorithm_is_clipped_by_its_own_bound(tmp_path: Path, muon: float | None, adamw: float | None) -> None:
     seen = Gradients()
     trainer = trained(tmp_path, clip_muon=muon, clip_adamw=adamw, callbacks=[seen])
-    for line, norms in zip(
-        [e for e in trainer.state.log_history if "loss" in e], seen.norms, strict=True
-    ):
+    for line, norms in zip([e for e in trainer.state.log_history if "loss" in e], seen.norms, strict=True):
         total = math.hypot(line["grad_norm/muon"], line["grad_norm/adamw"])
         assert line["grad_norm"] == pytest.approx(total, rel=1e-4)
         for name, bound in (("muon", muon), ("adamw", adamw)):
@@ -353,16 +349,33 @@ def test_resume_at_another_world_size(tmp_path: Path) -> None:
     assert two_losses == pytest.approx(whole_losses, rel=1e-4)
 
 
+def adamw_checkpoint(folder: Path) -> str:
+    """Of the same model, trained by another algorithm."""
+    model = make_model("gpt2")
+    trainer = MuonTrainer(
+        model,
+        arguments(folder, save_strategy="steps", save_steps=1, max_steps=1, per_device_train_batch_size=8),
+        optimizers=(torch.optim.AdamW(model.parameters()), None),
+        train_dataset=Words(),
+        train_sampler=Order,
+    )
+    trainer.train()
+    return str(folder / "checkpoint-1")
+
+
 def test_a_checkpoint_that_cannot_continue_is_refused(tmp_path: Path) -> None:
     session(str(tmp_path), None)
     checkpoint = tmp_path / "checkpoint-3"
     with pytest.raises(CheckpointError, match=r"another order of samples"):
         session(str(tmp_path), str(checkpoint), order="b")
-    optimizer = (checkpoint / "optimizer.pt").read_bytes()
-    (checkpoint / "optimizer.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no optimizer\.pt"):
+    assert checkpoint.is_dir() and (tmp_path / "checkpoint-6").is_dir(), "a refusal moves nothing"
+    state = checkpoint / "rank-00000.safetensors"
+    data = state.read_bytes()
+    state.write_bytes(data[:-1])
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors has \d+ bytes, the manifest says \d+"):
         session(str(tmp_path), str(checkpoint))
-    (checkpoint / "optimizer.pt").write_bytes(optimizer)
-    (checkpoint / "position.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"position\.json: no readable position"):
-        session(str(tmp_path), str(checkpoint))
+    state.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"is no checkpoint: manifest\.json cannot be read"):
+        session(str(tmp_path), str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"holds exp_avg, exp_avg_sq, step of .* and no momentum"):
+        session(str(tmp_path), adamw_checkpoint(tmp_path / "adamw"))

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from muon_dist.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.torchrun
 
@@ -152,9 +153,8 @@ def test_train_on_two_processes(root: Path, workspace: Path, tmp_path: Path) -> 
     assert summary["world_size"] == 2 and summary["tokens"] == 8 * 4 * 16
     assert out.count("validation loss: ") == 1, "the summary is printed by one rank"
     assert "sample:\nthe cat" in out
-    state = torch.load(tmp_path / "tiny" / "checkpoints" / "checkpoint-8" / "optimizer.pt", weights_only=True)
-    momentum = [entry for entry in state["state"].values() if "momentum_buffer" in entry]
-    assert len(momentum) == 14, "the checkpoint holds the momentum of all owners"
+    checkpoint = Checkpoint.look(tmp_path / "tiny" / "checkpoints" / "checkpoint-8")
+    assert sum(kind == "momentum" for kind, _ in checkpoint.manifest.tensors) == 14, "the momentum of all owners"
 
 
 def test_an_error_is_said_once(root: Path, workspace: Path) -> None:
