@@ -14,6 +14,7 @@ import typer
 app = typer.Typer(name="bench", help="Measure the iteration, and the step against its peers.", no_args_is_help=True)
 
 ProfileOption = Annotated[str, typer.Option(help="quick, full, or ci (tiny: checks that it works).")]
+StepProfile = Annotated[str, typer.Option(help="quick, full, link (few steps: for slow links) or ci (tiny).")]
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -48,7 +49,7 @@ def orthogonalize(
 
 @app.command()
 def step(
-    profile: ProfileOption = "quick",
+    profile: StepProfile = "quick",
     output: Annotated[Path, typer.Option(help="Folder for step.json and step.md.")] = Path("bench"),
     ranks: Annotated[int, typer.Option(min=2, help="Processes on this machine; a launcher's count under one.")] = 2,
     peers: Annotated[
