@@ -152,10 +152,10 @@ python="${VIRTUAL_ENV:-$MUON_ROOT/.venv}/bin/python"
 child=$!
 # A signal to this script goes to torchrun, which passes it on to its processes; wait returns early when one arrives.
 trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
+# a signal ends `wait` early; bash remembers the status of a process that is gone
+while kill -0 "$child" 2>/dev/null; do
+    wait "$child" || true
+done
 status=0
 wait "$child" || status=$?
-while kill -0 "$child" 2>/dev/null; do
-    status=0
-    wait "$child" || status=$?
-done
 exit "$status"

@@ -12,22 +12,25 @@ from muon_dist.launcher.job import Job
 ALONE = (
     'meeting="$(mktemp -d "${TMPDIR:-/tmp}/muon-dist.XXXXXXXX")"',
     "trap 'rm -rf -- \"$meeting\"' EXIT",
-    'export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 MUON_DIST_STORE="$meeting/store"',
+    'export meeting TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 MUON_DIST_STORE="$meeting/store"',
     'export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"',
 )
 ALONE_OPTIONS = (
     '--rdzv-backend c10d --rdzv-endpoint "$meeting/rendezvous" --rdzv-conf store_type=file --local-addr 127.0.0.1'
 )
-# A signal goes on to torchrun, and from it to the processes; `wait` returns early when one arrives.
+# A signal ends `wait` early; bash remembers the status of a process that is gone.
+AWAIT = (
+    'while kill -0 "$child" 2>/dev/null; do',
+    '    wait "$child" || true',
+    "done",
+    "status=0",
+    'wait "$child" || status=$?',
+)
+# A signal goes on to torchrun, and from it to the processes.
 WAIT = (
     "child=$!",
     "trap 'kill -TERM \"$child\" 2>/dev/null || true' TERM INT",
-    "status=0",
-    'wait "$child" || status=$?',
-    'while kill -0 "$child" 2>/dev/null; do',
-    "    status=0",
-    '    wait "$child" || status=$?',
-    "done",
+    *AWAIT,
     'exit "$status"',
 )
 

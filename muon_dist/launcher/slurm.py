@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from muon_dist.errors import ConfigError
 from muon_dist.launcher.job import Job
-from muon_dist.launcher.shell import ALONE, ALONE_OPTIONS, WAIT, header, preparation, words
+from muon_dist.launcher.shell import ALONE, ALONE_OPTIONS, AWAIT, header, preparation, words
 
 # What sbatch takes for its own options. It parses #SBATCH lines itself, with rules of its own for quotes, so nothing
 # that would need any is let in.
@@ -54,8 +54,9 @@ _MEETING = (
     'MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"',
     "export MASTER_ADDR MASTER_PORT",
 )
-# srun is waited for in the background, because bash runs a trap only between commands. The signal goes to the steps
-# (not --batch): to torchrun and its processes at once; these save, and torchrun waits so long for them.
+# srun is waited for in the background, because bash runs a trap only between commands. SIGUSR1 goes to the steps (not
+# --batch); there only the training processes heed it: they agree on a step, save and end. SIGTERM, which SLURM sends
+# to all when the job is cancelled or preempted, does the same, and then the job is not requeued from here.
 _SIGNALS = (
     "warned=",
     "# shellcheck disable=SC2329",
@@ -63,11 +64,13 @@ _SIGNALS = (
     '    [[ -z "$warned" ]] || return 0',
     "    warned=yes",
     '    echo "time is nearly over: telling the run to save and end" >&2',
-    '    scancel --signal=TERM "$SLURM_JOB_ID"',
+    '    scancel --signal=USR1 "$SLURM_JOB_ID"',
     "}",
-    "trap on_warning USR1 TERM",
+    "trap on_warning USR1",
+    "trap : TERM",
+    "# torchrun must not pass on a SIGTERM that its processes had from SLURM: a second one would end them at once",
+    "export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT",
 )
-_AFTER = [line.replace("child", "steps") for line in WAIT[2:-1]]
 
 
 def render_slurm(job: Job, slurm: Slurm, command: Sequence[str]) -> str:
@@ -103,10 +106,9 @@ def render_slurm(job: Job, slurm: Slurm, command: Sequence[str]) -> str:
                 *lines,
                 *header(command, [note]),
                 *preparation(job),
-                f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={max(30, slurm.warn - 30)}",
                 *_SIGNALS,
                 *_step(job),
-                *_AFTER,
+                *AWAIT,
                 *_requeue(slurm),
                 'exit "$status"',
             ]
@@ -117,17 +119,18 @@ def render_slurm(job: Job, slurm: Slurm, command: Sequence[str]) -> str:
 
 def _step(job: Job) -> list[str]:
     """srun with torchrun on every machine."""
-    start = f"python -m torch.distributed.run --nnodes {job.nodes} --nproc-per-node {job.processes}"
-    if job.nodes == 1:
-        return [*ALONE, f"srun --kill-on-bad-exit=1 {start} {ALONE_OPTIONS} \\", f"    {words(job)} &", "steps=$!"]
-    # each machine sees its own SLURM_NODEID, so it is read there
-    options = "--node-rank $SLURM_NODEID --master-addr $MASTER_ADDR --master-port $MASTER_PORT"
+    options, meeting = ALONE_OPTIONS, list(ALONE)
+    if job.nodes > 1:
+        # each machine sees its own SLURM_NODEID, so it is read there
+        options = "--node-rank $SLURM_NODEID --master-addr $MASTER_ADDR --master-port $MASTER_PORT"
+        meeting = list(_MEETING)
+    start = f"python -m torch.distributed.run --nnodes {job.nodes} --nproc-per-node {job.processes} {options}"
     return [
-        *_MEETING,
+        *meeting,
         "# shellcheck disable=SC2016",
-        f"srun --kill-on-bad-exit=1 bash -c 'exec {start} {options} \"$@\"' torchrun \\",
+        f'srun --kill-on-bad-exit=1 bash -c \'trap "" TERM USR1; exec {start} "$@"\' torchrun \\',
         f"    {words(job)} &",
-        "steps=$!",
+        "child=$!",
     ]
 
 

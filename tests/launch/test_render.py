@@ -101,7 +101,7 @@ def stand_ins(tmp_path: Path) -> Path:
         "    calls.write(json.dumps([sys.argv[1:], dict(os.environ)]) + chr(10))\n"
         "if os.environ.get('WAIT'):\n"
         "    import signal, time\n"
-        "    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        "    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))\n"
         "    open(os.environ['WAIT'], 'w').close()\n"
         "    time.sleep(30)\n"
     )
@@ -181,7 +181,7 @@ def slurm_stand_ins(folder: Path) -> None:
     """scontrol, scancel and srun: the last runs its command here as the second machine would."""
     programs = {
         "scontrol": 'echo "scontrol $*" >> "$CALLS.slurm"; case "$1" in show) printf "first\\nsecond\\n" ;; esac',
-        "scancel": 'echo "scancel $*" >> "$CALLS.slurm"; kill -TERM "$(cat "$CALLS.srun")"',
+        "scancel": 'echo "scancel $*" >> "$CALLS.slurm"; kill -USR1 "$(cat "$CALLS.srun")"',
         "srun": 'shift; echo $$ > "$CALLS.srun"; SLURM_NODEID=1 exec "$@"',
     }
     for name, program in programs.items():
@@ -216,7 +216,7 @@ def test_slurm_gets_the_words(capsys: pytest.CaptureFixture[str], config: Path, 
 def test_slurm_warning_saves_and_requeues(
     capsys: pytest.CaptureFixture[str], config: Path, stand_ins: Path, restarts: int, requeued: bool
 ) -> None:
-    """SIGUSR1, which SLURM sends before the time limit, ends the run by SIGTERM; the job goes back to the queue."""
+    """SIGUSR1, which SLURM sends before the time limit, goes on to the run; the job goes back to the queue."""
     slurm_stand_ins(stand_ins)
     text, _ = render(capsys, config, [*KINDS["slurm"], "--requeues", "2"])
     (stand_ins / "script").write_text(text)
@@ -232,7 +232,7 @@ def test_slurm_warning_saves_and_requeues(
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0, err
     log = (stand_ins / "python.json.slurm").read_text().splitlines()
-    assert "scancel --signal=TERM 77" in log
+    assert "scancel --signal=USR1 77" in log
     assert ("scontrol requeue 77" in log) is requeued
 
 
