@@ -19,6 +19,7 @@ from muon_dist.adapters import deepspeed_state, module_state
 from muon_dist.adapters.rates import GroupRates
 from muon_dist.checkpoint import (
     BUFFER,
+    MODEL_FOLDER,
     WEIGHT,
     Checkpoint,
     Contents,
@@ -38,8 +39,6 @@ from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.optim.muon import Muon
 
 TRAINER_STATE = "trainer_state.json"
-MODEL_FOLDER = "hf"
-"""Folder, in a checkpoint, of what transformers needs besides the weights: configuration and tokenizer."""
 
 
 def _print(text: str) -> None:

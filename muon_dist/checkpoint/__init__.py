@@ -2,6 +2,7 @@
 
 from muon_dist.checkpoint.background import Saver
 from muon_dist.checkpoint.folder import checkpoint_name, commits, set_aside_after, step_of, tidy
+from muon_dist.checkpoint.manifest import MODEL_FOLDER
 from muon_dist.checkpoint.phases import LISTENERS, PHASES, Phase
 from muon_dist.checkpoint.piece import BUFFER, MOMENTUM, WEIGHT, Extent, Holding, Piece, to_write
 from muon_dist.checkpoint.ranks import Ranks
@@ -12,6 +13,7 @@ from muon_dist.checkpoint.writer import Contents
 __all__ = [
     "BUFFER",
     "LISTENERS",
+    "MODEL_FOLDER",
     "MOMENTUM",
     "PHASES",
     "WEIGHT",

@@ -21,6 +21,8 @@ from muon_dist.checkpoint.piece import Extent
 from muon_dist.errors import CheckpointError
 
 NAME = "manifest.json"
+MODEL_FOLDER = "hf"
+"""Folder, in a checkpoint, of what transformers needs besides the weights: configuration and tokenizer."""
 FORMAT = "muon_dist checkpoint"
 VERSION = 1
 _FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')

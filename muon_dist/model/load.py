@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from muon_dist.checkpoint import BUFFER, MODEL_FOLDER, WEIGHT, Checkpoint, open_checkpoint
+from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.errors import CheckpointError, DataError
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The causal language model in `folder`, in `dtype` or as it was saved. Raises CheckpointError."""
+    """The causal language model in `folder`, in `dtype` or as it was saved. Raises CheckpointError.
+
+    folder: as transformers saved it, or one of our checkpoints, which is verified first.
+    """
     path = Path(folder)
+    if (path / MANIFEST).is_file():
+        return _from_checkpoint(open_checkpoint(path), dtype)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no model there (config.json is missing)")
     try:
@@ -23,9 +30,32 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrain
         raise CheckpointError(f"{path}: the model cannot be loaded ({type(error).__name__}: {error})") from error
 
 
+def _from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model of a checkpoint: its weights alone, also where they lie in the files of many ranks."""
+    path = checkpoint.path / MODEL_FOLDER
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
+    except Exception as error:  # as below
+        raise CheckpointError(f"{path}: no model can be made ({type(error).__name__}: {error})") from error
+    found = {WEIGHT: dict(model.named_parameters()), BUFFER: dict(model.named_buffers())}
+    with torch.no_grad():
+        for kind, name in checkpoint.manifest.tensors:
+            if kind in found:
+                if name not in found[kind]:
+                    raise CheckpointError(f"{checkpoint.path} holds {name}, which {path} says the model does not have")
+                found[kind].pop(name).copy_(checkpoint.tensor(kind, name))
+    if found[WEIGHT]:
+        raise CheckpointError(f"{checkpoint.path} does not hold {min(found[WEIGHT])}, which {path} says the model has")
+    checkpoint.close()
+    return model.eval()
+
+
 def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, for text in and out. Raises DataError."""
     path = Path(folder)
+    if (path / MANIFEST).is_file():
+        path = path / MODEL_FOLDER
     if not path.is_dir():
         raise DataError(f"{path}: no such tokenizer folder")
     try:

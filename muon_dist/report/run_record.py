@@ -11,14 +11,13 @@ from typing import Any
 
 import yaml
 
+from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.config import redact
 from muon_dist.errors import DataError
 
 Record = dict[str, Any]
 
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-# The trainer writes these last; without them the save was cut off.
-_LAST_FILES = ("trainer_state.json", "position.json")
 
 
 @dataclass
@@ -185,12 +184,11 @@ def _checkpoints(folder: Path) -> list[Record]:
         match = _CHECKPOINT.match(path.name)
         if match is None or not path.is_dir():
             continue
-        last = [path / name for name in _LAST_FILES]
         files = [p for p in path.rglob("*") if p.is_file()]
         found.append(
             {
                 "step": int(match.group(1)),
-                "finished": all(p.is_file() for p in last),
+                "finished": (path / MANIFEST).is_file(),
                 "bytes": sum(p.stat().st_size for p in files),
                 "time": max((p.stat().st_mtime for p in files), default=None),
             }

@@ -13,8 +13,9 @@ from torch import nn
 from muon_dist.adapters.hf_callbacks import Console
 from muon_dist.adapters.hf_guards import Guards
 from muon_dist.adapters.hf_records import EventsFile, OwnershipFile
-from muon_dist.adapters.hf_trainer import MuonFactory, MuonTrainer, TrainingArguments
+from muon_dist.adapters.hf_trainer import CheckpointOptions, MuonFactory, MuonTrainer, TrainingArguments
 from muon_dist.config import Config
+from muon_dist.config.redact import redact
 from muon_dist.errors import ConfigError
 from muon_dist.model import DTYPES, build_model, check_sequence_length, flops_per_token
 from muon_dist.optim.groups import param_groups
@@ -155,6 +156,18 @@ def make_guards(config: Config, stop_requested: Callable[[], int], say: Callable
     return Guards(**settings, stop_requested=stop_requested, say=say)
 
 
+def checkpoint_options(config: Config) -> CheckpointOptions:
+    """How the trainer saves; the configuration goes into each manifest, without its secrets."""
+    block = config.checkpoint
+    return CheckpointOptions(
+        background=block.background,
+        keep_last=block.keep_last,
+        keep_every=block.keep_every,
+        on_error=block.on_error,
+        config=redact(config.model_dump(mode="json", by_alias=True)),
+    )
+
+
 def stack(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Samples of equal length -> one batch, (B, T) for each key."""
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
@@ -187,11 +200,13 @@ def make_trainer(
         callbacks=[EventsFile(folder.events), OwnershipFile(folder.ownership)],
         clip_muon=clip.muon,
         clip_adamw=clip.adamw,
-        train_sampler=lambda consumed: sampler(consumed, total),
+        # counted from here: with another batch than before, what was consumed is no part of our total
+        train_sampler=lambda consumed: sampler(consumed, consumed + total),
         bytes_per_token=bytes_per_token,
         flops_per_token=flops_per_token(model, config.data.sequence_length),
         metrics_path=folder.metrics,
         guards=guards,
+        checkpoint=checkpoint_options(config),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,

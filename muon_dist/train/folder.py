@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from muon_dist.checkpoint import commits
+from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.train.restarts import is_restart, launch_names
 
-_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
-# Written last, in this order: with both, the save was finished.
-_LAST_FILES = ("trainer_state.json", "position.json")
+AUTO = "auto"
+"""Resume from the newest checkpoint that verifies."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Folders checkpoint-STEP."""
+        """Folders checkpoint-STEP; see `muon_dist.checkpoint`."""
         return self.root / "checkpoints"
 
     @property
@@ -73,25 +74,35 @@ class RunFolder:
         """The figures at the end."""
         return self.root / "summary.json"
 
+    @property
+    def launch(self) -> Path:
+        """Which launch made the folder, so that its restarts go on by themselves."""
+        return self.root / "launch.json"
+
     def finished_checkpoints(self) -> list[Path]:
-        """Checkpoints whose save was finished, oldest step first."""
-        if not self.checkpoints.is_dir():
-            return []
-        found = [(int(m.group(1)), p) for p in self.checkpoints.iterdir() if (m := _CHECKPOINT.match(p.name))]
-        return [p for _, p in sorted(found) if all((p / name).is_file() for name in _LAST_FILES)]
+        """Committed checkpoints, oldest step first."""
+        return commits(self.checkpoints)
 
-    def open(self, resume: str | None, overwrite: bool) -> str | None:
-        """Make the folder ready and return the checkpoint to resume from, or None for a new run.
+    def open(self, resume: str | None, overwrite: bool, policy: str = "auto") -> str | None:
+        """Make the folder ready and return what to resume from: AUTO, the path of a checkpoint, or None to begin.
 
-        resume: "auto" (the newest finished checkpoint), "if-any" (the same, and from the start when there is none: for
-        launchers that repeat the command), the path of a checkpoint, or None. Raises ConfigError when the folder holds
-        a run already and neither resume nor overwrite was asked for, CheckpointError when there is nothing to resume
-        from.
+        resume: "auto" (the newest checkpoint), "if-any" (the same, and from the start when there is none: for
+        launchers that repeat the command), the path of a checkpoint, or None.
+        policy: `checkpoint.resume`. With "auto" a restart of the launch that made the folder goes on from what it has
+        saved, or begins again if that is nothing, whatever `resume` and `overwrite` said the first time. With
+        "always" so does any start without `resume` and `overwrite`.
+
+        Raises ConfigError when the folder holds a run already and neither resume nor overwrite was asked for,
+        CheckpointError when there is nothing to resume from.
         """
-        if resume == "if-any":
-            resume, overwrite = ("auto", overwrite) if self.finished_checkpoints() else (None, True)
-        checkpoint = self._to_resume(resume) if resume is not None else None
-        own = checkpoint is not None and checkpoint.resolve().parent == self.checkpoints.resolve()
+        resume, overwrite = self._decided(resume, overwrite, policy)
+        if resume == AUTO and not self.finished_checkpoints():
+            raise CheckpointError(
+                f"--resume auto: {self.checkpoints} holds no finished checkpoint; leave --resume out to start anew"
+            )
+        if resume not in (None, AUTO) and not (Path(resume) / MANIFEST).is_file():
+            raise CheckpointError(f"--resume {resume}: no finished checkpoint there ({MANIFEST} is missing)")
+        own = resume == AUTO or (resume is not None and Path(resume).resolve().parent == self.checkpoints.resolve())
         if not own and (self.metrics.exists() or self.checkpoints.exists()):
             if not overwrite:
                 raise ConfigError(
@@ -106,21 +117,19 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run_dir: cannot make the run folder {self.root}: {error}") from error
-        return str(checkpoint) if checkpoint is not None else None
+        write_json(self.launch, {"names": launch_names()})
+        return resume
 
-    def _to_resume(self, resume: str) -> Path:
-        if resume == "auto":
-            finished = self.finished_checkpoints()
-            if not finished:
-                raise CheckpointError(
-                    f"--resume auto: {self.checkpoints} holds no finished checkpoint; leave --resume out to start anew"
-                )
-            return finished[-1]
-        path = Path(resume)
-        missing = [name for name in _LAST_FILES if not (path / name).is_file()]
-        if missing:
-            raise CheckpointError(f"--resume {path}: no finished checkpoint there ({', '.join(missing)} missing)")
-        return path
+    def _decided(self, resume: str | None, overwrite: bool, policy: str) -> tuple[str | None, bool]:
+        """What `resume` and `overwrite` come to, with what is in the folder."""
+        found = bool(self.finished_checkpoints())
+        if policy != "never" and is_restart(self.launch):
+            return (AUTO, False) if found else (resume if resume not in (AUTO, "if-any") else None, True)
+        if resume == "if-any":
+            return (AUTO, overwrite) if found else (None, True)
+        if policy == "always" and resume is None and not overwrite and found:
+            return AUTO, False
+        return resume, overwrite
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from muon_dist.adapters.hf_callbacks import quiet_transformers
+from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.config import Config, load_config
 from muon_dist.data.dataset import MixtureDataset
 from muon_dist.errors import CheckpointError, ConfigError
@@ -24,7 +25,7 @@ def find_model(path: str | Path) -> Path:
     Raises CheckpointError when there is none.
     """
     root = Path(path)
-    if (root / "config.json").is_file():
+    if (root / "config.json").is_file() or (root / MANIFEST).is_file():
         return root
     folder = RunFolder(root)
     if (folder.model / "config.json").is_file():
@@ -67,9 +68,7 @@ def evaluate_folder(
         sequence_length = config.data.sequence_length
     model = load_model(folder)
     dataset = MixtureDataset.open(data, "validation", sequence_length, vocab_size=model.config.vocab_size)
-    figures = evaluate(
-        model, dataset, corpus.bytes_per_token(dataset), batch_size=batch_size, max_samples=max_samples
-    )
+    figures = evaluate(model, dataset, corpus.bytes_per_token(dataset), batch_size=batch_size, max_samples=max_samples)
     return {"model": str(folder), "data": str(data), **figures}
 
 

@@ -15,13 +15,14 @@ import yaml
 from muon_dist.adapters.hf_callbacks import quiet_transformers
 from muon_dist.adapters.hf_guards import stop_text
 from muon_dist.adapters.hf_trainer import MuonTrainer, leave_deepspeed
+from muon_dist.checkpoint import Checkpoint, Ranks, newest_good, open_checkpoint
 from muon_dist.config import Config
 from muon_dist.errors import Stopped
 from muon_dist.model import count_parameters
 from muon_dist.model.load import load_model, load_text_tokenizer
 from muon_dist.routing import RoutingTable
 from muon_dist.train import build, corpus, distributed, environment, summary
-from muon_dist.train.folder import RunFolder, changed_settings, write_json
+from muon_dist.train.folder import AUTO, RunFolder, changed_settings, write_json
 from muon_dist.train.generation import generate
 from muon_dist.train.signals import StopSignals
 
@@ -44,8 +45,9 @@ def train(
     joined = distributed.start(float(config.trainer.get("ddp_timeout", 1800)))
     try:
         folder = RunFolder(Path(run_dir if run_dir is not None else config.run_dir) / config.name)
-        checkpoint = distributed.once(lambda: _open(folder, config, resume, overwrite))
-        _say(f"run folder {folder.root}" + (f", resuming from {checkpoint}" if checkpoint else ""))
+        found = distributed.once(lambda: _open(folder, config, resume, overwrite))
+        checkpoint = _verified(folder, found, float(config.trainer.get("ddp_timeout", 1800)))
+        _say(f"run folder {folder.root}" + (f", resuming from {checkpoint.path}" if checkpoint else ""))
         started = time.perf_counter()
         distributed.on_each_node(lambda: corpus.prepare(config))
         with StopSignals() if config.guards.signals else nullcontext() as signals:
@@ -65,7 +67,7 @@ def _say(text: str) -> None:
 
 def _open(folder: RunFolder, config: Config, resume: str | None, overwrite: bool) -> str | None:
     """Make the run folder ready and write down what the run is."""
-    checkpoint = folder.open(resume, overwrite)
+    checkpoint = folder.open(resume, overwrite, config.checkpoint.resume)
     text = config.to_yaml()
     if checkpoint is not None and folder.config.exists():
         for line in changed_settings(yaml.safe_load(folder.config.read_text("utf-8")), yaml.safe_load(text)):
@@ -73,6 +75,16 @@ def _open(folder: RunFolder, config: Config, resume: str | None, overwrite: bool
     folder.config.write_text(text, encoding="utf-8")
     write_json(folder.environment, environment.describe())
     return checkpoint
+
+
+def _verified(folder: RunFolder, found: str | None, timeout: float) -> Checkpoint | None:
+    """The checkpoint to go on from, every byte of it checked; a damaged newest one gives way to the one before."""
+    if found is None:
+        return None
+    ranks = Ranks.of_the_run(timeout)
+    if found == AUTO:
+        return newest_good(folder.checkpoints, ranks, lambda text: print(f"warning: {text}", flush=True))
+    return open_checkpoint(found, ranks)
 
 
 def _leave_if_stopped(trainer: MuonTrainer) -> None:

@@ -53,8 +53,9 @@ class Run:
         self.model = deepspeed_ranks.make_model(kind)
         if layout == "fsdp2":
             mesh = init_device_mesh("cpu", (self.world,))
-            for module in [m for m in self.model.modules() if type(m).__name__.endswith(("DecoderLayer", "GPT2Block"))]:
-                fully_shard(module, mesh=mesh)
+            for module in list(self.model.modules()):
+                if type(module).__name__.endswith(("DecoderLayer", "GPT2Block")):
+                    fully_shard(module, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
         elif self.world > 1:
             self.model = nn.parallel.DistributedDataParallel(self.model)

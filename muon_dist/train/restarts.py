@@ -1,0 +1,49 @@
+"""Is this process a restart of the launch that made the run folder? Then it goes on without being told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def launch_names(environment: Mapping[str, str] | None = None, *, restarting: bool = False) -> list[str]:
+    """Names of the launch that this process belongs to; none for a process that somebody started by hand.
+
+    MUON_DIST_LAUNCH_ID, if set. torchrun's run id, which its restarts share; the agent itself (host, process, start
+    time) where there is no id, as with a static rendezvous. A SLURM job; one allocation may run a command several
+    times, so a job is the same launch only where SLURM says that it was requeued.
+
+    restarting: the names by which this process may claim to be a restart, instead of those that it leaves behind.
+    """
+    env = os.environ if environment is None else environment
+    names = []
+    if own := env.get("MUON_DIST_LAUNCH_ID"):
+        names.append(f"launch {own}")
+    if "TORCHELASTIC_RUN_ID" in env:
+        run_id = env["TORCHELASTIC_RUN_ID"]
+        names.append(f"torchrun {run_id}" if run_id not in ("", "none") else f"agent {_parent()}")
+    if (job := env.get("SLURM_JOB_ID")) and (not restarting or int(env.get("SLURM_RESTART_COUNT") or 0) > 0):
+        names.append(f"slurm {job}")
+    return names
+
+
+def _parent() -> str:
+    """The parent process, told apart from a later one of the same number by when it started."""
+    pid = os.getppid()
+    try:
+        started = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        started = ""
+    return f"{socket.gethostname()} {pid} {started}"
+
+
+def is_restart(record: Path) -> bool:
+    """`record` was left by an earlier start of the launch that this process belongs to."""
+    try:
+        left = json.loads(record.read_text(encoding="utf-8"))["names"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return isinstance(left, list) and not set(launch_names(restarting=True)).isdisjoint(left)
