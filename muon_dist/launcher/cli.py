@@ -75,7 +75,7 @@ def _job(
     interface: str | None = None,
 ) -> Job:
     """The job, from a configuration that was read and checked; warnings about it go to standard error."""
-    from muon_dist.config import is_secret, load_config
+    from muon_dist.config import load_config
     from muon_dist.launcher.job import Job, check_resumable, parse_nodes
 
     settings = load_config(config, overrides)
@@ -94,22 +94,27 @@ def _job(
         environment=environment,
         interface=interface,
     )
-    secret = [word.partition("=")[0] for word in overrides if is_secret(word.partition("=")[0].rpartition(".")[2])]
+    secret = [word.partition("=")[0] for word in overrides if _is_secret(word)]
     if secret:
         _warn([f"{', '.join(secret)}: the value stands in the file that is written; better set it in the environment"])
     _warn(check_resumable(settings.model_dump(mode="json"), job, repeated))
     return job
 
 
+def _is_secret(word: str) -> bool:
+    """Whether a KEY=VALUE looks like a credential; a number is none (evaluation.generate_tokens=64)."""
+    from muon_dist.config import is_secret
+
+    key, equals, value = word.partition("=")
+    return bool(equals) and is_secret(key.rpartition(".")[2]) and not value.replace(".", "").isdigit()
+
+
 def _made_by() -> list[str]:
     """The command line, for the comment in the file; values that look like credentials are left out."""
-    from muon_dist.config import REDACTED, is_secret
+    from muon_dist.config import REDACTED
 
-    shown = ["muon-dist"]
-    for word in sys.argv[1:]:
-        key, equals, _ = word.partition("=")
-        shown.append(f"{key}={REDACTED}" if equals and is_secret(key.rpartition(".")[2]) else word)
-    return shown
+    words = ["muon-dist", *sys.argv[1:]]
+    return [f"{word.partition('=')[0]}={REDACTED}" if _is_secret(word) else word for word in words]
 
 
 def _warn(warnings: Sequence[str]) -> None:
