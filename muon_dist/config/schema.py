@@ -113,8 +113,10 @@ class MuonConfig(Block):
         description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); or 1",
     )
     bucket_mb: Positive = Field(
-        default=32.0, description="MiB of fp32 that a rank sends, receives or stacks at a time"
+        default=128.0, description="a step allocates at most twice this, in MiB; a larger matrix goes alone"
     )
+    overlap: bool = Field(default=True, description="move buckets while one is orthogonalized; exact either way")
+    ns_compile: bool = Field(default=False, description="Newton-Schulz through torch.compile")
     wire_dtype: DType | None = Field(
         default=None, description="dtype in which momentum and updates travel; null: nothing is lost"
     )

@@ -19,11 +19,29 @@ class Bucket:
         matrices: indices into the plan's layout, owner by owner and equal shapes side by side.
         gather: elements of momentum that rank s sends to owner o, by (s, o); a rank sends itself nothing.
         scatter: elements of update that owner o sends to rank d, by (o, d).
+        broadcast: every rank holds every matrix of the bucket whole (DDP), so that each owner sends the same to all.
+            True for all matrices of a bucket, or False for all.
     """
 
     matrices: tuple[int, ...]
     gather: dict[tuple[int, int], int]
     scatter: dict[tuple[int, int], int]
+    broadcast: bool = False
+
+
+# What a step allocates at most for a bucket, in bytes per element of the bound on what is sent, received and stacked:
+# 8 for the momentum of the next bucket (sent and received, fp32), 4 for the stacks, 16 for what Newton-Schulz works
+# with (one more X and four squares of the shorter side, each at most 2/3 of X: 14.7 bytes, and a margin), 8 for the
+# updates of the bucket before (sent and received). Together 36, which are two buckets.
+_BYTES_OF_TWO_BUCKETS = 36
+
+
+def bucket_elements(bucket_bytes: int) -> int:
+    """The bound of `make_buckets` with which a pipelined step allocates at most `2 * bucket_bytes`.
+
+    A matrix that alone exceeds the bound has a bucket of its own, of its own size. In fp64 Newton-Schulz takes more.
+    """
+    return max(1, 2 * bucket_bytes // _BYTES_OF_TWO_BUCKETS)
 
 
 def splits(counts: dict[tuple[int, int], int], rank: int, world_size: int) -> tuple[list[int], list[int]]:
@@ -49,6 +67,12 @@ def returning(plan: OwnershipPlan, bucket: Bucket, owner: int, peer: int) -> Ite
                 yield i, f
 
 
+def whole_everywhere(plan: OwnershipPlan, i: int) -> bool:
+    """Every one of several ranks holds matrix `i` in one piece."""
+    m, world = plan.layout.matrices[i], plan.layout.world_size
+    return world > 1 and len(m.fragments) == world and bool((m.fragments.length == m.matrix.numel).all())
+
+
 class _Ends:
     """What each rank sends, receives and stacks in a bucket while it grows: (kind, rank) -> elements."""
 
@@ -63,7 +87,8 @@ class _Ends:
         np.add.at(added[0], self.plan.sources[i].rank, self.plan.sources[i].length)
         np.add.at(added[3], matrix.fragments.rank, matrix.fragments.length)
         added[0, owner] = added[3, owner] = 0  # what stays is not sent
-        added[1, owner], added[2, owner] = added[0].sum(), added[3].sum()
+        added[1, owner] = added[0].sum()
+        added[2, owner] = matrix.matrix.numel if whole_everywhere(self.plan, i) else added[3].sum()
         added[4, owner] = matrix.matrix.numel
         return added
 
@@ -100,21 +125,25 @@ def cut_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: i
 
     buckets: list[list[int]] = []
     ends = _Ends(plan)
-    for i in _by_progress(plan, matrices):
-        added = ends.of(i)
-        if not buckets or ends.exceed(added, bound):
-            buckets.append([])
-            ends.busy[:] = 0
-        buckets[-1].append(i)
-        ends.busy += added
+    for broadcast in (True, False):
+        begins = True
+        for i in _by_progress(plan, [i for i in matrices if whole_everywhere(plan, i) == broadcast]):
+            added = ends.of(i)
+            if begins or ends.exceed(added, bound):
+                buckets.append([])
+                ends.busy[:] = 0
+            buckets[-1].append(i)
+            ends.busy += added
+            begins = False
     return [tuple(sorted(members, key=key)) for members in buckets]
 
 
 def make_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int) -> tuple[Bucket, ...]:
     """Cut `matrices` into buckets such that no rank sends, receives or stacks more than `bucket_elements` at a time.
 
-    The largest matrix raises the bound. The owners' lists are interleaved by progress, so that
-    each bucket gives every owner work, and equal shapes of one owner stay together for one batched call.
+    A matrix larger than the bound has a bucket of its own. A broadcast counts once at its sender. The owners' lists
+    are interleaved by progress, so that each bucket gives every owner work, and equal shapes of one owner stay
+    together for one batched call.
     """
     return tuple(_bucket(plan, members) for members in cut_buckets(plan, matrices, bucket_elements))
 
@@ -130,7 +159,7 @@ def _bucket(plan: OwnershipPlan, members: tuple[int, ...]) -> Bucket:
         for f in plan.layout.matrices[i].fragments:
             if f.rank != owner:
                 scatter[owner, f.rank] = scatter.get((owner, f.rank), 0) + f.length
-    return Bucket(members, gather, scatter)
+    return Bucket(members, gather, scatter, whole_everywhere(plan, members[0]))
 
 
 def bytes_sent(buckets: Sequence[Bucket], rank: int, gather_bytes: int, scatter_bytes: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,25 @@ from muon_dist.ownership import digest, first_difference
 _MESSAGES = ("gradient flags", "gather", "scatter", "ownership plan")
 
 
+class Message:
+    """What is on its way between the ranks; `wait` before anything of it is read or written.
+
+    On CUDA the collective runs on a stream of its own, and `wait` makes the current stream wait, not the process.
+    """
+
+    def __init__(self, received: torch.Tensor, works: list[Any], sent: torch.Tensor) -> None:
+        self._received = received
+        self._works = works
+        self._sent: torch.Tensor | None = sent  # alive until it has left
+
+    def wait(self) -> torch.Tensor:
+        """What has arrived."""
+        for work in self._works:
+            work.wait()
+        self._sent = None
+        return self._received
+
+
 class Transport:
     """Collectives over one process group; none at all when it has one rank.
 
@@ -26,7 +45,7 @@ class Transport:
         progress: what is told of each operation; a new one by default.
 
     Attributes:
-        bytes_sent: payload that this rank has sent to other ranks by `all_to_all` since the start.
+        bytes_sent: payload that this rank has sent to other ranks by `all_to_all` and `broadcast` since the start.
         collectives: calls made, of any kind.
         progress: what this rank is doing.
     """
@@ -58,13 +77,29 @@ class Transport:
                 "Another rank has ended, or the network is down: look for the first error of the other ranks"
             ) from error
 
-    def all_to_all(self, send: torch.Tensor, sends: list[int], receives: list[int]) -> torch.Tensor:
-        """Exchange runs of a flat tensor: `sends[r]` elements to rank r, `receives[r]` from it, in rank order."""
+    def all_to_all(self, send: torch.Tensor, sends: list[int], receives: list[int]) -> Message:
+        """Start to exchange runs of a flat tensor: `sends[r]` elements to rank r, `receives[r]` from it, by rank."""
         received = send.new_empty(sum(receives))
-        dist.all_to_all_single(received, send, receives, sends, group=self.group)
+        work = dist.all_to_all_single(received, send, receives, sends, group=self.group, async_op=True)
         self.bytes_sent += send.numel() * send.element_size()
         self.collectives += 1
-        return received
+        return Message(received, [work], send)
+
+    def broadcast(self, send: torch.Tensor, counts: Sequence[int]) -> Message:
+        """Start to send the flat tensor `send` to all other ranks, of which rank r does so with `counts[r]` elements.
+
+        What is received stands in the order of the ranks, this one left out; nothing is copied on the way.
+        """
+        others = [0 if r == self.rank else n for r, n in enumerate(counts)]
+        received = send.new_empty(sum(others))
+        works = []
+        for r, part in enumerate(received.split(others)):
+            if counts[r]:
+                data = send if r == self.rank else part
+                works.append(dist.broadcast(data, group_src=r, group=self.group, async_op=True))
+                self.collectives += 1
+        self.bytes_sent += (self.world_size - 1) * send.numel() * send.element_size()
+        return Message(received, works, send)
 
     def highest(self, values: torch.Tensor) -> list[int]:
         """Elementwise maximum of a small uint8 tensor over all ranks; one small collective, and the one transfer."""

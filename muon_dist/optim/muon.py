@@ -13,6 +13,7 @@ from muon_dist.exchange.progress import Progress
 from muon_dist.exchange.transport import Transport
 from muon_dist.frameworks import loaded_binders
 from muon_dist.layout import replicated_layout
+from muon_dist.numerics.compiled import check_compiler
 from muon_dist.optim.adamw import adamw_step
 from muon_dist.optim.binding import BINDERS, Binding, Group, NotReady, ParameterSpec
 from muon_dist.optim.diagnostics import Diagnostics
@@ -52,8 +53,12 @@ class Muon(torch.optim.Optimizer):
         process_group: ranks that share the work: the default group when one is initialised, another, or None for
             no sharding at all.
         owner_policy: "balanced", "local" or "round_robin"; see `ownership.assign_owners`.
-        bucket_mb: bound on what a rank sends, receives or stacks at a time, in MiB of fp32; a larger matrix goes
-            alone.
+        bucket_mb: a step allocates at most twice this, in MiB, beside what is there between steps; a matrix too
+            large for that goes alone. See docs/performance.md.
+        overlap: gather the next bucket and scatter the one before while a bucket is orthogonalized. The result is the
+            same, bit for bit.
+        ns_compile: run Newton-Schulz through `torch.compile`, once for each shape; a machine that cannot is refused
+            when the plan is made.
         wire_dtype: dtype in which momentum and updates travel. None loses nothing; torch.bfloat16 halves the bytes of
             the gather at the cost of rounding what is orthogonalized.
         max_nonfinite: a step in which a gradient is NaN or infinite on any rank is left out, with everything unchanged
@@ -82,6 +87,8 @@ class Muon(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | str | None = DEFAULT_GROUP,
         owner_policy: str = "balanced",
         bucket_mb: float = 256.0,
+        overlap: bool = True,
+        ns_compile: bool = False,
         wire_dtype: torch.dtype | None = None,
         max_nonfinite: int = 5,
         diagnostics: Diagnostics | Mapping[str, Any] | None = None,
@@ -96,6 +103,8 @@ class Muon(torch.optim.Optimizer):
         self._owner_policy = owner_policy
         self._bucket_bytes = int(bucket_mb * 2**20)
         self._wire_dtype = wire_dtype
+        self._overlap = overlap
+        self._ns_compile = ns_compile
         self.guard = StepGuard(max_nonfinite)
         self.progress = Progress()
         self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
@@ -199,16 +208,20 @@ class Muon(torch.optim.Optimizer):
                 binding.device,
                 bucket_bytes=self._bucket_bytes,
                 wire_dtype=self._wire_dtype,
+                overlap=self._overlap,
             )
             fields = [*options, *plan.fields()]
+            if self._ns_compile:
+                check_compiler(binding.device)
         except Exception as error:
             problem = error
         transport = Transport(binding.group, binding.device, self.progress)
         transport.require_equal("ownership plan", fields, problem)
         assert plan is not None
         self._runtime = Runtime(
-            binding, plan, transport, groups, bucket_bytes=self._bucket_bytes, wire_dtype=self._wire_dtype
-        )
+            binding, plan, transport, groups, bucket_bytes=self._bucket_bytes, wire_dtype=self._wire_dtype,
+            overlap=self._overlap, compiled=self._ns_compile,
+        )  # fmt: skip
         if self.diagnostics is not None:
             self.diagnostics.attach(self._runtime)
         self._buffer_of = {id(tensor): i for i, tensor in enumerate(binding.buffers)}

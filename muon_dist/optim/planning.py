@@ -68,14 +68,18 @@ def option_fields(
     *,
     bucket_bytes: int,
     wire_dtype: torch.dtype | None,
+    overlap: bool,
 ) -> Iterable[tuple[str, object]]:
     """(name, value) of the options that decide what travels and what is computed; equal on all ranks."""
     yield "bucket_mb in bytes", bucket_bytes
     yield "wire_dtype", str(wire_dtype)
+    yield "overlap", overlap
     for index in sorted(set(group_of.values())):
         group = groups[index]
         dtype = compute_dtype(group["ns_dtype"], device, group["ns_schedule"])
         yield f"group {index}: Newton-Schulz", (group["ns_steps"], group["ns_schedule"], str(dtype))
+        yield f"group {index}: momentum, nesterov, scale", (group["momentum"], group["nesterov"], group["scale"])
+        yield f"group {index}: lr, weight_decay", (float(group["lr"]), float(group["weight_decay"]))
 
 
 def default_process_group(chosen: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:

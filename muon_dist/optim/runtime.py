@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 
 import torch
 
-from muon_dist.exchange.schedule import Bucket, make_buckets, outgoing, returning, splits
+from muon_dist.exchange.overlap import pipeline
+from muon_dist.exchange.schedule import Bucket, bucket_elements, make_buckets, outgoing, returning, splits
 from muon_dist.exchange.transport import Transport
 from muon_dist.layout.fragment import Fragment, Matrix, Span
-from muon_dist.numerics import compute_dtype, newton_schulz
-from muon_dist.optim.binding import Binding, Group, update_scale
+from muon_dist.numerics import compute_dtype, kernel_name, newton_schulz_
+from muon_dist.optim.binding import Binding, Group
+from muon_dist.optim.passage import Observer, Orthogonalize, Passage, Piece, Recipe, Stack, Step, Work, view
 from muon_dist.ownership import OwnershipPlan
 
-
-@dataclass
-class Work:
-    """One buffer of this step: the local tensor, its gradient, its parameter group."""
-
-    parameter: torch.Tensor
-    gradient: torch.Tensor
-    group: Group
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A fragment's place in a packed message: elements `[at, at + length)`."""
-
-    matrix: int
-    fragment: Fragment
-    at: int
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A bucket as one rank executes it."""
-
-    stacks: dict[tuple[int, int, int], tuple[int, ...]]  # (rows, cols, group index) -> owned matrices
-    gather_send: tuple[Piece, ...]
-    gather_receive: tuple[Piece, ...]
-    gather_splits: tuple[list[int], list[int]]
-    scatter_send: tuple[Piece, ...]
-    scatter_receive: tuple[Piece, ...]
-    scatter_splits: tuple[list[int], list[int]]
-    gathers: bool  # on any rank, so that all enter the collective or none does
-    scatters: bool
-
-
-def view(flat: torch.Tensor, span: Span) -> torch.Tensor:
-    """The `(rows, cols)` block of a flat buffer that `span` names."""
-    return flat.as_strided((span.rows, span.cols), (span.stride, 1), flat.storage_offset() + span.position)
-
-
-Observer = Callable[[Matrix, torch.Tensor, torch.Tensor], None]
-"""Called on the owner with a matrix, its (Nesterov) momentum and its orthogonalized update, both (rows, cols)."""
+__all__ = ["Observer", "Runtime", "Work", "view"]
 
 
 class Runtime:
@@ -65,8 +27,11 @@ class Runtime:
         binding, plan: what is stepped and who owns it.
         transport: over the binding's process group.
         group_of: parameter-group index of each buffer.
-        bucket_bytes: bound on what this rank sends, receives or stacks at a time, in bytes of fp32.
+        bucket_bytes: half of what a step may allocate; see `exchange.schedule.bucket_elements`.
         wire_dtype: dtype of gathered momentum and scattered updates; None moves both without loss.
+        overlap: move the buckets before and after the one that is orthogonalized meanwhile.
+        compiled: Newton-Schulz through `torch.compile`.
+        orthogonalize: what is done with a stack of momentum; by default Newton-Schulz with the group's options.
 
     Attributes:
         momentum: buffer -> this rank's fp32 momentum: of the local buffer's shape, padding included, where the rank is
@@ -84,6 +49,9 @@ class Runtime:
         *,
         bucket_bytes: int,
         wire_dtype: torch.dtype | None,
+        overlap: bool = True,
+        compiled: bool = False,
+        orthogonalize: Orthogonalize | None = None,
     ) -> None:
         self.plan = plan
         self.binding = binding
@@ -92,11 +60,15 @@ class Runtime:
         self.orthogonalized = 0
         self.momentum: dict[int, torch.Tensor] = {}
         self._group_of = group_of
-        self._bucket_elements = max(1, bucket_bytes // 4)
+        self._bucket_elements = bucket_elements(bucket_bytes)
         self._wire_dtype = wire_dtype
+        self._overlap = overlap
+        self._compiled = compiled
+        self._orthogonalize = orthogonalize if orthogonalize is not None else self._newton_schulz
         self._recipes: dict[tuple[int, ...], list[Recipe]] = {}
         self._matrices = [m.matrix for m in plan.layout.matrices]
         self._momentum_spans: list[list[tuple[Fragment, list[Span], list[Span]]]] = []
+        self._matrices_of: dict[int, list[int]] = {}
         self._place_momentum()
 
     # Momentum ---------------------------------------------------------------------------------------------------
@@ -119,6 +91,7 @@ class Runtime:
             size = tensor.shape if whole else (length,)
             self.momentum[buffer] = torch.zeros(size, dtype=torch.float32, device=tensor.device)
             at = 0
+            self._matrices_of[buffer] = list(dict.fromkeys(i for i, _ in pieces))
             for i, f in pieces:
                 spans = f.spans(self._matrices[i])
                 places = spans if whole else _packed(spans, at)
@@ -130,27 +103,27 @@ class Runtime:
         flat = self.momentum[buffer].view(-1)
         return [
             (self._matrices[i], span, view(flat, place))
-            for i, layout in enumerate(self.plan.layout.matrices)
-            if layout.buffer == buffer
+            for i in self._matrices_of[buffer]
             for _, spans, places in self._momentum_spans[i]
             for span, place in zip(spans, places, strict=True)
         ]
 
-    def _update_momentum(self, work: Mapping[int, Work]) -> None:
-        factor = self.binding.gradient_factor()
+    def _update_momentum(self, work: Mapping[int, Work], factor: float) -> None:
         for buffer, w in work.items():
-            if factor != 1.0:
-                w.gradient = w.gradient * factor
-            buf = self.momentum.get(buffer)
-            if buf is None:
+            momentum = self.momentum.get(buffer)
+            if momentum is None:
                 continue
             weight = 1 - w.group["momentum"]
             gradient = w.gradient.reshape(-1)
-            if buf.numel() == w.parameter.numel():
-                buf.view(-1).lerp_(gradient.to(buf.dtype), weight)
-            else:
+            if momentum.numel() != w.parameter.numel():
                 for _, span, piece in self.momentum_pieces(buffer):
-                    piece.lerp_(view(gradient, span).to(buf.dtype), weight)
+                    piece.lerp_(_scaled(view(gradient, span), factor), weight)
+            elif gradient.dtype == torch.float32 and factor == 1.0:
+                momentum.view(-1).lerp_(gradient, weight)
+            else:  # in parts, so that no second gradient is ever alive
+                parts = zip(*(t.split(self._bucket_elements) for t in (momentum.view(-1), gradient)), strict=True)
+                for part, g in parts:
+                    part.lerp_(_scaled(g, factor), weight)
 
     # One step ---------------------------------------------------------------------------------------------------
 
@@ -158,114 +131,59 @@ class Runtime:
     def step(self, work: dict[int, Work]) -> None:
         """Step the buffers of `work`; the same buffers on every rank.
 
-        Momentum first, then weight decay on everything held, then bucket by bucket the orthogonalized update.
+        Momentum first, then weight decay on everything held, then the orthogonalized update, bucket by bucket.
         """
         progress = self.transport.progress
         progress.enter("momentum")
-        self._update_momentum(work)
+        factor = self.binding.gradient_factor()
+        self._update_momentum(work, factor)
         for w in work.values():
             w.parameter.mul_(1 - w.group["lr"] * w.group["weight_decay"])
-        for index, recipe in enumerate(self._recipes_for(tuple(sorted(work)))):
-            progress.enter("gather", index)
-            stacks = self._gather(recipe, work)
-            progress.enter("orthogonalize", index)
-            updates = self._orthogonalize(recipe, stacks, work)
-            progress.enter("scatter", index)
-            received = self._scatter(recipe, updates, work)
-            progress.enter("update", index)
-            self._update(recipe, updates, received, work)
+        recipes = self._recipes_for(tuple(sorted(work)))
+        step = self._shared(work, factor)
+        passages: dict[int, Passage] = {}
+        for stage, bucket in pipeline(len(recipes), self._overlap):
+            if stage == "gather":
+                passages[bucket] = Passage(recipes[bucket], bucket, step)
+            if stage == "orthogonalize":
+                self.orthogonalized += sum(len(s.matrices) for s in recipes[bucket].stacks)
+            getattr(passages[bucket], stage)()
+            if stage == "update":
+                del passages[bucket]
         phases = self.plan.layout.phases
         if len(phases) <= 1 or any(buffer in work for buffer in phases[-1]):
             progress.finish_step()
         else:
             progress.enter("idle")
 
-    def _recipes_for(self, buffers: tuple[int, ...]) -> list[Recipe]:
-        if buffers not in self._recipes:
-            chosen = [i for i, m in enumerate(self.plan.layout.matrices) if m.buffer in buffers]
-            buckets = make_buckets(self.plan, chosen, self._bucket_elements)
-            self._recipes[buffers] = [self._compile(bucket) for bucket in buckets]
-        return self._recipes[buffers]
+    def _newton_schulz(self, stack: torch.Tensor, group: Group) -> None:
+        newton_schulz_(stack, group["ns_steps"], group["ns_schedule"], group["ns_dtype"], compiled=self._compiled)
 
-    def _compile(self, bucket: Bucket) -> Recipe:
-        rank, world = self.transport.rank, self.transport.world_size
-        stacks: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-        for i in bucket.matrices:
-            if self.plan.owners[i] == rank:
-                group = self._group_of[self.plan.layout.matrices[i].buffer]
-                stacks[self._matrices[i].rows, self._matrices[i].cols, group].append(i)
-        peers = [r for r in range(world) if r != rank]
-        return Recipe(
-            stacks={key: tuple(members) for key, members in stacks.items()},
-            gather_send=_pieces(p for r in peers for p in outgoing(self.plan, bucket, rank, r)),
-            gather_receive=_pieces(p for r in peers for p in outgoing(self.plan, bucket, r, rank)),
-            gather_splits=splits(bucket.gather, rank, world),
-            scatter_send=_pieces(p for r in peers for p in returning(self.plan, bucket, rank, r)),
-            scatter_receive=_pieces(p for r in peers for p in returning(self.plan, bucket, r, rank)),
-            scatter_splits=splits(bucket.scatter, rank, world),
-            gathers=bool(bucket.gather),
-            scatters=bool(bucket.scatter),
+    def kernels(self, groups: Sequence[Group]) -> dict[tuple[int, int], str]:
+        """For each shape that this rank orthogonalizes, which form of the iteration runs and what multiplies.
+
+        `groups` are the optimizer's parameter groups.
+        """
+        names: dict[tuple[int, int], str] = {}
+        for i in self.plan.owned_by(self.transport.rank):
+            m, group = self._matrices[i], groups[self._group_of[self.plan.layout.matrices[i].buffer]]
+            dtype = compute_dtype(group["ns_dtype"], self.binding.device, group["ns_schedule"])
+            names[m.rows, m.cols] = kernel_name(m.rows, m.cols, dtype, self.binding.device, compiled=self._compiled)
+        return names
+
+    def _shared(self, work: Mapping[int, Work], factor: float) -> Step:
+        return Step(
+            work=work,
+            factor=factor,
+            wire=(self._wire_dtype or torch.float32, self._scatter_dtype(work)),
+            rounds=self._wire_dtype is not None,
+            matrices=self._matrices,
+            momentum=self.momentum,
+            transport=self.transport,
+            device=self.binding.device,
+            orthogonalize=self._orthogonalize,
+            observer=self.observer,
         )
-
-    def _fill(self, matrix: int, fragment: Fragment, target: torch.Tensor, work: Mapping[int, Work]) -> None:
-        """Write what is orthogonalized (momentum, or its Nesterov look-ahead) of a local fragment into `target`."""
-        buffer = fragment.buffer
-        w = work[buffer]
-        momentum, gradient = self.momentum[buffer].view(-1), w.gradient.reshape(-1)
-        spans, places = next((s, p) for f, s, p in self._momentum_spans[matrix] if f == fragment)
-        at = 0
-        for span, place in zip(spans, places, strict=True):
-            out = target[at : at + span.rows * span.cols].view(span.rows, span.cols)
-            if w.group["nesterov"]:
-                out.copy_(view(gradient, span)).lerp_(view(momentum, place).to(out.device), w.group["momentum"])
-            else:
-                out.copy_(view(momentum, place))
-            at += span.rows * span.cols
-
-    def _gather(self, recipe: Recipe, work: Mapping[int, Work]) -> dict[tuple[int, int, int], torch.Tensor]:
-        device, rank = self.binding.device, self.transport.rank
-        received = None
-        if recipe.gathers:
-            sends, receives = recipe.gather_splits
-            packed = torch.empty(sum(sends), dtype=torch.float32, device=device)
-            for p in recipe.gather_send:
-                self._fill(p.matrix, p.fragment, packed[p.at : p.at + p.fragment.length], work)
-            if self._wire_dtype is not None:
-                packed = packed.to(self._wire_dtype)
-            received = self.transport.all_to_all(packed, sends, receives)
-        stacks: dict[tuple[int, int, int], torch.Tensor] = {}
-        flat_of: dict[int, torch.Tensor] = {}
-        for key, members in recipe.stacks.items():
-            rows, cols, _ = key
-            stacks[key] = torch.empty(len(members), rows, cols, dtype=torch.float32, device=device)
-            flat_of.update({i: stacks[key][b].view(-1) for b, i in enumerate(members)})
-            for i in members:
-                for f in self.plan.sources[i]:
-                    if f.rank == rank:
-                        self._fill(i, f, flat_of[i][f.offset : f.stop], work)
-        for p in recipe.gather_receive:
-            assert received is not None
-            f = p.fragment
-            flat_of[p.matrix][f.offset : f.stop].copy_(received[p.at : p.at + f.length])
-        return stacks
-
-    def _orthogonalize(
-        self, recipe: Recipe, stacks: dict[tuple[int, int, int], torch.Tensor], work: Mapping[int, Work]
-    ) -> dict[int, torch.Tensor]:
-        """The flattened orthogonalized update of each owned matrix, in the dtype that travels."""
-        updates: dict[int, torch.Tensor] = {}
-        wire = self._scatter_dtype(work)
-        for key, members in recipe.stacks.items():
-            group = work[self.plan.layout.matrices[members[0]].buffer].group
-            stack = stacks.pop(key)
-            result = newton_schulz(stack, group["ns_steps"], group["ns_schedule"], group["ns_dtype"])
-            self.orthogonalized += len(members)
-            if self.observer is not None:
-                for b, i in enumerate(members):
-                    self.observer(self._matrices[i], stack[b], result[b])
-            result = result.to(wire)
-            updates.update({i: result[b].view(-1) for b, i in enumerate(members)})
-        return updates
 
     def _scatter_dtype(self, work: Mapping[int, Work]) -> torch.dtype:
         """The narrowest dtype that loses nothing of any result (or the option); the same on all ranks."""
@@ -274,43 +192,84 @@ class Runtime:
         dtypes = {
             compute_dtype(w.group["ns_dtype"], self.binding.device, w.group["ns_schedule"]) for w in work.values()
         }
-        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+        only = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        return only if only.itemsize < torch.float32.itemsize else torch.float32
 
-    def _scatter(
-        self, recipe: Recipe, updates: Mapping[int, torch.Tensor], work: Mapping[int, Work]
-    ) -> torch.Tensor | None:
-        if not recipe.scatters:
-            return None
-        sends, receives = recipe.scatter_splits
-        packed = torch.empty(sum(sends), dtype=self._scatter_dtype(work), device=self.binding.device)
-        for p in recipe.scatter_send:
-            f = p.fragment
-            packed[p.at : p.at + f.length].copy_(updates[p.matrix][f.offset : f.stop])
-        return self.transport.all_to_all(packed, sends, receives)
+    def _recipes_for(self, buffers: tuple[int, ...]) -> list[Recipe]:
+        if buffers not in self._recipes:
+            chosen = [i for i, m in enumerate(self.plan.layout.matrices) if m.buffer in buffers]
+            buckets = make_buckets(self.plan, chosen, self._bucket_elements)
+            self._recipes[buffers] = [self._compile(bucket) for bucket in buckets]
+        return self._recipes[buffers]
 
-    def _update(
-        self,
-        recipe: Recipe,
-        updates: Mapping[int, torch.Tensor],
-        received: torch.Tensor | None,
-        work: Mapping[int, Work],
-    ) -> None:
-        for i, update in updates.items():
-            for f in self.plan.layout.matrices[i].on(self.transport.rank):
-                self._apply(i, f, update[f.offset : f.stop], work)
-        for p in recipe.scatter_receive:
-            assert received is not None
-            self._apply(p.matrix, p.fragment, received[p.at : p.at + p.fragment.length], work)
+    # Recipes ----------------------------------------------------------------------------------------------------
 
-    def _apply(self, matrix: int, fragment: Fragment, update: torch.Tensor, work: Mapping[int, Work]) -> None:
-        w = work[fragment.buffer]
-        flat = w.parameter.view(-1)
-        step = -float(w.group["lr"]) * update_scale(w.group["scale"], self._matrices[matrix])
+    def _compile(self, bucket: Bucket) -> Recipe:
+        rank, world, plan = self.transport.rank, self.transport.world_size, self.plan
+        bucket = replace(bucket, matrices=tuple(sorted(bucket.matrices, key=self._place_in_bucket)))
+        peers = [r for r in range(world) if r != rank]
+        stacks, starts = self._stacks(bucket)
+        owned = [i for i in bucket.matrices if plan.owners[i] == rank]
+        shares = [sum(self._matrices[i].numel for i in bucket.matrices if plan.owners[i] == r) for r in range(world)]
+        return Recipe(
+            stacks=stacks,
+            stacked=sum(s.numel for s in stacks),
+            own_sources=self._pieces(((i, f) for i in owned for f in plan.sources[i].on(rank)), starts),
+            gather_send=self._pieces((p for r in peers for p in outgoing(plan, bucket, rank, r)), starts),
+            gather_receive=self._pieces((p for r in peers for p in outgoing(plan, bucket, r, rank)), starts),
+            gather_splits=splits(bucket.gather, rank, world),
+            own_destinations=self._pieces(((i, f) for i in owned for f in plan.layout.matrices[i].on(rank)), starts),
+            scatter_send=self._pieces((p for r in peers for p in returning(plan, bucket, rank, r)), starts),
+            scatter_receive=self._pieces((p for r in peers for p in returning(plan, bucket, r, rank)), starts),
+            scatter_splits=splits(bucket.scatter, rank, world),
+            gathers=bool(bucket.gather),
+            scatters=bool(bucket.scatter),
+            broadcast=tuple(shares) if bucket.broadcast else (),
+        )
+
+    def _place_in_bucket(self, i: int) -> tuple[int, int, int, int, int]:
+        """Owner by owner, and what makes one stack side by side; the same on all ranks."""
+        m = self._matrices[i]
+        return self.plan.owners[i], m.rows, m.cols, self._group_of[self.plan.layout.matrices[i].buffer], i
+
+    def _stacks(self, bucket: Bucket) -> tuple[tuple[Stack, ...], dict[int, int]]:
+        """What this rank orthogonalizes, and where each of its matrices begins."""
+        owned = (i for i in bucket.matrices if self.plan.owners[i] == self.transport.rank)
+        stacks: list[Stack] = []
+        starts: dict[int, int] = {}
         at = 0
-        for span in fragment.spans(self._matrices[matrix]):
-            block = update[at : at + span.rows * span.cols].view(span.rows, span.cols)
-            view(flat, span).add_(block.to(flat.device, torch.float32), alpha=step)
-            at += span.rows * span.cols
+        for (_, rows, cols, _), equal in groupby(owned, key=lambda i: self._place_in_bucket(i)[:4]):
+            members = tuple(equal)
+            stacks.append(Stack(members, self.plan.layout.matrices[members[0]].buffer, rows, cols, at))
+            starts.update({i: at + b * rows * cols for b, i in enumerate(members)})
+            at += stacks[-1].numel
+        return tuple(stacks), starts
+
+    def _pieces(self, fragments: Iterable[tuple[int, Fragment]], starts: Mapping[int, int]) -> tuple[Piece, ...]:
+        """The fragments laid end to end in a message, with their places on this rank."""
+
+        def pieces() -> Iterator[Piece]:
+            at = 0
+            for i, f in fragments:
+                here = f.rank == self.transport.rank
+                yield Piece(
+                    matrix=i,
+                    buffer=f.buffer,
+                    length=f.length,
+                    message=at,
+                    stacked=starts[i] + f.offset if i in starts else -1,
+                    spans=tuple(f.spans(self._matrices[i])) if here else (),
+                    kept=tuple(next((p for g, _, p in self._momentum_spans[i] if here and g == f), ())),
+                )
+                at += f.length
+
+        return tuple(pieces())
+
+
+def _scaled(gradient: torch.Tensor, factor: float) -> torch.Tensor:
+    """`gradient` in fp32, times `factor`; itself where that is what it is."""
+    gradient = gradient.to(torch.float32)
+    return gradient if factor == 1.0 else gradient * factor
 
 
 def _packed(spans: list[Span], at: int) -> list[Span]:
@@ -320,12 +279,3 @@ def _packed(spans: list[Span], at: int) -> list[Span]:
         packed.append(Span(s.offset, at, s.rows, s.cols, s.cols))
         at += s.rows * s.cols
     return packed
-
-
-def _pieces(fragments: Iterable[tuple[int, Fragment]]) -> tuple[Piece, ...]:
-    pieces = []
-    at = 0
-    for matrix, fragment in fragments:
-        pieces.append(Piece(matrix, fragment, at))
-        at += fragment.length
-    return tuple(pieces)

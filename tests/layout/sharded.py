@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.exchange.transport import Transport
-from muon_dist.layout import Layout
+from muon_dist.layout import Layout, Matrix
 from muon_dist.optim.binding import Binding
 from muon_dist.optim.runtime import Runtime, Work, view
 from muon_dist.ownership import assign_owners
@@ -21,34 +21,32 @@ def round_trip(layout: Layout, shards: list[list[torch.Tensor]], wholes: dict[st
     so each buffer must end as shard - 2 x shard wherever a matrix lies and untouched elsewhere (padding).
     """
     rank = dist.get_rank()
-    group = {"lr": 1.0, "scale": "none", "nesterov": False, "momentum": 0.95, "ns_dtype": torch.float32,
+    # momentum 1: the buffer stays what it is, whatever the gradient
+    group = {"lr": 1.0, "scale": "none", "nesterov": False, "momentum": 1.0, "ns_dtype": torch.float32,
              "ns_schedule": "keller", "ns_steps": 5, "weight_decay": 0.0}  # fmt: skip
     buffers = tuple(s[rank].clone() for s in shards)
     binding = Binding(layout, buffers, dist.group.WORLD, torch.device("cpu"))
     plan = assign_owners(layout, policy=policy)
     transport = Transport(dist.group.WORLD, torch.device("cpu"))
     runtime = Runtime(
-        binding, plan, transport, dict.fromkeys(range(len(buffers)), 0), bucket_bytes=400, wire_dtype=None
-    )
-    owned = 0
-    phases = layout.phases or (tuple(range(len(buffers))),)
-    for phase in phases:
-        work = {i: Work(buffers[i], torch.zeros_like(buffers[i]), group) for i in phase}
+        binding, plan, transport, dict.fromkeys(range(len(buffers)), 0), bucket_bytes=1800, wire_dtype=None,
+        orthogonalize=lambda stack, group: stack.mul_(2),
+    )  # fmt: skip
+    seen = []
+
+    def observe(m: Matrix, momentum: torch.Tensor, update: torch.Tensor) -> None:
+        wanted = wholes[m.parameter].as_strided((m.rows, m.cols), (m.stride, 1), m.start)
+        assert torch.equal(momentum, wanted), m.name
+        assert torch.equal(update, 2 * wanted), m.name
+        seen.append(m.name)
+
+    runtime.observer = observe
+    for phase in layout.phases or (tuple(range(len(buffers))),):
         for i in phase:
             if i in runtime.momentum:
                 assert runtime.momentum[i].shape == buffers[i].shape
                 runtime.momentum[i].copy_(shards[i][rank])
-        for recipe in runtime._recipes_for(tuple(sorted(phase))):
-            stacks = runtime._gather(recipe, work)
-            updates = {}
-            for key, members in recipe.stacks.items():
-                for b, i in enumerate(members):
-                    m = layout.matrices[i].matrix
-                    wanted = wholes[m.parameter].as_strided((m.rows, m.cols), (m.stride, 1), m.start)
-                    assert torch.equal(stacks[key][b], wanted), m.name
-                    updates[i] = 2 * stacks[key][b].reshape(-1)
-                    owned += 1
-            runtime._update(recipe, updates, runtime._scatter(recipe, updates, work), work)
+        runtime.step({i: Work(buffers[i], torch.zeros_like(buffers[i]), group) for i in phase})
     for i, buffer in enumerate(buffers):
         expected = shards[i][rank].clone()
         for m in layout.matrices:
@@ -57,4 +55,4 @@ def round_trip(layout: Layout, shards: list[list[torch.Tensor]], wholes: dict[st
                     for span in f.spans(m.matrix):
                         view(expected, span).neg_()
         assert torch.equal(buffer, expected)
-    return owned
+    return len(seen)

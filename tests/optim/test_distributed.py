@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.errors import CheckpointError, PlanMismatchError
-from muon_dist.exchange.schedule import bytes_sent, make_buckets
+from muon_dist.exchange.schedule import bucket_elements, bytes_sent, make_buckets
 from muon_dist.layout import Layout, MatrixLayout, cut_parameter, fragments_of_run
 from muon_dist.optim import Binding, Muon
 from tests.distributed import RankFailure, run_ranks
@@ -118,7 +118,7 @@ def train_flat(bucket_mb: float, steps: int) -> tuple:
         optimizer.step()
     runtime = optimizer.runtime
     every = list(range(len(optimizer.plan.layout.matrices)))
-    buckets = make_buckets(optimizer.plan, every, int(bucket_mb * 2**20) // 4)
+    buckets = make_buckets(optimizer.plan, every, bucket_elements(int(bucket_mb * 2**20)))
     predicted = bytes_sent(buckets, rank, 4, 4) * steps
     assert optimizer.state[shard]["momentum_buffer"].shape == shard.shape
     return shard.detach(), runtime.transport.bytes_sent, predicted, optimizer.orthogonalized

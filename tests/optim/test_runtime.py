@@ -28,11 +28,12 @@ def steps_and_phases() -> tuple[int, list[tuple[str, int | None]]]:
 def test_progress_names_every_phase_and_bucket_and_counts_the_step():
     for step, seen in run_ranks(steps_and_phases, 2):
         assert step == 1
-        assert [operation for operation, bucket in seen if bucket is None] == ["adamw", "momentum", "idle"]
+        assert [operation for operation, bucket in seen if bucket is None][-3:] == ["adamw", "momentum", "idle"]
         buckets = max(bucket for _, bucket in seen if bucket is not None) + 1
         assert buckets > 1
         for operation in ("gather", "orthogonalize", "scatter", "update"):
-            assert [bucket for name, bucket in seen if name == operation] == list(range(buckets)), operation
+            # with overlap a rank turns to the messages of a bucket twice: it sends, and it waits
+            assert list(dict.fromkeys(b for name, b in seen if name == operation)) == list(range(buckets)), operation
 
 
 def test_progress_of_a_phased_layout_counts_only_the_last_phase():
