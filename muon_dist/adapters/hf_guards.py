@@ -31,7 +31,8 @@ class Guards(TrainerCallback):
         "skip" it is left out, with parameters and state unchanged; "rollback" it is left out, and parameters and
         optimizer state go back to the last commit, while step count, schedule and data go on.
     spike_window, spike_sigmas: of the detector.
-    hash_every: steps between two comparisons of the copies of parameters; also before each save; 0: never.
+    hash_every: steps between two comparisons of the copies of parameters; also before each save, and after a step
+        that was left out for NaN or infinity; 0: never.
     watchdog_seconds: the run ends with a message when one operation takes longer; None: 0.9 of the process group's
         timeout; 0: never.
     straggler_seconds: a rank that takes so much longer for its own work, step after step, is named; 0: never.
@@ -191,8 +192,11 @@ class Guards(TrainerCallback):
         if self._spiked and self.spike == "rollback":
             self._roll_back(state.global_step)
         stop = self._ballot.stop if self._ballot is not None else {}
+        muon = self._muon()
+        # A flipped exponent makes NaN on all ranks: which copy it was is known only now.
+        bad = self._bad_in_row > 0 or (muon is not None and muon.guard.in_a_row > 0)
         due = self.hash_every > 0 and state.global_step % self.hash_every == 0
-        if due or (self.hash_every > 0 and (stop or control.should_save)):
+        if due or (self.hash_every > 0 and (stop or bad or control.should_save)):
             self._progress.enter("replica check")
             self._compare_copies()
         if stop:

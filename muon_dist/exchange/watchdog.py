@@ -23,6 +23,7 @@ from muon_dist.exchange.progress import Progress, place
 IDLE = "idle"
 _MOST_INTERVAL = 5.0
 _STORE_PATIENCE = 2.0
+_LAST_WORDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,11 @@ class Beat:
 
 
 def leave(message: str) -> None:
-    """End the process at once: its main thread hangs in a collective and cannot raise."""
+    """End the process: its main thread hangs in a collective and cannot raise."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    # The other ranks are about to say the same; this one's end would cut them short with an error of the network.
+    time.sleep(_LAST_WORDS)
     os._exit(PeerError.exit_code)
 
 

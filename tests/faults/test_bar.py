@@ -1,0 +1,41 @@
+"""The bar in its short profile; `python -m tests.faults --profile full` is the whole of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.faults.__main__ import main
+from tests.faults.bar import BAR, measure
+from tests.faults.table import Count, as_json, render
+
+
+@pytest.mark.parametrize("number", [point.number for point in BAR])
+def test_point(number: int) -> None:
+    row = measure(next(point for point in BAR if point.number == number), "ci")
+    assert row["passed"], row
+
+
+def test_there_are_eighteen() -> None:
+    assert [point.number for point in BAR] == list(range(1, 19))
+
+
+def test_the_command_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "faults.json"
+    assert main(["--points", "18", "--json", str(path)]) == 0
+    assert main(["--points", "4", "--json", str(path), "--update"]) == 0
+    found = json.loads(path.read_text())
+    assert [(p["number"], p["passed"]) for p in found["points"]] == [(4, True), (18, True)]
+    assert "| 4 | flipped bytes" in capsys.readouterr().out
+
+
+def test_a_point_that_tried_too_little_has_not_passed() -> None:
+    count = Count()
+    count.add(True, "")
+    assert as_json(1, "x", count, 1, 0.0)["passed"] and not as_json(1, "x", count, 2, 0.0)["passed"]
+    count.fail("because")
+    row = as_json(1, "x", count, 1, 0.0)
+    assert not row["passed"] and row["failures"] == ["because"]
+    assert "| 1 | x | 1 / 2 | 0.0 | **no** |" in render([row])
