@@ -14,6 +14,8 @@ from muon_dist.bench.cli import app as bench
 from muon_dist.errors import MuonDistError
 from muon_dist.experiments.cli import app as spectra
 from muon_dist.launcher.cli import app as launch
+from muon_dist.planner.cli import app as planner
+from muon_dist.train.checkpoint_cli import app as checkpoint
 
 app = typer.Typer(
     name="muon-dist",
@@ -24,8 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(spectra)
+app.add_typer(checkpoint)
 app.add_typer(bench)
 app.add_typer(launch)
+app.add_typer(planner)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[

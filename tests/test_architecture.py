@@ -18,7 +18,7 @@ MAX_FUNCTION_LINES = 60
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "frameworks", "numerics"),
     ("config", "routing", "layout"),
-    ("cost", "ownership", "partition_order"),
+    ("cost", "measured_cost", "ownership", "partition_order"),
     ("exchange", "checkpoint"),
     ("optim",),
     ("adapters", "data", "model"),
@@ -30,6 +30,7 @@ FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 # costs, the command line is a thin face of train/, and `muon-dist spectra report` writes a page.
 SIDEWAYS = {
     ("numerics", "errors"),
+    ("measured_cost", "cost"),
     ("ownership", "cost"),
     ("partition_order", "cost"),
     ("partition_order", "ownership"),
@@ -58,7 +59,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "dtensor_muon": ("bench.peers_dtensor_muon",),
     "pydantic": ("config",),
     "quack": ("numerics.products",),
-    "typer": ("cli", "experiments.cli", "bench.cli", "launcher.cli"),
+    "typer": ("cli", "planner.cli", "experiments.cli", "bench.cli", "launcher.cli", "train.checkpoint_cli"),
 }
 # import name -> name of the package, where they differ
 DISTRIBUTIONS = {

@@ -207,8 +207,9 @@ class CheckpointTrainer(Trainer):
         """
         self._source = self._opened(resume_from_checkpoint)
         path = None
-        if self._source is not None and self._source.weights_only:
-            self._first(f"{self._source.path} holds weights alone: the run begins at step 0 with them")
+        if self._source is not None and self._source.beginning:
+            what = "weights alone" if self._source.weights_only else "weights and optimizer state, of no run of ours"
+            self._first(f"{self._source.path} holds {what}: the run begins at step 0 with them")
         elif self._source is not None:
             path = str(self._source.path)
         try:
@@ -233,7 +234,7 @@ class CheckpointTrainer(Trainer):
         """On the first rank: clear away what a killed process left; later steps than ours are of another course."""
         root, source = Path(self.args.output_dir), self._source
         tidy(root)
-        if source is not None and not source.weights_only and source.path.resolve().parent == root.resolve():
+        if source is not None and not source.beginning and source.path.resolve().parent == root.resolve():
             for moved in set_aside_after(root, source.step):
                 self._first(f"a checkpoint of a later step than the one to go on from is now {moved}")
 
@@ -244,7 +245,7 @@ class CheckpointTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self._source is not None:
             self._fill(self._source)
-            if not self._source.weights_only:
+            if not self._source.beginning:
                 self._restore_states(self._source)
         self.saver.ranks.first(self._make_room)
         return prepared
@@ -272,7 +273,7 @@ class CheckpointTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random generators, and what else each rank keeps for itself."""
         source = self._source
-        if source is None or source.weights_only:
+        if source is None or source.beginning:
             return
         rank = self.saver.ranks.rank
         saved = source.rank_state(rank)

@@ -143,7 +143,7 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
         self._resumed_from, self._order = self._source, None
         self._first_sample = self._first_step = self._tokens = self._tokens_logged = self._tokens_resumed = 0
         self._seconds = self.train_seconds = 0.0
-        if self._source is not None and not self._source.weights_only:
+        if self._source is not None and not self._source.beginning:
             position = read_position(self._source)
             self._first_step, self._first_sample = position["global_step"], position["consumed_samples"]
             self._tokens = self._tokens_logged = self._tokens_resumed = position["tokens"]

@@ -59,6 +59,11 @@ class Checkpoint:
         """It holds no state of an optimizer: made by `convert`, or with `save_only_model`."""
         return not set(self.manifest.kinds()) - {WEIGHT, BUFFER}
 
+    @property
+    def beginning(self) -> bool:
+        """A run does not continue from it but begins with what it holds: it has no place in a run's data."""
+        return self.weights_only or "position" not in self.manifest.info
+
     def state(self) -> dict[str, Any]:
         """The named small states that are the same on every rank."""
         return dict(decode(self.manifest.state, _Tensors(self, rank_file(0, "safetensors"))))

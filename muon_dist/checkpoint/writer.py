@@ -48,6 +48,7 @@ class Contents:
         info: plain JSON: position in the data, configuration, versions.
         state: named small states, the same on every rank, already plain (see `state.encode`).
         documents: further files by name, one folder deep at most, such as "trainer_state.json".
+        name: of the folder; None: checkpoint-STEP.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Contents:
     info: Mapping[str, Any] = field(default_factory=dict)
     state: Mapping[str, Any] = field(default_factory=dict)
     documents: Mapping[str, bytes] = field(default_factory=dict)
+    name: str | None = None
 
 
 def take(
@@ -102,7 +104,7 @@ def commit(root: Path, ranks: Ranks, snapshot: Snapshot, contents: Contents) -> 
             they were.
     """
     rank = ranks.rank
-    final = root / folder.checkpoint_name(contents.step)
+    final = root / (contents.name or folder.checkpoint_name(contents.step))
     temporary: Path | None = None
     try:
         temporary = ranks.first(lambda: _make(root, contents.step))

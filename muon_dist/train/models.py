@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from muon_dist.adapters.hf_callbacks import quiet_transformers
+from muon_dist.checkpoint import MODEL_FOLDER
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.config import Config, load_config
 from muon_dist.data.dataset import MixtureDataset
@@ -92,9 +93,12 @@ def export_folder(path: str | Path, out: str | Path, dtype: str | None = None) -
         raise ConfigError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
     folder = find_model(path)
     model = load_model(folder, DTYPES[dtype] if dtype is not None else None)
-    tokenizer = load_text_tokenizer(folder)
+    within = folder / MODEL_FOLDER if (folder / MANIFEST).is_file() else folder
+    # weights that came without one are exported without one
+    tokenizer = load_text_tokenizer(folder) if (within / "tokenizer_config.json").is_file() else None
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
     temporary.rename(target)
