@@ -93,7 +93,7 @@ PROFILES = {
     "quick": Profile("small", (*_ZERO, *_PEERS), 3, 1),
     # for slow links, over which a step takes long and nothing else matters
     "link": Profile("small", (*_ZERO, *_PEERS), 2, 1, ()),
-    "full": Profile("small", (*_ZERO, *_PEERS, *_MORE), 9, None),
+    "full": Profile("small", (*_ZERO, *_PEERS, *_MORE), 5, None),
 }
 
 

@@ -132,44 +132,55 @@ def _pair(row: Row, key: str, scale: float, digits: int = 1) -> str:
     return " → ".join(shown)
 
 
-def _line(row: Row) -> tuple[str, ...]:
-    head = (
-        row["case"] + ("" if row["link"] == "loopback" else f", {row['link']}"),
-        row["peer"],
-        row["ns_dtype"],
-    )
+def _head(row: Row) -> tuple[str, str, str]:
+    link = "" if row["link"] == "loopback" else f", {row['link']}"
+    return row["case"] + link, row["peer"], row["ns_dtype"]
+
+
+def _times_line(row: Row) -> tuple[str, ...]:
     if row["skipped"]:
-        return (*head, f"skipped: {row['skipped']}", *[""] * 8)
+        return (*_head(row), f"skipped: {row['skipped']}", "", "")
     return (
-        *head,
+        *_head(row),
         f"**{row['ratio_peer_over_ours']:.2f}** ({row['ratio_lowest']:.2f} to {row['ratio_highest']:.2f})",
         f"{_pair(row, 'optimizer_seconds', 1e-3, 0)} ({row['adamw_optimizer_seconds'] * 1e3:.0f})",
         f"{row['ratio_whole_step']:.2f}",
+    )
+
+
+def _counts_line(row: Row) -> tuple[str, ...]:
+    return (
+        *_head(row),
         f"{_pair(row, 'bytes_received', 1e6)} ({row['adamw_bytes_received'] / 1e6:.1f})",
         f"{_pair(row, 'bytes_sent', 1e6)} ({row['adamw_bytes_sent'] / 1e6:.1f})",
         f"{_pair(row, 'collectives', 1, 0)} ({row['adamw_collectives']})",
-        f"{_pair(row, 'peak_optimizer_bytes', 1e6)} (momentum {_pair(row, 'momentum_bytes', 1e6)})",
         _pair(row, "newton_schulz_calls", 1, 0),
+        _pair(row, "momentum_bytes", 1e6),
+        f"{_pair(row, 'peak_optimizer_bytes', 1e6)} ({row['adamw_peak_optimizer_bytes'] / 1e6:.1f})",
         f"{row['peer_error_to_exact']:.1e} → {row['ours_error_to_exact']:.1e}",
     )
 
 
-HEADER = (
+TIMES_HEADER = (
     "case", "peer", "iteration in", "optimizer time, peer / ours (lowest to highest)",
-    "optimizer, ms: peer → ours (AdamW)", "whole step, peer / ours", "MB received by a rank: peer → ours (AdamW)",
-    "MB sent: peer → ours (AdamW)", "collectives: peer → ours (AdamW)", "peak of the optimizer, MB: peer → ours",
-    "matrices orthogonalized: peer → ours", "error of the update: peer → ours",
+    "optimizer, ms: peer → ours (AdamW)", "whole step, peer / ours",
+)  # fmt: skip
+COUNTS_HEADER = (
+    "case", "peer", "iteration in", "MB received by a rank: peer → ours (AdamW)", "MB sent: peer → ours (AdamW)",
+    "collectives: peer → ours (AdamW)", "matrices orthogonalized: peer → ours", "momentum, MB a rank: peer → ours",
+    "momentum and temporaries, MB: peer → ours (AdamW)", "error of the update: peer → ours",
 )  # fmt: skip
 
 
 def table(rows: Sequence[Row], environment: dict[str, Any]) -> str:
-    """Markdown: the comparison, and the share of a step that ours costs over AdamW."""
+    """Markdown: times, counts, and the share of a step that ours costs over AdamW."""
     size = next((f"{r['parameters'] / 1e6:.1f}M" for r in rows if "parameters" in r), "?")
     about = (
         f"Llama of {size} parameters, {rows[0]['ranks']} ranks with one thread each on {environment['cores']} cores, "
-        f"gloo, torch {torch.__version__}, {rows[0]['rounds']} rounds in turn, steps of {SEQUENCE} tokens a rank.\n\n"
+        f"gloo, torch {torch.__version__}, {rows[0]['rounds']} rounds in turn, steps of {SEQUENCE} tokens a rank."
     )
-    text = about + markdown(HEADER, [_line(r) for r in rows])
+    parts = [about, markdown(TIMES_HEADER, [_times_line(r) for r in rows])]
+    parts.append(markdown(COUNTS_HEADER, [_counts_line(r) for r in rows if not r["skipped"]]))
     shares = [r for r in rows if r.get("share_over_adamw")]
     if shares:
         sizes = list(shares[0]["share_over_adamw"])
@@ -190,5 +201,5 @@ def table(rows: Sequence[Row], environment: dict[str, Any]) -> str:
             )
             for r in shares
         ]
-        text += "\n" + markdown(header, lines)
-    return text
+        parts.append(markdown(header, lines))
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
