@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from muon_dist.bench.cli import app as bench
+from muon_dist.doctor.cli import doctor
 from muon_dist.errors import MuonDistError
 from muon_dist.experiments.cli import app as spectra
 from muon_dist.launcher.cli import app as launch
@@ -29,6 +30,7 @@ app.add_typer(spectra)
 app.add_typer(checkpoint)
 app.add_typer(bench)
 app.add_typer(launch)
+app.command()(doctor)
 app.add_typer(planner)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]

@@ -36,6 +36,7 @@ SIDEWAYS = {
     ("partition_order", "ownership"),
     ("cli", "train"),
     ("cli", "doctor"),
+    ("doctor", "train"),
     ("experiments", "report"),
 }
 
@@ -59,7 +60,15 @@ HOMES: dict[str, tuple[str, ...]] = {
     "dtensor_muon": ("bench.peers_dtensor_muon",),
     "pydantic": ("config",),
     "quack": ("numerics.products",),
-    "typer": ("cli", "planner.cli", "experiments.cli", "bench.cli", "launcher.cli", "train.checkpoint_cli"),
+    "typer": (
+        "cli",
+        "planner.cli",
+        "experiments.cli",
+        "bench.cli",
+        "launcher.cli",
+        "doctor.cli",
+        "train.checkpoint_cli",
+    ),
 }
 # import name -> name of the package, where they differ
 DISTRIBUTIONS = {

@@ -1,0 +1,54 @@
+"""What a check found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Level = Literal["ok", "warning", "problem"]
+_ORDER: tuple[Level, ...] = ("ok", "warning", "problem")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One finding.
+
+    Attributes:
+        check: short name of the check.
+        level: "ok"; "warning", with which a run works but slowly or at a risk; "problem", with which it will not work.
+        text: what was found, in one sentence.
+        fix: what to do about it; None when there is nothing to do.
+        host: where, when several were looked at.
+        figures: numbers behind it, plain data.
+    """
+
+    check: str
+    level: Level
+    text: str
+    fix: str | None = None
+    host: str | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """For people: level, check, host, text and on a line of its own the fix."""
+        where = f" [{self.host}]" if self.host is not None else ""
+        fix = f"\n{'':9}fix: {self.fix}" if self.fix is not None else ""
+        return f"{self.level:<8} {self.check}{where}: {self.text}{fix}"
+
+
+def worst(verdicts: Sequence[Verdict]) -> Level:
+    """The gravest level among them; "ok" of none."""
+    return max((v.level for v in verdicts), key=_ORDER.index, default="ok")
+
+
+def attempt(check: str, look: Callable[[], list[Verdict]]) -> list[Verdict]:
+    """The verdicts of a check; a check that fails itself is a warning, and the others go on."""
+    try:
+        return look()
+    except Exception as error:
+        return [Verdict(check, "warning", f"could not be looked at: {type(error).__name__}: {error}")]
