@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import random
 import re
 import signal
@@ -48,6 +48,13 @@ class Reference:
             if line["step"] in known and line.get("loss", line.get("digest")) != known[line["step"]]:
                 found.append(f"{line['kind']} of step {line['step']} differs")
         return found
+
+
+@functools.cache
+def reference() -> Reference:
+    """Made once a process."""
+    with tempfile.TemporaryDirectory() as name:
+        return Reference(Path(name))
 
 
 class Chain:
@@ -104,8 +111,7 @@ def interrupted(kind: str, count: int, seed: int) -> Count:
     """`count` faults of a kind over runs that are taken up again each time."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "reference").mkdir()
-        chain = Chain(Reference(folder / "reference"), folder, seed)
+        chain = Chain(reference(), folder, seed)
         for _ in range(count):
             chain.strike(kind)
         chain.finish()
@@ -222,8 +228,3 @@ def stragglers(count: int, seed: int = 16) -> Count:
             good = (len(said) == 1 and said[0][1].startswith(f"rank {rank} is slow")) if fault else not said
             out.add(good, f"{'slow rank ' + str(rank) if fault else 'clean run'}: {said}")
     return out
-
-
-def cores() -> int:
-    """That this machine has; told in the report, since the times depend on it."""
-    return os.cpu_count() or 1

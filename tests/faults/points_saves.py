@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,14 @@ def content(folder: Path) -> float | None:
     return shift if whole else None
 
 
-def _killed_saves(cases: list[tuple[int, int]], step: int) -> Count:
-    """Commit 1 is there; a save of `step` is killed at (rank, phase): the old or the new one is found, whole."""
+def _killed_saves(first: str, cases: list[tuple[int, int]], step: int) -> Count:
+    """Commit 1, of the folder `first`, is there; a save of `step` is killed at (rank, phase): the old or the new one
+    is found, whole."""
     out = Count()
     for rank, phase in cases:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "checkpoints"
-            succeeded(launch(_save, WORLD, str(folder), 1, 1.0))
+            shutil.copytree(first, folder)
             outcomes = launch(_save_and_die, WORLD, str(folder), step, 2.0, Fault("kill", rank, phase=phase))
             strike = struck(Path(name) / "strike.json")
             found = content(folder)
@@ -73,23 +75,26 @@ def _killed_saves(cases: list[tuple[int, int]], step: int) -> Count:
     return out
 
 
-def _boundaries(step: int, count: int | None, seed: int) -> list[tuple[int, int]]:
-    """(rank, phase) of the first and of another rank: all of them, or `count` spread over them."""
+def _killed_at(step: int, count: int | None, seed: int) -> Count:
+    """At each phase of a save on the first and on another rank, or at `count` of them."""
     with tempfile.TemporaryDirectory() as name:
-        succeeded(launch(_save, WORLD, name, 1, 1.0))
-        numbers = succeeded(launch(_phases, WORLD, name, step))
-    cases = [(rank, phase) for rank in (0, 2) for phase in range(1, numbers[rank] + 1)]
-    return cases if count is None or count >= len(cases) else sorted(random.Random(seed).sample(cases, count))
+        succeeded(launch(_save, WORLD, f"{name}/first", 1, 1.0))
+        shutil.copytree(f"{name}/first", f"{name}/second")
+        numbers = succeeded(launch(_phases, WORLD, f"{name}/second", step))
+        cases = [(rank, phase) for rank in (0, 2) for phase in range(1, numbers[rank] + 1)]
+        if count is not None and count < len(cases):
+            cases = sorted(random.Random(seed).sample(cases, count))
+        return _killed_saves(f"{name}/first", cases, step)
 
 
 def boundaries(count: int | None, seed: int = 2) -> Count:
-    """Point 2: at every phase of a save on two of the ranks, or `count` of them."""
-    return _killed_saves(_boundaries(2, count, seed), 2)
+    """Point 2."""
+    return _killed_at(2, count, seed)
 
 
 def resaves(count: int, seed: int = 3) -> Count:
     """Point 3: the save that is killed replaces the commit of the same step."""
-    return _killed_saves(_boundaries(1, count, seed), 1)
+    return _killed_at(1, count, seed)
 
 
 def damage(flips: int, truncations: int, seed: int = 4) -> Count:

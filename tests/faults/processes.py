@@ -47,6 +47,7 @@ def _child(fn: Callable[..., Any], rank: int, world: int, folder: Path, timeout:
         error = os.open(folder / f"stderr-{rank}", os.O_WRONLY | os.O_CREAT)
         os.dup2(error, 1)
         os.dup2(error, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest's are elsewhere
         torch.set_num_threads(1)
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1"
