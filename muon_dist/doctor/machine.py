@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ def check_locks(folder: Path | None = None) -> list[Verdict]:
         holder = _process_with(lock)
         if holder is None:
             text = f"{lock} is left from a build that was killed; the next one waits for it for ever"
-            verdicts.append(Verdict("extension locks", "problem", text, f"rm {lock}"))
+            verdicts.append(Verdict("extension locks", "problem", text, f"rm {shlex.quote(str(lock))}"))
         else:
             text = f"{lock}: process {holder} compiles there"
             verdicts.append(Verdict("extension locks", "warning", text, "wait until it is done"))
