@@ -200,7 +200,6 @@ class Guards(TrainerCallback):
             self._progress.enter("replica check")
             self._compare_copies()
         if stop:
-            self._progress.enter("save")
             self._trainer.commit()
             self.stopped = stop
             control.should_save = control.should_evaluate = False
@@ -313,6 +312,11 @@ class GuardedLoop:
         if self.guards is not None:
             self.guards.pause()  # it asks all ranks
         return super()._get_num_items_in_batch(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.guards is not None:
+            self.guards.begin_save()
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.guards is None or not model.training:

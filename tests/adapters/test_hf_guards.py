@@ -115,6 +115,51 @@ def test_a_spike_on_one_rank_is_left_out_by_all_and_a_slow_rank_is_named(tmp_pat
     assert second[4] == []
 
 
+def rolled_back(folder: str) -> tuple:
+    """A spike at step 7 with a commit at 5; then from the commit at 10 on, a second life."""
+    said: list[str] = []
+
+    class Unwell(MuonTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if model.training and self.state.global_step == 7 and dist.get_rank() == 1:
+                kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] / 10
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def digest(model: Any) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in model.parameters()]
+
+    kept: dict[int, list[torch.Tensor]] = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
+            kept[state.global_step] = digest(model)
+
+    def trainer() -> tuple[MuonTrainer, Guards]:
+        guards = Guards(spike="rollback", spike_window=8, hash_every=2, say=said.append)
+        settings = arguments(Path(folder), max_steps=12, save_steps=5, save_strategy="steps", learning_rate=0.002)
+        # the guards' event comes before that of Keep
+        made = Unwell(make_model(), settings, train_dataset=Words(), guards=guards)
+        made.add_callback(Keep())
+        return made, guards
+
+    first, guards = trainer()
+    first.train()
+    back = all(torch.equal(a, b) for a, b in zip(kept[8], kept[5], strict=True))
+    went_on = not all(torch.equal(a, b) for a, b in zip(kept[9], kept[5], strict=True))
+    state, last = guards.state_dict(), kept[12]
+    second, again = trainer()
+    second.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-10"))
+    exact = again.state_dict() == state and all(torch.equal(a, b) for a, b in zip(kept[12], last, strict=True))
+    return back, went_on, guards.rollbacks, exact, [text for text in said if "again" in text]
+
+
+def test_rollback_and_the_window_after_resume(tmp_path: Path) -> None:
+    first, second = run_ranks(rolled_back, 2, str(tmp_path), timeout=120)
+    assert first[:4] == second[:4] == (True, True, 1, True)
+    assert first[4] == ["weights and optimizer state are those of checkpoint-5 again; data and schedule go on"]
+    assert second[4] == []
+
+
 def flipped(folder: str) -> str:
     trainer: Any = None
 
