@@ -19,10 +19,11 @@ MICRO_BATCH = (4, 128)  # sequences, tokens: what forward and backward are timed
 
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "quick": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
     "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6},
     "medium": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 16, "num_attention_heads": 8},
 }
-VOCABULARY = {"tiny": 256, "small": 4096, "medium": 8192}
+VOCABULARY = {"tiny": 256, "quick": 16384, "small": 4096, "medium": 8192}
 
 NS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -90,7 +91,7 @@ class Profile:
 
 PROFILES = {
     "ci": Profile("tiny", (_ZERO[0], _ZERO[2], *_PEERS), 1, None, ()),
-    "quick": Profile("small", (*_ZERO, *_PEERS), 3, 1),
+    "quick": Profile("quick", (*_ZERO, *_PEERS), 3, 1),
     # for slow links, over which a step takes long and nothing else matters
     "link": Profile("small", (*_ZERO, *_PEERS), 2, 1, ()),
     "full": Profile("small", (*_ZERO, *_PEERS, *_MORE), 5, None),

@@ -60,7 +60,10 @@ def step(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="A part of the names of the cases to run, such as ZeRO-3; repeat it."),
     ] = None,
-    model: Annotated[Optional[str], typer.Option(help="tiny, small or medium in place of the profile's.")] = None,  # noqa: UP045
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="tiny, quick, small or medium instead of the profile's."),
+    ] = None,
     rounds: Annotated[Optional[int], typer.Option(min=1, help="Timed steps in place of the profile's.")] = None,  # noqa: UP045
     link: Annotated[str, typer.Option(help="What connects the ranks, for the table.")] = "loopback",
     compiled: Annotated[bool, typer.Option("--compiled", help="Let peers use torch.compile where they do.")] = False,

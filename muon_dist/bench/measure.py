@@ -93,19 +93,18 @@ class Outcome:
     skipped: str | None = None
 
 
-def _exactness(side: Side, exact: Exact, model_name: str) -> float | None:
-    """Two steps on given gradients; the error of what the weights have become. The first steps of the side."""
-    for gradients in exact.gradients:
-        side.step_with(gradients, _tokens(model_name, 0))
-    return exact.error(side.scale, side.whole) if side.scale in exact.moved else None
-
-
 def _tokens(model_name: str, index: int) -> torch.Tensor:
     return tokens(model_name, index * 97 + dist.get_rank())
 
 
-def _count(side: Side, measured: Measured, model_name: str) -> None:
-    """One untimed step: bytes, collectives, calls, memory."""
+def _first_steps(side: Side, exact: Exact, model_name: str) -> Measured:
+    """The steps before the timed ones, on given gradients: the error of what the weights have become, and what the
+    last of them sends and allocates."""
+    for gradients in exact.gradients[:-1]:
+        side.give(gradients)
+        side.backward(side.loss(_tokens(model_name, 0)))
+        side.step()
+    side.give(exact.gradients[-1])
     before = side.calls()
     with Traffic() as traffic:
         loss = side.loss(_tokens(model_name, 1))
@@ -117,11 +116,17 @@ def _count(side: Side, measured: Measured, model_name: str) -> None:
                 side.backward(loss)
             side.step()
 
-        measured.temporary = peak_bytes(rest)
-    measured.received, measured.sent = traffic.total, traffic.total_sent
-    measured.collectives = traffic.collectives
-    measured.calls = side.calls() - before
-    measured.momentum = side.momentum_bytes()
+        temporary = peak_bytes(rest)
+    side.give({})
+    return Measured(
+        error=exact.error(side.scale, side.whole) if side.scale in exact.moved else None,
+        received=traffic.total,
+        sent=traffic.total_sent,
+        collectives=traffic.collectives,
+        calls=side.calls() - before,
+        momentum=side.momentum_bytes(),
+        temporary=temporary,
+    )
 
 
 def _timed(side: Side, measured: Measured, index: int, model_name: str) -> None:
@@ -165,7 +170,7 @@ def _described(error: Exception) -> str:
 
 
 def run_case(case: Case, model_name: str, exact: Exact, rounds: int, micro_batch: bool) -> Outcome:
-    """Make ours, the peer and AdamW, check their updates, count a step of each, and time `rounds` steps in turn.
+    """Make ours, the peer and AdamW, check their updates and count their bytes, then time `rounds` steps in turn.
 
     A peer that cannot be made or stepped, on any rank, is left out with its error; ours and AdamW must run.
     """
@@ -176,8 +181,7 @@ def run_case(case: Case, model_name: str, exact: Exact, rounds: int, micro_batch
     for name in (OURS, case.peer, ADAMW):
         try:
             sides[name] = make(name, case, model_name)
-            outcome.sides[name] = Measured(error=_exactness(sides[name], exact, model_name))
-            _count(sides[name], outcome.sides[name], model_name)
+            outcome.sides[name] = _first_steps(sides[name], exact, model_name)
         except Exception as error:
             if name != case.peer:
                 raise

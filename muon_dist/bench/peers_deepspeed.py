@@ -29,6 +29,7 @@ class EngineSide(Side):
         self._calls = calls
         self.scale = scale
         self.parameters: dict[str, Any] = dict(engine.module.named_parameters())
+        self._hooks: list[Any] = []
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.engine(input_ids=tokens, labels=tokens).loss
@@ -42,15 +43,13 @@ class EngineSide(Side):
     def calls(self) -> int:
         return self._calls()
 
-    def step_with(self, gradients: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> None:
-        hooks = [
+    def give(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [
             self.parameters[name].register_hook(lambda found, given=given: given.to(found.dtype))
             for name, given in gradients.items()
         ]
-        self.backward(self.loss(tokens))
-        self.step()
-        for hook in hooks:
-            hook.remove()
 
     def whole(self, name: str) -> torch.Tensor:
         parameter = self.parameters[name]

@@ -65,8 +65,8 @@ class Side(ABC):
         """Matrices orthogonalized by this process so far."""
 
     @abstractmethod
-    def step_with(self, gradients: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> None:
-        """A whole step on `tokens` in which these full gradients, by FQN, stand in place of backward's."""
+    def give(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """From now on, let these full gradients, by FQN, stand in place of backward's; {} for none."""
 
     @abstractmethod
     def whole(self, name: str) -> torch.Tensor:
@@ -106,6 +106,7 @@ class PlainSide(Side):
         self.parameters: dict[str, Any] = dict(model.named_parameters())
         self.built = built
         self.scale = built.scale
+        self._given: Mapping[str, torch.Tensor] = {}
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
         for optimizer in self.built.optimizers:
@@ -114,6 +115,8 @@ class PlainSide(Side):
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
+        for name, gradient in self._given.items():
+            self.replace(self.parameters[name], gradient)
 
     def step(self) -> None:
         for optimizer in self.built.optimizers:
@@ -122,11 +125,8 @@ class PlainSide(Side):
     def calls(self) -> int:
         return self.built.calls()
 
-    def step_with(self, gradients: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> None:
-        self.backward(self.loss(tokens))
-        for name, gradient in gradients.items():
-            self.replace(self.parameters[name], gradient)
-        self.step()
+    def give(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        self._given = gradients
 
     def replace(self, parameter: Any, gradient: torch.Tensor) -> None:
         """Put a full gradient in place of this rank's part of the parameter's."""
