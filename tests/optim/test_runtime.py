@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 import torch.distributed as dist
 
-from muon_dist.layout import PlacedParameter, cut_parameter, per_parameter_layout
+from muon_dist.bench.memory import peak_bytes
+from muon_dist.layout import PlacedParameter, cut_parameter, per_parameter_layout, replicated_layout
+from muon_dist.layout.per_parameter import slice_length
 from muon_dist.optim import Binding, Muon
 from tests.distributed import run_ranks
 from tests.optim.test_distributed import make_flat
@@ -51,3 +56,109 @@ def test_progress_of_a_phased_layout_counts_only_the_last_phase():
         optimizer.step()
         counted.append(optimizer.runtime.transport.progress.step)
     assert counted == [0, 1]
+
+
+SHAPES = [(64, 64), (64, 160), (160, 64), (96, 128)] * 12
+
+
+def make_optimizer(layout: str, **options: object) -> tuple[Muon, list[torch.nn.Parameter]]:
+    """Muon on matrices of SHAPES, whole on every rank, or sliced as by ZeRO-3; with gradients."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    names = [f"m{i}" for i in range(len(SHAPES))]
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    group = {"params": parameters, "param_names": names, "ns_dtype": options.pop("ns_dtype", None)}
+    optimizer = Muon([group], lr=0.02, **options)
+    if layout == "replicated":
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator)
+        return optimizer, parameters
+    sizes = [slice_length(p.numel(), world) for p in parameters]
+    ends = list(itertools.accumulate(sizes))
+    shard = torch.nn.Parameter(torch.zeros(ends[-1]))  # slices, the last ones padded
+    shard.grad = torch.zeros_like(shard)
+    placed = []
+    for name, p, size, end in zip(names, parameters, sizes, ends, strict=True):
+        placed.append(PlacedParameter(name, p.numel(), end - size, cut_parameter(name, p.shape)))
+        gradient = torch.randn(p.shape, generator=generator)
+        for target, whole in ((shard.data, p.detach()), (shard.grad, gradient)):
+            part = whole.view(-1)[rank * size : (rank + 1) * size]
+            target[end - size : end - size + part.numel()] = part
+    optimizer.param_groups[0]["params"] = [shard]
+    optimizer.bind(
+        Binding(per_parameter_layout([placed], world), (shard,), dist.group.WORLD, torch.device("cpu")), {0: 0}
+    )
+    return optimizer, [shard]
+
+
+def trained(layout: str, steps: int, options: dict) -> tuple[list[torch.Tensor], int, int, int]:
+    optimizer, tensors = make_optimizer(layout, **options)
+    for _ in range(steps):
+        optimizer.step()
+    runtime = optimizer.runtime
+    buckets = len(runtime._recipes_for(tuple(range(len(tensors)))))
+    return [t.detach() for t in tensors], buckets, runtime.orthogonalized, runtime.transport.bytes_sent
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sliced"])
+@pytest.mark.parametrize(("world", "wire"), [(1, None), (2, None), (3, None), (2, torch.bfloat16)])
+def test_overlap_changes_no_bit(layout, world, wire):
+    """Nor does the number of buckets, where nothing is rounded on the way and one thread computes."""
+    runs = [
+        run_ranks(trained, world, layout, 3, {"overlap": overlap, "bucket_mb": bucket_mb, "wire_dtype": wire})
+        for overlap, bucket_mb in ((True, 0.5), (False, 0.5), (True, 64.0))
+    ]
+    assert runs[0][0][1] > 3 and runs[2][0][1] == 1
+    for run in runs[1:]:
+        for (tensors, _, calls, sent), (others, _, other_calls, other_sent) in zip(runs[0], run, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
+            assert (calls, sent) == (other_calls, other_sent)
+    assert sum(calls for _, _, calls, _ in runs[0]) == 3 * len(SHAPES)
+
+
+def peak_of_a_step(layout: str, options: dict) -> tuple[int, float, int]:
+    optimizer, tensors = make_optimizer(layout, **options)
+    optimizer.step()  # plans, and makes the momentum
+    peak = peak_bytes(optimizer.step)
+    recipes = optimizer.runtime._recipes_for(tuple(range(len(tensors))))
+    return peak, options["bucket_mb"] * 2**20, len(recipes)
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sliced"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bucket_mb": 0.5},
+        {"bucket_mb": 1.0},
+        {"bucket_mb": 0.5, "ns_dtype": torch.bfloat16, "wire_dtype": torch.bfloat16},
+        {"bucket_mb": 0.5, "ns_dtype": torch.float16},
+    ],
+    ids=str,
+)
+def test_a_step_allocates_at_most_two_buckets(layout, options):
+    for peak, bucket, buckets in run_ranks(peak_of_a_step, 2, layout, options):
+        assert buckets >= 4
+        assert 0.2 * bucket < peak <= 2 * bucket
+
+
+def test_of_matrices_too_large_for_a_bucket_two_buckets_are_those_of_the_largest():
+    largest = max(m * n for m, n in SHAPES)
+    for peak, _, buckets in run_ranks(peak_of_a_step, 2, "sliced", {"bucket_mb": 0.05}):
+        assert buckets >= len(SHAPES) / 3
+        assert peak <= 36 * largest
+
+
+def test_rescaled_gradients_are_taken_in_parts():
+    """A gradient that must be rescaled (DeepSpeed's clip taken back) never has a second, whole copy."""
+
+    def peak() -> tuple[int, int]:
+        p = torch.nn.Parameter(torch.zeros(64 * 1024, 64))
+        optimizer = Muon([{"params": [p], "cuts": [{"heads": 1024}]}], bucket_mb=0.5)
+        layout = replicated_layout([optimizer.specs[0][0].matrices], 1)
+        optimizer.bind(Binding(layout, (p,), None, torch.device("cpu"), gradient_factor=lambda: 0.5), {0: 0})
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        return peak_bytes(optimizer.step), p.numel() * 4
+
+    for measured, whole in run_ranks(peak, 1):
+        assert measured <= 2**20 < whole
