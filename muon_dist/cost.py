@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +25,17 @@ class CostModel:
     flops_per_second: float = 5e14
     bytes_per_second: float = 5e10
 
-    def orthogonalize(self, rows: int, cols: int, steps: int, dtype: torch.dtype = torch.float32) -> float:
-        """Seconds of Newton-Schulz on a `rows x cols` matrix in compute dtype `dtype`."""
+    def orthogonalize(
+        self, rows: int, cols: int, steps: int, dtype: torch.dtype = torch.float32, count: int = 1
+    ) -> float:
+        """Seconds of Newton-Schulz on `count` matrices (rows, cols) in one stack, in compute dtype `dtype`."""
         segment = segment_length(rows, cols, dtype)
-        return newton_schulz_flops(rows, cols, steps, segment) / self.flops_per_second
+        return count * newton_schulz_flops(rows, cols, steps, segment) / self.flops_per_second
 
     def move(self, elements: int, bytes_per_element: int) -> float:
         """Seconds to send `elements` one way."""
         return elements * bytes_per_element / self.bytes_per_second
+
+    def fields(self) -> Iterable[tuple[str, object]]:
+        """(name, value) of all that decides owners; ranks compare them with the plan."""
+        yield "cost model", (type(self).__name__, self.flops_per_second, self.bytes_per_second)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError, PlanMismatchError
-from muon_dist.layout.fragment import Layout, Matrix, MatrixLayout
+from muon_dist.layout.fragment import Layout, MatrixLayout
 from muon_dist.layout.fragments import Fragments
 
 
@@ -92,9 +94,10 @@ def assign_owners(
     policy: str = "balanced",
     cost: CostModel | None = None,
     steps: Callable[[MatrixLayout], int] = lambda m: 5,
+    dtype: Callable[[MatrixLayout], torch.dtype] = lambda m: torch.float32,
     bytes_per_element: int = 4,
 ) -> OwnershipPlan:
-    """Choose the owner of every matrix.
+    """Choose the owner of every matrix; `steps` and `dtype` are those of its Newton-Schulz iteration.
 
     `balanced`: largest first (Graham's LPT), each to the rank on which it ends earliest, counting the seconds of the
     iteration and of the bytes that must move to that rank and back. A matrix of which a rank holds more than half
@@ -119,7 +122,7 @@ def assign_owners(
         phases.setdefault(layout.phase(m), []).append(i)
     owners = [0] * len(layout.matrices)
     for members in phases.values():
-        seconds = [model.orthogonalize(m.rows, m.cols, steps(layout.matrices[i])) for i, m in _shapes(layout, members)]
+        seconds = _seconds(layout, members, model, steps, dtype)
         balance = _Balance(layout, members, seconds, 2 * model.move(1, bytes_per_element))
         balance.place()
         balance.improve()
@@ -128,8 +131,26 @@ def assign_owners(
     return OwnershipPlan(layout, tuple(owners), policy)
 
 
-def _shapes(layout: Layout, members: Sequence[int]) -> Iterable[tuple[int, Matrix]]:
-    return ((i, layout.matrices[i].matrix) for i in members)
+def _seconds(
+    layout: Layout,
+    members: Sequence[int],
+    model: CostModel,
+    steps: Callable[[MatrixLayout], int],
+    dtype: Callable[[MatrixLayout], torch.dtype],
+) -> list[float]:
+    """Of each matrix, as one of a stack of as many as each rank will have of its shape."""
+    keys = []
+    for i in members:
+        m = layout.matrices[i]
+        keys.append((min(m.matrix.rows, m.matrix.cols), max(m.matrix.rows, m.matrix.cols), steps(m), dtype(m)))
+    length = {key: stack_length(n, layout.world_size) for key, n in Counter(keys).items()}
+    seconds = {key: model.orthogonalize(*key, count=length[key]) / length[key] for key in length}
+    return [seconds[key] for key in keys]
+
+
+def stack_length(matrices: int, world_size: int) -> int:
+    """How many of `matrices` of one shape a rank orthogonalizes in one call when they are spread evenly."""
+    return -(-matrices // world_size)
 
 
 class _Balance:
@@ -173,7 +194,8 @@ class _Balance:
             alone = len(m.fragments) == 1 or int(m.fragments.length.sum()) == m.matrix.numel
             if alone and 2 * int(m.fragments.length[longest]) > m.matrix.numel:
                 home = int(m.fragments.rank[longest])
-                self.give(i, home, float(self.cost(i)[home]))
+                missing = m.matrix.numel - (m.matrix.numel if len(m.fragments) == 1 else m.held(home))
+                self.give(i, home, self.seconds[i] + missing * self.round_trip)
             else:
                 loose.append(i)
         for i in sorted(loose, key=self._order):

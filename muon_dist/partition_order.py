@@ -166,9 +166,8 @@ class _Walk:
     def followers(self, state: _State, boundary: int, number: int) -> list[_State]:
         """The `number` cheapest states at the `boundary`-th boundary after `state` at the one before."""
         at = min(boundary * self.size, self.total)
-        candidates = np.unique(
-            np.clip(self.counts * at // self.total + self.offsets, state.taken, self.counts), axis=0
-        )
+        proportional = self.counts * at // self.total
+        candidates = np.clip(proportional + self.offsets, state.taken, self.counts)
         reserved = np.zeros_like(self.counts)
         if state.edge is not None and not state.sticks_out:
             reserved[state.edge] = 1  # it begins this slice
@@ -191,16 +190,14 @@ class _Walk:
         load = (candidates - state.taken) @ self.works
         uneven = np.abs(candidates - self.counts * (at / self.total)) @ self.works
         price = state.price + least * self.seconds_moved + np.maximum(load - self.mean, 0) + _EVEN * uneven
-        return [
-            _State(
-                candidates[b],
-                float(price[b]),
-                None if beyond[b] == 0 else int(edges[b]),
-                bool(beyond[b] > 0),
-                state,
-            )
-            for b in np.argsort(price, kind="stable")[:number]
-        ]
+        best: dict[bytes, _State] = {}
+        for b in np.argsort(price, kind="stable"):
+            if len(best) == number:
+                break
+            edge = None if beyond[b] == 0 else int(edges[b])
+            taken = candidates[b]
+            best.setdefault(taken.tobytes(), _State(taken, float(price[b]), edge, bool(beyond[b] > 0), state))
+        return list(best.values())
 
 
 def _members(

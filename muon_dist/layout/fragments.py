@@ -11,10 +11,13 @@ import numpy as np
 from muon_dist.layout.matrix import Fragment, Matrix
 
 _SHOWN = 4
+_COPIED = 64  # a constant is one number in memory beyond so many; before, copies are quicker than a broadcast
 
 
 class Fragments(Sequence[Fragment]):
     """A sequence of `Fragment`, kept as five arrays of equal length with its fields; they may share memory.
+
+    Made of the array `rank`, and for each other field an array of that length or one number.
 
     Attributes:
         rank, offset, length, buffer, origin: int64 arrays; read only.
@@ -23,8 +26,17 @@ class Fragments(Sequence[Fragment]):
     __slots__ = ("buffer", "length", "offset", "origin", "rank")
 
     def __init__(self, rank: Any, offset: Any, length: Any, buffer: Any, origin: Any) -> None:
-        columns = np.broadcast_arrays(*(np.asarray(c, dtype=np.int64) for c in (rank, offset, length, buffer, origin)))
-        self.rank, self.offset, self.length, self.buffer, self.origin = columns
+        length_of = len(rank)
+
+        def column(values: Any) -> np.ndarray:
+            array = np.asarray(values, dtype=np.int64)
+            if array.ndim == 1:
+                return array
+            return np.full(length_of, array) if length_of <= _COPIED else np.broadcast_to(array, (length_of,))
+
+        self.rank, self.offset, self.length, self.buffer, self.origin = map(
+            column, (rank, offset, length, buffer, origin)
+        )
 
     @classmethod
     def of(cls, fragments: Iterable[Fragment]) -> Fragments:

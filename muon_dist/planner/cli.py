@@ -1,0 +1,102 @@
+"""``muon-dist plan``: what a run will cost, before there is a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+if TYPE_CHECKING:
+    from muon_dist.config import Config
+    from muon_dist.planner import Settings, Workload
+
+app = typer.Typer()
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/llama-7b.yaml.")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045  (typer reads it on Python 3.10 too)
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, for example optimizer.muon.bucket_mb=128."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each.")] = 8,
+    device: Annotated[
+        str, typer.Option(help="a100, h100, h200, b200, mi300x, cpu, or measured for this machine.")
+    ] = "h100",
+    layout: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="ddp, zero1, zero2, zero3, fsdp2 or hsdp; that of the configuration unless given."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.")] = False,
+    advice: Annotated[bool, typer.Option(help="Plan with other settings too, and say which are better.")] = True,
+) -> None:
+    """Memory, bytes by link, Newton-Schulz balance and overhead of a run on any number of machines; needs no GPU."""
+    from muon_dist.config import load_config
+    from muon_dist.planner.advice import advise
+    from muon_dist.planner.devices import find_device
+    from muon_dist.planner.plan import make_plan
+    from muon_dist.planner.report import show
+
+    chosen = find_device(device)
+    given = load_config(config, overrides or [])
+    kind = layout or layout_of(given)
+    workload, settings = unpack(given)
+    made = make_plan(workload, settings, chosen, layout=kind, nodes=nodes, per_node=gpus_per_node)
+    if advice:
+        made = advise(made, workload, settings, chosen)
+    if as_json:
+        typer.echo(json.dumps(made.to_json(), indent=1))
+    else:
+        show(made, chosen)
+
+
+def unpack(config: Config) -> tuple[Workload, Settings]:
+    """The model of a configuration, routed on the meta device, and the settings that a plan depends on."""
+    from muon_dist.model import DTYPES
+    from muon_dist.planner.model import Settings, describe_model
+    from muon_dist.routing import Override, SplitRule
+
+    muon, rules, trainer = config.optimizer.muon, config.optimizer.routing, config.trainer
+    workload = describe_model(
+        config.name,
+        config.model,
+        vocabulary=config.tokenizer.vocab_size or 32768,
+        sequence_length=config.data.sequence_length,
+        overrides=[Override(rule.pattern, rule.algorithm) for rule in rules.overrides],
+        splits=[SplitRule(rule.pattern, heads=rule.heads, sizes=rule.sizes) for rule in rules.split],
+    )
+    zero = _deepspeed(config).get("zero_optimization") or {}
+    settings = Settings(
+        ns_steps=muon.ns_steps,
+        ns_schedule=muon.ns_schedule,
+        ns_dtype=DTYPES[muon.ns_dtype] if muon.ns_dtype is not None else None,
+        wire_dtype=DTYPES[muon.wire_dtype] if muon.wire_dtype is not None else None,
+        bucket_mb=muon.bucket_mb,
+        owner_policy=muon.owner_policy,
+        sequence_length=config.data.sequence_length,
+        micro_batch=int(trainer.get("per_device_train_batch_size", 8)),
+        accumulation=int(trainer.get("gradient_accumulation_steps", 1)),
+        checkpointing=bool(trainer.get("gradient_checkpointing", False)),
+        low_precision=bool(trainer.get("bf16", False) or trainer.get("fp16", False)),
+        sub_group_size=int(zero.get("sub_group_size", 10**9)),
+    )
+    return workload, settings
+
+
+def layout_of(config: Config) -> str:
+    """The layout that the configuration asks for: its ZeRO stage, FSDP2, or DDP."""
+    stage = (_deepspeed(config).get("zero_optimization") or {}).get("stage", 0)
+    if stage:
+        return f"zero{stage}"
+    return "fsdp2" if config.trainer.get("fsdp") else "ddp"
+
+
+def _deepspeed(config: Config) -> dict[str, Any]:
+    given = config.deepspeed
+    if given is None or isinstance(given, dict):
+        return given or {}
+    return dict(json.loads(Path(given).read_text(encoding="utf-8")))

@@ -1,0 +1,144 @@
+"""What a plan moves and computes, counted from the real layouts, owners and buckets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from muon_dist.cost import CostModel
+from muon_dist.exchange.schedule import cut_buckets, whole_everywhere
+from muon_dist.ownership import OwnershipPlan
+
+INSIDE, BETWEEN = 0, 1
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Muon's own communication in one optimizer step.
+
+    Attributes:
+        sent, received: bytes, (2, ranks): to and from ranks of the same node, and of others. Of a broadcast (DDP) a
+            rank receives the whole; a node receives it once from outside, in equal parts through its ranks' cards, and
+            sends it on, as a ring does.
+        buckets: how many.
+        collectives: calls that every rank enters, exchanges of both directions and broadcasts.
+    """
+
+    sent: np.ndarray
+    received: np.ndarray
+    buckets: int
+    collectives: int
+
+    def seconds(self, inside: float, between: float, per_collective: float) -> float:
+        """Of the rank with the slowest link, at bytes/s of a rank inside a node and between nodes."""
+        slowest = max(
+            float((way[INSIDE] / inside + way[BETWEEN] / between).max()) for way in (self.sent, self.received)
+        )
+        return slowest + self.collectives * per_collective
+
+
+def buckets_of(plan: OwnershipPlan, bucket_elements: int) -> list[list[tuple[int, ...]]]:
+    """The matrices of each bucket, phase by phase."""
+    members: dict[int, list[int]] = {}
+    for i, m in enumerate(plan.layout.matrices):
+        members.setdefault(plan.layout.phase(m), []).append(i)
+    return [cut_buckets(plan, members[phase], bucket_elements) for phase in sorted(members)]
+
+
+def exchange_of(
+    plan: OwnershipPlan,
+    buckets: list[list[tuple[int, ...]]],
+    *,
+    per_node: int,
+    gather_bytes: int,
+    scatter_bytes: int,
+) -> Exchange:
+    """Bytes and collectives of a step of `plan` in `buckets`, with `per_node` consecutive ranks on each node."""
+    world = plan.layout.world_size
+    node = np.arange(world) // per_node
+    sent, received = np.zeros((2, world)), np.zeros((2, world))
+    broadcast = np.zeros(world)
+    collectives = 0
+    for bucket in (b for phase in buckets for b in phase):
+        moves = [False, False]
+        if whole_everywhere(plan, bucket[0]):
+            owners = Counter(plan.owners[i] for i in bucket)
+            collectives += len(owners)
+            for i in bucket:
+                broadcast[plan.owners[i]] += plan.layout.matrices[i].matrix.numel * scatter_bytes
+            continue
+        for i in bucket:
+            owner = plan.owners[i]
+            ways = (plan.sources[i], gather_bytes), (plan.layout.matrices[i].fragments, scatter_bytes)
+            for way, (pieces, width) in enumerate(ways):
+                elsewhere = pieces.rank != owner
+                ranks, volume = pieces.rank[elsewhere], pieces.length[elsewhere] * width
+                moves[way] |= len(ranks) > 0
+                link = (node[ranks] != node[owner]).astype(int)
+                from_others, to_others = (sent, received) if way == 0 else (received, sent)
+                np.add.at(from_others, (link, ranks), volume)
+                for kind in (INSIDE, BETWEEN):
+                    to_others[kind, owner] += volume[link == kind].sum()
+        collectives += sum(moves)
+    _add_broadcasts(sent, received, broadcast, node, per_node)
+    return Exchange(sent, received, sum(len(phase) for phase in buckets), collectives)
+
+
+def _add_broadcasts(
+    sent: np.ndarray, received: np.ndarray, broadcast: np.ndarray, node: np.ndarray, per_node: int
+) -> None:
+    """Every rank's own updates to all others, along a ring that passes each node once."""
+    total = broadcast.sum()
+    own_node = np.bincount(node, weights=broadcast)[node]
+    size = np.bincount(node)[node]
+    outside = (total - own_node) / size
+    received[BETWEEN] += outside
+    received[INSIDE] += total - broadcast - outside
+    if node[-1] > 0:
+        sent[BETWEEN] += (total - total / (node[-1] + 1)) / size
+    sent[INSIDE] += (total - broadcast) - outside
+
+
+def newton_schulz_seconds(
+    plan: OwnershipPlan,
+    buckets: list[list[tuple[int, ...]]],
+    cost: CostModel,
+    steps: int,
+    dtype: torch.dtype,
+) -> tuple[np.ndarray, float]:
+    """(seconds of each rank, seconds until the last has ended when they wait for each other's buckets).
+
+    Two buckets are under way at a time (`optim.runtime`): a rank begins a bucket when it has ended the one before, all
+    ranks have begun that one (and so sent their part of this one), and all owners have ended the one before that (so
+    that its updates have arrived).
+    """
+    loads = np.zeros(plan.layout.world_size)
+    end = np.zeros_like(loads)
+    all_begun, all_ended, ended_before = 0.0, 0.0, 0.0
+    known: dict[tuple[int, int, int], float] = {}
+    for bucket in (b for phase in buckets for b in phase):
+        here = np.zeros_like(loads)
+        shapes = Counter(
+            (plan.owners[i], plan.layout.matrices[i].matrix.rows, plan.layout.matrices[i].matrix.cols) for i in bucket
+        )
+        for (owner, rows, cols), count in shapes.items():
+            key = rows, cols, count
+            if key not in known:
+                known[key] = cost.orthogonalize(rows, cols, steps, dtype, count)
+            here[owner] += known[key]
+        loads += here
+        begin = np.maximum(end, max(all_begun, ended_before))
+        end = begin + here
+        all_begun, ended_before, all_ended = float(begin.max()), all_ended, float(end.max())
+    return loads, float(end.max())
+
+
+def momentum_bytes(plan: OwnershipPlan) -> np.ndarray:
+    """fp32 momentum of each rank, without the padding of flat groups."""
+    held = np.zeros(plan.layout.world_size)
+    for pieces in plan.sources:
+        np.add.at(held, pieces.rank, pieces.length * 4)
+    return held

@@ -1,0 +1,131 @@
+"""The model of a configuration on the meta device, routed, and what of the rest of the configuration costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from muon_dist.layout import Matrix, cut_parameter
+from muon_dist.model import build_model, count_parameters, flops_per_token
+from muon_dist.numerics import get_schedule
+from muon_dist.routing import Override, RoutingTable, SplitRule, route
+
+
+@dataclass(frozen=True)
+class PlannedParameter:
+    """A trained parameter: name, shape, and its matrices (none under AdamW)."""
+
+    name: str
+    shape: tuple[int, ...]
+    numel: int
+    matrices: tuple[Matrix, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of the optimizer's and the trainer's settings the plan depends on.
+
+    micro_batch: samples of a rank in one forward pass. low_precision: the model computes in bf16.
+    """
+
+    ns_steps: int = 5
+    ns_schedule: str = "keller"
+    ns_dtype: torch.dtype | None = None
+    wire_dtype: torch.dtype | None = None
+    bucket_mb: float = 32.0
+    owner_policy: str = "balanced"
+    sequence_length: int = 1024
+    micro_batch: int = 8
+    accumulation: int = 1
+    checkpointing: bool = False
+    low_precision: bool = True
+    sub_group_size: int = 10**9
+
+    @property
+    def iterations(self) -> int:
+        """Newton-Schulz steps, a schedule's fixed tail included."""
+        return len(get_schedule(self.ns_schedule).coefficients(self.ns_steps))
+
+    @property
+    def tokens(self) -> int:
+        """Of one rank in one optimizer step."""
+        return self.sequence_length * self.micro_batch * self.accumulation
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, routed.
+
+    Attributes:
+        name: for tables.
+        muon, adamw: the parameters of each algorithm, in the order of the groups.
+        groups: elements of each of AdamW's parameter groups.
+        parameters, active: elements of the model, and those that a token uses.
+        flops_per_token: forward and backward, at the sequence length of the settings.
+        layers, hidden, vocabulary: for activations.
+    """
+
+    name: str
+    muon: tuple[PlannedParameter, ...]
+    adamw: tuple[PlannedParameter, ...]
+    groups: tuple[int, ...]
+    parameters: int
+    active: int
+    flops_per_token: float
+    layers: int
+    hidden: int
+    vocabulary: int
+
+    @property
+    def muon_elements(self) -> int:
+        return sum(p.numel for p in self.muon)
+
+    @property
+    def adamw_elements(self) -> int:
+        return sum(p.numel for p in self.adamw)
+
+
+def describe_model(
+    name: str,
+    model: Mapping[str, Any],
+    *,
+    vocabulary: int,
+    sequence_length: int,
+    overrides: Sequence[Override] = (),
+    splits: Sequence[SplitRule] = (),
+) -> Workload:
+    """Build `model` (the block of a configuration) on the meta device and route it; no weight takes memory."""
+    with torch.device("meta"):
+        built = build_model(model, vocab_size=vocabulary, seed=0)
+    table = route(built, overrides, splits)
+    count = count_parameters(built)
+    config = built.config
+    decayed = [r.elements for r in table.select("adamw") if r.decay]
+    plain = [r.elements for r in table.select("adamw") if not r.decay]
+    return Workload(
+        name=name,
+        muon=parameters_of(table, "muon"),
+        adamw=parameters_of(table, "adamw"),
+        groups=tuple(sum(group) for group in (decayed, plain) if group),
+        parameters=count.total,
+        active=count.active,
+        flops_per_token=float(flops_per_token(built, sequence_length)),
+        layers=int(config.num_hidden_layers),
+        hidden=int(config.hidden_size),
+        vocabulary=vocabulary,
+    )
+
+
+def parameters_of(table: RoutingTable, algorithm: Any) -> tuple[PlannedParameter, ...]:
+    """The trained parameters of one algorithm, cut as the optimizer cuts them."""
+    found = []
+    for r in table.select(algorithm):
+        cut: dict[str, Any] = {"transposed": r.transposed}
+        if r.split is not None:
+            cut |= {"heads": r.split.heads, "sizes": r.split.sizes}
+        matrices = cut_parameter(r.fqn, r.shape, **cut) if algorithm == "muon" else ()
+        found.append(PlannedParameter(r.fqn, r.shape, r.elements, matrices))
+    return tuple(found)
