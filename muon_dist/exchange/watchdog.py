@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -35,10 +36,12 @@ class Beat:
     operation: str
     bucket: int | None
     seconds: float
+    host: str = ""
 
     def text(self) -> str:
-        """ "gather of bucket 3 in step 17, for 12 s"."""
-        return f"{place(self.operation, self.bucket, self.step)}, for {self.seconds:.0f} s"
+        """ "gather of bucket 3 in step 17, for 12 s (host node2)"."""
+        where = f" (host {self.host})" if self.host else ""
+        return f"{place(self.operation, self.bucket, self.step)}, for {self.seconds:.0f} s{where}"
 
 
 def leave(message: str) -> None:
@@ -78,6 +81,7 @@ class Watchdog:
         self._on_timeout = on_timeout
         self._count = 0
         self._published = 0.0
+        self._host = socket.gethostname()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="muon_dist watchdog", daemon=True)
 
@@ -125,7 +129,7 @@ class Watchdog:
         self._count += 1
         self._published = time.monotonic()
         p = self.progress
-        beat = Beat(self._count, p.step, p.operation, p.bucket, round(self._published - p.since, 3))
+        beat = Beat(self._count, p.step, p.operation, p.bucket, round(self._published - p.since, 3), self._host)
         if self._store is not None:
             store, text = self._store, json.dumps(asdict(beat))
             _patiently(lambda: store.set(self._key(self.rank), text))
