@@ -69,3 +69,36 @@ def test_training_over_good_slow_and_lossy_links(root: Path, tmp_path: Path) -> 
             assert max(rank["apart"].values()) < 1e-6
     bound = (sent - 128 * 1024) * 8 / 2e6
     assert results["slow"][0]["seconds"] > bound > 1, "the limit was felt"
+
+
+@pytest.mark.slow
+def test_doctor_finds_the_slow_machine(root: Path, tmp_path: Path) -> None:
+    """Three hosts, one on a slow link and with little shared memory; both are named, and the exit code says so."""
+    with hosts(3) as three:
+        three[2].limit(rate="30mbit")
+        three[2].run("mount", "-t", "tmpfs", "-o", "size=1m", "none", "/dev/shm")
+        logs = [tmp_path / f"{host.name}.log" for host in three]
+        processes = [
+            torchrun(host, root, log, "--nnodes", 3, "doctor", "--json", "--run-dir", tmp_path)
+            for host, log in zip(three, logs, strict=True)
+        ]
+        codes = [process.wait(timeout=200) for process in processes]
+    text = "".join(log.read_text(errors="replace") for log in logs)
+    assert all(code != 0 for code in codes), text
+    (start,) = [log for log in logs if '"verdicts"' in log.read_text()]
+    said = start.read_text()
+    found = json.JSONDecoder().raw_decode(said[said.index("{") :])[0]
+    by_check = {(v["check"], v["host"]): v for v in found["verdicts"]}
+    assert by_check["shared memory", "node2"]["level"] == "problem"
+    assert by_check["shared memory", "node0"]["level"] == "ok"
+    assert by_check["host name", "node1"]["text"] == "node1 stands for 10.77.0.2"
+    assert by_check["clocks", None]["level"] == "ok" and by_check["same versions", None]["level"] == "ok"
+    (links,) = [v for v in found["verdicts"] if v["check"] == "links" and len(v["figures"]) == 3]
+    rates = {name: values["bandwidth"] * 8 / 1e6 for name, values in links["figures"].items()}
+    print(f"\nMbit/s by link: {rates}")
+    assert links["level"] == "warning" and "the slowest link has 0.0" in links["text"]
+    for name, rate in rates.items():
+        if "node2" in name:
+            assert 15 < rate < 32, "the limit of 30 Mbit/s, less the headers"
+        else:
+            assert rate > 300
