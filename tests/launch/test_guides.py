@@ -14,6 +14,7 @@ from torch import nn
 from typer.main import get_command
 
 import muon_dist
+from muon_dist import errors
 from muon_dist.cli import app
 from muon_dist.numerics.newton_schulz import newton_schulz
 
@@ -140,6 +141,15 @@ def test_links_lead_somewhere(root: Path, guide: str) -> None:
     assert f"{guide}.md" in (root / ".mkdocs.yml").read_text()
     for path in re.findall(r"(?:configs|launch|tests)/[\w/.-]+\.\w+", text):
         assert (root / path).exists(), path
+
+
+def test_exit_codes_are_explained(root: Path) -> None:
+    text = (root / "docs" / "troubleshooting.md").read_text()
+    explained = {int(n) for row in re.findall(r"^\| ([\d, ]+) \|", text, re.MULTILINE) for n in row.split(",")}
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MuonDistError)
+    ]
+    assert {kind.exit_code for kind in kinds} - {1} == explained
 
 
 def commands(text: str) -> list[list[str]]:
