@@ -14,6 +14,7 @@ import pytest
 from muon_dist.config import load_config
 from muon_dist.train import run
 from tests.train.conftest import workspace  # noqa: F401  (a fixture)
+from tests.train.test_launch import environment
 
 pytestmark = [pytest.mark.torchrun, pytest.mark.slow]
 
@@ -37,11 +38,11 @@ def worker(parent: int, rank: int) -> int:
     for _ in range(400):
         for entry in Path("/proc").iterdir():
             try:
-                environment = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
-                status = (entry / "stat").read_text() if environment else ""
+                settings = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
+                status = (entry / "stat").read_text() if settings else ""
             except OSError:
                 continue
-            if f"RANK={rank}".encode() in environment and int(status.rpartition(")")[2].split()[1]) == parent:
+            if f"RANK={rank}".encode() in settings and int(status.rpartition(")")[2].split()[1]) == parent:
                 return int(entry.name)
         time.sleep(0.1)
     raise AssertionError(f"rank {rank} was not found below process {parent}")
@@ -69,9 +70,7 @@ def test_killed_then_asked_to_stop_then_finished(root: Path, workspace: Path, tm
     command = ["bash", "launch/torchrun.sh", "--nproc-per-node", "2", "--max-restarts", "3"]
     command += ["train", str(config), "--run-dir", str(tmp_path / "runs"), *SETTINGS]
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, cwd=root, stdout=out, stderr=out, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
+        process = subprocess.Popen(command, cwd=root, stdout=out, stderr=out, env=environment())
     try:
         wait_for(folder / "checkpoints" / "checkpoint-10", process, log)
         os.kill(worker(child(process.pid), 1), signal.SIGKILL)
