@@ -45,6 +45,13 @@ def _tests(number: int, name: str, names: tuple[str, ...], more: Callable[[str],
     )
 
 
+def _terminations() -> Count:
+    """Twenty on forked ranks, and a run under torchrun that is killed, stopped and started again by it."""
+    count = points_runs.terminations(20)
+    count += run_tests(("tests/faults/test_restart.py",), "-m", "slow")
+    return count
+
+
 BAR = (
     _sweep(1, "kill -9 in a step: peers end, the resumed run is bit-identical", points_runs.kills, 50),
     Point(
@@ -82,7 +89,12 @@ BAR = (
     _sweep(11, "a flipped bit in a copy: parameter and rank named", points_runs.flips, 100, ci=20),
     _tests(12, "gradients missing: no hang, equal to the reference", points_rest.MISSING),
     _sweep(13, "SIGSTOP: rank, operation, bucket, step named in time", points_runs.stops, 10, ci=2),
-    _sweep(14, "SIGTERM to one rank: all commit one step, exact resume", points_runs.terminations, 20),
+    Point(
+        14,
+        "SIGTERM to one rank: all commit one step, exact resume",
+        {"ci": lambda: points_runs.terminations(10), "full": _terminations},
+        {"ci": 10, "full": 21},
+    ),
     _tests(
         15,
         "damaged shards named; resume in mid-epoch exact",
