@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from muon_dist.errors import PeerError
 from tests.namespaces import Host, hosts
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.torchrun]
@@ -69,6 +71,29 @@ def test_training_over_good_slow_and_lossy_links(root: Path, tmp_path: Path) -> 
             assert max(rank["apart"].values()) < 1e-6
     bound = (sent - 128 * 1024) * 8 / 2e6
     assert results["slow"][0]["seconds"] > bound > 1, "the limit was felt"
+
+
+def test_a_host_that_is_cut_off_is_named(root: Path, tmp_path: Path) -> None:
+    """Within the time-out every other process has ended and said which rank is absent, on which host."""
+    timeout = 5.0
+    with hosts(3) as three:
+        logs = [tmp_path / f"{host.name}.log" for host in three]
+        processes = []
+        for rank, (host, log) in enumerate(zip(three, logs, strict=True)):
+            meeting = host.environment(MASTER_ADDR="node0", MASTER_PORT="29500", RANK=str(rank), WORLD_SIZE="3")
+            with log.open("wb") as out:
+                command = [sys.executable, "-m", "tests.launch.cut_off", str(tmp_path), str(timeout)]
+                processes.append(host.popen(command, env=meeting, cwd=root, stdout=out, stderr=subprocess.STDOUT))
+        wait_for([tmp_path / f"steps.{rank}" for rank in range(3)], processes, logs, 60)
+        three[2].cut()
+        cut = time.monotonic()
+        codes = [process.wait(timeout=60) for process in processes[:2]]
+        took = time.monotonic() - cut
+    text = [log.read_text(errors="replace") for log in logs]
+    assert codes == [PeerError.exit_code] * 2, text
+    assert timeout - 1 < took < timeout + 5, took
+    for said in text[:2]:
+        assert re.search(r"rank 2 is absent: last seen in .* \(host node2\)", said), said
 
 
 @pytest.mark.slow
