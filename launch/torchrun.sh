@@ -136,6 +136,9 @@ else
             ;;
         c10d)
             options+=(--rdzv-backend c10d --rdzv-id "$rdzv_id" --rdzv-endpoint "$addr:$port")
+            # Each round a store of its own. In a store that rounds share, keys differ by each node's count of restarts
+            # alone, and a node that restarts because another failed does not count: it would read the lost round's.
+            export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
             [[ -z "$rdzv_conf" ]] || options+=(--rdzv-conf "$rdzv_conf")
             ;;
         *) muon_die "--rdzv (RDZV_BACKEND) must be static or c10d, not '$rdzv'" ;;

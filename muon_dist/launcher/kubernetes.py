@@ -16,7 +16,7 @@ import yaml
 
 from muon_dist.errors import ConfigError
 from muon_dist.launcher.job import Job
-from muon_dist.launcher.shell import ALONE, ALONE_OPTIONS, WAIT, header, preparation
+from muon_dist.launcher.shell import ALONE, ALONE_OPTIONS, OWN_STORE, WAIT, header, preparation
 
 _LABEL = re.compile(r"^[a-z]([a-z0-9-]{0,48}[a-z0-9])?$")  # RFC 1035, with room for the suffixes of pods
 _QUANTITY = re.compile(r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")
@@ -107,7 +107,7 @@ def _container(name: str, job: Job, kubernetes: Kubernetes) -> dict[str, Any]:
     if job.nodes == 1:
         run = [*ALONE, f'{start} --nnodes 1 {ALONE_OPTIONS} "$@" &', *WAIT]
     else:
-        run = [f'exec {start} "$@"']
+        run = [OWN_STORE, f'exec {start} "$@"']
     lines = [*preparation(job), f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={max(30, kubernetes.grace - 30)}", *run]
     container: dict[str, Any] = {
         "name": name,

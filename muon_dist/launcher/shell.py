@@ -18,6 +18,10 @@ ALONE = (
 ALONE_OPTIONS = (
     '--rdzv-backend c10d --rdzv-endpoint "$meeting/rendezvous" --rdzv-conf store_type=file --local-addr 127.0.0.1'
 )
+# c10d on several machines: each round of the rendezvous gets a store of its own. In a store that rounds share, keys
+# differ by each machine's count of restarts alone, and a machine that restarts because another failed does not count:
+# it would read what the lost round left there.
+OWN_STORE = "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
 # A signal ends `wait` early; bash remembers the status of a process that is gone.
 AWAIT = (
     'while kill -0 "$child" 2>/dev/null; do',
@@ -68,7 +72,8 @@ def torchrun(job: Job, options: str, program: str | None = None) -> list[str]:
     start = f"python -m torch.distributed.run --nnodes {job.node_range} --nproc-per-node {job.processes}"
     if job.nodes == 1:
         return [*ALONE, f"{start} {ALONE_OPTIONS} \\\n    {program} &", *WAIT]
-    return [f"exec {start} {options} \\\n    {program}"]
+    own = [OWN_STORE] if "c10d" in options else []
+    return [*own, f"exec {start} {options} \\\n    {program}"]
 
 
 def script(*parts: Sequence[str]) -> str:

@@ -17,9 +17,9 @@ from tests.launch.test_hosts import torchrun, wait_for
 from tests.namespaces import hosts
 from tests.train.conftest import workspace  # noqa: F401  (a fixture)
 
-pytestmark = [pytest.mark.namespaces, pytest.mark.torchrun, pytest.mark.slow]
+pytestmark = [pytest.mark.namespaces, pytest.mark.torchrun, pytest.mark.slow, pytest.mark.timeout(600)]
 
-STEPS, SAVE, TIMEOUT = 60, 10, 15
+STEPS, SAVE, TIMEOUT = 60, 10, 20
 SETTINGS = [
     f"trainer.max_steps={STEPS}",
     f"trainer.save_steps={SAVE}",

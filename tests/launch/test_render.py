@@ -167,6 +167,7 @@ def test_torchrun_gets_the_words(
         endpoint = arguments[arguments.index("--rdzv-endpoint") + 1]
         assert endpoint.startswith(str(stand_ins)) and not Path(endpoint).parent.exists(), "removed at the end"
         assert variables["GLOO_SOCKET_IFNAME"] == "lo"
+    assert (variables.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1") is (kind != "static")
     if kind == "c10d":
         assert variables["NCCL_SOCKET_IFNAME"] == "eth0"
 
