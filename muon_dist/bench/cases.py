@@ -94,7 +94,7 @@ PROFILES = {
     "quick": Profile("quick", (*_ZERO, *_PEERS), 3, 1),
     # for slow links, over which a step takes long and nothing else matters
     "link": Profile("small", (*_ZERO, *_PEERS), 2, 1, ()),
-    "full": Profile("small", (*_ZERO, *_PEERS, *_MORE), 5, None),
+    "full": Profile("small", (*_ZERO, *_PEERS, *_MORE), 5, 2),
 }
 
 

@@ -68,12 +68,15 @@ def make(optimizer: str, case: Case, model_name: str) -> Side:
 
 @dataclass
 class Measured:
-    """One side on one rank. Times in seconds by round, from barrier to barrier; bytes and counts of one step."""
+    """One side on one rank. Seconds by round: times from barrier to barrier, and the process's CPU seconds of backward
+    and step; bytes and counts of one step."""
 
     error: float | None = None
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
+    backward_cpu: list[float] = field(default_factory=list)
+    step_cpu: list[float] = field(default_factory=list)
     received: float = 0.0
     sent: float = 0.0
     collectives: int = 0
@@ -131,11 +134,11 @@ def _first_steps(side: Side, exact: Exact, model_name: str) -> Measured:
 
 def _timed(side: Side, measured: Measured, index: int, model_name: str) -> None:
     batch = _tokens(model_name, index)
-    marks = []
+    marks: list[tuple[float, float]] = []
 
     def mark() -> None:
         dist.barrier()
-        marks.append(time.perf_counter())
+        marks.append((time.perf_counter(), time.process_time()))
 
     mark()
     loss = side.loss(batch)
@@ -144,8 +147,12 @@ def _timed(side: Side, measured: Measured, index: int, model_name: str) -> None:
     mark()
     side.step()
     mark()
-    for times, (start, end) in zip((measured.forward, measured.backward, measured.step), pairwise(marks), strict=True):
-        times.append(end - start)
+    wall, cpu = ([end[i] - start[i] for start, end in pairwise(marks)] for i in range(2))
+    measured.forward.append(wall[0])
+    measured.backward.append(wall[1])
+    measured.step.append(wall[2])
+    measured.backward_cpu.append(cpu[1])
+    measured.step_cpu.append(cpu[2])
 
 
 def _micro_batch(side: Side, model_name: str) -> float:

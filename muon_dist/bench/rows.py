@@ -41,41 +41,47 @@ def _slowest(measured: Iterable[Sequence[float]]) -> list[float]:
     return [max(times) for times in zip(*measured, strict=True)]
 
 
-def _times(by_rank: Sequence[Measured], adamw: Sequence[Measured]) -> tuple[list[float], list[float]]:
-    """By round: (seconds of the optimizer, seconds of the whole step).
-
-    The optimizer's are those of backward and step, less those of AdamW's backward in the same round: some optimizers
-    work in backward.
-    """
+def _optimizer(by_rank: Sequence[Measured], adamw: Sequence[Measured], suffix: str = "") -> list[float]:
+    """By round, seconds of the optimizer: of backward and step, less those of AdamW's backward in the same round,
+    because some optimizers work in backward."""
     backward, step, plain = (
-        _slowest(getattr(m, part) for m in side)
+        _slowest(getattr(m, part + suffix) for m in side)
         for side, part in ((by_rank, "backward"), (by_rank, "step"), (adamw, "backward"))
     )
-    forward = _slowest(m.forward for m in by_rank)
-    optimizer = [b + s - p for b, s, p in zip(backward, step, plain, strict=True)]
-    return optimizer, [f + b + s for f, b, s in zip(forward, backward, step, strict=True)]
+    return [b + s - p for b, s, p in zip(backward, step, plain, strict=True)]
+
+
+def _whole(by_rank: Sequence[Measured]) -> list[float]:
+    """By round, seconds of a whole step."""
+    parts = (_slowest(getattr(m, part) for m in by_rank) for part in ("forward", "backward", "step"))
+    return [sum(times) for times in zip(*parts, strict=True)]
 
 
 def figures(case: Case, outcomes: Sequence[Outcome], profile: Profile) -> Row:
     """The columns of all sides: `ours_`, `peer_` and `adamw_`."""
     row: Row = {"parameters": outcomes[0].parameters, "muon_parameters": outcomes[0].muon_parameters}
-    optimizer_times, step_times = {}, {}
+    times: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
+    whole: dict[str, list[float]] = {}
     adamw = [o.sides[ADAMW] for o in outcomes]
     for label, name in SIDE_NAMES:
         name = name or case.peer
         if not all(name in o.sides for o in outcomes):
             continue
         by_rank = [o.sides[name] for o in outcomes]
-        optimizer_times[label], step_times[label] = _times(by_rank, adamw)
-        row |= {f"{label}_{key}": value for key, value in _side(by_rank, optimizer_times[label]).items()}
-        row[f"{label}_step_seconds"] = statistics.median(step_times[label])
-    if "peer" in optimizer_times:
-        ratios = _ratios(optimizer_times)
+        times[label], whole[label] = _optimizer(by_rank, adamw), _whole(by_rank)
+        cpu[label] = _optimizer(by_rank, adamw, "_cpu")
+        row |= {f"{label}_{key}": value for key, value in _side(by_rank, times[label]).items()}
+        row[f"{label}_optimizer_cpu_seconds"] = statistics.median(cpu[label])
+        row[f"{label}_step_seconds"] = statistics.median(whole[label])
+    if "peer" in times:
+        ratios = _ratios(times)
         row |= {
             "ratio_peer_over_ours": statistics.median(ratios),
             "ratio_lowest": min(ratios),
             "ratio_highest": max(ratios),
-            "ratio_whole_step": statistics.median(_ratios(step_times)),
+            "ratio_cpu": statistics.median(_ratios(cpu)),
+            "ratio_whole_step": statistics.median(_ratios(whole)),
         }
     if outcomes[0].micro_batch is not None:
         row |= _shares(row, max(o.micro_batch or 0.0 for o in outcomes), len(outcomes), profile)
@@ -139,10 +145,11 @@ def _head(row: Row) -> tuple[str, str, str]:
 
 def _times_line(row: Row) -> tuple[str, ...]:
     if row["skipped"]:
-        return (*_head(row), f"skipped: {row['skipped']}", "", "")
+        return (*_head(row), f"skipped: {row['skipped']}", "", "", "")
     return (
         *_head(row),
         f"**{row['ratio_peer_over_ours']:.2f}** ({row['ratio_lowest']:.2f} to {row['ratio_highest']:.2f})",
+        f"{row['ratio_cpu']:.2f}",
         f"{_pair(row, 'optimizer_seconds', 1e-3, 0)} ({row['adamw_optimizer_seconds'] * 1e3:.0f})",
         f"{row['ratio_whole_step']:.2f}",
     )
@@ -163,7 +170,7 @@ def _counts_line(row: Row) -> tuple[str, ...]:
 
 TIMES_HEADER = (
     "case", "peer", "iteration in", "optimizer time, peer / ours (lowest to highest)",
-    "optimizer, ms: peer → ours (AdamW)", "whole step, peer / ours",
+    "its CPU time, peer / ours", "optimizer, ms: peer → ours (AdamW)", "whole step, peer / ours",
 )  # fmt: skip
 COUNTS_HEADER = (
     "case", "peer", "iteration in", "MB received by a rank: peer → ours (AdamW)", "MB sent: peer → ours (AdamW)",

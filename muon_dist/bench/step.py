@@ -99,22 +99,26 @@ def command(
         dist.init_process_group("gloo")
     writes = not launched or dist.get_rank() == 0
 
-    def report(row: Row) -> None:
-        if writes:
-            ratio = row["ratio_peer_over_ours"]
-            outcome = row["skipped"] or f"{row['peer']} / ours {ratio:.2f}"
-            echo(f"{row['case']}: {outcome}")
+    environment = machine.describe()
+    done: list[Row] = []
 
-    rows = merge(run(cases, chosen, ranks=None if launched else ranks, link=link, report=report), before)
+    def report(row: Row) -> None:
+        """Write after every case, so that what was measured outlives a later one that fails."""
+        done.append(row)
+        if not writes:
+            return
+        outcome = row["skipped"] or f"{row['peer']} / ours {row['ratio_peer_over_ours']:.2f}"
+        echo(f"{row['case']}: {outcome}")
+        rows = merge(done, before)
+        record = {"environment": environment, "profile": profile, "rows": rows}
+        machine.write(output, "step", record, table(rows, environment))
+
+    run(cases, chosen, ranks=None if launched else ranks, link=link, report=report)
     if launched:
         dist.destroy_process_group()
     if writes:
-        environment = machine.describe()
-        text = table(rows, environment)
-        record = {"environment": environment, "profile": profile, "rows": rows}
-        echo("\n" + text)
-        for path in machine.write(output, "step", record, text):
-            echo(f"-> {path}")
+        echo("\n" + (output / "step.md").read_text(encoding="utf-8"))
+        echo(f"-> {output / 'step.json'}, {output / 'step.md'}")
 
 
 def _existing(path: Path) -> list[Row]:

@@ -63,7 +63,8 @@ def test_every_case_has_a_row_and_every_gap_its_reason(record: dict[str, Any]) -
 @pytest.mark.deepspeed
 def test_every_column_is_there_and_finite(record: dict[str, Any]) -> None:
     columns = (
-        "optimizer_seconds", "step_seconds", "bytes_received", "bytes_sent", "collectives", "newton_schulz_calls",
+        "optimizer_seconds", "optimizer_cpu_seconds", "step_seconds",
+        "bytes_received", "bytes_sent", "collectives", "newton_schulz_calls",
         "momentum_bytes", "temporary_bytes", "peak_optimizer_bytes",
     )  # fmt: skip
     for row in rows_of(record):
