@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import TrainerCallback
 
-from muon_dist.errors import ConfigError, NonFiniteError
-from muon_dist.exchange.progress import Progress
+from muon_dist.errors import ConfigError, MuonDistError, NonFiniteError, PeerError
+from muon_dist.exchange.progress import Progress, place
 from muon_dist.exchange.vote import Ballot, StepVote, StragglerReport
 from muon_dist.exchange.watchdog import IDLE, Watchdog, default_store
 from muon_dist.optim.muon import Muon
@@ -22,6 +22,8 @@ from muon_dist.optim.spikes import SIGMAS, WINDOW, SpikeDetector
 POLICIES = ("off", "skip", "rollback")
 _WATCHDOG_SHARE = 0.9  # of the process group's timeout, so that ours, which names things, comes first
 _MOST_ROLLBACKS = 3
+# in the messages of a RuntimeError that a backend raises when a peer is gone
+_OF_THE_NETWORK = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class Guards(TrainerCallback):
@@ -136,6 +138,18 @@ class Guards(TrainerCallback):
     def begin_save(self) -> None:
         """A checkpoint is being written."""
         self._progress.enter("save")
+
+    def named(self, error: RuntimeError) -> PeerError | None:
+        """A failed message between ranks as an error that says in what; None for another error."""
+        text = str(error)
+        ours = isinstance(error, MuonDistError)
+        if ours or not (isinstance(error, dist.DistError) or any(word in text for word in _OF_THE_NETWORK)):
+            return None
+        p, rank = self._progress, self._vote.rank if self._vote is not None else 0
+        return PeerError(
+            f"rank {rank}: {place(p.operation, p.bucket, p.step)} failed: {text.strip().splitlines()[0]}. Another "
+            "rank has ended, or the network is down: look for the first error of the other ranks"
+        )
 
     def close(self) -> None:
         """End what runs beside training; also after an error."""
@@ -296,6 +310,11 @@ class GuardedLoop:
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+        except RuntimeError as error:
+            named = self.guards.named(error) if self.guards is not None else None
+            if named is None:
+                raise
+            raise named from error
         finally:
             if self.guards is not None:
                 self.guards.close()

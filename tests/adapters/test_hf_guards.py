@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 import warnings
@@ -20,6 +21,7 @@ from muon_dist.errors import ConfigError, NonFiniteError, ReplicaError
 from muon_dist.train.signals import StopSignals
 from tests.adapters.test_hf_trainer import Words, arguments, make_model
 from tests.distributed import run_ranks
+from tests.faults.processes import launch
 
 
 class At(TrainerCallback):
@@ -178,6 +180,22 @@ def flipped(folder: str) -> str:
 def test_a_flipped_bit_is_found_within_an_interval(tmp_path: Path) -> None:
     for message in run_ranks(flipped, 3, str(tmp_path), timeout=120):
         assert "model.layers.1.mlp.up_proj.weight: rank 1 differs from the others" in message or "more" in message
+
+
+def left_alone(folder: str) -> None:
+    def die() -> None:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    make_trainer(Path(folder), Guards(), At("on_step_begin", 3, die)).train()
+
+
+def test_a_peer_that_is_killed_is_an_error_with_operation_and_step(tmp_path: Path) -> None:
+    began = time.time()
+    survivor, killed = launch(left_alone, 2, str(tmp_path))
+    assert killed.code == -signal.SIGKILL and survivor.code == 10
+    assert survivor.ended - killed.ended < 5 and survivor.ended - began < 60
+    assert re.search(r"error: PeerError: rank 0: [a-z/ ]+ in step 4 failed: ", survivor.error)
 
 
 def test_bad_steps_that_deepspeed_leaves_out_are_counted(tmp_path: Path) -> None:
