@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import HubStrategy
 
 from muon_dist.adapters import deepspeed_state, module_state
 from muon_dist.adapters.rates import GroupRates
@@ -71,8 +72,20 @@ class CheckpointTrainer(Trainer):
         rank_providers: the same, one for each rank.
     """
 
-    def __init__(self, *args: Any, checkpoint: CheckpointOptions | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *rest: Any,
+        checkpoint: CheckpointOptions | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is not None and args.push_to_hub and args.hub_strategy != HubStrategy.END:
+            raise ConfigError(
+                f"hub_strategy={args.hub_strategy.value} would push checkpoints while they are written: use "
+                "hub_strategy='end', or push what `muon-dist checkpoint export` makes of one"
+            )
+        super().__init__(model, args, *rest, **kwargs)
         self.checkpoint_options = checkpoint or CheckpointOptions()
         self.providers: dict[str, Provider] = {}
         self._random = RandomState()
@@ -80,11 +93,6 @@ class CheckpointTrainer(Trainer):
         self._saver: Saver | None = None
         self._source: Checkpoint | None = None
         self._documents: dict[str, bytes] | None = None
-        if self.args.push_to_hub and str(self.args.hub_strategy) not in ("end", "HubStrategy.END"):
-            raise ConfigError(
-                f"hub_strategy={self.args.hub_strategy} would push checkpoints while they are written: use "
-                "hub_strategy='end', or push what `muon-dist checkpoint export` makes of one"
-            )
 
     # ---- saving
 

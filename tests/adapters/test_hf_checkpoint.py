@@ -1,4 +1,4 @@
-"""MuonTrainer under DeepSpeed and FSDP2: exact resume, another stage or layout, loss scaler, best model, roll-back."""
+"""MuonTrainer's checkpoints: exact resume, another stage under DeepSpeed, best model, roll-back, changed settings."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ BATCH = 12  # of all ranks
 
 
 def trainer_for(folder: str, layout: str, *callbacks: TrainerCallback, **changes: Any) -> MuonTrainer:
-    """Six steps, saved every two, under DDP or a ZeRO stage ("zero2 fp16"), or FSDP2."""
-    stage, _, dtype = layout.partition(" ")
+    """Six steps, saved every two, under DDP or a ZeRO stage ("zero2")."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     settings: dict[str, Any] = {
         "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": BATCH // world, **changes,
     }  # fmt: skip
-    if stage.startswith("zero"):
+    if layout.startswith("zero"):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29577", ACCELERATE_USE_DEEPSPEED="true")
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", verbose=False)
@@ -42,40 +41,32 @@ def trainer_for(folder: str, layout: str, *callbacks: TrainerCallback, **changes
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
             "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": int(stage[4])},
+            "zero_optimization": {"stage": int(layout[4])},
         }
-        if dtype == "bf16":
-            config["bf16"] = {"enabled": True}
-        if dtype == "fp16":  # overflows at once, so that the scaler has a state to lose
-            config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 40, "loss_scale_window": 3}
         settings.update(
             use_cpu=False,
             accelerator_config={"use_configured_state": True},
             deepspeed=config,
             max_grad_norm=0.0,
-            **({dtype: True} if dtype else {}),
         )
-    if stage == "fsdp2":
-        settings.update(fsdp=True, fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]})
-    model = make_model()
+    args = arguments(Path(folder), **settings)
     return MuonTrainer(
-        model,
-        arguments(Path(folder), **settings),
-        muon={"adamw_lr": 0.005, "print_routing": False, "ns_dtype": torch.float32},
+        make_model(),
+        args,
+        muon={"adamw_lr": args.learning_rate / 4, "print_routing": False, "ns_dtype": torch.float32},
         clip_adamw=None,
         train_dataset=Words(),
+        eval_dataset=Words(16) if "eval_strategy" in changes else None,
         train_sampler=Order,
-        checkpoint=CheckpointOptions(background=stage in ("ddp", "zero2"), say=lambda text: None),
+        checkpoint=CheckpointOptions(background=layout in ("ddp", "zero2"), say=lambda text: None),
         callbacks=list(callbacks),
     )
 
 
-def session(folder: str, layout: str, resume: Any) -> tuple[list[float], dict[str, Any]]:
-    trainer = trainer_for(folder, layout)
+def session(folder: str, layout: str, resume: Any, gently: bool = False) -> list[float]:
+    trainer = trainer_for(folder, layout, **({"learning_rate": 1e-3} if gently else {}))
     trainer.train(resume_from_checkpoint=resume)
-    scaler = getattr(getattr(trainer.model_wrapped, "optimizer", None), "loss_scaler", None)
-    skipped = getattr(trainer.model_wrapped, "skipped_steps", 0)
-    return losses(trainer), {"scale": getattr(scaler, "cur_scale", None), "skipped": skipped}
+    return losses(trainer)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -89,31 +80,21 @@ def same(first: Path, second: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize("layout", ["zero0", "zero1 bf16", "zero2 fp16", "zero3"])
+@pytest.mark.parametrize("layout", ["zero0", "zero2", "zero3"])
 def test_resume_is_exact_under_deepspeed(tmp_path: Path, layout: str) -> None:
     whole = run_ranks(session, 2, str(tmp_path), layout, None, timeout=200)
     last = weights(tmp_path / "checkpoint-6")
     again = run_ranks(session, 2, str(tmp_path), layout, str(tmp_path / "checkpoint-2"), timeout=200)
-    assert again == whole, "losses and loss scaler"
-    assert same(tmp_path / "checkpoint-6", last)
-    if "fp16" in layout:
-        assert whole[0][1]["skipped"] > 0, "the scaler has backed off"
+    assert again == whole and same(tmp_path / "checkpoint-6", last)
 
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize(("before", "after"), [(("zero3", 2), ("ddp", 3)), (("ddp", 1), ("zero2", 2))])
 def test_another_stage_and_number_of_ranks(tmp_path: Path, before: tuple[str, int], after: tuple[str, int]) -> None:
-    whole = run_ranks(session, before[1], str(tmp_path), before[0], None, timeout=200)
-    again = run_ranks(session, after[1], str(tmp_path), after[0], str(tmp_path / "checkpoint-2"), timeout=200)
-    assert again[0][0] == pytest.approx(whole[0][0], abs=1e-5)
-
-
-def test_resume_is_exact_under_fsdp2(tmp_path: Path) -> None:
-    whole = run_ranks(session, 2, str(tmp_path), "fsdp2", None, timeout=200)
-    last = weights(tmp_path / "checkpoint-6")
-    assert Checkpoint.look(tmp_path / "checkpoint-6").manifest.layout == "dtensor"
-    again = run_ranks(session, 2, str(tmp_path), "fsdp2", str(tmp_path / "checkpoint-4"), timeout=200)
-    assert again == whole and same(tmp_path / "checkpoint-6", last)
+    whole = run_ranks(session, before[1], str(tmp_path), before[0], None, True, timeout=200)
+    again = run_ranks(session, after[1], str(tmp_path), after[0], str(tmp_path / "checkpoint-2"), True, timeout=200)
+    assert again[0][:3] == pytest.approx(whole[0][:3], abs=2e-7), "the same state"
+    assert again[0] == pytest.approx(whole[0], abs=1e-4), "sums over ranks round differently"
 
 
 class At(TrainerCallback):
@@ -190,7 +171,6 @@ def test_the_best_model_at_the_end(tmp_path: Path) -> None:
         str(tmp_path), "ddp", eval_strategy="steps", eval_steps=2, save_total_limit=1,
         load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True,
     )  # fmt: skip
-    trainer.eval_dataset = Words(16)
     trainer.train()
     assert Path(trainer.state.best_model_checkpoint or "").name == "checkpoint-2", "the loss falls, greater is better"
     assert {p.name for p in commits(tmp_path)} == {"checkpoint-2", "checkpoint-6"}, "the best one is protected"

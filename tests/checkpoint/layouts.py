@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -36,18 +36,23 @@ class Run:
         seen: hashes of the samples that this rank used, a list for each step.
     """
 
-    def __init__(self, layout: str, kind: str = "llama", dtype: str = "fp32", optimizer: str = "muon") -> None:
+    def __init__(
+        self, layout: str, kind: str = "llama", dtype: str = "fp32", config: dict[str, Any] | None = None
+    ) -> None:
         self.layout = layout
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
         self.ranks = Ranks(dist.group.WORLD if self.world > 1 else None)
         self.engine: Any = None
         self.seen: list[list[int]] = []
         case = deepspeed_ranks.Case(
-            stage=int(layout[-1]) if layout.startswith("zero") else 0, model=kind, lr=RATE, dtype=dtype
+            stage=int(layout[-1]) if layout.startswith("zero") else 0,
+            model=kind,
+            lr=RATE,
+            dtype=dtype,
+            config=config or {},
         )
-        make = (lambda model: deepspeed_ranks.make_muon(model, case)) if optimizer == "muon" else _adamw
         if layout.startswith("zero"):
-            self.engine, self.optimizer = _engine(case, make)
+            self.engine, self.optimizer = _engine(case)
             self.model: Any = self.engine.module
             return
         self.model = deepspeed_ranks.make_model(kind)
@@ -59,7 +64,7 @@ class Run:
             fully_shard(self.model, mesh=mesh)
         elif self.world > 1:
             self.model = nn.parallel.DistributedDataParallel(self.model)
-        self.optimizer = make(self.model)
+        self.optimizer = deepspeed_ranks.make_muon(self.model, case)
 
     def step(self, number: int, accumulation: int = 1) -> float:
         """One optimizer step on the global batch; the loss over all of it."""
@@ -160,17 +165,11 @@ class Run:
         return self.whole("weight")
 
 
-def _adamw(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-
-
-def _engine(case: deepspeed_ranks.Case, make: Callable[[nn.Module], torch.optim.Optimizer]) -> tuple[Any, Any]:
-    import deepspeed
-
+def _engine(case: deepspeed_ranks.Case) -> tuple[Any, Muon]:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29566")
     deepspeed.init_distributed("gloo", verbose=False)
     model = deepspeed_ranks.make_model(case.model)
     config = deepspeed_ranks.ds_config(case, dist.get_world_size())
-    optimizer = make(model)
+    optimizer = deepspeed_ranks.make_muon(model, case)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine, optimizer

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("deepspeed")
 
+from muon_dist.adapters.deepspeed_state import EngineState
 from muon_dist.checkpoint import Contents, Saver, load, open_checkpoint
 from tests.adapters.deepspeed_ranks import make_model
 from tests.checkpoint.layouts import LAYOUTS, Run
@@ -106,6 +107,34 @@ POINTS = [
 @pytest.mark.parametrize(("before", "after", "kind", "dtype"), POINTS)
 def test_points(tmp_path: Path, before: tuple[str, int], after: tuple[str, int], kind: str, dtype: str) -> None:
     check_pair(tmp_path, before, after, kind, dtype, steps=4)
+
+
+def _scaled(folder: str, resume: bool) -> dict[str, Any]:
+    """fp16 whose first scale overflows at once and grows again every third step."""
+    run = Run("zero2", dtype="fp16", config={"fp16": {"initial_scale_power": 40, "loss_scale_window": 3}})
+    if resume:
+        checkpoint = open_checkpoint(Path(folder) / "checkpoint-30", run.ranks)
+        load(checkpoint, run.holding(checkpoint), run.ranks)
+        EngineState(run.engine).load_state_dict(checkpoint.state()["deepspeed"])
+    else:
+        for step in range(30):
+            run.step(step)
+        held = run.holding()
+        state = {"deepspeed": EngineState(run.engine).state_dict()}
+        Saver(folder, run.ranks).save(held.pieces, Contents(30, held.layout), state=state)
+    scales = []
+    for step in range(30, 36):
+        run.step(step)
+        scales.append(run.engine.optimizer.loss_scaler.cur_scale)
+    return {"scales": scales, "skipped": run.engine.skipped_steps, "last": run.whole("weight")}
+
+
+def test_the_loss_scaler_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = run_ranks(_scaled, 2, str(tmp_path), False, timeout=200)[0]
+    again = run_ranks(_scaled, 2, str(tmp_path), True, timeout=200)[0]
+    assert whole["skipped"] > 0 and len(set(whole["scales"])) > 1, "it has backed off, and grows"
+    assert (again["scales"], again["skipped"]) == (whole["scales"], whole["skipped"])
+    equal(again["last"], whole["last"])
 
 
 @pytest.mark.slow
