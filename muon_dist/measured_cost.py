@@ -16,6 +16,7 @@ import torch
 
 from muon_dist.cost import CostModel
 from muon_dist.numerics import newton_schulz
+from muon_dist.numerics.products import products_for
 
 _SECONDS = 0.05  # each stack is timed until it has run this long, and three times at least
 _MOST_BYTES = 2**30  # of a stack that is timed: a longer one is timed in part
@@ -98,7 +99,8 @@ def measure(
     found: dict[Stack, float] = {}
     changed = False
     for stack in sorted(set(stacks)):
-        key = "x".join(str(n) for n in stack) + " " + suffix
+        kernel = products_for(stack[0], stack[1], dtype, device).name
+        key = f"{stack[0]}x{stack[1]}x{stack[2]} {kernel} {suffix}"
         if key not in known:
             known[key] = _time(stack, steps, schedule, dtype, device)
             changed = True

@@ -123,6 +123,10 @@ class MuonConfig(Block):
     owner_policy: Literal["balanced", "local", "round_robin"] = Field(
         default="balanced", description="which rank orthogonalizes which matrix"
     )
+    cost: Literal["analytic", "measured"] = Field(
+        default="analytic",
+        description="what balanced owners are balanced by; measured: timed once, and kept in a file",
+    )
 
 
 class AdamWConfig(Block):

@@ -34,9 +34,8 @@ def param_groups(
         adamw_lr, adamw_weight_decay: of the AdamW groups; None means those of the Muon group.
         overrides, splits: see `routing.route`.
         table: a routing table already made for this model, in place of `overrides` and `splits`.
-        partitions: ranks over which DeepSpeed's ZeRO stage 1 or 2 will cut the Muon group: its parameters are put into
-            the order in which the boundaries fall between matrices as far as possible (`partition_order`). Not with
-            round_robin_gradients, which orders them anew. Checkpoints of DeepSpeed's own are tied to the order.
+        partitions: ranks over which ZeRO stage 1 or 2 will cut the Muon group: its parameters are put into the order
+            in which its slices begin between matrices as far as possible (`partition_order`; docs/plan.md).
 
     Returns:
         Dicts with `params`, `param_names` (FQNs), `name`, `algorithm`, for Muon `cuts`, and the options given.
@@ -51,8 +50,9 @@ def param_groups(
     adamw_lr = lr if adamw_lr is None else adamw_lr
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
     adamw = table.select("adamw")
+    muon = _in_partition_order(table.select("muon"), partitions)
     kinds = (
-        ("muon", "muon", table.select("muon"), lr, weight_decay),
+        ("muon", "muon", muon, lr, weight_decay),
         ("adamw", "adamw", tuple(r for r in adamw if r.decay), adamw_lr, adamw_weight_decay),
         ("adamw_no_decay", "adamw", tuple(r for r in adamw if not r.decay), adamw_lr, 0.0),
     )
@@ -60,8 +60,6 @@ def param_groups(
     for name, algorithm, routes, group_lr, group_decay in kinds:
         if not routes:
             continue
-        if algorithm == "muon" and partitions is not None:
-            routes = _in_partition_order(routes, partitions)
         group: dict[str, Any] = {
             "params": [parameters[r.fqn] for r in routes],
             "param_names": [r.fqn for r in routes],
@@ -85,7 +83,9 @@ def check_parameters(model: nn.Module) -> None:
             check(fqn, p)
 
 
-def _in_partition_order(routes: Sequence[Route], partitions: int) -> tuple[Route, ...]:
+def _in_partition_order(routes: tuple[Route, ...], partitions: int | None) -> tuple[Route, ...]:
+    if partitions is None:
+        return routes
     if partitions < 1:
         raise ConfigError(f"partitions is {partitions}: it must be at least 1")
     order = partition_order([cut_parameter(r.fqn, r.shape, **_cut(r)) for r in routes], partitions)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError, LayoutError, RoutingError
 from muon_dist.exchange.progress import Progress
 from muon_dist.exchange.transport import Transport
@@ -16,15 +17,14 @@ from muon_dist.layout import replicated_layout
 from muon_dist.numerics.compiled import check_compiler
 from muon_dist.optim.adamw import adamw_step
 from muon_dist.optim.binding import BINDERS, Binding, Group, NotReady, ParameterSpec
+from muon_dist.optim.costs import agreed_cost, check_cost, owners_for
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.guard import StepGuard, parameter_names
-from muon_dist.optim.options import check_group, iterations, make_spec
+from muon_dist.optim.options import DEFAULT_GROUP, check_arguments, check_group, make_spec
 from muon_dist.optim.planning import check_covers, check_order, check_untouched, default_process_group, option_fields
 from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import MOMENTUM, PARTIAL, adopt_momentum, full_state_dict, partial_momentum, split_momentum
-from muon_dist.ownership import OwnershipPlan, assign_owners
-
-DEFAULT_GROUP = "default"
+from muon_dist.ownership import OwnershipPlan
 
 
 class Muon(torch.optim.Optimizer):
@@ -53,6 +53,7 @@ class Muon(torch.optim.Optimizer):
         process_group: ranks that share the work: the default group when one is initialised, another, or None for
             no sharding at all.
         owner_policy: "balanced", "local" or "round_robin"; see `ownership.assign_owners`.
+        cost: what "balanced" balances: "analytic", "measured" (timed once on rank 0 and kept), or a `CostModel`.
         bucket_mb: a step allocates at most twice this, in MiB, beside what is there between steps; a matrix too
             large for that goes alone. See docs/performance.md.
         overlap: gather the next bucket and scatter the one before while a bucket is orthogonalized. The result is the
@@ -86,6 +87,7 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
         process_group: dist.ProcessGroup | str | None = DEFAULT_GROUP,
         owner_policy: str = "balanced",
+        cost: str | CostModel = "analytic",
         bucket_mb: float = 256.0,
         overlap: bool = True,
         ns_compile: bool = False,
@@ -93,14 +95,10 @@ class Muon(torch.optim.Optimizer):
         max_nonfinite: int = 5,
         diagnostics: Diagnostics | Mapping[str, Any] | None = None,
     ) -> None:
-        if isinstance(process_group, str) and process_group != DEFAULT_GROUP:
-            raise ConfigError(f"process_group '{process_group}' is unknown: pass a ProcessGroup, None or 'default'")
-        if not bucket_mb > 0:
-            raise ConfigError(f"bucket_mb is {bucket_mb}: it must be above 0")
-        if wire_dtype is not None and not wire_dtype.is_floating_point:
-            raise ConfigError(f"wire_dtype is {wire_dtype}: use a floating-point dtype or None")
+        check_arguments(process_group, bucket_mb, wire_dtype)
         self.process_group = process_group
         self._owner_policy = owner_policy
+        self._cost = check_cost(cost)
         self._bucket_bytes = int(bucket_mb * 2**20)
         self._wire_dtype = wire_dtype
         self._overlap = overlap
@@ -193,24 +191,16 @@ class Muon(torch.optim.Optimizer):
             PlanMismatchError: the ranks computed different plans.
         """
         plan, fields, problem = None, None, None
+        cost = agreed_cost(self._cost, binding, self._groups, groups)
         try:
             check_covers(self._specs, binding)
-            plan = assign_owners(
-                binding.layout,
-                policy=self._owner_policy,
-                steps=lambda m: iterations(self._groups[groups[m.buffer]]),
-                bytes_per_element=(self._wire_dtype or torch.float32).itemsize,
-            )
+            plan = owners_for(binding, self._groups, groups, self._owner_policy, cost, self._wire_dtype)
             # options first: they also move owners, and the first difference is the one that is named
             options = option_fields(
-                self._groups,
-                groups,
-                binding.device,
-                bucket_bytes=self._bucket_bytes,
-                wire_dtype=self._wire_dtype,
+                self._groups, groups, binding.device, bucket_bytes=self._bucket_bytes, wire_dtype=self._wire_dtype,
                 overlap=self._overlap,
-            )
-            fields = [*options, *plan.fields()]
+            )  # fmt: skip
+            fields = [*options, *cost.fields(), *plan.fields()]
             if self._ns_compile:
                 check_compiler(binding.device)
         except Exception as error:

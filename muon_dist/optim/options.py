@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from muon_dist.errors import ConfigError, RoutingError
 from muon_dist.frameworks import loaded_checks
@@ -14,6 +15,19 @@ from muon_dist.optim.binding import Group, ParameterSpec, update_scale
 from muon_dist.routing import logical_shape
 
 ALGORITHMS = ("muon", "adamw")
+DEFAULT_GROUP = "default"
+
+
+def check_arguments(
+    process_group: dist.ProcessGroup | str | None, bucket_mb: float, wire_dtype: torch.dtype | None
+) -> None:
+    """Raise ConfigError, naming argument and value, for an argument of `Muon` that cannot be used."""
+    if isinstance(process_group, str) and process_group != DEFAULT_GROUP:
+        raise ConfigError(f"process_group '{process_group}' is unknown: pass a ProcessGroup, None or 'default'")
+    if not bucket_mb > 0:
+        raise ConfigError(f"bucket_mb is {bucket_mb}: it must be above 0")
+    if wire_dtype is not None and not wire_dtype.is_floating_point:
+        raise ConfigError(f"wire_dtype is {wire_dtype}: use a floating-point dtype or None")
 
 
 def check_group(group: Group, where: str) -> None:

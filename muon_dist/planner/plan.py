@@ -98,34 +98,16 @@ def make_plan(
     dtype = iteration_dtype(settings, device)
     model = cost or cost_model(workload, settings, device, world, dtype)
     placement = place(workload, settings, layout, world, per_node)
-    owners = assign_owners(
-        placement.layout,
-        policy=settings.owner_policy,
-        cost=model,
-        steps=lambda m: settings.iterations,
-        dtype=lambda m: dtype,
-        bytes_per_element=(settings.wire_dtype or torch.float32).itemsize,
-    )
+    wire = settings.wire_dtype
+    there, back = (wire or torch.float32).itemsize, (wire or dtype).itemsize
+    owners = _owners(placement, settings, model, dtype)
     buckets = buckets_of(owners, bucket_elements(int(settings.bucket_mb * 2**20)))
-    exchange = exchange_of(
-        owners,
-        buckets,
-        per_node=per_node,
-        gather_bytes=(settings.wire_dtype or torch.float32).itemsize,
-        scatter_bytes=(settings.wire_dtype or dtype).itemsize,
-    )
+    exchange = exchange_of(owners, buckets, per_node=per_node, gather_bytes=there, scatter_bytes=back)
     loads, waiting = newton_schulz_seconds(owners, buckets, model, settings.iterations, dtype)
-    balance = {
-        "mean": float(loads.mean()),
-        "max": float(loads.max()),
-        "in buckets": waiting,
-        "round robin": _round_robin(owners, model, settings, dtype),
-    }
+    dealt = _round_robin(owners, model, settings, dtype)
     moved = {"AdamW": _adamw_bytes(workload, settings, layout, world, per_node)}
-    moved["Muon"] = float(exchange.received[INSIDE].mean()), float(exchange.received[BETWEEN].mean())
+    moved["Muon"] = _pair(exchange.received.mean(axis=1))
     seconds = _seconds(workload, settings, device, placement, exchange, waiting, moved["AdamW"], owners)
-    adamw = max(seconds["forward and backward"], seconds["AdamW's communication"]) + seconds["AdamW's update"]
-    muon = seconds["momentum and update"] + max(seconds["Newton-Schulz"], seconds["exchange"])
     shapes = Counter((m.matrix.rows, m.matrix.cols) for m in owners.layout.matrices)
     return Plan(
         model=workload.name,
@@ -138,15 +120,43 @@ def make_plan(
         ordered=placement.ordered,
         memory=_memory(workload, settings, placement, owners, buckets),
         moved=moved,
-        busiest=(float(exchange.received[INSIDE].max()), float(exchange.received[BETWEEN].max())),
+        busiest=_pair(exchange.received.max(axis=1)),
         collectives=exchange.collectives,
         buckets=exchange.buckets,
-        newton_schulz=balance,
+        newton_schulz={
+            "mean": float(loads.mean()),
+            "max": float(loads.max()),
+            "in buckets": waiting,
+            "round robin": dealt,
+        },
         largest=max(model.orthogonalize(*shape, settings.iterations, dtype) for shape in shapes),
-        teraflops=sum(n * newton_schulz_flops(*shape, settings.iterations) for shape, n in shapes.items()) / 1e12,
+        teraflops=sum(n * newton_schulz_flops(*s, settings.iterations) for s, n in shapes.items()) / 1e12,
         seconds=seconds,
-        overhead=(muon - seconds["AdamW's update of Muon's"]) / adamw,
+        overhead=_overhead(seconds),
     )
+
+
+def _owners(placement: Placement, settings: Settings, model: CostModel, dtype: torch.dtype) -> OwnershipPlan:
+    """As `Muon.bind` chooses them."""
+    return assign_owners(
+        placement.layout,
+        policy=settings.owner_policy,
+        cost=model,
+        steps=lambda m: settings.iterations,
+        dtype=lambda m: dtype,
+        bytes_per_element=(settings.wire_dtype or torch.float32).itemsize,
+    )
+
+
+def _pair(both: np.ndarray) -> tuple[float, float]:
+    return float(both[INSIDE]), float(both[BETWEEN])
+
+
+def _overhead(seconds: dict[str, float]) -> float:
+    """Of Muon over AdamW, as a share of AdamW's step: communication hides behind arithmetic where it is shorter."""
+    adamw = max(seconds["forward and backward"], seconds["AdamW's communication"]) + seconds["AdamW's update"]
+    muon = seconds["momentum and update"] + max(seconds["Newton-Schulz"], seconds["exchange"])
+    return (muon - seconds["AdamW's update of Muon's"]) / adamw
 
 
 def iteration_dtype(settings: Settings, device: Device) -> torch.dtype:

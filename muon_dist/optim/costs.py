@@ -1,0 +1,92 @@
+"""What owners are balanced by: the analytic cost model, or seconds that rank 0 measured and told the others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from muon_dist.cost import CostModel
+from muon_dist.errors import ConfigError
+from muon_dist.layout.fragment import MatrixLayout
+from muon_dist.measured_cost import measure
+from muon_dist.numerics import compute_dtype
+from muon_dist.optim.binding import Binding, Group
+from muon_dist.optim.options import iterations
+from muon_dist.ownership import OwnershipPlan, assign_owners, stack_length
+
+ANALYTIC, MEASURED = "analytic", "measured"
+
+
+def check_cost(cost: str | CostModel) -> str | CostModel:
+    """`cost` as it is. Raises ConfigError for one that is unknown."""
+    if not isinstance(cost, CostModel) and cost not in (ANALYTIC, MEASURED):
+        raise ConfigError(f"cost '{cost}' is unknown: use {ANALYTIC}, {MEASURED} or a CostModel")
+    return cost
+
+
+def agreed_cost(
+    cost: str | CostModel, binding: Binding, groups: Sequence[Group], group_of: Mapping[int, int]
+) -> CostModel:
+    """The cost model of `cost`; a collective where it is "measured": all ranks take rank 0's figures.
+
+    Measured are the shapes of the layout in the steps, schedule and dtype of the first Muon group, each alone and in
+    the stacks that ranks will have.
+
+    Raises:
+        ConfigError: rank 0 could not measure; on all ranks.
+    """
+    if isinstance(cost, CostModel):
+        return cost
+    if cost == ANALYTIC:
+        return CostModel()
+    rank = dist.get_rank(binding.group) if binding.group is not None else 0
+    found: list[CostModel | str | None] = [None]
+    if rank == 0:
+        try:
+            found[0] = _measured(binding, groups[min(group_of.values())])
+        except Exception as error:  # told to all ranks, which wait for it
+            found[0] = f"{type(error).__name__}: {error}"
+    if binding.group is not None:
+        source = dist.get_process_group_ranks(binding.group)[0]
+        dist.broadcast_object_list(found, src=source, group=binding.group, device=binding.device)
+    if not isinstance(found[0], CostModel):
+        raise ConfigError(f"cost: measuring Newton-Schulz failed on rank 0: {found[0]}")
+    return found[0]
+
+
+def _measured(binding: Binding, group: Group) -> CostModel:
+    layout = binding.layout
+    shapes = Counter((min(m.matrix.rows, m.matrix.cols), max(m.matrix.rows, m.matrix.cols)) for m in layout.matrices)
+    return measure(
+        {(*shape, n) for shape, count in shapes.items() for n in (1, stack_length(count, layout.world_size))},
+        steps=group["ns_steps"],
+        schedule=group["ns_schedule"],
+        dtype=compute_dtype(group["ns_dtype"], binding.device, group["ns_schedule"]),
+        device=binding.device,
+    )
+
+
+def owners_for(
+    binding: Binding,
+    groups: Sequence[Group],
+    group_of: Mapping[int, int],
+    policy: str,
+    cost: CostModel,
+    wire_dtype: torch.dtype | None,
+) -> OwnershipPlan:
+    """`assign_owners` with the steps and compute dtype of each matrix's parameter group."""
+
+    def of(m: MatrixLayout) -> Group:
+        return groups[group_of[m.buffer]]
+
+    return assign_owners(
+        binding.layout,
+        policy=policy,
+        cost=cost,
+        steps=lambda m: iterations(of(m)),
+        dtype=lambda m: compute_dtype(of(m)["ns_dtype"], binding.device, of(m)["ns_schedule"]),
+        bytes_per_element=(wire_dtype or torch.float32).itemsize,
+    )
