@@ -13,7 +13,7 @@ from muon_dist.numerics import SCHEDULES, coefficients, compute_dtype, newton_sc
 from muon_dist.numerics.compiled import check_compiler
 from muon_dist.numerics.iteration import Workspace, iterate, normalize
 from muon_dist.numerics.newton_schulz import kernel_name, newton_schulz_, segment_length
-from muon_dist.numerics.products import PLAIN, products_for
+from muon_dist.numerics.products import BLOCKED, PLAIN, products_for
 from tests.numerics.spectra import gaussian, log_spaced, power_law, reference, relative_error, with_spectrum
 
 FROBENIUS = sorted(name for name, schedule in SCHEDULES.items() if schedule.normalization == "frobenius")
@@ -407,6 +407,21 @@ def test_kernels_are_for_hopper_alone_and_the_form_is_named() -> None:
     assert products_for(512, 1024, torch.float16, cpu) is PLAIN
     assert kernel_name(512, 1024, torch.float16, cpu) == "Gram form, segments of 2, float16, torch"
     assert kernel_name(512, 512, torch.bfloat16, cpu, compiled=True) == "standard, bfloat16, torch, compiled"
+
+
+@pytest.mark.parametrize("size", [512, 513])
+def test_symmetric_products_by_half_on_a_cpu(size: int) -> None:
+    """Symmetric to the last bit, and as exact as whole products."""
+    assert products_for(size, size, torch.float32, torch.device("cpu")) is BLOCKED
+    x = gaussian(2, size, 40, seed=26).float() / 40**0.5
+    gram, square = torch.empty(2, size, size), torch.empty(2, size, size)
+    BLOCKED.symmetric(x, x.mT, gram)
+    BLOCKED.square(gram, -4.775, 2.0315, square)
+    for found, expected in ((gram, x.double() @ x.double().mT), (square, None)):
+        wide = gram.double()
+        expected = expected if expected is not None else -4.775 * wide + 2.0315 * wide @ wide
+        assert torch.equal(found, found.mT)
+        assert relative_error(found, expected) < 1e-6
 
 
 @pytest.mark.gpu
