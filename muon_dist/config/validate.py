@@ -106,11 +106,19 @@ def contradictions(config: Config) -> Found:
 
 
 def _guards(config: Config) -> Found:
-    if config.guards.spike != "off" and config.optimizer.name != "muon":
+    guards = config.guards
+    if guards.spike != "off" and config.optimizer.name != "muon":
         yield (
             ("guards", "spike"),
-            f"is {config.guards.spike} and optimizer.name is {config.optimizer.name}: only Muon can leave a step out; "
-            "set guards.spike to off",
+            f"is {guards.spike} and optimizer.name is {config.optimizer.name}: only Muon can leave a step out; set "
+            "guards.spike to off",
+        )
+    timeout = config.trainer.get("ddp_timeout", 1800)
+    if guards.watchdog_seconds is not None and guards.watchdog_seconds >= timeout:
+        yield (
+            ("guards", "watchdog_seconds"),
+            f"is {guards.watchdog_seconds:g} and trainer.ddp_timeout is {timeout}, whose end comes first and names "
+            "nothing: set it lower",
         )
 
 

@@ -68,6 +68,12 @@ optimizer:
             "trainer.lr_scheduler_kwargs: ",
             "trainer.lr_scheduler_type is warmup_stable_decay",
         ),
+        (["optimizer.name=adamw", "guards.spike=skip"], "guards.spike: is skip", "optimizer.name is adamw"),
+        (
+            ["guards.watchdog_seconds=60", "trainer.ddp_timeout=60"],
+            "guards.watchdog_seconds: is 60",
+            "trainer.ddp_timeout is 60",
+        ),
         (["deepspeed=7"], "deepspeed: ", "a path, a mapping or null"),
         (["deepspeed=ds.json", "trainer.fsdp=full_shard"], "trainer.fsdp: ", "and deepspeed are both set"),
         (["deepspeed.optimizer.type=Adam"], "deepspeed.optimizer: ", "optimizer.name = muon"),
