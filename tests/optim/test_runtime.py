@@ -12,7 +12,7 @@ from muon_dist.bench.memory import peak_bytes
 from muon_dist.layout import PlacedParameter, cut_parameter, per_parameter_layout, replicated_layout
 from muon_dist.layout.per_parameter import slice_length
 from muon_dist.optim import Binding, Muon
-from tests.distributed import run_ranks
+from tests.distributed import RankFailure, run_ranks
 from tests.optim.test_distributed import make_flat
 from tests.optim.test_muon import gradients
 
@@ -162,3 +162,44 @@ def test_rescaled_gradients_are_taken_in_parts():
 
     for measured, whole in run_ranks(peak, 1):
         assert measured <= 2**20 < whole
+
+
+def test_what_runs_is_said_for_every_shape():
+    def names(ns_dtype: torch.dtype) -> dict[tuple[int, int], str]:
+        optimizer, _ = make_optimizer("replicated", ns_dtype=ns_dtype, overlap=False)
+        optimizer.step()
+        return optimizer.runtime.kernels(optimizer.param_groups)
+
+    (found,) = run_ranks(names, 1, torch.float16)
+    assert found == {
+        (64, 64): "standard, float16, torch",
+        (64, 160): "Gram form, segments of 2, float16, torch",
+        (160, 64): "Gram form, segments of 2, float16, torch",
+        (96, 128): "standard, float16, torch",
+    }
+
+
+def test_overlap_must_be_the_same_on_all_ranks():
+    """It decides the order of the messages."""
+
+    def mismatched() -> None:
+        optimizer, _ = make_optimizer("replicated", overlap=dist.get_rank() == 0)
+        optimizer.step()
+
+    with pytest.raises(RankFailure, match=r"(?s)PlanMismatchError.*overlap.*rank 0: True.*rank 1: False"):
+        run_ranks(mismatched, 2)
+
+
+@pytest.mark.slow
+def test_compiled_steps_agree_with_uncompiled_ones():
+    def difference() -> float:
+        tensors = []
+        for compiled in (True, False):
+            optimizer, parameters = make_optimizer("replicated", ns_compile=compiled)
+            optimizer.step()
+            tensors.append(torch.cat([p.detach().flatten() for p in parameters]))
+            names = optimizer.runtime.kernels(optimizer.param_groups).values()
+            assert all(name.endswith("compiled") == compiled for name in names)
+        return float((tensors[0] - tensors[1]).norm() / tensors[1].norm())
+
+    assert max(run_ranks(difference, 2, timeout=250.0)) < 1e-6
