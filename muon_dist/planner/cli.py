@@ -54,6 +54,28 @@ def plan(
         show(made, chosen)
 
 
+@app.command()
+def balance(
+    configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="YAML files.")],
+    ranks: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(min=1, help="A number of ranks; repeat it. Default 8 16 32 64 128 256 512 1024."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="As for plan.")] = "h100",
+) -> None:
+    """A Markdown table of how evenly Newton-Schulz spreads: busiest rank over the mean."""
+    from muon_dist.config import load_config
+    from muon_dist.planner.balance import balance as rows_of
+    from muon_dist.planner.balance import markdown
+    from muon_dist.planner.devices import find_device
+
+    rows = []
+    for path in configs:
+        workload, settings = unpack(load_config(path))
+        rows += rows_of(workload, settings, find_device(device), ranks or [2**i for i in range(3, 11)])
+    typer.echo(markdown(rows))
+
+
 def unpack(config: Config) -> tuple[Workload, Settings]:
     """The model of a configuration, routed on the meta device, and the settings that a plan depends on."""
     from muon_dist.model import DTYPES

@@ -1,0 +1,58 @@
+"""How evenly Newton-Schulz spreads over many ranks, whatever the layout: the table of docs/plan.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from muon_dist.cost import CostModel
+from muon_dist.layout import replicated_layout
+from muon_dist.ownership import OwnershipPlan, assign_owners
+from muon_dist.planner.devices import Device
+from muon_dist.planner.model import Settings, Workload
+from muon_dist.planner.plan import iteration_dtype
+
+Row = tuple[str, int, int, float, float, float, float]
+"""model, matrices, ranks, ideal seconds, and max / mean of: the best possible, ours, dealt in turn"""
+
+
+def balance(workload: Workload, settings: Settings, device: Device, ranks: Sequence[int]) -> list[Row]:
+    """Loads of the busiest rank over the mean, for each number of ranks.
+
+    The best possible is at least 1 and the largest matrix over the mean: a matrix is never split.
+    """
+    dtype, model = iteration_dtype(settings, device), CostModel(device.matmul(iteration_dtype(settings, device)))
+    rows = []
+    for world in ranks:
+        layout = replicated_layout([p.matrices for p in workload.muon], world)
+        plans = (
+            assign_owners(
+                layout, policy=policy, cost=model, steps=lambda m: settings.iterations, dtype=lambda m: dtype
+            )
+            for policy in ("balanced", "round_robin")
+        )
+        seconds = [
+            model.orthogonalize(m.matrix.rows, m.matrix.cols, settings.iterations, dtype) for m in layout.matrices
+        ]
+        mean = sum(seconds) / world
+        ours, dealt = (_busiest(plan, seconds) / mean for plan in plans)
+        rows.append((workload.name, len(seconds), world, mean, max(1.0, max(seconds) / mean), ours, dealt))
+    return rows
+
+
+def _busiest(plan: OwnershipPlan, seconds: Sequence[float]) -> float:
+    return float(np.bincount(plan.owners, weights=seconds, minlength=plan.layout.world_size).max())
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table of `balance`."""
+    lines = [
+        "| model | matrices | ranks | even share, ms | best possible | ours (LPT) | dealt in turn |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model, matrices, ranks, mean, best, ours, dealt in rows:
+        lines.append(
+            f"| {model} | {matrices:,} | {ranks} | {mean * 1e3:.1f} | {best:.2f} | {ours:.2f} | {dealt:.2f} |"
+        )
+    return "\n".join(lines)
