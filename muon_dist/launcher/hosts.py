@@ -23,7 +23,7 @@ class Files:
 
 
 def render_hostfile(job: Job, hosts: Sequence[str], port: int, command: Sequence[str]) -> Files:
-    """DeepSpeed's hostfile, a line a machine, and the command for the first of them.
+    """DeepSpeed's hostfile, a line a machine, and the command for the first of them (one machine: without the file).
 
     Raises ConfigError when the number of hosts is not the number of machines, a host comes twice, or the job is
     elastic.
@@ -37,8 +37,13 @@ def render_hostfile(job: Job, hosts: Sequence[str], port: int, command: Sequence
         check_address(host, port, 1)
     lines = [*header(command, []), *(f"{host} slots={job.processes}" for host in hosts)]
     # --module: what follows is a module; --no_local_rank: muon-dist takes it from the environment, not as an argument
-    options = shlex.join(["--master_addr", hosts[0], "--master_port", str(port), "--no_local_rank", "--module"])
-    run = f"deepspeed --hostfile {{file}} {options} {words(job).removeprefix('-m ')}"
+    last = ["--master_port", str(port), "--no_local_rank", "--module"]
+    if job.nodes == 1:
+        # with a hostfile DeepSpeed wants ssh even to itself, and without one it looks in /job/hostfile
+        where = shlex.join(["--hostfile", "/dev/null", "--num_gpus", str(job.processes), *last])
+    else:
+        where = f"--hostfile {{file}} {shlex.join(['--master_addr', hosts[0], *last])}"
+    run = f"deepspeed {where} {words(job).removeprefix('-m ')}"
     return Files(text="\n".join(lines) + "\n", command=run)
 
 
