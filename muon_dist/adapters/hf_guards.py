@@ -45,6 +45,7 @@ class Guards(TrainerCallback):
 
     Attributes:
         stopped: rank -> signal of those that asked to stop, once all ranks have committed a checkpoint for it.
+        committed: name of the newest checkpoint then; an older one where saves may fail (`on_error: continue`).
         spikes: steps left out for their loss.
     """
 
@@ -68,6 +69,7 @@ class Guards(TrainerCallback):
         self.max_nonfinite = max_nonfinite
         self.detector = SpikeDetector(spike_window, spike_sigmas)
         self.stopped: dict[int, int] = {}
+        self.committed: str | None = None
         self.spikes = self.rollbacks = 0
         self._bad_in_row = 0
         self._stop_requested, self._say = stop_requested, say
@@ -214,7 +216,8 @@ class Guards(TrainerCallback):
             self._progress.enter("replica check")
             self._compare_copies()
         if stop:
-            self._trainer.commit()
+            newest = self._trainer.commit()
+            self.committed = newest.name if newest is not None else None
             self.stopped = stop
             control.should_save = control.should_evaluate = False
             control.should_training_stop = True

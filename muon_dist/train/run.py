@@ -89,11 +89,11 @@ def _verified(folder: RunFolder, found: str | None, timeout: float) -> Checkpoin
 
 def _leave_if_stopped(trainer: MuonTrainer) -> None:
     """Raises Stopped on every rank when a signal ended the training; the first rank reports it."""
-    stopped = trainer.guards.stopped if trainer.guards is not None else {}
-    if stopped:
+    guards = trainer.guards
+    if guards is not None and guards.stopped:
         error = Stopped(
-            f"{stop_text(stopped)}: all ranks committed step {trainer.state.global_step}. Start the same command "
-            "again to go on from there"
+            f"{stop_text(guards.stopped)}: all ranks stopped after step {trainer.state.global_step}; the newest commit is "
+            f"{guards.committed}. Start the same command again to go on from it"
         )
         error.reported_elsewhere = distributed.rank() != 0  # type: ignore[attr-defined]
         raise error

@@ -36,8 +36,9 @@ class Committing(MuonTrainer):
 
     committed: tuple[int, ...] = ()
 
-    def commit(self) -> None:
+    def commit(self) -> Path:
         self.committed += (self.state.global_step,)
+        return Path(f"checkpoint-{self.state.global_step}")
 
 
 def make_trainer(folder: Path, guards: Guards, *callbacks: TrainerCallback, **changes: Any) -> Committing:
@@ -58,6 +59,7 @@ def signalled(folder: str) -> tuple:
         kill = At("on_step_begin", 3, lambda: os.kill(os.getpid(), signal.SIGTERM) if dist.get_rank() == 1 else None)
         trainer = make_trainer(Path(folder), guards, kill)
         trainer.train()
+    assert guards.committed == "checkpoint-4"
     return trainer.state.global_step, trainer.committed, guards.stopped, signals.requested, said
 
 
