@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -31,6 +32,9 @@ def plan(
         Optional[str],  # noqa: UP045
         typer.Option(help="ddp, zero1, zero2, zero3, fsdp2 or hsdp; that of the configuration unless given."),
     ] = None,
+    order: Annotated[
+        bool, typer.Option(help="Under ZeRO-1/2, order Muon's group so that slices begin between matrices.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.")] = False,
     advice: Annotated[bool, typer.Option(help="Plan with other settings too, and say which are better.")] = True,
 ) -> None:
@@ -45,6 +49,7 @@ def plan(
     given = load_config(config, overrides or [])
     kind = layout or layout_of(given)
     workload, settings = unpack(given)
+    settings = replace(settings, ordered=order and settings.ordered)
     made = make_plan(workload, settings, chosen, layout=kind, nodes=nodes, per_node=gpus_per_node)
     if advice:
         made = advise(made, workload, settings, chosen)
@@ -105,6 +110,7 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
         checkpointing=bool(trainer.get("gradient_checkpointing", False)),
         low_precision=bool(trainer.get("bf16", False) or trainer.get("fp16", False)),
         sub_group_size=int(zero.get("sub_group_size", 10**9)),
+        ordered=not zero.get("round_robin_gradients", False),
     )
     return workload, settings
 

@@ -28,7 +28,8 @@ class PlannedParameter:
 class Settings:
     """What of the optimizer's and the trainer's settings the plan depends on.
 
-    micro_batch: samples of a rank in one forward pass. low_precision: the model computes in bf16.
+    micro_batch: samples of a rank in one forward pass. low_precision: the model computes in bf16. ordered: under
+    ZeRO-1/2 Muon's group is put into the order of `partition_order`, as `MuonFactory` does.
     """
 
     ns_steps: int = 5
@@ -43,6 +44,7 @@ class Settings:
     checkpointing: bool = False
     low_precision: bool = True
     sub_group_size: int = 10**9
+    ordered: bool = True
 
     @property
     def iterations(self) -> int:

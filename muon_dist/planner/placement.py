@@ -80,7 +80,7 @@ def _layout(workload: Workload, settings: Settings, kind: str, world: int, per_n
     if kind == "ddp":
         return replicated_layout([p.matrices for p in muon], world), False
     if kind in ("zero1", "zero2"):
-        order = partition_order([p.matrices for p in muon], world)
+        order = partition_order([p.matrices for p in muon], world if settings.ordered else 1)
         numels = [muon[i].numel for i in order]
         placed = _end_to_end([muon[i] for i in order], numels)
         group = FlatGroup(placed, slice_elements(numels, world))
