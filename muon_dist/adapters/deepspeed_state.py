@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from muon_dist.adapters import module_state
 from muon_dist.checkpoint import BUFFER, WEIGHT, Checkpoint, Holding, Piece
+from muon_dist.checkpoint.piece import MOMENTUM as MOMENTUM_KIND
 from muon_dist.checkpoint.piece import clean_name, run, whole
 from muon_dist.errors import CheckpointError, FrameworkError
 from muon_dist.optim.muon import Muon
@@ -101,7 +102,7 @@ def _buffer_state(
     if source is not None:
         for slot in buffer.slots:
             for kind, tensor in source.states.get(slot.name, {}).items():
-                if kind in state or (isinstance(optimizer, Muon) and kind == "momentum"):
+                if kind in state or (isinstance(optimizer, Muon) and kind == MOMENTUM_KIND):
                     continue
                 one = tensor.shape == () and slot.shape != ()
                 state[kind] = torch.tensor(0.0) if one else torch.zeros_like(buffer.tensor, requires_grad=False)

@@ -317,7 +317,11 @@ class CheckpointTrainer(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self.saver.wait()  # before the best model is looked for
-        return super()._finalize_training(*args, **kwargs)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:  # Trainer would remove all but the best, file by file; a run goes on from the newest
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
 
 def _versions() -> dict[str, Any]:
@@ -333,6 +337,3 @@ def read_position(checkpoint: Checkpoint) -> dict[str, Any]:
     if wrong or "order" not in position:
         raise CheckpointError(f"{checkpoint.path} does not say where in the data it stands ({', '.join(wrong)})")
     return dict(position)
-
-
-__all__ = ["CheckpointOptions", "CheckpointTrainer", "TrainingArguments", "read_position"]

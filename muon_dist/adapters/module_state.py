@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from muon_dist.adapters.fsdp2 import check_parameter
 from muon_dist.checkpoint import BUFFER, WEIGHT, Checkpoint, Extent, Holding, Piece
+from muon_dist.checkpoint.piece import MOMENTUM as MOMENTUM_KIND
 from muon_dist.checkpoint.piece import clean_name, whole
 from muon_dist.errors import CheckpointError, FrameworkError
 from muon_dist.optim.muon import Muon
@@ -103,7 +104,7 @@ def make_state(
     """Make the state that the optimizer would make at its first step, as far as the checkpoint has it."""
     for kind, tensor in source.states.get(name, {}).items():
         state = optimizer.state[p]
-        if kind in state or (isinstance(optimizer, Muon) and kind == "momentum"):
+        if kind in state or (isinstance(optimizer, Muon) and kind == MOMENTUM_KIND):
             continue
         if tensor.shape == () and p.dim() > 0:
             device = p.device if group.get("fused") or group.get("capturable") else "cpu"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +39,6 @@ class Saver:
 
     Attributes:
         last: the newest commit of this process.
-        stall: seconds for which the last `save` held the caller.
     """
 
     def __init__(
@@ -63,7 +61,6 @@ class Saver:
         self.keep_last, self.keep_every = keep_last, keep_every
         self.warn = warn
         self.last: Path | None = None
-        self.stall = 0.0
         self._host: dict[str, torch.Tensor] | None = {} if background else None
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
@@ -83,7 +80,6 @@ class Saver:
             CheckpointError: this save, or the one in the background before it, failed and the policy is "stop".
         """
         self.wait()
-        started = time.perf_counter()
         final = self.root / folder.checkpoint_name(contents.step)
         taken: list[tuple[Snapshot, dict[str, Any]]] = []
 
@@ -106,10 +102,8 @@ class Saver:
                 target=self._commit, args=(snapshot, contents, protected), name="checkpoint", daemon=False
             )
             self._thread.start()
-            self.stall = time.perf_counter() - started
             return
         self._commit(snapshot, contents, protected)
-        self.stall = time.perf_counter() - started
         self._raise_problem()
 
     def wait(self) -> Path | None:
@@ -123,11 +117,6 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-
-    @property
-    def busy(self) -> bool:
-        """A save is being written in the background."""
-        return self._thread is not None and self._thread.is_alive()
 
     def _raise_problem(self) -> None:
         problem, self._problem = self._problem, None

@@ -150,10 +150,6 @@ class Piece:
     def dtype(self) -> torch.dtype:
         return self.tensor.dtype
 
-    @property
-    def nbytes(self) -> int:
-        return self.extent.numel * self.tensor.element_size()
-
     def part(self, part: Extent) -> torch.Tensor:
         """The live view of a part of this piece: (rows, cols) for a block, 1-D for a run."""
         row, column = self.extent.place(part)

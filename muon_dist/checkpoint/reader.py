@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -256,8 +255,3 @@ def load(checkpoint: Checkpoint, holding: Holding, ranks: Ranks | None = None) -
         raise CheckpointError(f"{checkpoint.path} holds {min(wanted - known)}, which this model does not have")
     ranks.everywhere(lambda: checkpoint.fill(holding.pieces))
     holding.finish()
-
-
-def numel(checkpoint: Checkpoint, kind: str = WEIGHT) -> int:
-    """Elements of all tensors of a kind."""
-    return sum(math.prod(t.shape) for (k, _), t in checkpoint.manifest.tensors.items() if k == kind)

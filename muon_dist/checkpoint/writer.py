@@ -32,11 +32,6 @@ class Snapshot:
     index: Index
     rank_state: dict[str, Any]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(tensor.numel() * tensor.element_size() for _, tensor in self.items)
-
 
 @dataclass
 class Contents:

@@ -93,7 +93,7 @@ def test_resume_is_exact_under_deepspeed(tmp_path: Path, layout: str) -> None:
 def test_another_stage_and_number_of_ranks(tmp_path: Path, before: tuple[str, int], after: tuple[str, int]) -> None:
     whole = run_ranks(session, before[1], str(tmp_path), before[0], None, True, timeout=200)
     again = run_ranks(session, after[1], str(tmp_path), after[0], str(tmp_path / "checkpoint-2"), True, timeout=200)
-    assert again[0][:3] == pytest.approx(whole[0][:3], abs=2e-7), "the same state"
+    assert again[0][:3] == pytest.approx(whole[0][:3], abs=1e-6), "the same state"
     assert again[0] == pytest.approx(whole[0], abs=1e-4), "sums over ranks round differently"
 
 

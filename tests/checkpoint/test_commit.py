@@ -120,3 +120,27 @@ def test_retention(tmp_path: Path) -> None:
     save(tmp_path, 2, keep_last=1)  # a run that went back: what it just saved is kept in any case
     assert steps() == [2]
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-2"}
+
+
+def _reads(folder: str) -> tuple[int, int]:
+    """(elements read, elements held) on this rank."""
+    read = 0
+
+    class Counting(Checkpoint):
+        def _read(self, stored, part):  # type: ignore[no-untyped-def]
+            nonlocal read
+            for extent, found in super()._read(stored, part):
+                read += found.numel()
+                yield extent, found
+
+    held, _ = holding(0)
+    pieces = [p for p in held.pieces if p.kind == "momentum"]
+    Counting.look(Path(folder) / "checkpoint-5").fill(pieces)
+    return read, sum(p.extent.numel for p in pieces)
+
+
+def test_a_rank_reads_what_it_holds_and_no_more(tmp_path: Path) -> None:
+    run_ranks(_save, 3, str(tmp_path), 5, False)
+    found = run_ranks(_reads, 4, str(tmp_path))
+    assert all(read == held for read, held in found)
+    assert sum(held for _, held in found) == 35 + 3 + 32

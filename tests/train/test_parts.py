@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from muon_dist.config import load_config
 from muon_dist.errors import ConfigError, DataError
 from muon_dist.train import distributed, environment
+from muon_dist.train.build import checkpoint_options
 from muon_dist.train.folder import RunFolder, changed_settings
 from muon_dist.train.summary import rows, show
 from tests.distributed import run_ranks
@@ -37,6 +39,12 @@ def test_no_secret_reaches_the_environment_file(monkeypatch: pytest.MonkeyPatch)
 def test_harmless_settings_are_shown() -> None:
     shown = ["tokenizer.path=some/folder", "data.shard_tokens", "model.num_key_value_heads=4"]
     assert environment.redact_arguments(shown[:2]) == shown[:2]
+
+
+def test_no_secret_reaches_a_checkpoint(workspace: Path) -> None:
+    config = load_config(workspace / "tiny.yaml", ["trainer.hub_token=canary-6"])
+    kept = json.dumps(checkpoint_options(config).config)
+    assert "canary" not in kept and '"hub_token": "<redacted>"' in kept and '"vocab_size": 320' in kept
 
 
 # ---- folders
