@@ -202,4 +202,4 @@ def test_compiled_steps_agree_with_uncompiled_ones():
             assert all(name.endswith("compiled") == compiled for name in names)
         return float((tensors[0] - tensors[1]).norm() / tensors[1].norm())
 
-    assert max(run_ranks(difference, 2, timeout=250.0)) < 1e-6
+    assert max(run_ranks(difference, 1, timeout=250.0)) < 1e-6
