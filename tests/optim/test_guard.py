@@ -198,6 +198,8 @@ def test_states() -> None:
     assert states([good, None, torch.empty(0)], CPU).tolist() == [FINITE, ABSENT, FINITE]
     assert states(bad, CPU).tolist() == [NOT_FINITE] * 3 == states(bad, CPU, exact=True).tolist()
     assert states([half, half.bfloat16(), good], CPU).tolist() == [FINITE] * 3
+    assert states([b.bfloat16() for b in bad], CPU).tolist() == [NOT_FINITE] * 3
+    assert states([torch.empty(0, dtype=torch.bfloat16), half], CPU).tolist() == [FINITE] * 2
     assert states([huge], CPU).tolist() == [NOT_FINITE]  # the norm overflows
     assert states([huge, None], CPU, exact=True).tolist() == [FINITE, ABSENT]
 

@@ -148,17 +148,19 @@ def test_of_matrices_too_large_for_a_bucket_two_buckets_are_those_of_the_largest
         assert peak <= 36 * largest
 
 
-def test_rescaled_gradients_are_taken_in_parts():
-    """A gradient that must be rescaled (DeepSpeed's clip taken back) never has a second, whole copy."""
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float32, 0.5), (torch.bfloat16, 1.0)])
+def test_other_gradients_are_taken_in_parts(dtype, factor):
+    """One that must be rescaled (DeepSpeed's clip taken back) or is in bf16 never has a second, whole copy."""
 
     def peak() -> tuple[int, int]:
-        p = torch.nn.Parameter(torch.zeros(64 * 1024, 64))
+        p = torch.nn.Parameter(torch.zeros(64 * 1024, 64, dtype=dtype))
         optimizer = Muon([{"params": [p], "cuts": [{"heads": 1024}]}], bucket_mb=0.5)
         layout = replicated_layout([optimizer.specs[0][0].matrices], 1)
-        optimizer.bind(Binding(layout, (p,), None, torch.device("cpu"), gradient_factor=lambda: 0.5), {0: 0})
+        binding = Binding(layout, (p,), None, torch.device("cpu"), gradient_factor=lambda: factor)
+        optimizer.bind(binding, {0: 0})
         p.grad = torch.ones_like(p)
         optimizer.step()
-        return peak_bytes(optimizer.step), p.numel() * 4
+        return peak_bytes(optimizer.step), p.numel() * 2
 
     for measured, whole in run_ranks(peak, 1):
         assert measured <= 2**20 < whole
