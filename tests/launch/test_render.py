@@ -398,3 +398,47 @@ def test_warnings(capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Pa
     _, warnings = render(capsys, config, ["torchrun", "trainer.hub_token=hf_secret", "-o", str(output)])
     assert "trainer.hub_token: the value stands in the file" in warnings
     assert os.access(output, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    "variables, options",
+    [
+        # what Kubeflow Trainer v2 sets
+        (
+            {"PET_NNODES": "3", "PET_NPROC_PER_NODE": "4", "PET_NODE_RANK": "2", "PET_MASTER_ADDR": "job-node-0-0.job",
+             "PET_MASTER_PORT": "29400"},
+            {"--nnodes": "3", "--nproc-per-node": "4", "--node-rank": "2", "--master-addr": "job-node-0-0.job",
+             "--master-port": "29400", "--max-restarts": "0"},
+        ),
+        # what the Training Operator sets for an elastic PyTorchJob
+        (
+            {"PET_NNODES": "2:4", "PET_NPROC_PER_NODE": "auto", "PET_RDZV_ENDPOINT": "job-worker-0:29400",
+             "PET_RDZV_BACKEND": "c10d", "PET_RDZV_ID": "job", "PET_MAX_RESTARTS": "10",
+             "PET_RDZV_CONF": "last_call_timeout=5"},
+            {"--nnodes": "2:4", "--nproc-per-node": "1", "--rdzv-endpoint": "job-worker-0:29400", "--rdzv-id": "job",
+             "--max-restarts": "10", "--rdzv-conf": "last_call_timeout=5"},
+        ),
+        # ours come first
+        (
+            {"PET_NNODES": "3", "NNODES": "2", "MASTER_ADDR": "a", "PET_MASTER_ADDR": "b"},
+            {"--nnodes": "2", "--master-addr": "a"},
+        ),
+    ],
+)  # fmt: skip
+def test_torchrun_script_reads_kubeflows_variables(
+    root: Path, stand_ins: Path, variables: dict[str, str], options: dict[str, str]
+) -> None:
+    venv = stand_ins / "venv"
+    venv.mkdir()
+    (venv / "bin").symlink_to(stand_ins)
+    done = subprocess.run(
+        ["bash", root / "launch" / "torchrun.sh", "train", "x y.yaml"],
+        env=environment(stand_ins, VIRTUAL_ENV=str(venv), **variables), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    arguments, seen = called(stand_ins)[-1]
+    assert arguments[-4:] == ["-m", "muon_dist.cli", "train", "x y.yaml"]
+    for option, value in options.items():
+        assert arguments[arguments.index(option) + 1] == value
+    assert not [name for name in seen if name.startswith("PET_")], "each became an option"
+    assert (seen.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1") is ("--rdzv-endpoint" in options)
