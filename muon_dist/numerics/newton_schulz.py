@@ -135,7 +135,7 @@ def _orthogonalize(
         return
     count, m, n = source.shape
     segment = segment_length(m, n, dtype)
-    products = products_for(min(m, n), max(m, n), dtype, source.device)
+    products = products_for(min(m, n), max(m, n), dtype, source.device, compiled=compiled)
     with torch.autocast(device_type=source.device.type, enabled=False):
         if compiled:
             target.copy_(compiled_iteration(source, schedule, rows, segment, dtype, products))
@@ -155,7 +155,7 @@ def kernel_name(m: int, n: int, dtype: torch.dtype, device: torch.device, *, com
     """Which form runs for (m, n) matrices and who multiplies: "Gram form, segments of 3, float32, torch"."""
     segment = segment_length(m, n, dtype)
     form = "standard" if segment == 1 else f"Gram form, segments of {segment}"
-    who = products_for(min(m, n), max(m, n), dtype, device).name
+    who = products_for(min(m, n), max(m, n), dtype, device, compiled=compiled).name
     return f"{form}, {str(dtype).removeprefix('torch.')}, {who}{', compiled' if compiled else ''}"
 
 

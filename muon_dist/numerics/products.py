@@ -106,14 +106,16 @@ def _symmetric_kernels() -> Products:
     return SymmetricKernels(gemm_symmetric)
 
 
-def products_for(short: int, long: int, dtype: torch.dtype, device: torch.device) -> Products:
+def products_for(
+    short: int, long: int, dtype: torch.dtype, device: torch.device, *, compiled: bool = False
+) -> Products:
     """What multiplies for matrices of sides `short` <= `long` in compute dtype `dtype` on `device`.
 
     The symmetric kernels need a GPU of compute capability 9.0 or newer, fp16 or bf16, a short side of 256 or more, and
-    sides that are multiples of 8. A CPU takes symmetric products by half in fp32 and fp64 from a short side of 512 on.
-    Everything else, and every machine without the kernels, uses `torch.bmm`.
+    sides that are multiples of 8. A CPU takes symmetric products by half in fp32 and fp64 from a short side of 512 on,
+    unless they are `compiled`. Everything else, and every machine without the kernels, uses `torch.bmm`.
     """
-    if device.type == "cpu" and short >= BLOCKED_FROM and dtype in (torch.float32, torch.float64):
+    if device.type == "cpu" and not compiled and short >= BLOCKED_FROM and dtype in (torch.float32, torch.float64):
         return BLOCKED
     suits = (
         device.type == "cuda"

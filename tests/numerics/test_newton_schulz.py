@@ -392,6 +392,8 @@ def test_compiled_equals_uncompiled_within_rounding() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 9
     y = newton_schulz(x, dtype=torch.bfloat16, compiled=True)
     assert relative_error(y, newton_schulz(x, dtype=torch.bfloat16)) < 0.05
+    x = gaussian(2, 512, 800, seed=27).float()  # where uncompiled products are taken by half
+    assert relative_error(newton_schulz(x, compiled=True), newton_schulz(x)) < 1e-5
 
 
 @pytest.mark.slow
@@ -407,6 +409,8 @@ def test_kernels_are_for_hopper_alone_and_the_form_is_named() -> None:
     assert products_for(512, 1024, torch.float16, cpu) is PLAIN
     assert kernel_name(512, 1024, torch.float16, cpu) == "Gram form, segments of 2, float16, torch"
     assert kernel_name(512, 512, torch.bfloat16, cpu, compiled=True) == "standard, bfloat16, torch, compiled"
+    assert kernel_name(512, 512, torch.float32, cpu, compiled=True) == "standard, float32, torch, compiled"
+    assert kernel_name(512, 512, torch.float32, cpu) == "standard, float32, torch, symmetric products by half"
 
 
 @pytest.mark.parametrize("size", [512, 513])
