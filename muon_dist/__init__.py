@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from muon_dist.adapters.deepspeed import attach
     from muon_dist.adapters.factory import MuonFactory
+    from muon_dist.adapters.hf_guards import Guards
     from muon_dist.adapters.hf_trainer import MuonTrainer
     from muon_dist.numerics.newton_schulz import newton_schulz
     from muon_dist.optim.groups import param_groups
     from muon_dist.optim.muon import Muon
 
 _HOMES = {
+    "Guards": "muon_dist.adapters.hf_guards",
     "attach": "muon_dist.adapters.deepspeed",
     "Muon": "muon_dist.optim.muon",
     "MuonFactory": "muon_dist.adapters.factory",
@@ -25,7 +27,7 @@ _HOMES = {
     "param_groups": "muon_dist.optim.groups",
 }
 
-__all__ = ["Muon", "MuonFactory", "MuonTrainer", "attach", "newton_schulz", "param_groups"]
+__all__ = ["Guards", "Muon", "MuonFactory", "MuonTrainer", "attach", "newton_schulz", "param_groups"]
 __version__ = "0.1.0"
 
 
