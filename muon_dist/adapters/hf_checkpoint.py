@@ -178,11 +178,11 @@ class CheckpointTrainer(Trainer):
 
     def _trainer_state(self) -> bytes:
         """As Trainer writes it: with the state of callbacks that have one."""
-        for callback in [
-            c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)
-        ]:
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if not isinstance(callback, ExportableState):
+                continue
             name, state = callback.__class__.__name__, callback.state()
-            kept = self.state.stateful_callbacks[name]
+            kept = self.state.stateful_callbacks.get(name)
             if isinstance(kept, list):
                 kept.append(state)
             else:
@@ -223,7 +223,8 @@ class CheckpointTrainer(Trainer):
         try:
             result = super().train(path, *args, **kwargs)
         except BaseException:
-            self.saver.settle()  # its group must not be left while it works; the error that ends the run comes first
+            if self._saver is not None:  # not made here: the other ranks may be elsewhere
+                self._saver.settle()  # its group must not be left while it works; what ends the run comes first
             raise
         self.saver.wait()
         return result

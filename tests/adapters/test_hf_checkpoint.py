@@ -80,7 +80,7 @@ def same(first: Path, second: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize("layout", ["zero0", "zero2", "zero3"])
+@pytest.mark.parametrize("layout", ["zero0", pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_resume_is_exact_under_deepspeed(tmp_path: Path, layout: str) -> None:
     whole = run_ranks(session, 2, str(tmp_path), layout, None, timeout=200)
     last = weights(tmp_path / "checkpoint-6")
@@ -89,7 +89,9 @@ def test_resume_is_exact_under_deepspeed(tmp_path: Path, layout: str) -> None:
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize(("before", "after"), [(("zero3", 2), ("ddp", 3)), (("ddp", 1), ("zero2", 2))])
+@pytest.mark.parametrize(
+    ("before", "after"), [(("zero3", 2), ("ddp", 3)), pytest.param(("ddp", 1), ("zero2", 2), marks=pytest.mark.slow)]
+)
 def test_another_stage_and_number_of_ranks(tmp_path: Path, before: tuple[str, int], after: tuple[str, int]) -> None:
     whole = run_ranks(session, before[1], str(tmp_path), before[0], None, True, timeout=200)
     again = run_ranks(session, after[1], str(tmp_path), after[0], str(tmp_path / "checkpoint-2"), True, timeout=200)
