@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 
@@ -43,6 +44,40 @@ def test_a_whole_matrix_stays_unless_balance_pays():
     dear_link = assign_owners(crowded, cost=CostModel(1e15, 1e3))
     assert sorted(cheap_link.owners) == [0] * 4 + [1] * 4
     assert dear_link.owners == (0,) * 8
+
+
+def test_even_slices_move_nothing_although_the_link_is_cheap():
+    """Four ranks with four equal matrices each: dealt to empty ranks, the first rank's would leave for the others."""
+
+    def on(rank: int, name: str) -> MatrixLayout:
+        m = square(name, 512)
+        return MatrixLayout(m, (Fragment(rank, 0, m.numel, 0, 0),))
+
+    even = Layout("flat", 4, tuple(on(rank, f"m{rank}.{i}") for rank in range(4) for i in range(4)))
+    assert assign_owners(even, cost=CostModel(1e12, 1e12)).owners == tuple(i // 4 for i in range(16))
+
+
+def test_the_busiest_rank_gives_away_until_it_does_not_pay():
+    """Six on rank 0, two on rank 1, none on rank 2: the best is 3, 3, 2 in some order."""
+
+    def on(rank: int, name: str) -> MatrixLayout:
+        m = square(name, 512)
+        return MatrixLayout(m, (Fragment(rank, 0, m.numel, 0, 0),))
+
+    layout = Layout("flat", 3, (*(on(0, f"a{i}") for i in range(6)), *(on(1, f"b{i}") for i in range(2))))
+    plan = assign_owners(layout, cost=CostModel(1e9, 1e12))
+    assert sorted(plan.owners.count(r) for r in range(3)) == [2, 3, 3]
+    assert plan.owners.count(0) == 3 and plan.owners[6:] == (1, 1)
+
+
+def test_a_thousand_matrices_on_4096_ranks_in_a_second():
+    """`assign_owners` is run by every rank when training starts."""
+    matrices = [cut_parameter(f"e{i}", (256, 64, 48 + 8 * (i % 3))) for i in range(4)]
+    layout = replicated_layout(matrices, 4096)
+    start = time.process_time()
+    plan = assign_owners(layout)
+    assert time.process_time() - start < 1.0
+    assert len(set(plan.owners)) == 1024
 
 
 def test_each_phase_is_balanced_by_itself():

@@ -7,6 +7,7 @@ import torch
 
 from muon_dist.errors import LayoutError
 from muon_dist.layout import Fragment, Layout, Matrix, MatrixLayout, cut_parameter, fragments_of_run
+from muon_dist.layout.fragments import Fragments
 from muon_dist.layout.replicated import replicated_layout
 from muon_dist.optim.runtime import view
 
@@ -138,3 +139,22 @@ def test_sources_prefer_the_owner_and_do_not_overlap():
     assert [(f.rank, f.offset, f.length) for f in copies.sources(3)] == [(0, 0, 6), (3, 6, 6)]
     everywhere = replicated_layout([[matrix()]], 3).matrices[0]
     assert [(f.rank, f.length) for f in everywhere.sources(2)] == [(2, 12)]
+
+
+def test_sources_stay_in_the_owners_domain():
+    """HSDP with each copy on a node of its own: what owner 3 gathers comes from rank 2, not from the first copy."""
+    copies = MatrixLayout(matrix(), tuple(Fragment(rank, 6 * (rank % 2), 6, 0, -6 * (rank % 2)) for rank in range(6)))
+    assert [f.rank for f in copies.sources(3, (0, 0, 1, 1, 2, 2))] == [2, 3]
+    assert [f.rank for f in copies.sources(3)] == [0, 3]
+    with pytest.raises(LayoutError, match="2 domains for 6 ranks"):
+        Layout("dtensor", 6, (copies,), domains=(0, 1))
+
+
+def test_fragments_are_a_sequence_that_compares_by_value():
+    rows = [Fragment(r, 4 * r, 4, 0, -4 * r) for r in range(6)]
+    fragments = Fragments.of(rows)
+    assert list(fragments) == rows and fragments[2] == rows[2] and list(fragments[1:3]) == rows[1:3]
+    assert fragments == Fragments.of(rows) and hash(fragments) == hash(Fragments.of(rows))
+    assert fragments != Fragments.of(rows[:5]) and list(fragments.on(3)) == [rows[3]]
+    other = [*rows[:5], Fragment(5, 20, 4, 0, -21)]
+    assert repr(Fragments.of(other)) != repr(fragments), "ranks compare plans by this"
