@@ -177,6 +177,8 @@ def fragments_of_run(matrix: Matrix, rank: int, start: int, length: int, buffer:
     """The fragment (one or none) of `matrix` within the run `[start, start + length)` of the flattened parameter that
     `rank` holds at `position` of `buffer`.
 
+    For a layout of one's own, whose slices are not equal as those of `fragments.slices_of` are.
+
     Row-major order makes the intersection of a run of the parameter with a block a run of the block.
     """
 
