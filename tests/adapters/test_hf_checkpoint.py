@@ -40,6 +40,7 @@ def trainer_for(folder: str, layout: str, *callbacks: TrainerCallback, **changes
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",  # without it accelerate clips at 1
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {"stage": int(layout[4])},
         }
@@ -90,13 +91,14 @@ def test_resume_is_exact_under_deepspeed(tmp_path: Path, layout: str) -> None:
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize(
-    ("before", "after"), [(("zero3", 2), ("ddp", 3)), pytest.param(("ddp", 1), ("zero2", 2), marks=pytest.mark.slow)]
+    ("before", "after"),
+    [(("zero3", 2), ("ddp", 3)), pytest.param(("ddp", 1), ("zero2", 2), marks=pytest.mark.slow)],
 )
 def test_another_stage_and_number_of_ranks(tmp_path: Path, before: tuple[str, int], after: tuple[str, int]) -> None:
     whole = run_ranks(session, before[1], str(tmp_path), before[0], None, True, timeout=200)
     again = run_ranks(session, after[1], str(tmp_path), after[0], str(tmp_path / "checkpoint-2"), True, timeout=200)
     assert again[0][:3] == pytest.approx(whole[0][:3], abs=1e-6), "the same state"
-    assert again[0] == pytest.approx(whole[0], abs=1e-4), "sums over ranks round differently"
+    assert again[0] == pytest.approx(whole[0], abs=1e-5), "sums over ranks round differently"
 
 
 class At(TrainerCallback):
