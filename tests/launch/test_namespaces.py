@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,10 +41,16 @@ print(socket.gethostname(), peer.recv(100).decode(), met, time.perf_counter() - 
 """
 
 
-def serve(host: Host) -> subprocess.Popen[str]:
+@contextmanager
+def serving(host: Host) -> Iterator[None]:
+    """A server on the host that counts what it is sent."""
     process = host.popen([sys.executable, "-S", "-c", SERVE], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    return process
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        yield
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def send(host: Host, to: Host, size: int, patience: float = 30) -> tuple[float, float]:
@@ -56,33 +64,37 @@ def send(host: Host, to: Host, size: int, patience: float = 30) -> tuple[float, 
 def test_links() -> None:
     """Rate, delay, loss, a cut and its repair, one after another on the same hosts."""
     size = 2_000_000
-    with hosts(2) as (first, second):
-        with serve(second) as server:
-            send(first, second, size)  # each learns where the other is
-            assert send(first, second, size)[0] < 0.02
-            first.limit(rate="40mbit")
-            _, took = send(first, second, size)
-            assert took > 0.75 * size * 8 / 40e6, "a little less than the whole: a burst of 128 KiB is let through"
-            first.limit(delay="30ms")
-            met, _ = send(first, second, size)
-            assert met > 0.058, "there and back over a link with 30 ms in each direction"
-            first.limit(delay="1ms", loss="20%")
-            met, took = send(first, second, 20_000)
-            assert took > 0.004
-            first.limit()
-            assert send(first, second, size)[0] < 0.05
-            second.cut()
-            with pytest.raises(RuntimeError, match="timed out"):
-                send(first, second, size, patience=0.5)
-            second.restore()
-            send(first, second, size)
-            server.kill()
+    with hosts(2) as (first, second), serving(second):
+        assert quickest(first, second) < 0.03
+        first.limit(rate="40mbit")
+        _, took = send(first, second, size)
+        assert took > 0.75 * size * 8 / 40e6, "a little less than the whole: a burst of 128 KiB is let through"
+        first.limit(delay="30ms")
+        met, _ = send(first, second, size)
+        assert met > 0.058, "there and back over a link with 30 ms in each direction"
+        first.limit(delay="1ms", loss="20%")
+        assert send(first, second, 20_000)[1] > 0.004
+        first.limit()
+        assert quickest(first, second) < 0.03, "no delay is left"
+        second.cut()
+        with pytest.raises(RuntimeError, match="timed out"):
+            send(first, second, size, patience=0.5)
+        second.restore()
+        send(first, second, size)
+
+
+def quickest(host: Host, to: Host) -> float:
+    """Seconds until a connection stands, of the quickest of several: the machine may be busy."""
+    return min(send(host, to, 1000)[0] for _ in range(8))
 
 
 def test_loss_is_what_was_asked_for() -> None:
     """Datagrams, which nobody repeats: 30% lost in one direction, all that arrive are whole."""
     receive = (
-        "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('', 5001)); s.settimeout(1.0); n = 0\n"
+        "import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('', 5001)); s.settimeout(2.0); n = 0\n"
+        # room for all, since a busy machine reads late: SO_RCVBUFFORCE where it is allowed, else SO_RCVBUF
+        "try: s.setsockopt(socket.SOL_SOCKET, 33, 1 << 23)\n"
+        "except OSError: s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 23)\n"
         "print('ready', flush=True)\n"
         "try:\n    while True: n += len(s.recv(2000)) == 1000\n"
         "except TimeoutError: print(n)"
@@ -94,10 +106,10 @@ def test_loss_is_what_was_asked_for() -> None:
     with hosts(2) as (first, second):
         first.run("ip", "neigh", "replace", second.address, "lladdr", mac(second), "dev", "eth0")  # no lossy question
         first.limit(loss="30%")
-        with second.popen([sys.executable, "-S", "-c", receive], stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None and process.stdout.readline() == "ready\n"
-            first.run(sys.executable, "-S", "-c", shoot)
-            arrived = int(process.stdout.readline())
+        process = second.popen([sys.executable, "-S", "-c", receive], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        first.run(sys.executable, "-S", "-c", shoot)
+        arrived = int(process.communicate(timeout=30)[0])
     assert 1250 < arrived < 1550, "1400 expected, standard deviation 20"
 
 
