@@ -16,7 +16,7 @@ from muon_dist.checkpoint.piece import MOMENTUM as MOMENTUM_KIND
 from muon_dist.checkpoint.piece import clean_name, whole
 from muon_dist.errors import CheckpointError, FrameworkError
 from muon_dist.optim.muon import Muon
-from muon_dist.optim.state import MOMENTUM, momentum_pieces
+from muon_dist.optim.state import MOMENTUM, kept_by_all, momentum_pieces
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -62,14 +62,18 @@ def holding(
         if kind == WEIGHT:
             named.append((name, tensor))
     if optimizer is not None:
+        copied: set[int] = set()
         if isinstance(optimizer, Muon):
             pieces += momentum_pieces(optimizer)
+            copied = kept_by_all(optimizer)
         steps = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, p in named:
             if id(p) in steps:
                 if source is not None:
                     make_state(optimizer, p, name, source, steps[id(p)])
                 pieces += state_pieces(optimizer, name, p, everyone)
+                if id(p) in copied:
+                    pieces += _placed(name, MOMENTUM_KIND, optimizer.state[p][MOMENTUM], p, everyone)
     return Holding("dtensor" if sharded else "replicated", pieces)
 
 

@@ -38,15 +38,25 @@ def bound_runtime(optimizer: Muon) -> Runtime:
     return optimizer.runtime
 
 
-def momentum_pieces(optimizer: Muon) -> list[Piece]:
-    """The momentum that this rank holds, as live pieces of the whole momentum of each parameter.
+def kept_by_all(optimizer: Muon) -> set[int]:
+    """`id()` of the parameters whose momentum every holder keeps, not its sources alone (`Binding.everywhere`)."""
+    runtime = bound_runtime(optimizer)
+    return {id(runtime.binding.buffers[buffer]) for buffer in runtime.binding.everywhere(runtime.plan)}
 
-    No element is listed by two ranks: momentum lives on the sources alone.
+
+def momentum_pieces(optimizer: Muon) -> list[Piece]:
+    """The momentum that this rank is a source of, as live pieces of the whole momentum of each parameter.
+
+    No element is listed by two ranks. Parameters of which every holder keeps the momentum (`kept_by_all`) are left
+    out: their copies are equal, and a load must fill them all.
     """
     runtime = bound_runtime(optimizer)
+    kept = kept_by_all(optimizer)
     shapes = {spec.name: spec.shape for specs in optimizer.specs for spec in specs}
     pieces = []
     for buffer in runtime.momentum:
+        if id(runtime.binding.buffers[buffer]) in kept:
+            continue
         for matrix, span, part in runtime.momentum_pieces(buffer):
             row, column = divmod(span.offset, matrix.cols)
             at = matrix.start + row * matrix.stride + column

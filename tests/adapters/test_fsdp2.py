@@ -27,6 +27,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from muon_dist import Muon, MuonFactory, param_groups
+from muon_dist.adapters import module_state
+from muon_dist.checkpoint import Contents, Ranks, Saver, open_checkpoint
+from muon_dist.checkpoint import load as load_checkpoint
 from muon_dist.errors import FrameworkError, MuonDistError
 from muon_dist.exchange import bytes_sent, make_buckets
 from muon_dist.layout import cut_parameter
@@ -543,6 +546,33 @@ def test_checkpoint_moves_to_other_meshes_bit_for_bit(saved, policy, copied, loa
             assert all(torch.equal(at_load[n], w) for n, w in at_save.items())
             if shape == saved:
                 assert all(torch.equal(later[n], w) for n, w in after.items())
+
+
+def own_format(folder: str) -> tuple[Result, list[bool]]:
+    """Save and load through muon_dist.checkpoint under HSDP with momentum that both copies keep."""
+    kept: list[Result] = []
+    for round_ in range(2):
+        model = shard(llama(), make_mesh((2, 2)))
+        optimizer = make_optimizer(model, heads_under("round_robin"), owner_policy="round_robin")
+        if round_ == 0:
+            continued(model, optimizer, range(2))
+        held = module_state.holding(model, optimizer, dist.get_world_size())
+        ranks = Ranks(dist.group.WORLD)
+        if round_ == 0:
+            Saver(Path(folder), ranks).save(held.pieces, Contents(2, held.layout))
+        else:
+            load_checkpoint(open_checkpoint(Path(folder) / "checkpoint-2", ranks), held, ranks)
+        runtime = optimizer.runtime
+        copied = runtime.binding.everywhere(runtime.plan)
+        kept.append({str(buffer): m.clone() for buffer, m in runtime.momentum.items() if buffer in copied})
+    return kept[0], [torch.equal(kept[0][buffer], m) and bool(m.any()) for buffer, m in kept[1].items()]
+
+
+def test_a_load_fills_every_copy_of_momentum(tmp_path: Path):
+    results = run_ranks(own_format, 4, str(tmp_path))
+    assert all(len(equal) == 2 and all(equal) for _, equal in results)
+    for rank in (0, 1):  # ranks 0, 2 and 1, 3 hold copies
+        assert all(torch.equal(m, results[rank + 2][0][buffer]) for buffer, m in results[rank][0].items())
 
 
 def full_state() -> tuple[bool, int]:
