@@ -88,7 +88,9 @@ class _Ends:
         np.add.at(added[3], matrix.fragments.rank, matrix.fragments.length)
         added[0, owner] = added[3, owner] = 0  # what stays is not sent
         added[1, owner] = added[0].sum()
-        added[2, owner] = matrix.matrix.numel if whole_everywhere(self.plan, i) else added[3].sum()
+        added[2, owner] = added[3].sum()
+        if whole_everywhere(self.plan, i):  # broadcast once, and received from two owners at a time
+            added[2, owner], added[3] = matrix.matrix.numel, 0
         added[4, owner] = matrix.matrix.numel
         return added
 
@@ -141,9 +143,10 @@ def cut_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: i
 def make_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int) -> tuple[Bucket, ...]:
     """Cut `matrices` into buckets such that no rank sends, receives or stacks more than `bucket_elements` at a time.
 
-    A matrix larger than the bound has a bucket of its own. A broadcast counts once at its sender. The owners' lists
-    are interleaved by progress, so that each bucket gives every owner work, and equal shapes of one owner stay
-    together for one batched call.
+    The largest matrix takes the place of a smaller bound. A broadcast counts once at its sender and not at its
+    receivers, which take one owner's after another: else the bound on what they all send would leave a bucket one or
+    two matrices, and all owners but these would wait. The owners' lists are interleaved by progress, so that each
+    bucket gives every owner work, and equal shapes of one owner stay together for one batched call.
     """
     return tuple(_bucket(plan, members) for members in cut_buckets(plan, matrices, bucket_elements))
 

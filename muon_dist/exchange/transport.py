@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,17 +24,53 @@ class Message:
     On CUDA the collective runs on a stream of its own, and `wait` makes the current stream wait, not the process.
     """
 
-    def __init__(self, received: torch.Tensor, works: list[Any], sent: torch.Tensor) -> None:
+    def __init__(self, received: torch.Tensor, work: Any, sent: torch.Tensor) -> None:
         self._received = received
-        self._works = works
+        self._work = work
         self._sent: torch.Tensor | None = sent  # alive until it has left
 
     def wait(self) -> torch.Tensor:
-        """What has arrived."""
-        for work in self._works:
-            work.wait()
+        """What has arrived, in the order of the ranks."""
+        self._work.wait()
         self._sent = None
         return self._received
+
+    def parts(self) -> Iterator[torch.Tensor]:
+        """The same in parts that follow each other; here one."""
+        yield self.wait()
+
+
+class Broadcasts:
+    """Every rank sends one tensor to all others, in the order of the ranks, two on their way at a time.
+
+    One after another, because what all send together is the whole model's updates, which no rank has room for.
+    """
+
+    def __init__(self, transport: Transport, send: torch.Tensor, counts: Sequence[int]) -> None:
+        self._transport = transport
+        self._send = send
+        self._turns = [(rank, n) for rank, n in enumerate(counts) if n]
+        self._under_way: deque[tuple[torch.Tensor, Any]] = deque()
+        self._start()
+        self._start()
+
+    def _start(self) -> None:
+        if self._turns:
+            rank, count = self._turns.pop(0)
+            data = self._send if rank == self._transport.rank else self._send.new_empty(count)
+            group = self._transport.group
+            self._under_way.append((data, dist.broadcast(data, group_src=rank, group=group, async_op=True)))
+            self._transport.collectives += 1
+
+    def parts(self) -> Iterator[torch.Tensor]:
+        """What each of the others sends, in the order of the ranks; to be used before the next is asked for."""
+        while self._under_way:
+            data, work = self._under_way.popleft()
+            work.wait()
+            if data is not self._send:
+                yield data
+            del data
+            self._start()
 
 
 class Transport:
@@ -83,23 +120,15 @@ class Transport:
         work = dist.all_to_all_single(received, send, receives, sends, group=self.group, async_op=True)
         self.bytes_sent += send.numel() * send.element_size()
         self.collectives += 1
-        return Message(received, [work], send)
+        return Message(received, work, send)
 
-    def broadcast(self, send: torch.Tensor, counts: Sequence[int]) -> Message:
+    def broadcast(self, send: torch.Tensor, counts: Sequence[int]) -> Broadcasts:
         """Start to send the flat tensor `send` to all other ranks, of which rank r does so with `counts[r]` elements.
 
-        What is received stands in the order of the ranks, this one left out; nothing is copied on the way.
+        The rest is sent while the parts are taken, by all ranks in the same order; nothing is copied on the way.
         """
-        others = [0 if r == self.rank else n for r, n in enumerate(counts)]
-        received = send.new_empty(sum(others))
-        works = []
-        for r, part in enumerate(received.split(others)):
-            if counts[r]:
-                data = send if r == self.rank else part
-                works.append(dist.broadcast(data, group_src=r, group=self.group, async_op=True))
-                self.collectives += 1
         self.bytes_sent += (self.world_size - 1) * send.numel() * send.element_size()
-        return Message(received, works, send)
+        return Broadcasts(self, send, counts)
 
     def highest(self, values: torch.Tensor) -> list[int]:
         """Elementwise maximum of a small uint8 tensor over all ranks; one small collective, and the one transfer."""

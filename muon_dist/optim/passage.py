@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from muon_dist.exchange.transport import Message, Transport
+from muon_dist.exchange.transport import Broadcasts, Message, Transport
 from muon_dist.layout.fragment import Matrix, Span
 from muon_dist.optim.binding import Group, update_scale
 
@@ -131,6 +132,7 @@ class Passage:
         self.bucket = bucket
         self.step = step
         self._message: Message | None = None
+        self._returning: Message | Broadcasts | None = None
         self._stacks: torch.Tensor | None = None
 
     def _enter(self, operation: str) -> None:
@@ -184,27 +186,32 @@ class Passage:
         self._enter("scatter")
         wire = self.step.wire[1]
         if self.recipe.broadcast:
-            self._message = self.step.transport.broadcast(stacks.to(wire), self.recipe.broadcast)
+            self._returning = self.step.transport.broadcast(stacks.to(wire), self.recipe.broadcast)
         elif self.recipe.scatters:
             sends, receives = self.recipe.scatter_splits
             packed = torch.empty(sum(sends), dtype=wire, device=self.step.device)
             for p in self.recipe.scatter_send:
                 packed[p.message : p.message + p.length].copy_(stacks[p.stacked : p.stacked + p.length])
-            self._message = self.step.transport.all_to_all(packed, sends, receives)
+            self._returning = self.step.transport.all_to_all(packed, sends, receives)
         self._enter("update")
         for p in self.recipe.own_destinations:
             self._apply(p, stacks[p.stacked : p.stacked + p.length])
 
     def update(self) -> None:
-        """Wait for the updates of the others, and apply them."""
-        if self._message is None:
+        """Wait for the updates of the others, and apply them as they come."""
+        if self._returning is None:
             return
         self._enter("scatter")
-        received = self._message.wait()
-        self._message = None
-        self._enter("update")
-        for p in self.recipe.scatter_receive:
-            self._apply(p, received[p.message : p.message + p.length])
+        pieces = deque(self.recipe.scatter_receive)
+        at = 0
+        for part in self._returning.parts():
+            self._enter("update")
+            while pieces and pieces[0].message < at + part.numel():
+                p = pieces.popleft()
+                self._apply(p, part[p.message - at : p.message - at + p.length])
+            at += part.numel()
+            self._enter("scatter")
+        self._returning = None
 
     def _fill(self, piece: Piece, target: torch.Tensor) -> None:
         """Write what is orthogonalized (momentum, or its Nesterov look-ahead) of a source into `target`."""

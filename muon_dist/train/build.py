@@ -106,8 +106,10 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
     settings: dict[str, Any] = {
         "logging_steps": 10,
         "report_to": "none",
-        # Every parameter of a causal language model gets a gradient; looking for those that do not costs time.
-        "ddp_find_unused_parameters": False,
+        # Every parameter of a causal language model gets a gradient; looking for those that do not costs time. But
+        # without looking, DDP lays its buckets out anew after a process's first step, which changes the order of its
+        # sums: with three ranks or more a resumed run would differ in the last bits.
+        "ddp_find_unused_parameters": bool(config.trainer.get("full_determinism", False)),
         "use_cpu": not cuda,
         "dataloader_pin_memory": cuda,
         **config.trainer,

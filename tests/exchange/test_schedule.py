@@ -89,3 +89,11 @@ def test_replicated_gathers_nothing_and_broadcasts():
     assert bucket.gather == {}
     assert sum(bucket.scatter.values()) == 4 * 24 * 3
     assert [bytes_sent((bucket,), r, 4, 4) for r in range(4)] == [4 * 24 * 3] * 4
+
+
+def test_a_broadcast_bucket_gives_every_owner_work():
+    """A bound on what all owners send together left 16 ranks buckets of one owner each."""
+    matrices = [cut_parameter(f"m{i}", (8, 8))[0] for i in range(64)]
+    plan = assign_owners(replicated_layout([[m] for m in matrices], 16))
+    buckets = make_buckets(plan, range(64), 64)
+    assert [sorted(plan.owners[i] for i in b.matrices) for b in buckets] == [list(range(16))] * 4
