@@ -92,8 +92,8 @@ def _leave_if_stopped(trainer: MuonTrainer) -> None:
     guards = trainer.guards
     if guards is not None and guards.stopped:
         error = Stopped(
-            f"{stop_text(guards.stopped)}: all ranks stopped after step {trainer.state.global_step}; the newest commit "
-            f"is {guards.committed}. Start the same command again to go on from it"
+            f"{stop_text(guards.stopped)}: all ranks stopped after step {trainer.state.global_step}; the newest "
+            f"commit is {guards.committed}. Start the same command again to go on from it"
         )
         error.reported_elsewhere = distributed.rank() != 0  # type: ignore[attr-defined]
         raise error
