@@ -73,6 +73,13 @@ def whole_everywhere(plan: OwnershipPlan, i: int) -> bool:
     return world > 1 and len(m.fragments) == world and bool((m.fragments.length == m.matrix.numel).all())
 
 
+def largest_end(plan: OwnershipPlan, i: int) -> int:
+    """Elements of matrix `i` that its owner stacks, or sends to all copies of its shards (HSDP), if that is more."""
+    m = plan.layout.matrices[i]
+    numel = m.matrix.numel
+    return numel if whole_everywhere(plan, i) else max(numel, int(m.fragments.length.sum()) - m.held(plan.owners[i]))
+
+
 class _Ends:
     """What each rank sends, receives and stacks in a bucket while it grows: (kind, rank) -> elements."""
 
@@ -116,10 +123,10 @@ def _by_progress(plan: OwnershipPlan, matrices: Sequence[int]) -> list[int]:
 
 def cut_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int) -> list[tuple[int, ...]]:
     """The matrices of each bucket of `make_buckets`, without its messages."""
-    # The owner of the largest matrix must hold it anyway. Without this every matrix above the bound has a bucket of
-    # its own, in which all owners but one wait: Newton-Schulz runs one matrix after another on the whole world.
-    sizes = (plan.layout.matrices[i].matrix.numel for i in matrices)
-    bound = max(bucket_elements, max(sizes, default=0))
+    # The owner of the largest matrix must hold it anyway, and send it to every copy. Without this every matrix above
+    # the bound has a bucket of its own, in which all owners but one wait: Newton-Schulz runs one matrix after another
+    # on the whole world.
+    bound = max(bucket_elements, max((largest_end(plan, i) for i in matrices), default=0))
 
     def key(i: int) -> tuple[int, int, int, int]:
         m = plan.layout.matrices[i].matrix

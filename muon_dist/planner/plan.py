@@ -11,7 +11,7 @@ import torch
 
 from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError
-from muon_dist.exchange.schedule import bucket_elements
+from muon_dist.exchange.schedule import bucket_elements, largest_end
 from muon_dist.measured_cost import measure
 from muon_dist.numerics import compute_dtype, get_schedule, newton_schulz_flops
 from muon_dist.ownership import OwnershipPlan, assign_owners, stack_length
@@ -278,7 +278,7 @@ def _memory(
     scale = 1.0 if settings.low_precision else 2.0
     full = 34 * scale * tokens * workload.hidden
     layers = 2 * scale * tokens * workload.hidden * workload.layers + full if settings.checkpointing else None
-    largest = max((m.matrix.numel for m in owners.layout.matrices), default=0)
+    largest = max((largest_end(owners, i) for i in range(len(owners.layout.matrices))), default=0)
     return {
         "weights": placement.weights,
         "gradients": placement.gradients,

@@ -6,6 +6,7 @@ import pytest
 
 from muon_dist.exchange.schedule import bytes_sent, make_buckets, outgoing, returning, splits
 from muon_dist.layout import (
+    Fragment,
     Layout,
     MatrixLayout,
     PlacedParameter,
@@ -97,3 +98,16 @@ def test_a_broadcast_bucket_gives_every_owner_work():
     plan = assign_owners(replicated_layout([[m] for m in matrices], 16))
     buckets = make_buckets(plan, range(64), 64)
     assert [sorted(plan.owners[i] for i in b.matrices) for b in buckets] == [list(range(16))] * 4
+
+
+def test_copies_of_shards_do_not_leave_owners_waiting():
+    """HSDP, two copies of two shards: an owner sends 1.5 matrices, which alone exceeded a bound of one."""
+    matrices = [cut_parameter(f"m{i}", (8, 8))[0] for i in range(8)]
+    shards = [(0, 0), (1, 32), (2, 0), (3, 32)]  # rank, first element
+    layouts = tuple(
+        MatrixLayout(m, tuple(Fragment(rank, first, 32, buffer, -first) for rank, first in shards))
+        for buffer, m in enumerate(matrices)
+    )
+    plan = OwnershipPlan(Layout("dtensor", 4, layouts), tuple(i % 4 for i in range(8)))
+    buckets = make_buckets(plan, range(8), 64)
+    assert [sorted(plan.owners[i] for i in b.matrices) for b in buckets] == [[0, 1, 2, 3]] * 2
