@@ -116,6 +116,6 @@ def test_pickled_state_is_refused(tmp_path: Path) -> None:
     (tmp_path / "engine" / "global_step5").mkdir(parents=True)
     (tmp_path / "engine" / "latest").write_text("global_step5")
     torch.save(Canary(canary), tmp_path / "engine" / "global_step5" / "mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match=r"DeepSpeed's own format, which is pickled .*ds_to_universal"):
+    with pytest.raises(CheckpointError, match=r"DeepSpeed's own format, which is pickled: .*ds_to_universal"):
         checkpoints.convert(tmp_path / "engine", tmp_path / "start")
     assert not canary.exists() and not (tmp_path / "start").exists()
