@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from muon_dist.config import Config
-    from muon_dist.planner import Settings, Workload
+    from muon_dist.planner.model import Settings, Workload
 
 app = typer.Typer()
 

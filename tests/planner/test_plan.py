@@ -15,12 +15,13 @@ import torch
 
 from muon_dist.cli import main
 from muon_dist.errors import ConfigError
-from muon_dist.planner import DEVICES, LAYOUTS, Settings, Workload, describe_model, make_plan, place
 from muon_dist.planner.advice import advise
 from muon_dist.planner.balance import balance
-from muon_dist.planner.devices import find_device
+from muon_dist.planner.devices import DEVICES, find_device
 from muon_dist.planner.estimate import newton_schulz_seconds
-from muon_dist.planner.placement import sub_groups
+from muon_dist.planner.model import Settings, Workload, describe_model
+from muon_dist.planner.placement import LAYOUTS, place, sub_groups
+from muon_dist.planner.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,

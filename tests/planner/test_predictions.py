@@ -18,8 +18,11 @@ import deepspeed
 import muon_dist
 from muon_dist.exchange.schedule import bucket_elements
 from muon_dist.ownership import assign_owners
-from muon_dist.planner import DEVICES, Plan, Settings, Workload, describe_model, exchange_of, make_plan, place
-from muon_dist.planner.estimate import BETWEEN, INSIDE, Exchange, buckets_of
+from muon_dist.planner.devices import DEVICES
+from muon_dist.planner.estimate import BETWEEN, INSIDE, Exchange, buckets_of, exchange_of
+from muon_dist.planner.model import Settings, Workload, describe_model
+from muon_dist.planner.placement import place
+from muon_dist.planner.plan import Plan, make_plan
 from tests.adapters.deepspeed_ranks import MODELS, SEQUENCE, VOCABULARY, Case, backward, ds_config, make_model
 from tests.adapters.test_fsdp2 import make_mesh, shard
 

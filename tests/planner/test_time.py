@@ -13,7 +13,9 @@ import torch
 
 import muon_dist
 from muon_dist.model import build_model
-from muon_dist.planner import Settings, describe_model, make_plan, measured_device
+from muon_dist.planner.devices import measured_device
+from muon_dist.planner.model import Settings, describe_model
+from muon_dist.planner.plan import make_plan
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 64}
 SHAPES = [(256, 704, 4), (384, 1024, 2), (512, 1376, 1)]
