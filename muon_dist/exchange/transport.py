@@ -170,8 +170,7 @@ class Transport:
         if failed:
             raise PlanMismatchError(f"rank {failed[0]} could not make its {what}; its own message says why")
         if len(set(digests)) > 1:
-            gathered: list = [None] * self.world_size
-            dist.all_gather_object(gathered, fields, group=self.group)
+            gathered = self.gather_objects(fields)
             raise PlanMismatchError(
                 f"the ranks do not hold the same {what}: {first_difference(dict(enumerate(gathered)))}. "
                 "Start every rank with the same model, configuration and package versions."
