@@ -1,5 +1,5 @@
 """Counts the payload of every collective that a process makes."""
 
-from muon_dist.bench.traffic import Traffic
+from muon_dist.bench.traffic import BATCH, Traffic
 
-__all__ = ["Traffic"]
+__all__ = ["BATCH", "Traffic"]

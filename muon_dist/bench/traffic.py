@@ -22,6 +22,8 @@ FUNCTIONAL = {
     "reduce_scatter_tensor_coalesced": "_reduce_scatter_base",
 }
 
+BATCH = "batch_isend_irecv"
+
 
 def _nbytes(*tensors: Any) -> int:
     total = 0
@@ -37,7 +39,7 @@ class Traffic:
     of DTensor. What C++ calls by itself is not seen: of DDP only what a communication hook in Python sends. Of a
     reduction, all-gather or broadcast, what a ring moves: (W - 1) / W of the whole, twice for an all-reduce; of a
     gather, scatter, all-to-all and point-to-point message, exactly what this rank receives and sends. `calls` counts
-    collectives; barriers are left out.
+    collectives, a batch of point-to-point messages as one, under the name of `BATCH`; barriers are left out.
     """
 
     def __init__(self) -> None:
@@ -46,6 +48,8 @@ class Traffic:
         self.calls: Counter[str] = Counter()
         self._originals: dict[str, Any] = {}
         self._functional: dict[str, Any] = {}
+        self._batch: Any = None
+        self._in_batch = False
 
     @property
     def total(self) -> float:
@@ -68,8 +72,9 @@ class Traffic:
         self.calls.clear()
 
     def _count(self, name: str, group: Any, args: tuple[Any, ...]) -> None:
-        self.calls[name] += 1
         received, sent = _moved(name, group.size(), group.rank(), args)
+        name = BATCH if self._in_batch else name
+        self.calls[name] += not self._in_batch
         self.received[name] += received
         self.sent[name] += sent
 
@@ -81,7 +86,17 @@ class Traffic:
         "broadcast", "reduce", "gather", "scatter", "send", "recv", "recv_anysource",
     )  # fmt: skip
 
+    def _counted_batch(self, messages: list[dist.P2POp]) -> list[Any]:
+        self.calls[BATCH] += 1
+        self._in_batch = True
+        try:
+            return self._batch(messages)
+        finally:
+            self._in_batch = False
+
     def __enter__(self) -> Traffic:
+        self._batch = dist.batch_isend_irecv
+        setattr(dist, BATCH, self._counted_batch)
         for name in self.NAMES:
             original = getattr(dist.ProcessGroup, name)
             self._originals[name] = vars(dist.ProcessGroup)[name]  # the descriptor, to put back
@@ -97,6 +112,7 @@ class Traffic:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        setattr(dist, BATCH, self._batch)
         for name, original in self._originals.items():
             setattr(dist.ProcessGroup, name, original)
         for name, original in self._functional.items():

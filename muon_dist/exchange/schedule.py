@@ -44,6 +44,26 @@ def bucket_elements(bucket_bytes: int) -> int:
     return max(1, 2 * bucket_bytes // _BYTES_OF_TWO_BUCKETS)
 
 
+# With fewer buckets than this the first gather and the last scatter, which nothing hides, are a large share of the
+# whole; a message below 4 MB is mostly latency.
+_PIPELINED = 8
+_SMALLEST = 2**20
+
+
+def pipelined_elements(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int) -> int:
+    """The bound of `make_buckets` when they are to overlap: smaller than `bucket_elements` where the busiest owner of
+    `matrices` would otherwise have less than `_PIPELINED` buckets, but not below `_SMALLEST`.
+
+    Of one rank `bucket_elements`: there is nothing to hide.
+    """
+    if plan.layout.world_size == 1:
+        return bucket_elements
+    owned = np.zeros(plan.layout.world_size, dtype=np.int64)
+    for i in matrices:
+        owned[plan.owners[i]] += plan.layout.matrices[i].matrix.numel
+    return min(bucket_elements, max(int(owned.max()) // _PIPELINED, _SMALLEST))
+
+
 def splits(counts: dict[tuple[int, int], int], rank: int, world_size: int) -> tuple[list[int], list[int]]:
     """(elements that `rank` sends to each rank, elements that it receives from each)."""
     sends = [counts.get((rank, r), 0) for r in range(world_size)]

@@ -14,6 +14,7 @@ from muon_dist.errors import MuonDistError, PeerError, PlanMismatchError
 from muon_dist.exchange.progress import Progress, place
 from muon_dist.ownership import digest, first_difference
 
+_TAG = 0x4D75  # of messages between two ranks, so that none of somebody else's is taken for them
 # Operations of Progress that wait for other ranks.
 _MESSAGES = ("gradient flags", "gather", "scatter", "ownership plan")
 
@@ -24,14 +25,15 @@ class Message:
     On CUDA the collective runs on a stream of its own, and `wait` makes the current stream wait, not the process.
     """
 
-    def __init__(self, received: torch.Tensor, work: Any, sent: torch.Tensor) -> None:
+    def __init__(self, received: torch.Tensor, works: Sequence[Any], sent: torch.Tensor) -> None:
         self._received = received
-        self._work = work
+        self._works = works
         self._sent: torch.Tensor | None = sent  # alive until it has left
 
     def wait(self) -> torch.Tensor:
         """What has arrived, in the order of the ranks."""
-        self._work.wait()
+        for work in self._works:
+            work.wait()
         self._sent = None
         return self._received
 
@@ -117,10 +119,29 @@ class Transport:
     def all_to_all(self, send: torch.Tensor, sends: list[int], receives: list[int]) -> Message:
         """Start to exchange runs of a flat tensor: `sends[r]` elements to rank r, `receives[r]` from it, by rank."""
         received = send.new_empty(sum(receives))
-        work = dist.all_to_all_single(received, send, receives, sends, group=self.group, async_op=True)
         self.bytes_sent += send.numel() * send.element_size()
         self.collectives += 1
-        return Message(received, work, send)
+        if self.device.type == "cpu":
+            return Message(received, self._receives_first(send, sends, received, receives), send)
+        work = dist.all_to_all_single(received, send, receives, sends, group=self.group, async_op=True)
+        return Message(received, [work], send)
+
+    def _receives_first(
+        self, send: torch.Tensor, sends: list[int], received: torch.Tensor, receives: list[int]
+    ) -> Sequence[Any]:
+        """The exchange as messages between pairs of ranks, what is to be received announced before anything is sent.
+
+        gloo's own all-to-all announces it after: behind the megabytes that this rank sends, so that a link carries
+        first one direction and then the other.
+        """
+        ways = ((dist.irecv, received.split(receives)), (dist.isend, send.split(sends)))
+        messages = [
+            dist.P2POp(operation, part, group=self.group, group_peer=peer, tag=_TAG)
+            for operation, parts in ways
+            for peer, part in enumerate(parts)
+            if part.numel()
+        ]
+        return dist.batch_isend_irecv(messages) if messages else ()
 
     def broadcast(self, send: torch.Tensor, counts: Sequence[int]) -> Broadcasts:
         """Start to send the flat tensor `send` to all other ranks, of which rank r does so with `counts[r]` elements.

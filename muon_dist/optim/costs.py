@@ -14,17 +14,8 @@ from muon_dist.layout.fragment import MatrixLayout
 from muon_dist.measured_cost import measure
 from muon_dist.numerics import compute_dtype
 from muon_dist.optim.binding import Binding, Group
-from muon_dist.optim.options import iterations
+from muon_dist.optim.options import ANALYTIC, Options, iterations
 from muon_dist.ownership import OwnershipPlan, assign_owners, stack_length
-
-ANALYTIC, MEASURED = "analytic", "measured"
-
-
-def check_cost(cost: str | CostModel) -> str | CostModel:
-    """`cost` as it is. Raises ConfigError for one that is unknown."""
-    if not isinstance(cost, CostModel) and cost not in (ANALYTIC, MEASURED):
-        raise ConfigError(f"cost '{cost}' is unknown: use {ANALYTIC}, {MEASURED} or a CostModel")
-    return cost
 
 
 def agreed_cost(
@@ -73,9 +64,8 @@ def owners_for(
     binding: Binding,
     groups: Sequence[Group],
     group_of: Mapping[int, int],
-    policy: str,
+    options: Options,
     cost: CostModel,
-    wire_dtype: torch.dtype | None,
 ) -> OwnershipPlan:
     """`assign_owners` with the steps and compute dtype of each matrix's parameter group."""
 
@@ -84,9 +74,9 @@ def owners_for(
 
     return assign_owners(
         binding.layout,
-        policy=policy,
+        policy=options.owner_policy,
         cost=cost,
         steps=lambda m: iterations(of(m)),
         dtype=lambda m: compute_dtype(of(m)["ns_dtype"], binding.device, of(m)["ns_schedule"]),
-        bytes_per_element=(wire_dtype or torch.float32).itemsize,
+        bytes_per_element=(options.wire_dtype or torch.float32).itemsize,
     )

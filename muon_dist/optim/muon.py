@@ -17,11 +17,11 @@ from muon_dist.layout import replicated_layout
 from muon_dist.numerics.compiled import check_compiler
 from muon_dist.optim.adamw import adamw_step
 from muon_dist.optim.binding import BINDERS, Binding, Group, NotReady, ParameterSpec
-from muon_dist.optim.costs import agreed_cost, check_cost, owners_for
+from muon_dist.optim.costs import agreed_cost, owners_for
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.guard import StepGuard, parameter_names
-from muon_dist.optim.options import DEFAULT_GROUP, check_arguments, check_group, make_spec
-from muon_dist.optim.planning import check_covers, check_order, check_untouched, default_process_group, option_fields
+from muon_dist.optim.options import DEFAULT_GROUP, Options, check_group, check_process_group, make_spec
+from muon_dist.optim.planning import check_covers, check_order, check_untouched, default_process_group, group_fields
 from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import MOMENTUM, PARTIAL, adopt_momentum, full_state_dict, partial_momentum, split_momentum
 from muon_dist.ownership import OwnershipPlan
@@ -95,14 +95,9 @@ class Muon(torch.optim.Optimizer):
         max_nonfinite: int = 5,
         diagnostics: Diagnostics | Mapping[str, Any] | None = None,
     ) -> None:
-        check_arguments(process_group, bucket_mb, wire_dtype)
+        check_process_group(process_group)
         self.process_group = process_group
-        self._owner_policy = owner_policy
-        self._cost = check_cost(cost)
-        self._bucket_bytes = int(bucket_mb * 2**20)
-        self._wire_dtype = wire_dtype
-        self._overlap = overlap
-        self._ns_compile = ns_compile
+        self._options = Options(owner_policy, cost, bucket_mb, overlap, ns_compile, wire_dtype)
         self.guard = StepGuard(max_nonfinite)
         self.progress = Progress()
         self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
@@ -191,27 +186,21 @@ class Muon(torch.optim.Optimizer):
             PlanMismatchError: the ranks computed different plans.
         """
         plan, fields, problem = None, None, None
-        cost = agreed_cost(self._cost, binding, self._groups, groups)
+        cost = agreed_cost(self._options.cost, binding, self._groups, groups)
         try:
             check_covers(self._specs, binding)
-            plan = owners_for(binding, self._groups, groups, self._owner_policy, cost, self._wire_dtype)
+            plan = owners_for(binding, self._groups, groups, self._options, cost)
             # options first: they also move owners, and the first difference is the one that is named
-            options = option_fields(
-                self._groups, groups, binding.device, bucket_bytes=self._bucket_bytes, wire_dtype=self._wire_dtype,
-                overlap=self._overlap,
-            )  # fmt: skip
-            fields = [*options, *cost.fields(), *plan.fields()]
-            if self._ns_compile:
+            of_groups = group_fields(self._groups, groups, binding.device)
+            fields = [*self._options.fields(), *of_groups, *cost.fields(), *plan.fields()]
+            if self._options.ns_compile:
                 check_compiler(binding.device)
         except Exception as error:
             problem = error
         transport = Transport(binding.group, binding.device, self.progress)
         transport.require_equal("ownership plan", fields, problem)
         assert plan is not None
-        self._runtime = Runtime(
-            binding, plan, transport, groups, bucket_bytes=self._bucket_bytes, wire_dtype=self._wire_dtype,
-            overlap=self._overlap, compiled=self._ns_compile,
-        )  # fmt: skip
+        self._runtime = Runtime(binding, plan, transport, groups, self._options)
         if self.diagnostics is not None:
             self.diagnostics.attach(self._runtime)
         self._buffer_of = {id(tensor): i for i, tensor in enumerate(binding.buffers)}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError, RoutingError
 from muon_dist.frameworks import loaded_checks
 from muon_dist.layout import cut_parameter
@@ -16,18 +19,48 @@ from muon_dist.routing import logical_shape
 
 ALGORITHMS = ("muon", "adamw")
 DEFAULT_GROUP = "default"
+ANALYTIC, MEASURED = "analytic", "measured"
 
 
-def check_arguments(
-    process_group: dist.ProcessGroup | str | None, bucket_mb: float, wire_dtype: torch.dtype | None
-) -> None:
-    """Raise ConfigError, naming argument and value, for an argument of `Muon` that cannot be used."""
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `Muon` that hold for all groups; equal on all ranks.
+
+    Raises:
+        ConfigError: one cannot be used; names it and its value.
+    """
+
+    owner_policy: str = "balanced"
+    cost: str | CostModel = ANALYTIC
+    bucket_mb: float = 256.0
+    overlap: bool = True
+    ns_compile: bool = False
+    wire_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not self.bucket_mb > 0:
+            raise ConfigError(f"bucket_mb is {self.bucket_mb}: it must be above 0")
+        if self.wire_dtype is not None and not self.wire_dtype.is_floating_point:
+            raise ConfigError(f"wire_dtype is {self.wire_dtype}: use a floating-point dtype or None")
+        if not isinstance(self.cost, CostModel) and self.cost not in (ANALYTIC, MEASURED):
+            raise ConfigError(f"cost '{self.cost}' is unknown: use {ANALYTIC}, {MEASURED} or a CostModel")
+
+    @property
+    def bucket_bytes(self) -> int:
+        """`bucket_mb` in bytes."""
+        return int(self.bucket_mb * 2**20)
+
+    def fields(self) -> Iterable[tuple[str, object]]:
+        """(name, value) of what decides what travels, beside the owners."""
+        yield "bucket_mb in bytes", self.bucket_bytes
+        yield "wire_dtype", str(self.wire_dtype)
+        yield "overlap", self.overlap
+
+
+def check_process_group(process_group: dist.ProcessGroup | str | None) -> None:
+    """Raise ConfigError for a name that is not `DEFAULT_GROUP`."""
     if isinstance(process_group, str) and process_group != DEFAULT_GROUP:
         raise ConfigError(f"process_group '{process_group}' is unknown: pass a ProcessGroup, None or 'default'")
-    if not bucket_mb > 0:
-        raise ConfigError(f"bucket_mb is {bucket_mb}: it must be above 0")
-    if wire_dtype is not None and not wire_dtype.is_floating_point:
-        raise ConfigError(f"wire_dtype is {wire_dtype}: use a floating-point dtype or None")
 
 
 def check_group(group: Group, where: str) -> None:

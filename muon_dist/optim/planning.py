@@ -61,19 +61,10 @@ def check_order(saved: Sequence[Mapping[str, Any]], specs: Sequence[Sequence[Par
             )
 
 
-def option_fields(
-    groups: Sequence[Group],
-    group_of: Mapping[int, int],
-    device: torch.device,
-    *,
-    bucket_bytes: int,
-    wire_dtype: torch.dtype | None,
-    overlap: bool,
+def group_fields(
+    groups: Sequence[Group], group_of: Mapping[int, int], device: torch.device
 ) -> Iterable[tuple[str, object]]:
-    """(name, value) of the options that decide what travels and what is computed; equal on all ranks."""
-    yield "bucket_mb in bytes", bucket_bytes
-    yield "wire_dtype", str(wire_dtype)
-    yield "overlap", overlap
+    """(name, value) of the groups' options that decide what is computed; equal on all ranks."""
     for index in sorted(set(group_of.values())):
         group = groups[index]
         dtype = compute_dtype(group["ns_dtype"], device, group["ns_schedule"])

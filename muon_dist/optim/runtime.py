@@ -9,11 +9,20 @@ from itertools import groupby
 import torch
 
 from muon_dist.exchange.overlap import pipeline
-from muon_dist.exchange.schedule import Bucket, bucket_elements, make_buckets, outgoing, returning, splits
+from muon_dist.exchange.schedule import (
+    Bucket,
+    bucket_elements,
+    make_buckets,
+    outgoing,
+    pipelined_elements,
+    returning,
+    splits,
+)
 from muon_dist.exchange.transport import Transport
 from muon_dist.layout.fragment import Fragment, Matrix, Span
 from muon_dist.numerics import compute_dtype, kernel_name, newton_schulz_
 from muon_dist.optim.binding import Binding, Group
+from muon_dist.optim.options import Options
 from muon_dist.optim.passage import Observer, Orthogonalize, Passage, Piece, Recipe, Stack, Step, Work, view
 from muon_dist.ownership import OwnershipPlan
 
@@ -27,10 +36,7 @@ class Runtime:
         binding, plan: what is stepped and who owns it.
         transport: over the binding's process group.
         group_of: parameter-group index of each buffer.
-        bucket_bytes: half of what a step may allocate; see `exchange.schedule.bucket_elements`.
-        wire_dtype: dtype of gathered momentum and scattered updates; None moves both without loss.
-        overlap: move the buckets before and after the one that is orthogonalized meanwhile.
-        compiled: Newton-Schulz through `torch.compile`.
+        options: dtype and size of what travels, overlap, and how Newton-Schulz runs.
         orthogonalize: what is done with a stack of momentum; by default Newton-Schulz with the group's options.
 
     Attributes:
@@ -46,11 +52,7 @@ class Runtime:
         plan: OwnershipPlan,
         transport: Transport,
         group_of: Mapping[int, int],
-        *,
-        bucket_bytes: int,
-        wire_dtype: torch.dtype | None,
-        overlap: bool = True,
-        compiled: bool = False,
+        options: Options,
         orthogonalize: Orthogonalize | None = None,
     ) -> None:
         self.plan = plan
@@ -60,10 +62,8 @@ class Runtime:
         self.orthogonalized = 0
         self.momentum: dict[int, torch.Tensor] = {}
         self._group_of = group_of
-        self._bucket_elements = bucket_elements(bucket_bytes)
-        self._wire_dtype = wire_dtype
-        self._overlap = overlap
-        self._compiled = compiled
+        self._bucket_elements = bucket_elements(options.bucket_bytes)
+        self._options = options
         self._orthogonalize = orthogonalize if orthogonalize is not None else self._newton_schulz
         self._recipes: dict[tuple[int, ...], list[Recipe]] = {}
         self._matrices = [m.matrix for m in plan.layout.matrices]
@@ -142,7 +142,7 @@ class Runtime:
         recipes = self._recipes_for(tuple(sorted(work)))
         step = self._shared(work, factor)
         passages: dict[int, Passage] = {}
-        for stage, bucket in pipeline(len(recipes), self._overlap):
+        for stage, bucket in pipeline(len(recipes), self._options.overlap):
             if stage == "gather":
                 passages[bucket] = Passage(recipes[bucket], bucket, step)
             if stage == "orthogonalize":
@@ -157,7 +157,8 @@ class Runtime:
             progress.enter("idle")
 
     def _newton_schulz(self, stack: torch.Tensor, group: Group) -> None:
-        newton_schulz_(stack, group["ns_steps"], group["ns_schedule"], group["ns_dtype"], compiled=self._compiled)
+        compiled = self._options.ns_compile
+        newton_schulz_(stack, group["ns_steps"], group["ns_schedule"], group["ns_dtype"], compiled=compiled)
 
     def kernels(self, groups: Sequence[Group]) -> dict[tuple[int, int], str]:
         """For each shape that this rank orthogonalizes, which form of the iteration runs and what multiplies.
@@ -165,18 +166,19 @@ class Runtime:
         `groups` are the optimizer's parameter groups.
         """
         names: dict[tuple[int, int], str] = {}
+        compiled = self._options.ns_compile
         for i in self.plan.owned_by(self.transport.rank):
             m, group = self._matrices[i], groups[self._group_of[self.plan.layout.matrices[i].buffer]]
             dtype = compute_dtype(group["ns_dtype"], self.binding.device, group["ns_schedule"])
-            names[m.rows, m.cols] = kernel_name(m.rows, m.cols, dtype, self.binding.device, compiled=self._compiled)
+            names[m.rows, m.cols] = kernel_name(m.rows, m.cols, dtype, self.binding.device, compiled=compiled)
         return names
 
     def _shared(self, work: Mapping[int, Work], factor: float) -> Step:
         return Step(
             work=work,
             factor=factor,
-            wire=(self._wire_dtype or torch.float32, self._scatter_dtype(work)),
-            rounds=self._wire_dtype is not None,
+            wire=(self._options.wire_dtype or torch.float32, self._scatter_dtype(work)),
+            rounds=self._options.wire_dtype is not None,
             matrices=self._matrices,
             momentum=self.momentum,
             transport=self.transport,
@@ -187,8 +189,8 @@ class Runtime:
 
     def _scatter_dtype(self, work: Mapping[int, Work]) -> torch.dtype:
         """The narrowest dtype that loses nothing of any result (or the option); the same on all ranks."""
-        if self._wire_dtype is not None:
-            return self._wire_dtype
+        if self._options.wire_dtype is not None:
+            return self._options.wire_dtype
         dtypes = {
             compute_dtype(w.group["ns_dtype"], self.binding.device, w.group["ns_schedule"]) for w in work.values()
         }
@@ -198,7 +200,10 @@ class Runtime:
     def _recipes_for(self, buffers: tuple[int, ...]) -> list[Recipe]:
         if buffers not in self._recipes:
             chosen = [i for i, m in enumerate(self.plan.layout.matrices) if m.buffer in buffers]
-            buckets = make_buckets(self.plan, chosen, self._bucket_elements)
+            bound = self._bucket_elements
+            if self._options.overlap:
+                bound = pipelined_elements(self.plan, chosen, bound)
+            buckets = make_buckets(self.plan, chosen, bound)
             self._recipes[buffers] = [self._compile(bucket) for bucket in buckets]
         return self._recipes[buffers]
 

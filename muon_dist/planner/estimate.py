@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from muon_dist.cost import CostModel
-from muon_dist.exchange.schedule import cut_buckets, whole_everywhere
+from muon_dist.exchange.schedule import cut_buckets, pipelined_elements, whole_everywhere
 from muon_dist.ownership import OwnershipPlan
 
 INSIDE, BETWEEN = 0, 1
@@ -41,11 +41,12 @@ class Exchange:
 
 
 def buckets_of(plan: OwnershipPlan, bucket_elements: int) -> list[list[tuple[int, ...]]]:
-    """The matrices of each bucket, phase by phase."""
+    """The matrices of each bucket, phase by phase, when buckets overlap."""
     members: dict[int, list[int]] = {}
     for i, m in enumerate(plan.layout.matrices):
         members.setdefault(plan.layout.phase(m), []).append(i)
-    return [cut_buckets(plan, members[phase], bucket_elements) for phase in sorted(members)]
+    phases = (members[phase] for phase in sorted(members))
+    return [cut_buckets(plan, chosen, pipelined_elements(plan, chosen, bucket_elements)) for chosen in phases]
 
 
 def exchange_of(

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.distributed import run_ranks
-from tests.traffic import Traffic
+from tests.traffic import BATCH, Traffic
 
 pytest.importorskip("deepspeed")
 
@@ -42,7 +42,7 @@ def _received(case: Case, partitions: int | None) -> dict[str, float]:
         backward(engine, 1, 1)
         engine.step()
     loss = backward(engine, 2, 1)
-    found = {"all": traffic.total, "muon": traffic.received["all_to_all_single"], "loss": loss}
+    found = {"all": traffic.total, "muon": traffic.received[BATCH], "loss": loss}
     engine.destroy()
     return found
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import run_ranks
-from tests.traffic import Traffic
+from tests.traffic import BATCH, Traffic
 
 pytest.importorskip("deepspeed")
 
@@ -41,10 +41,10 @@ def _count(case: Case) -> dict[str, Any]:
     engine.destroy()
     # Stage 0 broadcasts, and what a rank sends of a broadcast depends on the backend: counted is what its owner
     # starts, in each of two equal steps.
-    own = {"broadcast"} if case.stage == 0 else {"all_to_all_single"}
+    own = {"broadcast"} if case.stage == 0 else {BATCH}
     others = {k: v for k, v in measured.received.items() if k not in own}
     return {
-        "sent": runtime.transport.bytes_sent / 2 if case.stage == 0 else measured.sent["all_to_all_single"],
+        "sent": runtime.transport.bytes_sent / 2 if case.stage == 0 else measured.sent[BATCH],
         "received": sum(measured.received[k] for k in own),
         "predicted": predicted,
         "moved": moved,

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from muon_dist.exchange.transport import Transport
 from muon_dist.layout import Layout, Matrix
 from muon_dist.optim.binding import Binding
+from muon_dist.optim.options import Options
 from muon_dist.optim.runtime import Runtime, Work, view
 from muon_dist.ownership import assign_owners
 
@@ -29,7 +30,7 @@ def round_trip(layout: Layout, shards: list[list[torch.Tensor]], wholes: dict[st
     plan = assign_owners(layout, policy=policy)
     transport = Transport(dist.group.WORLD, torch.device("cpu"))
     runtime = Runtime(
-        binding, plan, transport, dict.fromkeys(range(len(buffers)), 0), bucket_bytes=1800, wire_dtype=None,
+        binding, plan, transport, dict.fromkeys(range(len(buffers)), 0), Options(bucket_mb=1800 / 2**20),
         orthogonalize=lambda stack, group: stack.mul_(2),
     )  # fmt: skip
     seen = []

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import run_ranks
-from tests.traffic import Traffic
+from tests.traffic import BATCH, Traffic
 
 pytest.importorskip("deepspeed")
 
@@ -60,7 +60,7 @@ def _counted(traffic: Traffic, optimizer: muon_dist.Muon, exchanges: tuple[str, 
         "layout": optimizer.plan.layout,
         "owners": optimizer.plan.owners,
         "received": sum(traffic.received[name] for name in exchanges),
-        "sent": traffic.sent["all_to_all_single"],
+        "sent": traffic.sent[BATCH],
         "calls": sum(traffic.calls[name] for name in exchanges),
         "others": sum(v for name, v in traffic.received.items() if name not in exchanges),
     }
@@ -75,7 +75,7 @@ def _under_deepspeed(cases: list[Case]) -> list[dict[str, Any]]:
         with Traffic() as traffic:
             backward(engine, 1, case.accumulation)
             engine.step()
-        exchanges = ("broadcast",) if case.stage == 0 else ("all_to_all_single",)
+        exchanges = ("broadcast",) if case.stage == 0 else (BATCH,)
         found.append(_counted(traffic, optimizer, exchanges))
         engine.destroy()
     return found
@@ -130,7 +130,7 @@ def _under_fsdp2(shape: tuple[int, ...]) -> dict[str, Any]:
         model(input_ids=tokens, labels=tokens).loss.backward()
         with Traffic() as traffic:
             optimizer.step()
-    return _counted(traffic, optimizer, ("all_to_all_single",))
+    return _counted(traffic, optimizer, (BATCH,))
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 2)])
