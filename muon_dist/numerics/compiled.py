@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from muon_dist.errors import ConfigError
-from muon_dist.numerics.iteration import Workspace, iterate, normalize
+from muon_dist.numerics.iteration import Workspace, iterate, normal_dtype, normalize
 from muon_dist.numerics.products import PLAIN, Products
 from muon_dist.numerics.schedules import Row, Schedule, get_schedule
 
@@ -22,7 +22,10 @@ def _whole(
 ) -> Tensor:
     count, m, n = x.shape
     space = Workspace(count, m, n, segment, dtype=dtype, device=x.device)
-    return iterate(normalize(x, schedule, dtype), rows, space, products)
+    exact = torch.empty(x.shape, dtype=normal_dtype(x.dtype, dtype), device=x.device)
+    start = exact if exact.dtype == dtype else torch.empty_like(space.other)
+    normalize(x, schedule, start, exact)
+    return iterate(start, space.other, rows, space, products)
 
 
 @functools.cache

@@ -27,10 +27,6 @@ class Workspace:
         self.other = torch.empty(count, rows, cols, dtype=dtype, device=device)
         self.squares = [torch.empty(count, short, short, dtype=dtype, device=device) for _ in range(squares)]
 
-    def first(self, count: int) -> tuple[Tensor, list[Tensor]]:
-        """The buffers cut to `count` matrices."""
-        return self.other[:count], [s[:count] for s in self.squares]
-
 
 def workspace_squares(segment: int) -> int:
     """Square buffers of the short side that a segment of this length needs."""
@@ -46,37 +42,31 @@ def matrices_at_once(count: int, rows: int, cols: int, segment: int, dtype: torc
     return min(count, max(1, torch.get_num_threads() * _CPU_CHUNK_BYTES // each))
 
 
-def normalize(x: Tensor, schedule: Schedule, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Bring every matrix of the stack `x` (B, M, N) to spectral norm 1 or less.
+def normalize(x: Tensor, schedule: Schedule, out: Tensor, exact: Tensor) -> None:
+    """out <- the stack `x` (B, M, N) with every matrix brought to spectral norm 1 or less.
 
     "frobenius": X / (safety ||X||_F). "aol": each row i of the shorter side is also divided by
     sqrt(sum_j |X X^T|_ij), which bounds the spectral norm by 1 more tightly (Prach and Lampert, arXiv 2208.03160;
     Turbo-Muon, arXiv 2512.04632), but changes the polar factor slightly. Zero matrices and zero rows stay zero.
 
     Args:
-        out: gets the result before it is rounded to `dtype`; of dtype `normal_dtype`, and may be `x` itself. A new
-            tensor by default.
-
-    Returns:
-        A contiguous tensor in `dtype`: `out` where that is its dtype.
+        out: in the dtype of the iteration; may be `x` itself.
+        exact: of dtype `normal_dtype`, gets the result before it is rounded to `out`; may be `out` or `x` itself.
     """
-    exact = normal_dtype(x.dtype, dtype)
-    # Not vector_norm(ord=inf): on CPU that takes 4 ns an element, ten times as long.
-    largest = torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True)).to(exact)
-    y = out if out is not None else torch.empty(x.shape, dtype=exact, device=x.device)
-    torch.div(x, _nonzero(largest), out=y)  # entries up to 1: the squares below neither overflow nor all vanish
-    # By rows first: one fp32 sum over 45 million squares is 0.35% too small on CPU.
-    row_norms = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    y.div_(_nonzero(torch.linalg.vector_norm(row_norms, dim=-2, keepdim=True)))
+    # One pass that widens is cheaper than every pass reading bf16; strides would change the order of the sums.
+    if x.dtype != exact.dtype or not x.is_contiguous():
+        x = exact.copy_(x)
+    _divide_by_norm(x, exact)
     if schedule.normalization == "aol":
-        wide = y.mT if y.size(-2) > y.size(-1) else y
+        wide = exact.mT if exact.size(-2) > exact.size(-1) else exact
         # fp16 would round the small entries of the Gram matrix (below 6e-8) away, and with them the bound.
-        low = wide.to(torch.float32 if dtype == torch.float16 else dtype)
-        reach = torch.bmm(low, low.mT).abs_().sum(dim=-1, keepdim=True, dtype=exact)
+        low = wide.to(torch.float32 if out.dtype == torch.float16 else out.dtype)
+        reach = torch.bmm(low, low.mT).abs_().sum(dim=-1, keepdim=True, dtype=exact.dtype)
         wide.div_(_nonzero(reach.sqrt_()))
     if schedule.safety != 1.0:
-        y.div_(schedule.safety)
-    return y.to(dtype)
+        exact.div_(schedule.safety)
+    if out is not exact:
+        out.copy_(exact)
 
 
 def normal_dtype(given: torch.dtype, compute: torch.dtype) -> torch.dtype:
@@ -84,21 +74,52 @@ def normal_dtype(given: torch.dtype, compute: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.promote_types(given, compute), torch.float32)
 
 
+def _divide_by_norm(x: Tensor, out: Tensor) -> None:
+    """out <- X / ||X||_F of every matrix, whatever its magnitude.
+
+    A matrix whose squares would leave the dtype's range is first divided by a power of two, which rounds nothing; all
+    others by 1. So each is treated alone, and where the host can look at the norms for nothing, a stack that needs no
+    such division is spared three passes.
+    """
+    limits = torch.finfo(x.dtype)
+    norms = _norms(x)
+    fits = (norms > 1e9 * limits.tiny**0.5) & (norms < 1e-3 * limits.max**0.5)  # false for 0, infinite and NaN
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not bool(fits.all()):
+        # Not vector_norm(ord=inf): on CPU that takes 4 ns an element, ten times as long.
+        largest = _nonzero(torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True)))
+        power = largest / (2 * torch.frexp(largest).mantissa)  # an infinity becomes NaN, as it should
+        x = torch.div(x, power.masked_fill_(fits, 1.0), out=out)
+        norms = _nonzero(_norms(x))
+    torch.div(x, norms, out=out)
+
+
+def _norms(x: Tensor) -> Tensor:
+    """||X||_F of every matrix, (B, 1, 1)."""
+    # By rows first: one fp32 sum over 45 million squares is 0.35% too small on CPU.
+    rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
+
+
 def _nonzero(divisor: Tensor) -> Tensor:
-    """`divisor` with 1 in place of 0; NaN stays NaN, so that a bad input is never hidden."""
-    return torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+    """`divisor`, at least the smallest normal number; NaN stays NaN, so that a bad input is never hidden."""
+    return divisor.clamp_min_(torch.finfo(divisor.dtype).tiny)
 
 
-def iterate(x: Tensor, rows: tuple[Row, ...], space: Workspace, products: Products = PLAIN) -> Tensor:
+def times_formed(steps: int, segment: int) -> int:
+    """How often X is formed again in `steps` steps."""
+    return -(-steps // segment)
+
+
+def iterate(x: Tensor, other: Tensor, rows: tuple[Row, ...], space: Workspace, products: Products = PLAIN) -> Tensor:
     """The iteration on a stack (B, M, N) of spectral norm at most 1; works on the shorter side, in the dtype of `x`.
 
-    Overwrites `x`. Returns `x` or the workspace's other buffer, whichever the last step has written.
+    X is formed in `other` and `x` in turn, `times_formed` times; returns the one written last.
     """
     tall = x.size(-2) > x.size(-1)
-    other, squares = space.first(x.size(0))
+    squares = [square[: x.size(0)] for square in space.squares]
+    gram, z = squares[:2]
     for first in range(0, len(rows), space.segment):
         steps = rows[first : first + space.segment]
-        gram, z = squares[:2]
         _gram(x, tall, gram, products)
         if len(steps) > 1:
             factor, beta = _gram_steps(gram, steps, squares[1:], products), 0.0
@@ -107,7 +128,7 @@ def iterate(x: Tensor, rows: tuple[Row, ...], space: Workspace, products: Produc
             factor, beta = z, a
             _polynomial(gram, b, c, z, products)
         left, right = (x, factor) if tall else (factor, x)
-        if beta:  # not (a I + Z) X, which rounds Z: up to 1.6 times the error in fp32
+        if beta:  # not (a I + Z) X, which rounds Z: up to 1.6 times the error in fp32, twice in bf16
             torch.baddbmm(x, left, right, beta=beta, out=other)
         else:
             torch.bmm(left, right, out=other)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from muon_dist.errors import ConfigError
 from muon_dist.numerics.compiled import compiled_iteration
-from muon_dist.numerics.iteration import Workspace, iterate, matrices_at_once, normal_dtype, normalize
+from muon_dist.numerics.iteration import Workspace, iterate, matrices_at_once, normal_dtype, normalize, times_formed
 from muon_dist.numerics.products import products_for
 from muon_dist.numerics.schedules import DEFAULT_STEPS, Row, Schedule, get_schedule
 
@@ -142,13 +142,22 @@ def _orthogonalize(
             return
         at_once = matrices_at_once(count, m, n, segment, dtype, source.device)
         space = Workspace(at_once, m, n, segment, dtype=dtype, device=source.device)
-        normalized_there = target.dtype == normal_dtype(source.dtype, dtype)
+        exact_dtype = normal_dtype(source.dtype, dtype)
+        # The last product is written where the result belongs, and what is not rounded needs no buffer of its own.
+        ends = target if target.dtype == dtype else torch.empty_like(space.other)
+        exact = target if target.dtype == exact_dtype else torch.empty_like(space.other, dtype=exact_dtype)
         for first in range(0, count, at_once):
-            result = target[first : first + at_once]
-            x = normalize(source[first : first + at_once], schedule, dtype, result if normalized_there else None)
-            x = iterate(x, rows, space, products)
-            if x is not result:
-                result.copy_(x)
+            given, result = source[first : first + at_once], target[first : first + at_once]
+            last, wide = (result if buffer is target else buffer[: len(result)] for buffer in (ends, exact))
+            other = space.other[: len(result)]
+            if times_formed(len(rows), segment) % 2 == 0:
+                start, other = last, other
+            else:
+                start, other = other, last
+            normalize(given, schedule, start, start if dtype == exact_dtype else wide)
+            iterate(start, other, rows, space, products)
+            if last is not result:
+                result.copy_(last)
 
 
 def kernel_name(m: int, n: int, dtype: torch.dtype, device: torch.device, *, compiled: bool = False) -> str:

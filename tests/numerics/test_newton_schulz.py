@@ -317,7 +317,7 @@ def iterated(start: Tensor, rows: tuple[tuple[float, float, float], ...], segmen
     """The bare iteration on one normalised matrix, in its dtype, with segments of the given length."""
     count, m, n = start.shape
     space = Workspace(count, m, n, segment, dtype=start.dtype, device=start.device)
-    return iterate(start.clone(), rows, space)[0].double()
+    return iterate(start.clone(), space.other, rows, space)[0].double()
 
 
 SPECTRA = {
@@ -338,7 +338,8 @@ def prepared(schedule: str, spectrum: str) -> tuple[tuple[Row, ...], torch.Tenso
     chosen = SCHEDULES[schedule]
     rows = chosen.coefficients(5)
     truth = reference(x.float(), rows, chosen.safety)
-    start = normalize(x.float().unsqueeze(0), chosen, torch.float32)
+    start = x.float().unsqueeze(0)
+    normalize(start, chosen, start, start)
     return rows, truth, start
 
 
