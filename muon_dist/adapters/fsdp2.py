@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from muon_dist.errors import FrameworkError, LayoutError
-from muon_dist.layout import ShardedParameter, dtensor_layout
+from muon_dist.layout import Layout, ShardedParameter, dtensor_layout
 from muon_dist.optim.binding import Binding, Bound, ParameterSpec
 from muon_dist.optim.muon import Muon
 from muon_dist.ownership import OwnershipPlan
@@ -52,12 +52,14 @@ def bind(optimizer: Muon) -> Bound | None:
     group = _process_group(optimizer, meshes, [spec.name for *_, spec in ours])
     placed = [_placed(p, spec, group) for _, p, spec in ours]
     storage = _Storage([p for _, p, _ in ours], placed, group)
+    layout = dtensor_layout(placed, dist.get_world_size(group))
     binding = Binding(
-        layout=dtensor_layout(placed, dist.get_world_size(group)),
+        layout=layout,
         buffers=tuple(p for _, p, _ in ours),
         group=group,
         device=_device(meshes[0]),
         local=_local,
+        column=_column(layout, meshes, group),
         everywhere=storage.everywhere,
         stored=storage.stored,
     )
@@ -163,8 +165,25 @@ def _process_group(optimizer: Muon, meshes: list[DeviceMesh], names: list[str]) 
     if every[0] == list(range(dist.get_world_size())):
         assert dist.group.WORLD is not None
         return dist.group.WORLD
-    # Among the members alone: the other ranks may never step this optimizer.
-    group = dist.new_group(every[0], use_local_synchronization=True)
+    return _new_group(every[0])
+
+
+def _column(layout: Layout, meshes: list[DeviceMesh], group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    """The process group of the ranks that hold what this one holds: a mesh's own where there is one."""
+    if not layout.columns or len(set(layout.columns)) == 1:
+        return None
+    own = layout.columns[dist.get_rank(group)]
+    ranks = [dist.get_global_rank(group, r) for r, column in enumerate(layout.columns) if column == own]
+    for mesh in meshes:
+        for axis in range(mesh.ndim):
+            if sorted(dist.get_process_group_ranks(mesh.get_group(axis))) == sorted(ranks):
+                return mesh.get_group(axis)
+    return _new_group(ranks)
+
+
+def _new_group(ranks: list[int]) -> dist.ProcessGroup:
+    """Among its members alone: the other ranks may never step this optimizer."""
+    group = dist.new_group(ranks, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group
 

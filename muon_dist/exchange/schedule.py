@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from muon_dist.layout.fragment import Fragment
+from muon_dist.layout.fragments import Fragments
 from muon_dist.ownership import OwnershipPlan
 
 
@@ -19,14 +20,14 @@ class Bucket:
         matrices: indices into the plan's layout, owner by owner and equal shapes side by side.
         gather: elements of momentum that rank s sends to owner o, by (s, o); a rank sends itself nothing.
         scatter: elements of update that owner o sends to rank d, by (o, d).
-        broadcast: every rank holds every matrix of the bucket whole (DDP), so that each owner sends the same to all.
-            True for all matrices of a bucket, or False for all.
+        relay: elements of update that a rank broadcasts along its column, by rank, when it has them: what all owners
+            of its domain make for it (`Layout.relayed`; for all matrices of a bucket, or for none).
     """
 
     matrices: tuple[int, ...]
     gather: dict[tuple[int, int], int]
     scatter: dict[tuple[int, int], int]
-    broadcast: bool = False
+    relay: dict[int, int] = field(default_factory=dict)
 
 
 # What a step allocates at most for a bucket, in bytes per element of the bound on what is sent, received and stacked:
@@ -83,21 +84,35 @@ def returning(plan: OwnershipPlan, bucket: Bucket, owner: int, peer: int) -> Ite
     """The pieces of the scatter message from `owner` to `peer`, in order, as (matrix, fragment on `peer`)."""
     for i in bucket.matrices:
         if plan.owners[i] == owner:
-            for f in plan.layout.matrices[i].on(peer):
+            for f in direct(plan, i).on(peer):
                 yield i, f
 
 
-def whole_everywhere(plan: OwnershipPlan, i: int) -> bool:
-    """Every one of several ranks holds matrix `i` in one piece."""
-    m, world = plan.layout.matrices[i], plan.layout.world_size
-    return world > 1 and len(m.fragments) == world and bool((m.fragments.length == m.matrix.numel).all())
+def relayed(plan: OwnershipPlan, bucket: Bucket, rank: int, near: int) -> Iterator[tuple[int, Fragment]]:
+    """The pieces that the rank of the domain of `near` and the column of `rank` relays, in order, as (matrix, fragment
+    on `rank`)."""
+    domains = plan.layout.domains
+    for i in bucket.matrices:
+        if domains[plan.owners[i]] == domains[near]:
+            for f in plan.layout.matrices[i].on(rank):
+                yield i, f
+
+
+def direct(plan: OwnershipPlan, i: int) -> Fragments:
+    """The fragments of matrix `i` whose updates come from its owner itself: all, or if they are relayed those of the
+    owner's own domain."""
+    fragments = plan.layout.matrices[i].fragments
+    if not plan.layout.relayed(i):
+        return fragments
+    domain = np.asarray(plan.layout.domains)
+    return fragments.chosen(domain[fragments.rank] == domain[plan.owners[i]])
 
 
 def largest_end(plan: OwnershipPlan, i: int) -> int:
-    """Elements of matrix `i` that its owner stacks, or sends to all copies of its shards (HSDP), if that is more."""
+    """Elements of matrix `i` that its owner stacks, or sends to copies that are not relayed, if that is more."""
     m = plan.layout.matrices[i]
-    numel = m.matrix.numel
-    return numel if whole_everywhere(plan, i) else max(numel, int(m.fragments.length.sum()) - m.held(plan.owners[i]))
+    given = direct(plan, i)
+    return max(m.matrix.numel, int(given.length[given.rank != plan.owners[i]].sum()))
 
 
 class _Ends:
@@ -105,20 +120,20 @@ class _Ends:
 
     def __init__(self, plan: OwnershipPlan) -> None:
         self.plan = plan
-        self.busy = np.zeros((5, plan.layout.world_size), dtype=np.int64)
+        self.busy = np.zeros((6, plan.layout.world_size), dtype=np.int64)
 
     def of(self, i: int) -> np.ndarray:
-        """What matrix `i` adds: sent and received in the gather, sent and received in the scatter, stacked."""
+        """What matrix `i` adds: sent, received in the gather, sent, received in the scatter, stacked, relayed."""
         added = np.zeros_like(self.busy)
-        owner, matrix = self.plan.owners[i], self.plan.layout.matrices[i]
+        owner, given = self.plan.owners[i], direct(self.plan, i)
         np.add.at(added[0], self.plan.sources[i].rank, self.plan.sources[i].length)
-        np.add.at(added[3], matrix.fragments.rank, matrix.fragments.length)
+        np.add.at(added[3], given.rank, given.length)
+        if self.plan.layout.relayed(i):
+            added[5] = added[3]
         added[0, owner] = added[3, owner] = 0  # what stays is not sent
         added[1, owner] = added[0].sum()
         added[2, owner] = added[3].sum()
-        if whole_everywhere(self.plan, i):  # broadcast once, and received from two owners at a time
-            added[2, owner], added[3] = matrix.matrix.numel, 0
-        added[4, owner] = matrix.matrix.numel
+        added[4, owner] = self.plan.layout.matrices[i].matrix.numel
         return added
 
     def exceed(self, added: np.ndarray, bound: int) -> bool:
@@ -154,9 +169,9 @@ def cut_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: i
 
     buckets: list[list[int]] = []
     ends = _Ends(plan)
-    for broadcast in (True, False):
+    for relayed in (True, False):
         begins = True
-        for i in _by_progress(plan, [i for i in matrices if whole_everywhere(plan, i) == broadcast]):
+        for i in _by_progress(plan, [i for i in matrices if plan.layout.relayed(i) == relayed]):
             added = ends.of(i)
             if begins or ends.exceed(added, bound):
                 buckets.append([])
@@ -170,8 +185,8 @@ def cut_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: i
 def make_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int) -> tuple[Bucket, ...]:
     """Cut `matrices` into buckets such that no rank sends, receives or stacks more than `bucket_elements` at a time.
 
-    The largest matrix takes the place of a smaller bound. A broadcast counts once at its sender and not at its
-    receivers, which take one owner's after another: else the bound on what they all send would leave a bucket one or
+    The largest matrix takes the place of a smaller bound. What is relayed counts once at its sender and not at its
+    receivers, which take one sender's after another: else the bound on what they all send would leave a bucket one or
     two matrices, and all owners but these would wait. The owners' lists are interleaved by progress, so that each
     bucket gives every owner work, and equal shapes of one owner stay together for one batched call.
     """
@@ -181,19 +196,27 @@ def make_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: 
 def _bucket(plan: OwnershipPlan, members: tuple[int, ...]) -> Bucket:
     gather: dict[tuple[int, int], int] = {}
     scatter: dict[tuple[int, int], int] = {}
+    relay: dict[int, int] = {}
     for i in members:
         owner = plan.owners[i]
         for f in plan.sources[i]:
             if f.rank != owner:
                 gather[f.rank, owner] = gather.get((f.rank, owner), 0) + f.length
-        for f in plan.layout.matrices[i].fragments:
+        for f in direct(plan, i):
             if f.rank != owner:
                 scatter[owner, f.rank] = scatter.get((owner, f.rank), 0) + f.length
-    return Bucket(members, gather, scatter, whole_everywhere(plan, members[0]))
+            if plan.layout.relayed(i):
+                relay[f.rank] = relay.get(f.rank, 0) + f.length
+    return Bucket(members, gather, scatter, relay)
 
 
-def bytes_sent(buckets: Sequence[Bucket], rank: int, gather_bytes: int, scatter_bytes: int) -> int:
-    """Bytes that `rank` sends to other ranks for `buckets`; the byte counter of the tests must find the same."""
+def bytes_sent(buckets: Sequence[Bucket], rank: int, gather_bytes: int, scatter_bytes: int, copies: int = 1) -> int:
+    """Bytes that `rank` sends to other ranks for `buckets`; the byte counter of the tests must find the same.
+
+    What is relayed counts for each of the other `copies` (ranks of a column), although who forwards it is the
+    backend's choice.
+    """
     gathered = sum(n for b in buckets for (s, _), n in b.gather.items() if s == rank)
     scattered = sum(n for b in buckets for (o, _), n in b.scatter.items() if o == rank)
+    scattered += sum(b.relay.get(rank, 0) for b in buckets) * (copies - 1)
     return gathered * gather_bytes + scattered * scatter_bytes

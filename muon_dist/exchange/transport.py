@@ -43,34 +43,38 @@ class Message:
 
 
 class Broadcasts:
-    """Every rank sends one tensor to all others, in the order of the ranks, two on their way at a time.
+    """Every rank of a column sends one tensor to all others, in their order, as many at a time as there is room for.
 
-    One after another, because what all send together is the whole model's updates, which no rank has room for.
+    Not all at once, because what all send together is the whole model's updates, which no rank has room for.
     """
 
-    def __init__(self, transport: Transport, send: torch.Tensor, counts: Sequence[int]) -> None:
+    def __init__(self, transport: Transport, send: torch.Tensor, counts: Sequence[int], room: int) -> None:
         self._transport = transport
         self._send = send
-        self._turns = [(rank, n) for rank, n in enumerate(counts) if n]
+        self._own = transport.column_ranks.index(transport.rank)
+        self._turns = deque((place, n) for place, n in enumerate(counts) if n)
         self._under_way: deque[tuple[torch.Tensor, Any]] = deque()
-        self._start()
+        self._room = room
         self._start()
 
     def _start(self) -> None:
-        if self._turns:
-            rank, count = self._turns.pop(0)
-            data = self._send if rank == self._transport.rank else self._send.new_empty(count)
-            group = self._transport.group
-            self._under_way.append((data, dist.broadcast(data, group_src=rank, group=group, async_op=True)))
+        """As many as fit beside those under way, at least one; counted alike on all ranks, so all start the same."""
+        while self._turns and (not self._under_way or self._turns[0][1] <= self._room):
+            place, count = self._turns.popleft()
+            self._room -= count
+            data = self._send if place == self._own else self._send.new_empty(count)
+            column = self._transport.column
+            self._under_way.append((data, dist.broadcast(data, group_src=place, group=column, async_op=True)))
             self._transport.collectives += 1
 
     def parts(self) -> Iterator[torch.Tensor]:
-        """What each of the others sends, in the order of the ranks; to be used before the next is asked for."""
+        """What each of the others sends, in their order; to be used before the next is asked for."""
         while self._under_way:
             data, work = self._under_way.popleft()
             work.wait()
             if data is not self._send:
                 yield data
+            self._room += data.numel()
             del data
             self._start()
 
@@ -82,20 +86,30 @@ class Transport:
         group: a process group, or None for a single process.
         device: where tensors that travel must be.
         progress: what is told of each operation; a new one by default.
+        column: ranks of `group` among which this rank broadcasts; all by default.
 
     Attributes:
         bytes_sent: payload that this rank has sent to other ranks by `all_to_all` and `broadcast` since the start.
         collectives: calls made, of any kind.
         progress: what this rank is doing.
+        column_ranks: the ranks of `column` in its order, as numbered in `group`.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, device: torch.device, progress: Progress | None = None
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        progress: Progress | None = None,
+        column: dist.ProcessGroup | None = None,
     ) -> None:
         self.group = group
         self.device = device
         self.rank = dist.get_rank(group) if group is not None else 0
         self.world_size = dist.get_world_size(group) if group is not None else 1
+        self.column = column if column is not None else group
+        self.column_ranks = list(range(self.world_size))
+        if column is not None and group is not None:
+            self.column_ranks = [dist.get_group_rank(group, r) for r in dist.get_process_group_ranks(column)]
         self.bytes_sent = 0
         self.collectives = 0
         self.progress = progress if progress is not None else Progress()
@@ -143,13 +157,18 @@ class Transport:
         ]
         return dist.batch_isend_irecv(messages) if messages else ()
 
-    def broadcast(self, send: torch.Tensor, counts: Sequence[int]) -> Broadcasts:
-        """Start to send the flat tensor `send` to all other ranks, of which rank r does so with `counts[r]` elements.
+    def broadcast(self, send: torch.Tensor, counts: Sequence[int], room: int) -> Broadcasts:
+        """Start to send the flat tensor `send` to the others of the column, each of which does so as well.
 
-        The rest is sent while the parts are taken, by all ranks in the same order; nothing is copied on the way.
+        What does not fit into `room` is sent while the parts are taken, by all ranks in the same order; nothing is
+        copied on the way.
+
+        Args:
+            counts: elements that each rank of the column sends, in their order.
+            room: elements that may be under way.
         """
-        self.bytes_sent += (self.world_size - 1) * send.numel() * send.element_size()
-        return Broadcasts(self, send, counts)
+        self.bytes_sent += (len(self.column_ranks) - 1) * send.numel() * send.element_size()
+        return Broadcasts(self, send, counts, room)
 
     def highest(self, values: torch.Tensor) -> list[int]:
         """Elementwise maximum of a small uint8 tensor over all ranks; one small collective, and the one transfer."""

@@ -76,7 +76,7 @@ class ShardedParameter:
 def dtensor_layout(parameters: Sequence[ShardedParameter], world_size: int) -> Layout:
     """A layout in which buffer i is the local tensor of `parameters[i]`; copies (HSDP, Replicate) are fragments.
 
-    The domains are the copies of the parameter with the most shards.
+    The domains are the copies of the parameter with the most shards, the columns its shards.
     """
     matrices: list[MatrixLayout] = []
     for buffer, p in enumerate(parameters):
@@ -85,8 +85,12 @@ def dtensor_layout(parameters: Sequence[ShardedParameter], world_size: int) -> L
         for m in p.matrices:
             matrices.append(MatrixLayout(m, slices_of(m, size, holders, buffer=buffer)))
     widest = max(parameters, key=lambda p: len(p.shards()), default=None)
-    domains = [0] * world_size
-    if widest is not None:
-        for rank, copy in zip(widest.ranks, widest.copies(), strict=True):
-            domains[rank] = copy
-    return Layout("dtensor", world_size, tuple(matrices), domains=tuple(domains) if any(domains) else ())
+    if widest is None or len(widest.shards()) == len(widest.ranks):
+        return Layout("dtensor", world_size, tuple(matrices))
+    domains, columns = [0] * world_size, [0] * world_size
+    for rank, copy in zip(widest.ranks, widest.copies(), strict=True):
+        domains[rank] = copy
+    for shard, ranks in enumerate(widest.shards()):
+        for rank in ranks:
+            columns[rank] = shard
+    return Layout("dtensor", world_size, tuple(matrices), domains=tuple(domains), columns=tuple(columns))

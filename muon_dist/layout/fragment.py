@@ -125,6 +125,8 @@ class Layout:
             need not agree first on which are missing.
         domains: for each rank a number that ranks near each other share (HSDP: the copy of the model, usually a node).
             Of copies, those of the owner's own domain are its sources. Empty: all are alike.
+        columns: for each rank a number that ranks share which can broadcast among each other and hold the same part of
+            every copy: all under DDP, those of one shard under HSDP. See `relayed`. Empty: there are no copies.
     """
 
     kind: str
@@ -133,7 +135,9 @@ class Layout:
     phases: tuple[tuple[int, ...], ...] = ()
     complete_gradients: bool = False
     domains: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
     _phase_of: dict[int, int] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _relayed: dict[int, bool] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [m.matrix.name for m in self.matrices]
@@ -142,6 +146,10 @@ class Layout:
             raise LayoutError(f"{twice} stands in the layout twice")
         if self.domains and len(self.domains) != self.world_size:
             raise LayoutError(f"{len(self.domains)} domains for {self.world_size} ranks")
+        if self.columns and not len(self.columns) == len(self.domains) == self.world_size:
+            raise LayoutError(
+                f"{len(self.columns)} columns and {len(self.domains)} domains for {self.world_size} ranks"
+            )
         for m in self.matrices:
             wrong = m.fragments.rank[(m.fragments.rank < 0) | (m.fragments.rank >= self.world_size)]
             if len(wrong):
@@ -153,6 +161,23 @@ class Layout:
     def phase(self, matrix: MatrixLayout) -> int:
         """Index of the phase in which `matrix` is stepped."""
         return self._phase_of.get(matrix.buffer, 0)
+
+    def relayed(self, i: int) -> bool:
+        """Whether the update of matrix `i` goes from its owner to the owner's own domain alone, and from each rank of
+        that along its column: every domain holds a copy, and along each column the same part of it."""
+        if i not in self._relayed:
+            self._relayed[i] = bool(self.columns) and self._agree(self.matrices[i].fragments)
+        return self._relayed[i]
+
+    def _agree(self, f: Fragments) -> bool:
+        domain, column = (np.asarray(numbers)[f.rank] for numbers in (self.domains, self.columns))
+        copies = len(set(self.domains))
+        if len(f) % copies:
+            return False
+        order = np.lexsort((f.offset, column, domain))
+        by_copy = np.stack([domain, column, f.offset, f.length])[:, order].reshape(4, copies, -1)
+        each_its_own = (by_copy[0] == by_copy[0, :, :1]).all() and len(set(by_copy[0, :, 0].tolist())) == copies
+        return bool(each_its_own and (by_copy[1:] == by_copy[1:, :1]).all())
 
     @cached_property
     def numel(self) -> int:
@@ -166,6 +191,7 @@ class Layout:
         yield "number of matrices", len(self.matrices)
         yield "phases", self.phases
         yield "domains", self.domains
+        yield "columns", self.columns
         for m in self.matrices:
             x = m.matrix
             yield f"{x.name}: shape", (x.rows, x.cols)

@@ -16,4 +16,11 @@ def replicated_layout(buffers: Sequence[Sequence[Matrix]], world_size: int) -> L
     matrices = (
         MatrixLayout(m, Fragments(ranks, 0, m.numel, buffer, 0)) for buffer, cut in enumerate(buffers) for m in cut
     )
-    return Layout("replicated", world_size, tuple(matrices))
+    alone = world_size == 1
+    return Layout(
+        "replicated",
+        world_size,
+        tuple(matrices),
+        domains=() if alone else tuple(range(world_size)),
+        columns=() if alone else (0,) * world_size,
+    )

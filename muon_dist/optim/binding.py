@@ -33,6 +33,7 @@ class Binding:
             has not found out: then the optimizer looks at the gradients itself.
         local: this rank's part of a buffer, its gradient or its stored momentum, where those are distributed tensors;
             asked anew in every step, since a framework may move what lies below.
+        column: ranks of `group` with the same of `layout.columns` as this one; None: all.
         everywhere: buffers of which every holder keeps the momentum, not the sources alone: those whose sources the
             framework's checkpoint cannot express.
         stored: the momentum of a buffer as it stands in the optimizer's `state`, of this rank's part (None where it
@@ -46,6 +47,7 @@ class Binding:
     gradient_factor: Callable[[], float] = field(default=lambda: 1.0)
     finite: Callable[[], bool | None] = field(default=lambda: None)
     local: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda tensor: tensor)
+    column: dist.ProcessGroup | None = None
     everywhere: Callable[[OwnershipPlan], Set[int]] = field(default=lambda plan: frozenset())
     stored: Callable[[OwnershipPlan, int, torch.Tensor | None], torch.Tensor | None] = field(
         default=lambda plan, buffer, momentum: momentum

@@ -197,7 +197,7 @@ class Muon(torch.optim.Optimizer):
                 check_compiler(binding.device)
         except Exception as error:
             problem = error
-        transport = Transport(binding.group, binding.device, self.progress)
+        transport = Transport(binding.group, binding.device, self.progress, binding.column)
         transport.require_equal("ownership plan", fields, problem)
         assert plan is not None
         self._runtime = Runtime(binding, plan, transport, groups, self._options)

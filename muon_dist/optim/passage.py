@@ -69,9 +69,11 @@ class Recipe:
         own_sources: what it stacks without a message.
         gather_send, gather_receive: what travels to owners; `gather_splits` are the elements to and from each rank.
         own_destinations: updates that stay here.
-        scatter_send, scatter_receive, scatter_splits: what travels back.
+        scatter_send, scatter_receive, scatter_splits: what owners send back.
         gathers, scatters: on any rank, so that all enter the collective or none does.
-        broadcast: the stacks of each owner, `broadcast[rank]` elements, go whole to all; empty: `scatter_splits`.
+        relay: elements that each rank of the column broadcasts along it, in their order; empty if nobody does.
+        relay_receive: what comes from the others, one message after another.
+        room: elements that may be under way along the column at a time.
     """
 
     stacks: tuple[Stack, ...]
@@ -86,7 +88,9 @@ class Recipe:
     scatter_splits: tuple[list[int], list[int]]
     gathers: bool
     scatters: bool
-    broadcast: tuple[int, ...]
+    relay: tuple[int, ...] = ()
+    relay_receive: tuple[Piece, ...] = ()
+    room: int = 0
 
 
 def view(flat: torch.Tensor, span: Span) -> torch.Tensor:
@@ -185,24 +189,41 @@ class Passage:
         stacks, self._stacks = self._stacks, None
         self._enter("scatter")
         wire = self.step.wire[1]
-        if self.recipe.broadcast:
-            self._returning = self.step.transport.broadcast(stacks.to(wire), self.recipe.broadcast)
-        elif self.recipe.scatters:
+        message = None
+        if self.recipe.scatters:
             sends, receives = self.recipe.scatter_splits
             packed = torch.empty(sum(sends), dtype=wire, device=self.step.device)
             for p in self.recipe.scatter_send:
                 packed[p.message : p.message + p.length].copy_(stacks[p.stacked : p.stacked + p.length])
-            self._returning = self.step.transport.all_to_all(packed, sends, receives)
+            message = self.step.transport.all_to_all(packed, sends, receives)
         self._enter("update")
         for p in self.recipe.own_destinations:
             self._apply(p, stacks[p.stacked : p.stacked + p.length])
+        self._returning = message
+        if self.recipe.relay:
+            self._enter("scatter")
+            self._relay(stacks, message)
+
+    def _relay(self, stacks: torch.Tensor, message: Message | None) -> None:
+        """Send what the owners of this domain have made for this rank on along its column."""
+        received = message.wait() if message is not None else stacks.new_empty(0, dtype=self.step.wire[1])
+        self._enter("update")
+        for p in self.recipe.scatter_receive:
+            self._apply(p, received[p.message : p.message + p.length])
+        self._enter("scatter")
+        packed = stacks.to(self.step.wire[1])
+        if len(received) or sum(p.length for p in self.recipe.own_destinations) < len(stacks):
+            own = [packed[p.stacked : p.stacked + p.length] for p in self.recipe.own_destinations]
+            below = sum(self.recipe.scatter_splits[1][: self.step.transport.rank])
+            packed = torch.cat([received[:below], *own, received[below:]])  # in the order of the owners
+        self._returning = self.step.transport.broadcast(packed, self.recipe.relay, self.recipe.room)
 
     def update(self) -> None:
         """Wait for the updates of the others, and apply them as they come."""
         if self._returning is None:
             return
         self._enter("scatter")
-        pieces = deque(self.recipe.scatter_receive)
+        pieces = deque(self.recipe.relay_receive if self.recipe.relay else self.recipe.scatter_receive)
         at = 0
         for part in self._returning.parts():
             self._enter("update")

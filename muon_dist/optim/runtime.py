@@ -15,6 +15,7 @@ from muon_dist.exchange.schedule import (
     make_buckets,
     outgoing,
     pipelined_elements,
+    relayed,
     returning,
     splits,
 )
@@ -215,7 +216,10 @@ class Runtime:
         peers = [r for r in range(world) if r != rank]
         stacks, starts = self._stacks(bucket)
         owned = [i for i in bucket.matrices if plan.owners[i] == rank]
-        shares = [sum(self._matrices[i].numel for i in bucket.matrices if plan.owners[i] == r) for r in range(world)]
+        column = self.transport.column_ranks if bucket.relay else []
+        copies = ((i, f) for near in column if near != rank for i, f in relayed(plan, bucket, rank, near))
+        # beside relays there is no gather under DDP, which leaves room for one more
+        times = 1 if bucket.gather else 2
         return Recipe(
             stacks=stacks,
             stacked=sum(s.numel for s in stacks),
@@ -229,7 +233,9 @@ class Runtime:
             scatter_splits=splits(bucket.scatter, rank, world),
             gathers=bool(bucket.gather),
             scatters=bool(bucket.scatter),
-            broadcast=tuple(shares) if bucket.broadcast else (),
+            relay=tuple(bucket.relay.get(r, 0) for r in column),
+            relay_receive=self._pieces(copies, starts),
+            room=times * max(self._bucket_elements, *bucket.relay.values()) if bucket.relay else 0,
         )
 
     def _place_in_bucket(self, i: int) -> tuple[int, int, int, int, int]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from muon_dist.cost import CostModel
-from muon_dist.exchange.schedule import cut_buckets, pipelined_elements, whole_everywhere
+from muon_dist.exchange.schedule import cut_buckets, direct, pipelined_elements
 from muon_dist.ownership import OwnershipPlan
 
 INSIDE, BETWEEN = 0, 1
@@ -20,11 +20,11 @@ class Exchange:
     """Muon's own communication in one optimizer step.
 
     Attributes:
-        sent, received: bytes, (2, ranks): to and from ranks of the same node, and of others. Of a broadcast (DDP) a
-            rank receives the whole; a node receives it once from outside, in equal parts through its ranks' cards, and
-            sends it on, as a ring does.
+        sent, received: bytes, (2, ranks): to and from ranks of the same node, and of others. Of a broadcast (DDP,
+            HSDP) a rank receives the whole; a node receives it once from outside, in equal parts through the cards of
+            those of its ranks that take part, and sends it on, as a ring does.
         buckets: how many.
-        collectives: calls that every rank enters, exchanges of both directions and broadcasts.
+        collectives: calls that a rank enters, exchanges of both directions and broadcasts; of the rank with most.
     """
 
     sent: np.ndarray
@@ -62,18 +62,16 @@ def exchange_of(
     node = np.arange(world) // per_node
     sent, received = np.zeros((2, world)), np.zeros((2, world))
     broadcast = np.zeros(world)
+    columns = np.asarray(plan.layout.columns or range(world))
     collectives = 0
     for bucket in (b for phase in buckets for b in phase):
         moves = [False, False]
-        if whole_everywhere(plan, bucket[0]):
-            owners = Counter(plan.owners[i] for i in bucket)
-            collectives += len(owners)
-            for i in bucket:
-                broadcast[plan.owners[i]] += plan.layout.matrices[i].matrix.numel * scatter_bytes
-            continue
+        relays = np.zeros(world)
         for i in bucket:
-            owner = plan.owners[i]
-            ways = (plan.sources[i], gather_bytes), (plan.layout.matrices[i].fragments, scatter_bytes)
+            owner, given = plan.owners[i], direct(plan, i)
+            if plan.layout.relayed(i):
+                np.add.at(relays, given.rank, given.length * scatter_bytes)
+            ways = (plan.sources[i], gather_bytes), (given, scatter_bytes)
             for way, (pieces, width) in enumerate(ways):
                 elsewhere = pieces.rank != owner
                 ranks, volume = pieces.rank[elsewhere], pieces.length[elsewhere] * width
@@ -83,24 +81,27 @@ def exchange_of(
                 np.add.at(from_others, (link, ranks), volume)
                 for kind in (INSIDE, BETWEEN):
                     to_others[kind, owner] += volume[link == kind].sum()
-        collectives += sum(moves)
-    _add_broadcasts(sent, received, broadcast, node, per_node)
+        collectives += sum(moves) + int(np.bincount(columns, weights=relays > 0).max())
+        broadcast += relays
+    for column in set(plan.layout.columns):
+        ranks = np.flatnonzero(columns == column)
+        _add_broadcasts(sent, received, broadcast[ranks], ranks, node[ranks])
     return Exchange(sent, received, sum(len(phase) for phase in buckets), collectives)
 
 
 def _add_broadcasts(
-    sent: np.ndarray, received: np.ndarray, broadcast: np.ndarray, node: np.ndarray, per_node: int
+    sent: np.ndarray, received: np.ndarray, broadcast: np.ndarray, ranks: np.ndarray, node: np.ndarray
 ) -> None:
-    """Every rank's own updates to all others, along a ring that passes each node once."""
+    """What each of `ranks`, a column, sends to all others of it, along a ring that passes each node once."""
     total = broadcast.sum()
     own_node = np.bincount(node, weights=broadcast)[node]
     size = np.bincount(node)[node]
     outside = (total - own_node) / size
-    received[BETWEEN] += outside
-    received[INSIDE] += total - broadcast - outside
-    if node[-1] > 0:
-        sent[BETWEEN] += (total - total / (node[-1] + 1)) / size
-    sent[INSIDE] += (total - broadcast) - outside
+    received[BETWEEN, ranks] += outside
+    received[INSIDE, ranks] += total - broadcast - outside
+    nodes = len(set(node.tolist()))
+    sent[BETWEEN, ranks] += (total - total / nodes) / size
+    sent[INSIDE, ranks] += (total - broadcast) - outside
 
 
 def newton_schulz_seconds(

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
-from muon_dist.exchange.schedule import bytes_sent, make_buckets, outgoing, returning, splits
+from muon_dist.errors import LayoutError
+from muon_dist.exchange.schedule import bytes_sent, largest_end, make_buckets, outgoing, relayed, returning, splits
 from muon_dist.layout import (
     Fragment,
     Layout,
@@ -88,8 +90,9 @@ def test_replicated_gathers_nothing_and_broadcasts():
     plan = assign_owners(replicated_layout([[m] for m in matrices], 4))
     (bucket,) = make_buckets(plan, [0, 1, 2, 3], 10**9)
     assert bucket.gather == {}
-    assert sum(bucket.scatter.values()) == 4 * 24 * 3
-    assert [bytes_sent((bucket,), r, 4, 4) for r in range(4)] == [4 * 24 * 3] * 4
+    assert bucket.scatter == {}
+    assert bucket.relay == dict.fromkeys(range(4), 24)
+    assert [bytes_sent((bucket,), r, 4, 4, copies=4) for r in range(4)] == [4 * 24 * 3] * 4
 
 
 def test_a_broadcast_bucket_gives_every_owner_work():
@@ -100,14 +103,43 @@ def test_a_broadcast_bucket_gives_every_owner_work():
     assert [sorted(plan.owners[i] for i in b.matrices) for b in buckets] == [list(range(16))] * 4
 
 
-def test_copies_of_shards_do_not_leave_owners_waiting():
-    """HSDP, two copies of two shards: an owner sends 1.5 matrices, which alone exceeded a bound of one."""
+def two_copies_of_two_shards(**more: Any) -> OwnershipPlan:
+    """Eight matrices 8 x 8; rank 0 and 2 hold the first half of each, 1 and 3 the second."""
     matrices = [cut_parameter(f"m{i}", (8, 8))[0] for i in range(8)]
     shards = [(0, 0), (1, 32), (2, 0), (3, 32)]  # rank, first element
     layouts = tuple(
         MatrixLayout(m, tuple(Fragment(rank, first, 32, buffer, -first) for rank, first in shards))
         for buffer, m in enumerate(matrices)
     )
-    plan = OwnershipPlan(Layout("dtensor", 4, layouts), tuple(i % 4 for i in range(8)))
+    return OwnershipPlan(Layout("dtensor", 4, layouts, **more), tuple(i % 4 for i in range(8)))
+
+
+def test_copies_of_shards_do_not_leave_owners_waiting():
+    """Without columns an owner sends 1.5 matrices, which alone exceeded a bound of one."""
+    plan = two_copies_of_two_shards()
     buckets = make_buckets(plan, range(8), 64)
     assert [sorted(plan.owners[i] for i in b.matrices) for b in buckets] == [[0, 1, 2, 3]] * 2
+
+
+def test_an_update_goes_to_the_owners_own_copy_and_along_the_columns():
+    """An owner sent its update to every copy itself: with 64 copies of 70B one matrix took 30 GB there."""
+    plan = two_copies_of_two_shards(domains=(0, 0, 1, 1), columns=(0, 1, 0, 1))
+    (bucket,) = make_buckets(plan, range(8), 10**9)
+    assert bucket.gather == bucket.scatter == {(0, 1): 64, (1, 0): 64, (2, 3): 64, (3, 2): 64}
+    assert bucket.relay == dict.fromkeys(range(4), 4 * 32)  # its half of the four matrices of its domain
+    assert [i for i, _ in relayed(plan, bucket, 0, near=2)] == [2, 6, 3, 7]
+    assert [bytes_sent((bucket,), r, 4, 2, copies=2) for r in range(4)] == [4 * 64 + 2 * 64 + 2 * 128] * 4
+    assert largest_end(plan, 0) == 64
+    assert largest_end(two_copies_of_two_shards(), 0) == 96
+
+
+def test_fragments_that_differ_along_a_column_are_not_relayed():
+    (m,) = cut_parameter("m", (8, 8))
+    uneven = [(0, 0, 32), (1, 32, 32), (2, 0, 16), (3, 16, 48)]  # rank, first element, length
+    layout = MatrixLayout(m, tuple(Fragment(rank, first, n, 0, -first) for rank, first, n in uneven))
+    grid = {"domains": (0, 0, 1, 1), "columns": (0, 1, 0, 1)}
+    assert not Layout("dtensor", 4, (layout,), **grid).relayed(0)
+    whole = MatrixLayout(m, tuple(Fragment(rank, 0, 64, 0, 0) for rank in range(4)))
+    assert Layout("dtensor", 4, (whole,), **grid).relayed(0)
+    with pytest.raises(LayoutError, match="4 columns and 0 domains for 4 ranks"):
+        Layout("dtensor", 4, (whole,), columns=(0, 1, 0, 1))
