@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +14,12 @@ from torch import Tensor
 from muon_dist.bench.machine import markdown
 from muon_dist.errors import ConfigError
 from muon_dist.numerics import newton_schulz, newton_schulz_flops, polar_factor, segment_length
+from muon_dist.numerics.iteration import matrices_at_once
+from muon_dist.numerics.newton_schulz import newton_schulz_
 from muon_dist.numerics.schedules import DEFAULT_STEPS
 
 Shape = tuple[int, int, int]
 """(batch, rows, columns)"""
-Product = tuple[int, int, int]
-"""(m, k, n): a product of an m x k with a k x n matrix, one for each of the batch"""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # Matrices of Llamas of 24M, 60M and 160M parameters, of DeepSeek's experts cut down, and batches of small ones (heads,
@@ -50,24 +49,36 @@ class Timing:
         return statistics.median(self.rounds)
 
 
-def products(rows: int, cols: int, steps: int, segment: int) -> Counter[Product]:
-    """The matrix products of `newton_schulz` on one matrix, with how often each is made.
+def bare_products(x: Tensor, steps: int, segment: int, at_once: int) -> Callable[[], None]:
+    """A call of the matrix products that `newton_schulz` makes of the stack `x` of norm 1, and of nothing else.
 
-    A segment of k steps makes X X^T once, k times A^2, Q X once, and three products of the Gram matrix's size for
-    each step after the first; their FLOPs are `newton_schulz_flops`.
+    They are made in its order, of operands laid out as there (of a tall X, X^T X and X Q), for as many matrices at a
+    time, into outputs that are allocated here. A segment of k steps is X X^T, k times A^2, three products of that size
+    for each step after the first, and Q X; their FLOPs are `newton_schulz_flops`. What they write is not read: powers
+    of powers would soon be subnormal numbers, which take longer.
     """
-    m, n = min(rows, cols), max(rows, cols)
-    made: Counter[Product] = Counter()
-    for first in range(0, steps, segment):
-        k = min(segment, steps - first)
-        for product, times in (((m, n, m), 1), ((m, m, m), k + 3 * (k - 1)), ((m, m, n), 1)):
-            made[product] += times  # one by one: of a square matrix the three are one shape
-    return made
+    count, m, n = x.shape
+    tall = m > n
+    square = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+    product, other = torch.empty_like(square[:at_once]), torch.empty_like(x[:at_once])
+    lengths = [min(segment, steps - first) for first in range(0, steps, segment)]
+
+    def call() -> None:
+        for first in range(0, count, at_once):
+            part, a = x[first : first + at_once], square[first : first + at_once]
+            of_side, of_x = product[: len(part)], other[: len(part)]
+            for length in lengths:
+                torch.bmm(*((part.mT, part) if tall else (part, part.mT)), out=of_side)
+                for _ in range(4 * length - 3):
+                    torch.bmm(a, a, out=of_side)
+                torch.bmm(*((part, a) if tall else (a, part)), out=of_x)
+
+    return call
 
 
-def flops_of(made: Counter[Product]) -> int:
-    """FLOPs of products: 2 m k n each."""
-    return sum(2 * m * k * n * times for (m, k, n), times in made.items())
+def _square_product(side: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    left, right, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+    return lambda: torch.mm(left, right, out=out)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -102,15 +113,6 @@ def in_turn(calls: Sequence[Callable[[], object]], rounds: int, seconds: float, 
     return [Timing(tuple(f)) for f in found]
 
 
-def _product_call(batch: int, product: Product, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    m, k, n = product
-    left = torch.randn(batch, m, k, device=device).to(dtype)
-    # X X^T reads its second factor transposed, as the iteration does
-    right = left.mT if (m, k, n) == (m, k, m) and k != m else torch.randn(batch, k, n, device=device).to(dtype)
-    out = torch.empty(batch, m, n, dtype=dtype, device=device)
-    return lambda: torch.bmm(left, right, out=out)
-
-
 def _relative(found: Tensor, wanted: Tensor) -> float:
     return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
@@ -121,25 +123,24 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """One row: time, FLOP/s, the products' FLOP/s, their ratio, and errors, for a random stack of `shape`.
 
-    `ratio_of_products` is the median over rounds of (seconds of the bare products, preallocated) / (seconds of
-    Newton-Schulz): the share of the same machine's matmul throughput on the same shapes that is reached.
+    `ratio_of_products` is the median over rounds of (seconds of `bare_products`) / (seconds of Newton-Schulz): the
+    share of the same machine's matmul throughput on the same shapes that is reached.
     """
     batch, rows, cols = shape
     segment = segment_length(rows, cols, dtype)
-    made = products(rows, cols, steps, segment)
     flops = batch * newton_schulz_flops(rows, cols, steps, segment)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(rows * cols)).to(device)
     result = newton_schulz(x, steps, schedule, dtype)
     exact = newton_schulz(x.double(), steps, schedule, torch.float64)
     polar = polar_factor(x.cpu()) if min(rows, cols) <= _SVD_LIMIT else None
     x = x.to(dtype)
-    bare = [_product_call(batch, product, dtype, device) for product in made]
-    ours, square, *parts = in_turn(
-        [lambda: newton_schulz(x, steps, schedule, dtype), largest, *bare], rounds, seconds, device
+    at_once = matrices_at_once(batch, rows, cols, segment, dtype, device)
+    stack = x.clone()  # orthogonalized again and again, in place as in a step: that takes as long as the first time
+    bare = bare_products(x / torch.linalg.matrix_norm(x, keepdim=True), steps, segment, at_once)
+    ours, square, matmul = in_turn(
+        [lambda: newton_schulz_(stack, steps, schedule, dtype), largest, bare], rounds, seconds, device
     )
-    by_round = zip(*(p.rounds for p in parts), strict=True)
-    matmul = [sum(n * t for n, t in zip(made.values(), times, strict=True)) for times in by_round]
-    ratios = [m / o for m, o in zip(matmul, ours.rounds, strict=True)]
+    ratios = [m / o for m, o in zip(matmul.rounds, ours.rounds, strict=True)]
     return {
         "batch": batch,
         "rows": rows,
@@ -151,7 +152,7 @@ def measure(
         "seconds_highest": max(ours.rounds),
         "flops": flops,
         "flops_per_second": flops / ours.median,
-        "matmul_flops_per_second": flops / statistics.median(matmul),
+        "matmul_flops_per_second": flops / matmul.median,
         "largest_square_flops_per_second": largest_flops / square.median,
         "ratio_of_products": statistics.median(ratios),
         "ratio_lowest": min(ratios),
@@ -181,7 +182,7 @@ def run(profile: str, dtypes: Sequence[str] | None, only: str, device: torch.dev
     rows = []
     for name in names:
         dtype = DTYPES[name]
-        largest = _product_call(1, (side, side, side), dtype, device)
+        largest = _square_product(side, dtype, device)
         rows += [measure(s, dtype, largest, 2 * side**3, device, rounds=rounds, seconds=seconds) for s in shapes]
     return rows
 

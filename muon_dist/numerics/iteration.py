@@ -8,7 +8,7 @@ from torch import Tensor
 from muon_dist.numerics.products import PLAIN, Products
 from muon_dist.numerics.schedules import Row, Schedule
 
-_CPU_CHUNK_BYTES = 2 << 20
+_CPU_CHUNK_BYTES = 3 << 20
 """What a thread works on at a time: matrices that fit a core's second-level cache together with their buffers."""
 
 
@@ -82,15 +82,20 @@ def _divide_by_norm(x: Tensor, out: Tensor) -> None:
     such division is spared three passes.
     """
     limits = torch.finfo(x.dtype)
+    low, high = 1e9 * limits.tiny**0.5, 1e-3 * limits.max**0.5
     norms = _norms(x)
-    fits = (norms > 1e9 * limits.tiny**0.5) & (norms < 1e-3 * limits.max**0.5)  # false for 0, infinite and NaN
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not bool(fits.all()):
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = torch.aminmax(norms)
+        all_fit = low < least.item() and most.item() < high  # not if one is NaN
+    else:
+        all_fit = False
+    if not all_fit:
         # Not vector_norm(ord=inf): on CPU that takes 4 ns an element, ten times as long.
         largest = _nonzero(torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True)))
         power = largest / (2 * torch.frexp(largest).mantissa)  # an infinity becomes NaN, as it should
-        x = torch.div(x, power.masked_fill_(fits, 1.0), out=out)
+        x = torch.div(x, power.masked_fill_((norms > low) & (norms < high), 1.0), out=out)
         norms = _nonzero(_norms(x))
-    torch.div(x, norms, out=out)
+    torch.mul(x, norms.reciprocal_(), out=out)  # half the time of dividing
 
 
 def _norms(x: Tensor) -> Tensor:
@@ -129,7 +134,7 @@ def iterate(x: Tensor, other: Tensor, rows: tuple[Row, ...], space: Workspace, p
             _polynomial(gram, b, c, z, products)
         left, right = (x, factor) if tall else (factor, x)
         if beta:  # not (a I + Z) X, which rounds Z: up to 1.6 times the error in fp32, twice in bf16
-            torch.baddbmm(x, left, right, beta=beta, out=other)
+            products.product_plus(left, right, x, beta, other)
         else:
             torch.bmm(left, right, out=other)
         x, other = other, x

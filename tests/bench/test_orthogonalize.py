@@ -4,20 +4,29 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from muon_dist.bench import orthogonalize
 from muon_dist.errors import ConfigError
-from muon_dist.numerics import newton_schulz_flops
+from muon_dist.numerics import newton_schulz, newton_schulz_flops, segment_length
 
 
 @pytest.mark.parametrize("segment", [1, 3])
-@pytest.mark.parametrize(("rows", "cols"), [(8, 8), (8, 20), (20, 8)])
-def test_the_products_have_the_flops_of_the_iteration(rows: int, cols: int, segment: int) -> None:
-    """Also of a square matrix, where all three products have one shape."""
-    made = orthogonalize.products(rows, cols, 5, segment)
-    assert orthogonalize.flops_of(made) == newton_schulz_flops(rows, cols, 5, segment)
-    if rows == cols and segment == 1:
-        assert made == {(8, 8, 8): 15}
+@pytest.mark.parametrize("shape", [(5, 8, 8), (5, 8, 20), (5, 20, 8)])
+def test_the_bare_products_have_the_flops_of_the_iteration(shape: tuple[int, int, int], segment: int) -> None:
+    """Also where the last chunk is shorter."""
+    bare = orthogonalize.bare_products(torch.ones(shape), 5, segment, at_once=2)
+    with FlopCounterMode(display=False) as counter:
+        bare()
+    assert counter.get_total_flops() == 5 * newton_schulz_flops(*shape[1:], 5, segment)
+
+
+def test_newton_schulz_makes_the_products_that_it_is_compared_with() -> None:
+    for rows, cols in ((8, 8), (8, 20), (20, 8)):
+        with FlopCounterMode(display=False) as counter:
+            newton_schulz(torch.ones(5, rows, cols), dtype=torch.float32)
+        flops = newton_schulz_flops(rows, cols, 5, segment_length(rows, cols, torch.float32))
+        assert counter.get_total_flops() == 5 * flops
 
 
 def test_in_turn_calls_everything_in_every_round() -> None:
