@@ -192,8 +192,9 @@ class _Plain:
                 self._refuse(key_node, (*keys, key), f"duplicate key, first given in line {line}: keep one")
                 continue
             first[key] = key_node
-            self.places[(*keys, key)] = self._place(key_node)
-            out[key] = self.value(value_node, (*keys, key))
+            inner = (*keys, key)
+            self.places[inner] = self._place(key_node)
+            out[key] = self.value(value_node, inner)
         return out
 
     def _scalar(self, node: yaml.Node, keys: Keys) -> Any:

@@ -116,7 +116,7 @@ class Run:
             dist.broadcast_object_list(state)
             names = [spec.name for specs in self.optimizer.specs for spec in specs]
             entries = {names[i].removeprefix("module."): entry for i, entry in state[0]["state"].items()}
-            found = {name: entry[kind] for name, entry in entries.items() if kind in entry}
+            found = {name: entry[kind].clone() for name, entry in entries.items() if kind in entry}
         return found
 
     def _names(self) -> dict[int, str]:
