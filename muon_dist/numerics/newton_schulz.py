@@ -143,17 +143,18 @@ def _orthogonalize(
         at_once = matrices_at_once(count, m, n, segment, dtype, source.device)
         space = Workspace(at_once, m, n, segment, dtype=dtype, device=source.device)
         exact_dtype = normal_dtype(source.dtype, dtype)
-        # The last product is written where the result belongs, and what is not rounded needs no buffer of its own.
+        # The last product is written where the result belongs, and X is normalised in a buffer that is there if one of
+        # them has the dtype for it.
         ends = target if target.dtype == dtype else torch.empty_like(space.other)
-        exact = target if target.dtype == exact_dtype else torch.empty_like(space.other, dtype=exact_dtype)
+        there = exact_dtype in (dtype, target.dtype)
+        exact = target if there else torch.empty_like(space.other, dtype=exact_dtype)
+        begins_at_end = times_formed(len(rows), segment) % 2 == 0
         for first in range(0, count, at_once):
             given, result = source[first : first + at_once], target[first : first + at_once]
-            last, wide = (result if buffer is target else buffer[: len(result)] for buffer in (ends, exact))
-            other = space.other[: len(result)]
-            if times_formed(len(rows), segment) % 2 == 0:
-                start, other = last, other
-            else:
-                start, other = other, last
+            size = len(result)
+            last = result if ends is target else ends[:size]
+            start, other = (last, space.other[:size]) if begins_at_end else (space.other[:size], last)
+            wide = result if exact is target else exact[:size]
             normalize(given, schedule, start, start if dtype == exact_dtype else wide)
             iterate(start, other, rows, space, products)
             if last is not result:

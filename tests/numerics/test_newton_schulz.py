@@ -13,7 +13,7 @@ from muon_dist.numerics import SCHEDULES, coefficients, compute_dtype, newton_sc
 from muon_dist.numerics.compiled import check_compiler
 from muon_dist.numerics.iteration import Workspace, iterate, normalize
 from muon_dist.numerics.newton_schulz import kernel_name, newton_schulz_, segment_length
-from muon_dist.numerics.products import BLOCKED, PLAIN, products_for
+from muon_dist.numerics.products import ADDED_AFTER, BLOCKED, PLAIN, Products, products_for
 from muon_dist.numerics.schedules import Row
 from tests.numerics.spectra import gaussian, log_spaced, power_law, reference, relative_error, with_spectrum
 
@@ -169,6 +169,19 @@ def test_scale_does_not_matter(schedule: str, exponent: int) -> None:
     """Powers of two are exact, so the result is bit-identical: from 1e-32 up to 1e30."""
     x = gaussian(16, 32, seed=11).float()
     assert torch.equal(newton_schulz(x * 2.0**exponent, schedule=schedule), newton_schulz(x, schedule=schedule))
+
+
+def test_magnitudes_in_one_stack_do_not_meet() -> None:
+    """Bit for bit, although a stack that holds extremes is scaled before its norms are taken, and others are not."""
+    one = gaussian(16, 32, seed=28).float()
+    extremes = torch.stack([one, one * 2.0**-105, one * 2.0**100, torch.zeros(16, 32), one / one.abs().max() * 3e38])
+    alone = newton_schulz(one)
+    y = newton_schulz(extremes)
+    assert all(torch.equal(y[i], alone) for i in range(3))
+    assert torch.equal(y[3], torch.zeros(16, 32))
+    assert relative_error(y[4], alone) < 1e-5
+    subnormal = newton_schulz(one / one.abs().max() * 1e-39)  # has lost some digits
+    assert relative_error(subnormal, alone) < 1e-4
 
 
 @pytest.mark.parametrize("norm", [1e-30, 1e-12, 1e-9, 1e12])
@@ -429,6 +442,18 @@ def test_symmetric_products_by_half_on_a_cpu(size: int) -> None:
         expected = expected if expected is not None else -4.775 * wide + 2.0315 * wide @ wide
         assert torch.equal(found, found.mT)
         assert relative_error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("products", [PLAIN, ADDED_AFTER, BLOCKED])
+def test_products_with_a_sum(products: Products) -> None:
+    a, x = gaussian(2, 48, 48, seed=29).float(), gaussian(2, 48, 80, seed=30).float()
+    a = a + a.mT
+    square, out = torch.empty_like(a), torch.empty_like(x)
+    products.square(a, -4.775, 2.0315, square)
+    products.product_plus(a, x, x, 3.4445, out)
+    assert relative_error(square, 2.0315 * a.double() @ a.double() - 4.775 * a.double()) < 1e-6
+    assert relative_error(out, a.double() @ x.double() + 3.4445 * x.double()) < 1e-6
+    assert products_for(48, 80, torch.float32, torch.device("cpu")) is ADDED_AFTER
 
 
 @pytest.mark.gpu
