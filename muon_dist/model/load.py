@@ -51,6 +51,14 @@ def _from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTr
     return model.eval()
 
 
+def parameter_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    """FQN -> shape of the parameters of the model that `config.json` in `folder` describes; nothing is allocated."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
 def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, for text in and out. Raises DataError."""
     path = Path(folder)

@@ -71,9 +71,13 @@ def convert(
         typer.Option(help="With DeepSpeed's universal format: a folder with the model's config.json and tokenizer."),
     ] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave out AdamW's state.")] = False,
+    step: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="AdamW's step, which DeepSpeed's universal format of ZeRO-3 leaves out.", min=0),
+    ] = None,
 ) -> None:
     """Make a checkpoint to begin a run with (train --resume OUT), or a Hugging Face folder from a checkpoint."""
     from muon_dist.train import checkpoints
 
-    what = checkpoints.convert(source, out, model=model, weights_only=weights_only)
+    what = checkpoints.convert(source, out, model=model, weights_only=weights_only, step=step)
     typer.echo(f"{out}: {what}")

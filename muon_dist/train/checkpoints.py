@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.checkpoint.piece import WEIGHT, Piece, whole
 from muon_dist.checkpoint.writer import commit, take
 from muon_dist.errors import CheckpointError, ConfigError
-from muon_dist.model.load import load_model
+from muon_dist.model.load import load_model, parameter_shapes
 from muon_dist.train.folder import RunFolder
 from muon_dist.train.models import export_folder
 
@@ -87,16 +88,23 @@ def export(path: str | Path, out: str | Path, dtype: str | None = None) -> Path:
 
 
 def convert(
-    source: str | Path, out: str | Path, *, model: str | Path | None = None, weights_only: bool = False
+    source: str | Path,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    weights_only: bool = False,
+    step: int | None = None,
 ) -> str:
     """Make a checkpoint of ours from other weights, or a Hugging Face folder from a checkpoint; what was done.
 
     source: a checkpoint of ours (becomes a Hugging Face folder); a Hugging Face folder; or DeepSpeed's universal
-    format, whose configuration and tokenizer come from the Hugging Face folder `model`.
+    format, whose configuration and tokenizer come from the Hugging Face folder `model`, and AdamW's `step` where it
+    leaves it out (ZeRO-3).
 
     Raises:
         ConfigError: `out` exists.
-        CheckpointError: `source` is nothing of these, such as DeepSpeed's own files, which are pickled.
+        CheckpointError: `source` is nothing of these, such as DeepSpeed's own files, which are pickled, or not of
+            `model`.
     """
     quiet_transformers()
     path, target = Path(source), Path(out)
@@ -108,10 +116,10 @@ def convert(
         export_folder(path, target)
         return "a Hugging Face folder"
     if (path / "zero").is_dir():
-        pieces = list(_universal(path / "zero", weights_only))
         if model is None:
             raise ConfigError(f"{path} says nothing of the model: name a folder with its config.json by --model")
-        _write(target, pieces, _documents(Path(model)))
+        documents = _documents(Path(model))
+        _write(target, list(_universal(path / "zero", parameter_shapes(model), weights_only, step)), documents)
         return "a checkpoint, from DeepSpeed's universal format"
     _refuse_deepspeed(path)
     if not (path / "config.json").is_file():
@@ -150,29 +158,46 @@ def _refuse_deepspeed(path: Path) -> None:
     step = path / tag.read_text(encoding="utf-8").strip() if tag.is_file() else path
     if any(step.glob("*_states.pt")):
         raise CheckpointError(
-            f"{path} is DeepSpeed's own format, which is pickled: make the universal format of it "
-            f"where you trust it (python -m deepspeed.checkpoint.ds_to_universal --input_folder {step} "
+            f"{path} is DeepSpeed's own format, which is pickled: make the universal format of it where you trust it "
+            f"(python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {step} "
             "--output_folder NEW), and convert that. It keeps weights and AdamW's state; a Muon run of ours goes on "
             "from checkpoints of ours"
         )
 
 
-def _universal(zero: Path, weights_only: bool) -> Iterator[Piece]:
-    """The pieces of `zero/NAME/{fp32,exp_avg,...}.pt`; tensors and numbers alone are unpickled."""
-    folders = sorted(p for p in zero.iterdir() if p.is_dir() and not p.is_symlink())
-    if not any((p / "fp32.pt").is_file() for p in folders):
-        raise CheckpointError(f"{zero} holds no parameter (NAME/fp32.pt)")
-    for folder in folders:
-        shape: tuple[int, ...] = ()
-        for file, kind in _UNIVERSAL.items():
-            if not (folder / f"{file}.pt").is_file() or (weights_only and kind != WEIGHT):
+def _universal(
+    zero: Path, shapes: Mapping[str, tuple[int, ...]], weights_only: bool, step: int | None
+) -> Iterator[Piece]:
+    """The pieces of `zero/NAME/{fp32,exp_avg,...}.pt`; tensors and numbers alone are unpickled.
+
+    Of ZeRO-3 the tensors are flat and AdamW's step is missing: `shapes` and `step` say what they are.
+    """
+    found = {p.name: p for p in sorted(zero.iterdir()) if (p / "fp32.pt").is_file() and not p.is_symlink()}
+    if missing := shapes.keys() - found.keys():
+        raise CheckpointError(f"{zero} does not hold {min(missing)}, which config.json says the model has")
+    if unknown := found.keys() - shapes.keys():
+        raise CheckpointError(f"{zero} holds {min(unknown)}, which config.json says the model does not have")
+    for name, folder in found.items():
+        files = {kind: folder / f"{file}.pt" for file, kind in _UNIVERSAL.items() if (folder / f"{file}.pt").is_file()}
+        for kind, file in files.items():
+            if weights_only and kind != WEIGHT:
                 continue
-            tensor = _tensor(folder / f"{file}.pt")
-            shape = tuple(tensor.shape)
-            yield from whole(folder.name, kind, shape, tensor.contiguous())
-        if (folder / "step.pt").is_file() and not weights_only:
-            step = torch.as_tensor(_tensor(folder / "step.pt"), dtype=torch.float32)
-            yield from whole(folder.name, "step", (), step.reshape(()))
+            tensor = _tensor(file)
+            if tensor.numel() != math.prod(shapes[name]):
+                raise CheckpointError(f"{file} has {tensor.numel()} elements, {name} is of shape {shapes[name]}")
+            yield from whole(name, kind, shapes[name], tensor.reshape(shapes[name]).contiguous())
+        if "exp_avg" in files and not weights_only:
+            yield from whole(name, "step", (), _adamw_step(folder / "step.pt", step))
+
+
+def _adamw_step(file: Path, given: int | None) -> torch.Tensor:
+    if not file.is_file() and given is None:
+        raise CheckpointError(
+            f"{file} is missing: of ZeRO-3 the universal format leaves AdamW's step out: name it by --step (it is "
+            "in its source folder's name), or leave AdamW's state out by --weights-only"
+        )
+    value = _tensor(file) if file.is_file() else given
+    return torch.as_tensor(value, dtype=torch.float32).reshape(())
 
 
 def _tensor(path: Path) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from muon_dist.checkpoint import Checkpoint, open_checkpoint
+from muon_dist.checkpoint import open_checkpoint
 from muon_dist.cli import main
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.model.load import load_model
@@ -75,47 +75,3 @@ def test_hugging_face_weights_there_and_back(tmp_path: Path, kind: str) -> None:
         checkpoints.convert(tmp_path / "given", tmp_path / ".hidden")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         checkpoints.convert(tmp_path, tmp_path / "new")
-
-
-def deepspeed_folder(folder: Path) -> Any:
-    """Files as DeepSpeed's ds_to_universal writes them, of a model with AdamW state."""
-    model = make_model("llama")
-    model.save_pretrained(folder / "hf")
-    for name, p in model.named_parameters():
-        (folder / "universal" / "zero" / name).mkdir(parents=True)
-        for state, value in (("fp32", p.detach()), ("exp_avg", p.detach() * 2), ("exp_avg_sq", p.detach() ** 2)):
-            torch.save({"param": value.clone()}, folder / "universal" / "zero" / name / f"{state}.pt")
-        torch.save(torch.tensor(7.0), folder / "universal" / "zero" / name / "step.pt")
-    return model
-
-
-def test_deepspeeds_universal_format(tmp_path: Path) -> None:
-    model = deepspeed_folder(tmp_path)
-    with pytest.raises(ConfigError, match="--model"):
-        checkpoints.convert(tmp_path / "universal", tmp_path / "start")
-    checkpoints.convert(tmp_path / "universal", tmp_path / "start", model=tmp_path / "hf")
-    checkpoint = open_checkpoint(tmp_path / "start")
-    for name, p in model.named_parameters():
-        assert torch.equal(checkpoint.tensor("weight", name), p)
-        assert torch.equal(checkpoint.tensor("exp_avg", name), p * 2)
-        assert checkpoint.tensor("step", name).item() == 7
-    assert checkpoint.beginning and not checkpoint.weights_only
-    checkpoints.convert(tmp_path / "universal", tmp_path / "bare", model=tmp_path / "hf", weights_only=True)
-    assert Checkpoint.look(tmp_path / "bare").weights_only
-    assert same(load_model(tmp_path / "start"), model)
-
-
-def test_pickled_state_is_refused(tmp_path: Path) -> None:
-    from tests.checkpoint.test_damage import Canary
-
-    deepspeed_folder(tmp_path)
-    canary = tmp_path / "executed"
-    torch.save(Canary(canary), tmp_path / "universal" / "zero" / "lm_head.weight" / "fp32.pt")
-    with pytest.raises(CheckpointError, match=r"lm_head.weight/fp32\.pt is no plain tensor"):
-        checkpoints.convert(tmp_path / "universal", tmp_path / "start", model=tmp_path / "hf")
-    (tmp_path / "engine" / "global_step5").mkdir(parents=True)
-    (tmp_path / "engine" / "latest").write_text("global_step5")
-    torch.save(Canary(canary), tmp_path / "engine" / "global_step5" / "mp_rank_00_model_states.pt")
-    with pytest.raises(CheckpointError, match=r"DeepSpeed's own format, which is pickled: .*ds_to_universal"):
-        checkpoints.convert(tmp_path / "engine", tmp_path / "start")
-    assert not canary.exists() and not (tmp_path / "start").exists()
