@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,16 +18,19 @@ class Bucket:
 
     Attributes:
         matrices: indices into the plan's layout, owner by owner and equal shapes side by side.
-        gather: elements of momentum that rank s sends to owner o, by (s, o); a rank sends itself nothing.
-        scatter: elements of update that owner o sends to rank d, by (o, d).
+        gathers, scatters: whether any rank sends momentum to an owner, and any owner an update to another rank.
         relay: elements of update that a rank broadcasts along its column, by rank, when it has them: what all owners
             of its domain make for it (`Layout.relayed`; for all matrices of a bucket, or for none).
     """
 
     matrices: tuple[int, ...]
-    gather: dict[tuple[int, int], int]
-    scatter: dict[tuple[int, int], int]
+    gathers: bool
+    scatters: bool
     relay: dict[int, int] = field(default_factory=dict)
+
+
+Part = tuple[int, Fragment]
+"""A piece of a message: matrix, and the fragment that travels, where it lies outside the owner's stack."""
 
 
 # What a step allocates at most for a bucket, in bytes per element of the bound on what is sent, received and stacked:
@@ -65,37 +68,44 @@ def pipelined_elements(plan: OwnershipPlan, matrices: Sequence[int], bucket_elem
     return min(bucket_elements, max(int(owned.max()) // _PIPELINED, _SMALLEST))
 
 
-def splits(counts: dict[tuple[int, int], int], rank: int, world_size: int) -> tuple[list[int], list[int]]:
-    """(elements that `rank` sends to each rank, elements that it receives from each)."""
-    sends = [counts.get((rank, r), 0) for r in range(world_size)]
-    receives = [counts.get((r, rank), 0) for r in range(world_size)]
-    return sends, receives
+def gather_parts(plan: OwnershipPlan, bucket: Bucket, rank: int) -> tuple[list[Part], list[Part]]:
+    """(what `rank` sends to the owners, what it receives as an owner), peer after peer; nothing to itself."""
+    return _parts(plan, bucket, rank, lambda i: plan.sources[i])
 
 
-def outgoing(plan: OwnershipPlan, bucket: Bucket, rank: int, peer: int) -> Iterator[tuple[int, Fragment]]:
-    """The pieces of the gather message from `rank` to `peer`, in order, as (matrix, fragment on `rank`)."""
-    for i in bucket.matrices:
-        if plan.owners[i] == peer:
-            for f in plan.sources[i].on(rank):
-                yield i, f
+def scatter_parts(plan: OwnershipPlan, bucket: Bucket, rank: int) -> tuple[list[Part], list[Part]]:
+    """(what `rank` sends as an owner, what it receives from the owners), peer after peer."""
+    received, sent = _parts(plan, bucket, rank, lambda i: direct(plan, i))
+    return sent, received
 
 
-def returning(plan: OwnershipPlan, bucket: Bucket, owner: int, peer: int) -> Iterator[tuple[int, Fragment]]:
-    """The pieces of the scatter message from `owner` to `peer`, in order, as (matrix, fragment on `peer`)."""
-    for i in bucket.matrices:
-        if plan.owners[i] == owner:
-            for f in direct(plan, i).on(peer):
-                yield i, f
+def _parts(
+    plan: OwnershipPlan, bucket: Bucket, rank: int, pieces: Callable[[int], Fragments]
+) -> tuple[list[Part], list[Part]]:
+    """(those of `rank` whose owner is another, those of others which `rank` owns), each in the order of the peers."""
+    owners = plan.owners
+    here = ((i, f) for i in bucket.matrices if owners[i] != rank for f in pieces(i).on(rank))
+    owned = ((i, f) for i in bucket.matrices if owners[i] == rank for f in pieces(i).chosen(pieces(i).rank != rank))
+    return sorted(here, key=lambda part: owners[part[0]]), sorted(owned, key=lambda part: part[1].rank)
 
 
-def relayed(plan: OwnershipPlan, bucket: Bucket, rank: int, near: int) -> Iterator[tuple[int, Fragment]]:
-    """The pieces that the rank of the domain of `near` and the column of `rank` relays, in order, as (matrix, fragment
-    on `rank`)."""
+def elements_by_rank(world_size: int, ranks: Iterable[int], parts: Iterable[Part]) -> list[int]:
+    """Elements of `parts` for each of their `ranks`."""
+    counts = [0] * world_size
+    for r, (_, f) in zip(ranks, parts, strict=True):
+        counts[r] += f.length
+    return counts
+
+
+def relayed_parts(plan: OwnershipPlan, bucket: Bucket, rank: int, column: Sequence[int]) -> list[Part]:
+    """What comes to `rank` from the ranks of `column`, its own, in their order: what each of their domains makes."""
+    if not column:
+        return []
     domains = plan.layout.domains
+    made: dict[int, list[int]] = {}
     for i in bucket.matrices:
-        if domains[plan.owners[i]] == domains[near]:
-            for f in plan.layout.matrices[i].on(rank):
-                yield i, f
+        made.setdefault(domains[plan.owners[i]], []).append(i)
+    return [(i, f) for r in column for i in made.get(domains[r], ()) for f in plan.layout.matrices[i].on(rank)]
 
 
 def direct(plan: OwnershipPlan, i: int) -> Fragments:
@@ -194,29 +204,31 @@ def make_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: 
 
 
 def _bucket(plan: OwnershipPlan, members: tuple[int, ...]) -> Bucket:
-    gather: dict[tuple[int, int], int] = {}
-    scatter: dict[tuple[int, int], int] = {}
-    relay: dict[int, int] = {}
+    gathers = scatters = False
+    relay = np.zeros(plan.layout.world_size, dtype=np.int64)
     for i in members:
-        owner = plan.owners[i]
-        for f in plan.sources[i]:
-            if f.rank != owner:
-                gather[f.rank, owner] = gather.get((f.rank, owner), 0) + f.length
-        for f in direct(plan, i):
-            if f.rank != owner:
-                scatter[owner, f.rank] = scatter.get((owner, f.rank), 0) + f.length
-            if plan.layout.relayed(i):
-                relay[f.rank] = relay.get(f.rank, 0) + f.length
-    return Bucket(members, gather, scatter, relay)
+        owner, given = plan.owners[i], direct(plan, i)
+        gathers |= bool((plan.sources[i].rank != owner).any())
+        scatters |= bool((given.rank != owner).any())
+        if plan.layout.relayed(i):
+            np.add.at(relay, given.rank, given.length)
+    return Bucket(members, gathers, scatters, {int(r): int(relay[r]) for r in np.flatnonzero(relay)})
 
 
-def bytes_sent(buckets: Sequence[Bucket], rank: int, gather_bytes: int, scatter_bytes: int, copies: int = 1) -> int:
+def bytes_sent(
+    plan: OwnershipPlan,
+    buckets: Sequence[Bucket],
+    rank: int,
+    gather_bytes: int,
+    scatter_bytes: int,
+    copies: int = 1,
+) -> int:
     """Bytes that `rank` sends to other ranks for `buckets`; the byte counter of the tests must find the same.
 
     What is relayed counts for each of the other `copies` (ranks of a column), although who forwards it is the
     backend's choice.
     """
-    gathered = sum(n for b in buckets for (s, _), n in b.gather.items() if s == rank)
-    scattered = sum(n for b in buckets for (o, _), n in b.scatter.items() if o == rank)
+    gathered = sum(f.length for b in buckets for _, f in gather_parts(plan, b, rank)[0])
+    scattered = sum(f.length for b in buckets for _, f in scatter_parts(plan, b, rank)[0])
     scattered += sum(b.relay.get(rank, 0) for b in buckets) * (copies - 1)
     return gathered * gather_bytes + scattered * scatter_bytes

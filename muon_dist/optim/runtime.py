@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -11,13 +11,14 @@ import torch
 from muon_dist.exchange.overlap import pipeline
 from muon_dist.exchange.schedule import (
     Bucket,
+    Part,
     bucket_elements,
+    elements_by_rank,
+    gather_parts,
     make_buckets,
-    outgoing,
     pipelined_elements,
-    relayed,
-    returning,
-    splits,
+    relayed_parts,
+    scatter_parts,
 )
 from muon_dist.exchange.transport import Transport
 from muon_dist.layout.fragment import Fragment, Matrix, Span
@@ -81,7 +82,7 @@ class Runtime:
         held = dict.fromkeys(sourced, 0)
         for i, layout in enumerate(self.plan.layout.matrices):
             held[layout.buffer] += layout.held(rank)
-            sourced[layout.buffer] += [(i, f) for f in self.plan.sources[i] if f.rank == rank]
+            sourced[layout.buffer] += [(i, f) for f in self.plan.sources[i].on(rank)]
         self._momentum_spans = [[] for _ in self._matrices]
         for buffer, pieces in sourced.items():
             tensor = self.binding.local(self.binding.buffers[buffer])
@@ -213,26 +214,34 @@ class Runtime:
     def _compile(self, bucket: Bucket) -> Recipe:
         rank, world, plan = self.transport.rank, self.transport.world_size, self.plan
         bucket = replace(bucket, matrices=tuple(sorted(bucket.matrices, key=self._place_in_bucket)))
-        peers = [r for r in range(world) if r != rank]
         stacks, starts = self._stacks(bucket)
         owned = [i for i in bucket.matrices if plan.owners[i] == rank]
+        momentum, asked = gather_parts(plan, bucket, rank)
+        updates, awaited = scatter_parts(plan, bucket, rank)
         column = self.transport.column_ranks if bucket.relay else []
-        copies = ((i, f) for near in column if near != rank for i, f in relayed(plan, bucket, rank, near))
+        copies = relayed_parts(plan, bucket, rank, [r for r in column if r != rank])
         # beside relays there is no gather under DDP, which leaves room for one more
-        times = 1 if bucket.gather else 2
+        times = 1 if bucket.gathers else 2
+
+        def of_owners(parts: list[Part]) -> list[int]:
+            return elements_by_rank(world, (plan.owners[i] for i, _ in parts), parts)
+
+        def of_holders(parts: list[Part]) -> list[int]:
+            return elements_by_rank(world, (f.rank for _, f in parts), parts)
+
         return Recipe(
             stacks=stacks,
             stacked=sum(s.numel for s in stacks),
-            own_sources=self._pieces(((i, f) for i in owned for f in plan.sources[i].on(rank)), starts),
-            gather_send=self._pieces((p for r in peers for p in outgoing(plan, bucket, rank, r)), starts),
-            gather_receive=self._pieces((p for r in peers for p in outgoing(plan, bucket, r, rank)), starts),
-            gather_splits=splits(bucket.gather, rank, world),
-            own_destinations=self._pieces(((i, f) for i in owned for f in plan.layout.matrices[i].on(rank)), starts),
-            scatter_send=self._pieces((p for r in peers for p in returning(plan, bucket, rank, r)), starts),
-            scatter_receive=self._pieces((p for r in peers for p in returning(plan, bucket, r, rank)), starts),
-            scatter_splits=splits(bucket.scatter, rank, world),
-            gathers=bool(bucket.gather),
-            scatters=bool(bucket.scatter),
+            own_sources=self._pieces([(i, f) for i in owned for f in plan.sources[i].on(rank)], starts),
+            gather_send=self._pieces(momentum, starts),
+            gather_receive=self._pieces(asked, starts),
+            gather_splits=(of_owners(momentum), of_holders(asked)),
+            own_destinations=self._pieces([(i, f) for i in owned for f in plan.layout.matrices[i].on(rank)], starts),
+            scatter_send=self._pieces(updates, starts),
+            scatter_receive=self._pieces(awaited, starts),
+            scatter_splits=(of_holders(updates), of_owners(awaited)),
+            gathers=bucket.gathers,
+            scatters=bucket.scatters,
             relay=tuple(bucket.relay.get(r, 0) for r in column),
             relay_receive=self._pieces(copies, starts),
             room=times * max(self._bucket_elements, *bucket.relay.values()) if bucket.relay else 0,
@@ -256,7 +265,7 @@ class Runtime:
             at += stacks[-1].numel
         return tuple(stacks), starts
 
-    def _pieces(self, fragments: Iterable[tuple[int, Fragment]], starts: Mapping[int, int]) -> tuple[Piece, ...]:
+    def _pieces(self, fragments: list[Part], starts: Mapping[int, int]) -> tuple[Piece, ...]:
         """The fragments laid end to end in a message, with their places on this rank."""
 
         def pieces() -> Iterator[Piece]:

@@ -103,6 +103,7 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
         ns_dtype=DTYPES[muon.ns_dtype] if muon.ns_dtype is not None else None,
         wire_dtype=DTYPES[muon.wire_dtype] if muon.wire_dtype is not None else None,
         bucket_mb=muon.bucket_mb,
+        overlap=muon.overlap,
         owner_policy=muon.owner_policy,
         sequence_length=config.data.sequence_length,
         micro_batch=int(trainer.get("per_device_train_batch_size", 8)),

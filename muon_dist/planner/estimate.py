@@ -40,13 +40,16 @@ class Exchange:
         return slowest + self.collectives * per_collective
 
 
-def buckets_of(plan: OwnershipPlan, bucket_elements: int) -> list[list[tuple[int, ...]]]:
-    """The matrices of each bucket, phase by phase, when buckets overlap."""
+def buckets_of(plan: OwnershipPlan, bucket_elements: int, overlap: bool) -> list[list[tuple[int, ...]]]:
+    """The matrices of each bucket, phase by phase, as `Runtime` cuts them."""
     members: dict[int, list[int]] = {}
     for i, m in enumerate(plan.layout.matrices):
         members.setdefault(plan.layout.phase(m), []).append(i)
-    phases = (members[phase] for phase in sorted(members))
-    return [cut_buckets(plan, chosen, pipelined_elements(plan, chosen, bucket_elements)) for chosen in phases]
+    buckets = []
+    for phase in sorted(members):
+        bound = pipelined_elements(plan, members[phase], bucket_elements) if overlap else bucket_elements
+        buckets.append(cut_buckets(plan, members[phase], bound))
+    return buckets
 
 
 def exchange_of(

@@ -37,6 +37,7 @@ class Settings:
     ns_dtype: torch.dtype | None = None
     wire_dtype: torch.dtype | None = None
     bucket_mb: float = 32.0
+    overlap: bool = True
     owner_policy: str = "balanced"
     sequence_length: int = 1024
     micro_batch: int = 8

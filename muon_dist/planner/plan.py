@@ -101,7 +101,7 @@ def make_plan(
     wire = settings.wire_dtype
     there, back = (wire or torch.float32).itemsize, (wire or dtype).itemsize
     owners = _owners(placement, settings, model, dtype)
-    buckets = buckets_of(owners, bucket_elements(int(settings.bucket_mb * 2**20)))
+    buckets = buckets_of(owners, bucket_elements(int(settings.bucket_mb * 2**20)), settings.overlap)
     exchange = exchange_of(owners, buckets, per_node=per_node, gather_bytes=there, scatter_bytes=back)
     loads, waiting = newton_schulz_seconds(owners, buckets, model, settings.iterations, dtype)
     dealt = _round_robin(owners, model, settings, dtype)

@@ -33,7 +33,8 @@ def _count(case: Case) -> dict[str, Any]:
     predicted = 0
     for phase in phases:
         chosen = [i for i, m in enumerate(plan.layout.matrices) if m.buffer in phase]
-        predicted += bytes_sent(make_buckets(plan, chosen, 2**26), rank, element, element)
+        buckets = make_buckets(plan, chosen, 2**26)
+        predicted += bytes_sent(plan, buckets, rank, element, element, copies=dist.get_world_size())
     moved = sum(
         (m.matrix.numel - m.held(owner)) * element + sum(f.length for f in m.fragments if f.rank != owner) * element
         for m, owner in zip(plan.layout.matrices, plan.owners, strict=True)

@@ -140,7 +140,8 @@ def train(shape: tuple[int, ...], steps: int, policy: str = "balanced") -> dict[
         "gradients": gradients,
         "calls": optimizer.orthogonalized,
         "sent": runtime.transport.bytes_sent,
-        "predicted": steps * bytes_sent(buckets, dist.get_rank(), 4, 4, copies=shape[0] if len(shape) > 1 else 1),
+        "predicted": steps
+        * bytes_sent(plan, buckets, dist.get_rank(), 4, 4, copies=shape[0] if len(shape) > 1 else 1),
         "momentum": sum(m.numel() for m in runtime.momentum.values()),
         "aliased": all(
             optimizer.state[p]["momentum_buffer"].to_local().data_ptr() == runtime.momentum[i].data_ptr()

@@ -1,12 +1,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from muon_dist.errors import LayoutError
-from muon_dist.exchange.schedule import bytes_sent, largest_end, make_buckets, outgoing, relayed, returning, splits
+from muon_dist.exchange.schedule import (
+    Bucket,
+    bytes_sent,
+    gather_parts,
+    largest_end,
+    make_buckets,
+    relayed_parts,
+    scatter_parts,
+)
 from muon_dist.layout import (
     Fragment,
     Layout,
@@ -34,6 +43,26 @@ def random_plan(seed: int, world: int) -> OwnershipPlan:
     return assign_owners(Layout("flat", world, tuple(layouts)))
 
 
+def messages(plan: OwnershipPlan, bucket: Bucket, way: Callable[..., Any]) -> dict[tuple[int, int], list[Any]]:
+    """Parts by (sender, receiver) as the senders see them, which are those that the receivers see."""
+    sent: dict[tuple[int, int], list[Any]] = {}
+    received: dict[tuple[int, int], list[Any]] = {}
+    for rank in range(plan.layout.world_size):
+        sends, receives = way(plan, bucket, rank)
+        for parts, seen, other in ((sends, sent, way is scatter_parts), (receives, received, way is gather_parts)):
+            peers = [f.rank if other else plan.owners[i] for i, f in parts]
+            assert peers == sorted(peers) and rank not in peers
+            for peer, part in zip(peers, parts, strict=True):
+                seen.setdefault((rank, peer) if seen is sent else (peer, rank), []).append(part)
+    assert sent == received
+    return sent
+
+
+def volumes(plan: OwnershipPlan, bucket: Bucket, way: Callable[..., Any]) -> dict[tuple[int, int], int]:
+    """Elements by (sender, receiver)."""
+    return {pair: sum(f.length for _, f in parts) for pair, parts in messages(plan, bucket, way).items()}
+
+
 @pytest.mark.parametrize("bound", [1, 40, 10**9])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_buckets_hold_every_matrix_once_within_the_bound(world, bound):
@@ -44,10 +73,10 @@ def test_buckets_hold_every_matrix_once_within_the_bound(world, bound):
     largest = max(m.matrix.numel for m in plan.layout.matrices)
     for b in buckets:
         if len(b.matrices) > 1:
-            for counts in (b.gather, b.scatter):
+            for way in (gather_parts, scatter_parts):
                 for rank in range(world):
-                    sends, receives = splits(counts, rank, world)
-                    assert sum(sends) <= max(bound, largest) >= sum(receives)
+                    sends, receives = (sum(f.length for _, f in parts) for parts in way(plan, b, rank))
+                    assert sends <= max(bound, largest) >= receives
             for rank in range(world):
                 owned = [i for i in b.matrices if plan.owners[i] == rank]
                 assert sum(plan.layout.matrices[i].matrix.numel for i in owned) <= max(bound, largest)
@@ -70,29 +99,21 @@ def test_messages_agree_on_both_ends_and_with_the_byte_count():
     buckets = make_buckets(plan, list(range(12)), 60)
     total = 0
     for b in buckets:
-        for sender in range(world):
-            sends, _ = splits(b.gather, sender, world)
-            returns, _ = splits(b.scatter, sender, world)
-            for receiver in range(world):
-                if sender == receiver:
-                    assert sends[receiver] == 0
-                    continue
-                assert sends[receiver] == sum(f.length for _, f in outgoing(plan, b, sender, receiver))
-                assert returns[receiver] == sum(f.length for _, f in returning(plan, b, sender, receiver))
-                # exclusive fragments: what came in goes back
-                assert returns[receiver] == splits(b.gather, receiver, world)[0][sender]
-            total += 4 * sum(sends) + 2 * sum(returns)
-    assert total == sum(bytes_sent(buckets, r, 4, 2) for r in range(world))
+        gather, scatter = (volumes(plan, b, way) for way in (gather_parts, scatter_parts))
+        assert b.gathers == bool(gather) and b.scatters == bool(scatter)
+        # exclusive fragments: what came in goes back
+        assert scatter == {(owner, source): n for (source, owner), n in gather.items()}
+        total += 4 * sum(gather.values()) + 2 * sum(scatter.values())
+    assert total == sum(bytes_sent(plan, buckets, r, 4, 2) for r in range(world))
 
 
 def test_replicated_gathers_nothing_and_broadcasts():
     matrices = [cut_parameter(f"m{i}", (4, 6))[0] for i in range(4)]
     plan = assign_owners(replicated_layout([[m] for m in matrices], 4))
     (bucket,) = make_buckets(plan, [0, 1, 2, 3], 10**9)
-    assert bucket.gather == {}
-    assert bucket.scatter == {}
+    assert not bucket.gathers and not bucket.scatters
     assert bucket.relay == dict.fromkeys(range(4), 24)
-    assert [bytes_sent((bucket,), r, 4, 4, copies=4) for r in range(4)] == [4 * 24 * 3] * 4
+    assert [bytes_sent(plan, (bucket,), r, 4, 4, copies=4) for r in range(4)] == [4 * 24 * 3] * 4
 
 
 def test_a_broadcast_bucket_gives_every_owner_work():
@@ -125,10 +146,11 @@ def test_an_update_goes_to_the_owners_own_copy_and_along_the_columns():
     """An owner sent its update to every copy itself: with 64 copies of 70B one matrix took 30 GB there."""
     plan = two_copies_of_two_shards(domains=(0, 0, 1, 1), columns=(0, 1, 0, 1))
     (bucket,) = make_buckets(plan, range(8), 10**9)
-    assert bucket.gather == bucket.scatter == {(0, 1): 64, (1, 0): 64, (2, 3): 64, (3, 2): 64}
+    within = {(0, 1): 64, (1, 0): 64, (2, 3): 64, (3, 2): 64}
+    assert volumes(plan, bucket, gather_parts) == volumes(plan, bucket, scatter_parts) == within
     assert bucket.relay == dict.fromkeys(range(4), 4 * 32)  # its half of the four matrices of its domain
-    assert [i for i, _ in relayed(plan, bucket, 0, near=2)] == [2, 6, 3, 7]
-    assert [bytes_sent((bucket,), r, 4, 2, copies=2) for r in range(4)] == [4 * 64 + 2 * 64 + 2 * 128] * 4
+    assert [i for i, _ in relayed_parts(plan, bucket, 0, [2])] == [2, 6, 3, 7]
+    assert [bytes_sent(plan, (bucket,), r, 4, 2, copies=2) for r in range(4)] == [4 * 64 + 2 * 64 + 2 * 128] * 4
     assert largest_end(plan, 0) == 64
     assert largest_end(two_copies_of_two_shards(), 0) == 96
 

@@ -119,7 +119,7 @@ def train_flat(bucket_mb: float, steps: int) -> tuple:
     runtime = optimizer.runtime
     every = list(range(len(optimizer.plan.layout.matrices)))
     buckets = make_buckets(optimizer.plan, every, bucket_elements(int(bucket_mb * 2**20)))
-    predicted = bytes_sent(buckets, rank, 4, 4) * steps
+    predicted = bytes_sent(optimizer.plan, buckets, rank, 4, 4) * steps
     assert optimizer.state[shard]["momentum_buffer"].shape == shard.shape
     return shard.detach(), runtime.transport.bytes_sent, predicted, optimizer.orthogonalized
 

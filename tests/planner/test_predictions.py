@@ -41,7 +41,7 @@ def predicted(model: str, kind: str, world: int, per_node: int, settings: Settin
     """The exchange by the same steps as `make_plan` takes."""
     layout = place(workload(model), settings, kind, world, per_node).layout
     plan = assign_owners(layout)
-    buckets = buckets_of(plan, bucket_elements(int(settings.bucket_mb * 2**20)))
+    buckets = buckets_of(plan, bucket_elements(int(settings.bucket_mb * 2**20)), settings.overlap)
     return exchange_of(plan, buckets, per_node=per_node, gather_bytes=4, scatter_bytes=4)
 
 
@@ -162,7 +162,7 @@ def test_hsdp_gathers_inside_the_node():
     assert {owner // per_node for owner in plan.owners} == {0, 1}
     for owner, sources in zip(plan.owners, plan.sources, strict=True):
         assert {f.rank // per_node for f in sources} == {owner // per_node}
-    buckets = buckets_of(plan, 10**9)
+    buckets = buckets_of(plan, 10**9, overlap=False)
     gathers = exchange_of(plan, buckets, per_node=per_node, gather_bytes=4, scatter_bytes=0)
     scatters = exchange_of(plan, buckets, per_node=per_node, gather_bytes=0, scatter_bytes=4)
     assert gathers.received[BETWEEN].sum() == 0 < gathers.received[INSIDE].sum()
