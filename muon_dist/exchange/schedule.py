@@ -58,13 +58,16 @@ def pipelined_elements(plan: OwnershipPlan, matrices: Sequence[int], bucket_elem
     """The bound of `make_buckets` when they are to overlap: smaller than `bucket_elements` where the busiest owner of
     `matrices` would otherwise have less than `_PIPELINED` buckets, but not below `_SMALLEST`.
 
-    Of one rank `bucket_elements`: there is nothing to hide.
+    Where every matrix lies whole on its owner alone it is `bucket_elements`: there is nothing to hide.
     """
-    if plan.layout.world_size == 1:
-        return bucket_elements
     owned = np.zeros(plan.layout.world_size, dtype=np.int64)
+    moves = False
     for i in matrices:
-        owned[plan.owners[i]] += plan.layout.matrices[i].matrix.numel
+        m, owner = plan.layout.matrices[i], plan.owners[i]
+        owned[owner] += m.matrix.numel
+        moves = moves or bool((m.fragments.rank != owner).any())
+    if not moves:
+        return bucket_elements
     return min(bucket_elements, max(int(owned.max()) // _PIPELINED, _SMALLEST))
 
 

@@ -13,6 +13,7 @@ from muon_dist.exchange.schedule import (
     gather_parts,
     largest_end,
     make_buckets,
+    pipelined_elements,
     relayed_parts,
     scatter_parts,
 )
@@ -153,6 +154,19 @@ def test_an_update_goes_to_the_owners_own_copy_and_along_the_columns():
     assert [bytes_sent(plan, (bucket,), r, 4, 2, copies=2) for r in range(4)] == [4 * 64 + 2 * 64 + 2 * 128] * 4
     assert largest_end(plan, 0) == 64
     assert largest_end(two_copies_of_two_shards(), 0) == 96
+
+
+def test_buckets_that_overlap_are_smaller_where_something_moves():
+    big = [cut_parameter(f"m{i}", (2048, 1024))[0] for i in range(16)]  # 2 Mi elements each, eight on each rank
+    sliced = per_parameter_layout(
+        [[PlacedParameter(m.name, m.numel, i * m.numel // 2, (m,)) for i, m in enumerate(big)]], 2
+    )
+    everything = range(16)
+    assert pipelined_elements(assign_owners(sliced), everything, 10**9) == 2**21
+    assert pipelined_elements(assign_owners(sliced), range(4), 10**9) == 2**20, "no message below 4 MB"
+    assert pipelined_elements(assign_owners(sliced), everything, 1000) == 1000, "never above the bound on memory"
+    alone = tuple(MatrixLayout(m, (Fragment(i % 2, 0, m.numel, i, 0),)) for i, m in enumerate(big))
+    assert pipelined_elements(assign_owners(Layout("flat", 2, alone)), everything, 10**9) == 10**9
 
 
 def test_fragments_that_differ_along_a_column_are_not_relayed():
