@@ -44,6 +44,16 @@ class OwnershipPlan:
         domains = self.layout.domains
         return tuple(m.sources(owner, domains) for m, owner in zip(self.layout.matrices, self.owners, strict=True))
 
+    @cached_property
+    def direct(self) -> tuple[Fragments, ...]:
+        """For each matrix, the fragments whose updates come from its owner itself: all, or if they are relayed
+        (`Layout.relayed`) those of the owner's own domain."""
+        domain = np.asarray(self.layout.domains)
+        return tuple(
+            m.fragments.chosen(domain[m.fragments.rank] == domain[owner]) if self.layout.relayed(i) else m.fragments
+            for i, (m, owner) in enumerate(zip(self.layout.matrices, self.owners, strict=True))
+        )
+
     def owned_by(self, rank: int) -> tuple[int, ...]:
         """Indices of the matrices that `rank` owns."""
         return tuple(i for i, owner in enumerate(self.owners) if owner == rank)

@@ -74,7 +74,8 @@ class Traffic:
     def _count(self, name: str, group: Any, args: tuple[Any, ...]) -> None:
         received, sent = _moved(name, group.size(), group.rank(), args)
         name = BATCH if self._in_batch else name
-        self.calls[name] += not self._in_batch
+        if not self._in_batch:
+            self.calls[name] += 1
         self.received[name] += received
         self.sent[name] += sent
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -73,22 +73,22 @@ def pipelined_elements(plan: OwnershipPlan, matrices: Sequence[int], bucket_elem
 
 def gather_parts(plan: OwnershipPlan, bucket: Bucket, rank: int) -> tuple[list[Part], list[Part]]:
     """(what `rank` sends to the owners, what it receives as an owner), peer after peer; nothing to itself."""
-    return _parts(plan, bucket, rank, lambda i: plan.sources[i])
+    return _parts(plan, bucket, rank, plan.sources)
 
 
 def scatter_parts(plan: OwnershipPlan, bucket: Bucket, rank: int) -> tuple[list[Part], list[Part]]:
     """(what `rank` sends as an owner, what it receives from the owners), peer after peer."""
-    received, sent = _parts(plan, bucket, rank, lambda i: direct(plan, i))
+    received, sent = _parts(plan, bucket, rank, plan.direct)
     return sent, received
 
 
 def _parts(
-    plan: OwnershipPlan, bucket: Bucket, rank: int, pieces: Callable[[int], Fragments]
+    plan: OwnershipPlan, bucket: Bucket, rank: int, pieces: Sequence[Fragments]
 ) -> tuple[list[Part], list[Part]]:
     """(those of `rank` whose owner is another, those of others which `rank` owns), each in the order of the peers."""
     owners = plan.owners
-    here = ((i, f) for i in bucket.matrices if owners[i] != rank for f in pieces(i).on(rank))
-    owned = ((i, f) for i in bucket.matrices if owners[i] == rank for f in pieces(i).chosen(pieces(i).rank != rank))
+    here = ((i, f) for i in bucket.matrices if owners[i] != rank for f in pieces[i].on(rank))
+    owned = ((i, f) for i in bucket.matrices if owners[i] == rank for f in pieces[i] if f.rank != rank)
     return sorted(here, key=lambda part: owners[part[0]]), sorted(owned, key=lambda part: part[1].rank)
 
 
@@ -111,21 +111,10 @@ def relayed_parts(plan: OwnershipPlan, bucket: Bucket, rank: int, column: Sequen
     return [(i, f) for r in column for i in made.get(domains[r], ()) for f in plan.layout.matrices[i].on(rank)]
 
 
-def direct(plan: OwnershipPlan, i: int) -> Fragments:
-    """The fragments of matrix `i` whose updates come from its owner itself: all, or if they are relayed those of the
-    owner's own domain."""
-    fragments = plan.layout.matrices[i].fragments
-    if not plan.layout.relayed(i):
-        return fragments
-    domain = np.asarray(plan.layout.domains)
-    return fragments.chosen(domain[fragments.rank] == domain[plan.owners[i]])
-
-
 def largest_end(plan: OwnershipPlan, i: int) -> int:
     """Elements of matrix `i` that its owner stacks, or sends to copies that are not relayed, if that is more."""
-    m = plan.layout.matrices[i]
-    given = direct(plan, i)
-    return max(m.matrix.numel, int(given.length[given.rank != plan.owners[i]].sum()))
+    given = plan.direct[i]
+    return max(plan.layout.matrices[i].matrix.numel, int(given.length[given.rank != plan.owners[i]].sum()))
 
 
 class _Ends:
@@ -138,7 +127,7 @@ class _Ends:
     def of(self, i: int) -> np.ndarray:
         """What matrix `i` adds: sent, received in the gather, sent, received in the scatter, stacked, relayed."""
         added = np.zeros_like(self.busy)
-        owner, given = self.plan.owners[i], direct(self.plan, i)
+        owner, given = self.plan.owners[i], self.plan.direct[i]
         np.add.at(added[0], self.plan.sources[i].rank, self.plan.sources[i].length)
         np.add.at(added[3], given.rank, given.length)
         if self.plan.layout.relayed(i):
@@ -169,8 +158,12 @@ def _by_progress(plan: OwnershipPlan, matrices: Sequence[int]) -> list[int]:
     return [i for *_, i in sorted(progress)]
 
 
-def cut_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int) -> list[tuple[int, ...]]:
+def cut_buckets(
+    plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int, overlap: bool = False
+) -> list[tuple[int, ...]]:
     """The matrices of each bucket of `make_buckets`, without its messages."""
+    if overlap:
+        bucket_elements = pipelined_elements(plan, matrices, bucket_elements)
     # The owner of the largest matrix must hold it anyway, and send it to every copy. Without this every matrix above
     # the bound has a bucket of its own, in which all owners but one wait: Newton-Schulz runs one matrix after another
     # on the whole world.
@@ -195,7 +188,9 @@ def cut_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: i
     return [tuple(sorted(members, key=key)) for members in buckets]
 
 
-def make_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int) -> tuple[Bucket, ...]:
+def make_buckets(
+    plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int, overlap: bool = False
+) -> tuple[Bucket, ...]:
     """Cut `matrices` into buckets such that no rank sends, receives or stacks more than `bucket_elements` at a time.
 
     The largest matrix takes the place of a smaller bound. What is relayed counts once at its sender and not at its
@@ -203,14 +198,14 @@ def make_buckets(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: 
     two matrices, and all owners but these would wait. The owners' lists are interleaved by progress, so that each
     bucket gives every owner work, and equal shapes of one owner stay together for one batched call.
     """
-    return tuple(_bucket(plan, members) for members in cut_buckets(plan, matrices, bucket_elements))
+    return tuple(_bucket(plan, members) for members in cut_buckets(plan, matrices, bucket_elements, overlap))
 
 
 def _bucket(plan: OwnershipPlan, members: tuple[int, ...]) -> Bucket:
     gathers = scatters = False
     relay = np.zeros(plan.layout.world_size, dtype=np.int64)
     for i in members:
-        owner, given = plan.owners[i], direct(plan, i)
+        owner, given = plan.owners[i], plan.direct[i]
         gathers |= bool((plan.sources[i].rank != owner).any())
         scatters |= bool((given.rank != owner).any())
         if plan.layout.relayed(i):

@@ -33,11 +33,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrain
 def _from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model of a checkpoint: its weights alone, also where they lie in the files of many ranks."""
     path = checkpoint.path / MODEL_FOLDER
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
-    except Exception as error:  # as below
-        raise CheckpointError(f"{path}: no model can be made ({type(error).__name__}: {error})") from error
+    model = _described(path, dtype)
     found = {WEIGHT: dict(model.named_parameters()), BUFFER: dict(model.named_buffers())}
     with torch.no_grad():
         for kind, name in checkpoint.manifest.tensors:
@@ -51,11 +47,19 @@ def _from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTr
     return model.eval()
 
 
+def _described(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A new model, as `config.json` in `path` describes it."""
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds on a damaged file
+        raise CheckpointError(f"{path}: no model can be made ({type(error).__name__}: {error})") from error
+
+
 def parameter_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """FQN -> shape of the parameters of the model that `config.json` in `folder` describes; nothing is allocated."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = _described(Path(folder))
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 

@@ -16,7 +16,6 @@ from muon_dist.exchange.schedule import (
     elements_by_rank,
     gather_parts,
     make_buckets,
-    pipelined_elements,
     relayed_parts,
     scatter_parts,
 )
@@ -202,10 +201,7 @@ class Runtime:
     def _recipes_for(self, buffers: tuple[int, ...]) -> list[Recipe]:
         if buffers not in self._recipes:
             chosen = [i for i, m in enumerate(self.plan.layout.matrices) if m.buffer in buffers]
-            bound = self._bucket_elements
-            if self._options.overlap:
-                bound = pipelined_elements(self.plan, chosen, bound)
-            buckets = make_buckets(self.plan, chosen, bound)
+            buckets = make_buckets(self.plan, chosen, self._bucket_elements, self._options.overlap)
             self._recipes[buffers] = [self._compile(bucket) for bucket in buckets]
         return self._recipes[buffers]
 

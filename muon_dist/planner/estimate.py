@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from muon_dist.cost import CostModel
-from muon_dist.exchange.schedule import cut_buckets, direct, pipelined_elements
+from muon_dist.exchange.schedule import cut_buckets
 from muon_dist.ownership import OwnershipPlan
 
 INSIDE, BETWEEN = 0, 1
@@ -45,11 +45,7 @@ def buckets_of(plan: OwnershipPlan, bucket_elements: int, overlap: bool) -> list
     members: dict[int, list[int]] = {}
     for i, m in enumerate(plan.layout.matrices):
         members.setdefault(plan.layout.phase(m), []).append(i)
-    buckets = []
-    for phase in sorted(members):
-        bound = pipelined_elements(plan, members[phase], bucket_elements) if overlap else bucket_elements
-        buckets.append(cut_buckets(plan, members[phase], bound))
-    return buckets
+    return [cut_buckets(plan, members[phase], bucket_elements, overlap) for phase in sorted(members)]
 
 
 def exchange_of(
@@ -71,7 +67,7 @@ def exchange_of(
         moves = [False, False]
         relays = np.zeros(world)
         for i in bucket:
-            owner, given = plan.owners[i], direct(plan, i)
+            owner, given = plan.owners[i], plan.direct[i]
             if plan.layout.relayed(i):
                 np.add.at(relays, given.rank, given.length * scatter_bytes)
             ways = (plan.sources[i], gather_bytes), (given, scatter_bytes)
