@@ -14,15 +14,16 @@ muon_die() {
     exit 1
 }
 
-# The constraints for pip, one path, or nothing. An NVIDIA GPU wants torch's CUDA build, so nothing is pinned there.
-# A torch that can already be imported stays: its own version is pinned, so that pip does not replace it.
+# The constraints for pip, a path. Beside an NVIDIA GPU torch and triton are not pinned: its driver decides which CUDA
+# build fits. A torch that can already be imported stays: its own version is pinned, so that pip does not replace it.
 muon_constraints() {
     local venv="$1" torch
-    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
-        return 0
-    fi
     torch="$("$venv/bin/python" -c 'import torch; print(torch.__version__.split("+")[0])' 2>/dev/null || true)"
-    if [[ -z "$torch" || "$torch" == "2.13.0" ]]; then
+    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
+        grep -v -E '^(torch|triton)==' launch/constraints-cpu.txt >"$venv/muon-dist-constraints.txt"
+        [[ -z "$torch" ]] || printf 'torch==%s\n' "$torch" >>"$venv/muon-dist-constraints.txt"
+        printf '%s\n' "$venv/muon-dist-constraints.txt"
+    elif [[ -z "$torch" || "$torch" == "2.13.0" ]]; then
         printf '%s\n' launch/constraints-cpu.txt
     else
         grep -v '^torch==' launch/constraints-cpu.txt >"$venv/muon-dist-constraints.txt"
@@ -52,7 +53,7 @@ muon_env() {
     else
         constraints="$(muon_constraints "$venv")"
         command=("$venv/bin/python" -m pip install --quiet --quiet -e "$target")
-        [[ -z "$constraints" ]] || command+=(-c "$constraints")
+        command+=(-c "$constraints")
         muon_log "installing, which takes a few minutes; plain: $(printf '%q ' "${command[@]}")"
         "${command[@]}" </dev/null || muon_die "pip failed; the command above shows it"
         printf '%s\n' "$want" >"$stamp"

@@ -12,7 +12,7 @@ COMMAND is a muon-dist command (train configs/llama-60m.yaml), a script (my_trai
 
   --nnodes N            number of nodes, or MIN:MAX (elastic)    NNODES          1
   --node-rank R         this node's number, static rendezvous    NODE_RANK       0
-  --nproc-per-node P    processes on this node                   NPROC_PER_NODE  one a GPU, else 1
+  --nproc-per-node P    processes on this node                   NPROC_PER_NODE  one per visible GPU, else 1
   --master-addr HOST    the first node                           MASTER_ADDR     127.0.0.1
   --master-port PORT    free port on the first node              MASTER_PORT     29500
   --rdzv BACKEND        static, or c10d (nodes may come in any order; no node rank)
@@ -106,9 +106,14 @@ fi
 [[ "$node_rank" =~ ^[0-9]+$ ]] || muon_die "--node-rank (NODE_RANK) must be a number, not '$node_rank'"
 [[ "$port" =~ ^[0-9]+$ ]] || muon_die "--master-port (MASTER_PORT) must be a number, not '$port'"
 [[ "$restarts" =~ ^[0-9]+$ ]] || muon_die "--max-restarts (MAX_RESTARTS) must be a number, not '$restarts'"
+python="${VIRTUAL_ENV:-$MUON_ROOT/.venv}/bin/python"
+[[ -x "$python" ]] || python="$(command -v python3)"
+"$python" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None or i.find_spec("muon_dist") is None)' \
+    || muon_die "$python has no torch or no muon_dist: activate the environment, or make it with launch/quickstart.sh"
 if [[ -z "$nproc" ]]; then
-    nproc="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
-    ((nproc > 0)) || nproc=1
+    # What torch sees, which CUDA_VISIBLE_DEVICES and MIG decide; nvidia-smi would count the cards of the machine.
+    nproc="$("$python" -c 'import torch; print(torch.cuda.device_count())' | tail -n 1)"
+    [[ "$nproc" =~ ^[1-9][0-9]*$ ]] || nproc=1
 fi
 [[ "$nproc" =~ ^[1-9][0-9]*$ ]] || muon_die "--nproc-per-node (NPROC_PER_NODE) must be a positive number, not '$nproc'"
 
@@ -147,10 +152,6 @@ fi
 
 # One thread a process unless told: torchrun's processes share the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
-python="${VIRTUAL_ENV:-$MUON_ROOT/.venv}/bin/python"
-[[ -x "$python" ]] || python="$(command -v python3)"
-"$python" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None or i.find_spec("muon_dist") is None)' \
-    || muon_die "$python has no torch or no muon_dist: activate the environment, or make it with launch/quickstart.sh"
 "$python" -m torch.distributed.run "${options[@]}" "${program[@]}" &
 child=$!
 # A signal to this script goes to torchrun, which passes it on to its processes; wait returns early when one arrives.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from muon_dist.adapters.deepspeed import attach
-    from muon_dist.adapters.factory import MuonFactory
+    from muon_dist.adapters.factory import MuonFactory, for_trainer
     from muon_dist.adapters.hf_guards import Guards
     from muon_dist.adapters.hf_trainer import MuonTrainer
     from muon_dist.numerics.newton_schulz import newton_schulz
@@ -23,11 +23,12 @@ _HOMES = {
     "Muon": "muon_dist.optim.muon",
     "MuonFactory": "muon_dist.adapters.factory",
     "MuonTrainer": "muon_dist.adapters.hf_trainer",
+    "for_trainer": "muon_dist.adapters.factory",
     "newton_schulz": "muon_dist.numerics.newton_schulz",
     "param_groups": "muon_dist.optim.groups",
 }
 
-__all__ = ["Guards", "Muon", "MuonFactory", "MuonTrainer", "attach", "newton_schulz", "param_groups"]
+__all__ = ["Guards", "Muon", "MuonFactory", "MuonTrainer", "attach", "for_trainer", "newton_schulz", "param_groups"]
 __version__ = "0.1.0"
 
 

@@ -36,7 +36,7 @@ app.add_typer(planner)
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads it on Python 3.10 too)
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, for example optimizer.muon.lr=0.02."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, for example optimizer.muon.lr=0.003."),
 ]
 RunPath = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart, a checkpoint or a model folder.")
@@ -137,7 +137,9 @@ def generate(
     _quiet()
     from muon_dist.train.models import generate_from_folder
 
-    typer.echo(generate_from_folder(run, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed))
+    text, weights = generate_from_folder(run, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
+    typer.echo(f"weights: {weights}", err=True)
+    typer.echo(text)
 
 
 @app.command()
@@ -152,7 +154,7 @@ def export(
     _quiet()
     from muon_dist.train.models import export_folder
 
-    export_folder(run, out, dtype)
+    typer.echo(f"weights: {export_folder(run, out, dtype)}", err=True)
     typer.echo(str(out))
 
 

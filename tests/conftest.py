@@ -31,6 +31,12 @@ def root() -> Path:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("fp16") is not None:
+        from tests.adapters.deepspeed_ranks import why_no_fp16
+
+        reason = why_no_fp16()
+        if reason is not None:
+            pytest.skip(reason)
     if item.get_closest_marker("namespaces") is not None:
         from tests.namespaces import why_not
 

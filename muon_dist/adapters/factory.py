@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,21 +25,90 @@ def is_rank_zero() -> bool:
     return not distributed or torch.distributed.get_rank() == 0
 
 
-class MuonFactory:
-    """Makes a `Muon` for a stock Trainer: `Trainer(..., optimizer_cls_and_kwargs=(MuonFactory, {"lr": 0.02}))`.
+def for_trainer(args: Any, **options: Any) -> tuple[type[MuonFactory], dict[str, Any]]:
+    """What a stock Trainer takes as `optimizer_cls_and_kwargs`, checked against its arguments now.
 
-    The keyword arguments are those of `muon_dist.param_groups` and of `muon_dist.Muon`; `lr` is needed, since Trainer
-    keeps its own `learning_rate` to itself here. `overrides` and `splits` may be plain dicts. On the first rank the
-    routing table is printed unless `print_routing=False`. Not an Optimizer subclass: Trainer would flatten the model
-    into its own parameter groups.
+        trainer = Trainer(model, args, optimizer_cls_and_kwargs=muon_dist.for_trainer(args), ...)
+
+    Args:
+        args: the `TrainingArguments` of that Trainer. `learning_rate` and `weight_decay` are Muon's where `options`
+            has no `lr` and no `weight_decay`. They are read when the Trainer makes the optimizer, so a value that a
+            hyper-parameter search sets later counts.
+        options: arguments of `muon_dist.param_groups` and `muon_dist.Muon`, such as `adamw_lr`; and `print_routing`.
+
+    Raises:
+        ConfigError: an option is unknown.
+        FrameworkError: the DeepSpeed configuration of `args` has an "optimizer" or "scheduler" block that would
+            replace Muon or its learning rates, or offload settings that would.
+    """
+    split_kwargs(options)
+    check_trainer(args)
+    return MuonFactory, {"training_arguments": args, **options}
+
+
+def check_trainer(args: Any) -> None:
+    """Look at what the Trainer of `args` would do to Muon.
+
+    Warns on the first rank where it would leave out FSDP.
+
+    Raises:
+        FrameworkError: under DeepSpeed it would replace Muon or its learning rates.
+    """
+    asked = getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+    if asked and args.device.type == "cpu" and is_rank_zero():
+        warnings.warn(
+            "fsdp has no effect on a CPU: accelerate runs DistributedDataParallel there, with the whole model on each "
+            "rank. To shard the parameters on a CPU, use DeepSpeed's ZeRO stage 3 "
+            "(deepspeed=configs/deepspeed/zero3.json), or load the model with "
+            "from_pretrained(..., distributed_config=DistributedConfig(fsdp_size=N))",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    holders: tuple[Any, ...] = (
+        getattr(args, "hf_deepspeed_config", None),  # args.deepspeed
+        getattr(getattr(args, "deepspeed_plugin", None), "hf_ds_config", None),  # accelerate launch
+    )
+    for holder in holders:
+        if getattr(holder, "config", None) is not None:
+            _check_deepspeed(holder.config)
+
+
+def _check_deepspeed(config: Mapping[str, Any]) -> None:
+    from muon_dist.adapters.deepspeed import check_config  # imports DeepSpeed, which the Trainer is about to use
+
+    check_config(config)
+
+
+class MuonFactory:
+    """Makes a `Muon` from a whole model, for the factory hook of a stock Trainer; see `for_trainer`.
+
+    The keyword arguments are those of `muon_dist.param_groups` and of `muon_dist.Muon`. `overrides` and `splits` may
+    be plain dicts. On the first rank the routing table is printed unless `print_routing=False`. Not an Optimizer
+    subclass: Trainer would flatten the model into its own parameter groups.
     """
 
-    def __call__(self, opt_model: nn.Module, *, print_routing: bool = True, **kwargs: Any) -> Muon:
-        """The optimizer for `opt_model`. Raises ConfigError for an unknown argument, RoutingError as `route` does."""
+    def __call__(
+        self, opt_model: nn.Module, *, print_routing: bool = True, training_arguments: Any = None, **kwargs: Any
+    ) -> Muon:
+        """The optimizer for `opt_model`.
+
+        Args:
+            opt_model: the model.
+            print_routing: print the routing table on the first rank.
+            training_arguments: where `lr` and `weight_decay` come from if they are not given.
+            kwargs: of `param_groups` and `Muon`.
+
+        Raises:
+            ConfigError: an unknown argument, or no learning rate.
+            RoutingError: as `route` does.
+        """
+        if training_arguments is not None:
+            kwargs.setdefault("lr", training_arguments.learning_rate)
+            kwargs.setdefault("weight_decay", training_arguments.weight_decay)
         if "lr" not in kwargs:
             raise ConfigError(
-                "MuonFactory needs lr, for example optimizer_cls_and_kwargs=(MuonFactory, {'lr': 0.02}): Trainer does "
-                "not pass its learning_rate to a factory"
+                "MuonFactory needs lr: use optimizer_cls_and_kwargs=muon_dist.for_trainer(args), which takes the "
+                "learning_rate of args, or (MuonFactory, {'lr': 0.003})"
             )
         of_groups, of_muon = split_kwargs(kwargs)
         of_groups.setdefault("partitions", _partitions(_deepspeed_config()))
@@ -58,9 +129,7 @@ def _deepspeed_config() -> dict[str, Any] | None:
     integration = sys.modules.get("transformers.integrations.deepspeed")
     config = integration.deepspeed_config() if integration is not None else None
     if config is not None:
-        from muon_dist.adapters.deepspeed import check_config  # imports DeepSpeed, which the Trainer is about to use
-
-        check_config(config)
+        _check_deepspeed(config)
     return config
 
 

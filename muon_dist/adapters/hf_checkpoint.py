@@ -53,7 +53,8 @@ class CheckpointOptions:
     background: hold training for the copy to host memory only. keep_last, keep_every: see `checkpoint.folder.retire`;
     `save_total_limit` is the default of the first. on_error: "stop" or "continue" when a save fails. config: the
     run's configuration, plain and without secrets, kept in every manifest. say: for messages; called on the first
-    rank.
+    rank. begin: called on the first rank before the run changes anything in its folder, when the checkpoint to go on
+    from is verified and loaded; its error ends the run on all ranks.
     """
 
     background: bool = False
@@ -62,6 +63,7 @@ class CheckpointOptions:
     on_error: str = "stop"
     config: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = _print
+    begin: Callable[[], None] = lambda: None
 
 
 class CheckpointTrainer(Trainer):
@@ -93,6 +95,12 @@ class CheckpointTrainer(Trainer):
         self._saver: Saver | None = None
         self._source: Checkpoint | None = None
         self._documents: dict[str, bytes] | None = None
+        self._best_step: int | None = None
+
+    @property
+    def weights_step(self) -> int:
+        """The optimizer step of the weights that the model holds: an earlier one once the best were loaded."""
+        return self._best_step if self._best_step is not None else self.state.global_step
 
     # ---- saving
 
@@ -214,6 +222,7 @@ class CheckpointTrainer(Trainer):
             CheckpointError: there is none, or it is damaged, or of another model.
         """
         self._source = self._opened(resume_from_checkpoint)
+        self._best_step = None
         path = None
         if self._source is not None and self._source.beginning:
             what = "weights alone" if self._source.weights_only else "weights and optimizer state, of no run of ours"
@@ -240,7 +249,9 @@ class CheckpointTrainer(Trainer):
         return found
 
     def _make_room(self) -> None:
-        """On the first rank: clear away what a killed process left; later steps than ours are of another course."""
+        """On the first rank: begin the run, clear away what a killed process left, and set aside later checkpoints,
+        which belong to an abandoned branch of the run."""
+        self.checkpoint_options.begin()
         root, source = Path(self.args.output_dir), self._source
         tidy(root)
         if source is not None and not source.beginning and source.path.resolve().parent == root.resolve():
@@ -314,6 +325,7 @@ class CheckpointTrainer(Trainer):
         held = self.holding(source)
         held.pieces = [p for p in held.pieces if p.kind in (WEIGHT, BUFFER)]
         load(source, held, self.saver.ranks)
+        self._best_step = source.step
         source.close()
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,19 +11,18 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import TrainerCallback
 
-from muon_dist.errors import ConfigError, MuonDistError, NonFiniteError, PeerError
+from muon_dist.errors import ConfigError, NonFiniteError, PeerError
 from muon_dist.exchange.progress import Progress, place
+from muon_dist.exchange.transport import is_network_error
 from muon_dist.exchange.vote import Ballot, StepVote, StragglerReport
 from muon_dist.exchange.watchdog import IDLE, Watchdog, default_store
 from muon_dist.optim.muon import Muon
-from muon_dist.optim.replicas import ReplicaCheck
+from muon_dist.optim.replicas import ReplicaCheck, check_everywhere
 from muon_dist.optim.spikes import SIGMAS, WINDOW, SpikeDetector
 
 POLICIES = ("off", "skip", "rollback")
 _WATCHDOG_SHARE = 0.9  # of the process group's timeout, so that ours, which names things, comes first
 _MOST_ROLLBACKS = 3
-# in the messages of a RuntimeError that a backend raises when a peer is gone
-_OF_THE_NETWORK = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 class Guards(TrainerCallback):
@@ -142,15 +141,14 @@ class Guards(TrainerCallback):
         self._progress.enter("save")
 
     def named(self, error: RuntimeError) -> PeerError | None:
-        """A failed message between ranks as an error that says in what; None for another error."""
-        text = str(error)
-        ours = isinstance(error, MuonDistError)
-        if ours or not (isinstance(error, dist.DistError) or any(word in text for word in _OF_THE_NETWORK)):
+        """A failed message between ranks as an error that says in what; None for any other error."""
+        if not is_network_error(error):
             return None
         p, rank = self._progress, self._vote.rank if self._vote is not None else 0
+        first_line = str(error).strip().partition("\n")[0]
         return PeerError(
-            f"rank {rank}: {place(p.operation, p.bucket, p.step)} failed: {text.strip().splitlines()[0]}. Another "
-            "rank has ended, or the network is down: look for the first error of the other ranks"
+            f"rank {rank}: {place(p.operation, p.bucket, p.step)} failed: {first_line}. Another rank has ended, or "
+            "the network is down: look for the first error of the other ranks"
         )
 
     def close(self) -> None:
@@ -295,8 +293,8 @@ class Guards(TrainerCallback):
             self._checks = list(replica_checks(self._trainer.model, self._trainer.args.device))
             if not self._checks and self._vote is not None and self._vote.world_size > 1:
                 self._first("guards.hash_every: no parameter has copies on several ranks, so nothing is compared")
-        for check in self._checks:
-            check.check()
+        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        check_everywhere(self._checks, group, self._trainer.args.device)
 
 
 class GuardedLoop:
@@ -350,7 +348,8 @@ class GuardedLoop:
         scaled = trainer.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
         loss = found[0] if isinstance(found, tuple) else found
         part = loss if scaled or trainer.compute_loss_func else loss / trainer.current_gradient_accumulation_steps
-        self.guards.add_loss(part, last=trainer.accelerator.sync_gradients)
+        # a loss of several elements, one per GPU under DataParallel, is averaged as training_step averages it
+        self.guards.add_loss(part.mean(), last=trainer.accelerator.sync_gradients)
         return found
 
 

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from muon_dist.adapters.device import peak_flops as device_peak_flops
-from muon_dist.adapters.factory import MuonFactory, split_kwargs
+from muon_dist.adapters.factory import MuonFactory, check_trainer, split_kwargs
 from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
 from muon_dist.adapters.hf_checkpoint import CheckpointOptions, CheckpointTrainer, read_position
 from muon_dist.adapters.hf_guards import GuardedLoop, Guards
@@ -310,6 +310,14 @@ def _check(
     train_sampler: object,
     kwargs: Mapping[str, Any],
 ) -> None:
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"this process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel: start one process per "
+            f"GPU (torchrun --nproc-per-node {args.n_gpu}), or make one visible (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.fsdp and args.world_size == 1:
+        raise ConfigError("fsdp shards a model over several processes, and here is one: use torchrun, or leave it out")
+    check_trainer(args)
     if args.deepspeed is not None:
         if clip_muon is not None:
             raise ConfigError(

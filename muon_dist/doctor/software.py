@@ -6,11 +6,11 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from importlib import metadata
 
+from muon_dist.adapters.device import gpus_of_driver
 from muon_dist.doctor.verdict import Verdict
 
 # The ranges of pyproject.toml: package -> (lowest, first that is too new or None).
@@ -61,18 +61,6 @@ def check_versions(
         return verdicts
     text = f"Python {shown}, " + ", ".join(f"{name} {version}" for name, version in found.items())
     return [Verdict("versions", "ok", text, figures=dict(found))]
-
-
-def gpus_of_driver() -> int:
-    """GPUs that the NVIDIA driver lists; 0 without one."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return 0
-    try:
-        listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
 def check_devices(driver: int | None = None) -> list[Verdict]:

@@ -15,8 +15,30 @@ from muon_dist.exchange.progress import Progress, place
 from muon_dist.ownership import digest, first_difference
 
 _TAG = 0x4D75  # of messages between two ranks, so that none of somebody else's is taken for them
-# Operations of Progress that wait for other ranks.
-_MESSAGES = ("gradient flags", "gather", "scatter", "ownership plan")
+# Words in the RuntimeError that gloo or NCCL raises when a message fails, in lower case.
+_OF_THE_NETWORK = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+# Words in the error of a failed kernel or driver call. NCCL repeats such an error under its own name.
+_OF_THE_DEVICE = ("cuda error", "cuda kernel errors", "device-side assert", "unhandled cuda error", "hip error")
+_OF_THE_DEVICE_LIBRARIES = ("cublas_status", "cudnn_status", "cusolver_status", "cusparse_status", "cufft_status")
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether the accelerator itself failed: out of memory, a failed kernel, a device-side assertion.
+
+    Such an error is asynchronous. It surfaces in the first call that waits for the device, which is often a
+    collective, but no other rank has caused it.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))):
+        return True
+    text = str(error).lower()
+    return any(words in text for words in (*_OF_THE_DEVICE, *_OF_THE_DEVICE_LIBRARIES))
+
+
+def is_network_error(error: BaseException) -> bool:
+    """Whether a message between ranks failed: a peer has ended, or the network is down."""
+    if not isinstance(error, RuntimeError) or isinstance(error, MuonDistError) or is_device_error(error):
+        return False
+    return isinstance(error, dist.DistError) or any(words in str(error).lower() for words in _OF_THE_NETWORK)
 
 
 class Message:
@@ -116,15 +138,16 @@ class Transport:
 
     @contextmanager
     def named_failures(self) -> Iterator[None]:
-        """Inside, a message that fails raises PeerError with operation, bucket and step, which backends leave out."""
+        """A message that fails inside raises PeerError with operation, bucket and step, which backends leave out.
+
+        An error of this rank's own device is raised as it is: no other rank is to blame for it.
+        """
         try:
             yield
-        except (MuonDistError, torch.OutOfMemoryError):
-            raise
         except RuntimeError as error:
-            p = self.progress
-            if p.operation not in _MESSAGES:
+            if not is_network_error(error):
                 raise
+            p = self.progress
             raise PeerError(
                 f"rank {self.rank} of {self.world_size}: {place(p.operation, p.bucket, p.step)} failed: {error}. "
                 "Another rank has ended, or the network is down: look for the first error of the other ranks"

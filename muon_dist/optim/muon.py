@@ -22,8 +22,18 @@ from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.guard import StepGuard, parameter_names
 from muon_dist.optim.options import DEFAULT_GROUP, Options, check_group, check_process_group, make_spec
 from muon_dist.optim.planning import check_covers, check_order, check_untouched, default_process_group, group_fields
+from muon_dist.optim.replicas import check_copies
 from muon_dist.optim.runtime import Runtime, Work
-from muon_dist.optim.state import MOMENTUM, PARTIAL, adopt_momentum, full_state_dict, partial_momentum, split_momentum
+from muon_dist.optim.state import (
+    MOMENTUM,
+    PARTIAL,
+    adopt_momentum,
+    full_state_dict,
+    missing_momentum,
+    partial_momentum,
+    split_momentum,
+    warn_of_partial_state,
+)
 from muon_dist.ownership import OwnershipPlan
 
 
@@ -108,6 +118,7 @@ class Muon(torch.optim.Optimizer):
         self._groups: list[Group] = []
         self._gathered: dict[str, Any] | None = None
         self._runtime: Runtime | None = None
+        self._copies_compared = self._warned_of_partial_state = False
         self._loaded: dict[torch.Tensor, tuple[torch.Tensor, list[str] | None]] | None = None
         self._buffer_of: dict[int, int] = {}
         defaults = {
@@ -201,6 +212,7 @@ class Muon(torch.optim.Optimizer):
         transport.require_equal("ownership plan", fields, problem)
         assert plan is not None
         self._runtime = Runtime(binding, plan, transport, groups, self._options)
+        self._copies_compared = False
         if self.diagnostics is not None:
             self.diagnostics.attach(self._runtime)
         self._buffer_of = {id(tensor): i for i, tensor in enumerate(binding.buffers)}
@@ -253,6 +265,7 @@ class Muon(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: the `max_nonfinite`-th such step in a row.
+            ReplicaError: in the first step, ranks that should hold copies have different weights or gradients.
             PeerError: a message to or from another rank failed; names the operation, bucket and step.
         """
         loss = None
@@ -281,6 +294,9 @@ class Muon(torch.optim.Optimizer):
             if self.guard.begins:
                 progress.finish_step()
             return
+        if not self._copies_compared:
+            check_copies(runtime.binding)
+            self._copies_compared = True
         work: dict[int, Work] = {}
         adamw: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for (index, p), wanted in zip(present, has_gradient, strict=True):
@@ -322,9 +338,15 @@ class Muon(torch.optim.Optimizer):
     # State ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part: its own momentum, and AdamW's state as kept here; local. See `full_state_dict`."""
+        """This rank's part: its own momentum, and AdamW's state as kept here; local. See `full_state_dict`.
+
+        A RuntimeWarning says once when this part lacks momentum that lies on other ranks, as under DDP.
+        """
         if self._gathered is not None:
             return self._gathered
+        if not self._warned_of_partial_state and (missing := missing_momentum(self)):
+            self._warned_of_partial_state = True
+            warn_of_partial_state(self, missing)
         packed = super().state_dict()
         if partial := partial_momentum(self):
             packed[PARTIAL] = partial

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from muon_dist.errors import ReplicaError
 from muon_dist.exchange.transport import Transport
+from muon_dist.optim.binding import Binding
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -24,54 +25,137 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(_WORDS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
-class ReplicaCheck:
-    """Compares the copies of tensors over the ranks that hold the same of them.
+FAULTY_HARDWARE = (
+    "copies of parameters that must be equal are not: {found}. Memory or a network card of that host may be faulty: "
+    "go on from the last checkpoint, without that host"
+)
+"""Message of a check in the middle of a run: the copies were equal once."""
 
-    named: (name, local tensor) in the same order on every rank of `group`.
+_CAUSES = (
+    "If the ranks train one model, wrap it in DistributedDataParallel, or broadcast the weights from one rank first. "
+    "If each rank trains a model of its own, pass process_group=None to Muon. If only some ranks share a model "
+    "(pipeline stages, several replicas), pass their group as process_group="
+)
+NEVER_EQUAL = (
+    "Muon shares the work of {world} ranks that hold the same weights, but these weights are not the same: {found}. "
+    + _CAUSES
+)
+"""Message of the check of weights before the first step."""
+
+NOT_AVERAGED = (
+    "Muon shares the work of {world} ranks that hold the same weights, but their gradients are not the same: {found}. "
+    + _CAUSES
+    + ". Under DistributedDataParallel the last backward pass before a step must run outside no_sync()"
+)
+"""Message of the check of gradients in the first step."""
+
+_ABSENT = torch.iinfo(torch.int64).min
+
+
+class ReplicaCheck:
+    """Compares the copies of tensors over the ranks that hold them.
+
+    named: (name, local tensor) in the same order on every rank of `group`; None in place of a tensor leaves this
+        rank's copy out of the comparison.
     group: the ranks that hold copies of one another: the default group under DDP and ZeRO-1/2, the replicas of a
         shard under HSDP.
+    message: text of the error, with {found} and {world} (the number of ranks).
     """
 
     def __init__(
-        self, named: Iterable[tuple[str, torch.Tensor]], group: dist.ProcessGroup | None, device: torch.device
+        self,
+        named: Iterable[tuple[str, torch.Tensor | None]],
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        message: str = FAULTY_HARDWARE,
     ) -> None:
         self.named = list(named)
+        self._message = message
         self._transport = Transport(group, device)
 
     def check(self) -> None:
         """A collective over the group: one all-reduce of 16 bytes for each tensor; on all ranks the same outcome.
 
         Raises:
-            ReplicaError: names the first tensor that differs, and the rank whose copy differs from the majority's.
+            ReplicaError: names the first tensors that differ, and the rank whose copy differs from the majority's.
         """
         transport = self._transport
         if transport.world_size == 1 or not self.named:
             return
-        sums = torch.stack([checksum(t).to(transport.device) for _, t in self.named])
+        sums = torch.stack([self._sum(t) for _, t in self.named])
         # ~x falls as x rises, also at the ends of the range: one maximum gives both bounds
-        bounds = torch.cat([sums, ~sums])
+        bounds = torch.cat([sums, torch.where(sums == _ABSENT, sums, ~sums)])
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=transport.group)
         highest, lowest = bounds[: len(sums)], ~bounds[len(sums) :]
-        wrong = (highest != lowest).nonzero().flatten().tolist()
+        wrong = ((highest != lowest) & (highest != _ABSENT)).nonzero().flatten().tolist()
         if wrong:
             every = transport.gather_objects([int(sums[i]) for i in wrong])
-            raise ReplicaError(self._message(wrong, every))
+            found = self._describe(wrong, every)
+            raise ReplicaError(self._message.format(found=found, world=transport.world_size))
 
-    def _message(self, wrong: Sequence[int], every: Sequence[Sequence[int]]) -> str:
-        ranks = range(len(every))
+    def _sum(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        device = self._transport.device
+        if tensor is None:
+            return torch.full((), _ABSENT, dtype=torch.int64, device=device)
+        total = checksum(tensor).to(device)
+        return torch.where(total == _ABSENT, total + 1, total)
+
+    def _describe(self, wrong: Sequence[int], every: Sequence[Sequence[int]]) -> str:
+        """ "h.0.weight: rank 2 differs from the others", for up to three tensors."""
         group = self._transport.group
-        globally = dist.get_process_group_ranks(group) if group is not None else list(ranks)
+        globally = dist.get_process_group_ranks(group) if group is not None else list(range(len(every)))
         parts = []
         for column, index in enumerate(wrong[:3]):
-            values = [every[r][column] for r in ranks]
-            value, holders = Counter(values).most_common(1)[0]
-            odd = [globally[r] for r in ranks if values[r] != value]
+            values = {r: sums[column] for r, sums in enumerate(every) if sums[column] != _ABSENT}
+            value, holders = Counter(values.values()).most_common(1)[0]
+            odd = [globally[r] for r in values if values[r] != value]
             who = f"rank {', '.join(map(str, odd))} differs from the others"
             if holders * 2 <= len(values):
-                who = f"ranks {', '.join(map(str, globally))} do not agree, and there is no majority"
+                who = f"ranks {', '.join(str(globally[r]) for r in values)} do not agree, and there is no majority"
             parts.append(f"{self.named[index][0]}: {who}")
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        return (
-            f"copies of parameters that must be equal are not: {'; '.join(parts)}{more}. Memory or a network card of "
-            "that host may be faulty: go on from the last checkpoint, without that host"
-        )
+        return "; ".join(parts) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+
+def check_everywhere(checks: Iterable[ReplicaCheck], group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Run the checks of this rank's groups; what any rank found is raised on all ranks of `group`. A collective.
+
+    Under HSDP each shard has a group of its own: without this, ranks whose shard is good would go on and wait for the
+    others.
+
+    Raises:
+        ReplicaError: the message of the lowest rank that found something.
+    """
+    problem = None
+    for check in checks:
+        try:
+            check.check()
+        except ReplicaError as error:
+            problem = problem or str(error)
+    found = [text for text in Transport(group, device).gather_objects(problem) if text is not None]
+    if found:
+        raise ReplicaError(problem or found[0])
+
+
+def check_copies(binding: Binding) -> None:
+    """Compare the weights that the layout calls copies, then their gradients; a collective, for the first step.
+
+    A gradient that is missing on a rank counts as zero there, so it is not compared. A layout without copies needs no
+    comparison.
+
+    Raises:
+        ReplicaError: the ranks hold different weights or gradients; names parameter and rank.
+    """
+    layout, local = binding.layout, binding.local
+    if not layout.columns:
+        return
+    names = {m.buffer: m.matrix.parameter for m in layout.matrices}
+    group = binding.column if binding.column is not None else binding.group
+    buffers = [(names[i], p) for i, p in enumerate(binding.buffers) if i in names]
+    weights = ((name, local(p.detach())) for name, p in buffers)
+    present = ((name, p.grad if p.grad is not None and not p.grad.is_sparse else None) for name, p in buffers)
+    gradients = ((name, None if g is None else local(g)) for name, g in present)
+    checks = [
+        ReplicaCheck(weights, group, binding.device, NEVER_EQUAL),
+        ReplicaCheck(gradients, group, binding.device, NOT_AVERAGED),
+    ]
+    check_everywhere(checks, binding.group, binding.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,31 @@ def partial_momentum(optimizer: Muon) -> dict[int, list[str]]:
         if shard.shape != runtime.binding.local(runtime.binding.buffers[buffer]).shape
         and id(runtime.binding.buffers[buffer]) in index_of
     }
+
+
+def missing_momentum(optimizer: Muon) -> int:
+    """Parameters whose momentum lies on other ranks, wholly or in part, so that this rank's state dict lacks it.
+
+    None under ZeRO and FSDP2: there each rank's part of the state belongs to its part of the parameters.
+    """
+    runtime = optimizer.runtime
+    if runtime is None or runtime.transport.world_size == 1:
+        return 0
+    held = [(p, optimizer.state.get(p, {}).get(MOMENTUM)) for p in runtime.binding.buffers]
+    return sum(momentum is None or momentum.shape != p.shape for p, momentum in held)
+
+
+def warn_of_partial_state(optimizer: Muon, missing: int) -> None:
+    """The RuntimeWarning of `Muon.state_dict`."""
+    runtime = bound_runtime(optimizer)
+    warnings.warn(
+        f"this state_dict is the part of rank {runtime.transport.rank} alone: it lacks the momentum of {missing} of "
+        f"{len(runtime.binding.buffers)} parameters, which lies on other ranks. It loads only on this rank and for "
+        "the same plan. To save everything, call full_state_dict() on all ranks and save what rank 0 gets, or let "
+        "MuonTrainer save the checkpoint",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def split_momentum(

@@ -73,7 +73,7 @@ def status(record: RunRecord) -> str:
     """Where the run stands, in words: "finished" only when it says so itself."""
     steps = [e["steps"] for e in record.events if "steps" in e]
     last = max((line["step"] for line in record.metrics), default=None)
-    if record.summary is not None:
+    if record.final is not None:
         return "finished"
     if last is None:
         return "no step was logged"
@@ -84,14 +84,19 @@ def tiles(record: RunRecord) -> list[tuple[str, str]]:
     """(label, figure) of what a reader asks first; of the last log lines where there is no summary."""
     last_train: Record = record.training[-1] if record.training else {}
     last_eval: Record = record.evaluations[-1] if record.evaluations else {}
-    summary: Record = record.summary or {}
+    summary: Record = record.final or {}
+    weights = record.weights
+    bits = last_eval.get("eval_bits_per_byte")
+    judged = summary.get("weights_step", summary.get("steps", last_eval.get("step")))
+    of_step = f" at step {judged:,}" if judged is not None else ""
     rates = [line["tokens_per_s"] for line in record.training if line.get("tokens_per_s")]
     start = next((e for e in record.events if "world_size" in e), {})
     found = [
-        ("validation loss", summary.get("validation_loss", last_eval.get("eval_loss")), "{:.4f}"),
-        ("bits per byte", summary.get("validation_bits_per_byte", last_eval.get("eval_bits_per_byte")), "{:.4f}"),
+        (f"validation loss{of_step}", summary.get("validation_loss", last_eval.get("eval_loss")), "{:.4f}"),
+        (f"bits per byte{of_step}", summary.get("validation_bits_per_byte", bits), "{:.4f}"),
         ("training loss", last_train.get("loss"), "{:.4f}"),
         ("steps", summary.get("steps", last_train.get("step")), "{:,}"),
+        ("newest weights", weights.step if weights is not None else None, "step {:,}"),
         ("tokens", summary.get("tokens", last_train.get("tokens")), "{:,}"),
         ("tokens per second", summary.get("tokens_per_s", sum(rates) / len(rates) if rates else None), "{:,.0f}"),
         ("MFU", summary.get("mfu", last_train.get("mfu")), "{:.1%}"),

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.weights import Weights, newest_weights
 from muon_dist.config import redact
 from muon_dist.errors import DataError
 
@@ -26,6 +27,7 @@ class RunRecord:
 
     Attributes:
         metrics, events, spectra, sharpness: the lines of the files, in order; spectra of all ranks, by step.
+        weights: the newest weights in the folder.
         problems: one sentence for each missing file and each damaged line.
     """
 
@@ -40,7 +42,16 @@ class RunRecord:
     spectra: list[Record] = field(default_factory=list)
     sharpness: list[Record] = field(default_factory=list)
     checkpoints: list[Record] = field(default_factory=list)
+    weights: Weights | None = None
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def final(self) -> Record | None:
+        """The summary, unless the run has gone on since it was written."""
+        newest = max((line["step"] for line in self.metrics), default=0)
+        if self.weights is not None and self.weights.step is not None:
+            newest = max(newest, self.weights.step)
+        return self.summary if self.summary is not None and self.summary.get("steps", newest) >= newest else None
 
     @property
     def name(self) -> str:
@@ -85,6 +96,7 @@ def read_run(folder: str | Path) -> RunRecord:
     record.metrics = _lines(root / "metrics.jsonl", problems, "no curves can be drawn", ("step",))
     record.events = _lines(root / "events.jsonl", problems, "starts and ends are not known", ("time", "event", "step"))
     record.checkpoints = _checkpoints(root / "checkpoints")
+    record.weights = newest_weights(root)
     if not (record.config or record.metrics or record.routing or record.checkpoints):
         raise DataError(f"{root}: nothing of a run in it (no config.yaml, metrics.jsonl, routing.json or checkpoints)")
     wanted = record.setting("diagnostics", "every")

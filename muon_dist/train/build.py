@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from muon_dist.adapters.device import refuse_unseen_gpus
 from muon_dist.adapters.hf_callbacks import Console
 from muon_dist.adapters.hf_guards import Guards
 from muon_dist.adapters.hf_records import EventsFile, OwnershipFile
@@ -100,9 +101,12 @@ def optimizer_factory(config: Config, table: RoutingTable, spectra: Path | None 
 def training_arguments(config: Config, folder: RunFolder, train_samples: int) -> TrainingArguments:
     """`TrainingArguments` of the trainer block. Epochs are turned into steps, which is how the sampler counts.
 
-    Raises ConfigError with the message of transformers when it refuses a value.
+    Raises ConfigError with the message of transformers when it refuses a value, and where torch does not see the
+    machine's GPUs.
     """
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and not config.trainer.get("use_cpu", False)
+    if not cuda and "use_cpu" not in config.trainer:
+        refuse_unseen_gpus()
     settings: dict[str, Any] = {
         "logging_steps": 10,
         "report_to": "none",
@@ -135,6 +139,13 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         args = TrainingArguments(**settings)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ConfigError(f"trainer: transformers refuses these settings: {error}") from error
+    if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel
+        print(
+            f"one process uses one GPU, of {args.n_gpu} here. To use all: bash launch/torchrun.sh --nproc-per-node "
+            f"{args.n_gpu} train ...",
+            flush=True,
+        )
+        args._n_gpu = 1
     if args.max_steps <= 0:
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         args.max_steps = math.ceil(args.num_train_epochs * train_samples / batch)
@@ -152,14 +163,21 @@ def require_zero3(args: TrainingArguments) -> TrainingArguments:
     return args
 
 
+def check_partitioned_model(model: nn.Module, args: TrainingArguments) -> None:
+    """Raises FrameworkError where the weights that DeepSpeed partitioned have another dtype than it was asked for."""
+    from muon_dist.adapters.deepspeed import check_partitioned  # imports DeepSpeed, so only where it is used
+
+    check_partitioned(model, args.hf_deepspeed_config.config)
+
+
 def make_guards(config: Config, stop_requested: Callable[[], int], say: Callable[[str], None]) -> Guards:
     """The guards of the configuration. stop_requested: the signal that asked this rank to stop, or 0."""
     settings = config.guards.model_dump(exclude={"signals"})
     return Guards(**settings, stop_requested=stop_requested, say=say)
 
 
-def checkpoint_options(config: Config) -> CheckpointOptions:
-    """How the trainer saves; the configuration goes into each manifest, without its secrets."""
+def checkpoint_options(config: Config, begin: Callable[[], None] = lambda: None) -> CheckpointOptions:
+    """How the trainer saves; the configuration goes into each manifest, without its secrets. begin: as there."""
     block = config.checkpoint
     return CheckpointOptions(
         background=block.background,
@@ -167,6 +185,7 @@ def checkpoint_options(config: Config) -> CheckpointOptions:
         keep_every=block.keep_every,
         on_error=block.on_error,
         config=redact(config.model_dump(mode="json", by_alias=True)),
+        begin=begin,
     )
 
 
@@ -188,10 +207,11 @@ def make_trainer(
     sampler: Callable[[int, int], Iterable[int]],
     bytes_per_token: tuple[float, float],
     guards: Guards | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> MuonTrainer:
     """The trainer of a run. args: of `training_arguments`.
 
-    sampler: (samples consumed, samples in all) -> indices into `train_dataset`.
+    sampler: (samples consumed, samples in all) -> indices into `train_dataset`. begin: see `CheckpointOptions`.
     """
     total = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     clip = config.optimizer.clip
@@ -208,7 +228,7 @@ def make_trainer(
         flops_per_token=flops_per_token(model, config.data.sequence_length),
         metrics_path=folder.metrics,
         guards=guards,
-        checkpoint=checkpoint_options(config),
+        checkpoint=checkpoint_options(config, begin),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,

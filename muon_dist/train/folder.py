@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +18,17 @@ from muon_dist.train.restarts import is_restart, launch_names
 
 AUTO = "auto"
 """Resume from the newest checkpoint that verifies."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins in its folder.
+
+    resume: AUTO, the path of a checkpoint, or None for step 0. replaces: the run that the folder holds is removed.
+    """
+
+    resume: str | None
+    replaces: bool
 
 
 @dataclass(frozen=True)
@@ -83,8 +96,8 @@ class RunFolder:
         """Committed checkpoints, oldest step first."""
         return commits(self.checkpoints)
 
-    def open(self, resume: str | None, overwrite: bool, policy: str = "auto") -> str | None:
-        """Make the folder ready and return what to resume from: AUTO, the path of a checkpoint, or None to begin.
+    def decide(self, resume: str | None, overwrite: bool, policy: str = "auto") -> Start:
+        """How a run would begin here; nothing in the folder is changed before `begin`.
 
         resume: "auto" (the newest checkpoint), "if-any" (the same, and from the start when there is none: for
         launchers that repeat the command), the path of a checkpoint, or None.
@@ -92,8 +105,8 @@ class RunFolder:
         saved, or begins again if that is nothing, whatever `resume` and `overwrite` said the first time. With
         "always" so does any start without `resume` and `overwrite`.
 
-        Raises ConfigError when the folder holds a run already and neither resume nor overwrite was asked for,
-        CheckpointError when there is nothing to resume from.
+        Raises ConfigError when the folder holds a run already and neither resume nor overwrite was asked for, or when
+        it cannot be made; CheckpointError when there is nothing to resume from.
         """
         resume, overwrite = self._decided(resume, overwrite, policy)
         if resume == AUTO and not self.finished_checkpoints():
@@ -103,22 +116,31 @@ class RunFolder:
         if resume not in (None, AUTO) and not (Path(resume) / MANIFEST).is_file():
             raise CheckpointError(f"--resume {resume}: no finished checkpoint there ({MANIFEST} is missing)")
         own = resume == AUTO or (resume is not None and Path(resume).resolve().parent == self.checkpoints.resolve())
-        if not own and (self.metrics.exists() or self.checkpoints.exists()):
-            if not overwrite:
-                raise ConfigError(
-                    f"{self.root} holds a run already: continue it with --resume auto, start it again with "
-                    "--overwrite, or choose another name=..."
-                )
+        if not own and not overwrite and (self.metrics.exists() or self.checkpoints.exists()):
+            raise ConfigError(
+                f"{self.root} holds a run already: continue it with --resume auto, start it again with "
+                "--overwrite, or choose another name=..."
+            )
+        existing = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise ConfigError(f"run_dir: cannot make the run folder {self.root}: {existing} is no folder to write to")
+        return Start(resume, replaces=not own)
+
+    def begin(self, start: Start) -> None:
+        """Make the folder ready for a run that is about to take its first step."""
+        if start.replaces:
             for path in (self.checkpoints, self.model, self.spectra):
                 shutil.rmtree(path, ignore_errors=True)
             for path in (self.metrics, self.summary, self.events, self.ownership):
                 path.unlink(missing_ok=True)
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"run_dir: cannot make the run folder {self.root}: {error}") from error
+        self.root.mkdir(parents=True, exist_ok=True)
         write_json(self.launch, {"names": launch_names()})
-        return resume
+
+    def remove_if_empty(self) -> None:
+        """Remove what a start left behind that failed before `begin`; a folder with a file in it stays."""
+        for path in (self.checkpoints, self.root):
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
     def _decided(self, resume: str | None, overwrite: bool, policy: str) -> tuple[str | None, bool]:
         """What `resume` and `overwrite` come to, with what is in the folder."""

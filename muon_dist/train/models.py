@@ -9,6 +9,7 @@ from typing import Any
 from muon_dist.adapters.hf_callbacks import quiet_transformers
 from muon_dist.checkpoint import MODEL_FOLDER
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.weights import Weights, newest_weights, record_step, weights_at
 from muon_dist.config import Config, load_config
 from muon_dist.data.dataset import MixtureDataset
 from muon_dist.errors import CheckpointError, ConfigError
@@ -20,21 +21,18 @@ from muon_dist.train.folder import RunFolder
 from muon_dist.train.generation import generate
 
 
-def find_model(path: str | Path) -> Path:
-    """The model folder meant by a run folder (its final model, else its newest checkpoint), or by itself.
+def find_weights(path: str | Path) -> Weights:
+    """The weights meant by a path: of a run folder the newest, of a checkpoint or a model folder its own.
 
-    Raises CheckpointError when there is none.
+    Raises CheckpointError when there are none.
     """
     root = Path(path)
     if (root / "config.json").is_file() or (root / MANIFEST).is_file():
-        return root
-    folder = RunFolder(root)
-    if (folder.model / "config.json").is_file():
-        return folder.model
-    finished = folder.finished_checkpoints()
-    if finished:
-        return finished[-1]
-    raise CheckpointError(f"{root}: neither a model (config.json) nor a run folder with a model/ or a checkpoint")
+        return weights_at(root)
+    found = newest_weights(root)
+    if found is None:
+        raise CheckpointError(f"{root}: neither a model (config.json) nor a run folder with a model/ or a checkpoint")
+    return found
 
 
 def run_config(path: str | Path) -> Config | None:
@@ -55,9 +53,12 @@ def evaluate_folder(
     batch_size: int = 8,
     max_samples: int | None = None,
 ) -> dict[str, Any]:
-    """`evaluate` on the validation split of the run's data, or of other prepared `data` of the same tokenizer."""
+    """`evaluate` on the validation split of the run's data, or of other prepared `data` of the same tokenizer.
+
+    The figures come with `model`, the folder of the weights, and `step`, theirs.
+    """
     quiet_transformers()
-    folder = find_model(path)
+    weights = find_weights(path)
     config = run_config(path)
     if config is None and (data is None or sequence_length is None):
         raise ConfigError(f"{path} lies in no run folder: pass --data and --sequence-length")
@@ -67,21 +68,22 @@ def evaluate_folder(
     if sequence_length is None:
         assert config is not None
         sequence_length = config.data.sequence_length
-    model = load_model(folder)
+    model = load_model(weights.path)
     dataset = MixtureDataset.open(data, "validation", sequence_length, vocab_size=model.config.vocab_size)
     figures = evaluate(model, dataset, corpus.bytes_per_token(dataset), batch_size=batch_size, max_samples=max_samples)
-    return {"model": str(folder), "data": str(data), **figures}
+    return {"model": str(weights.path), "step": weights.step, "data": str(data), **figures}
 
 
-def generate_from_folder(path: str | Path, prompt: str, tokens: int, **choice: Any) -> str:
-    """`generate` with the model and the tokenizer of a folder."""
+def generate_from_folder(path: str | Path, prompt: str, tokens: int, **choice: Any) -> tuple[str, Weights]:
+    """`generate` with the model and the tokenizer of a folder: (text, the weights that wrote it)."""
     quiet_transformers()
-    folder = find_model(path)
-    return generate(load_model(folder), load_text_tokenizer(folder), prompt, tokens, **choice)
+    weights = find_weights(path)
+    text = generate(load_model(weights.path), load_text_tokenizer(weights.path), prompt, tokens, **choice)
+    return text, weights
 
 
-def export_folder(path: str | Path, out: str | Path, dtype: str | None = None) -> None:
-    """Save the model (in `dtype`, or as it is) and its tokenizer to the new folder `out`.
+def export_folder(path: str | Path, out: str | Path, dtype: str | None = None) -> Weights:
+    """Save the model (in `dtype`, or as it is) and its tokenizer to the new folder `out`; the weights that it took.
 
     Raises ConfigError when `out` exists or the dtype is unknown, CheckpointError when there is no model.
     """
@@ -91,7 +93,8 @@ def export_folder(path: str | Path, out: str | Path, dtype: str | None = None) -
         raise ConfigError(f"{target} exists already: choose another folder")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
-    folder = find_model(path)
+    weights = find_weights(path)
+    folder = weights.path
     model = load_model(folder, DTYPES[dtype] if dtype is not None else None)
     within = folder / MODEL_FOLDER if (folder / MANIFEST).is_file() else folder
     # weights that came without one are exported without one
@@ -101,4 +104,7 @@ def export_folder(path: str | Path, out: str | Path, dtype: str | None = None) -
     model.save_pretrained(temporary)
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
+    if weights.step is not None:
+        record_step(temporary, weights.step)
     temporary.rename(target)
+    return weights

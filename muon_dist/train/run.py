@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from contextlib import nullcontext
@@ -16,13 +15,14 @@ from muon_dist.adapters.hf_callbacks import quiet_transformers
 from muon_dist.adapters.hf_guards import stop_text
 from muon_dist.adapters.hf_trainer import MuonTrainer, leave_deepspeed
 from muon_dist.checkpoint import Checkpoint, Ranks, newest_good, open_checkpoint
+from muon_dist.checkpoint.weights import record_step
 from muon_dist.config import Config
 from muon_dist.errors import Stopped
 from muon_dist.model import count_parameters
 from muon_dist.model.load import load_model, load_text_tokenizer
 from muon_dist.routing import RoutingTable
 from muon_dist.train import build, corpus, distributed, environment, summary
-from muon_dist.train.folder import AUTO, RunFolder, changed_settings, write_json
+from muon_dist.train.folder import AUTO, RunFolder, Start, changed_settings, write_json
 from muon_dist.train.generation import generate
 from muon_dist.train.signals import StopSignals
 
@@ -40,22 +40,25 @@ def train(
     checkpoint. overwrite: start again in a folder that holds a run. Every rank of a launcher calls it.
     """
     quiet_transformers()
-    if not torch.accelerator.is_available():
+    use_cpu = bool(config.trainer.get("use_cpu", False))
+    if use_cpu or not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which accelerate imports, warns on every rank
-    joined = distributed.start(float(config.trainer.get("ddp_timeout", 1800)))
+    joined = distributed.start(float(config.trainer.get("ddp_timeout", 1800)), use_cpu)
     try:
         folder = RunFolder(Path(run_dir if run_dir is not None else config.run_dir) / config.name)
-        found = distributed.once(lambda: _open(folder, config, resume, overwrite))
-        checkpoint = _verified(folder, found, float(config.trainer.get("ddp_timeout", 1800)))
+        start = distributed.once(lambda: _decide(folder, config, resume, overwrite))
+        checkpoint = _verified(folder, start.resume, float(config.trainer.get("ddp_timeout", 1800)))
         _say(f"run folder {folder.root}" + (f", resuming from {checkpoint.path}" if checkpoint else ""))
         started = time.perf_counter()
         distributed.on_each_node(lambda: corpus.prepare(config))
         with StopSignals() if config.guards.signals else nullcontext() as signals:
-            trainer = _trainer(config, folder, time.perf_counter() - started, signals)
+            trainer = _trainer(config, folder, start, time.perf_counter() - started, signals)
             trainer.train(resume_from_checkpoint=checkpoint)
         _leave_if_stopped(trainer)
         return _finish(config, folder, trainer)
     finally:
+        if distributed.rank() == 0:
+            folder.remove_if_empty()
         if joined:
             distributed.stop()
 
@@ -65,16 +68,23 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _open(folder: RunFolder, config: Config, resume: str | None, overwrite: bool) -> str | None:
-    """Make the run folder ready and write down what the run is."""
-    checkpoint = folder.open(resume, overwrite, config.checkpoint.resume)
-    text = config.to_yaml()
-    if checkpoint is not None and folder.config.exists():
-        for line in changed_settings(yaml.safe_load(folder.config.read_text("utf-8")), yaml.safe_load(text)):
+def _decide(folder: RunFolder, config: Config, resume: str | None, overwrite: bool) -> Start:
+    """How the run begins; says which settings have changed when it goes on."""
+    start = folder.decide(resume, overwrite, config.checkpoint.resume)
+    if start.resume is not None and folder.config.exists():
+        before = yaml.safe_load(folder.config.read_text("utf-8"))
+        for line in changed_settings(before, yaml.safe_load(config.to_yaml())):
             print(f"changed since the run began: {line}", flush=True)
-    folder.config.write_text(text, encoding="utf-8")
+    return start
+
+
+def _begin(folder: RunFolder, start: Start, config: Config, table: RoutingTable) -> None:
+    """Make the run folder ready and write down what the run is."""
+    folder.begin(start)
+    folder.config.write_text(config.to_yaml(), encoding="utf-8")
     write_json(folder.environment, environment.describe())
-    return checkpoint
+    folder.routing.with_suffix(".txt").write_text(table.render() + "\n", encoding="utf-8")
+    write_json(folder.routing, table.to_json())
 
 
 def _verified(folder: RunFolder, found: str | None, timeout: float) -> Checkpoint | None:
@@ -99,9 +109,11 @@ def _leave_if_stopped(trainer: MuonTrainer) -> None:
         raise error
 
 
-def _trainer(config: Config, folder: RunFolder, preparation: float, signals: StopSignals | None = None) -> MuonTrainer:
+def _trainer(
+    config: Config, folder: RunFolder, start: Start, preparation: float, signals: StopSignals | None = None
+) -> MuonTrainer:
     tokenizer, datasets, args, model, table = distributed.everywhere(lambda: _parts(config, folder))
-    distributed.once(lambda: _write_routing(folder, table))
+    _say(table.render())
     count = count_parameters(model)
     train_bytes, _ = datasets.bytes_per_token
     _say(
@@ -122,6 +134,7 @@ def _trainer(config: Config, folder: RunFolder, preparation: float, signals: Sto
             sampler=datasets.sampler,
             bytes_per_token=datasets.bytes_per_token,
             guards=build.make_guards(config, lambda: signals.requested if signals is not None else 0, _say),
+            begin=lambda: _begin(folder, start, config, table),
         )
     )
 
@@ -138,26 +151,19 @@ def _parts(config: Config, folder: RunFolder) -> tuple[Any, corpus.Datasets, Any
     if config.model.get("partitioned_init", False):
         args = build.require_zero3(arguments())
         model = build.make_model(config, tokenizer)
+        build.check_partitioned_model(model, args)
     else:
         model = build.make_model(config, tokenizer)
         args = arguments()
     return tokenizer, datasets, args, model, build.routing_table(config, model)
 
 
-def _write_routing(folder: RunFolder, table: RoutingTable) -> None:
-    text = table.render()
-    print(text, flush=True)
-    folder.routing.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-    routes = table.to_json()
-    folder.routing.write_text(routes if isinstance(routes, str) else json.dumps(routes, indent=2), encoding="utf-8")
-
-
 def _final_evaluation(trainer: MuonTrainer) -> dict[str, float]:
-    """What the last step's evaluation found, made now unless the training loop has just made it."""
+    """The figures of the weights that the model holds, taken now unless the training loop has taken them."""
     if trainer.eval_dataset is None:
         return {}
     for entry in reversed(trainer.state.log_history):
-        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
+        if "eval_loss" in entry and entry["step"] == trainer.weights_step:
             return dict(entry)
     return dict(trainer.evaluate())
 
@@ -166,12 +172,15 @@ def _finish(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str
     """Evaluate, save the model, write and show the summary."""
     figures = _final_evaluation(trainer)
     trainer.save_model(str(folder.model))
+    if distributed.rank() == 0:
+        record_step(folder.model, trainer.weights_step)
     found = folder.finished_checkpoints()
     out: dict[str, Any] = {
         "name": config.name,
         "optimizer": config.optimizer.name,
         "seed": config.seed,
         "steps": trainer.state.global_step,
+        "weights_step": trainer.weights_step,
         "world_size": distributed.world_size(),
         **trainer.throughput(),
         "validation_loss": figures.get("eval_loss"),

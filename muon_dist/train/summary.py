@@ -16,6 +16,7 @@ _FIGURES = (
     ("validation_bits_per_byte", "bits per byte", "{:.4f}"),
     ("validation_perplexity", "perplexity", "{:.2f}"),
     ("steps", "steps", "{:,}"),
+    ("weights_step", "weights", "of step {:,}"),
     ("tokens", "tokens", "{:,}"),
     ("train_seconds", "training", "{:.1f} s"),
     ("tokens_per_s", "tokens per second", "{:,.0f}"),

@@ -14,8 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"muon_dist_ext_{os.getuid()}"))
 
 import deepspeed
+import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as ds_logger
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,6 +29,26 @@ from muon_dist.optim.reference import reference_step
 ds_logger.setLevel("ERROR")
 # Built by JIT at init otherwise: 40 s, and a lock file that hangs later runs when killed.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# Not every CPU has fp16, and DeepSpeed refuses it where torch says so. MUON_DIST_TEST_FP16=unsupported makes this CPU
+# such a one; =emulated lets torch compute fp16 in software, so that these tests run on every CPU.
+_FP16 = os.environ.get("MUON_DIST_TEST_FP16", "")
+assert _FP16 in ("", "unsupported", "emulated"), f"MUON_DIST_TEST_FP16 is {_FP16!r}"
+if _FP16:
+    get_accelerator().is_fp16_supported = lambda: _FP16 == "emulated"
+
+
+def why_no_fp16() -> str | None:
+    """Why tests marked `fp16` cannot run here; None if they can."""
+    return None if get_accelerator().is_fp16_supported() else "this CPU has no fp16, so that DeepSpeed refuses it"
+
+
+def split_fp16(cases: list[Case]) -> list[Any]:
+    """Parameters of a test: the cases that run on every CPU, and by themselves those that need fp16."""
+    half = [case for case in cases if case.dtype == "fp16"]
+    others = [case for case in cases if case.dtype != "fp16"]
+    return [pytest.param(others, id="others"), pytest.param(half, id="fp16", marks=pytest.mark.fp16)]
+
 
 SEQUENCE = 12
 GLOBAL_BATCH = 16
@@ -112,7 +134,7 @@ def make_engine(case: Case) -> tuple[Any, Muon]:
     config = ds_config(case, dist.get_world_size())
     if case.zero_init:
         state = make_model(case.model).state_dict()
-        with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.float32):
+        with deepspeed.zero.Init(config_dict_or_path=config):
             model = AutoModelForCausalLM.from_config(model_config(case.model))
         fill(model, state)
     else:

@@ -27,7 +27,7 @@ CASES = [
     Case(0, "bf16"),
     Case(1),
     Case(1, "bf16", config=BF16_OPTIMIZER),
-    Case(2, "fp16", zero={"round_robin_gradients": True}),
+    Case(2, zero={"round_robin_gradients": True}),
     Case(2, "bf16", zero=OFFLOAD),
     Case(3, "bf16", zero={"sub_group_size": 400}),
     Case(3, zero=OFFLOAD),
@@ -83,6 +83,11 @@ def _resume_all(cases: list[Case], folder: str, after_a_step: bool) -> None:
 def test_resume_continues_exactly(tmp_path, after_a_step):
     cases = CASES[1::2] if after_a_step else CASES
     run_ranks(_resume_all, 2, cases, str(tmp_path), after_a_step, timeout=400.0)
+
+
+@pytest.mark.fp16
+def test_resume_in_fp16_continues_exactly(tmp_path):
+    run_ranks(_resume, 2, Case(2, "fp16", zero={"round_robin_gradients": True}), str(tmp_path), False)
 
 
 def _save_before_the_first_step(case: Case, folder: str) -> None:

@@ -3,6 +3,8 @@ the wrappers. Newton-Schulz calls, momentum's shape and zero.Init are asserted f
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ pytest.importorskip("deepspeed")
 import deepspeed
 
 import muon_dist
-from muon_dist.adapters.deepspeed import check_config
+from muon_dist.adapters.deepspeed import check_config, check_partitioned
 from muon_dist.errors import FrameworkError
 from tests.adapters.deepspeed_ranks import (
     Case,
@@ -28,6 +30,8 @@ from tests.adapters.deepspeed_ranks import (
     make_engine,
     make_model,
     master,
+    split_fp16,
+    why_no_fp16,
 )
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(600)]
@@ -77,19 +81,22 @@ def _clipped(case: Case, clip_muon: bool) -> tuple[float, float, float, float]:
     return muon, adamw, reported, norm
 
 
+TIGHT = {"gradient_clipping": 0.05}
+CLIPPED = [
+    Case(0, config=TIGHT),
+    Case(0, "bf16", config=TIGHT),
+    Case(1, config=TIGHT),
+    Case(1, "bf16", config={**TIGHT, **BF16_OPTIMIZER}),
+    Case(2, "fp16", config=TIGHT),
+    Case(2, zero={"offload_optimizer": {"device": "cpu", "pin_memory": False}}, config=TIGHT),
+    Case(3, config=TIGHT),
+]
+
+
+@pytest.mark.parametrize("cases", split_fp16(CLIPPED))
 @pytest.mark.parametrize("clip_muon", [False, True])
-def test_clip_acts_on_the_raw_gradient_and_exempts_muon(clip_muon):
-    tight = {"gradient_clipping": 0.05}
-    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
-    cases = [
-        Case(0, config=tight, attach=True),
-        Case(0, "bf16", config=tight, attach=clip_muon),
-        Case(1, config=tight, attach=clip_muon),
-        Case(1, "bf16", config={**tight, **BF16_OPTIMIZER}, attach=clip_muon),
-        Case(2, "fp16", config=tight, attach=clip_muon),
-        Case(2, zero=offload, config=tight, attach=clip_muon),
-        Case(3, config=tight, attach=clip_muon),
-    ]
+def test_clip_acts_on_the_raw_gradient_and_exempts_muon(clip_muon, cases):
+    cases = [replace(case, attach=clip_muon or (case.stage, case.dtype) == (0, "fp32")) for case in cases]
     for case, (muon, adamw, reported, norm) in zip(cases, _in_one(_clipped, cases, clip_muon), strict=True):
         assert norm > 0.5, "the clip must bite"
         assert muon < 1e-5 and adamw < 1e-4, (case, muon, adamw)
@@ -144,6 +151,7 @@ def _scale_changes(case: Case) -> tuple[float, float, list[float]]:
     return muon, cosine, scales
 
 
+@pytest.mark.fp16
 def test_momentum_is_in_true_units_under_dynamic_loss_scale():
     config = {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 4}}
     cases = [Case(s, "fp16", config={**config, "gradient_clipping": c}) for s, c in ((1, 0.0), (2, 0.05), (3, 0.05))]
@@ -263,11 +271,16 @@ def _overflow(case: Case) -> tuple[bool, float]:
     return unchanged, muon
 
 
-def test_overflow_on_one_rank_changes_nothing_anywhere():
-    cases = [Case(0, "bf16"), Case(1), Case(1, "bf16", config=BF16_OPTIMIZER)]
-    cases += [Case(s, d) for s in (1, 2, 3) for d in ("bf16", "fp16")]
+OVERFLOWING = [
+    *(Case(0, "bf16"), Case(1), Case(1, "bf16", config=BF16_OPTIMIZER)),
+    *(Case(s, d) for s in (1, 2, 3) for d in ("bf16", "fp16")),
     # where DeepSpeed does not look, and Muon decides: with its own check, and from DeepSpeed's norm
-    cases += [Case(0), *(Case(s, "bf16", config={"bf16": {"check_grad_overflow": False}}) for s in (1, 2))]
+    *(Case(0), *(Case(s, "bf16", config={"bf16": {"check_grad_overflow": False}}) for s in (1, 2))),
+]
+
+
+@pytest.mark.parametrize("cases", split_fp16(OVERFLOWING))
+def test_overflow_on_one_rank_changes_nothing_anywhere(cases):
     for case, (unchanged, muon) in zip(cases, _in_one(_overflow, cases), strict=True):
         assert unchanged, case
         assert muon < 1e-5, (case, muon)
@@ -328,6 +341,39 @@ def _initialised(case: Case) -> tuple[float, int]:
 def test_the_step_inside_initialize_changes_nothing():
     """FP16_UnfusedOptimizer steps on zero gradients while it is built: weights x (1 - lr weight_decay) otherwise."""
     assert _in_one(_initialised, [Case(0, "bf16")]) == [(0.0, 0)]
+
+
+def _half_weights(dtype: torch.dtype | None) -> list[str]:
+    """What is said of an engine in float32 over a model that `zero.Init` made with `dtype`."""
+    deepspeed.init_distributed("gloo", verbose=False)
+    config = ds_config(Case(3), 1)
+    with deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    made = model[0].weight.ds_tensor.dtype
+    said = []
+    try:
+        check_partitioned(model, config)
+    except FrameworkError as error:
+        said.append(str(error))
+    optimizer = muon_dist.Muon([{"params": [p for p in model.parameters() if p.ds_shape.numel() > 8]}])
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        muon_dist.attach(engine)
+    said += [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+    assert (made.itemsize < 4) == bool(said), (made, said)
+    return said
+
+
+def test_half_weights_that_zero_init_made_unasked_are_said():
+    """On a CPU without fp16, DeepSpeed 0.19.8 makes bf16 weights of `dtype=torch.float32`; with fp16 it obeys."""
+    assert run_ranks(_half_weights, 1, None) == [[]]
+    (said,) = run_ranks(_half_weights, 1, torch.bfloat16 if why_no_fp16() is None else torch.float32)
+    refused, warned = said
+    assert (
+        "zero.Init made 0.weight in torch.bfloat16, and the DeepSpeed configuration asks for torch.float32" in refused
+    )
+    assert "0.weight is torch.bfloat16, but the DeepSpeed configuration enables neither" in warned
 
 
 def _with_use_muon(case: Case) -> None:

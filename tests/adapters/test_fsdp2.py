@@ -668,3 +668,28 @@ def through_accelerate(folder: str) -> tuple[bool, bool]:
 
 def test_accelerate_prepares_steps_saves_and_loads(tmp_path: Path):
     assert run_ranks(through_accelerate, 2, str(tmp_path)) == [(True, False)] * 2
+
+
+# Copies that are not copies ---------------------------------------------------------------------------------------
+
+
+def unequal_copies() -> str:
+    """HSDP whose second copy has other weights: the broadcast of a start was forgotten."""
+    model = shard(llama(), make_mesh((2, 2)))
+    optimizer = make_optimizer(model)
+    if dist.get_rank() == 3:
+        with torch.no_grad():
+            next(p for n, p in model.named_parameters() if "up_proj" in n).to_local()[0, 0] += 1
+    backward(model, 0, dist.get_rank())
+    try:
+        optimizer.step()
+    except MuonDistError as error:
+        return f"{type(error).__name__}: {error}"
+    return "taken"
+
+
+def test_copies_under_hsdp_that_differ_are_refused() -> None:
+    """The ranks that hold the same shard compare it: the other shards are equal."""
+    found = run_ranks(unequal_copies, 4)
+    for rank in (1, 3):
+        assert "ReplicaError: Muon shares" in found[rank] and "up_proj.weight: ranks 1, 3 do not agree" in found[rank]

@@ -129,6 +129,7 @@ def _scaled(folder: str, resume: bool) -> dict[str, Any]:
     return {"scales": scales, "skipped": run.engine.skipped_steps, "last": run.whole("weight")}
 
 
+@pytest.mark.fp16
 def test_the_loss_scaler_goes_on_where_it_was(tmp_path: Path) -> None:
     whole = run_ranks(_scaled, 2, str(tmp_path), False, timeout=200)[0]
     again = run_ranks(_scaled, 2, str(tmp_path), True, timeout=200)[0]

@@ -13,7 +13,7 @@ from muon_dist.numerics import SCHEDULES, coefficients, compute_dtype, newton_sc
 from muon_dist.numerics.compiled import check_compiler
 from muon_dist.numerics.iteration import Workspace, iterate, normalize
 from muon_dist.numerics.newton_schulz import kernel_name, newton_schulz_, segment_length
-from muon_dist.numerics.products import ADDED_AFTER, BLOCKED, PLAIN, Products, products_for
+from muon_dist.numerics.products import ADDED_AFTER, BLOCKED, BLOCKS, PLAIN, Products, products_for
 from muon_dist.numerics.schedules import Row
 from tests.numerics.spectra import gaussian, log_spaced, power_law, reference, relative_error, with_spectrum
 
@@ -431,7 +431,8 @@ def test_kernels_are_for_hopper_alone_and_the_form_is_named() -> None:
 
 @pytest.mark.parametrize("size", [512, 513])
 def test_symmetric_products_by_half_on_a_cpu(size: int) -> None:
-    """Symmetric to the last bit, and as exact as whole products."""
+    """As exact as whole products. Blocks beside the diagonal are copies of one another; within a diagonal block the
+    two halves are what one product returns, so they are equal to rounding only: it depends on the CPU."""
     assert products_for(size, size, torch.float32, torch.device("cpu")) is BLOCKED
     x = gaussian(2, size, 40, seed=26).float() / 40**0.5
     gram, square = torch.empty(2, size, size), torch.empty(2, size, size)
@@ -440,8 +441,13 @@ def test_symmetric_products_by_half_on_a_cpu(size: int) -> None:
     for found, expected in ((gram, x.double() @ x.double().mT), (square, None)):
         wide = gram.double()
         expected = expected if expected is not None else -4.775 * wide + 2.0315 * wide @ wide
-        assert torch.equal(found, found.mT)
         assert relative_error(found, expected) < 1e-6
+        assert relative_error(found, found.mT) < 1e-6
+        step = -(-size // BLOCKS)
+        beside = torch.ones(size, size, dtype=torch.bool)
+        for first in range(0, size, step):
+            beside[first : first + step, first : first + step] = False
+        assert torch.equal(found[:, beside], found.mT[:, beside])
 
 
 @pytest.mark.parametrize("products", [PLAIN, ADDED_AFTER, BLOCKED])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 
 import pytest
 import torch
@@ -349,3 +350,44 @@ def test_no_process_group_means_no_collective():
 
 def test_plan_mismatch_error_type():
     assert PlanMismatchError.exit_code == 6
+
+
+# ---- a rank's own state dict, saved by others
+
+
+def said_of_partial_state(layout: str) -> list[str]:
+    """The warnings of three calls of `state_dict()`, and of `full_state_dict()`, after a step."""
+    if layout == "flat":
+        optimizer, shard, _ = make_flat(256.0)
+        shard.grad = torch.ones_like(shard)
+    else:
+        parameters = make_parameters()
+        group = None if layout == "alone" else "default"
+        optimizer = Muon(make_groups(parameters), lr=0.02, process_group=group)
+        for name, g in gradients(0).items():
+            parameters[name].grad = g
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.state_dict()  # before the plan there is no momentum to miss
+        optimizer.step()
+        if layout == "replicated":
+            optimizer.full_state_dict()
+        for _ in range(3):
+            optimizer.state_dict()
+    return [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+
+
+def test_a_partial_state_dict_says_once_what_it_lacks():
+    """Lightning, `accelerator.save_state` and DCP take it for the whole state under DDP."""
+    for rank, said in enumerate(run_ranks(said_of_partial_state, 2, "replicated")):
+        (text,) = said
+        assert f"the part of rank {rank} alone: it lacks the momentum of " in text and "full_state_dict()" in text
+
+
+@pytest.mark.parametrize("layout", ["flat", "alone"])
+def test_a_state_dict_that_lacks_nothing_says_nothing(layout):
+    assert run_ranks(said_of_partial_state, 2, layout) == [[], []]
+
+
+def test_one_process_has_all_of_its_state():
+    assert run_ranks(said_of_partial_state, 1, "replicated") == [[]]

@@ -183,6 +183,22 @@ def test_bad_arguments(root: Path, arguments: list[str], message: str) -> None:
     assert code != 0 and message in err
 
 
+@pytest.mark.parametrize(("seen", "processes"), [(0, "1"), (3, "3")])
+def test_one_process_for_each_gpu_that_torch_sees(root: Path, tmp_path: Path, seen: int, processes: str) -> None:
+    """The driver lists eight GPUs. What counts is what torch sees of them, by CUDA_VISIBLE_DEVICES or MIG."""
+    stand_ins = tmp_path / "bin"
+    stand_ins.mkdir()
+    (stand_ins / "nvidia-smi").write_text('#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo "GPU $i: A"; done\n')
+    (stand_ins / "python").write_text(
+        f'#!/bin/sh\ncase "$*" in *device_count*) echo {seen};; *torch.distributed.run*) echo "torchrun $*";; esac\n'
+    )
+    for path in stand_ins.iterdir():
+        path.chmod(0o755)
+    process = start(root, "train", "x.yaml", VIRTUAL_ENV=str(tmp_path), PATH=f"{stand_ins}:{os.environ['PATH']}")
+    code, out, err = finish(process)
+    assert code == 0 and f"--nproc-per-node {processes} " in out, out + err
+
+
 def test_slurm_starts_torchrun_on_every_node(root: Path, tmp_path: Path) -> None:
     """With stand-ins for srun and scontrol that do here what SLURM does on two nodes."""
     stand_ins = tmp_path / "bin"

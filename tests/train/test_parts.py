@@ -13,7 +13,7 @@ from muon_dist.config import load_config
 from muon_dist.errors import ConfigError, DataError
 from muon_dist.train import distributed, environment
 from muon_dist.train.build import checkpoint_options
-from muon_dist.train.folder import RunFolder, changed_settings
+from muon_dist.train.folder import RunFolder, Start, changed_settings
 from muon_dist.train.summary import rows, show
 from tests.distributed import run_ranks
 
@@ -65,21 +65,27 @@ def test_auto_takes_the_newest_finished_checkpoint(tmp_path: Path) -> None:
     newest = checkpoint(tmp_path, 10, True)
     checkpoint(tmp_path, 11, False)
     (tmp_path / "checkpoints" / ".checkpoint-12.tmp-0").mkdir()
-    assert folder.open("auto", False) == "auto" and folder.finished_checkpoints()[-1] == newest
+    assert folder.decide("auto", False).resume == "auto" and folder.finished_checkpoints()[-1] == newest
+
+
+def checkpoint_names(root: Path) -> list[str]:
+    return sorted(p.name for p in (root / "checkpoints").iterdir())
 
 
 def test_overwrite_leaves_what_is_not_the_runs(tmp_path: Path) -> None:
     checkpoint(tmp_path, 3, True)
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     (tmp_path / "notes.txt").write_text("mine")
-    assert RunFolder(tmp_path).open(None, True) is None
+    start = RunFolder(tmp_path).decide(None, True)
+    assert start == Start(None, replaces=True) and checkpoint_names(tmp_path) == ["checkpoint-3"], "nothing yet"
+    RunFolder(tmp_path).begin(start)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["launch.json", "notes.txt"]
 
 
 def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot make the run folder"):
-        RunFolder(tmp_path / "file" / "run").open(None, False)
+        RunFolder(tmp_path / "file" / "run").decide(None, False)
 
 
 def test_changed_settings() -> None:

@@ -21,6 +21,13 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def opened(folder: RunFolder, *arguments: object) -> str | None:
+    """Begin a run in the folder; what it goes on from."""
+    start = folder.decide(*arguments)  # type: ignore[arg-type]
+    folder.begin(start)
+    return start.resume
+
+
 def begun(root: Path, *steps: int) -> RunFolder:
     folder = RunFolder(root)
     (root / "metrics.jsonl").write_text("{}\n")
@@ -36,13 +43,13 @@ def test_a_restart_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, firs
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     folder = RunFolder(tmp_path)
-    assert folder.open(*first) is None
+    assert opened(folder, *first) is None
     begun(tmp_path)  # killed before it saved anything: the same command begins again, unasked
-    assert folder.open(*first) is None and not folder.metrics.exists()
+    assert opened(folder, *first) is None and not folder.metrics.exists()
     begun(tmp_path, 5)
-    assert folder.open(*first) == "auto"
+    assert opened(folder, *first) == "auto"
     with pytest.raises(ConfigError, match="holds a run already") if first == (None, False) else _nothing():
-        assert folder.open(*first, "never") in (None, "auto")
+        assert opened(folder, *first, "never") in (None, "auto")
 
 
 def _nothing():
@@ -57,37 +64,37 @@ def test_a_restart_of_a_refused_start_is_refused_too(tmp_path: Path, monkeypatch
     for count in "01":
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
         with pytest.raises(ConfigError, match="holds a run already"):
-            folder.open(None, False)
+            opened(folder, None, False)
 
 
 def test_a_slurm_job_goes_on_when_it_was_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice by hand within one allocation is not a restart."""
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     folder = RunFolder(tmp_path)
-    folder.open(None, False)
+    opened(folder, None, False)
     begun(tmp_path, 5)
     with pytest.raises(ConfigError, match="holds a run already"):
-        folder.open(None, False)
+        opened(folder, None, False)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert folder.open(None, False) == "auto"
+    assert opened(folder, None, False) == "auto"
 
 
 def test_a_second_start_by_hand_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert folder.open(None, False) is None and json.loads(folder.launch.read_text()) == {"names": []}
+    assert opened(folder, None, False) is None and json.loads(folder.launch.read_text()) == {"names": []}
     begun(tmp_path, 5)
     with pytest.raises(ConfigError, match="holds a run already"):
-        folder.open(None, False)
+        opened(folder, None, False)
     assert launch_names() == []
 
 
 def test_always(tmp_path: Path) -> None:
     folder = begun(tmp_path, 5)
-    assert folder.open(None, False, "always") == "auto"
-    assert folder.open(None, True, "always") is None
-    assert folder.open(None, False, "always") is None, "nothing there any more"
+    assert opened(folder, None, False, "always") == "auto"
+    assert opened(folder, None, True, "always") is None
+    assert opened(folder, None, False, "always") is None, "nothing there any more"
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
-        folder.open("auto", False, "always")
+        opened(folder, "auto", False, "always")
 
 
 def test_a_start_from_elsewhere_goes_on_there_until_it_has_saved(
@@ -96,8 +103,8 @@ def test_a_start_from_elsewhere_goes_on_there_until_it_has_saved(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
     elsewhere = str(checkpoint(tmp_path / "other", 9, True))
     folder = RunFolder(tmp_path / "mine")
-    assert folder.open(elsewhere, False) == elsewhere
+    assert opened(folder, elsewhere, False) == elsewhere
     begun(tmp_path / "mine")
-    assert folder.open(elsewhere, False) == elsewhere
+    assert opened(folder, elsewhere, False) == elsewhere
     begun(tmp_path / "mine", 12)
-    assert folder.open(elsewhere, False) == "auto"
+    assert opened(folder, elsewhere, False) == "auto"

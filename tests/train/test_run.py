@@ -14,12 +14,15 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from muon_dist.checkpoint import Checkpoint
+from muon_dist.checkpoint.weights import Weights
 from muon_dist.config import load_config
-from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.errors import CheckpointError, ConfigError, DataError
 from muon_dist.model.load import load_model, load_text_tokenizer
+from muon_dist.report.run_page import status, tiles
+from muon_dist.report.run_record import read_run
 from muon_dist.train import run
 from muon_dist.train.folder import RunFolder
-from muon_dist.train.models import evaluate_folder, export_folder, find_model, generate_from_folder
+from muon_dist.train.models import evaluate_folder, export_folder, find_weights, generate_from_folder
 
 
 def train(path: Path, overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
@@ -120,9 +123,9 @@ def test_resume_if_any(workspace: Path, tmp_path: Path) -> None:
     for unfinished in (False, True):
         if unfinished:  # killed before its first checkpoint was whole
             (folder.checkpoints / "checkpoint-2").mkdir(parents=True)
-        assert folder.open("if-any", overwrite=False) is None
+        assert folder.decide("if-any", overwrite=False).resume is None
     run.train(config, run_dir=str(tmp_path), resume="if-any")
-    assert folder.open("if-any", overwrite=False) == "auto"
+    assert folder.decide("if-any", overwrite=False).resume == "auto"
     assert [p.name for p in folder.finished_checkpoints()] == ["checkpoint-2", "checkpoint-4"]
 
 
@@ -157,12 +160,13 @@ def test_epochs_become_steps(workspace: Path, tmp_path: Path) -> None:
 
 
 def test_generation_is_the_same_for_a_seed(finished: dict[str, Any]) -> None:
-    first = generate_from_folder(finished["run"], "the dog", 12, temperature=1.0, seed=5)
-    assert first == generate_from_folder(finished["model"], "the dog", 12, temperature=1.0, seed=5)
+    first, weights = generate_from_folder(finished["run"], "the dog", 12, temperature=1.0, seed=5)
+    assert weights == Weights(Path(finished["model"]), 8)
+    assert first == generate_from_folder(finished["model"], "the dog", 12, temperature=1.0, seed=5)[0]
     assert first.startswith("the dog") and len(first) > len("the dog")
-    others = {generate_from_folder(finished["run"], "the dog", 12, temperature=1.0, seed=s) for s in range(4)}
+    others = {generate_from_folder(finished["run"], "the dog", 12, temperature=1.0, seed=s)[0] for s in range(4)}
     assert len(others) > 1
-    assert generate_from_folder(finished["run"], "", 4, temperature=0.0)
+    assert generate_from_folder(finished["run"], "", 4, temperature=0.0)[0]
 
 
 def test_export(finished: dict[str, Any], tmp_path: Path) -> None:
@@ -177,8 +181,99 @@ def test_export(finished: dict[str, Any], tmp_path: Path) -> None:
         export_folder(finished["run"], tmp_path / "new", "int8")
 
 
-def test_find_model(finished: dict[str, Any], tmp_path: Path) -> None:
-    assert find_model(finished["run"]) == Path(finished["model"])
-    assert find_model(finished["checkpoint"]) == Path(finished["checkpoint"])
+def test_find_weights(finished: dict[str, Any], tmp_path: Path) -> None:
+    assert find_weights(finished["run"]) == find_weights(finished["model"]) == Weights(Path(finished["model"]), 8)
+    assert find_weights(finished["checkpoint"]) == Weights(Path(finished["checkpoint"]), 8)
+    export_folder(finished["run"], tmp_path / "exported")
+    assert find_weights(tmp_path / "exported").step == 8
     with pytest.raises(CheckpointError, match="neither a model"):
-        find_model(tmp_path)
+        find_weights(tmp_path)
+
+
+def test_everything_speaks_of_the_newest_weights(workspace: Path, tmp_path: Path) -> None:
+    """A run that was extended, and ended before it had a final model: what it had saved at step 12 counts."""
+    train(workspace / "tiny.yaml", run_dir=str(tmp_path))
+    root = tmp_path / "tiny"
+
+    def crash(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    finish, run._finish = run._finish, crash
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(workspace / "tiny.yaml", ["trainer.max_steps=12"], run_dir=str(tmp_path), resume="auto")
+    finally:
+        run._finish = finish
+    newest = Weights(root / "checkpoints" / "checkpoint-12", 12)
+    assert find_weights(root) == newest and find_weights(root / "model").step == 8
+    figures = evaluate_folder(root)
+    assert (figures["model"], figures["step"]) == (str(newest.path), 12)
+    assert figures["loss"] == evaluate_folder(newest.path)["loss"] != evaluate_folder(root / "model")["loss"]
+    assert generate_from_folder(root, "the dog", 4)[1] == newest
+    assert export_folder(root, tmp_path / "exported") == newest
+    assert same(weights(tmp_path / "exported"), load_model(newest.path).state_dict())
+    record = read_run(root)
+    assert record.weights == newest and status(record).startswith("not finished")
+    shown = dict(tiles(record))
+    assert shown["newest weights"] == "step 12" and shown["steps"] == "12"
+
+
+def test_figures_belong_to_the_weights_that_are_saved(workspace: Path, tmp_path: Path) -> None:
+    """`load_best_model_at_end`, with the highest loss as the best: the final model is that of step 4 of 8."""
+    out = train(
+        workspace / "tiny.yaml",
+        ["trainer.load_best_model_at_end=true", "trainer.metric_for_best_model=eval_loss",
+         "trainer.greater_is_better=true", "trainer.eval_strategy=steps", "trainer.eval_steps=4"],
+        run_dir=str(tmp_path),
+    )  # fmt: skip
+    assert (out["steps"], out["weights_step"]) == (8, 4)
+    best, last = find_weights(out["model"]), find_weights(out["run"])
+    assert best.step == 4 and last == Weights(Path(out["checkpoint"]), 8), "the newest are those of the last step"
+    assert evaluate_folder(best.path)["loss"] == pytest.approx(out["validation_loss"], rel=1e-5)
+    assert evaluate_folder(last.path)["loss"] != pytest.approx(out["validation_loss"], rel=1e-5)
+    assert "validation loss at step 4" in dict(tiles(read_run(out["run"])))
+
+
+# ---- a start that is refused
+
+
+def contents(root: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(p.relative_to(root)): (p.read_bytes(), p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (["seed=1"], CheckpointError),  # another order of samples
+        (["data.sources=[{path: /nowhere/at/all}]", "data.dir=TMP/data"], DataError),
+        (["model.hidden_size=64"], CheckpointError),  # another model
+        (["model.num_hidden_layers=3"], CheckpointError),
+    ],
+)
+def test_a_refused_resume_changes_nothing(
+    workspace: Path, tmp_path: Path, overrides: list[str], error: type[Exception]
+) -> None:
+    train(workspace / "tiny.yaml", run_dir=str(tmp_path))
+    before = contents(tmp_path / "tiny")
+    with pytest.raises(error):
+        changes = [text.replace("TMP", str(tmp_path)) for text in overrides]
+        train(workspace / "tiny.yaml", [*changes, "trainer.max_steps=12"], run_dir=str(tmp_path), resume="auto")
+    assert contents(tmp_path / "tiny") == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_refused_start_leaves_nothing_behind(workspace: Path, tmp_path: Path, overwrite: bool) -> None:
+    """And `--overwrite` removes a run only once the new one begins."""
+    if overwrite:
+        train(workspace / "tiny.yaml", ["trainer.max_steps=2"], run_dir=str(tmp_path))
+    before = contents(tmp_path)
+    with pytest.raises(DataError):
+        train(
+            workspace / "tiny.yaml",
+            ["data.sources=[{path: /nowhere/at/all}]", f"data.dir={workspace}/none"],
+            run_dir=str(tmp_path),
+            overwrite=overwrite,
+        )
+    with pytest.raises(ConfigError):
+        train(workspace / "tiny.yaml", ["trainer.fsdp=full_shard"], run_dir=str(tmp_path), overwrite=overwrite)
+    assert contents(tmp_path) == before and (overwrite or not any(tmp_path.iterdir()))

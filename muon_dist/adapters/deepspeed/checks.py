@@ -2,34 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import groups as parallel
+from torch import nn
 
 from muon_dist.errors import FrameworkError
 from muon_dist.optim.muon import Muon
 
+# Schedulers that set one rate for every parameter group, and the setting that holds it: DeepSpeed's own, then torch's.
+# All others multiply the rate of each group.
+_ONE_RATE = {
+    "WarmupLR": "warmup_max_lr",
+    "WarmupDecayLR": "warmup_max_lr",
+    "OneCycle": "cycle_max_lr",
+    "LRRangeTest": "lr_range_test_min_lr",
+    "OneCycleLR": "max_lr",
+    "CyclicLR": "max_lr",
+}
 
-def check_config(config: dict[str, Any]) -> None:
-    """Refuse a DeepSpeed configuration under which accelerate or the Trainer would replace our optimizer.
 
-    Raises FrameworkError: optimizer offload without `zero_force_ds_cpu_optimizer: false`, or an "optimizer" block.
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse a DeepSpeed configuration under which accelerate or the Trainer would replace our optimizer or its rates.
+
+    Raises FrameworkError: an "optimizer" block; a "scheduler" block that gives all groups one rate; optimizer offload
+        without `zero_force_ds_cpu_optimizer: false`.
     """
     if "optimizer" in config:
         raise FrameworkError(
-            'the DeepSpeed configuration has an "optimizer" block, which would take the place of Muon: remove it'
+            'the DeepSpeed configuration has an "optimizer" block: the Trainer then trains with the optimizer of that '
+            'block, and Muon is never made. Remove the "optimizer" block'
         )
+    check_scheduler(config)
     offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         raise FrameworkError(
             "with offload_optimizer, accelerate and the Trainer would replace Muon by DeepSpeedCPUAdam: put "
             '"zero_force_ds_cpu_optimizer": false into the DeepSpeed configuration'
         )
+
+
+def check_scheduler(config: Mapping[str, Any]) -> None:
+    """Raise FrameworkError for a "scheduler" block that replaces the rates of all parameter groups by one number."""
+    block = config.get("scheduler") or {}
+    kind = block.get("type")
+    if kind not in _ONE_RATE or isinstance((block.get("params") or {}).get(_ONE_RATE[kind]), (list, tuple)):
+        return
+    raise FrameworkError(
+        f'the DeepSpeed configuration has a "scheduler" block of type {kind}, which replaces the learning rates of '
+        'Muon and of AdamW by one number. Remove the "scheduler" block and pass a scheduler of torch, which '
+        "multiplies the rate of each group (in the Trainer: lr_scheduler_type and warmup_steps); or give "
+        f"{_ONE_RATE[kind]} as a list with one rate for each parameter group"
+    )
+
+
+def check_partitioned(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Look at the weights that `deepspeed.zero.Init` made, before they are trained.
+
+    Raises FrameworkError for 16-bit weights that the DeepSpeed configuration does not ask for.
+    """
+    enabled = {name: (config.get(name) or {}).get("enabled") is True for name in ("bf16", "fp16")}
+    wanted = torch.bfloat16 if enabled["bf16"] else torch.float16 if enabled["fp16"] else torch.float32
+    for name, p in model.named_parameters():
+        found = getattr(p, "ds_tensor", p).dtype
+        if found not in (wanted, torch.float32):
+            raise FrameworkError(
+                f"deepspeed.zero.Init made {name} in {found}, and the DeepSpeed configuration asks for {wanted}: "
+                "build the model under zero.Init(config_dict_or_path=config) without dtype="
+            )
+
+
+def _warn_of_half_weights(engine: DeepSpeedEngine) -> None:
+    """Warn of 16-bit weights in a float32 engine: `zero.Init` of DeepSpeed 0.19.8 makes such, whatever its `dtype`."""
+    if engine.fp16_enabled() or engine.bfloat16_enabled():
+        return
+    for name, p in engine.module.named_parameters():
+        found = getattr(p, "ds_tensor", p).dtype
+        if found.itemsize < 4:
+            warnings.warn(
+                f"{name} is {found}, but the DeepSpeed configuration enables neither bf16 nor fp16. If float32 was "
+                "meant: deepspeed.zero.Init ignores its argument dtype; build the model under "
+                "zero.Init(config_dict_or_path=config) without it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
 
 
 def _refusals(engine: DeepSpeedEngine) -> Iterator[str]:
@@ -43,8 +105,6 @@ def _refusals(engine: DeepSpeedEngine) -> Iterator[str]:
         yield "offload_optimizer with a ratio below 1: use 1"
     if engine.zenflow or engine.super_offload():
         yield "ZenFlow and SuperOffload: leave them out"
-    if zero.zero_hpz_partition_size > 1:
-        yield "zero_hpz_partition_size above 1: use 1"
     if not zero.compute_grad_norm:
         yield "zero_optimization.compute_grad_norm false, with which a NaN would be met group by group: leave it out"
     if zero.elastic_checkpoint:
@@ -57,8 +117,6 @@ def _refusals(engine: DeepSpeedEngine) -> Iterator[str]:
         yield "pipeline parallelism"
     if engine.autotp_size() > 1 or getattr(wrapper, "model_parallel_group", None) is not None:
         yield "tensor parallelism"
-    if parallel._get_sequence_parallel_world_size() > 1:
-        yield "sequence parallelism"
     if engine.has_moe_layers:
         yield "DeepSpeed's own MoE layers and their expert-parallel groups: use the model's own experts"
     marked = [name for name, p in engine.module.named_parameters() if getattr(p, "use_muon", False)]
@@ -69,6 +127,9 @@ def _refusals(engine: DeepSpeedEngine) -> Iterator[str]:
 def check_engine(engine: DeepSpeedEngine, optimizer: Muon) -> None:
     for reason in _refusals(engine):
         raise FrameworkError(f"muon_dist under DeepSpeed {deepspeed.__version__} cannot be exact with {reason}")
+    if not engine.client_lr_scheduler:  # else DeepSpeed ignores the "scheduler" block
+        check_scheduler({"scheduler": {"type": engine.scheduler_name(), "params": engine.scheduler_params()}})
+    _warn_of_half_weights(engine)
     if not all(optimizer.specs):
         raise FrameworkError("DeepSpeed removes parameter groups without parameters: leave them out")
 
