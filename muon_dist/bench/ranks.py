@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -54,6 +55,15 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     Raises RankFailure with every failing rank's traceback, also when a rank dies or the time runs out.
     """
     ctx = mp.get_context("fork")
+    # Objects that are frozen are not touched by the ranks' garbage collector, so their pages stay shared.
+    gc.freeze()
+    try:
+        return _run_forked(ctx, fn, world_size, args, timeout)
+    finally:
+        gc.unfreeze()
+
+
+def _run_forked(ctx: Any, fn: Callable[..., Any], world_size: int, args: tuple, timeout: float) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         pipes: list[Connection] = []

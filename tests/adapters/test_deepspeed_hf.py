@@ -119,7 +119,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+MORE = ("zero1.json", "zero2.json", "zero3_offload.json")
+
+
+@pytest.mark.parametrize("config", [pytest.param(c, marks=pytest.mark.slow) if c in MORE else c for c in CONFIGS])
 def test_stock_trainer_trains_the_same_at_every_stage(plain, tmp_path, config):
     by_rank = run_ranks(_train, 2, config, str(tmp_path), timeout=200.0)
     kind = {"zero0": "replicated", "zero1": "flat", "zero2": "flat", "zero3": "per_parameter"}
@@ -133,7 +136,7 @@ def test_stock_trainer_trains_the_same_at_every_stage(plain, tmp_path, config):
     assert sum(r["calls"] for r in by_rank) == STEPS * by_rank[0]["matrices"]
 
 
-@pytest.mark.parametrize("config", ["zero0.json", "zero1.json", "zero3.json"])
+@pytest.mark.parametrize("config", ["zero0.json", pytest.param("zero1.json", marks=pytest.mark.slow), "zero3.json"])
 def test_stock_trainer_resumes_exactly(tmp_path, config):
     """Trainer loads before the first step, so the state is there before the plan."""
     straight = run_ranks(_train, 2, config, str(tmp_path), True, timeout=200.0)

@@ -18,7 +18,6 @@ pytest.importorskip("deepspeed")
 
 import deepspeed
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainingArguments
 
 import muon_dist
@@ -78,7 +77,6 @@ def test_a_stock_trainer_trains_with_it(tmp_path: Path) -> None:
 def _deepspeed(folder: str, blocks: dict[str, Any], how: str) -> Any:
     """TrainingArguments over a DeepSpeed configuration with `blocks`, handed over in one of three ways."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29557", ACCELERATE_USE_DEEPSPEED="true")
-    AcceleratorState._reset_state(reset_partial_state=True)  # of earlier tests in the process that forked this one
     deepspeed.init_distributed("gloo", verbose=False)
     config = {
         "train_micro_batch_size_per_gpu": "auto",

@@ -53,7 +53,7 @@ def _terminations() -> Count:
 
 
 BAR = (
-    _sweep(1, "kill -9 in a step: peers end, the resumed run is bit-identical", points_runs.kills, 50),
+    _sweep(1, "kill -9 in a step: peers end, the resumed run is bit-identical", points_runs.kills, 50, ci=5),
     Point(
         2,
         "kill -9 at the boundaries of a save: always a whole commit",
@@ -92,8 +92,8 @@ BAR = (
     Point(
         14,
         "SIGTERM to one rank: all commit one step, exact resume",
-        {"ci": lambda: points_runs.terminations(10), "full": _terminations},
-        {"ci": 10, "full": 21},
+        {"ci": lambda: points_runs.terminations(5), "full": _terminations},
+        {"ci": 5, "full": 21},
     ),
     _tests(
         15,

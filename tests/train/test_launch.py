@@ -128,7 +128,7 @@ def test_one_node_meets_in_a_file_and_listens_on_loopback_alone(root: Path, tmp_
     assert open_ports == []
 
 
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+@pytest.mark.parametrize("rendezvous", ["static", pytest.param("c10d", marks=pytest.mark.slow)])  # and test_hosts
 def test_two_nodes(root: Path, tmp_path: Path, meet: Path, rendezvous: str) -> None:
     """Two agents on the loopback interface, one told by arguments, one by the environment."""
     port = str(free_port())
