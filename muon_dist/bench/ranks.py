@@ -48,7 +48,7 @@ def _rank_main(
         pipe.close()
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
     """Run `fn(*args)` on `world_size` forked gloo ranks and return what each returned, in rank order.
 
     The default process group is initialised in each; results travel by pickle (return plain data or CPU tensors).

@@ -37,17 +37,18 @@ def hang(stopped: int) -> tuple[str, float] | None:
         began = time.monotonic()
         if rank == stopped:
             progress.enter("orthogonalize", 2)
-            time.sleep(0.3)  # published
+            while watchdog.beats()[rank].operation != "orthogonalize":
+                time.sleep(0.05)
             pid = os.getpid()
             if os.fork() == 0:  # wakes its parent again, for the end of the test
-                time.sleep(TIMEOUT + 1.5)
+                time.sleep(TIMEOUT + 5)
                 os.kill(pid, signal.SIGCONT)
                 os._exit(0)
             os.kill(pid, signal.SIGSTOP)
             progress.enter("idle")
             return None
         progress.enter("scatter", 2)
-        assert spoke.wait(TIMEOUT + 5)
+        assert spoke.wait(60)
         return said[0], time.monotonic() - began
 
 
@@ -56,7 +57,7 @@ def test_a_stopped_rank_is_named() -> None:
     assert results[1] is None
     for rank in (0, 2):
         message, seconds = results[rank]
-        assert TIMEOUT <= seconds < TIMEOUT + 5
+        assert seconds >= TIMEOUT
         assert re.search(rf"^rank {rank} has been in scatter of bucket 2 in step 17 for \d s: ", message)
         assert "rank 1 is absent: last seen in orthogonalize of bucket 2 in step 17" in message
         assert "rank 0 is" not in message and "rank 2 is" not in message
@@ -66,9 +67,11 @@ def slow() -> str | None:
     rank = dist.get_rank()
     progress = Progress()
     said: list[str] = []
-    with Watchdog(progress, default_store(), rank, 2, timeout=1.0, interval=0.1, on_timeout=said.append):
+    with Watchdog(progress, default_store(), rank, 2, timeout=4.0, interval=0.6, on_timeout=said.append):
         progress.enter("forward/backward" if rank == 1 else "gather", None if rank == 1 else 0)
-        time.sleep(1.6)
+        while not said:
+            time.sleep(0.1)
+        time.sleep(1.0)  # alive until the other rank has looked as well
         progress.enter("idle")
     return said[0] if said else None
 
@@ -82,14 +85,16 @@ def test_a_rank_that_lives_but_is_behind_is_named() -> None:
 def test_nothing_is_said_while_idle_or_while_operations_change() -> None:
     progress = Progress()
     said: list[str] = []
-    with Watchdog(progress, None, 0, 1, timeout=0.3, interval=0.02, on_timeout=said.append):
-        time.sleep(0.5)
+    with Watchdog(progress, None, 0, 1, timeout=30.0, interval=0.02, on_timeout=said.append):
+        progress.since -= 60  # idle for longer than the time-out
+        time.sleep(0.3)
         for _ in range(10):
             progress.enter("gather")
             time.sleep(0.05)
-    assert not said
-    with Watchdog(progress, None, 0, 1, timeout=0.3, interval=0.02, on_timeout=said.append):
-        time.sleep(0.6)
+        assert not said
+        progress.since -= 60
+        while not said:
+            time.sleep(0.02)
     assert len(said) == 1 and said[0].startswith("rank 0 has been in gather in step 1")
 
 

