@@ -64,7 +64,7 @@ def train(
     try:
         settings = load_config(config, overrides or [])
     except MuonDistError as error:
-        error.reported_elsewhere = os.environ.get("RANK", "0") != "0"  # type: ignore[attr-defined]
+        error.reported_elsewhere = os.environ.get("RANK", "0") != "0"
         raise
     from muon_dist.train.run import train as run  # seconds, so after the configuration is known to be right
 
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         return app(args=arguments)
     except MuonDistError as error:
-        if not getattr(error, "reported_elsewhere", False):
+        if not error.reported_elsewhere:
             rank = os.environ.get("RANK", "0")
             print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

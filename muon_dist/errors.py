@@ -5,9 +5,15 @@ from __future__ import annotations
 
 
 class MuonDistError(Exception):
-    """Base of every error that this package raises for a user."""
+    """Base of every error that this package raises for a user.
+
+    Attributes:
+        exit_code: with which the command line ends.
+        reported_elsewhere: another rank prints the message, so that it appears once.
+    """
 
     exit_code = 1
+    reported_elsewhere = False
 
 
 class ConfigError(MuonDistError, ValueError):

@@ -13,7 +13,7 @@ import torch
 
 from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError, PlanMismatchError
-from muon_dist.layout.fragment import Layout, MatrixLayout
+from muon_dist.layout import Layout, MatrixLayout
 from muon_dist.layout.fragments import Fragments
 
 
@@ -57,6 +57,10 @@ class OwnershipPlan:
     def owned_by(self, rank: int) -> tuple[int, ...]:
         """Indices of the matrices that `rank` owns."""
         return tuple(i for i, owner in enumerate(self.owners) if owner == rank)
+
+    def names_owned_by(self, rank: int) -> tuple[str, ...]:
+        """Names of the matrices that `rank` owns."""
+        return tuple(self.layout.matrices[i].matrix.name for i in self.owned_by(rank))
 
     def load(self, cost: Callable[[MatrixLayout], float]) -> list[float]:
         """Sum of `cost` over the matrices of each rank."""
@@ -200,12 +204,11 @@ class _Balance:
         loose = []
         for i in self.members:
             m = self.layout.matrices[i]
-            longest = int(m.fragments.length.argmax())
-            alone = len(m.fragments) == 1 or int(m.fragments.length.sum()) == m.matrix.numel
-            if alone and 2 * int(m.fragments.length[longest]) > m.matrix.numel:
-                home = int(m.fragments.rank[longest])
-                missing = m.matrix.numel - (m.matrix.numel if len(m.fragments) == 1 else m.held(home))
-                self.give(i, home, self.seconds[i] + missing * self.round_trip)
+            held = m.held_by_rank(self.layout.world_size)
+            home = int(held.argmax())
+            copies = int(held.sum()) > m.matrix.numel
+            if 2 * int(held[home]) > m.matrix.numel and not copies:
+                self.give(i, home, self.seconds[i] + (m.matrix.numel - int(held[home])) * self.round_trip)
             else:
                 loose.append(i)
         for i in sorted(loose, key=self._order):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from muon_dist.cost import CostModel
+from muon_dist.layout import Matrix, MatrixLayout
 from muon_dist.layout.flat import FlatGroup, PlacedParameter, flat_layout
-from muon_dist.layout.fragment import Matrix, MatrixLayout
 from muon_dist.ownership import OwnershipPlan, assign_owners
 
 # DeepSpeed pads a flat group to a multiple of this times the ranks (nccl_start_alignment_factor in
@@ -86,14 +86,16 @@ def _kinds(parameters: Sequence[Sequence[Matrix]], model: CostModel) -> list[_Ki
     """Largest in total first."""
     members: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for i, matrices in enumerate(parameters):
-        key = tuple((min(m.rows, m.cols), max(m.rows, m.cols), m.start, m.stride == m.cols) for m in matrices)
+        key = tuple(
+            (min(m.rows, m.cols), max(m.rows, m.cols), m.block.start, m.block.stride == m.cols) for m in matrices
+        )
         members.setdefault(key, []).append(i)
     kinds = []
     for indices in members.values():
         matrices = parameters[indices[0]]
         size = sum(m.numel for m in matrices)
-        whole_rows = all(m.stride == m.cols for m in matrices)  # blocks of columns are all cut by any boundary
-        ends = np.array(sorted({0, size, *(m.start for m in matrices if whole_rows)}), dtype=np.int64)
+        whole_rows = all(m.block.stride == m.cols for m in matrices)  # blocks of columns are all cut by any boundary
+        ends = np.array(sorted({0, size, *(m.block.start for m in matrices if whole_rows)}), dtype=np.int64)
         work = sum(model.orthogonalize(m.rows, m.cols, 5) for m in matrices)
         kinds.append(_Kind(tuple(indices), size, work, ends))
     return sorted(kinds, key=lambda k: (-k.size * len(k.members), k.members))

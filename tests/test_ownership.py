@@ -35,7 +35,7 @@ def test_balanced_is_within_grahams_bound_of_the_best(world):
 def test_a_whole_matrix_stays_unless_balance_pays():
     def on(rank: int, name: str, side: int) -> MatrixLayout:
         m = square(name, side)
-        return MatrixLayout(m, (Fragment(rank, 0, m.numel, 0, 0),))
+        return MatrixLayout(m, (Fragment.run(rank, 0, m.numel, 0, 0),))
 
     spread = Layout("flat", 2, (on(0, "a", 64), on(1, "b", 64)))
     assert assign_owners(spread).owners == (0, 1)
@@ -51,7 +51,7 @@ def test_even_slices_move_nothing_although_the_link_is_cheap():
 
     def on(rank: int, name: str) -> MatrixLayout:
         m = square(name, 512)
-        return MatrixLayout(m, (Fragment(rank, 0, m.numel, 0, 0),))
+        return MatrixLayout(m, (Fragment.run(rank, 0, m.numel, 0, 0),))
 
     even = Layout("flat", 4, tuple(on(rank, f"m{rank}.{i}") for rank in range(4) for i in range(4)))
     assert assign_owners(even, cost=CostModel(1e12, 1e12)).owners == tuple(i // 4 for i in range(16))
@@ -62,7 +62,7 @@ def test_the_busiest_rank_gives_away_until_it_does_not_pay():
 
     def on(rank: int, name: str) -> MatrixLayout:
         m = square(name, 512)
-        return MatrixLayout(m, (Fragment(rank, 0, m.numel, 0, 0),))
+        return MatrixLayout(m, (Fragment.run(rank, 0, m.numel, 0, 0),))
 
     layout = Layout("flat", 3, (*(on(0, f"a{i}") for i in range(6)), *(on(1, f"b{i}") for i in range(2))))
     plan = assign_owners(layout, cost=CostModel(1e9, 1e12))
@@ -86,7 +86,7 @@ def test_each_phase_is_balanced_by_itself():
     def split(name: str, buffer: int) -> MatrixLayout:
         m = square(name, 64)
         half = m.numel // 2
-        return MatrixLayout(m, (Fragment(0, 0, half, buffer, 0), Fragment(1, half, half, buffer, -half)))
+        return MatrixLayout(m, (Fragment.run(0, 0, half, buffer, 0), Fragment.run(1, half, half, buffer, 0)))
 
     matrices = (split("a", 0), split("b", 0), split("c", 1), split("d", 1))
     plan = assign_owners(Layout("per_parameter", 2, matrices, phases=((0,), (1,))))

@@ -16,6 +16,8 @@ from torch import nn
 from muon_dist.errors import ConfigError
 from muon_dist.optim.groups import check_parameters, param_groups
 from muon_dist.optim.muon import Muon
+from muon_dist.optim.rules import RULES
+from muon_dist.optim.rules.choice import check_options
 from muon_dist.routing import Override, SplitRule, route
 
 
@@ -79,6 +81,16 @@ def _check_deepspeed(config: Mapping[str, Any]) -> None:
     check_config(config)
 
 
+def trainer_defaults(args: Any, options: Mapping[str, Any]) -> dict[str, float]:
+    """What `TrainingArguments` say for options that were not given.
+
+    `args.weight_decay` is meant for all parameters. Where the rule has no weight decay, it is that of AdamW's.
+    """
+    rule = RULES.get(options.get("rule", "muon"))
+    decay = "adamw_weight_decay" if rule is not None and "weight_decay" in rule.refused else "weight_decay"
+    return {"lr": args.learning_rate, decay: args.weight_decay}
+
+
 class MuonFactory:
     """Makes a `Muon` from a whole model, for the factory hook of a stock Trainer; see `for_trainer`.
 
@@ -103,8 +115,7 @@ class MuonFactory:
             RoutingError: as `route` does.
         """
         if training_arguments is not None:
-            kwargs.setdefault("lr", training_arguments.learning_rate)
-            kwargs.setdefault("weight_decay", training_arguments.weight_decay)
+            kwargs = {**trainer_defaults(training_arguments, kwargs), **kwargs}
         if "lr" not in kwargs:
             raise ConfigError(
                 "MuonFactory needs lr: use optimizer_cls_and_kwargs=muon_dist.for_trainer(args), which takes the "
@@ -153,7 +164,7 @@ def _keywords(function: Callable[..., Any], skip: str) -> set[str]:
 def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sort keyword arguments into those of `param_groups` and those of `Muon` (a shared one goes to both).
 
-    Raises ConfigError that names every unknown one with the closest known.
+    Raises ConfigError that names every unknown one with the closest known, or what the update rule does not have.
     """
     for_groups = _keywords(param_groups, "model")
     for_muon = _keywords(Muon, next(iter(inspect.signature(Muon).parameters)))
@@ -165,7 +176,6 @@ def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
             problems.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
     if problems:
         raise ConfigError(f"unknown argument for Muon: {', '.join(problems)}; known are {', '.join(sorted(known))}")
-    return (
-        {k: v for k, v in kwargs.items() if k in for_groups},
-        {k: v for k, v in kwargs.items() if k in for_muon},
-    )
+    of_muon = {k: v for k, v in kwargs.items() if k in for_muon}
+    check_options({"rule": "muon", "rule_options": {}, **{k: v for k, v in of_muon.items() if v is not None}})
+    return {k: v for k, v in kwargs.items() if k in for_groups}, of_muon

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
 from transformers import TrainerCallback
 
+from muon_dist.adapters.fsdp2.storage import is_sharded, local_part, replica_groups
 from muon_dist.errors import ConfigError, NonFiniteError, PeerError
 from muon_dist.exchange.progress import Progress, place
 from muon_dist.exchange.transport import is_network_error
@@ -294,7 +294,7 @@ class Guards(TrainerCallback):
             if not self._checks and self._vote is not None and self._vote.world_size > 1:
                 self._first("guards.hash_every: no parameter has copies on several ranks, so nothing is compared")
         group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        check_everywhere(self._checks, group, self._trainer.args.device)
+        check_everywhere(self._checks, group)
 
 
 class GuardedLoop:
@@ -364,14 +364,10 @@ def replica_checks(model: torch.nn.Module, device: torch.device) -> Iterator[Rep
     whole: list[tuple[str, torch.Tensor]] = []
     shards: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[tuple[str, torch.Tensor]]]] = {}
     for name, p in model.named_parameters():
-        if isinstance(p, DTensor):
-            mesh = p.device_mesh
-            axes = [i for i, where in enumerate(p.placements) if isinstance(where, Replicate) and mesh.size(i) > 1]
-            if len(axes) == 1:
-                group = mesh.get_group(axes[0])
+        if is_sharded(p):
+            for group in replica_groups(p):
                 ranks = tuple(dist.get_process_group_ranks(group))
-                shard: Any = p.detach()
-                shards.setdefault(ranks, (group, []))[1].append((name, shard.to_local()))
+                shards.setdefault(ranks, (group, []))[1].append((name, local_part(p.detach())))
         elif not hasattr(p, "ds_tensor"):  # ZeRO-3's mark of a partitioned parameter
             whole.append((name, p.detach()))
     if whole:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from muon_dist.adapters.fsdp2 import check_parameter
-from muon_dist.checkpoint import BUFFER, WEIGHT, Checkpoint, Extent, Holding, Piece
+from muon_dist.adapters.fsdp2.storage import check_parameter, is_sharded, local_part, sharded
+from muon_dist.adapters.muon_state import kept_by_all, muon_pieces
+from muon_dist.checkpoint import BUFFER, WEIGHT, Checkpoint, Holding, Piece
 from muon_dist.checkpoint.piece import MOMENTUM as MOMENTUM_KIND
-from muon_dist.checkpoint.piece import clean_name, whole
-from muon_dist.errors import CheckpointError, FrameworkError
+from muon_dist.checkpoint.piece import clean_name, shaped, whole
+from muon_dist.errors import CheckpointError
 from muon_dist.optim.muon import Muon
-from muon_dist.optim.state import MOMENTUM, kept_by_all, momentum_pieces
+from muon_dist.optim.state import MOMENTUM, is_own
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
@@ -48,23 +48,23 @@ def holding(
         source: the checkpoint about to be loaded; state that it has and the optimizer has not yet made is made.
 
     Raises:
-        FrameworkError: parameters flattened by FSDP1, or a DTensor cut over more than one mesh axis or as a sum.
+        FrameworkError: parameters flattened by FSDP1, or a DTensor that is a sum not yet taken.
         CheckpointError: state that cannot be saved by parameter.
     """
     everyone = tuple(range(world_size))
     pieces: list[Piece] = []
     named: list[tuple[str, torch.Tensor]] = []
-    sharded = False
+    distributed = False
     for kind, name, tensor in named_tensors(model):
         check_parameter(name, tensor)
-        sharded |= isinstance(tensor, DTensor)
+        distributed |= is_sharded(tensor)
         pieces += _placed(name, kind, tensor, tensor, everyone)
         if kind == WEIGHT:
             named.append((name, tensor))
     if optimizer is not None:
         copied: set[int] = set()
         if isinstance(optimizer, Muon):
-            pieces += momentum_pieces(optimizer)
+            pieces += muon_pieces(optimizer)
             copied = kept_by_all(optimizer)
         steps = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, p in named:
@@ -74,7 +74,7 @@ def holding(
                 pieces += state_pieces(optimizer, name, p, everyone)
                 if id(p) in copied:
                     pieces += _placed(name, MOMENTUM_KIND, optimizer.state[p][MOMENTUM], p, everyone)
-    return Holding("dtensor" if sharded else "replicated", pieces)
+    return Holding("dtensor" if distributed else "replicated", pieces)
 
 
 def state_pieces(
@@ -82,7 +82,7 @@ def state_pieces(
 ) -> list[Piece]:
     pieces: list[Piece] = []
     for key, value in optimizer.state.get(p, {}).items():
-        if value is None or (key == MOMENTUM and isinstance(optimizer, Muon)):
+        if value is None or (isinstance(optimizer, Muon) and is_own(key)):
             continue
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(
@@ -91,8 +91,8 @@ def state_pieces(
             )
         if value.shape == p.shape:
             pieces += _placed(name, key, value, p, everyone)
-        elif value.numel() == 1 and not isinstance(value, DTensor):
-            holders = _holders_of_all(p) if isinstance(p, DTensor) else everyone
+        elif value.numel() == 1 and not is_sharded(value):
+            holders = tuple(sorted(sharded(name, p).ranks)) if is_sharded(p) else everyone
             pieces += whole(name, key, (), value, holders)
         else:
             raise CheckpointError(
@@ -108,7 +108,7 @@ def make_state(
     """Make the state that the optimizer would make at its first step, as far as the checkpoint has it."""
     for kind, tensor in source.states.get(name, {}).items():
         state = optimizer.state[p]
-        if kind in state or (isinstance(optimizer, Muon) and kind == MOMENTUM_KIND):
+        if kind in state or (isinstance(optimizer, Muon) and (kind == MOMENTUM_KIND or is_own(kind))):
             continue
         if tensor.shape == () and p.dim() > 0:
             device = p.device if group.get("fused") or group.get("capturable") else "cpu"
@@ -117,65 +117,25 @@ def make_state(
             state[kind] = torch.zeros_like(p, dtype=tensor.torch_dtype, requires_grad=False)
 
 
-# DTensors ------------------------------------------------------------------------------------------------------------
+# Where a tensor lies -------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def _placed(name: str, kind: str, tensor: torch.Tensor, like: torch.Tensor, everyone: tuple[int, ...]) -> list[Piece]:
-    """The piece of `tensor`, which lies as `like` does."""
-    shape = tuple(like.shape)
-    if not isinstance(tensor, DTensor):
-        if isinstance(like, DTensor):
+def _placed(name: str, kind: str, tensor: Any, like: Any, everyone: tuple[int, ...]) -> list[Piece]:
+    """The pieces of `tensor`, which lies as `like` does."""
+    if not is_sharded(tensor):
+        if is_sharded(like):
             raise CheckpointError(f"{kind} of {name} is a plain tensor, the parameter a DTensor")
         if not tensor.is_contiguous():
             raise CheckpointError(f"{name} ({kind}) is not contiguous in memory: call .contiguous() on it")
-        return whole(name, kind, shape, tensor, everyone)
-    local = tensor.to_local()
+        return whole(name, kind, tuple(like.shape), tensor, everyone)
+    local = local_part(tensor)
     if local.numel() == 0:
         return []
-    extent = _extent(name, tensor, local)
-    view = local.reshape(-1) if extent.rows == 1 else local.reshape(extent.rows, extent.cols)
-    if view.data_ptr() != local.data_ptr():
+    if not local.is_contiguous():
         raise CheckpointError(f"{name} ({kind}): its local shard is not contiguous in memory")
-    return [Piece(name, kind, shape, extent, view, _holders(tensor))]
-
-
-def _extent(name: str, tensor: DTensor, local: torch.Tensor) -> Extent:
-    """Where a local shard lies: the parts of one tensor axis, cut as `torch.chunk` does."""
-    shape = tuple(tensor.shape)
-    cuts: list[tuple[int, Any]] = [(i, p) for i, p in enumerate(tensor.placements) if not isinstance(p, Replicate)]
-    if not cuts:
-        return Extent.run(0, math.prod(shape))
-    if len(cuts) > 1 or type(cuts[0][1]) is not Shard:
-        raise FrameworkError(
-            f"{name} is placed {tensor.placements}: checkpoints know tensors cut over one mesh axis, and copies"
-        )
-    axis, placement = cuts[0]
-    cut = placement.dim
-    mesh = tensor.device_mesh
-    size = -(-shape[cut] // mesh.size(axis))
-    first = min(mesh.get_local_rank(axis) * size, shape[cut])
-    inner = math.prod(shape[cut + 1 :])
-    if local.shape[cut] != min(size, shape[cut] - first):
-        raise FrameworkError(
-            f"{name}: a local shard of {tuple(local.shape)} is not what Shard({cut}) of {shape} gives"
-        )
-    return Extent.block(first * inner, math.prod(shape[:cut]), local.shape[cut] * inner, shape[cut] * inner)
-
-
-def _holders(tensor: DTensor) -> tuple[int, ...]:
-    """Ranks with a copy of this rank's shard."""
-    ranks = tensor.device_mesh.mesh
-    here = tensor.device_mesh.get_coordinate()
-    assert here is not None
-    index = tuple(
-        slice(None) if isinstance(placement, Replicate) else at
-        for at, placement in zip(here, tensor.placements, strict=True)
-    )
-    found = ranks[index].flatten().tolist() if any(isinstance(i, slice) for i in index) else []
-    return tuple(sorted(found)) if len(found) > 1 else ()
-
-
-def _holders_of_all(tensor: DTensor) -> tuple[int, ...]:
-    ranks = sorted(tensor.device_mesh.mesh.flatten().tolist())
-    return tuple(ranks) if len(ranks) > 1 else ()
+    placed, rank = sharded(name, tensor), dist.get_rank()
+    holders = next(tuple(sorted(ranks)) for ranks in placed.shards() if rank in ranks)
+    return [
+        Piece(name, kind, placed.shape, f.block, shaped(local, f.local), holders if len(holders) > 1 else ())
+        for f in placed.fragments(0).on(rank)
+    ]

@@ -80,3 +80,40 @@ def step(
         profile, output, ranks=ranks, peers=peers or [], only=only or [], model=model, rounds=rounds, link=link,
         append=append, echo=typer.echo,
     )  # fmt: skip
+
+
+@app.command()
+def host(
+    model: Annotated[str, typer.Option(help="A YAML file, or the name of one in configs/, such as llama-7b.")],
+    layout: Annotated[str, typer.Option(help="fsdp2, hsdp, zero1, zero2, zero3 or ddp.")] = "fsdp2",
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks; one process stands for one of them.")] = 64,
+    rank: Annotated[int, typer.Option(min=0, help="Which one is measured.")] = 0,
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", help="Write the result to this file."),
+    ] = None,
+) -> None:
+    """Operations that a step dispatches on one of many ranks, and their time on the host; needs no GPU."""
+    import json
+
+    from muon_dist.bench.host import measure
+    from muon_dist.config import load_config
+    from muon_dist.errors import ConfigError
+    from muon_dist.planner.cli import routed, unpack
+
+    path = Path(model)
+    path = path if path.suffix in (".yaml", ".yml") else Path("configs") / f"{model}.yaml"
+    if rank >= ranks:
+        raise ConfigError(f"--rank {rank}: it must be below --ranks {ranks}")
+    config = load_config(path)
+    found = measure(*routed(config), *unpack(config), layout, ranks, rank)
+    for name, count in found["by_kind"].items():
+        typer.echo(f"{count:8d}  {name}")
+    typer.echo(
+        f"{found['operations']:8d}  operations of a step of {found['model']}, {layout}, rank {rank} of {ranks}; "
+        f"{found['host_ms']:.1f} ms on this host; {found['collectives']} collectives; Newton-Schulz, left out: "
+        f"{found['newton_schulz']['matrices']} matrices in {found['newton_schulz']['stacks']} stacks"
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        typer.echo(f"-> {json_file}")

@@ -4,7 +4,7 @@ from muon_dist.checkpoint.background import Saver
 from muon_dist.checkpoint.folder import checkpoint_name, commits, set_aside_after, step_of, tidy
 from muon_dist.checkpoint.manifest import MODEL_FOLDER
 from muon_dist.checkpoint.phases import LISTENERS, PHASES, Phase
-from muon_dist.checkpoint.piece import BUFFER, MOMENTUM, WEIGHT, Extent, Holding, Piece, to_write
+from muon_dist.checkpoint.piece import BUFFER, MOMENTUM, WEIGHT, Holding, Piece, to_write
 from muon_dist.checkpoint.ranks import Ranks
 from muon_dist.checkpoint.reader import Checkpoint, load, newest_good, open_checkpoint
 from muon_dist.checkpoint.state import Provider, RandomState
@@ -19,7 +19,6 @@ __all__ = [
     "WEIGHT",
     "Checkpoint",
     "Contents",
-    "Extent",
     "Holding",
     "Phase",
     "Piece",

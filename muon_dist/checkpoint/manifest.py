@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from muon_dist.checkpoint.files import DTYPES, FileRecord, write_bytes
-from muon_dist.checkpoint.piece import Extent
 from muon_dist.errors import CheckpointError
+from muon_dist.layout.block import Block
 
 NAME = "manifest.json"
 MODEL_FOLDER = "hf"
@@ -37,7 +37,7 @@ class Stored:
     key: str
     kind: str
     name: str
-    extent: Extent
+    block: Block
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def write_manifest(folder: Path, manifest: Manifest, rank: int) -> None:
     for (kind, name), tensor in sorted(manifest.tensors.items()):
         tensors.setdefault(kind, {})[name] = {"shape": list(tensor.shape), "dtype": tensor.dtype}
         for part in tensor.parts:
-            e = part.extent
-            row = [part.key, kind, name, e.offset, e.rows, e.cols, e.stride]
+            e = part.block
+            row = [part.key, kind, name, e.start, e.rows, e.cols, e.stride]
             files[part.file].setdefault("tensors", []).append(row)
     body = {
         "format": FORMAT,
@@ -162,12 +162,12 @@ def _parsed(path: Path, body: Mapping[str, Any]) -> Manifest:
             raise CheckpointError(f"{path} names the file {name!r}: only names within the checkpoint are read")
         files[name] = FileRecord(_number(record["size"]), str(record["sha256"]))
         for key, kind, tensor, offset, rows, cols, stride in record.get("tensors", ()):
-            extent = Extent(_number(offset), _number(rows), _number(cols), _number(stride))
-            part = Stored(name, str(key), kind, tensor, extent)
+            block = Block(_number(offset), _number(rows), _number(cols), _number(stride))
+            part = Stored(name, str(key), kind, tensor, block)
             _check_part(path, part, tensors[kind, tensor])
             tensors[kind, tensor].parts.append(part)
     for (kind, name), tensor in tensors.items():
-        held = sum(part.extent.numel for part in tensor.parts)
+        held = sum(part.block.numel for part in tensor.parts)
         if held != tensor.numel:
             raise CheckpointError(f"{path}: {held} of the {tensor.numel} elements of {name} ({kind}) are in its files")
     return Manifest(
@@ -182,7 +182,7 @@ def _parsed(path: Path, body: Mapping[str, Any]) -> Manifest:
 
 
 def _check_part(path: Path, part: Stored, tensor: Tensor) -> None:
-    e = part.extent
+    e = part.block
     if e.rows < 1 or e.cols < 1 or e.stop > tensor.numel or (e.rows > 1 and e.stride < e.cols):
         raise CheckpointError(f"{path}: {part.name} ({part.kind}) of shape {tensor.shape} has no part {e}")
 

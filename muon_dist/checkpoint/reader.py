@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from muon_dist.checkpoint import files, folder
 from muon_dist.checkpoint.manifest import Manifest, Stored, Tensor, rank_file, read_manifest
 from muon_dist.checkpoint.phases import enter
-from muon_dist.checkpoint.piece import BUFFER, WEIGHT, Extent, Holding, Piece
+from muon_dist.checkpoint.piece import BUFFER, WEIGHT, Holding, Piece
 from muon_dist.checkpoint.ranks import Ranks
 from muon_dist.checkpoint.state import decode
 from muon_dist.errors import CheckpointError
+from muon_dist.layout.block import Block
 
 _READ = 16 * 2**20
 """Elements that are read at a time."""
@@ -96,17 +97,18 @@ class Checkpoint:
                 if piece.name in self.states:
                     raise CheckpointError(
                         f"{self.path} holds {', '.join(sorted(self.states[piece.name]))} of {piece.name} and no "
-                        f"{piece.kind}: it was trained by another algorithm; route it as it was, or start a new run"
+                        f"{piece.kind}: it was trained by another algorithm or rule; train it as it was, or start a "
+                        "new run"
                     )
                 continue
             if tensor.shape != piece.shape:
                 raise CheckpointError(
                     f"{piece.name} ({piece.kind}) has shape {tensor.shape} in {self.path}, here {piece.shape}"
                 )
-            found = sum(p.numel for part in tensor.parts for p in piece.extent.common(part.extent))
-            if found != piece.extent.numel:
+            found = sum(p.numel for part in tensor.parts for p in piece.block.common(part.block))
+            if found != piece.block.numel:
                 raise CheckpointError(
-                    f"{self.path} holds {found} of {piece.extent.numel} elements of {piece.name} ({piece.kind})"
+                    f"{self.path} holds {found} of {piece.block.numel} elements of {piece.name} ({piece.kind})"
                 )
 
     @torch.no_grad()
@@ -121,9 +123,9 @@ class Checkpoint:
                 piece.tensor.zero_()
                 continue
             for stored in tensor.parts:
-                for part in piece.extent.common(stored.extent):
-                    for extent, values in self._read(stored, part):
-                        target = piece.part(extent)
+                for part in piece.block.common(stored.block):
+                    for block, values in self._read(stored, part):
+                        target = piece.part(block)
                         target.copy_(values.view(target.shape))
 
     def tensor(self, kind: str, name: str) -> torch.Tensor:
@@ -131,7 +133,7 @@ class Checkpoint:
         found = self.manifest.tensors[kind, name]
         whole = torch.empty(found.shape, dtype=files.DTYPES[found.dtype])
         if found.numel:
-            self.fill([Piece(name, kind, found.shape, Extent.run(0, found.numel), whole.view(-1))])
+            self.fill([Piece(name, kind, found.shape, Block.run(0, found.numel), whole.view(-1))])
         return whole
 
     def close(self) -> None:
@@ -148,10 +150,10 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / file} has no tensor {key}: {error}") from error
 
-    def _read(self, stored: Stored, part: Extent) -> Iterator[tuple[Extent, torch.Tensor]]:
+    def _read(self, stored: Stored, part: Block) -> Iterator[tuple[Block, torch.Tensor]]:
         """`part` of a stored block, piece by piece: (which elements, their values)."""
         source = self._slice(stored.file, stored.key)
-        held = stored.extent
+        held = stored.block
         expected = [held.cols] if held.rows == 1 else [held.rows, held.cols]
         if source.get_shape() != expected:
             raise CheckpointError(f"{self.path / stored.file}: {stored.key} has shape {source.get_shape()}")
@@ -160,18 +162,18 @@ class Checkpoint:
         step = max(1, _READ // width)
         for first in range(0, part.rows, step):
             rows = min(step, part.rows - first)
-            extent = Extent.block(part.offset + first * part.stride, rows, part.cols, part.stride)
+            block = Block.of(part.start + first * part.stride, rows, part.cols, part.stride)
             if held.rows > 1:
-                yield extent, source[row + first : row + first + rows, column : column + part.cols]
+                yield block, source[row + first : row + first + rows, column : column + part.cols]
             elif rows == 1:
                 at = column + first * part.stride
                 for start in range(0, part.cols, _READ):
                     n = min(_READ, part.cols - start)
-                    yield Extent.run(extent.offset + start, n), source[at + start : at + start + n]
+                    yield Block.run(block.start + start, n), source[at + start : at + start + n]
             else:
                 at = column + first * part.stride
                 flat = source[at : at + (rows - 1) * part.stride + part.cols]
-                yield extent, flat.as_strided((rows, part.cols), (part.stride, 1))
+                yield block, flat.as_strided((rows, part.cols), (part.stride, 1))
 
 
 class _Tensors(dict[str, torch.Tensor]):
@@ -245,13 +247,26 @@ def load(checkpoint: Checkpoint, holding: Holding, ranks: Ranks | None = None) -
     ranks = ranks or Ranks()
     enter("load", checkpoint.path, ranks.rank)
 
-    def fits() -> set[str]:
+    def fits() -> set[tuple[str, str]]:
         checkpoint.check(holding.pieces)
-        return {piece.name for piece in holding.pieces if piece.kind == WEIGHT}
+        return {(piece.kind, piece.name) for piece in holding.pieces}
 
-    known = set().union(*ranks.everywhere(fits))
-    wanted = {name for kind, name in checkpoint.manifest.tensors if kind == WEIGHT}
-    if wanted - known:
-        raise CheckpointError(f"{checkpoint.path} holds {min(wanted - known)}, which this model does not have")
+    _check_nothing_is_left(checkpoint, set().union(*ranks.gather(ranks.everywhere(fits))))
     ranks.everywhere(lambda: checkpoint.fill(holding.pieces))
     holding.finish()
+
+
+def _check_nothing_is_left(checkpoint: Checkpoint, held: set[tuple[str, str]]) -> None:
+    """Raise CheckpointError for a weight that no rank holds, and for state of one whose other state they hold."""
+    tensors = checkpoint.manifest.tensors
+    unknown = {name for kind, name in tensors if kind == WEIGHT and (WEIGHT, name) not in held}
+    if unknown:
+        raise CheckpointError(f"{checkpoint.path} holds {min(unknown)}, which this model does not have")
+    stepped = {name for kind, name in held if kind not in (WEIGHT, BUFFER)}
+    left = [key for key in tensors if key[1] in stepped and key not in held and key[0] not in (WEIGHT, BUFFER)]
+    if left:
+        kind, name = min(left, key=lambda key: key[::-1])
+        raise CheckpointError(
+            f"{checkpoint.path} holds {kind} of {name}, which this run does not keep: it was trained by another "
+            "algorithm or rule; train it as it was, or start a new run"
+        )

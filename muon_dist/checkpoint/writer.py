@@ -14,13 +14,14 @@ from muon_dist.checkpoint import files, folder
 from muon_dist.checkpoint.files import DTYPES, FileRecord
 from muon_dist.checkpoint.manifest import Manifest, Stored, Tensor, rank_file, write_manifest
 from muon_dist.checkpoint.phases import enter
-from muon_dist.checkpoint.piece import Extent, Piece, to_write
+from muon_dist.checkpoint.piece import Piece, to_write
 from muon_dist.checkpoint.ranks import Ranks
 from muon_dist.checkpoint.state import encode
 from muon_dist.errors import CheckpointError
+from muon_dist.layout.block import Block
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Index = list[tuple[str, str, str, tuple[int, ...], str, Extent]]
+Index = list[tuple[str, str, str, tuple[int, ...], str, Block]]
 """key, kind, name, shape of the whole, dtype, place in it"""
 
 
@@ -73,8 +74,8 @@ def take(
     items: list[tuple[str, torch.Tensor]] = []
     index: Index = []
     for piece in to_write(pieces, rank):
-        e = piece.extent
-        key = f"{piece.kind}/{piece.name}/{e.offset}"
+        e = piece.block
+        key = f"{piece.kind}/{piece.name}/{e.start}"
         if piece.dtype not in _DTYPE_NAMES:
             raise CheckpointError(f"{piece.name} ({piece.kind}) is of {piece.dtype}, which safetensors does not have")
         items.append((key, piece.tensor if host is None else _copied(key, piece.tensor, host)))
@@ -104,14 +105,14 @@ def commit(root: Path, ranks: Ranks, snapshot: Snapshot, contents: Contents) -> 
     try:
         temporary = ranks.first(lambda: _make(root, contents.step))
         target = temporary
-        written = ranks.everywhere(lambda: _write_own(target, rank, snapshot))
+        written = ranks.gather(ranks.everywhere(lambda: _write_own(target, rank, snapshot)))
         ranks.first(lambda: _finish(target, final, written, contents, ranks.size))
     except BaseException as error:
         if temporary is not None and rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, CheckpointError):
             raised = CheckpointError(f"{final} could not be saved: {error}")
-            raised.reported_elsewhere = getattr(error, "reported_elsewhere", False)  # type: ignore[attr-defined]
+            raised.reported_elsewhere = error.reported_elsewhere
             raise raised from error
         raise
     enter("committed", final, rank)
@@ -154,15 +155,15 @@ def _finish(
         records.update(own)
         for name, record in own.items():
             files.check_size(target / name, record)  # does this rank see what the others wrote?
-        for key, kind, name, shape, dtype, extent in index:
+        for key, kind, name, shape, dtype, block in index:
             tensor = tensors.setdefault((kind, name), Tensor(shape, dtype))
             if (tensor.shape, tensor.dtype) != (shape, dtype):
                 raise CheckpointError(
                     f"{name} ({kind}) is {tensor.dtype} {tensor.shape} on one rank and {dtype} {shape} on rank {rank}"
                 )
-            tensor.parts.append(Stored(rank_file(rank, "safetensors"), key, kind, name, extent))
+            tensor.parts.append(Stored(rank_file(rank, "safetensors"), key, kind, name, block))
     for (kind, name), tensor in tensors.items():
-        held = sum(part.extent.numel for part in tensor.parts)
+        held = sum(part.block.numel for part in tensor.parts)
         if held != tensor.numel:
             raise CheckpointError(f"the ranks hold {held} of the {tensor.numel} elements of {name} ({kind})")
     for name, data in contents.documents.items():

@@ -95,12 +95,16 @@ class DataConfig(Block):
 
 
 class MuonConfig(Block):
-    """Settings of the Muon groups."""
+    """Settings of the Muon groups. What is null has the default of the rule."""
 
     lr: NonNegative
-    weight_decay: NonNegative = Field(default=0.1, description="decoupled")
+    rule: str = Field(default="muon", description="update rule: muon, normuon, hyperball or namo")
+    rule_options: dict[str, float] = Field(
+        default_factory=dict, description="what the rule has beside these settings, such as beta2 of normuon"
+    )
+    weight_decay: NonNegative | None = Field(default=None, description="decoupled; null: 0.1, or 0 under hyperball")
     momentum: BelowOne = 0.95
-    nesterov: bool = True
+    nesterov: bool | None = Field(default=None, description="null: true, or false under namo")
     ns_steps: PositiveInt = Field(default=5, description="Newton-Schulz steps")
     ns_schedule: ScheduleName = Field(
         default="keller", description="coefficient schedule of the Newton-Schulz iteration"
@@ -108,9 +112,10 @@ class MuonConfig(Block):
     ns_dtype: DType | None = Field(
         default=None, description="dtype of the iteration; null: bfloat16 where that is fast"
     )
-    scale: Literal["match_rms_adamw", "spectral", "none"] = Field(
-        default="match_rms_adamw",
-        description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); or 1",
+    scale: Literal["match_rms_adamw", "spectral", "none"] | None = Field(
+        default=None,
+        description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); or 1; "
+        "null: the first, or the last under hyperball and namo",
     )
     bucket_mb: Positive = Field(
         default=128.0, description="a step allocates at most twice this, in MiB; a larger matrix goes alone"

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from muon_dist.config.redact import redact
-from muon_dist.config.schema import Config, SourceConfig
+from muon_dist.config.schema import Config, MuonConfig, SourceConfig
 from muon_dist.config.source import Keys
 from muon_dist.errors import ConfigError
 from muon_dist.numerics.schedules import get_schedule
@@ -192,12 +192,24 @@ def _optimizer(config: Config) -> Found:
             f"is {muon.ns_dtype}, but optimizer.muon.ns_schedule = {schedule.name} is defined in float32: "
             "set ns_dtype to float32 or null, or choose another schedule",
         )
+    yield from _rule(muon)
     for index, override in enumerate(routing.overrides):
         yield from _pattern(("optimizer", "routing", "overrides", index, "pattern"), override.pattern)
     for index, split in enumerate(routing.split):
         yield from _pattern(("optimizer", "routing", "split", index, "pattern"), split.pattern)
         if (split.heads is None) == (not split.sizes):
             yield ("optimizer", "routing", "split", index), "needs exactly one of heads and sizes"
+
+
+def _rule(muon: MuonConfig) -> Found:
+    if muon.rule == "muon" and not muon.rule_options:
+        return
+    from muon_dist.optim.rules.choice import check_options  # imports torch: seconds
+
+    try:
+        check_options(muon.model_dump(exclude_none=True))
+    except ConfigError as error:
+        yield ("optimizer", "muon"), str(error)
 
 
 def _pattern(keys: Keys, pattern: str) -> Found:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from muon_dist.layout.fragment import Fragment
-from muon_dist.layout.fragments import Fragments
+from muon_dist.exchange.readers import Part
+from muon_dist.layout import Fragments
 from muon_dist.ownership import OwnershipPlan
 
 
@@ -27,10 +27,6 @@ class Bucket:
     gathers: bool
     scatters: bool
     relay: dict[int, int] = field(default_factory=dict)
-
-
-Part = tuple[int, Fragment]
-"""A piece of a message: matrix, and the fragment that travels, where it lies outside the owner's stack."""
 
 
 # What a step allocates at most for a bucket, in bytes per element of the bound on what is sent, received and stacked:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +11,11 @@ import torch.distributed as dist
 
 from muon_dist.errors import MuonDistError, PeerError, PlanMismatchError
 from muon_dist.exchange.progress import Progress, place
+from muon_dist.layout import Block, view
 from muon_dist.ownership import digest, first_difference
+from muon_dist.ranks import Ranks
 
-_TAG = 0x4D75  # of messages between two ranks, so that none of somebody else's is taken for them
+_TAG = 0x4D75  # tag of our messages, so that they never match those of another library
 # Words in the RuntimeError that gloo or NCCL raises when a message fails, in lower case.
 _OF_THE_NETWORK = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
 # Words in the error of a failed kernel or driver call. NCCL repeats such an error under its own name.
@@ -41,64 +42,95 @@ def is_network_error(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(words in str(error).lower() for words in _OF_THE_NETWORK)
 
 
-class Message:
-    """What is on its way between the ranks; `wait` before anything of it is read or written.
+class Region:
+    """Flat memory that is allocated only while it is used, under views that are made once.
 
-    On CUDA the collective runs on a stream of its own, and `wait` makes the current stream wait, not the process.
+    Set `allocated` to True and to False. The content is then undefined, and without memory no view may be touched. At
+    first it is allocated, so that views can be made.
+
+    Attributes:
+        numel: elements.
+        flat: all of it.
     """
 
-    def __init__(self, received: torch.Tensor, works: Sequence[Any], sent: torch.Tensor) -> None:
-        self._received = received
-        self._works = works
-        self._sent: torch.Tensor | None = sent  # alive until it has left
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.numel = numel
+        self.flat = torch.empty(numel, dtype=dtype, device=device)
+        self._storage = self.flat.untyped_storage()
+        self._bytes = numel * dtype.itemsize
 
-    def wait(self) -> torch.Tensor:
-        """What has arrived, in the order of the ranks."""
-        for work in self._works:
-            work.wait()
-        self._sent = None
-        return self._received
+    def run(self, start: int, length: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """The run `[start, start + length)`, as a tensor of `shape`."""
+        return self.flat[start : start + length].view(shape)
 
-    def parts(self) -> Iterator[torch.Tensor]:
-        """The same in parts that follow each other; here one."""
-        yield self.wait()
+    def block(self, block: Block, shape: tuple[int, ...]) -> torch.Tensor:
+        """A block, as a tensor of `shape`."""
+        if block.rows == 1:
+            return self.run(block.start, block.cols, shape)
+        return view(self.flat, block).view(shape)
+
+    @property
+    def allocated(self) -> bool:
+        """Whether it has its memory."""
+        return self._storage.nbytes() == self._bytes
+
+    @allocated.setter
+    def allocated(self, wanted: bool) -> None:
+        self._storage.resize_(self._bytes if wanted else 0)
 
 
 class Broadcasts:
-    """Every rank of a column sends one tensor to all others, in their order, as many at a time as there is room for.
+    """Every rank of a replica group sends one tensor to all others, in their order.
 
-    Not all at once, because what all send together is the whole model's updates, which no rank has room for.
+    Only as many are under way as there is room for: together they are the updates of the whole model, for which no
+    rank has memory. The rest start as `arrived` goes on, on all ranks in the same order.
+
+    Args:
+        transport: over the group.
+        sent: the flat tensor of this rank.
+        counts: elements that each rank of the replica group sends, in their order.
+        memory: where each other rank's tensor arrives, by its place in the replica group.
+        room: elements that may be under way.
     """
 
-    def __init__(self, transport: Transport, send: torch.Tensor, counts: Sequence[int], room: int) -> None:
+    def __init__(
+        self, transport: Transport, sent: torch.Tensor, counts: Sequence[int], memory: Mapping[int, Region], room: int
+    ) -> None:
+        transport.bytes_sent += (len(transport.column_ranks) - 1) * sent.numel() * sent.element_size()
         self._transport = transport
-        self._send = send
-        self._own = transport.column_ranks.index(transport.rank)
-        self._turns = deque((place, n) for place, n in enumerate(counts) if n)
-        self._under_way: deque[tuple[torch.Tensor, Any]] = deque()
+        self._sent = sent
+        self._memory = memory
+        self._counts = counts
+        self._turns = deque(place for place, n in enumerate(counts) if n)
+        self._under_way: deque[tuple[int, Any]] = deque()
         self._room = room
         self._start()
 
     def _start(self) -> None:
-        """As many as fit beside those under way, at least one; counted alike on all ranks, so all start the same."""
-        while self._turns and (not self._under_way or self._turns[0][1] <= self._room):
-            place, count = self._turns.popleft()
-            self._room -= count
-            data = self._send if place == self._own else self._send.new_empty(count)
+        """Start as many as there is room for, at least one. All ranks count alike, so all start the same."""
+        while self._turns and (not self._under_way or self._counts[self._turns[0]] <= self._room):
+            place = self._turns.popleft()
+            self._room -= self._counts[place]
+            data = self._sent
+            if place in self._memory:
+                self._memory[place].allocated = True
+                data = self._memory[place].flat
             column = self._transport.column
-            self._under_way.append((data, dist.broadcast(data, group_src=place, group=column, async_op=True)))
+            self._under_way.append((place, dist.broadcast(data, group_src=place, group=column, async_op=True)))
             self._transport.collectives += 1
 
-    def parts(self) -> Iterator[torch.Tensor]:
-        """What each of the others sends, in their order; to be used before the next is asked for."""
+    def arrived(self) -> Iterator[int]:
+        """The places of the other ranks, in order, as their tensors arrive; the memory of a place is freed after its
+        turn."""
         while self._under_way:
-            data, work = self._under_way.popleft()
+            place, work = self._under_way.popleft()
             work.wait()
-            if data is not self._send:
-                yield data
-            self._room += data.numel()
-            del data
-            self._start()
+            if place in self._memory:
+                yield place
+                self._memory[place].allocated = False
+            self._room += self._counts[place]
+            if self._turns:
+                self._start()
 
 
 class Transport:
@@ -114,7 +146,10 @@ class Transport:
         bytes_sent: payload that this rank has sent to other ranks by `all_to_all` and `broadcast` since the start.
         collectives: calls made, of any kind.
         progress: what this rank is doing.
+        ranks: of the group, for small and rare messages.
         column_ranks: the ranks of `column` in its order, as numbered in `group`.
+        in_pairs: `all_to_all` sends messages between pairs of ranks, as is faster over gloo, and does not call the
+            backend's all-to-all, as is faster on accelerators. By default as the device asks; equal on all ranks.
     """
 
     def __init__(
@@ -126,72 +161,50 @@ class Transport:
     ) -> None:
         self.group = group
         self.device = device
-        self.rank = dist.get_rank(group) if group is not None else 0
-        self.world_size = dist.get_world_size(group) if group is not None else 1
+        self.ranks = Ranks(group)
+        self.rank, self.world_size = self.ranks.rank, self.ranks.size
         self.column = column if column is not None else group
         self.column_ranks = list(range(self.world_size))
         if column is not None and group is not None:
             self.column_ranks = [dist.get_group_rank(group, r) for r in dist.get_process_group_ranks(column)]
+        self.in_pairs = device.type == "cpu"
         self.bytes_sent = 0
         self.collectives = 0
         self.progress = progress if progress is not None else Progress()
 
-    @contextmanager
-    def named_failures(self) -> Iterator[None]:
-        """A message that fails inside raises PeerError with operation, bucket and step, which backends leave out.
+    def named(self, error: RuntimeError) -> PeerError | None:
+        """The error to raise instead of `error`, with operation, bucket and step, which backends leave out.
 
-        An error of this rank's own device is raised as it is: no other rank is to blame for it.
+        None if no message has failed. So it is with an error of this rank's own device: no other rank is to blame.
         """
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_network_error(error):
-                raise
-            p = self.progress
-            raise PeerError(
-                f"rank {self.rank} of {self.world_size}: {place(p.operation, p.bucket, p.step)} failed: {error}. "
-                "Another rank has ended, or the network is down: look for the first error of the other ranks"
-            ) from error
+        if not is_network_error(error):
+            return None
+        p = self.progress
+        return PeerError(
+            f"rank {self.rank} of {self.world_size}: {place(p.operation, p.bucket, p.step)} failed: {error}. "
+            "Another rank has ended, or the network is down: look for the first error of the other ranks"
+        )
 
-    def all_to_all(self, send: torch.Tensor, sends: list[int], receives: list[int]) -> Message:
-        """Start to exchange runs of a flat tensor: `sends[r]` elements to rank r, `receives[r]` from it, by rank."""
-        received = send.new_empty(sum(receives))
-        self.bytes_sent += send.numel() * send.element_size()
-        self.collectives += 1
-        if self.device.type == "cpu":
-            return Message(received, self._receives_first(send, sends, received, receives), send)
-        work = dist.all_to_all_single(received, send, receives, sends, group=self.group, async_op=True)
-        return Message(received, [work], send)
-
-    def _receives_first(
-        self, send: torch.Tensor, sends: list[int], received: torch.Tensor, receives: list[int]
+    def all_to_all(
+        self, sent: torch.Tensor, sends: list[int], received: torch.Tensor, receives: list[int]
     ) -> Sequence[Any]:
-        """The exchange as messages between pairs of ranks, what is to be received announced before anything is sent.
+        """Start to exchange runs of flat tensors: `sends[r]` elements to rank r, `receives[r]` from it, in rank order.
 
-        gloo's own all-to-all announces it after: behind the megabytes that this rank sends, so that a link carries
-        first one direction and then the other.
+        Neither tensor may be touched before every work that is returned has been waited for. On CUDA a wait makes the
+        current stream wait, not the process.
         """
-        ways = ((dist.irecv, received.split(receives)), (dist.isend, send.split(sends)))
-        messages = [
-            dist.P2POp(operation, part, group=self.group, group_peer=peer, tag=_TAG)
-            for operation, parts in ways
-            for peer, part in enumerate(parts)
-            if part.numel()
-        ]
+        self.bytes_sent += sent.numel() * sent.element_size()
+        self.collectives += 1
+        if not self.in_pairs:
+            return [dist.all_to_all_single(received, sent, receives, sends, group=self.group, async_op=True)]
+        # gloo's own all-to-all announces receives behind the megabytes that this rank sends, so that a link carries
+        # first one direction and then the other. Here every receive is announced before anything is sent.
+        messages = []
+        for operation, parts in ((dist.irecv, received.split(receives)), (dist.isend, sent.split(sends))):
+            for peer, part in enumerate(parts):
+                if part.numel():
+                    messages.append(dist.P2POp(operation, part, group=self.group, group_peer=peer, tag=_TAG))
         return dist.batch_isend_irecv(messages) if messages else ()
-
-    def broadcast(self, send: torch.Tensor, counts: Sequence[int], room: int) -> Broadcasts:
-        """Start to send the flat tensor `send` to the others of the column, each of which does so as well.
-
-        What does not fit into `room` is sent while the parts are taken, by all ranks in the same order; nothing is
-        copied on the way.
-
-        Args:
-            counts: elements that each rank of the column sends, in their order.
-            room: elements that may be under way.
-        """
-        self.bytes_sent += (len(self.column_ranks) - 1) * send.numel() * send.element_size()
-        return Broadcasts(self, send, counts, room)
 
     def highest(self, values: torch.Tensor) -> list[int]:
         """Elementwise maximum of a small uint8 tensor over all ranks; one small collective, and the one transfer."""
@@ -201,40 +214,26 @@ class Transport:
             self.collectives += 1
         return [int(v) for v in values.tolist()]
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """The (picklable) value of every rank, in rank order; for messages, not for the hot path."""
-        if self.world_size == 1:
-            return [value]
-        every: list[Any] = [None] * self.world_size
-        dist.all_gather_object(every, value, group=self.group)
-        return every
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum of a small tensor over all ranks, in its place."""
+        if self.world_size > 1:
+            self.progress.enter("norms")
+            dist.all_reduce(values, group=self.group)
+            self.collectives += 1
+        return values
 
-    def require_equal(self, what: str, fields: list[tuple[str, object]] | None, problem: BaseException | None) -> None:
+    def require_equal(self, what: str, fields: Sequence[tuple[str, object]]) -> None:
         """Compare `fields` on all ranks by their digest, before anything is exchanged on the strength of them.
 
-        A rank that could not compute its fields passes the `problem`; then every rank raises instead of waiting.
-
         Raises:
-            PlanMismatchError: names the first differing field and each rank's value, or the rank that failed.
+            PlanMismatchError: names the first differing field and each rank's value.
         """
         if self.world_size == 1:
-            if problem is not None:
-                raise problem
             return
         self.progress.enter(what)
-        own = bytes(32) if fields is None else digest(fields)
-        sent = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(self.device)
-        every = [torch.empty_like(sent) for _ in range(self.world_size)]
-        dist.all_gather(every, sent, group=self.group)
-        digests = [bytes(d.tolist()) for d in every]
-        if problem is not None:
-            raise problem
-        failed = [r for r, d in enumerate(digests) if d == bytes(32)]
-        if failed:
-            raise PlanMismatchError(f"rank {failed[0]} could not make its {what}; its own message says why")
-        if len(set(digests)) > 1:
-            gathered = self.gather_objects(fields)
+        if len(set(self.ranks.gather(digest(fields)))) > 1:
+            every = self.ranks.gather(fields)
             raise PlanMismatchError(
-                f"the ranks do not hold the same {what}: {first_difference(dict(enumerate(gathered)))}. "
+                f"the ranks do not hold the same {what}: {first_difference(dict(enumerate(every)))}. "
                 "Start every rank with the same model, configuration and package versions."
             )

@@ -1,4 +1,4 @@
-"""ZeRO-1 and ZeRO-2: the parameters of a group laid end to end and cut into equal slices, one a rank."""
+"""ZeRO-1 and ZeRO-2: the parameters of a group laid end to end and cut into equal slices, one per rank."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from muon_dist.errors import LayoutError
-from muon_dist.layout.fragment import Layout, Matrix, MatrixLayout
-from muon_dist.layout.fragments import slices_of
+from muon_dist.layout.fragments import Fragments
+from muon_dist.layout.layout import Layout
+from muon_dist.layout.matrix import Matrix
+from muon_dist.layout.parameter import StoredParameter, matrix_layouts
 
 
 @dataclass(frozen=True)
@@ -17,17 +19,19 @@ class PlacedParameter:
     """A parameter within a flattened group.
 
     Attributes:
-        name: FQN, for messages.
+        name: FQN.
         numel: elements of the whole parameter.
-        offset: of its first element, in elements. In `flat_layout` within the whole flattened group; in
+        offset: of its first element, in elements. In a `FlatGroup` within the whole flattened group; in
             `per_parameter_layout` of this parameter's slice within each rank's buffer.
-        matrices: how it is cut.
+        matrices: how it is cut; empty under AdamW.
+        shape: of the whole parameter, where somebody needs it.
     """
 
     name: str
     numel: int
     offset: int
-    matrices: tuple[Matrix, ...]
+    matrices: tuple[Matrix, ...] = ()
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,31 +41,43 @@ class FlatGroup:
     parameters: tuple[PlacedParameter, ...]
     partition: int
 
+    def stored(self, buffer: int, world_size: int) -> list[StoredParameter]:
+        """Its parameters where the slices of `world_size` ranks are their buffers number `buffer`.
+
+        Raises:
+            LayoutError: a parameter reaches past the last partition, or two overlap.
+        """
+        end = 0
+        for p in sorted(self.parameters, key=lambda p: p.offset):
+            if p.offset < end or p.offset + p.numel > self.partition * world_size:
+                raise LayoutError(
+                    f"{p.name} at {p.offset}..{p.offset + p.numel} overlaps its neighbour, which ends at {end}, or "
+                    f"passes the end of {world_size} partitions of {self.partition}"
+                )
+            end = p.offset + p.numel
+        return [StoredParameter(p.name, p.shape, self._slices(p, buffer), p.matrices) for p in self.parameters]
+
+    def _slices(self, p: PlacedParameter, buffer: int) -> Fragments:
+        if p.numel == 0:
+            return Fragments.of(())
+        rank = np.arange(p.offset // self.partition, (p.offset + p.numel - 1) // self.partition + 1)
+        begin = rank * self.partition
+        first = np.maximum(begin, p.offset)
+        length = np.minimum(begin + self.partition, p.offset + p.numel) - first
+        return Fragments.runs(rank, first - p.offset, length, buffer, first - begin)
+
 
 def flat_layout(groups: Sequence[FlatGroup], world_size: int, *, together: bool = False) -> Layout:
     """A layout in which buffer i is the slice of `groups[i]` that a rank holds; matrices may straddle ranks.
 
     Args:
         groups: those of Muon only.
+        world_size: ranks.
         together: all groups are stepped in one call, so the work is balanced over all of them; else one at a time.
 
     Raises:
         LayoutError: a parameter reaches past the last partition, or two overlap.
     """
-    matrices: list[MatrixLayout] = []
-    holders = np.arange(world_size)[:, None]
-    for buffer, group in enumerate(groups):
-        end = 0
-        for p in sorted(group.parameters, key=lambda p: p.offset):
-            if p.offset < end or p.offset + p.numel > group.partition * world_size:
-                raise LayoutError(
-                    f"{p.name} at {p.offset}..{p.offset + p.numel} overlaps its neighbour, which ends at {end}, or "
-                    f"passes the end of {world_size} partitions of {group.partition}"
-                )
-            end = p.offset + p.numel
-        for p in group.parameters:
-            for m in p.matrices:
-                pieces = slices_of(m, group.partition, holders, buffer=buffer, begin=p.offset, shift=p.offset)
-                matrices.append(MatrixLayout(m, pieces))
+    stored = [p for buffer, group in enumerate(groups) for p in group.stored(buffer, world_size)]
     phases = (tuple(range(len(groups))),) if together else tuple((i,) for i in range(len(groups)))
-    return Layout("flat", world_size, tuple(matrices), phases, complete_gradients=True)
+    return Layout("flat", world_size, matrix_layouts(stored), phases, complete_gradients=True)

@@ -1,31 +1,64 @@
-"""All fragments of one matrix, as arrays: thousands of ranks hold a part of each of thousands of matrices."""
+"""Fragments: what each rank holds of a matrix, one by one and as arrays, since thousands of ranks may hold a part."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
 
-from muon_dist.layout.matrix import Fragment, Matrix
+from muon_dist.layout.block import Block
+from muon_dist.layout.matrix import Matrix
 
 _SHOWN = 4
 _COPIED = 64  # a constant is one number in memory beyond so many; before, copies are quicker than a broadcast
 
 
-class Fragments(Sequence[Fragment]):
-    """A sequence of `Fragment`, kept as five arrays of equal length with its fields; they may share memory.
-
-    Made of the array `rank`, and for each other field an array of that length or one number.
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """A block of a whole (a matrix, or a parameter that is yet to be cut into matrices) that one rank holds.
 
     Attributes:
-        rank, offset, length, buffer, origin: int64 arrays; read only.
+        rank: who holds it.
+        block: where it stands in the flattened whole.
+        buffer: index of the rank's local tensor that contains it; the numbering is the same on all ranks.
+        local: where it stands in that tensor, flattened; as many rows and columns as `block`.
     """
 
-    __slots__ = ("buffer", "length", "offset", "origin", "rank")
+    rank: int
+    block: Block
+    buffer: int
+    local: Block
 
-    def __init__(self, rank: Any, offset: Any, length: Any, buffer: Any, origin: Any) -> None:
+    @classmethod
+    def run(cls, rank: int, start: int, length: int, buffer: int, position: int) -> Fragment:
+        """The run `[start, start + length)` of the whole, at `position` of the buffer."""
+        return cls(rank, Block.run(start, length), buffer, Block.run(position, length))
+
+    @property
+    def length(self) -> int:
+        """Elements."""
+        return self.block.numel
+
+
+class Fragments(Sequence[Fragment]):
+    """A sequence of `Fragment`, kept as arrays of equal length; they may share memory.
+
+    Attributes:
+        rank, buffer: int64 arrays; read only, as all others.
+        start, rows, cols, stride: of the blocks in the whole.
+        local, step: first element and row stride of the blocks in their local tensors.
+        length: elements.
+    """
+
+    __slots__ = ("buffer", "cols", "length", "local", "rank", "rows", "start", "step", "stride")
+
+    def __init__(
+        self, rank: Any, start: Any, rows: Any, cols: Any, stride: Any, buffer: Any, local: Any, step: Any
+    ) -> None:
+        """Made of the array `rank`, and for each other column an array of that length or one number."""
         length_of = len(rank)
 
         def column(values: Any) -> np.ndarray:
@@ -34,47 +67,125 @@ class Fragments(Sequence[Fragment]):
                 return array
             return np.full(length_of, array) if length_of <= _COPIED else np.broadcast_to(array, (length_of,))
 
-        self.rank, self.offset, self.length, self.buffer, self.origin = map(
-            column, (rank, offset, length, buffer, origin)
+        self.rank, self.start, self.rows, self.cols, self.stride, self.buffer, self.local, self.step = map(
+            column, (rank, start, rows, cols, stride, buffer, local, step)
         )
+        self.length = self.cols if isinstance(rows, int) and rows == 1 else self.rows * self.cols
+
+    @classmethod
+    def runs(cls, rank: Any, start: Any, length: Any, buffer: Any, local: Any) -> Fragments:
+        """Contiguous runs of the whole that are contiguous in their local tensors as well."""
+        return cls(rank, start, 1, length, length, buffer, local, length)
 
     @classmethod
     def of(cls, fragments: Iterable[Fragment]) -> Fragments:
         """The same fragments as arrays."""
         if isinstance(fragments, Fragments):
             return fragments
-        rows = [(f.rank, f.offset, f.length, f.buffer, f.origin) for f in fragments]
-        return cls(*np.array(rows, dtype=np.int64).reshape(-1, 5).T)
+        rows = [
+            (
+                f.rank,
+                f.block.start,
+                f.block.rows,
+                f.block.cols,
+                f.block.stride,
+                f.buffer,
+                f.local.start,
+                f.local.stride,
+            )
+            for f in fragments
+        ]
+        return cls(*np.array(rows, dtype=np.int64).reshape(-1, 8).T)
+
+    @property
+    def contiguous(self) -> np.ndarray:
+        """Which are runs of the whole."""
+        return (self.rows == 1) | (self.cols == self.stride)
+
+    @property
+    def all_runs(self) -> bool:
+        """Every fragment is one row: a run of the whole and of its local tensor."""
+        return bool((self.rows == 1).all())
 
     @property
     def stop(self) -> np.ndarray:
-        return self.offset + self.length
+        """One past the last element of each block in the whole."""
+        return self.start + (self.rows - 1) * self.stride + self.cols
 
     def chosen(self, index: Any) -> Fragments:
         """Those that a mask or an array of positions names."""
         return Fragments(*(column[index] for column in self._columns()))
+
+    def in_buffer(self, number: int) -> Fragments:
+        """The same in local tensors of another number."""
+        rank, start, rows, cols, stride, _, local, step = self._columns()
+        return Fragments(rank, start, rows, cols, stride, number, local, step)
 
     def on(self, rank: int) -> Fragments:
         """Those that `rank` holds."""
         return self.chosen(self.rank == rank)
 
     def tiles(self, numel: int) -> bool:
-        """Whether they cover a matrix of `numel` elements on distinct ranks, one after another or each all of it.
+        """Whether they cover `numel` elements on distinct ranks, one run after another or each all of it.
 
         A cover of another kind is not recognized.
         """
         if len(self) == 1:
-            return bool(self.offset[0] == 0 and self.length[0] == numel > 0)
-        if not len(self):
+            return bool(self.start[0] == 0 and self.length[0] == numel > 0)
+        if not len(self) or not self.contiguous.all():
             return False
         distinct = (self.rank[1:] > self.rank[:-1]).all() or (self.rank[1:] < self.rank[:-1]).all()
         if self.length.strides == (0,) and self.length[0] == numel:
-            return bool(distinct and not self.offset.any())
-        ends_meet = self.offset[0] == 0 and self.stop[-1] == numel and (self.offset[1:] == self.stop[:-1]).all()
+            return bool(distinct and not self.start.any())
+        ends = self.start + self.length
+        ends_meet = self.start[0] == 0 and ends[-1] == numel and (self.start[1:] == ends[:-1]).all()
         return bool(distinct and ends_meet and (self.length > 0).all())
 
+    def within(self, part: Block) -> Fragments:
+        """The fragments of `part`, a block of the same whole; their blocks stand in the flattened `part`.
+
+        Row-major order makes a run of the whole a run of a contiguous part. Of a part with gaps between its rows it
+        is up to three blocks: the end of a row, whole rows, the beginning of a row.
+        """
+        near = self.chosen((self.start < part.stop) & (self.stop > part.start))
+        if part.rows == 1 or part.cols == part.stride:
+            if near.all_runs:
+                first = np.maximum(near.start, part.start)
+                length = np.minimum(near.start + near.cols, part.stop) - first
+                shift = first - near.start
+                return Fragments.runs(near.rank, first - part.start, length, near.buffer, near.local + shift)
+            if (near.stride == part.cols).all() and part.start % part.cols == 0:
+                return near._rows_within(part)
+        return Fragments.of(f for given in near for f in _within(given, part))
+
+    def _rows_within(self, part: Block) -> Fragments:
+        """`within` for blocks whose rows are those of a contiguous `part`."""
+        top, left = np.divmod(self.start, part.cols)
+        first_row = part.start // part.cols
+        first = np.maximum(top, first_row)
+        rows = np.minimum(top + self.rows, first_row + part.rows) - first
+        inside = rows > 0
+        start, local = (first - first_row) * part.cols + left, self.local + (first - top) * self.step
+        columns = (self.rank, start, rows, self.cols, self.stride, self.buffer, local, self.step)
+        return Fragments(*(column[inside] for column in columns)).merged()
+
+    def merged(self) -> Fragments:
+        """The same, with one row for each block whose rows follow each other in the whole and in its local tensor."""
+        single = (self.rows == 1) | ((self.cols == self.stride) & (self.cols == self.step))
+        length = self.rows * self.cols
+        return Fragments(
+            self.rank,
+            self.start,
+            np.where(single, 1, self.rows),
+            np.where(single, length, self.cols),
+            np.where(single, length, self.stride),
+            self.buffer,
+            self.local,
+            np.where(single, length, self.step),
+        )
+
     def _columns(self) -> tuple[np.ndarray, ...]:
-        return self.rank, self.offset, self.length, self.buffer, self.origin
+        return self.rank, self.start, self.rows, self.cols, self.stride, self.buffer, self.local, self.step
 
     def __len__(self) -> int:
         return len(self.rank)
@@ -86,10 +197,10 @@ class Fragments(Sequence[Fragment]):
     def __getitem__(self, index: int | slice) -> Fragment | Fragments:
         if isinstance(index, slice):
             return self.chosen(index)
-        return Fragment(*(int(column[index]) for column in self._columns()))
+        return _fragment(*(int(column[index]) for column in self._columns()))
 
     def __iter__(self) -> Iterator[Fragment]:
-        return map(Fragment, *(column.tolist() for column in self._columns()))
+        return map(_fragment, *(column.tolist() for column in self._columns()))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Fragments):
@@ -103,7 +214,8 @@ class Fragments(Sequence[Fragment]):
 
     def __repr__(self) -> str:
         """The first few, and a digest of all: what ranks compare."""
-        shown = ", ".join(str((f.rank, f.offset, f.length, f.buffer, f.origin)) for f in self[:_SHOWN])
+        columns = [column[:_SHOWN].tolist() for column in self._columns()]
+        shown = ", ".join(str(row) for row in zip(*columns, strict=True))
         if len(self) <= _SHOWN:
             return f"({shown})"
         state = hashlib.sha256()
@@ -112,35 +224,34 @@ class Fragments(Sequence[Fragment]):
         return f"({shown}, ... {len(self)} in all, sha256 {state.hexdigest()[:16]})"
 
 
-def slices_of(
-    matrix: Matrix, size: int, holders: np.ndarray, *, buffer: int, begin: int = 0, shift: int = 0
-) -> Fragments:
-    """The fragments of `matrix` where flat storage is cut every `size` elements and each slice lies on some ranks.
+def _fragment(
+    rank: int, start: int, rows: int, cols: int, stride: int, buffer: int, local: int, step: int
+) -> Fragment:
+    return Fragment(rank, Block(start, rows, cols, stride), buffer, Block(local, rows, cols, step))
 
-    Args:
-        matrix: a block of a parameter.
-        size: of a slice, in elements.
-        holders: (slices, copies), the ranks that hold slice i.
-        buffer: index of the local tensor.
-        begin: where the parameter begins in the flat storage.
-        shift: slice i holds element 0 of the parameter at `shift - i * size` of its buffer.
-    """
-    first_element = begin + matrix.start
-    last_element = first_element + (matrix.rows - 1) * matrix.stride + matrix.cols - 1
-    first, last = first_element // size, last_element // size
-    copies = holders.shape[1]
-    if first == last:
-        return Fragments(holders[first], 0, matrix.numel, buffer, shift - first * size)
-    # Boundaries of the slices, as counts of the matrix's elements before them.
-    at = np.arange(first, last + 2) * size - begin - matrix.start
-    row, column = np.divmod(at, matrix.stride)
-    before = (row * matrix.cols + column.clip(0, matrix.cols)).clip(0, matrix.numel)
-    length = np.diff(before)
-    index = np.flatnonzero(length)
-    return Fragments(
-        holders[first + index].reshape(-1),
-        np.repeat(before[index], copies),
-        np.repeat(length[index], copies),
-        buffer,
-        np.repeat(shift - (first + index) * size, copies),
-    )
+
+def _within(given: Fragment, part: Block) -> Iterator[Fragment]:
+    """What `given` holds of `part`, in the order of `part`."""
+    block, local = given.block, given.local
+    contiguous = part.rows == 1 or part.cols == part.stride
+    for shared in block.common(part):
+        row, column = part.place(shared)
+        start = shared.start - part.start if contiguous else row * part.cols + column
+        row, column = block.place(shared)
+        step = shared.stride if block.rows == 1 else local.stride
+        stride = shared.stride if contiguous or shared.rows == 1 else part.cols
+        rows, cols = shared.rows, shared.cols
+        if rows > 1 and cols == stride == step:
+            rows, cols, stride, step = 1, rows * cols, rows * cols, rows * cols
+        elif rows == 1:
+            stride = step = cols
+        position = local.start + row * local.stride + column
+        yield Fragment(given.rank, Block(start, rows, cols, stride), given.buffer, Block(position, rows, cols, step))
+
+
+def fragments_of_run(matrix: Matrix, rank: int, start: int, length: int, buffer: int, position: int) -> list[Fragment]:
+    """What of `matrix` lies in the run `[start, start + length)` of the flattened parameter that `rank` holds at
+    `position` of `buffer`; for a layout of one's own."""
+    if length <= 0:
+        return []
+    return list(Fragments.of([Fragment.run(rank, start, length, buffer, position)]).within(matrix.block))

@@ -1,4 +1,4 @@
-"""The matrices that a parameter is cut into, and the runs of them that ranks hold."""
+"""The matrices that a parameter is cut into."""
 
 from __future__ import annotations
 
@@ -6,32 +6,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from muon_dist.errors import LayoutError
+from muon_dist.layout.block import Block
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """The logical 2-D object that is orthogonalized: a block of a parameter flattened row by row.
-
-    Element (i, j) stands at `start + i * stride + j` of the flattened parameter. `stride == cols` when the block
-    spans whole rows, as weights, experts and heads cut along the rows do.
+    """The logical 2-D object that is orthogonalized: one for each weight, head or expert.
 
     Attributes:
         name: FQN of the parameter, with `[i]` behind it when the parameter is cut into several matrices.
-        rows, cols: the shape as stored.
-        start, stride: the place in the flattened parameter, in elements.
-        transposed: stored as (in, out), like GPT-2's Conv1D; matters to the scale of the update only.
+        block: its elements in the flattened parameter; `stride == cols` when it spans whole rows, as weights, experts
+            and heads cut along the rows do.
+        transposed: stored as (in, out), like GPT-2's Conv1D; matters to the scale of the update and to rules that
+            look at output rows.
     """
 
     name: str
-    rows: int
-    cols: int
-    start: int
-    stride: int
+    block: Block
     transposed: bool = False
 
     @property
+    def rows(self) -> int:
+        return self.block.rows
+
+    @property
+    def cols(self) -> int:
+        return self.block.cols
+
+    @property
     def numel(self) -> int:
-        return self.rows * self.cols
+        return self.block.numel
 
     @property
     def parameter(self) -> str:
@@ -42,57 +46,6 @@ class Matrix:
     def fan(self) -> tuple[int, int]:
         """(output features, input features)."""
         return (self.cols, self.rows) if self.transposed else (self.rows, self.cols)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A `rows x cols` block at `position` of a buffer, `stride` apart, that holds `rows * cols` consecutive elements
-    of the flattened matrix from `offset` on."""
-
-    offset: int
-    position: int
-    rows: int
-    cols: int
-    stride: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """A run of the flattened matrix that one rank holds.
-
-    Attributes:
-        rank: who holds it.
-        offset, length: the run, in elements of the flattened matrix.
-        buffer: index of the rank's local tensor that contains it; the numbering is the same on all ranks.
-        origin: position in that buffer of element 0 of the flattened *parameter*; negative where the rank holds only
-            a later part of the parameter.
-    """
-
-    rank: int
-    offset: int
-    length: int
-    buffer: int
-    origin: int
-
-    @property
-    def stop(self) -> int:
-        return self.offset + self.length
-
-    def spans(self, matrix: Matrix) -> list[Span]:
-        """The places in the buffer that hold this fragment, in the order of the flattened matrix."""
-        first = self.origin + matrix.start
-        if matrix.stride == matrix.cols:
-            return [Span(self.offset, first + self.offset, 1, self.length, self.length)]
-        spans = []
-        at = self.offset
-        while at < self.stop:
-            row, column = divmod(at, matrix.cols)
-            whole_rows = (self.stop - at) // matrix.cols if column == 0 else 0
-            rows = max(whole_rows, 1)
-            cols = matrix.cols if whole_rows else min(matrix.cols - column, self.stop - at)
-            spans.append(Span(at, first + row * matrix.stride + column, rows, cols, matrix.stride))
-            at += rows * cols
-        return spans
 
 
 def cut_parameter(
@@ -139,6 +92,6 @@ def cut_parameter(
             rows, cols = (m, block) if transposed else (block, n)
             start = b * m * n + (at if transposed else at * n)
             label = name if single else f"{name}[{len(matrices)}]"
-            matrices.append(Matrix(label, rows, cols, start, n, transposed))
+            matrices.append(Matrix(label, Block(start, rows, cols, n), transposed))
             at += block
     return tuple(matrices)

@@ -8,8 +8,9 @@ import numpy as np
 
 from muon_dist.errors import LayoutError
 from muon_dist.layout.flat import PlacedParameter
-from muon_dist.layout.fragment import Layout, MatrixLayout
-from muon_dist.layout.fragments import slices_of
+from muon_dist.layout.fragments import Fragments
+from muon_dist.layout.layout import Layout
+from muon_dist.layout.parameter import StoredParameter, matrix_layouts
 
 
 def slice_length(numel: int, world_size: int) -> int:
@@ -17,27 +18,35 @@ def slice_length(numel: int, world_size: int) -> int:
     return -(-numel // world_size)
 
 
-def per_parameter_layout(sub_groups: Sequence[Sequence[PlacedParameter]], world_size: int) -> Layout:
-    """A layout in which buffer i holds a rank's slices of the parameters of `sub_groups[i]`.
+def sub_group(parameters: Sequence[PlacedParameter], buffer: int, world_size: int) -> list[StoredParameter]:
+    """The parameters of a sub-group, whose slices lie in the ranks' buffers number `buffer`.
 
     Of a parameter of n elements, rank r holds `[r * s, min((r + 1) * s, n))` at the parameter's offset, with
-    `s = slice_length(n, world_size)`; the last ranks of a small one may hold nothing. Sub-groups are stepped one at a
-    time.
+    `s = slice_length(n, world_size)`; the last ranks of a small one may hold nothing.
 
     Raises:
-        LayoutError: two slices of a sub-group overlap.
+        LayoutError: two slices overlap.
     """
-    matrices: list[MatrixLayout] = []
-    holders = np.arange(world_size)[:, None]
-    for buffer, parameters in enumerate(sub_groups):
-        end = 0
-        for p in sorted(parameters, key=lambda p: p.offset):
-            if p.offset < end:
-                raise LayoutError(f"the slice of {p.name} at {p.offset} overlaps its neighbour, which ends at {end}")
-            end = p.offset + slice_length(p.numel, world_size)
-        for p in parameters:
-            size = slice_length(p.numel, world_size)
-            for m in p.matrices:
-                matrices.append(MatrixLayout(m, slices_of(m, size, holders, buffer=buffer, shift=p.offset)))
+    end = 0
+    for p in sorted(parameters, key=lambda p: p.offset):
+        if p.offset < end:
+            raise LayoutError(f"the slice of {p.name} at {p.offset} overlaps its neighbour, which ends at {end}")
+        end = p.offset + slice_length(p.numel, world_size)
+    found = []
+    for p in parameters:
+        size = slice_length(p.numel, world_size)
+        rank = np.arange(-(-p.numel // size) if size else 0)
+        length = np.minimum(size, p.numel - rank * size)
+        fragments = Fragments.runs(rank, rank * size, length, buffer, p.offset)
+        found.append(StoredParameter(p.name, p.shape, fragments, p.matrices))
+    return found
+
+
+def per_parameter_layout(sub_groups: Sequence[Sequence[PlacedParameter]], world_size: int) -> Layout:
+    """A layout in which buffer i holds a rank's slices of the parameters of `sub_groups[i]`; see `sub_group`.
+
+    Sub-groups are stepped one at a time.
+    """
+    stored = [p for buffer, members in enumerate(sub_groups) for p in sub_group(members, buffer, world_size)]
     phases = tuple((i,) for i in range(len(sub_groups)))
-    return Layout("per_parameter", world_size, tuple(matrices), phases, complete_gradients=True)
+    return Layout("per_parameter", world_size, matrix_layouts(stored), phases, complete_gradients=True)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from muon_dist.errors import ConfigError
-from muon_dist.numerics.iteration import Workspace, iterate, normal_dtype, normalize
-from muon_dist.numerics.products import PLAIN, Products
+from muon_dist.numerics.iteration import PLAIN, Form, Products, Workspace, iterate, normal_dtype, normalize
 from muon_dist.numerics.schedules import Row, Schedule, get_schedule
 
 _SHAPES = 1024
@@ -51,6 +50,16 @@ def compiled_iteration(
             f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}): leave ns_compile out, or "
             "install what the compiler needs (a C++ compiler on CPU, Triton on CUDA)"
         ) from error
+
+
+@torch.no_grad()
+def orthogonalize_compiled(source: Tensor, target: Tensor | None = None, *, form: Form) -> None:
+    """As `iteration.orthogonalize`, by code that is compiled once for each shape of the stack."""
+    target = source if target is None else target
+    if source.numel():
+        with torch.autocast(source.device.type, enabled=False):
+            result = compiled_iteration(source, form.schedule, form.rows, form.segment, form.dtype, form.products)
+            target.copy_(result)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -1,13 +1,19 @@
-"""The Newton-Schulz iteration itself, on buffers that are made once and written in turn."""
+"""The Newton-Schulz iteration itself, on buffers that are made once and written in turn, and its matrix products."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from muon_dist.numerics.products import PLAIN, Products
+from muon_dist.errors import ConfigError
 from muon_dist.numerics.schedules import Row, Schedule
 
+BLOCKS = 4
 _CPU_CHUNK_BYTES = 3 << 20
 """What a thread works on at a time, matrices with their buffers: about a core's second-level cache. With 2 to 6 MB it
 takes the same time within 5% (2 MB of cache); with less, calls take as long as small products."""
@@ -23,15 +29,10 @@ class Workspace:
         self, count: int, rows: int, cols: int, segment: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         short = min(rows, cols)
-        squares = workspace_squares(segment)
+        squares = 2 if segment == 1 else 4
         self.segment = segment
         self.other = torch.empty(count, rows, cols, dtype=dtype, device=device)
         self.squares = [torch.empty(count, short, short, dtype=dtype, device=device) for _ in range(squares)]
-
-
-def workspace_squares(segment: int) -> int:
-    """Square buffers of the short side that a segment of this length needs."""
-    return 2 if segment == 1 else 4
 
 
 def matrices_at_once(count: int, rows: int, cols: int, segment: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -39,8 +40,171 @@ def matrices_at_once(count: int, rows: int, cols: int, segment: int, dtype: torc
     if device.type != "cpu":
         return count
     short = min(rows, cols)
-    each = dtype.itemsize * (2 * rows * cols + workspace_squares(segment) * short * short)
-    return min(count, max(1, torch.get_num_threads() * _CPU_CHUNK_BYTES // each))
+    each = dtype.itemsize * (2 * rows * cols + (2 if segment == 1 else 4) * short * short)
+    return min(count, max(1, torch.get_num_threads() * _CPU_CHUNK_BYTES // max(each, 1)))
+
+
+# Products -----------------------------------------------------------------------------------------------------------
+
+
+class Products:
+    """Batched products of `torch.bmm`, all into given tensors.
+
+    Attributes:
+        name: what multiplies, as reports and logs call it.
+        symmetric_half: True when only half of a symmetric product is computed.
+    """
+
+    name = "torch"
+    symmetric_half = False
+
+    symmetric: Callable[..., Any] = staticmethod(torch.bmm)
+    """(x, y, out=out): out <- x y, known to be symmetric."""
+
+    def square(self, x: Tensor, beta: float, alpha: float, out: Tensor) -> None:
+        """out <- beta x + alpha x^2, of a symmetric x."""
+        torch.baddbmm(x, x, x, beta=beta, alpha=alpha, out=out)
+
+    def product_plus(self, left: Tensor, right: Tensor, x: Tensor, beta: float, out: Tensor) -> None:
+        """out <- left right + beta x."""
+        torch.baddbmm(x, left, right, beta=beta, out=out)
+
+
+class AddedAfter(Products):
+    """On a CPU in fp32 and fp64: sums are taken after their products.
+
+    `baddbmm` begins by copying a summand to `out`, which waits for memory that the product has not yet brought near:
+    adding to what the product has just written takes 0.95 of the time of the whole iteration for sides of 64. Not in
+    bf16, where the product would be rounded before the sum, and adding is slow.
+    """
+
+    def square(self, x: Tensor, beta: float, alpha: float, out: Tensor) -> None:
+        torch.baddbmm(out, x, x, beta=0.0, alpha=alpha, out=out).add_(x, alpha=beta)
+
+    def product_plus(self, left: Tensor, right: Tensor, x: Tensor, beta: float, out: Tensor) -> None:
+        torch.bmm(left, right, out=out).add_(x, alpha=beta)
+
+
+class SymmetricKernels(Products):
+    """The CuTe kernels that the `gram-newton-schulz` package is built on (quack-kernels), for Hopper and newer."""
+
+    name = "quack gemm_symmetric"
+    symmetric_half = True
+
+    def __init__(self, gemm_symmetric: Any) -> None:
+        self._gemm = gemm_symmetric
+
+    def symmetric(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        self._gemm(x, y, out=out)
+
+    def square(self, x: Tensor, beta: float, alpha: float, out: Tensor) -> None:
+        self._gemm(x, x, C=x, out=out, alpha=float(alpha), beta=float(beta))
+
+
+class BlockedHalf(AddedAfter):
+    """On a CPU: block rows up to the diagonal, and the rest copied; of large matrices the copies are cheap."""
+
+    name = "torch, symmetric products by half"
+    symmetric_half = True
+
+    def symmetric(self, x: Tensor, y: Tensor, out: Tensor) -> None:
+        for left, right, result in zip(x, y, out, strict=True):
+            for first, last in _block_rows(result.size(0)):
+                torch.mm(left[first:last], right[:, :last], out=result[first:last, :last])
+                result[:first, first:last].copy_(result[first:last, :first].t())
+
+    def square(self, x: Tensor, beta: float, alpha: float, out: Tensor) -> None:
+        for matrix, result in zip(x, out, strict=True):
+            for first, last in _block_rows(result.size(0)):
+                rows, columns = matrix[first:last], matrix[:, :last]
+                target = result[first:last, :last]
+                torch.addmm(rows[:, :last], rows, columns, beta=beta, alpha=alpha, out=target)
+                result[:first, first:last].copy_(target[:, :first].t())
+
+
+def _block_rows(size: int) -> list[tuple[int, int]]:
+    """Bounds of `BLOCKS` block rows."""
+    step = -(-size // BLOCKS)
+    return [(first, min(first + step, size)) for first in range(0, size, step)]
+
+
+PLAIN = Products()
+ADDED_AFTER = AddedAfter()
+BLOCKED = BlockedHalf()
+
+
+# A stack ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """How matrices of one shape and dtype are orthogonalized on one device.
+
+    Attributes:
+        schedule, rows: the coefficients of the steps.
+        segment: steps that are taken on the Gram matrix before X is formed again; 1 is the standard form.
+        dtype: in which the iteration runs.
+        products: who multiplies.
+        at_once: matrices that are iterated at a time.
+    """
+
+    schedule: Schedule
+    rows: tuple[Row, ...]
+    segment: int
+    dtype: torch.dtype
+    products: Products
+    at_once: int
+
+
+def require_full_fp32(device: torch.device, schedule: str) -> None:
+    """Raise ConfigError if PyTorch is set to compute fp32 matrix products of `device` in TF32 or bf16."""
+    # On a CPU with AMX, set_float32_matmul_precision("medium") alone turns an fp32 product's relative error of 3e-7
+    # into 2e-3, and TF32 on a GPU does much the same: "fp32" in name only.
+    if device.type == "cuda":
+        precision = torch.backends.cuda.matmul.fp32_precision
+    else:
+        precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    if precision in ("tf32", "bf16"):
+        raise ConfigError(
+            f"ns_schedule={schedule!r} needs full fp32 matrix products, but PyTorch is set to compute those of "
+            f"{device.type} in {precision}: call torch.set_float32_matmul_precision('highest') (the Trainer's tf32: "
+            "false), or use another ns_schedule"
+        )
+
+
+@torch.no_grad()
+def orthogonalize(source: Tensor, target: Tensor | None = None, *, form: Form) -> None:
+    """Write the orthogonalized matrices of `source` (B, M, N) into `target`, contiguous, by default over `source`."""
+    target = source if target is None else target
+    if source.numel() == 0:
+        return
+    if form.schedule.fp32_only:
+        require_full_fp32(source.device, form.schedule.name)
+    count, m, n = source.shape
+    dtype = form.dtype
+    # Autocast knows nothing of the meta device, and refuses it.
+    inside = contextlib.nullcontext() if source.is_meta else torch.autocast(source.device.type, enabled=False)
+    with inside:
+        at_once = min(count, form.at_once)
+        space = Workspace(at_once, m, n, form.segment, dtype=dtype, device=source.device)
+        exact_dtype = torch.promote_types(torch.promote_types(source.dtype, dtype), torch.float32)
+        # The last product is written where the result belongs, and X is normalised in a buffer that is there if one of
+        # them has the dtype for it.
+        ends = target if target.dtype == dtype else torch.empty_like(space.other)
+        there = exact_dtype in (dtype, target.dtype)
+        exact = target if there else torch.empty_like(space.other, dtype=exact_dtype)
+        times_formed = -(-len(form.rows) // form.segment)
+        begins_at_end = times_formed % 2 == 0
+        for first in range(0, count, at_once):
+            given, result = source[first : first + at_once], target[first : first + at_once]
+            size = len(result)
+            last = result if ends is target else ends[:size]
+            start, other = (last, space.other[:size]) if begins_at_end else (space.other[:size], last)
+            wide = result if exact is target else exact[:size]
+            normalize(given, form.schedule, start, start if dtype == exact_dtype else wide)
+            iterate(start, other, form.rows, space, form.products)
+            if last is not result:
+                result.copy_(last)
 
 
 def normalize(x: Tensor, schedule: Schedule, out: Tensor, exact: Tensor) -> None:
@@ -57,7 +221,17 @@ def normalize(x: Tensor, schedule: Schedule, out: Tensor, exact: Tensor) -> None
     # One pass that widens is cheaper than every pass reading bf16; strides would change the order of the sums.
     if x.dtype != exact.dtype or not x.is_contiguous():
         x = exact.copy_(x)
-    _divide_by_norm(x, exact)
+    # By rows first: one fp32 sum over 45 million squares is 0.35% too small on CPU.
+    norms = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1, keepdim=True), dim=-2, keepdim=True)
+    limits = torch.finfo(x.dtype)
+    low, high = 1e9 * limits.tiny**0.5, 1e-3 * limits.max**0.5
+    usual = False  # also where to look would make the host wait for a device
+    if norms.device.type == "cpu" and not torch.compiler.is_compiling():
+        least, most = torch.aminmax(norms)  # two calls: of a few matrices, each comparison of tensors takes 15 us
+        usual = low < least.item() and most.item() < high  # False for NaN
+    if not usual:
+        x, norms = _brought_into_range(x, norms, low, high, exact)
+    torch.mul(x, norms.reciprocal_(), out=exact)  # half the time of dividing
     if schedule.normalization == "aol":
         wide = exact.mT if exact.size(-2) > exact.size(-1) else exact
         # fp16 would round the small entries of the Gram matrix (below 6e-8) away, and with them the bound.
@@ -75,38 +249,18 @@ def normal_dtype(given: torch.dtype, compute: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.promote_types(given, compute), torch.float32)
 
 
-def _divide_by_norm(x: Tensor, out: Tensor) -> None:
-    """out <- X / ||X||_F of every matrix, whatever its magnitude.
+def _brought_into_range(x: Tensor, norms: Tensor, low: float, high: float, out: Tensor) -> tuple[Tensor, Tensor]:
+    """X with squares inside the range of the dtype, in `out`, and its norms, none of them zero.
 
-    A matrix whose squares would leave the dtype's range is first divided by a power of two, which rounds nothing; all
-    others by 1. So each is treated alone, and where the host can look at the norms for nothing, a stack that needs no
-    such division is spared three passes.
+    A matrix whose norm is not between `low` and `high` is divided by a power of two, which rounds nothing; all others
+    by 1. So each is treated alone.
     """
-    limits = torch.finfo(x.dtype)
-    low, high = 1e9 * limits.tiny**0.5, 1e-3 * limits.max**0.5
-    norms = _norms(x)
-    if not _known_within(norms, low, high):
-        # Not vector_norm(ord=inf): on CPU that takes 4 ns an element, ten times as long.
-        largest = _nonzero(torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True)))
-        power = largest / (2 * torch.frexp(largest).mantissa)  # an infinity becomes NaN, as it should
-        x = torch.div(x, power.masked_fill_((norms > low) & (norms < high), 1.0), out=out)
-        norms = _nonzero(_norms(x))
-    torch.mul(x, norms.reciprocal_(), out=out)  # half the time of dividing
-
-
-def _known_within(norms: Tensor, low: float, high: float) -> bool:
-    """Whether all norms are between two bounds; False, too, where to look would make the host wait for a device."""
-    if norms.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    least, most = torch.aminmax(norms)  # two calls: of a few matrices, each comparison of tensors takes 15 us
-    return low < least.item() and most.item() < high  # False for NaN
-
-
-def _norms(x: Tensor) -> Tensor:
-    """||X||_F of every matrix, (B, 1, 1)."""
-    # By rows first: one fp32 sum over 45 million squares is 0.35% too small on CPU.
+    # Not vector_norm(ord=inf): on CPU that takes 4 ns an element, ten times as long.
+    largest = _nonzero(torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True)))
+    power = largest / (2 * torch.frexp(largest).mantissa)  # an infinity becomes NaN, as it should
+    x = torch.div(x, power.masked_fill_((norms > low) & (norms < high), 1.0), out=out)
     rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
+    return x, _nonzero(torch.linalg.vector_norm(rows, dim=-2, keepdim=True))
 
 
 def _nonzero(divisor: Tensor) -> Tensor:
@@ -114,28 +268,29 @@ def _nonzero(divisor: Tensor) -> Tensor:
     return divisor.clamp_min_(torch.finfo(divisor.dtype).tiny)
 
 
-def times_formed(steps: int, segment: int) -> int:
-    """How often X is formed again in `steps` steps."""
-    return -(-steps // segment)
-
-
 def iterate(x: Tensor, other: Tensor, rows: tuple[Row, ...], space: Workspace, products: Products = PLAIN) -> Tensor:
     """The iteration on a stack (B, M, N) of spectral norm at most 1; works on the shorter side, in the dtype of `x`.
 
-    X is formed in `other` and `x` in turn, `times_formed` times; returns the one written last.
+    X is formed in `other` and `x` in turn, once for each segment; returns the one written last.
     """
     tall = x.size(-2) > x.size(-1)
     squares = [square[: x.size(0)] for square in space.squares]
     gram, z = squares[:2]
     for first in range(0, len(rows), space.segment):
         steps = rows[first : first + space.segment]
-        _gram(x, tall, gram, products)
+        if tall:
+            products.symmetric(x.mT, x, out=gram)
+        else:
+            products.symmetric(x, x.mT, out=gram)
         if len(steps) > 1:
             factor, beta = _gram_steps(gram, steps, squares[1:], products), 0.0
         else:
             (a, b, c) = steps[0]
             factor, beta = z, a
-            _polynomial(gram, b, c, z, products)
+            if c == 0.0:
+                torch.mul(gram, b, out=z)
+            else:
+                products.square(gram, b, c, z)
         left, right = (x, factor) if tall else (factor, x)
         if beta:  # not (a I + Z) X, which rounds Z: up to 1.6 times the error in fp32, twice in bf16
             products.product_plus(left, right, x, beta, other)
@@ -143,12 +298,6 @@ def iterate(x: Tensor, other: Tensor, rows: tuple[Row, ...], space: Workspace, p
             torch.bmm(left, right, out=other)
         x, other = other, x
     return x
-
-
-def _gram(x: Tensor, tall: bool, out: Tensor, products: Products) -> None:
-    """out <- X X^T, or X^T X of a tall X."""
-    left, right = (x.mT, x) if tall else (x, x.mT)
-    products.symmetric(left, right, out)
 
 
 def _polynomial(gram: Tensor, b: float, c: float, out: Tensor, products: Products) -> None:
@@ -166,12 +315,12 @@ def _gram_steps(gram: Tensor, steps: tuple[Row, ...], buffers: list[Tensor], pro
     z = q
     for k, (a, b, c) in enumerate(steps):
         if k > 0:
-            products.symmetric(z, gram, free)
-            products.symmetric(free, z, gram)
+            products.symmetric(z, gram, out=free)
+            products.symmetric(free, z, out=gram)
             z = second
         _polynomial(gram, b, c, z, products)
         z.diagonal(dim1=-2, dim2=-1).add_(a)
         if k > 0:
-            products.symmetric(z, q, free)
+            products.symmetric(z, q, out=free)
             q, free = free, q
     return q

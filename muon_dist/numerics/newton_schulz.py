@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from muon_dist.errors import ConfigError
-from muon_dist.numerics.compiled import compiled_iteration
-from muon_dist.numerics.iteration import Workspace, iterate, matrices_at_once, normal_dtype, normalize, times_formed
+from muon_dist.numerics.compiled import orthogonalize_compiled
+from muon_dist.numerics.iteration import Form, matrices_at_once, orthogonalize, require_full_fp32
 from muon_dist.numerics.products import products_for
-from muon_dist.numerics.schedules import DEFAULT_STEPS, Row, Schedule, get_schedule
+from muon_dist.numerics.schedules import DEFAULT_STEPS, get_schedule
 
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -32,7 +35,7 @@ def compute_dtype(dtype: torch.dtype | None, device: torch.device, schedule: str
                 f"ns_schedule={schedule!r} computes in float32, but ns_dtype={dtype}: leave ns_dtype out, or use "
                 "ns_schedule='polar_express' with ns_steps=6 for the same coefficients in another dtype"
             )
-        _require_full_fp32(device, schedule)
+        require_full_fp32(device, schedule)
         return torch.float32
     if dtype is not None:
         return dtype
@@ -43,21 +46,6 @@ def _has_bf16_units(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
-
-
-def _require_full_fp32(device: torch.device, schedule: str) -> None:
-    # On a CPU with AMX, set_float32_matmul_precision("medium") alone turns an fp32 product's relative error of 3e-7
-    # into 2e-3, and TF32 on a GPU does much the same: "fp32" in name only.
-    if device.type == "cuda":
-        precision = torch.backends.cuda.matmul.fp32_precision
-    else:
-        precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    if precision in ("tf32", "bf16"):
-        raise ConfigError(
-            f"ns_schedule={schedule!r} needs full fp32 matrix products, but PyTorch is set to compute those of "
-            f"{device.type} in {precision}: call torch.set_float32_matmul_precision('highest') (the Trainer's tf32: "
-            "false), or use another ns_schedule"
-        )
 
 
 @torch.no_grad()
@@ -93,18 +81,16 @@ def newton_schulz(
         ConfigError: an unknown schedule, or steps or dtype that do not fit it.
         ValueError: `x` is not a matrix or a stack of matrices of real floating numbers.
     """
-    chosen = get_schedule(schedule)
-    rows = chosen.coefficients(steps)
-    work_dtype = compute_dtype(dtype, x.device, schedule)
     if x.ndim not in (2, 3):
         raise ValueError(f"newton_schulz needs a matrix (M, N) or a stack (B, M, N), got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"newton_schulz needs real floating numbers, got {x.dtype}")
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    run = orthogonalizer(x.size(-2), x.size(-1), x.device, steps, schedule, dtype, compiled=compiled)
     if x.ndim == 3:
-        _orthogonalize(x, result, chosen, rows, work_dtype, compiled)
+        run(x, result)
     else:
-        _orthogonalize(x.unsqueeze(0), result.unsqueeze(0), chosen, rows, work_dtype, compiled)
+        run(x.unsqueeze(0), result.unsqueeze(0))
     return result
 
 
@@ -121,44 +107,33 @@ def newton_schulz_(
 
     Raises as `newton_schulz`.
     """
+    assert stack.ndim == 3 and stack.is_contiguous() and stack.is_floating_point()
+    run = orthogonalizer(stack.size(1), stack.size(2), stack.device, steps, schedule, dtype, compiled=compiled)
+    run(stack)
+
+
+def orthogonalizer(
+    m: int,
+    n: int,
+    device: torch.device,
+    steps: int = DEFAULT_STEPS,
+    schedule: str = "keller",
+    dtype: torch.dtype | None = None,
+    *,
+    compiled: bool = False,
+) -> Callable[..., None]:
+    """A function of one or two stacks (B, m, n): the orthogonalized matrices of the first are written into the second.
+
+    The second is contiguous, and by default the first. Raises as `newton_schulz`.
+    """
     chosen = get_schedule(schedule)
     rows = chosen.coefficients(steps)
-    assert stack.ndim == 3 and stack.is_contiguous() and stack.is_floating_point()
-    _orthogonalize(stack, stack, chosen, rows, compute_dtype(dtype, stack.device, schedule), compiled)
-
-
-def _orthogonalize(
-    source: Tensor, target: Tensor, schedule: Schedule, rows: tuple[Row, ...], dtype: torch.dtype, compiled: bool
-) -> None:
-    """Of every matrix in `source` (B, M, N) the orthogonalized one into the contiguous `target`, which may be it."""
-    if source.numel() == 0:
-        return
-    count, m, n = source.shape
-    segment = segment_length(m, n, dtype)
-    products = products_for(min(m, n), max(m, n), dtype, source.device, compiled=compiled)
-    with torch.autocast(device_type=source.device.type, enabled=False):
-        if compiled:
-            target.copy_(compiled_iteration(source, schedule, rows, segment, dtype, products))
-            return
-        at_once = matrices_at_once(count, m, n, segment, dtype, source.device)
-        space = Workspace(at_once, m, n, segment, dtype=dtype, device=source.device)
-        exact_dtype = normal_dtype(source.dtype, dtype)
-        # The last product is written where the result belongs, and X is normalised in a buffer that is there if one of
-        # them has the dtype for it.
-        ends = target if target.dtype == dtype else torch.empty_like(space.other)
-        there = exact_dtype in (dtype, target.dtype)
-        exact = target if there else torch.empty_like(space.other, dtype=exact_dtype)
-        begins_at_end = times_formed(len(rows), segment) % 2 == 0
-        for first in range(0, count, at_once):
-            given, result = source[first : first + at_once], target[first : first + at_once]
-            size = len(result)
-            last = result if ends is target else ends[:size]
-            start, other = (last, space.other[:size]) if begins_at_end else (space.other[:size], last)
-            wide = result if exact is target else exact[:size]
-            normalize(given, schedule, start, start if dtype == exact_dtype else wide)
-            iterate(start, other, rows, space, products)
-            if last is not result:
-                result.copy_(last)
+    work_dtype = compute_dtype(dtype, device, schedule)
+    products = products_for(min(m, n), max(m, n), work_dtype, device, compiled=compiled)
+    segment = segment_length(m, n, work_dtype)
+    at_once = matrices_at_once(2**62, m, n, segment, work_dtype, device)
+    form = Form(chosen, rows, segment, work_dtype, products, at_once)
+    return functools.partial(orthogonalize_compiled if compiled else orthogonalize, form=form)
 
 
 def kernel_name(m: int, n: int, dtype: torch.dtype, device: torch.device, *, compiled: bool = False) -> str:

@@ -6,16 +6,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 
 from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError
-from muon_dist.layout.fragment import MatrixLayout
+from muon_dist.layout import MatrixLayout
 from muon_dist.measured_cost import measure
 from muon_dist.numerics import compute_dtype
 from muon_dist.optim.binding import Binding, Group
 from muon_dist.optim.options import ANALYTIC, Options, iterations
 from muon_dist.ownership import OwnershipPlan, assign_owners, stack_length
+from muon_dist.ranks import Ranks
 
 
 def agreed_cost(
@@ -33,19 +33,14 @@ def agreed_cost(
         return cost
     if cost == ANALYTIC:
         return CostModel()
-    rank = dist.get_rank(binding.group) if binding.group is not None else 0
-    found: list[CostModel | str | None] = [None]
-    if rank == 0:
+
+    def measured() -> CostModel:
         try:
-            found[0] = _measured(binding, groups[min(group_of.values())])
-        except Exception as error:  # told to all ranks, which wait for it
-            found[0] = f"{type(error).__name__}: {error}"
-    if binding.group is not None:
-        source = dist.get_process_group_ranks(binding.group)[0]
-        dist.broadcast_object_list(found, src=source, group=binding.group, device=binding.device)
-    if not isinstance(found[0], CostModel):
-        raise ConfigError(f"cost: measuring Newton-Schulz failed on rank 0: {found[0]}")
-    return found[0]
+            return _measured(binding, groups[min(group_of.values())])
+        except Exception as error:
+            raise ConfigError(f"cost: measuring Newton-Schulz failed: {type(error).__name__}: {error}") from error
+
+    return Ranks(binding.group).first(measured)
 
 
 def _measured(binding: Binding, group: Group) -> CostModel:

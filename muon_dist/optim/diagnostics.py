@@ -10,17 +10,14 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from muon_dist.errors import ConfigError
-from muon_dist.layout.fragment import Matrix
+from muon_dist.layout import Matrix
 from muon_dist.numerics.spectral_gram import gram_spectral_stats
-
-if TYPE_CHECKING:
-    from muon_dist.optim.runtime import Runtime
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -98,12 +95,10 @@ class Diagnostics:
         self._pending: set[str] = set()
         self._step = self._first = self._round = self._next = step + 1
 
-    def attach(self, runtime: Runtime) -> None:
-        """Observe what `runtime` orthogonalizes on this rank."""
-        owned = runtime.plan.owned_by(runtime.transport.rank)
-        self._owned = tuple(runtime.plan.layout.matrices[i].matrix.name for i in owned)
+    def begin(self, owned: Iterable[str]) -> None:
+        """From now on `observe` is called with the matrices of these names, which this rank owns, in every step."""
+        self._owned = tuple(owned)
         self._began = time.perf_counter()
-        runtime.observer = self.observe
 
     def observe(self, matrix: Matrix, momentum: torch.Tensor, update: torch.Tensor) -> None:
         """Take note of one orthogonalized matrix, (rows, cols) both, and measure it when it is due."""

@@ -84,28 +84,28 @@ class StepGuard:
                 self._count(transport, agreed, lambda: norm)
         if not self.applied:
             return None
-        present = [g is not None for g in gradients]
         if self.begins and agreed is None:
-            found = self._agree(transport, gradients, names)
-            return [v > ABSENT for v in found] if self.applied else None
-        if complete:
-            return present
-        flags = torch.tensor(present, dtype=torch.uint8, device=transport.device)
-        return [v > ABSENT for v in transport.highest(flags)]
-
-    def _agree(
-        self, transport: Transport, gradients: Sequence[torch.Tensor | None], names: Callable[[], list[str]]
-    ) -> list[int]:
-        found = transport.highest(states(gradients, transport.device))
-        if NOT_FINITE in found:  # on all ranks alike
-            # A norm may have overflowed, so now the elements themselves.
-            exact = states(gradients, transport.device, exact=True)
-            own = [int(v) for v in exact.tolist()]
-            found = transport.highest(exact)
-            self._count(transport, NOT_FINITE not in found, lambda: where(transport, own, names()))
+            found = transport.highest(states(gradients, transport.device))
+            if NOT_FINITE not in found:
+                self.in_a_row = 0
+            elif not self._look_closer(transport, gradients, names):  # on all ranks alike
+                return None
+        elif complete:
+            return [g is not None for g in gradients]
         else:
-            self.in_a_row = 0
-        return found
+            flags = torch.tensor([g is not None for g in gradients], dtype=torch.uint8, device=transport.device)
+            found = transport.highest(flags)
+        return [v > ABSENT for v in found]
+
+    def _look_closer(
+        self, transport: Transport, gradients: Sequence[torch.Tensor | None], names: Callable[[], list[str]]
+    ) -> bool:
+        """Whether all gradients are finite on all ranks, by their elements: a norm may have overflowed."""
+        exact = states(gradients, transport.device, exact=True)
+        own = [int(v) for v in exact.tolist()]
+        found = transport.highest(exact)
+        self._count(transport, NOT_FINITE not in found, lambda: where(transport, own, names()))
+        return self.applied
 
     def _count(self, transport: Transport, good: bool, what: Callable[[], str]) -> None:
         self.applied = good
@@ -167,7 +167,7 @@ def states(gradients: Sequence[torch.Tensor | None], device: torch.device, *, ex
 def where(transport: Transport, own: Sequence[int], names: Sequence[str]) -> str:
     """ "h.0.weight on rank 2", from what every rank found; a collective."""
     bad = [name for name, state in zip(names, own, strict=True) if state == NOT_FINITE]
-    every = transport.gather_objects(bad)
+    every = transport.ranks.gather(bad)
     holders: dict[str, list[int]] = {}
     for rank, found in enumerate(every):
         for name in found:

@@ -9,29 +9,29 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.cost import CostModel
-from muon_dist.errors import ConfigError, LayoutError, RoutingError
+from muon_dist.errors import ConfigError, FrameworkError, LayoutError, RoutingError
 from muon_dist.exchange.progress import Progress
 from muon_dist.exchange.transport import Transport
 from muon_dist.frameworks import loaded_binders
-from muon_dist.layout import replicated_layout
-from muon_dist.numerics.compiled import check_compiler
-from muon_dist.optim.adamw import adamw_step
-from muon_dist.optim.binding import BINDERS, Binding, Group, NotReady, ParameterSpec
-from muon_dist.optim.costs import agreed_cost, owners_for
+from muon_dist.optim.adamw import AdamWork, adamw_step
+from muon_dist.optim.binding import Binding, Group, NotReady, ParameterSpec
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.guard import StepGuard, parameter_names
-from muon_dist.optim.options import DEFAULT_GROUP, Options, check_group, check_process_group, make_spec
-from muon_dist.optim.planning import check_covers, check_order, check_untouched, default_process_group, group_fields
+from muon_dist.optim.options import DEFAULT_GROUP, Options, check_group, check_process_group, make_specs
+from muon_dist.optim.planning import agreed_plan, check_saved_groups, plain_binding
 from muon_dist.optim.replicas import check_copies
+from muon_dist.optim.rules import MuonRule
+from muon_dist.optim.rules.choice import DefaultFlag, DefaultNumber, DefaultText, choose_rule
 from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import (
-    MOMENTUM,
     PARTIAL,
-    adopt_momentum,
-    full_state_dict,
+    Loaded,
+    full_state,
+    indexed_parameters,
+    install,
     missing_momentum,
     partial_momentum,
-    split_momentum,
+    split_state,
     warn_of_partial_state,
 )
 from muon_dist.ownership import OwnershipPlan
@@ -75,6 +75,12 @@ class Muon(torch.optim.Optimizer):
         max_nonfinite: a step in which a gradient is NaN or infinite on any rank is left out, with everything unchanged
             on all ranks; after so many in a row NonFiniteError is raised.
         diagnostics: a `Diagnostics`, or its arguments: spectral measures of each matrix, taken on its owner.
+        rule: update rule of Muon groups: "muon", "normuon", "hyperball" or "namo"; see `optim.rules`.
+        rule_options: what the rule has beside the options above, such as `beta2` of "normuon".
+
+    Attributes:
+        specs: the parameters of each group as they were given, with the matrices of Muon's.
+        algorithms: of each group.
 
     Raises:
         ConfigError: an option is unknown or out of range.
@@ -85,13 +91,13 @@ class Muon(torch.optim.Optimizer):
         self,
         params: Iterable[Any],
         lr: float | torch.Tensor = 1e-3,
-        weight_decay: float = 0.1,
+        weight_decay: float = DefaultNumber(0.1),
         momentum: float = 0.95,
-        nesterov: bool = True,
+        nesterov: bool = DefaultFlag(True),  # type: ignore[assignment]
         ns_steps: int = 5,
         ns_schedule: str = "keller",
         ns_dtype: torch.dtype | None = None,
-        scale: str = "match_rms_adamw",
+        scale: str = DefaultText("match_rms_adamw"),
         *,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -104,6 +110,8 @@ class Muon(torch.optim.Optimizer):
         wire_dtype: torch.dtype | None = None,
         max_nonfinite: int = 5,
         diagnostics: Diagnostics | Mapping[str, Any] | None = None,
+        rule: str = "muon",
+        rule_options: Mapping[str, float] | None = None,
     ) -> None:
         check_process_group(process_group)
         self.process_group = process_group
@@ -111,17 +119,17 @@ class Muon(torch.optim.Optimizer):
         self.guard = StepGuard(max_nonfinite)
         self.progress = Progress()
         self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
-        self._specs: list[list[ParameterSpec]] = []
+        self.specs: list[list[ParameterSpec]] = []
         # Kept beside param_groups: a universal load of DeepSpeed overwrites every group's options with group 0's.
-        self._algorithms: list[str] = []
+        self.algorithms: list[str] = []
+        self._rules: list[MuonRule | None] = []
         # All groups, also while a framework steps them one at a time with `param_groups` cut down to that one.
         self._groups: list[Group] = []
         self._gathered: dict[str, Any] | None = None
         self._runtime: Runtime | None = None
         self._copies_compared = self._warned_of_partial_state = False
-        self._loaded: dict[torch.Tensor, tuple[torch.Tensor, list[str] | None]] | None = None
-        self._buffer_of: dict[int, int] = {}
-        defaults = {
+        self._loaded: dict[torch.Tensor, Loaded] | None = None
+        defaults: dict[str, Any] = {
             "algorithm": "muon",
             "lr": lr,
             "weight_decay": weight_decay,
@@ -134,8 +142,9 @@ class Muon(torch.optim.Optimizer):
             "betas": betas,
             "eps": eps,
         }
+        self._default_rule = {"rule": rule, "rule_options": rule_options if rule_options is not None else {}}
         super().__init__(params, defaults)
-        if "muon" not in self._algorithms:
+        if "muon" not in self.algorithms:
             raise RoutingError("no parameter group has algorithm 'muon': use torch.optim.AdamW if that is intended")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -144,31 +153,18 @@ class Muon(torch.optim.Optimizer):
             raise ConfigError("a parameter group cannot be added after the first step: the ownership plan is made")
         param_group = dict(param_group)
         cuts = param_group.pop("cuts", None)
+        given = set(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         index = len(self.param_groups) - 1
+        where = f"group {group.get('name', index)}"
         self._groups.append(group)
-        check_group(group, f"group {group.get('name', index)}")
-        names = group.get("param_names") or [f"group{index}.param{i}" for i in range(len(group["params"]))]
-        cuts = cuts if cuts is not None else [None] * len(names)
-        if len(cuts) != len(names):
-            raise ConfigError(f"group {index} has {len(cuts)} cuts for {len(names)} parameters")
-        self._algorithms.append(group["algorithm"])
-        self._specs.append(
-            [make_spec(n, p, group["algorithm"], c) for n, p, c in zip(names, group["params"], cuts, strict=True)]
-        )
+        self._rules.append(choose_rule(group, given, where, self._default_rule))
+        check_group(group, where)
+        self.algorithms.append(group["algorithm"])
+        self.specs.append(make_specs(group, index, cuts))
 
     # Planning -------------------------------------------------------------------------------------------------------
-
-    @property
-    def specs(self) -> list[list[ParameterSpec]]:
-        """The parameters of each group as they were given, with the matrices of Muon's."""
-        return self._specs
-
-    @property
-    def algorithms(self) -> list[str]:
-        """The algorithm of each group."""
-        return self._algorithms
 
     @property
     def runtime(self) -> Runtime | None:
@@ -183,76 +179,61 @@ class Muon(torch.optim.Optimizer):
     @property
     def orthogonalized(self) -> int:
         """Matrices orthogonalized on this rank since the start."""
-        return self._runtime.orthogonalized if self._runtime is not None else 0
+        return 0 if self._runtime is None else self._runtime.orthogonalized
 
-    def bind(self, binding: Binding, groups: dict[int, int]) -> None:
+    def bind(
+        self,
+        binding: Binding,
+        groups: dict[int, int],
+        transport: Transport | None = None,
+        *,
+        compare_copies: bool = True,
+    ) -> None:
         """Plan on the tensors that a framework really keeps. Called by adapters, and at the first step otherwise.
 
         Args:
             binding: layout, buffers, process group and device.
             groups: index of the parameter group of each buffer.
+            transport: carries the messages; by default over the binding's process group.
+            compare_copies: in the first step, compare what should be equal on several ranks.
 
         Raises:
             LayoutError: the layout does not hold exactly the matrices that this optimizer was given.
             PlanMismatchError: the ranks computed different plans.
         """
-        plan, fields, problem = None, None, None
-        cost = agreed_cost(self._options.cost, binding, self._groups, groups)
-        try:
-            check_covers(self._specs, binding)
-            plan = owners_for(binding, self._groups, groups, self._options, cost)
-            # options first: they also move owners, and the first difference is the one that is named
-            of_groups = group_fields(self._groups, groups, binding.device)
-            fields = [*self._options.fields(), *of_groups, *cost.fields(), *plan.fields()]
-            if self._options.ns_compile:
-                check_compiler(binding.device)
-        except Exception as error:
-            problem = error
-        transport = Transport(binding.group, binding.device, self.progress, binding.column)
-        transport.require_equal("ownership plan", fields, problem)
-        assert plan is not None
-        self._runtime = Runtime(binding, plan, transport, groups, self._options)
-        self._copies_compared = False
+        transport = transport or Transport(binding.group, binding.device, self.progress, binding.column)
+        plan = agreed_plan(binding, groups, self._groups, self.specs, self._options, transport)
+        rules = {index: rule for index, rule in enumerate(self._rules) if rule is not None}
+        self._runtime = Runtime(binding, plan, transport, groups, self._options, rules=rules)
+        self._copies_compared = not compare_copies
         if self.diagnostics is not None:
-            self.diagnostics.attach(self._runtime)
-        self._buffer_of = {id(tensor): i for i, tensor in enumerate(binding.buffers)}
-        self._install_momentum()
+            self.diagnostics.begin(plan.names_owned_by(transport.rank))
+            self._runtime.observer = self.diagnostics.observe
+        self._buffer_of: dict[int, int] = {id(tensor): i for i, tensor in enumerate(binding.buffers)}
+        install(self._runtime, self.state, self._loaded)
+        self._loaded = None
 
-    def _install_momentum(self) -> None:
-        """Put the shards into `state`, with the momentum that was loaded before, if any."""
+    def bound_runtime(self) -> Runtime:
+        """The runtime, planned now if it was not yet; then a collective.
+
+        Raises:
+            FrameworkError: the framework around the optimizer is still being built.
+        """
+        if self._runtime is None and not self._bind_first():
+            raise FrameworkError("the framework has not finished making the optimizer: save or load after it has")
         assert self._runtime is not None
-        if self._loaded is not None:
-            adopt_momentum(self._runtime, self._loaded)
-            self._loaded = None
-        binding, plan = self._runtime.binding, self._runtime.plan
-        for buffer, parameter in enumerate(binding.buffers):
-            stored = binding.stored(plan, buffer, self._runtime.momentum.get(buffer))
-            if stored is not None:
-                self.state[parameter][MOMENTUM] = stored
+        return self._runtime
 
     def _bind_first(self) -> bool:
         """Bind through an adapter, or to the parameters as they are; False while a framework is still being built."""
-        for binder in (*BINDERS, *loaded_binders()):
+        for binder in loaded_binders():
             answer = binder(self)
             if isinstance(answer, NotReady):
                 return False
             if answer is not None:
                 self.bind(*answer)
                 return True
-        check_untouched(self.param_groups, self._specs)
-        group = default_process_group(self.process_group)
-        buffers: list[torch.Tensor] = []
-        matrices = []
-        groups: dict[int, int] = {}
-        for index, specs in enumerate(self._specs):
-            for p, spec in zip(self.param_groups[index]["params"], specs, strict=True):
-                if spec.matrices:
-                    groups[len(buffers)] = index
-                    buffers.append(p)
-                    matrices.append(spec.matrices)
-        world = dist.get_world_size(group) if group is not None else 1
-        device = buffers[0].device if buffers else torch.device("cpu")
-        self.bind(Binding(replicated_layout(matrices, world), tuple(buffers), group, device), groups)
+        self.bind(*plain_binding(self.param_groups, self.specs, self.process_group))
         return True
 
     # Stepping -------------------------------------------------------------------------------------------------------
@@ -275,19 +256,31 @@ class Muon(torch.optim.Optimizer):
         if self._runtime is None and not self._bind_first():
             return loss
         assert self._runtime is not None
-        with self._runtime.transport.named_failures():
+        try:
             self._step(self._runtime)
+        except RuntimeError as error:
+            failure = self._runtime.transport.named(error)
+            if failure is None:
+                raise
+            raise failure from error
         return loss
 
     def _step(self, runtime: Runtime) -> None:
-        local, progress = runtime.binding.local, runtime.transport.progress
-        present = [(self._index(group), p) for group in self.param_groups for p in group["params"]]
+        binding, progress = runtime.binding, runtime.transport.progress
+        index_of = {id(group): i for i, group in enumerate(self._groups)}
+        present: list[tuple[int, torch.Tensor]] = []
+        for group in self.param_groups:
+            index = index_of.get(id(group))
+            if index is None:
+                index = self._adopt_groups(group)
+            present += [(index, p) for p in group["params"]]
+        parts = [(p, p.grad) if binding.parts is None else binding.parts(p) for _, p in present]
         has_gradient = self.guard.allows(
             runtime.transport,
             [p for _, p in present],
-            [None if p.grad is None else local(p.grad) for _, p in present],
-            lambda: parameter_names(self._groups, self._specs, [i for i, _ in present]),
-            agreed=runtime.binding.finite(),
+            [gradient for _, gradient in parts],
+            lambda: parameter_names(self._groups, self.specs, [i for i, _ in present]),
+            agreed=binding.finite(),
             complete=runtime.plan.layout.complete_gradients,
         )
         if has_gradient is None:
@@ -295,45 +288,41 @@ class Muon(torch.optim.Optimizer):
                 progress.finish_step()
             return
         if not self._copies_compared:
-            check_copies(runtime.binding)
+            check_copies(binding)
             self._copies_compared = True
         work: dict[int, Work] = {}
-        adamw: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for (index, p), wanted in zip(present, has_gradient, strict=True):
+        adamw: dict[int, list[AdamWork]] = {}
+        for (index, p), (local, gradient), wanted in zip(present, parts, has_gradient, strict=True):
             if not wanted:
                 continue
-            gradient = p.grad if p.grad is not None else torch.zeros_like(p)
-            if gradient.is_sparse:
+            if gradient is None:
+                gradient = torch.zeros_like(local)
+            elif gradient.is_sparse:
                 raise ConfigError("sparse gradients are not supported: make the embedding with sparse=False")
-            if self._algorithms[index] == "muon":
-                work[self._buffer(index, p)] = Work(local(p), local(gradient), self._groups[index])
-            else:
-                adamw.setdefault(index, []).append((p, gradient))
+            if self.algorithms[index] != "muon":
+                adamw.setdefault(index, []).append((p, local, gradient))
+                continue
+            buffer = self._buffer_of.get(id(p))
+            if buffer is None:
+                raise LayoutError(
+                    f"a tensor of shape {tuple(p.shape)} in group {index} is not one that the plan was made for: "
+                    "parameters may not be replaced after the first step"
+                )
+            work[buffer] = Work(local, gradient, self._groups[index])
         progress.enter("adamw")
-        for index, pairs in adamw.items():
-            adamw_step(self._groups[index], self.state, pairs)
+        for index, of_group in adamw.items():
+            adamw_step(self._groups[index], self.state, of_group, binding.local, self._options.bucket_bytes)
         runtime.step(work)
 
-    def _index(self, group: Group) -> int:
-        index = next((i for i, known in enumerate(self._groups) if known is group), None)
-        if index is not None:
-            return index
+    def _adopt_groups(self, group: Group) -> int:
+        """Take over groups that were replaced by others of the same number; the index of `group`."""
         if len(self.param_groups) != len(self._groups):
             raise LayoutError(
                 f"group '{group.get('name', group.get('algorithm'))}' is not one of the {len(self._groups)} that Muon "
                 "was made with: change a group in place instead of replacing it"
             )
         self._groups = list(self.param_groups)
-        return self._index(group)
-
-    def _buffer(self, index: int, p: torch.Tensor) -> int:
-        buffer = self._buffer_of.get(id(p))
-        if buffer is None:
-            raise LayoutError(
-                f"a tensor of shape {tuple(p.shape)} in group {index} is not one that the plan was made for: "
-                "parameters may not be replaced after the first step"
-            )
-        return buffer
+        return next(i for i, known in enumerate(self._groups) if known is group)
 
     # State ----------------------------------------------------------------------------------------------------------
 
@@ -344,11 +333,14 @@ class Muon(torch.optim.Optimizer):
         """
         if self._gathered is not None:
             return self._gathered
-        if not self._warned_of_partial_state and (missing := missing_momentum(self)):
+        runtime = self._runtime
+        if runtime is None:
+            return super().state_dict()
+        if not self._warned_of_partial_state and (missing := missing_momentum(runtime, self.state)):
             self._warned_of_partial_state = True
-            warn_of_partial_state(self, missing)
+            warn_of_partial_state(runtime, missing)
         packed = super().state_dict()
-        if partial := partial_momentum(self):
+        if partial := partial_momentum(runtime, indexed_parameters(self)):
             packed[PARTIAL] = partial
         return packed
 
@@ -356,8 +348,14 @@ class Muon(torch.optim.Optimizer):
         """The state of a single process, gathered to rank 0 of the process group; a collective.
 
         Rank 0 gets a state_dict that `load_state_dict` takes on any number of ranks, others get {}.
+
+        Raises:
+            CheckpointError: the framework keeps the parameters in parts, and saves them itself.
         """
-        return full_state_dict(self)
+        local = super().state_dict()
+        if self._runtime is None or self._runtime.transport.world_size == 1:
+            return local
+        return full_state(self._runtime, local, indexed_parameters(self))
 
     def gather_state(self) -> None:
         """Until `release_state`, let `state_dict()` be `full_state_dict()` on rank 0; a collective.
@@ -376,23 +374,20 @@ class Muon(torch.optim.Optimizer):
         Momentum is kept in fp32 whatever the parameters' dtype, and taken apart for this rank's plan.
 
         Raises:
-            ConfigError: a group's algorithm differs.
+            ConfigError: a group's algorithm or rule differs.
             CheckpointError: momentum of a matrix that this rank holds is missing (another rank's state_dict), or the
                 parameters of a group were in another order.
         """
-        saved = [g.get("algorithm", "muon") for g in state_dict["param_groups"]]
-        if saved != self._algorithms:
-            raise ConfigError(f"the saved groups are {saved}, this optimizer's are {self._algorithms}")
-        check_order(state_dict["param_groups"], self._specs)
-        momentum, rest = split_momentum(self, state_dict)
+        check_saved_groups(state_dict["param_groups"], self._groups, self.algorithms, self.specs)
+        loaded, rest = split_state(indexed_parameters(self), state_dict)
         super().load_state_dict(rest)
         self._groups = list(self.param_groups)
-        self._loaded = momentum if state_dict["state"] else None
+        self._loaded = loaded if state_dict["state"] else None
         if self._runtime is not None:
             if self._loaded is None:
-                for shard in self._runtime.momentum.values():
-                    shard.zero_()
-            self._install_momentum()
+                self._runtime.forget()
+            install(self._runtime, self.state, self._loaded)
+            self._loaded = None
             return
-        for p, (value, _) in momentum.items():
-            self.state[p][MOMENTUM] = value
+        for p, given in loaded.items():
+            self.state[p].update(given.entries())

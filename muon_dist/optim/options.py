@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,20 @@ def check_group(group: Group, where: str) -> None:
 def iterations(group: Group) -> int:
     """Newton-Schulz steps of a Muon group, the schedule's fixed tail included."""
     return len(get_schedule(group["ns_schedule"]).coefficients(group["ns_steps"]))
+
+
+def make_specs(group: Group, index: int, cuts: Sequence[dict[str, Any] | None] | None) -> list[ParameterSpec]:
+    """The specifications of a group's parameters; `cuts` for each of them, as in `Muon`.
+
+    Raises:
+        ConfigError: another number of cuts than of parameters.
+        RoutingError: see `make_spec`.
+    """
+    names = group.get("param_names") or [f"group{index}.param{i}" for i in range(len(group["params"]))]
+    cuts = cuts if cuts is not None else [None] * len(names)
+    if len(cuts) != len(names):
+        raise ConfigError(f"group {index} has {len(cuts)} cuts for {len(names)} parameters")
+    return [make_spec(n, p, group["algorithm"], c) for n, p, c in zip(names, group["params"], cuts, strict=True)]
 
 
 def make_spec(name: str, p: torch.Tensor, algorithm: str, cut: dict[str, Any] | None) -> ParameterSpec:

@@ -1,4 +1,4 @@
-"""What must hold before a plan is made, and what all ranks must agree on beside it."""
+"""From what a framework keeps to a plan that all ranks agree on, and what must hold before."""
 
 from __future__ import annotations
 
@@ -8,9 +8,66 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from muon_dist.errors import CheckpointError, LayoutError
+from muon_dist.errors import CheckpointError, ConfigError, LayoutError
+from muon_dist.exchange.transport import Transport
+from muon_dist.layout import Matrix, replicated_layout
 from muon_dist.numerics import compute_dtype
-from muon_dist.optim.binding import Binding, Group, ParameterSpec
+from muon_dist.numerics.compiled import check_compiler
+from muon_dist.optim.binding import Binding, Bound, Group, ParameterSpec
+from muon_dist.optim.costs import agreed_cost, owners_for
+from muon_dist.optim.options import Options
+from muon_dist.ownership import OwnershipPlan
+
+
+def agreed_plan(
+    binding: Binding,
+    group_of: Mapping[int, int],
+    groups: Sequence[Group],
+    specs: Sequence[Sequence[ParameterSpec]],
+    options: Options,
+    transport: Transport,
+) -> OwnershipPlan:
+    """The plan of a binding, the same on all ranks; a collective.
+
+    Raises:
+        LayoutError: the layout does not hold exactly the matrices that the optimizer was given.
+        PlanMismatchError: the ranks computed different plans.
+    """
+    cost = agreed_cost(options.cost, binding, groups, group_of)
+
+    def made() -> tuple[OwnershipPlan, list[tuple[str, object]]]:
+        check_covers(specs, binding)
+        plan = owners_for(binding, groups, group_of, options, cost)
+        if options.ns_compile:
+            check_compiler(binding.device)
+        # options first: they also move owners, and the first difference is the one that is named
+        of_groups = group_fields(groups, group_of, binding.device)
+        return plan, [*options.fields(), *of_groups, *cost.fields(), *plan.fields()]
+
+    transport.progress.enter("ownership plan")
+    plan, fields = transport.ranks.everywhere(made)
+    transport.require_equal("ownership plan", fields)
+    return plan
+
+
+def plain_binding(
+    groups: Sequence[Group], specs: Sequence[Sequence[ParameterSpec]], process_group: dist.ProcessGroup | str | None
+) -> Bound:
+    """The binding of parameters that no framework has touched: whole on every rank."""
+    check_untouched(groups, specs)
+    buffers: list[torch.Tensor] = []
+    matrices: list[tuple[Matrix, ...]] = []
+    group_of: dict[int, int] = {}
+    for index, (group, of_group) in enumerate(zip(groups, specs, strict=True)):
+        for p, spec in zip(group["params"], of_group, strict=True):
+            if spec.matrices:
+                group_of[len(buffers)] = index
+                buffers.append(p)
+                matrices.append(spec.matrices)
+    ranks = default_process_group(process_group)
+    world = dist.get_world_size(ranks) if ranks is not None else 1
+    device = buffers[0].device if buffers else torch.device("cpu")
+    return Binding(replicated_layout(matrices, world), tuple(buffers), ranks, device), group_of
 
 
 def check_covers(specs: Sequence[Sequence[ParameterSpec]], binding: Binding) -> None:
@@ -48,6 +105,20 @@ def check_untouched(groups: Sequence[Group], specs: Sequence[Sequence[ParameterS
                 raise LayoutError(f"{s.name} is not contiguous: call .contiguous() on it before making Muon")
 
 
+def check_saved_groups(
+    saved: Sequence[Mapping[str, Any]],
+    groups: Sequence[Group],
+    algorithms: Sequence[str],
+    specs: Sequence[Sequence[ParameterSpec]],
+) -> None:
+    """Raises ConfigError or CheckpointError for a saved state of other groups, rules, or order of parameters."""
+    found = [g.get("algorithm", "muon") for g in saved]
+    if found != list(algorithms):
+        raise ConfigError(f"the saved groups are {found}, this optimizer's are {list(algorithms)}")
+    check_rules(saved, groups)
+    check_order(saved, specs)
+
+
 def check_order(saved: Sequence[Mapping[str, Any]], specs: Sequence[Sequence[ParameterSpec]]) -> None:
     """Raises CheckpointError for a saved state of the same parameters in another order, since it goes by position."""
     for group, given in zip(saved, specs, strict=True):
@@ -61,6 +132,17 @@ def check_order(saved: Sequence[Mapping[str, Any]], specs: Sequence[Sequence[Par
             )
 
 
+def check_rules(saved: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> None:
+    """Raises ConfigError for a saved state of a group that had another update rule; before there were any, Muon's."""
+    for index, (before, group) in enumerate(zip(saved, groups, strict=True)):
+        was = before.get("rule", "muon")
+        if group["algorithm"] == "muon" and was != group.get("rule", "muon"):
+            raise ConfigError(
+                f"group '{group.get('name', index)}': the saved state is of rule '{was}', this optimizer has rule "
+                f"'{group.get('rule', 'muon')}': make the optimizer with rule='{was}', or start without that state"
+            )
+
+
 def group_fields(
     groups: Sequence[Group], group_of: Mapping[int, int], device: torch.device
 ) -> Iterable[tuple[str, object]]:
@@ -69,6 +151,7 @@ def group_fields(
         group = groups[index]
         dtype = compute_dtype(group["ns_dtype"], device, group["ns_schedule"])
         yield f"group {index}: Newton-Schulz", (group["ns_steps"], group["ns_schedule"], str(dtype))
+        yield f"group {index}: rule", (group.get("rule", "muon"), sorted(group.get("rule_options", {}).items()))
         yield f"group {index}: momentum, nesterov, scale", (group["momentum"], group["nesterov"], group["scale"])
         yield f"group {index}: lr, weight_decay", (float(group["lr"]), float(group["weight_decay"]))
 

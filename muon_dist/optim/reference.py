@@ -1,4 +1,4 @@
-"""The truth in thirty lines: what every sharded, bucketed, overlapped path must equal.
+"""The algorithm in plain lines: what every sharded, bucketed, overlapped path must equal. Read it first.
 
 The update rule is Keller Jordan's (https://kellerjordan.github.io/posts/muon/) as in `torch.optim.Muon`.
 """
@@ -6,11 +6,34 @@ The update rule is Keller Jordan's (https://kellerjordan.github.io/posts/muon/) 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from muon_dist.layout.fragment import Matrix
-from muon_dist.numerics import newton_schulz
+from muon_dist.layout import Matrix, view
+from muon_dist.numerics import get_schedule
+
+Iteration = Callable[[torch.Tensor], torch.Tensor]
+
+
+def plain_newton_schulz(x: torch.Tensor, steps: int = 5, schedule: str = "keller") -> torch.Tensor:
+    """An approximation of the polar factor U V^T of x = U S V^T, (rows, cols), in the dtype of `x`.
+
+    Every step makes the polynomial a s + b s^3 + c s^5 of each singular value s and leaves U and V alone. The
+    coefficients make the singular values approach 1.
+    """
+    if x.size(0) > x.size(1):
+        return plain_newton_schulz(x.mT, steps, schedule).mT
+    chosen = get_schedule(schedule)
+    norm = x.norm()
+    x = x / norm if norm > 0 else x  # now no singular value is above 1
+    if chosen.normalization == "aol":
+        x = x / (x @ x.mT).abs().sum(dim=1, keepdim=True).sqrt().clamp_min(torch.finfo(x.dtype).tiny)
+    x = x / chosen.safety
+    for a, b, c in chosen.coefficients(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
 
 
 def reference_step(
@@ -27,22 +50,30 @@ def reference_step(
     ns_schedule: str = "keller",
     ns_dtype: torch.dtype | None = None,
     scale: str = "match_rms_adamw",
+    iteration: Iteration | None = None,
 ) -> None:
     """One Muon step of one parameter, in place, matrix by matrix, on whole tensors.
 
     Args:
         parameter, gradient, momentum_buffer: of one shape; the buffer is fp32 and starts at zero.
         matrices: how the parameter is cut (`cut_parameter`).
+        iteration: what orthogonalizes a matrix (rows, cols); by default `plain_newton_schulz`. Tests of what is moved
+            where pass the optimizer's own, and ask for equal bits.
     """
-    momentum_buffer.lerp_(gradient.float(), 1 - momentum)
-    update = gradient.float().lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
+    gradient = gradient.float().contiguous()
+    momentum_buffer.lerp_(gradient, 1 - momentum)
+    update = gradient.lerp(momentum_buffer, momentum) if nesterov else momentum_buffer
     parameter.mul_(1 - lr * weight_decay)
     for m in matrices:
-
-        def block(tensor: torch.Tensor, m: Matrix = m) -> torch.Tensor:
-            return tensor.as_strided((m.rows, m.cols), (m.stride, 1), tensor.storage_offset() + m.start)
-
+        u = view(update, m.block)
+        if iteration is not None:
+            o = iteration(u)
+        else:
+            o = plain_newton_schulz(u.to(ns_dtype or u.dtype), ns_steps, ns_schedule)
         out, fan_in = m.fan
-        factor = {"match_rms_adamw": 0.2 * math.sqrt(max(out, fan_in)), "spectral": math.sqrt(max(1, out / fan_in))}
-        orthogonalized = newton_schulz(block(update.contiguous()), ns_steps, ns_schedule, ns_dtype)
-        block(parameter).sub_(orthogonalized.to(parameter.dtype), alpha=lr * factor.get(scale, 1.0))
+        factors = {
+            "match_rms_adamw": 0.2 * math.sqrt(max(out, fan_in)),
+            "spectral": math.sqrt(max(1, out / fan_in)),
+            "none": 1.0,
+        }
+        view(parameter, m.block).sub_(o.to(parameter.dtype), alpha=lr * factors[scale])

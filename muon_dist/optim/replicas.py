@@ -11,6 +11,7 @@ import torch.distributed as dist
 from muon_dist.errors import ReplicaError
 from muon_dist.exchange.transport import Transport
 from muon_dist.optim.binding import Binding
+from muon_dist.ranks import Ranks
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
@@ -89,7 +90,7 @@ class ReplicaCheck:
         highest, lowest = bounds[: len(sums)], ~bounds[len(sums) :]
         wrong = ((highest != lowest) & (highest != _ABSENT)).nonzero().flatten().tolist()
         if wrong:
-            every = transport.gather_objects([int(sums[i]) for i in wrong])
+            every = transport.ranks.gather([int(sums[i]) for i in wrong])
             found = self._describe(wrong, every)
             raise ReplicaError(self._message.format(found=found, world=transport.world_size))
 
@@ -116,24 +117,27 @@ class ReplicaCheck:
         return "; ".join(parts) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
-def check_everywhere(checks: Iterable[ReplicaCheck], group: dist.ProcessGroup | None, device: torch.device) -> None:
+def check_everywhere(checks: Iterable[ReplicaCheck], group: dist.ProcessGroup | None) -> None:
     """Run the checks of this rank's groups; what any rank found is raised on all ranks of `group`. A collective.
 
     Under HSDP each shard has a group of its own: without this, ranks whose shard is good would go on and wait for the
     others.
 
     Raises:
-        ReplicaError: the message of the lowest rank that found something.
+        ReplicaError: what this rank found, or else the lowest rank that found something.
     """
-    problem = None
-    for check in checks:
-        try:
-            check.check()
-        except ReplicaError as error:
-            problem = problem or str(error)
-    found = [text for text in Transport(group, device).gather_objects(problem) if text is not None]
-    if found:
-        raise ReplicaError(problem or found[0])
+
+    def every() -> None:
+        problem = None
+        for check in checks:  # all of them: other ranks wait for this one in the next
+            try:
+                check.check()
+            except ReplicaError as error:
+                problem = problem or error
+        if problem is not None:
+            raise problem
+
+    Ranks(group).everywhere(every)
 
 
 def check_copies(binding: Binding) -> None:
@@ -152,10 +156,10 @@ def check_copies(binding: Binding) -> None:
     group = binding.column if binding.column is not None else binding.group
     buffers = [(names[i], p) for i, p in enumerate(binding.buffers) if i in names]
     weights = ((name, local(p.detach())) for name, p in buffers)
-    present = ((name, p.grad if p.grad is not None and not p.grad.is_sparse else None) for name, p in buffers)
-    gradients = ((name, None if g is None else local(g)) for name, g in present)
+    present = ((name, p.grad if binding.parts is None else binding.parts(p)[1]) for name, p in buffers)
+    gradients = ((name, None if g is None or g.is_sparse else g) for name, g in present)
     checks = [
         ReplicaCheck(weights, group, binding.device, NEVER_EQUAL),
         ReplicaCheck(gradients, group, binding.device, NOT_AVERAGED),
     ]
-    check_everywhere(checks, binding.group, binding.device)
+    check_everywhere(checks, binding.group)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from muon_dist.errors import FrameworkError
-from muon_dist.layout.fragment import Matrix
+from muon_dist.layout import Matrix, view
 from muon_dist.numerics import newton_schulz
 from muon_dist.numerics.sharpness import Curvature, StableStep, stable_step
 from muon_dist.optim.binding import update_scale
@@ -91,7 +91,7 @@ def _whole_parameters(optimizer: Muon) -> tuple[list[Tensor], list[dict[str, Any
 
 def _at(flat: Tensor, matrix: Matrix) -> Tensor:
     """The (rows, cols) view of a matrix inside a flattened parameter."""
-    return flat.as_strided((matrix.rows, matrix.cols), (matrix.stride, 1), flat.storage_offset() + matrix.start)
+    return view(flat, matrix.block)
 
 
 def _blocks(optimizer: Muon, curvature: Curvature, groups: list[dict[str, Any]]) -> list[_Block]:

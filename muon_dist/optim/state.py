@@ -1,106 +1,84 @@
-"""Momentum in and out of state dicts."""
+"""The state of Muon groups in and out of state dicts."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from muon_dist.checkpoint.piece import MOMENTUM as MOMENTUM_KIND
-from muon_dist.checkpoint.piece import Extent, Piece, clean_name
-from muon_dist.errors import CheckpointError, FrameworkError
-from muon_dist.optim.runtime import Runtime, view
-
-if TYPE_CHECKING:
-    from muon_dist.optim.muon import Muon
+from muon_dist.errors import CheckpointError
+from muon_dist.layout import view
+from muon_dist.optim.rules import RULES
+from muon_dist.optim.runtime import Runtime
 
 MOMENTUM = "momentum_buffer"
 PARTIAL = "partial_momentum"
 """Key of a rank's own state dict: for each parameter whose momentum the rank holds in part, the matrices it holds."""
+RULE_MEMORY = frozenset(name for rule in RULES.values() for name in (*rule.row_memory, *rule.matrix_memory))
+"""What rules keep beside momentum, by the names in the state."""
 
 
-def indexed_parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+def indexed_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The parameters in the order in which torch numbers them in a state dict."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def bound_runtime(optimizer: Muon) -> Runtime:
-    """The optimizer's runtime, planned now if it was not yet; then a collective.
-
-    Raises:
-        FrameworkError: the framework around the optimizer is still being built.
-    """
-    if optimizer.runtime is None and not optimizer._bind_first():
-        raise FrameworkError("the framework has not finished making the optimizer: save or load after it has")
-    assert optimizer.runtime is not None
-    return optimizer.runtime
+# In the state -------------------------------------------------------------------------------------------------------
 
 
-def kept_by_all(optimizer: Muon) -> set[int]:
-    """`id()` of the parameters whose momentum every holder keeps, not its sources alone (`Binding.everywhere`)."""
-    runtime = bound_runtime(optimizer)
-    return {id(runtime.binding.buffers[buffer]) for buffer in runtime.binding.everywhere(runtime.plan)}
+def rows_key(runtime: Runtime, name: str, i: int) -> str:
+    """The key in the state of what the owner of matrix `i` keeps: `name`, and the matrix unless its buffer is it."""
+    m = runtime.plan.layout.matrices[i]
+    alone = len(runtime.memory.matrices[m.buffer]) == 1
+    return name if alone else f"{name}:{m.matrix.name}"
 
 
-def momentum_pieces(optimizer: Muon) -> list[Piece]:
-    """The momentum that this rank is a source of, as live pieces of the whole momentum of each parameter.
+def entries(runtime: Runtime, buffer: int) -> dict[str, Tensor]:
+    """The state of a buffer as it stands in `optimizer.state`: live tensors, or DTensors of them."""
+    binding, plan, memory = runtime.binding, runtime.plan, runtime.memory
+    found: dict[str, Tensor | None] = {
+        MOMENTUM: binding.stored(plan, buffer, runtime.momentum.get(buffer)),
+        **memory.numbers[buffer],
+    }
+    for name in memory.row_names[buffer]:
+        for i in memory.matrices[buffer]:
+            found[rows_key(runtime, name, i)] = binding.stored_rows(plan, i, memory.rows[name].get(i))
+    return {key: value for key, value in found.items() if value is not None}
 
-    No element is listed by two ranks. Parameters of which every holder keeps the momentum (`kept_by_all`) are left
-    out: their copies are equal, and a load must fill them all.
-    """
-    runtime = bound_runtime(optimizer)
-    kept = kept_by_all(optimizer)
-    shapes = {spec.name: spec.shape for specs in optimizer.specs for spec in specs}
-    pieces = []
-    for buffer in runtime.momentum:
-        if id(runtime.binding.buffers[buffer]) in kept:
-            continue
-        for matrix, span, part in runtime.momentum_pieces(buffer):
-            row, column = divmod(span.offset, matrix.cols)
-            at = matrix.start + row * matrix.stride + column
-            extent = Extent.block(at, span.rows, span.cols, matrix.stride)
-            live = part.view(-1) if extent.rows == 1 else part
-            name = matrix.parameter
-            pieces.append(Piece(clean_name(name), MOMENTUM_KIND, shapes[name], extent, live))
-    return pieces
+
+def partial_momentum(runtime: Runtime, parameters: Sequence[Tensor]) -> dict[int, list[str]]:
+    """The `PARTIAL` entry of this rank: state-dict index -> names of the matrices, where momentum is not whole."""
+    index_of = {id(p): i for i, p in enumerate(parameters)}
+    found = {}
+    for buffer, shard in runtime.momentum.items():
+        parameter = runtime.binding.buffers[buffer]
+        if id(parameter) in index_of and shard.shape != runtime.binding.local(parameter).shape:
+            found[index_of[id(parameter)]] = _held_matrices(runtime, buffer)
+    return found
 
 
 def _held_matrices(runtime: Runtime, buffer: int) -> list[str]:
     return sorted({matrix.name for matrix, _, _ in runtime.momentum_pieces(buffer)})
 
 
-def partial_momentum(optimizer: Muon) -> dict[int, list[str]]:
-    """The `PARTIAL` entry of this rank: state-dict index -> names of the matrices, where momentum is not whole."""
-    runtime = optimizer.runtime
-    if runtime is None:
-        return {}
-    index_of = {id(p): i for i, p in enumerate(indexed_parameters(optimizer))}
-    return {
-        index_of[id(runtime.binding.buffers[buffer])]: _held_matrices(runtime, buffer)
-        for buffer, shard in runtime.momentum.items()
-        if shard.shape != runtime.binding.local(runtime.binding.buffers[buffer]).shape
-        and id(runtime.binding.buffers[buffer]) in index_of
-    }
-
-
-def missing_momentum(optimizer: Muon) -> int:
+def missing_momentum(runtime: Runtime, state: Mapping[Tensor, Mapping[str, Any]]) -> int:
     """Parameters whose momentum lies on other ranks, wholly or in part, so that this rank's state dict lacks it.
 
     None under ZeRO and FSDP2: there each rank's part of the state belongs to its part of the parameters.
     """
-    runtime = optimizer.runtime
-    if runtime is None or runtime.transport.world_size == 1:
+    if runtime.transport.world_size == 1:
         return 0
-    held = [(p, optimizer.state.get(p, {}).get(MOMENTUM)) for p in runtime.binding.buffers]
+    held = [(p, state.get(p, {}).get(MOMENTUM)) for p in runtime.binding.buffers]
     return sum(momentum is None or momentum.shape != p.shape for p, momentum in held)
 
 
-def warn_of_partial_state(optimizer: Muon, missing: int) -> None:
+def warn_of_partial_state(runtime: Runtime, missing: int) -> None:
     """The RuntimeWarning of `Muon.state_dict`."""
-    runtime = bound_runtime(optimizer)
     warnings.warn(
         f"this state_dict is the part of rank {runtime.transport.rank} alone: it lacks the momentum of {missing} of "
         f"{len(runtime.binding.buffers)} parameters, which lies on other ranks. It loads only on this rank and for "
@@ -111,74 +89,145 @@ def warn_of_partial_state(optimizer: Muon, missing: int) -> None:
     )
 
 
-def split_momentum(
-    optimizer: Muon, state_dict: Mapping[str, Any]
-) -> tuple[dict[torch.Tensor, tuple[torch.Tensor, list[str] | None]], dict[str, Any]]:
-    """Take momentum out of a state dict: torch's own loading would cast it to the parameter's dtype.
+# Loading ------------------------------------------------------------------------------------------------------------
 
-    Returns (parameter -> (momentum, names of the matrices that it holds, None for all), the state dict without).
+
+@dataclass
+class Loaded:
+    """What a state dict holds of a parameter under Muon.
+
+    Attributes:
+        momentum: None if it holds none.
+        matrices: names of the matrices that `momentum` holds; None for all.
+        memory: what the rule keeps, by its key in the state.
+    """
+
+    momentum: Tensor | None = None
+    matrices: list[str] | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def entries(self) -> dict[str, Tensor]:
+        """As in the state dict."""
+        return self.memory if self.momentum is None else {MOMENTUM: self.momentum, **self.memory}
+
+
+def split_state(
+    parameters: Sequence[Tensor], state_dict: Mapping[str, Any]
+) -> tuple[dict[Tensor, Loaded], dict[str, Any]]:
+    """Take the state of Muon groups out of a state dict: torch's own loading would cast it to the parameter's dtype.
+
+    Returns (parameter -> what was loaded of it, the state dict without).
     """
     # As torch matches them: by order. The keys are numbers, or FQNs from torch.distributed.checkpoint.
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    parameters = dict(zip(keys, indexed_parameters(optimizer), strict=False))
+    by_key = dict(zip(keys, parameters, strict=False))
     partial = state_dict.get(PARTIAL, {})
-    momentum: dict[torch.Tensor, tuple[torch.Tensor, list[str] | None]] = {}
+    loaded: dict[Tensor, Loaded] = {}
     rest: dict[Any, dict[str, Any]] = {}
     for key, entry in state_dict["state"].items():
-        rest[key] = {name: value for name, value in entry.items() if name != MOMENTUM}
-        if MOMENTUM in entry and key in parameters:
-            momentum[parameters[key]] = (entry[MOMENTUM].detach().clone(), partial.get(key))
-    return momentum, {"state": rest, "param_groups": state_dict["param_groups"]}
+        own = {name: value for name, value in entry.items() if is_own(name)}
+        rest[key] = {name: value for name, value in entry.items() if name not in own}
+        if own and key in by_key:
+            copies = {name: value.detach().clone() for name, value in own.items()}
+            loaded[by_key[key]] = Loaded(copies.pop(MOMENTUM, None), partial.get(key), copies)
+    return loaded, {"state": rest, "param_groups": state_dict["param_groups"]}
 
 
-def adopt_momentum(runtime: Runtime, loaded: Mapping[torch.Tensor, tuple[torch.Tensor, list[str] | None]]) -> None:
-    """Copy loaded momentum into this rank's shards.
+def is_own(key: str) -> bool:
+    """Whether a key of the state is of a Muon group: momentum, or what a rule keeps."""
+    return key == MOMENTUM or key.partition(":")[0] in RULE_MEMORY
+
+
+def install(
+    runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]], loaded: Mapping[Tensor, Loaded] | None
+) -> None:
+    """Put this rank's part into the optimizer's `state`, with what was loaded before, if anything was."""
+    if loaded is not None:
+        adopt(runtime, loaded)
+    for buffer, parameter in enumerate(runtime.binding.buffers):
+        if found := entries(runtime, buffer):
+            state[parameter].update(found)
+
+
+def adopt(runtime: Runtime, loaded: Mapping[Tensor, Loaded]) -> None:
+    """Copy loaded state into this rank's part.
 
     Raises:
-        CheckpointError: momentum that this rank holds is missing or has another shape.
+        CheckpointError: state that this rank holds is missing or has another shape.
     """
-    for buffer, shard in runtime.momentum.items():
-        parameter = runtime.binding.buffers[buffer]
-        pieces = runtime.momentum_pieces(buffer)
-        if parameter not in loaded:
-            if not pieces:  # padding, or a copy
-                continue
+    for buffer, parameter in enumerate(runtime.binding.buffers):
+        given = loaded.get(parameter, Loaded())
+        if buffer in runtime.momentum:
+            _adopt_momentum(runtime, buffer, given)
+        _adopt_memory(runtime, buffer, given)
+    runtime.memory.started.clear()
+
+
+def _adopt_momentum(runtime: Runtime, buffer: int, given: Loaded) -> None:
+    shard, parameter = runtime.momentum[buffer], runtime.binding.local(runtime.binding.buffers[buffer])
+    pieces = runtime.momentum_pieces(buffer)
+    if given.momentum is None:
+        if pieces:  # else it only pads or copies
+            raise CheckpointError(_missing(runtime, f"momentum of {pieces[0][0].name}"))
+        return
+    value = runtime.binding.local(given.momentum)
+    label = pieces[0][0].name if pieces else f"what rank {runtime.transport.rank} only copies or pads"
+    if given.matrices is not None:
+        held = _held_matrices(runtime, buffer)
+        if given.matrices != held or value.numel() != shard.numel():
             raise CheckpointError(
-                f"the state dict has no momentum of {pieces[0][0].name}, which rank {runtime.transport.rank} owns: it "
-                "is one rank's part only. Save with full_state_dict() on all ranks (MuonTrainer does), or load on "
-                "each rank the file that this rank saved"
+                f"the state dict holds momentum of {given.matrices[:3]} of {len(given.matrices)} matrices, rank "
+                f"{runtime.transport.rank} holds {held[:3]}: it was saved by another rank or plan. Save with "
+                "full_state_dict()"
             )
-        value, names = loaded[parameter]
-        value, parameter = runtime.binding.local(value), runtime.binding.local(parameter)
-        label = pieces[0][0].name if pieces else f"what rank {runtime.transport.rank} only copies or pads"
-        if names is not None:
-            if names != _held_matrices(runtime, buffer) or value.numel() != shard.numel():
-                raise CheckpointError(
-                    f"the state dict holds momentum of {names[:3]} of {len(names)} matrices, rank "
-                    f"{runtime.transport.rank} holds {_held_matrices(runtime, buffer)[:3]}: it was saved by another "
-                    "rank or plan. Save with full_state_dict()"
-                )
-            shard.copy_(value.view_as(shard))
-        elif value.numel() != parameter.numel():
-            raise CheckpointError(
-                f"momentum of {label} has {value.numel()} elements in the state dict, its parameter "
-                f"{parameter.numel()}"
-            )
+        shard.copy_(value.view_as(shard))
+    elif value.numel() != parameter.numel():
+        raise CheckpointError(
+            f"momentum of {label} has {value.numel()} elements in the state dict, its parameter {parameter.numel()}"
+        )
+    else:
+        flat = value.to(shard.device).reshape(-1)
+        if shard.numel() == parameter.numel():
+            shard.view(-1).copy_(flat)
         else:
-            flat = value.to(shard.device).reshape(-1)
-            if shard.numel() == parameter.numel():
-                shard.view(-1).copy_(flat)
-            else:
-                for _, span, piece in pieces:
-                    piece.copy_(view(flat, span))
+            for _, f, piece in pieces:
+                piece.copy_(view(flat, f.local))
 
 
-def full_state_dict(optimizer: Muon) -> dict[str, Any]:
-    """See `Muon.full_state_dict`."""
-    local = torch.optim.Optimizer.state_dict(optimizer)
-    runtime = optimizer.runtime
-    if runtime is None or runtime.transport.world_size == 1:
-        return local
+def _adopt_memory(runtime: Runtime, buffer: int, given: Loaded) -> None:
+    memory, matrices = runtime.memory, runtime.plan.layout.matrices
+    wanted = dict(memory.numbers[buffer])
+    whole: dict[str, Tensor] = {}
+    for name in memory.row_names[buffer]:
+        if name in given.memory and len(memory.matrices[buffer]) > 1:  # of all matrices, from full_state_dict
+            sizes = [memory.features(i) for i in memory.matrices[buffer]]
+            if len(given.memory[name]) == sum(sizes):
+                parts = given.memory[name].split(sizes)
+                members = zip(memory.matrices[buffer], parts, strict=True)
+                whole.update({f"{name}:{matrices[i].matrix.name}": part for i, part in members})
+        wanted.update({rows_key(runtime, name, i): memory.rows[name][i] for i in memory.owned[buffer]})
+    for key, kept in wanted.items():
+        value = given.memory.get(key, whole.get(key))
+        if value is None:
+            raise CheckpointError(_missing(runtime, f"{key} of {matrices[memory.matrices[buffer][0]].matrix.name}"))
+        value = runtime.binding.local(value)
+        if value.shape != kept.shape:
+            raise CheckpointError(f"{key} has shape {tuple(value.shape)} in the state dict, here {tuple(kept.shape)}")
+        kept.copy_(value)
+
+
+def _missing(runtime: Runtime, what: str) -> str:
+    return (
+        f"the state dict has no {what}, which rank {runtime.transport.rank} owns: it is one rank's part only. Save "
+        "with full_state_dict() on all ranks (MuonTrainer does), or load on each rank the file that this rank saved"
+    )
+
+
+# Of all ranks -------------------------------------------------------------------------------------------------------
+
+
+def full_state(runtime: Runtime, local: dict[str, Any], parameters: Iterable[Tensor]) -> dict[str, Any]:
+    """`local`, the state dict of this rank, with the state of all ranks on rank 0; {} on the others. A collective."""
     layout, group, rank = runtime.plan.layout, runtime.transport.group, runtime.transport.rank
     if layout.kind != "replicated":
         raise CheckpointError(
@@ -186,16 +235,34 @@ def full_state_dict(optimizer: Muon) -> dict[str, Any]:
             "rank's own shard (engine.save_checkpoint under DeepSpeed, torch.distributed.checkpoint under FSDP2)"
         )
     # torch's inner dicts are the live state
-    local["state"] = {index: dict(entry) for index, entry in local["state"].items()}
-    index_of = {id(p): i for i, p in enumerate(indexed_parameters(optimizer))}
+    local["state"] = {
+        index: {key: value for key, value in entry.items() if ":" not in key}
+        for index, entry in local["state"].items()
+    }
+    index_of = {id(p): i for i, p in enumerate(parameters)}
+    assert group is not None
+    first = dist.get_global_rank(group, 0)
     for buffer, parameter in enumerate(runtime.binding.buffers):
-        # Sources do not overlap, so the sum over ranks places every element exactly once.
-        whole = torch.zeros(parameter.shape, dtype=torch.float32, device=runtime.binding.device)
-        if buffer in runtime.momentum:
-            for _, span, piece in runtime.momentum_pieces(buffer):
-                view(whole.view(-1), span).copy_(piece)
-        assert group is not None
-        dist.reduce(whole, dist.get_global_rank(group, 0), group=group)
-        if rank == 0:
-            local["state"].setdefault(index_of[id(parameter)], {})[MOMENTUM] = whole.cpu()
+        # Sources do not overlap, and a matrix has one owner: the sum over ranks places every element exactly once.
+        for name, whole in _padded(runtime, buffer, parameter).items():
+            dist.reduce(whole, first, group=group)
+            if rank == 0:
+                local["state"].setdefault(index_of[id(parameter)], {})[name] = whole.cpu()
     return local if rank == 0 else {}
+
+
+def _padded(runtime: Runtime, buffer: int, parameter: Tensor) -> dict[str, Tensor]:
+    """What the ranks hold different parts of, whole, with zeros where this rank holds nothing."""
+    memory = runtime.memory
+    momentum = torch.zeros(parameter.shape, dtype=torch.float32, device=runtime.binding.device)
+    if buffer in runtime.momentum:
+        for _, f, piece in runtime.momentum_pieces(buffer):
+            view(momentum.view(-1), f.local).copy_(piece)
+    found = {MOMENTUM: momentum}
+    for name in memory.row_names[buffer]:
+        sizes = [memory.features(i) for i in memory.matrices[buffer]]
+        found[name] = torch.zeros(sum(sizes), dtype=torch.float32, device=runtime.binding.device)
+        for i, part in zip(memory.matrices[buffer], found[name].split(sizes), strict=True):
+            if i in memory.rows[name]:
+                part.copy_(memory.rows[name][i])
+    return found

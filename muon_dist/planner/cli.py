@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from muon_dist.config import Config
     from muon_dist.planner.model import Settings, Workload
+    from muon_dist.routing import RoutingTable
 
 app = typer.Typer()
 
@@ -85,16 +88,14 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
     """The model of a configuration, routed on the meta device, and the settings that a plan depends on."""
     from muon_dist.model import DTYPES
     from muon_dist.planner.model import Settings, describe_model
-    from muon_dist.routing import Override, SplitRule
 
-    muon, rules, trainer = config.optimizer.muon, config.optimizer.routing, config.trainer
+    muon, trainer = config.optimizer.muon, config.trainer
     workload = describe_model(
         config.name,
         config.model,
-        vocabulary=config.tokenizer.vocab_size or 32768,
+        vocabulary=_vocabulary(config),
         sequence_length=config.data.sequence_length,
-        overrides=[Override(rule.pattern, rule.algorithm) for rule in rules.overrides],
-        splits=[SplitRule(rule.pattern, heads=rule.heads, sizes=rule.sizes) for rule in rules.split],
+        **_routing(config),
     )
     zero = _deepspeed(config).get("zero_optimization") or {}
     settings = Settings(
@@ -114,6 +115,29 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
         ordered=not zero.get("round_robin_gradients", False),
     )
     return workload, settings
+
+
+def routed(config: Config) -> tuple[nn.Module, RoutingTable]:
+    """The model of a configuration on the meta device, where no weight takes memory, and how it is routed."""
+    from muon_dist.planner.model import build_on_meta
+    from muon_dist.routing import route
+
+    model = build_on_meta(config.model, _vocabulary(config))
+    return model, route(model, **_routing(config))
+
+
+def _vocabulary(config: Config) -> int:
+    return config.tokenizer.vocab_size or 32768
+
+
+def _routing(config: Config) -> dict[str, Any]:
+    from muon_dist.routing import Override, SplitRule
+
+    rules = config.optimizer.routing
+    return {
+        "overrides": [Override(rule.pattern, rule.algorithm) for rule in rules.overrides],
+        "splits": [SplitRule(rule.pattern, heads=rule.heads, sizes=rule.sizes) for rule in rules.split],
+    }
 
 
 def layout_of(config: Config) -> str:

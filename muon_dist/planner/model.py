@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from muon_dist.layout import Matrix, cut_parameter
 from muon_dist.model import build_model, count_parameters, flops_per_token
@@ -101,11 +102,10 @@ def describe_model(
     splits: Sequence[SplitRule] = (),
 ) -> Workload:
     """Build `model` (the block of a configuration) on the meta device and route it; no weight takes memory."""
-    with torch.device("meta"):
-        built = build_model(model, vocab_size=vocabulary, seed=0)
+    built = build_on_meta(model, vocabulary)
     table = route(built, overrides, splits)
     count = count_parameters(built)
-    config = built.config
+    config: Any = built.config
     decayed = [r.elements for r in table.select("adamw") if r.decay]
     plain = [r.elements for r in table.select("adamw") if not r.decay]
     return Workload(
@@ -120,6 +120,12 @@ def describe_model(
         hidden=int(config.hidden_size),
         vocabulary=vocabulary,
     )
+
+
+def build_on_meta(model: Mapping[str, Any], vocabulary: int) -> nn.Module:
+    """The model of a configuration's block, without memory."""
+    with torch.device("meta"):
+        return build_model(model, vocab_size=vocabulary, seed=0)
 
 
 def parameters_of(table: RoutingTable, algorithm: Any) -> tuple[PlannedParameter, ...]:

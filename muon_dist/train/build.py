@@ -85,7 +85,7 @@ def optimizer_factory(config: Config, table: RoutingTable, spectra: Path | None 
     if config.optimizer.name == "adamw":
         return AdamWFactory, {**shared, "lr": adamw.lr, "weight_decay": adamw.weight_decay}
     dtypes = {"ns_dtype": muon.ns_dtype, "wire_dtype": muon.wire_dtype}
-    rest = muon.model_dump(exclude=set(dtypes))
+    rest = muon.model_dump(exclude=set(dtypes), exclude_none=True)
     return MuonFactory, {
         **shared,
         **rest,

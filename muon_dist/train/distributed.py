@@ -1,21 +1,17 @@
-"""Processes of one run: meeting, and doing things once."""
+"""Processes of one run: how they meet."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from muon_dist.errors import ConfigError, MuonDistError
+from muon_dist.errors import ConfigError
 
-T = TypeVar("T")
-
-# Preparing data on the first rank may take hours; the others wait on gloo, whose timeout is this.
-_PATIENCE = timedelta(hours=24)
+PATIENCE = timedelta(hours=24).total_seconds()
+"""Seconds that ranks wait for the first one, which may prepare data for hours."""
 
 
 def rank() -> int:
@@ -90,93 +86,3 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-class _Outcome:
-    """What a piece of work on one rank came to; travels by pickle."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.value: Any = None
-        self.kind: type[MuonDistError] | None = None
-        self.text = ""
-        self.error: Exception | None = None
-        try:
-            self.value = work()
-        except Exception as error:
-            self.error = error
-            self.kind = type(error) if isinstance(error, MuonDistError) else MuonDistError
-            self.text = str(error) if isinstance(error, MuonDistError) else f"{type(error).__name__}: {error}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "error": None}  # its traceback does not pickle
-
-    def raise_here(self, elsewhere: bool) -> None:
-        """Raise what happened; on a rank that only heard of it, marked so that it is reported once."""
-        if self.kind is None:
-            return
-        if self.error is not None:
-            raise self.error
-        error = self.kind(self.text)
-        error.reported_elsewhere = elsewhere  # type: ignore[attr-defined]
-        raise error
-
-
-def once(work: Callable[[], T]) -> T:
-    """Run `work` on the first rank while the others wait, and give its (picklable) result to all.
-
-    An error there is raised on every rank, so that none is left waiting.
-    """
-    if world_size() == 1:
-        return work()
-    message: list[Any] = [_Outcome(work) if rank() == 0 else None]
-    own = message[0]
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    dist.broadcast_object_list(message, src=0, group=group)
-    dist.destroy_process_group(group)
-    outcome: _Outcome = own or message[0]
-    outcome.raise_here(elsewhere=True)
-    return cast(T, outcome.value)
-
-
-def everywhere(work: Callable[[], T]) -> T:
-    """Run `work` on every rank; an error on some is raised on all, and reported by the first rank that has it."""
-    if world_size() == 1:
-        return work()
-    own = _Outcome(work)
-    found: list[Any] = [None] * world_size()
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    dist.all_gather_object(found, (own.kind, own.text), group=group)
-    dist.destroy_process_group(group)
-    if own.error is not None:
-        own.error.reported_elsewhere = (own.kind, own.text) in found[: rank()]  # type: ignore[attr-defined]
-        raise own.error
-    for kind, text in found:
-        if kind is not None:
-            error = kind(text)
-            error.reported_elsewhere = True
-            raise error
-    return cast(T, own.value)
-
-
-def on_each_node(work: Callable[[], Any]) -> None:
-    """Run `work` on the first rank, then on the first process of every other node.
-
-    With a shared file system the later ones find everything done; without one, each node does its own.
-    """
-
-    def done() -> None:
-        work()
-
-    once(done)
-    if world_size() == 1:
-        return
-    own = _Outcome(done) if local_rank() == 0 and rank() != 0 else None
-    outcomes: list[Any] = [None] * world_size()
-    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    dist.all_gather_object(outcomes, own, group=group)
-    dist.destroy_process_group(group)
-    if own is not None:
-        own.raise_here(elsewhere=False)
-    for outcome in outcomes:
-        if outcome is not None:
-            outcome.raise_here(elsewhere=True)

@@ -14,12 +14,14 @@ import yaml
 from muon_dist.adapters.hf_callbacks import quiet_transformers
 from muon_dist.adapters.hf_guards import stop_text
 from muon_dist.adapters.hf_trainer import MuonTrainer, leave_deepspeed
-from muon_dist.checkpoint import Checkpoint, Ranks, newest_good, open_checkpoint
+from muon_dist.checkpoint import Checkpoint, newest_good, open_checkpoint
+from muon_dist.checkpoint import Ranks as CheckpointRanks
 from muon_dist.checkpoint.weights import record_step
 from muon_dist.config import Config
 from muon_dist.errors import Stopped
 from muon_dist.model import count_parameters
 from muon_dist.model.load import load_model, load_text_tokenizer
+from muon_dist.ranks import Ranks
 from muon_dist.routing import RoutingTable
 from muon_dist.train import build, corpus, distributed, environment, summary
 from muon_dist.train.folder import AUTO, RunFolder, Start, changed_settings, write_json
@@ -46,13 +48,14 @@ def train(
     joined = distributed.start(float(config.trainer.get("ddp_timeout", 1800)), use_cpu)
     try:
         folder = RunFolder(Path(run_dir if run_dir is not None else config.run_dir) / config.name)
-        start = distributed.once(lambda: _decide(folder, config, resume, overwrite))
+        ranks = Ranks.of_the_run(distributed.PATIENCE)
+        start = ranks.first(lambda: _decide(folder, config, resume, overwrite))
         checkpoint = _verified(folder, start.resume, float(config.trainer.get("ddp_timeout", 1800)))
         _say(f"run folder {folder.root}" + (f", resuming from {checkpoint.path}" if checkpoint else ""))
         started = time.perf_counter()
-        distributed.on_each_node(lambda: corpus.prepare(config))
+        ranks.first_of_each_node(lambda: corpus.prepare(config), distributed.local_rank())
         with StopSignals() if config.guards.signals else nullcontext() as signals:
-            trainer = _trainer(config, folder, start, time.perf_counter() - started, signals)
+            trainer = _trainer(config, folder, start, time.perf_counter() - started, ranks, signals)
             trainer.train(resume_from_checkpoint=checkpoint)
         _leave_if_stopped(trainer)
         return _finish(config, folder, trainer)
@@ -91,7 +94,7 @@ def _verified(folder: RunFolder, found: str | None, timeout: float) -> Checkpoin
     """The checkpoint to go on from, every byte of it checked; a damaged newest one gives way to the one before."""
     if found is None:
         return None
-    ranks = Ranks.of_the_run(timeout)
+    ranks = CheckpointRanks.of_the_run(timeout)
     if found == AUTO:
         return newest_good(folder.checkpoints, ranks, lambda text: print(f"warning: {text}", flush=True))
     return open_checkpoint(found, ranks)
@@ -105,14 +108,19 @@ def _leave_if_stopped(trainer: MuonTrainer) -> None:
             f"{stop_text(guards.stopped)}: all ranks stopped after step {trainer.state.global_step}; the newest "
             f"commit is {guards.committed}. Start the same command again to go on from it"
         )
-        error.reported_elsewhere = distributed.rank() != 0  # type: ignore[attr-defined]
+        error.reported_elsewhere = distributed.rank() != 0
         raise error
 
 
 def _trainer(
-    config: Config, folder: RunFolder, start: Start, preparation: float, signals: StopSignals | None = None
+    config: Config,
+    folder: RunFolder,
+    start: Start,
+    preparation: float,
+    ranks: Ranks,
+    signals: StopSignals | None = None,
 ) -> MuonTrainer:
-    tokenizer, datasets, args, model, table = distributed.everywhere(lambda: _parts(config, folder))
+    tokenizer, datasets, args, model, table = ranks.everywhere(lambda: _parts(config, folder))
     _say(table.render())
     count = count_parameters(model)
     train_bytes, _ = datasets.bytes_per_token
@@ -121,7 +129,7 @@ def _trainer(
         f"data {len(datasets.train):,} samples of {config.data.sequence_length} tokens, {train_bytes:.3f} bytes per "
         f"token, ready in {preparation:.1f} s; {distributed.world_size()} processes; {config.optimizer.name}"
     )
-    return distributed.everywhere(
+    return ranks.everywhere(
         lambda: build.make_trainer(
             config,
             folder,

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import muon_dist
+from muon_dist.numerics import newton_schulz
 from muon_dist.optim.muon import Muon
 from muon_dist.optim.reference import reference_step
 
@@ -103,7 +104,8 @@ def make_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
 
 
 def make_muon(model: nn.Module, case: Case) -> Muon:
-    groups = muon_dist.param_groups(model, lr=case.lr, weight_decay=0.1, adamw_lr=3e-3, adamw_weight_decay=0.05)
+    decay = None if case.muon.get("rule") == "hyperball" else 0.1
+    groups = muon_dist.param_groups(model, lr=case.lr, weight_decay=decay, adamw_lr=3e-3, adamw_weight_decay=0.05)
     return Muon(groups, ns_dtype=torch.float32, **case.muon)
 
 
@@ -237,7 +239,11 @@ class Truth:
         with torch.no_grad():
             for name, momentum in self.momentum.items():
                 options = {k: self.options[name][k] for k in keys}
-                reference_step(self.weights[name], gradients[name], momentum, self.matrices[name], **options)
+                steps, schedule, dtype = (options.pop(k) for k in ("ns_steps", "ns_schedule", "ns_dtype"))
+                reference_step(
+                    self.weights[name], gradients[name], momentum, self.matrices[name], **options,
+                    iteration=lambda u, a=steps, b=schedule, c=dtype: newton_schulz(u, a, b, c),
+                )  # fmt: skip
         for group in self.adamw.param_groups:
             group["lr"] = self.options[group["name"]]["lr"]
             group["params"][0].grad = gradients[group["name"]] * adamw_factor

@@ -42,8 +42,11 @@ def _steps(engine: Any, case: Case, first: int, last: int) -> None:
 
 def _state(optimizer: Any) -> list[torch.Tensor]:
     """Every state tensor of this rank, in the order of the groups."""
-    held = [optimizer.runtime.momentum[b] for b in sorted(optimizer.runtime.momentum)]
-    buffers = {id(b) for b in optimizer.runtime.binding.buffers}
+    runtime = optimizer.runtime
+    held = [runtime.momentum[b] for b in sorted(runtime.momentum)]
+    held += [t for numbers in runtime.memory.numbers.values() for t in numbers.values()]
+    held += [t for rows in runtime.memory.rows.values() for t in rows.values()]
+    buffers = {id(b) for b in runtime.binding.buffers}
     for p, state in optimizer.state.items():
         if id(p) not in buffers:
             held += [state["exp_avg"], state["exp_avg_sq"], state["step"]]
@@ -83,6 +86,15 @@ def _resume_all(cases: list[Case], folder: str, after_a_step: bool) -> None:
 def test_resume_continues_exactly(tmp_path, after_a_step):
     cases = CASES[1::2] if after_a_step else CASES
     run_ranks(_resume_all, 2, cases, str(tmp_path), after_a_step, timeout=400.0)
+
+
+@pytest.mark.parametrize("rule", ["normuon", "hyperball", "namo"])
+def test_resume_brings_back_what_a_rule_remembers(tmp_path, rule):
+    muon = {"rule": rule}
+    cases = [Case(0, muon=muon), Case(1, muon=muon), Case(2, "bf16", muon=muon),
+             Case(3, "bf16", zero={"sub_group_size": 400}, muon=muon)]  # fmt: skip
+    run_ranks(_resume_all, 2, cases, str(tmp_path), False, timeout=400.0)
+    run_ranks(_resume_all, 2, cases[1:2] + cases[3:], str(tmp_path), True, timeout=400.0)
 
 
 @pytest.mark.fp16

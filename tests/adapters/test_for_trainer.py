@@ -55,6 +55,22 @@ def test_rate_and_decay_come_from_the_arguments_of_the_trainer(tmp_path: Path) -
     assert rates(factory()(make_model("llama"), **options))["muon"] == (0.5, 0.0)
 
 
+def test_a_rule_without_weight_decay_leaves_that_of_the_trainer_to_adamw(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    factory, options = muon_dist.for_trainer(args, rule="hyperball", print_routing=False)
+    optimizer = factory()(make_model("llama"), **options)
+    assert [(g["name"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        ("muon", 0.0), ("adamw", 0.3), ("adamw_no_decay", 0.0),
+    ]  # fmt: skip
+    assert optimizer.param_groups[0]["rule"] == "hyperball"
+
+
+def test_what_a_rule_does_not_have_is_an_error_at_once(tmp_path: Path) -> None:
+    for given, words in (({"rule": "namo", "nesterov": True}, "nesterov"), ({"rule_options": {"b": 1}}, "'b'")):
+        with pytest.raises(ConfigError, match=words):
+            muon_dist.for_trainer(arguments(tmp_path), **given)
+
+
 def test_an_unknown_option_is_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'adam_lr' .did you mean 'adamw_lr'"):
         muon_dist.for_trainer(arguments(tmp_path), adam_lr=0.1)

@@ -37,7 +37,12 @@ class Run:
     """
 
     def __init__(
-        self, layout: str, kind: str = "llama", dtype: str = "fp32", config: dict[str, Any] | None = None
+        self,
+        layout: str,
+        kind: str = "llama",
+        dtype: str = "fp32",
+        config: dict[str, Any] | None = None,
+        muon: dict[str, Any] | None = None,
     ) -> None:
         self.layout = layout
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
@@ -50,6 +55,7 @@ class Run:
             lr=RATE,
             dtype=dtype,
             config=config or {},
+            muon=muon or {},
         )
         if layout.startswith("zero"):
             self.engine, self.optimizer = _engine(case)

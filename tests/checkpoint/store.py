@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from muon_dist.checkpoint import Contents, Extent, Holding, Piece, Ranks, Saver
+from muon_dist.checkpoint import Contents, Holding, Piece, Ranks, Saver
 from muon_dist.checkpoint.piece import run, whole
+from muon_dist.layout import Block
 
 DOCUMENTS = {"notes.json": b"{}", "hf/config.json": b"{}"}
 SHAPES = {"a": (7, 5), "b": (3,), "c": (4, 4, 2)}
@@ -45,7 +46,7 @@ def holding(shift: float, sharded: bool = True) -> tuple[Holding, dict[str, torc
     for i in range(columns.shape[1]):
         column = columns[:, i : i + 1].contiguous()
         tensors[f"column{i}"] = column
-        pieces.append(Piece("a", "columns", (7, 5), Extent.block(here.rank + i * here.size, 7, 1, 5), column))
+        pieces.append(Piece("a", "columns", (7, 5), Block.of(here.rank + i * here.size, 7, 1, 5), column))
     return Holding("test", pieces), tensors
 
 

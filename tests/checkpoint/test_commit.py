@@ -9,6 +9,7 @@ import torch
 
 from muon_dist.checkpoint import Checkpoint, commits, load, newest_good, open_checkpoint
 from muon_dist.errors import CheckpointError
+from muon_dist.layout import Block
 from tests.checkpoint.store import holding, ranks, save, values
 from tests.distributed import run_ranks
 
@@ -49,13 +50,13 @@ def test_any_world_size_loads_what_any_saved(tmp_path: Path, before: int, after:
 
 
 def _another_model(folder: str) -> None:
-    from muon_dist.checkpoint import Extent, Holding, Piece
+    from muon_dist.checkpoint import Holding, Piece
 
     held, tensors = holding(0)
     before = {n: t.clone() for n, t in tensors.items()}
-    extra = Piece("d", "weight", (2,), Extent.run(0, 2), torch.zeros(2))
-    swapped = Piece("b", "weight", (2, 2), Extent.run(0, 4), torch.zeros(4))
-    other = Piece("b", "exp_avg", (3,), Extent.run(0, 3), torch.zeros(3))
+    extra = Piece("d", "weight", (2,), Block.run(0, 2), torch.zeros(2))
+    swapped = Piece("b", "weight", (2, 2), Block.run(0, 4), torch.zeros(4))
+    other = Piece("b", "exp_avg", (3,), Block.run(0, 3), torch.zeros(3))
     checkpoint = open_checkpoint(Path(folder) / "checkpoint-1", ranks())
     kept = [p for p in held.pieces if (p.kind, p.name) != ("weight", "b")]
     for pieces, message in (
@@ -78,13 +79,13 @@ def test_another_model_is_refused_before_a_tensor_is_touched(tmp_path: Path) -> 
 
 def test_state_that_was_not_there_becomes_zero(tmp_path: Path) -> None:
     """A parameter that was never stepped has no state in the checkpoint; a fresh one is the same."""
-    from muon_dist.checkpoint import Contents, Extent, Holding, Piece, Saver
+    from muon_dist.checkpoint import Contents, Holding, Piece, Saver
     from muon_dist.checkpoint.piece import whole
 
     weight = torch.ones(3)
     Saver(tmp_path).save(whole("w", "weight", (3,), weight), Contents(1, "test"))
     momentum = torch.ones(3)
-    pieces = [*whole("w", "weight", (3,), weight), Piece("w", "momentum", (3,), Extent.run(0, 3), momentum)]
+    pieces = [*whole("w", "weight", (3,), weight), Piece("w", "momentum", (3,), Block.run(0, 3), momentum)]
     checkpoint = open_checkpoint(tmp_path / "checkpoint-1")
     assert checkpoint.weights_only
     load(checkpoint, Holding("test", pieces))
@@ -129,14 +130,14 @@ def _reads(folder: str) -> tuple[int, int]:
     class Counting(Checkpoint):
         def _read(self, stored, part):  # type: ignore[no-untyped-def]
             nonlocal read
-            for extent, found in super()._read(stored, part):
+            for block, found in super()._read(stored, part):
                 read += found.numel()
-                yield extent, found
+                yield block, found
 
     held, _ = holding(0)
     pieces = [p for p in held.pieces if p.kind == "momentum"]
     Counting.look(Path(folder) / "checkpoint-5").fill(pieces)
-    return read, sum(p.extent.numel for p in pieces)
+    return read, sum(p.block.numel for p in pieces)
 
 
 def test_a_rank_reads_what_it_holds_and_no_more(tmp_path: Path) -> None:

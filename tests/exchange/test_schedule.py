@@ -130,7 +130,7 @@ def two_copies_of_two_shards(**more: Any) -> OwnershipPlan:
     matrices = [cut_parameter(f"m{i}", (8, 8))[0] for i in range(8)]
     shards = [(0, 0), (1, 32), (2, 0), (3, 32)]  # rank, first element
     layouts = tuple(
-        MatrixLayout(m, tuple(Fragment(rank, first, 32, buffer, -first) for rank, first in shards))
+        MatrixLayout(m, tuple(Fragment.run(rank, first, 32, buffer, 0) for rank, first in shards))
         for buffer, m in enumerate(matrices)
     )
     return OwnershipPlan(Layout("dtensor", 4, layouts, **more), tuple(i % 4 for i in range(8)))
@@ -165,17 +165,17 @@ def test_buckets_that_overlap_are_smaller_where_something_moves():
     assert pipelined_elements(assign_owners(sliced), everything, 10**9) == 2**21
     assert pipelined_elements(assign_owners(sliced), range(4), 10**9) == 2**20, "no message below 4 MB"
     assert pipelined_elements(assign_owners(sliced), everything, 1000) == 1000, "never above the bound on memory"
-    alone = tuple(MatrixLayout(m, (Fragment(i % 2, 0, m.numel, i, 0),)) for i, m in enumerate(big))
+    alone = tuple(MatrixLayout(m, (Fragment.run(i % 2, 0, m.numel, i, 0),)) for i, m in enumerate(big))
     assert pipelined_elements(assign_owners(Layout("flat", 2, alone)), everything, 10**9) == 10**9
 
 
 def test_fragments_that_differ_along_a_column_are_not_relayed():
     (m,) = cut_parameter("m", (8, 8))
     uneven = [(0, 0, 32), (1, 32, 32), (2, 0, 16), (3, 16, 48)]  # rank, first element, length
-    layout = MatrixLayout(m, tuple(Fragment(rank, first, n, 0, -first) for rank, first, n in uneven))
+    layout = MatrixLayout(m, tuple(Fragment.run(rank, first, n, 0, 0) for rank, first, n in uneven))
     grid = {"domains": (0, 0, 1, 1), "columns": (0, 1, 0, 1)}
     assert not Layout("dtensor", 4, (layout,), **grid).relayed(0)
-    whole = MatrixLayout(m, tuple(Fragment(rank, 0, 64, 0, 0) for rank in range(4)))
+    whole = MatrixLayout(m, tuple(Fragment.run(rank, 0, 64, 0, 0) for rank in range(4)))
     assert Layout("dtensor", 4, (whole,), **grid).relayed(0)
     with pytest.raises(LayoutError, match="4 columns and 0 domains for 4 ranks"):
         Layout("dtensor", 4, (whole,), columns=(0, 1, 0, 1))

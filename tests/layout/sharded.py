@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.exchange.transport import Transport
-from muon_dist.layout import Layout, Matrix
+from muon_dist.layout import Layout, Matrix, view
 from muon_dist.optim.binding import Binding
 from muon_dist.optim.options import Options
-from muon_dist.optim.runtime import Runtime, Work, view
+from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.ownership import assign_owners
 
 
@@ -36,7 +36,7 @@ def round_trip(layout: Layout, shards: list[list[torch.Tensor]], wholes: dict[st
     seen = []
 
     def observe(m: Matrix, momentum: torch.Tensor, update: torch.Tensor) -> None:
-        wanted = wholes[m.parameter].as_strided((m.rows, m.cols), (m.stride, 1), m.start)
+        wanted = wholes[m.parameter].as_strided((m.rows, m.cols), (m.block.stride, 1), m.block.start)
         assert torch.equal(momentum, wanted), m.name
         assert torch.equal(update, 2 * wanted), m.name
         seen.append(m.name)
@@ -53,7 +53,6 @@ def round_trip(layout: Layout, shards: list[list[torch.Tensor]], wholes: dict[st
         for m in layout.matrices:
             for f in m.on(rank):
                 if f.buffer == i:
-                    for span in f.spans(m.matrix):
-                        view(expected, span).neg_()
+                    view(expected, f.local).neg_()
         assert torch.equal(buffer, expected)
     return len(seen)

@@ -6,14 +6,13 @@ import pytest
 import torch
 
 from muon_dist.errors import LayoutError
-from muon_dist.layout import Fragment, Layout, Matrix, MatrixLayout, cut_parameter, fragments_of_run
+from muon_dist.layout import Block, Fragment, Layout, Matrix, MatrixLayout, cut_parameter, fragments_of_run, view
 from muon_dist.layout.fragments import Fragments
 from muon_dist.layout.replicated import replicated_layout
-from muon_dist.optim.runtime import view
 
 
 def block_of(parameter: torch.Tensor, m: Matrix) -> torch.Tensor:
-    return parameter.as_strided((m.rows, m.cols), (m.stride, 1), m.start)
+    return view(parameter, m.block)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +64,7 @@ def test_cuts_that_do_not_fit(shape, options, message):
 
 
 def test_every_run_of_a_parameter_is_found_again_in_its_matrices():
-    """Random cuts of a parameter into runs on several ranks: the spans of all fragments rebuild every matrix."""
+    """Random cuts of a parameter into runs on several ranks: the fragments rebuild every matrix."""
     rng = random.Random(0)
     for _ in range(200):
         shape = rng.choice([(6, 8), (3, 4, 6), (8, 6), (1, 12), (12, 1)])
@@ -85,28 +84,25 @@ def test_every_run_of_a_parameter_is_found_again_in_its_matrices():
             fragments = [f for r, (a, b) in enumerate(runs) for f in fragments_of_run(m, r, a, b - a, 0, padding)]
             layout = MatrixLayout(m, tuple(fragments))  # checks the cover
             rebuilt = torch.full((m.numel,), -7.0)
-            for f in layout.sources(owner=rng.randrange(ranks)):
-                at = f.offset
-                for span in f.spans(m):
-                    assert span.offset == at
-                    rebuilt[at : at + span.rows * span.cols] = view(buffers[f.rank], span).reshape(-1)
-                    at += span.rows * span.cols
-                assert at == f.stop
+            sources = layout.sources(owner=rng.randrange(ranks))
+            for f in sources:
+                view(rebuilt, f.block).copy_(view(buffers[f.rank], f.local))
+            assert sum(f.length for f in sources) == m.numel
             assert torch.equal(rebuilt.view(m.rows, m.cols), block_of(parameter, m))
 
 
 def matrix(numel: int = 12) -> Matrix:
-    return Matrix("w", numel // 4, 4, 0, 4)
+    return Matrix("w", Block(0, numel // 4, 4, 4))
 
 
 @pytest.mark.parametrize(
     ("fragments", "message"),
     [
-        ([Fragment(0, 0, 5, 0, 0), Fragment(1, 6, 6, 0, 0)], "no rank holds elements 5..6"),
-        ([Fragment(0, 0, 11, 0, 0)], "no rank holds elements 11..12"),
-        ([Fragment(0, 0, 13, 0, 0)], "claims elements 0..13 of a matrix of 12"),
-        ([Fragment(0, 0, 8, 0, 0), Fragment(0, 4, 8, 0, 0)], "rank 0 holds element 4 twice"),
-        ([Fragment(0, 0, 12, 0, 0), Fragment(1, 0, 0, 0, 0)], "claims elements 0..0"),
+        ([Fragment.run(0, 0, 5, 0, 0), Fragment.run(1, 6, 6, 0, 6)], "no rank holds elements 5..6"),
+        ([Fragment.run(0, 0, 11, 0, 0)], "no rank holds elements 11..12"),
+        ([Fragment.run(0, 0, 13, 0, 0)], "claims elements 0..13 of a matrix of 12"),
+        ([Fragment.run(0, 0, 8, 0, 0), Fragment.run(0, 4, 8, 0, 4)], "rank 0 holds element 4 twice"),
+        ([Fragment.run(0, 0, 12, 0, 0), Fragment.run(1, 0, 0, 0, 0)], "claims elements 0..0"),
     ],
 )
 def test_a_layout_that_does_not_cover_is_refused(fragments, message):
@@ -115,12 +111,12 @@ def test_a_layout_that_does_not_cover_is_refused(fragments, message):
 
 
 def test_layout_checks_ranks_names_and_buffers():
-    whole = MatrixLayout(matrix(), (Fragment(2, 0, 12, 0, 0),))
+    whole = MatrixLayout(matrix(), (Fragment.run(2, 0, 12, 0, 0),))
     with pytest.raises(LayoutError, match="rank 2 of a world of 2"):
         Layout("flat", 2, (whole,))
     with pytest.raises(LayoutError, match="w stands in the layout twice"):
         Layout("flat", 3, (whole, whole))
-    two = MatrixLayout(matrix(), (Fragment(0, 0, 6, 0, 0), Fragment(1, 6, 6, 1, 0)))
+    two = MatrixLayout(matrix(), (Fragment.run(0, 0, 6, 0, 0), Fragment.run(1, 6, 6, 1, 6)))
     with pytest.raises(LayoutError, match="different buffers"):
         Layout("flat", 2, (two,))
 
@@ -130,20 +126,20 @@ def test_sources_prefer_the_owner_and_do_not_overlap():
     copies = MatrixLayout(
         matrix(),
         (
-            Fragment(0, 0, 6, 0, 0),
-            Fragment(1, 6, 6, 0, 0),
-            Fragment(2, 0, 6, 0, 0),
-            Fragment(3, 6, 6, 0, 0),
+            Fragment.run(0, 0, 6, 0, 0),
+            Fragment.run(1, 6, 6, 0, 6),
+            Fragment.run(2, 0, 6, 0, 0),
+            Fragment.run(3, 6, 6, 0, 6),
         ),
     )
-    assert [(f.rank, f.offset, f.length) for f in copies.sources(3)] == [(0, 0, 6), (3, 6, 6)]
+    assert [(f.rank, f.block.start, f.length) for f in copies.sources(3)] == [(0, 0, 6), (3, 6, 6)]
     everywhere = replicated_layout([[matrix()]], 3).matrices[0]
     assert [(f.rank, f.length) for f in everywhere.sources(2)] == [(2, 12)]
 
 
 def test_sources_stay_in_the_owners_domain():
     """HSDP with each copy on a node of its own: what owner 3 gathers comes from rank 2, not from the first copy."""
-    copies = MatrixLayout(matrix(), tuple(Fragment(rank, 6 * (rank % 2), 6, 0, -6 * (rank % 2)) for rank in range(6)))
+    copies = MatrixLayout(matrix(), tuple(Fragment.run(rank, 6 * (rank % 2), 6, 0, 0) for rank in range(6)))
     assert [f.rank for f in copies.sources(3, (0, 0, 1, 1, 2, 2))] == [2, 3]
     assert [f.rank for f in copies.sources(3)] == [0, 3]
     with pytest.raises(LayoutError, match="2 domains for 6 ranks"):
@@ -151,10 +147,10 @@ def test_sources_stay_in_the_owners_domain():
 
 
 def test_fragments_are_a_sequence_that_compares_by_value():
-    rows = [Fragment(r, 4 * r, 4, 0, -4 * r) for r in range(6)]
+    rows = [Fragment.run(r, 4 * r, 4, 0, 0) for r in range(6)]
     fragments = Fragments.of(rows)
     assert list(fragments) == rows and fragments[2] == rows[2] and list(fragments[1:3]) == rows[1:3]
     assert fragments == Fragments.of(rows) and hash(fragments) == hash(Fragments.of(rows))
     assert fragments != Fragments.of(rows[:5]) and list(fragments.on(3)) == [rows[3]]
-    other = [*rows[:5], Fragment(5, 20, 4, 0, -21)]
+    other = [*rows[:5], Fragment.run(5, 20, 4, 0, 20 - 21)]
     assert repr(Fragments.of(other)) != repr(fragments), "ranks compare plans by this"

@@ -162,7 +162,9 @@ def test_gathered_matrices_are_exact(world):
         size = torch.Size(shape).numel()
         whole = flat[at : at + size]
         for m in cut_parameter(name, shape, **CUTS.get(name, {})):
-            assert torch.equal(seen[m.name], whole.as_strided((m.rows, m.cols), (m.stride, 1), at + m.start)), m.name
+            assert torch.equal(
+                seen[m.name], whole.as_strided((m.rows, m.cols), (m.block.stride, 1), at + m.block.start)
+            ), m.name
         at += size
     assert len(seen) == MATRICES
 

@@ -101,12 +101,14 @@ def make_optimizer(layout: str, **options: object) -> tuple[Muon, list[torch.nn.
     return optimizer, [shard]
 
 
-def trained(layout: str, steps: int, options: dict) -> tuple[list[torch.Tensor], int, int, int]:
+def trained(layout: str, steps: int, options: dict, in_pairs: bool = True) -> tuple[list[torch.Tensor], int, int, int]:
     optimizer, tensors = make_optimizer(layout, **options)
+    optimizer.bound_runtime().transport.in_pairs = in_pairs
     for _ in range(steps):
         optimizer.step()
     runtime = optimizer.runtime
-    buckets = len(runtime._recipes_for(tuple(range(len(tensors)))))
+    (program,) = runtime.programs()
+    buckets = len(program.buckets)
     return [t.detach() for t in tensors], buckets, runtime.orthogonalized, runtime.transport.bytes_sent
 
 
@@ -119,9 +121,8 @@ def bind_copies(optimizer: Muon, parameters: list[torch.nn.Parameter], generator
     for i, p in enumerate(parameters):
         name, shape = f"m{i}", tuple(p.shape)
         whole = ShardedParameter(name, shape, (2, shards), tuple(range(world)), (None, 0), cut_parameter(name, shape))
-        first, last = whole.rows(rank % shards)
-        buffers.append(torch.nn.Parameter(p.detach()[first:last].clone()))
-        buffers[-1].grad = torch.randn(shape, generator=generator)[first:last].clone()
+        buffers.append(torch.nn.Parameter(p.detach().chunk(shards)[rank % shards].clone()))
+        buffers[-1].grad = torch.randn(shape, generator=generator).chunk(shards)[rank % shards].clone()
         placed.append(whole)
     optimizer.param_groups[0]["params"] = buffers
     layout, cpu = dtensor_layout(placed, world), torch.device("cpu")
@@ -153,12 +154,23 @@ def test_overlap_changes_no_bit(layout, world, wire):
     assert sum(calls for _, _, calls, _ in runs[0]) == 3 * len(SHAPES)
 
 
+@pytest.mark.parametrize("layout", ["sliced", "copies"])
+@pytest.mark.parametrize("wire", [None, torch.bfloat16])
+def test_the_all_to_all_of_accelerators_gives_the_same_bits(layout, wire):
+    """`dist.all_to_all_single`, which gloo has as well."""
+    options = {"bucket_mb": 0.5, "wire_dtype": wire}
+    for pair in zip(*(run_ranks(trained, 4, layout, 3, options, way) for way in (True, False)), strict=True):
+        (tensors, *counts), (others, *other_counts) = pair
+        assert all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
+        assert counts == other_counts
+
+
 def peak_of_a_step(layout: str, options: dict) -> tuple[int, float, int]:
-    optimizer, tensors = make_optimizer(layout, **options)
+    optimizer, _ = make_optimizer(layout, **options)
     optimizer.step()  # plans, and makes the momentum
     peak = peak_bytes(optimizer.step)
-    recipes = optimizer.runtime._recipes_for(tuple(range(len(tensors))))
-    return peak, options["bucket_mb"] * 2**20, len(recipes)
+    (program,) = optimizer.runtime.programs()
+    return peak, options["bucket_mb"] * 2**20, len(program.buckets)
 
 
 @pytest.mark.parametrize(("layout", "world"), [("replicated", 2), ("sliced", 2), ("copies", 4)])

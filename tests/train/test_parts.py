@@ -1,21 +1,18 @@
-"""Redaction, run folders, doing things once on many ranks."""
+"""Redaction, run folders, the number of a rank."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from muon_dist.config import load_config
-from muon_dist.errors import ConfigError, DataError
+from muon_dist.errors import ConfigError
 from muon_dist.train import distributed, environment
 from muon_dist.train.build import checkpoint_options
 from muon_dist.train.folder import RunFolder, Start, changed_settings
 from muon_dist.train.summary import rows, show
-from tests.distributed import run_ranks
 
 # ---- secrets
 
@@ -95,84 +92,6 @@ def test_changed_settings() -> None:
 
 
 # ---- ranks
-
-
-def _once_each() -> tuple[int, list[int]]:
-    calls: list[int] = []
-    value = distributed.once(lambda: calls.append(dist.get_rank()) or 40 + dist.get_rank())
-    return value, calls
-
-
-def test_once_runs_on_the_first_rank_alone() -> None:
-    assert run_ranks(_once_each, 3) == [(40, [0]), (40, []), (40, [])]
-
-
-def _once_fails() -> tuple[str, str, bool]:
-    def fail() -> None:
-        raise DataError("a.txt: byte 7 is not UTF-8")
-
-    try:
-        distributed.once(fail)
-    except DataError as error:
-        return type(error).__name__, str(error), getattr(error, "reported_elsewhere", False)
-    raise AssertionError("no error")
-
-
-def test_an_error_on_the_first_rank_reaches_all_and_is_reported_once() -> None:
-    message = "a.txt: byte 7 is not UTF-8"
-    assert run_ranks(_once_fails, 3) == [
-        ("DataError", message, False),
-        ("DataError", message, True),
-        ("DataError", message, True),
-    ]
-
-
-def _on_each_node(local_ranks: list[int]) -> list[int]:
-    os.environ["LOCAL_RANK"] = str(local_ranks[dist.get_rank()])
-    calls: list[int] = []
-    distributed.on_each_node(lambda: calls.append(dist.get_rank()))
-    return calls
-
-
-def test_each_node_does_its_own_once() -> None:
-    """Two nodes of two processes."""
-    assert run_ranks(_on_each_node, 4, [0, 1, 0, 1]) == [[0], [], [2], []]
-
-
-def _second_node_fails() -> str:
-    os.environ["LOCAL_RANK"] = "0"
-
-    def work() -> None:
-        if dist.get_rank() == 1:
-            raise DataError("disk full")
-
-    try:
-        distributed.on_each_node(work)
-    except DataError as error:
-        return str(error)
-    return "no error"
-
-
-def test_an_error_on_another_node_reaches_all() -> None:
-    assert run_ranks(_second_node_fails, 2) == ["disk full", "disk full"]
-
-
-def _some_fail(failing: list[int]) -> tuple[str, bool]:
-    def work() -> int:
-        if dist.get_rank() in failing:
-            raise DataError(f"shard {failing[0]} is damaged")
-        return dist.get_rank()
-
-    try:
-        return str(distributed.everywhere(work)), False
-    except DataError as error:
-        return str(error), error.reported_elsewhere  # type: ignore[attr-defined]
-
-
-def test_everywhere_agrees_on_failure() -> None:
-    assert run_ranks(_some_fail, 3, []) == [("0", False), ("1", False), ("2", False)]
-    text = "shard 1 is damaged"
-    assert run_ranks(_some_fail, 3, [1, 2]) == [(text, True), (text, False), (text, True)]
 
 
 def test_a_rank_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:

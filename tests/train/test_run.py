@@ -18,6 +18,7 @@ from muon_dist.checkpoint.weights import Weights
 from muon_dist.config import load_config
 from muon_dist.errors import CheckpointError, ConfigError, DataError
 from muon_dist.model.load import load_model, load_text_tokenizer
+from muon_dist.optim.rules import RULES
 from muon_dist.report.run_page import status, tiles
 from muon_dist.report.run_record import read_run
 from muon_dist.train import run
@@ -147,6 +148,22 @@ def test_adamw_is_one_line_away(finished: dict[str, Any], workspace: Path, tmp_p
     parameters = {name for kind, name in checkpoint.manifest.tensors if kind == "weight"}
     assert checkpoint.states.keys() == parameters
     assert all(kinds.keys() == {"step", "exp_avg", "exp_avg_sq"} for kinds in checkpoint.states.values())
+
+
+@pytest.mark.parametrize(("rule", "options"), [("normuon", {"beta2": 0.9}), ("hyperball", {}), ("namo", {"mu2": 0.9})])
+def test_a_rule_is_one_line_away_and_resumes(workspace: Path, tmp_path: Path, rule: str, options: dict) -> None:
+    chosen = [f"optimizer.muon.rule={rule}", f"optimizer.muon.rule_options={json.dumps(options)}"]
+    halted = [*chosen, "run_dir=" + str(tmp_path), "trainer.max_steps=4", "trainer.save_steps=2"]
+    out = train(workspace / "tiny.yaml", halted)
+    whole = weights(out["model"])
+    (tmp_path / "tiny" / "checkpoints" / "checkpoint-4" / "manifest.json").unlink()
+    kinds = set(Checkpoint.look(tmp_path / "tiny" / "checkpoints" / "checkpoint-2").manifest.kinds())
+    assert kinds > {"weight", "momentum", "exp_avg"}
+    assert {*RULES[rule].row_memory, *RULES[rule].matrix_memory} <= kinds
+    (tmp_path / "tiny" / "summary.json").unlink()
+    assert same(weights(train(workspace / "tiny.yaml", halted, resume="auto")["model"]), whole)
+    with pytest.raises(CheckpointError, match="trained by another algorithm or rule"):
+        train(workspace / "tiny.yaml", [*halted[2:], "trainer.max_steps=6"], resume="auto")
 
 
 def test_epochs_become_steps(workspace: Path, tmp_path: Path) -> None:

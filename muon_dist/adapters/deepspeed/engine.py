@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from muon_dist.adapters.deepspeed.checks import check_engine, one_group
 from muon_dist.adapters.deepspeed.gradients import Clip, is_finite
-from muon_dist.adapters.deepspeed.layouts import stage0, stage3, stage12
+from muon_dist.adapters.deepspeed.layouts import parts
 from muon_dist.errors import FrameworkError
 from muon_dist.optim.adamw import adamw_state
 from muon_dist.optim.binding import Binding, Bound, NotReady
@@ -120,19 +120,18 @@ def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
     check_engine(engine, optimizer)
     wrapper: Any = engine.optimizer
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-        layout, buffers, groups, others = stage3(wrapper, optimizer)
-        group = one_group(wrapper.dp_process_group, wrapper.sub_group_process_groups)
+        one_group(wrapper.dp_process_group, wrapper.sub_group_process_groups)
     elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
-        layout, buffers, groups, others = stage12(wrapper, optimizer)
-        group = one_group(wrapper.dp_process_group, wrapper.real_dp_process_group)
+        one_group(wrapper.dp_process_group, wrapper.real_dp_process_group)
     elif isinstance(wrapper, (FP16_UnfusedOptimizer, Muon)):
-        layout, buffers, groups, others = stage0(engine, optimizer)
-        group = engine.seq_data_parallel_group
-        hooked: Any = wrapper  # hooks of the engine, see `_stage0`
+        # DeepSpeed saves the optimizer of rank 0 alone, while momentum lives on its owners. It calls this hook on all
+        # ranks before a save.
+        hooked: Any = wrapper
         hooked.checkpoint_event_prologue = optimizer.gather_state
         hooked.checkpoint_event_epilogue = optimizer.release_state
     else:
         raise FrameworkError(f"Muon is inside a {type(wrapper).__name__}, of which muon_dist does not know the layout")
+    layout, buffers, groups, others, group = parts(engine, optimizer)
     for tensor in (*buffers, *others):
         if tensor.dtype != torch.float32 and not isinstance(wrapper, Muon):
             raise FrameworkError(f"master weights in {tensor.dtype}: leave out *_master_weights_and_grads")

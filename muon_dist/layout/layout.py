@@ -1,4 +1,4 @@
-"""Where the pieces of every matrix live, as frozen data that checks itself.
+"""Which rank holds which fragments of every matrix, as frozen data that checks itself.
 
 A parameter is cut into matrices (one per weight, head or expert); a rank holds fragments of matrices inside local
 tensors called buffers. Everything that differs between DDP, ZeRO and FSDP2 is in this data; no code asks which
@@ -14,10 +14,9 @@ from functools import cached_property
 import numpy as np
 
 from muon_dist.errors import LayoutError
-from muon_dist.layout.fragments import Fragments
-from muon_dist.layout.matrix import Fragment, Matrix, Span, cut_parameter
-
-__all__ = ["Fragment", "Layout", "Matrix", "MatrixLayout", "Span", "cut_parameter", "fragments_of_run"]
+from muon_dist.layout.cover import check_cover
+from muon_dist.layout.fragments import Fragment, Fragments
+from muon_dist.layout.matrix import Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,28 +35,7 @@ class MatrixLayout:
         f = Fragments.of(self.fragments)
         object.__setattr__(self, "fragments", f)
         if not f.tiles(self.matrix.numel):
-            self._check()
-
-    def _check(self) -> None:
-        f = self.fragments
-        name, numel = self.matrix.name, self.matrix.numel
-        outside = np.flatnonzero((f.length <= 0) | (f.offset < 0) | (f.stop > numel))
-        if len(outside):
-            bad = f[int(outside[0])]
-            raise LayoutError(
-                f"{name}: rank {bad.rank} claims elements {bad.offset}..{bad.stop} of a matrix of {numel}"
-            )
-        by_rank = np.lexsort((f.offset, f.rank)) if len(f) > 1 else np.arange(len(f))
-        ranks, offsets, stops = f.rank[by_rank], f.offset[by_rank], f.stop[by_rank]
-        twice = np.flatnonzero((ranks[1:] == ranks[:-1]) & (offsets[1:] < stops[:-1])) + 1
-        if len(twice):
-            raise LayoutError(f"{name}: rank {ranks[twice[0]]} holds element {offsets[twice[0]]} twice")
-        by_offset = np.argsort(f.offset, kind="stable") if len(f) > 1 else np.arange(len(f))
-        begins = np.append(f.offset[by_offset], numel)
-        covered = np.maximum.accumulate(np.append(0, f.stop[by_offset]))
-        gap = np.flatnonzero(begins > covered)
-        if len(gap):
-            raise LayoutError(f"{name}: no rank holds elements {covered[gap[0]]}..{begins[gap[0]]}")
+            check_cover(f, self.matrix)
 
     @property
     def buffer(self) -> int:
@@ -79,37 +57,49 @@ class MatrixLayout:
         return held
 
     def sources(self, owner: int, domains: Sequence[int] = ()) -> Fragments:
-        """A cover of the matrix without overlap, the owner's own fragments first; momentum lives on these.
+        """A cover of the matrix without overlap, in the order of the matrix; momentum lives on these.
 
-        Of copies, one on a rank of the owner's own domain is taken before others, then the one that reaches furthest,
-        then the lowest rank. A source may be a part of a fragment where copies overlap. Deterministic: every rank
-        computes the same.
+        If several ranks hold a copy, prefer the owner itself, then a rank of the owner's own copy of the model, then
+        the fragment that reaches furthest, then the lowest rank. A source may be a part of a fragment where copies
+        overlap. Deterministic: every rank computes the same.
         """
         own = self.on(owner)
         if int(own.length.sum()) == self.matrix.numel:
-            return own.chosen(np.argsort(own.offset))
+            return own.chosen(np.argsort(own.start, kind="stable"))
         domain = np.asarray(domains)
         own_copy = (
             self.fragments.chosen(domain[self.fragments.rank] == domain[owner]) if len(domain) else self.fragments
         )
         if int(own_copy.length.sum()) == self.matrix.numel:  # no copies, or none in the owner's domain
-            return own_copy.chosen(np.argsort(own_copy.offset))
+            return own_copy.chosen(np.argsort(own_copy.start, kind="stable"))
         near = set(own_copy.rank.tolist()) if len(domain) else set()
+        if self.fragments.all_runs:
+            return self._runs(own, near, owner)
+        best: dict[int, Fragment] = {}  # copies of blocks are equal: one holder of each
+        for f in sorted(self.fragments, key=lambda f: (f.rank != owner, f.rank not in near, f.rank)):
+            best.setdefault(f.block.start, f)
+        if sum(f.length for f in best.values()) != self.matrix.numel:
+            raise LayoutError(f"{self.matrix.name}: its copies are cut into different blocks")
+        return Fragments.of(sorted(best.values(), key=lambda f: f.block.start))
+
+    def _runs(self, own: Fragments, near: set[int], owner: int) -> Fragments:
+        """`sources` of runs, whose copies may be cut at different places."""
         others = [f for f in self.fragments if f.rank != owner]
-        ordered = sorted(own, key=lambda f: f.offset)
+        ordered = sorted(own, key=lambda f: f.block.start)
         cover = list(ordered)
         at = 0
         for f in (*ordered, None):
-            stop = f.offset if f is not None else self.matrix.numel
+            stop = f.block.start if f is not None else self.matrix.numel
             while at < stop:
-                holding = (o for o in others if o.offset <= at < o.stop)
-                best = max(holding, key=lambda o: (o.rank in near, o.stop, -o.rank))
-                reach = min(best.stop, stop)
-                cover.append(Fragment(best.rank, at, reach - at, best.buffer, best.origin))
+                holding = (o for o in others if o.block.start <= at < o.block.stop)
+                best = max(holding, key=lambda o: (o.rank in near, o.block.stop, -o.rank))
+                reach = min(best.block.stop, stop)
+                position = best.local.start + at - best.block.start
+                cover.append(Fragment.run(best.rank, at, reach - at, best.buffer, position))
                 at = reach
             if f is not None:
-                at = f.stop
-        return Fragments.of(sorted(cover, key=lambda f: f.offset))
+                at = f.block.stop
+        return Fragments.of(sorted(cover, key=lambda f: f.block.start))
 
 
 @dataclass(frozen=True)
@@ -125,8 +115,9 @@ class Layout:
             need not agree first on which are missing.
         domains: for each rank a number that ranks near each other share (HSDP: the copy of the model, usually a node).
             Of copies, those of the owner's own domain are its sources. Empty: all are alike.
-        columns: for each rank a number that ranks share which can broadcast among each other and hold the same part of
-            every copy: all under DDP, those of one shard under HSDP. See `relayed`. Empty: there are no copies.
+        columns: replica-group id per rank: ranks with equal ids hold the same shard in different copies of the model
+            (all ranks under DDP, those of one shard under HSDP) and can broadcast among each other. See `relayed`.
+            Empty: there are no copies.
     """
 
     kind: str
@@ -174,8 +165,8 @@ class Layout:
         copies = len(set(self.domains))
         if len(f) % copies:
             return False
-        order = np.lexsort((f.offset, column, domain))
-        by_copy = np.stack([domain, column, f.offset, f.length])[:, order].reshape(4, copies, -1)
+        order = np.lexsort((f.start, column, domain))
+        by_copy = np.stack([domain, column, f.start, f.length, f.cols])[:, order].reshape(5, copies, -1)
         each_its_own = (by_copy[0] == by_copy[0, :, :1]).all() and len(set(by_copy[0, :, 0].tolist())) == copies
         return bool(each_its_own and (by_copy[1:] == by_copy[1:, :1]).all())
 
@@ -193,24 +184,7 @@ class Layout:
         yield "domains", self.domains
         yield "columns", self.columns
         for m in self.matrices:
-            x = m.matrix
-            yield f"{x.name}: shape", (x.rows, x.cols)
-            yield f"{x.name}: place in the parameter", (x.start, x.stride, x.transposed)
-            yield f"{x.name}: fragments", m.fragments
-
-
-def fragments_of_run(matrix: Matrix, rank: int, start: int, length: int, buffer: int, position: int) -> list[Fragment]:
-    """The fragment (one or none) of `matrix` within the run `[start, start + length)` of the flattened parameter that
-    `rank` holds at `position` of `buffer`.
-
-    For a layout of one's own, whose slices are not equal as those of `fragments.slices_of` are.
-
-    Row-major order makes the intersection of a run of the parameter with a block a run of the block.
-    """
-
-    def elements_before(at: int) -> int:
-        row, column = divmod(at - matrix.start, matrix.stride)
-        return min(max(row * matrix.cols + min(max(column, 0), matrix.cols), 0), matrix.numel)
-
-    first, last = elements_before(start), elements_before(start + length)
-    return [Fragment(rank, first, last - first, buffer, position - start)] if last > first else []
+            block = m.matrix.block
+            yield f"{m.matrix.name}: shape", (block.rows, block.cols)
+            yield f"{m.matrix.name}: place in the parameter", (block.start, block.stride, m.matrix.transposed)
+            yield f"{m.matrix.name}: fragments", m.fragments

@@ -1,0 +1,100 @@
+"""What Muon remembers, as DTensors, so that torch.distributed.checkpoint saves and reshards it by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from muon_dist.adapters.fsdp2.storage import local_part
+from muon_dist.errors import FrameworkError
+from muon_dist.layout import ShardedParameter
+from muon_dist.ownership import OwnershipPlan
+
+
+class _SourceMesh(DeviceMesh):
+    """A mesh that only names its ranks: nothing is sent over it, so it has no process groups."""
+
+    def __init__(self, device_type: str, ranks: Any) -> None:
+        super().__init__(device_type, ranks, _init_backend=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # torch's own also asks for the process groups
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "_dim_group_names":  # what DTensor asks for before it communicates
+            raise AttributeError(name)
+        raise FrameworkError(
+            "this part of the optimizer's state lies on some ranks of the mesh only (momentum under HSDP, and what a "
+            "rule keeps on the owner of a matrix) and is not gathered as a tensor: save sharded "
+            "(torch.distributed.checkpoint without full_state_dict; SHARDED_STATE_DICT under accelerate)"
+        )
+
+
+class DTensorState:
+    """Momentum and the owners' memory as DTensors.
+
+    Momentum without copies is placed like its parameter. With copies (HSDP) only the sources hold it: a DTensor over
+    just those ranks, cut as the parameter is. If the matrices of one parameter (heads, experts) have their sources in
+    different copies, there is no such mesh, and all copies keep the momentum of that parameter. What an owner keeps of
+    a matrix is a DTensor over that rank alone.
+    """
+
+    def __init__(self, parameters: list[Any], placed: list[ShardedParameter], group: dist.ProcessGroup) -> None:
+        self._parameters = parameters
+        self._placed = placed
+        self._ranks = dist.get_process_group_ranks(group)
+        self._meshes: dict[tuple[Any, ...], DeviceMesh] = {}
+        self._sources: list[tuple[int, ...] | None] = []
+
+    def everywhere(self, plan: OwnershipPlan) -> set[int]:
+        """Buffers of which some shard has sources on more than one rank."""
+        found: list[list[set[int]]] = [[set() for _ in p.shards()] for p in self._placed]
+        shard_of = [{rank: i for i, holders in enumerate(p.shards()) for rank in holders} for p in self._placed]
+        for fragments in plan.sources:
+            for buffer, rank in zip(fragments.buffer.tolist(), fragments.rank.tolist(), strict=True):
+                found[buffer][shard_of[buffer][rank]].add(rank)
+        self._sources = []
+        for p, shards in zip(self._placed, found, strict=True):
+            if any(len(ranks) > 1 for ranks in shards):
+                self._sources.append(None)
+                continue
+            # An empty shard has no source; any of its holders may stand in the mesh.
+            self._sources.append(
+                tuple(min(ranks) if ranks else holders[0] for ranks, holders in zip(shards, p.shards(), strict=True))
+            )
+        return {buffer for buffer, ranks in enumerate(self._sources) if ranks is None}
+
+    def _mesh(self, device_type: str, ranks: tuple[int, ...], shape: tuple[int, ...]) -> DeviceMesh:
+        """A mesh over ranks of the layout; one object for all equal ones."""
+        key = (ranks, shape)
+        if key not in self._meshes:
+            self._meshes[key] = _SourceMesh(device_type, torch.tensor([self._ranks[r] for r in ranks]).view(shape))
+        return self._meshes[key]
+
+    def momentum(self, plan: OwnershipPlan, buffer: int, momentum: torch.Tensor | None) -> torch.Tensor:
+        """`momentum` without a copy, as a DTensor; an empty part on ranks that keep none."""
+        p, placed, ranks = self._parameters[buffer], self._placed[buffer], self._sources[buffer]
+        mesh, placements = p.device_mesh, p.placements
+        if ranks is not None and len(ranks) < mesh.size():
+            cut = [i for i, placement in enumerate(placements) if type(placement) is not Replicate]
+            # A parameter that no axis cuts lies whole on its one source.
+            shape = tuple(placed.mesh_shape[i] for i in cut) or (1,)
+            mesh = self._mesh(mesh.device_type, ranks, shape)
+            placements = tuple(placements[i] for i in cut) or (Replicate(),)
+        if momentum is None:
+            momentum = torch.empty(0, dtype=torch.float32, device=local_part(p).device)
+        return DTensor.from_local(momentum, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
+
+    def rows(self, plan: OwnershipPlan, matrix: int, rows: torch.Tensor | None) -> torch.Tensor:
+        """What the owner of a matrix keeps for its output features, as a DTensor; an empty part on the others."""
+        layout = plan.layout.matrices[matrix]
+        p = self._parameters[layout.buffer]
+        mesh = self._mesh(p.device_mesh.device_type, (plan.owners[matrix],), (1,))
+        if rows is None:
+            rows = torch.empty(0, dtype=torch.float32, device=local_part(p).device)
+        shape = torch.Size((layout.matrix.fan[0],))
+        return DTensor.from_local(rows, mesh, (Shard(0),), run_check=False, shape=shape, stride=(1,))

@@ -1,0 +1,110 @@
+"""Where DTensors lie. The only place that reads placements; layouts, checkpoints and checks of copies use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from muon_dist.errors import FrameworkError, LayoutError
+from muon_dist.layout import Matrix, ShardedParameter
+from muon_dist.layout.cuts import Cut
+
+_FSDP1 = (
+    "{name} belongs to FSDP1 (FullyShardedDataParallel), which flattens parameters so that no matrix is left: use "
+    "FSDP2, that is torch.distributed.fsdp.fully_shard, or fsdp_version=2 in accelerate and the Trainer"
+)
+
+
+def check_parameter(name: str, parameter: Any) -> None:
+    """Raise FrameworkError for a parameter that FSDP1 has flattened; it marks them."""
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise FrameworkError(_FSDP1.format(name=name))
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor."""
+    return isinstance(tensor, DTensor)
+
+
+@torch.no_grad()
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part; under no_grad `to_local` is the DTensor's own storage, so that a write reaches it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def local_parts(parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """This rank's part of a parameter and of its gradient, which is first placed as the parameter is."""
+    gradient = parameter.grad
+    if not isinstance(parameter, DTensor):
+        return parameter, gradient
+    if isinstance(gradient, DTensor):
+        if gradient.placements != parameter.placements:
+            gradient = gradient.redistribute(placements=parameter.placements)
+        gradient = gradient.to_local()
+    return parameter._local_tensor, gradient  # as to_local, without the view that torch makes for a Parameter
+
+
+def sharded(
+    name: str,
+    tensor: Any,
+    matrices: tuple[Matrix, ...] = (),
+    rank_of: Callable[[int], int] = lambda rank: rank,
+) -> ShardedParameter:
+    """Where a DTensor lies on its mesh.
+
+    Args:
+        name: for messages.
+        tensor: the DTensor.
+        matrices: how it is cut into matrices.
+        rank_of: from global ranks to those of the layout.
+
+    Raises:
+        FrameworkError: a placement that does not say which elements a rank holds, or this rank holds another number
+            of elements than its placement says.
+    """
+    mesh = tensor.device_mesh
+    cuts = tuple(_cut(name, placement, mesh, axis) for axis, placement in enumerate(tensor.placements))
+    ranks = tuple(rank_of(rank) for rank in mesh.mesh.flatten().tolist())
+    try:
+        found = ShardedParameter(name, tuple(tensor.shape), tuple(mesh.mesh.shape), ranks, cuts, matrices)
+    except LayoutError as error:
+        raise FrameworkError(f"{name} is placed {tensor.placements}: {error}") from error
+    own = int(found.fragments(0).on(rank_of(torch.distributed.get_rank())).length.sum())
+    if own != local_part(tensor).numel():
+        raise FrameworkError(
+            f"{name} of shape {tuple(tensor.shape)} is placed {tensor.placements} over a mesh of "
+            f"{tuple(mesh.mesh.shape)}: this rank should hold {own} elements of it, and holds "
+            f"{local_part(tensor).numel()}"
+        )
+    return found
+
+
+def _cut(name: str, placement: Placement, mesh: DeviceMesh, axis: int) -> Cut | None:
+    """The cut that a placement makes along an axis of the mesh. By exact type: a strided shard is a subclass."""
+    if type(placement) is Replicate:
+        return None
+    if type(placement) is Shard:
+        return placement.dim, 1
+    split_factor = getattr(placement, "split_factor", None)
+    if split_factor is not None:  # _StridedShard: what fully_shard makes of a tensor that is cut already
+        return int(placement.dim), int(split_factor)  # type: ignore[attr-defined]
+    label = f"'{mesh.mesh_dim_names[axis]}'" if mesh.mesh_dim_names else str(axis)
+    advice = "its value is a sum not yet taken: redistribute it to Replicate or Shard" if placement.is_partial() else (
+        "this placement is unknown"
+    )  # fmt: skip
+    raise FrameworkError(f"{name} is placed {placement} over mesh axis {label}: {advice}, or send it to adamw")
+
+
+def replica_groups(tensor: Any) -> list[Any]:
+    """The process groups over which copies of this rank's shard lie, one for each such axis of the mesh."""
+    mesh = tensor.device_mesh
+    return [
+        mesh.get_group(axis)
+        for axis, placement in enumerate(tensor.placements)
+        if type(placement) is Replicate and mesh.size(axis) > 1
+    ]

@@ -1,0 +1,69 @@
+"""What Muon remembers, as pieces of a checkpoint: momentum, and whatever the rule keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from muon_dist.checkpoint.piece import MOMENTUM, Piece, clean_name, run, whole
+from muon_dist.optim.muon import Muon
+from muon_dist.optim.runtime import Runtime
+
+
+def kept_by_all(optimizer: Muon) -> set[int]:
+    """`id()` of the parameters whose momentum every holder keeps, not its sources alone (`Binding.everywhere`)."""
+    runtime = optimizer.bound_runtime()
+    return {id(runtime.binding.buffers[buffer]) for buffer in runtime.binding.everywhere(runtime.plan)}
+
+
+def muon_pieces(optimizer: Muon) -> list[Piece]:
+    """Momentum that this rank is a source of, and the memory of the rule, as live pieces by parameter.
+
+    No element of momentum is listed by two ranks. Parameters of which every holder keeps the momentum (`kept_by_all`)
+    are left out: their copies are equal, and a load must fill them all.
+    """
+    runtime = optimizer.bound_runtime()
+    kept = kept_by_all(optimizer)
+    shapes = {spec.name: spec.shape for specs in optimizer.specs for spec in specs}
+    pieces: list[Piece] = []
+    for buffer in range(len(runtime.binding.buffers)):
+        if id(runtime.binding.buffers[buffer]) not in kept:
+            pieces += _momentum(runtime, buffer, shapes)
+        pieces += _memory(runtime, buffer)
+    return pieces
+
+
+def _momentum(runtime: Runtime, buffer: int, shapes: dict[str, tuple[int, ...]]) -> Iterator[Piece]:
+    for matrix, f, part in runtime.momentum_pieces(buffer):
+        name = matrix.parameter
+        blocks = matrix.block.inside(f.block)
+        # A run that crosses rows of a matrix with gaps is several blocks of the parameter.
+        parts = [part] if len(blocks) == 1 else part.view(-1).split([b.numel for b in blocks])
+        for block, live in zip(blocks, parts, strict=True):
+            shaped = live.view(-1) if block.rows == 1 else live.view(block.rows, block.cols)
+            yield Piece(clean_name(name), MOMENTUM, shapes[name], block, shaped)
+
+
+def _memory(runtime: Runtime, buffer: int) -> Iterator[Piece]:
+    """Of a parameter: numbers of its matrices, on all ranks; numbers of their output features, on the owners."""
+    memory, layouts = runtime.memory, runtime.plan.layout.matrices
+    everyone = tuple(range(runtime.transport.world_size)) if runtime.transport.world_size > 1 else ()
+    parameters: dict[str, list[int]] = {}
+    for i in memory.matrices[buffer]:
+        parameters.setdefault(layouts[i].matrix.parameter, []).append(i)
+    at = 0
+    for name, members in parameters.items():
+        for kind, numbers in memory.numbers[buffer].items():
+            yield from whole(clean_name(name), kind, (len(members),), numbers[at : at + len(members)], everyone)
+        at += len(members)
+        for kind in memory.row_names[buffer]:
+            yield from _rows(clean_name(name), kind, [(memory.features(i), memory.rows[kind].get(i)) for i in members])
+
+
+def _rows(name: str, kind: str, parts: list[tuple[int, torch.Tensor | None]]) -> Iterator[Piece]:
+    total, at = sum(features for features, _ in parts), 0
+    for features, rows in parts:
+        if rows is not None:
+            yield from run(name, kind, (total,), at, rows)
+        at += features

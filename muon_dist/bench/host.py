@@ -1,0 +1,181 @@
+"""What a step costs the host: the operations that one rank of many dispatches, on the meta device.
+
+The process group is torch's `fake` one, and no tensor has memory. So one process stands for any rank of any number.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from muon_dist.exchange.transport import Transport
+from muon_dist.layout import Layout
+from muon_dist.optim.binding import Binding
+from muon_dist.optim.groups import param_groups
+from muon_dist.optim.muon import Muon
+from muon_dist.planner.model import PlannedParameter, Settings, Workload
+from muon_dist.planner.placement import place
+from muon_dist.ranks import Ranks
+from muon_dist.routing import RoutingTable
+
+META = torch.device("meta")
+_TIMED = 20
+PER_NODE = 8
+"""Ranks that share one copy of the model under HSDP."""
+
+
+class _Without(Transport):
+    """Messages are counted and never arrive: what depends on their values has the usual answer."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.ranks = Ranks()  # agrees with itself
+
+    def highest(self, values: torch.Tensor) -> list[int]:
+        self.collectives += 1
+        return [1] * values.numel()  # every gradient is there, and finite
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the calls of aten, views included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func.name().partition("::")
+        if namespace == "aten":
+            self.calls[name.partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def measure(
+    model: nn.Module, table: RoutingTable, workload: Workload, settings: Settings, layout: str, ranks: int, rank: int
+) -> dict[str, Any]:
+    """The operations and the host time of an optimizer step.
+
+    Args:
+        model, table: on the meta device, and how it is routed.
+        workload, settings: of the planner, for the same model.
+        layout: one of the planner's.
+        ranks, rank: how many, and which one is measured.
+
+    Returns:
+        `operations`: aten calls of a step, views included; Newton-Schulz is replaced by nothing. `by_kind`: the same
+        by name. `newton_schulz`: the stacks and matrices that it would have orthogonalized. `collectives`, `bytes`:
+        what the rank calls and sends. `host_ms`: median of 20 steps, in which tensors of the meta device cost more
+        Python than real ones and no kernel is launched.
+
+    Raises:
+        ConfigError: an unknown or impossible layout.
+    """
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        optimizer = _optimizer(param_groups(model, table=table), workload, settings, layout)
+        stacks: list[int] = []
+        assert optimizer.runtime is not None
+        optimizer.runtime.orthogonalize = lambda stack, group: stacks.append(len(stack))
+        _give_gradients(optimizer)
+        optimizer.step()  # compiles the program
+        stacks.clear()
+        transport = optimizer.runtime.transport
+        before = transport.collectives, transport.bytes_sent
+        with _Counter() as counter:
+            optimizer.step()
+        after = transport.collectives, transport.bytes_sent
+        found = {"stacks": len(stacks), "matrices": sum(stacks)}
+        seconds = [_seconds(optimizer) for _ in range(_TIMED)]
+    finally:
+        dist.destroy_process_group()
+    return {
+        "model": workload.name,
+        "layout": layout,
+        "ranks": ranks,
+        "rank": rank,
+        "operations": counter.calls.total(),
+        "by_kind": dict(counter.calls.most_common()),
+        "newton_schulz": found,
+        "collectives": after[0] - before[0],
+        "bytes": after[1] - before[1],
+        "host_ms": 1e3 * statistics.median(seconds),
+    }
+
+
+def _seconds(optimizer: Muon) -> float:
+    start = time.perf_counter()
+    optimizer.step()
+    return time.perf_counter() - start
+
+
+def _give_gradients(optimizer: Muon) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.empty_like(p)
+
+
+def _optimizer(groups: list[dict[str, Any]], workload: Workload, settings: Settings, layout: str) -> Muon:
+    """Muon bound to the tensors that this rank holds under `layout`, without a framework."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    optimizer = Muon(
+        groups,
+        lr=1e-3,
+        ns_steps=settings.ns_steps,
+        ns_schedule=settings.ns_schedule,
+        ns_dtype=settings.ns_dtype or torch.bfloat16,  # as on a GPU
+        wire_dtype=settings.wire_dtype,
+        bucket_mb=settings.bucket_mb,
+        overlap=settings.overlap,
+        owner_policy=settings.owner_policy,
+    )
+    placed = place(workload, settings, layout, world, min(PER_NODE, world)).layout
+    whole = {p.name: p for p in (*workload.muon, *workload.adamw)}
+    of_groups = [[whole[spec.name] for spec in specs] for specs in optimizer.specs]
+    column = None
+    if placed.columns:
+        column = dist.new_group([r for r, c in enumerate(placed.columns) if c == placed.columns[rank]])
+    share = world if layout != "hsdp" else min(PER_NODE, world)
+    for group, algorithm, parameters in zip(optimizer.param_groups, optimizer.algorithms, of_groups, strict=True):
+        group["params"] = (
+            _muon_tensors(placed, parameters) if algorithm == "muon" else _adamw_tensors(parameters, layout, share)
+        )
+    (muon,) = (i for i, algorithm in enumerate(optimizer.algorithms) if algorithm == "muon")
+    buffers = tuple(optimizer.param_groups[muon]["params"])
+    binding = Binding(placed, buffers, dist.group.WORLD, META, column=column)
+    transport = _Without(binding.group, META, optimizer.progress, column)
+    optimizer.bind(binding, dict.fromkeys(range(len(buffers)), muon), transport, compare_copies=False)
+    return optimizer
+
+
+def _muon_tensors(layout: Layout, parameters: Sequence[PlannedParameter]) -> list[nn.Parameter]:
+    """The buffers of this rank; of a parameter's shape where each parameter has a buffer of its own."""
+    lengths: dict[int, int] = {}
+    for m in layout.matrices:
+        buffer = m.buffer
+        lengths[buffer] = max(lengths.get(buffer, 0), *(f.local.stop for f in m.on(dist.get_rank())), 0)
+    sizes = [length for _, length in sorted(lengths.items())]
+    if len(sizes) != len(parameters):
+        return [_tensor((size,)) for size in sizes]
+    return [_tensor((size * p.shape[0] // p.numel, *p.shape[1:])) for size, p in zip(sizes, parameters, strict=True)]
+
+
+def _adamw_tensors(parameters: Sequence[PlannedParameter], layout: str, share: int) -> list[nn.Parameter]:
+    """What this rank holds of an AdamW group: all of it, rows of each parameter, or a slice of all, end to end."""
+    if layout == "ddp":
+        return [_tensor(p.shape) for p in parameters]
+    if layout.startswith("zero"):
+        return [_tensor((-(-sum(p.numel for p in parameters) // share),))]
+    return [_tensor((-(-p.shape[0] // share), *p.shape[1:])) for p in parameters]
+
+
+def _tensor(shape: Sequence[int]) -> nn.Parameter:
+    return nn.Parameter(torch.empty(tuple(shape), device=META))

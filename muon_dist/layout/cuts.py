@@ -1,0 +1,205 @@
+"""Tensors on a device mesh: FSDP2, HSDP, tensor, expert and context parallelism as cuts of tensor axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from muon_dist.errors import LayoutError
+from muon_dist.layout.fragments import Fragments
+from muon_dist.layout.layout import Layout
+from muon_dist.layout.matrix import Matrix
+from muon_dist.layout.parameter import StoredParameter, matrix_layouts
+
+Cut = tuple[int, int]
+"""The tensor axis that a mesh axis cuts, and into how many equal parts that axis is split before each part is cut:
+1 for `Shard(axis)`, the split factor of a `_StridedShard`."""
+
+Interval = tuple[int, int, int]
+"""(first index, number of indices, position of the first in the local tensor) along one tensor axis."""
+
+
+@dataclass(frozen=True)
+class ShardedParameter:
+    """A parameter and its place on a device mesh, as plain numbers; buffer i of the layout is the i-th of them.
+
+    Attributes:
+        name: FQN, for messages.
+        shape: of the whole parameter.
+        mesh_shape: ranks along each mesh axis.
+        ranks: those of the mesh in row-major order, numbered as in the process group of the layout.
+        cuts: for each mesh axis the `Cut`, an int for a plain one, or None (`Replicate`).
+        matrices: how it is cut into matrices.
+
+    Raises:
+        LayoutError: the numbers do not fit together, or two strided cuts of one axis make it unknown which elements a
+            rank holds.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    mesh_shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+    cuts: tuple[Cut | int | None, ...]
+    matrices: tuple[Matrix, ...] = ()
+
+    def __post_init__(self) -> None:
+        if math.prod(self.mesh_shape) != len(self.ranks) or len(self.cuts) != len(self.mesh_shape):
+            raise LayoutError(
+                f"{self.name}: {len(self.ranks)} ranks and {len(self.cuts)} placements on a mesh of {self.mesh_shape}"
+            )
+        if len(set(self.ranks)) != len(self.ranks):
+            raise LayoutError(f"{self.name}: a rank stands in the mesh {self.ranks} twice")
+        cuts = tuple((cut, 1) if isinstance(cut, int) else cut for cut in self.cuts)
+        object.__setattr__(self, "cuts", cuts)
+        for axis in {cut[0] for cut in cuts if cut is not None}:
+            if not 0 <= axis < len(self.shape):
+                raise LayoutError(f"{self.name} of shape {self.shape} has no axis {axis} to cut")
+            _in_order(self.name, [(c[1], n) for c, n in zip(cuts, self.mesh_shape, strict=True) if c and c[0] == axis])
+
+    def shards(self) -> tuple[tuple[int, ...], ...]:
+        """For each shard, in the order of the mesh, the ranks that hold a copy of it."""
+        grid = np.asarray(self.ranks).reshape(self.mesh_shape)
+        cutting = [i for i, cut in enumerate(self.cuts) if cut is not None]
+        copying = [i for i, cut in enumerate(self.cuts) if cut is None]
+        number = math.prod(self.mesh_shape[i] for i in cutting)
+        return tuple(tuple(row) for row in grid.transpose(*cutting, *copying).reshape(number, -1).tolist())
+
+    def copies(self) -> tuple[int, ...]:
+        """For each rank of the mesh, in its order, which copy of the parameter it belongs to."""
+        sizes = [n if cut is None else 1 for n, cut in zip(self.mesh_shape, self.cuts, strict=True)]
+        numbers = np.arange(math.prod(sizes)).reshape(sizes)
+        return tuple(np.broadcast_to(numbers, self.mesh_shape).reshape(-1).tolist())
+
+    def fragments(self, buffer: int) -> Fragments:
+        """What every rank holds of the flattened parameter, shard after shard, in its buffer number `buffer`."""
+        shard, start, rows, cols, stride, local, step = _blocks(self.shape, self.mesh_shape, self.cuts)
+        holders = np.asarray(self.shards())
+        copies = holders.shape[1]
+        start, rows, cols, stride, local, step = (
+            np.repeat(c, copies) for c in (start, rows, cols, stride, local, step)
+        )
+        return Fragments(holders[shard].reshape(-1), start, rows, cols, stride, buffer, local, step)
+
+    def stored(self, buffer: int) -> StoredParameter:
+        """The parameter with its fragments."""
+        return StoredParameter(self.name, self.shape, self.fragments(buffer), self.matrices)
+
+
+def dtensor_layout(parameters: Sequence[ShardedParameter], world_size: int) -> Layout:
+    """A layout in which buffer i is the local tensor of `parameters[i]`; copies (HSDP, Replicate) are fragments.
+
+    The domains are the copies of the parameter with the most shards, the columns its shards.
+    """
+    matrices = matrix_layouts(p.stored(buffer) for buffer, p in enumerate(parameters))
+    widest = max(parameters, key=lambda p: len(p.shards()), default=None)
+    if widest is None or len(widest.shards()) == len(widest.ranks):
+        return Layout("dtensor", world_size, matrices)
+    domains, columns = [0] * world_size, [0] * world_size
+    for rank, copy in zip(widest.ranks, widest.copies(), strict=True):
+        domains[rank] = copy
+    for shard, ranks in enumerate(widest.shards()):
+        for rank in ranks:
+            columns[rank] = shard
+    return Layout("dtensor", world_size, matrices, domains=tuple(domains), columns=tuple(columns))
+
+
+# From cuts to blocks --------------------------------------------------------------------------------------------
+
+
+def _in_order(name: str, cuts: list[tuple[int, int]]) -> list[int]:
+    """The order in which the cuts of one axis, (split factor, parts), are made, as positions in `cuts`.
+
+    A strided cut to the left of plain ones is made last, on what they leave: so `fully_shard` cuts what tensor
+    parallelism has cut, and so `DTensor.full_tensor` puts it together again. Raises LayoutError for another mixture.
+    """
+    strided = [i for i, (factor, _) in enumerate(cuts) if factor > 1]
+    if not strided or len(cuts) == 1:
+        return list(range(len(cuts)))
+    others = math.prod(parts for _, parts in cuts[1:])
+    if strided != [0] or cuts[0][0] != others:
+        raise LayoutError(
+            f"{name}: one axis is cut as (split factor, parts) {cuts}: torch does not say which elements a rank holds "
+            "unless one strided cut stands before the plain ones that make its split factor"
+        )
+    return [*range(1, len(cuts)), 0]
+
+
+def _chunks(index: np.ndarray, parts: int) -> list[np.ndarray]:
+    """As `torch.chunk`, with empty parts at the end."""
+    size = -(-len(index) // parts)
+    return [index[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def _held(length: int, cuts: Sequence[tuple[int, int]], at: Sequence[int]) -> list[Interval]:
+    """What the rank at coordinates `at` holds along an axis that is cut as `cuts`, (split factor, parts)."""
+    index = np.arange(length)
+    for i in _in_order("", list(cuts)):
+        factor, parts = cuts[i] if len(cuts) == 1 else (1, cuts[i][1])
+        index = np.concatenate([_chunks(piece, parts)[at[i]] for piece in _chunks(index, factor)])
+    ends = np.flatnonzero(np.diff(index) != 1) + 1
+    return [
+        (int(part[0]), len(part), int(position))
+        for part, position in zip(np.split(index, ends), [0, *ends], strict=True)
+        if len(part)
+    ]
+
+
+@lru_cache(maxsize=256)
+def _blocks(
+    shape: tuple[int, ...], mesh_shape: tuple[int, ...], cuts: tuple[Cut | None, ...]
+) -> tuple[np.ndarray, ...]:
+    """(shard, start, rows, cols, stride, local start, local stride) of every block of every shard."""
+    cutting = [(i, cut) for i, cut in enumerate(cuts) if cut is not None]
+    along = {axis: [i for i, cut in cutting if cut[0] == axis] for axis in {cut[0] for _, cut in cutting}}
+    sizes = [mesh_shape[i] for i, _ in cutting]
+    position = {i: k for k, (i, _) in enumerate(cutting)}
+    held = {
+        (axis, at): _held(shape[axis], [(cuts[i][1], mesh_shape[i]) for i in mesh_axes], at)  # type: ignore[index]
+        for axis, mesh_axes in along.items()
+        for at in np.ndindex(*(mesh_shape[i] for i in mesh_axes))
+    }
+    found: list[tuple[int, ...]] = []
+    for shard, coordinates in enumerate(np.ndindex(*sizes)):
+        intervals = [
+            held[axis, tuple(coordinates[position[i]] for i in along[axis])] if axis in along else [(0, n, 0)]
+            for axis, n in enumerate(shape)
+        ]
+        found += ((shard, *block) for block in _product(shape, intervals) if block[1] * block[2])
+    return tuple(np.array(found, dtype=np.int64).reshape(-1, 7).T)
+
+
+def _product(shape: tuple[int, ...], intervals: list[list[Interval]]) -> list[tuple[int, ...]]:
+    """(start, rows, cols, stride, local start, local stride) of the blocks that intervals of all axes make."""
+    last = max((axis for axis, held in enumerate(intervals) if held != [(0, shape[axis], 0)]), default=0)
+    inner = math.prod(shape[last + 1 :])
+    local_shape = [sum(n for _, n, _ in held) for held in intervals]
+    # Ranges of the axes before `last`, flattened: (first, number, position in the flattened local axes).
+    outer: list[Interval] = [(0, 1, 0)]
+    for axis in range(last):
+        outer = _refined(outer, intervals[axis], shape[axis], local_shape[axis])
+    stride, step = shape[last] * inner, local_shape[last] * inner
+    blocks: list[tuple[int, ...]] = []
+    for first, number, where in outer:
+        for begin, n, at in intervals[last]:
+            cols, width, pitch, rows = n * inner, stride, step, number
+            if rows == 1 or cols == width == pitch:
+                rows, cols, width, pitch = 1, rows * cols, rows * cols, rows * cols
+            blocks.append((first * stride + begin * inner, rows, cols, width, where * step + at * inner, pitch))
+    return blocks
+
+
+def _refined(outer: list[Interval], held: list[Interval], length: int, local: int) -> list[Interval]:
+    """Ranges over the axes before and one more axis, of which the intervals `held` are."""
+    if held == [(0, length, 0)]:
+        return [(first * length, number * length, where * local) for first, number, where in outer]
+    return [
+        ((first + i) * length + begin, n, (where + i) * local + at)
+        for first, number, where in outer
+        for i in range(number)
+        for begin, n, at in held
+    ]

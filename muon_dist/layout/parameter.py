@@ -1,0 +1,32 @@
+"""Where a parameter lies: the description from which layouts, checkpoints and checks of copies derive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from muon_dist.layout.fragments import Fragments
+from muon_dist.layout.layout import MatrixLayout
+from muon_dist.layout.matrix import Matrix
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """A parameter, and which part of it lies on which rank.
+
+    Attributes:
+        name: FQN.
+        shape: of the whole parameter.
+        fragments: of the flattened parameter, on all ranks.
+        matrices: how it is cut; empty under AdamW.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fragments: Fragments
+    matrices: tuple[Matrix, ...] = ()
+
+
+def matrix_layouts(parameters: Iterable[StoredParameter]) -> tuple[MatrixLayout, ...]:
+    """The layout of every matrix of `parameters`, in order."""
+    return tuple(MatrixLayout(m, p.fragments.within(m.block)) for p in parameters for m in p.matrices)

@@ -1,0 +1,215 @@
+"""One bucket on its way through a step: to the owners, through the rule, and back to all holders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muon_dist.exchange.progress import Progress
+from muon_dist.exchange.transport import Broadcasts, Transport
+from muon_dist.layout import Matrix
+from muon_dist.optim.program import BucketProgram, Pieces
+from muon_dist.optim.rules import Group, MuonRule, Owned
+
+Observer = Callable[[Matrix, Tensor, Tensor], None]
+"""Called on the owner with a matrix, what the sources sent of it and its update, both (rows, cols)."""
+
+Orthogonalize = Callable[[Tensor, Group], None]
+"""Replaces a stack (B, rows, cols) of fp32 by its orthogonalized update, with the options of a parameter group."""
+
+
+@dataclass(frozen=True)
+class GroupStep:
+    """A parameter group in this step.
+
+    Attributes:
+        lr: learning rate.
+        factors: what `MuonRule.begin` returned; None if it returned None.
+        position: of each matrix in `factors`.
+    """
+
+    group: Group
+    rule: MuonRule
+    lr: float
+    factors: Tensor | None
+    position: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What all buckets of a step share.
+
+    Attributes:
+        groups: by index of the parameter group.
+        weights, gradients, momentum: this rank's fragments, by their numbers in the program's listings.
+        gradient_factor: multiplies every gradient.
+        rows: by name of `row_memory` and matrix, what this rank keeps as an owner.
+        orthogonalize: in place of Newton-Schulz, if it is not None.
+        rounded: dtype of the messages, if it may be narrower than the updates: owners then round what they keep too.
+    """
+
+    transport: Transport
+    progress: Progress
+    groups: Mapping[int, GroupStep]
+    weights: list[Tensor]
+    gradients: list[Tensor]
+    momentum: list[Tensor]
+    gradient_factor: float
+    rows: Mapping[str, Mapping[int, Tensor]]
+    orthogonalize: Orthogonalize | None
+    observer: Observer | None
+    rounded: torch.dtype | None
+
+
+@dataclass
+class BucketRun:
+    """A bucket in a step: call `gather`, `stack`, `orthogonalize`, `scatter` and `update` once, in this order.
+
+    `gather` may be left out if `program.gather` is None.
+    """
+
+    program: BucketProgram
+    step: StepContext
+    _works: Sequence[Any] = ()
+    _broadcasts: Broadcasts | None = None
+
+    def gather(self) -> None:
+        """Start to send this rank's part of the bucket to its owners."""
+        program, step, envelope = self.program, self.step, self.program.gather
+        step.progress.enter("gather", program.number)
+        if envelope is None:
+            return
+        envelope.sent.allocated = True
+        self._write(program.sent_sources)
+        envelope.received.allocated = True
+        sent, received = envelope.sent.flat, envelope.received.flat
+        self._works = step.transport.all_to_all(sent, envelope.sends, received, envelope.receives)
+
+    def stack(self) -> None:
+        """Wait for what this rank owns, and stack it."""
+        program, envelope = self.program, self.program.gather
+        self.step.progress.enter("gather", program.number)
+        if envelope is not None:
+            for work in self._works:
+                work.wait()
+            envelope.sent.allocated = False
+        program.stacked.allocated = True
+        self._write(program.own_sources)
+        if envelope is not None:
+            if program.arrivals.targets:
+                torch._foreach_copy_(program.arrivals.targets, program.arrivals.origins)
+            envelope.received.allocated = False
+
+    def orthogonalize(self) -> None:
+        """Replace the stacks by their updates."""
+        step = self.step
+        step.progress.enter("orthogonalize", self.program.number)
+        for s in self.program.stacks:
+            before = s.view.clone() if step.observer is not None else None
+            of_group = step.groups[s.group]
+            owned = Owned(s.view, s.matrices, s.newton_schulz)
+            if step.orthogonalize is not None:
+                owned.orthogonalize = partial(_replaced, step.orthogonalize, of_group.group)
+            owned.rows = {name: [step.rows[name][i] for i in s.numbers] for name in of_group.rule.row_memory}
+            if of_group.factors is not None:
+                owned.factors = of_group.factors[[of_group.position[i] for i in s.numbers]]
+            of_group.rule.direction(owned, of_group.group)
+            if before is not None and step.observer is not None:
+                for matrix, sent, update in zip(s.matrices, before, s.view, strict=True):
+                    step.observer(matrix, sent, update)
+            if step.rounded is not None:
+                s.view.copy_(s.view.to(step.rounded))
+
+    def scatter(self) -> None:
+        """Start to send the updates back, and apply those that stay on this rank."""
+        program, step, envelope, again = self.program, self.step, self.program.scatter, self.program.rebroadcast
+        step.progress.enter("scatter", program.number)
+        if envelope is not None:
+            envelope.sent.allocated = True
+            if program.sent_updates.targets:
+                torch._foreach_copy_(program.sent_updates.targets, program.sent_updates.origins)
+            envelope.received.allocated = True
+            sent, received = envelope.sent.flat, envelope.received.flat
+            self._works = step.transport.all_to_all(sent, envelope.sends, received, envelope.receives)
+        step.progress.enter("update", program.number)
+        self._apply(program.own_updates)
+        if again is None:
+            program.stacked.allocated = False
+            return
+        # What the owners of this rank's own copy of the model have made goes on to the replica group.
+        if envelope is not None:
+            self.update()
+        step.progress.enter("scatter", program.number)
+        sent = program.stacked.flat
+        if again.sent is not None:
+            again.sent.allocated = True
+            if again.packing.targets:
+                torch._foreach_copy_(again.packing.targets, again.packing.origins)
+            sent = again.sent.flat
+            program.stacked.allocated = False
+        if envelope is not None:
+            envelope.received.allocated = False
+        self._broadcasts = Broadcasts(step.transport, sent, again.counts, again.received, again.room)
+
+    def update(self) -> None:
+        """Wait for the updates that other ranks have made, and apply them."""
+        program, progress, envelope, again = self.program, self.step.progress, self.program.scatter, self._broadcasts
+        if again is None and envelope is None:
+            return
+        progress.enter("scatter", program.number)
+        if again is None and envelope is not None:
+            for work in self._works:
+                work.wait()
+            envelope.sent.allocated = False
+            progress.enter("update", program.number)
+            self._apply(program.received_updates)
+            envelope.received.allocated = program.rebroadcast is not None  # which sends it on
+        if again is not None and program.rebroadcast is not None:
+            for place in again.arrived():
+                progress.enter("update", program.number)
+                self._apply(program.rebroadcast.updates[place])
+                progress.enter("scatter", program.number)
+            (program.rebroadcast.sent or program.stacked).allocated = False
+
+    def _write(self, sources: list[Pieces]) -> None:
+        """Write what the rule sends of these fragments into the memory of the exchange."""
+        step = self.step
+        for p in sources:
+            of_group = step.groups[p.group]
+            out = p.views
+            if p.scratch is not None:
+                p.scratch.allocated = True
+                out = p.scratch_views
+            if of_group.group["nesterov"]:
+                torch._foreach_copy_(out, [step.gradients[n] for n in p.numbers])
+                if step.gradient_factor != 1.0:
+                    torch._foreach_mul_(out, step.gradient_factor)
+            of_group.rule.send(out, [step.momentum[n] for n in p.numbers], of_group.group)
+            if p.scratch is not None:
+                torch._foreach_copy_(p.views, out)
+                p.scratch.allocated = False
+
+    def _apply(self, updates: list[Pieces]) -> None:
+        """Change the weights of these fragments."""
+        for p in updates:
+            of_group = self.step.groups[p.group]
+            given = p.views
+            if p.scratch is not None:
+                p.scratch.allocated = True
+                torch._foreach_copy_(p.scratch_views, given)
+                given = p.scratch_views
+            weights = [self.step.weights[n] for n in p.numbers]
+            if weights[0].dtype == given[0].dtype != torch.float32:
+                given = [u.to(torch.float32) for u in given]  # lr times scale is rounded to fp32, never to 16 bits
+            of_group.rule.apply(weights, given, of_group.lr * p.scale)
+            if p.scratch is not None:
+                p.scratch.allocated = False
+
+
+def _replaced(orthogonalize: Orthogonalize, group: Group, stack: Tensor) -> None:
+    orthogonalize(stack, group)

@@ -1,0 +1,372 @@
+"""Compiles the programs of a rank's steps from the ownership plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from muon_dist.exchange.readers import Listing, Part, Shape, parts_on
+from muon_dist.exchange.schedule import (
+    Bucket,
+    bucket_elements,
+    elements_by_rank,
+    gather_parts,
+    make_buckets,
+    relayed_parts,
+    scatter_parts,
+)
+from muon_dist.exchange.transport import Region, Transport
+from muon_dist.numerics import compute_dtype
+from muon_dist.numerics.newton_schulz import orthogonalizer
+from muon_dist.optim.options import Options
+from muon_dist.optim.program import (
+    BucketProgram,
+    Copies,
+    Envelope,
+    GroupProgram,
+    Pieces,
+    Program,
+    Rebroadcast,
+    Stack,
+    Views,
+)
+from muon_dist.optim.rules import Group, MuonRule
+from muon_dist.optim.rules.scale import update_scale
+from muon_dist.ownership import OwnershipPlan
+
+COMPILED = ("scale", "ns_dtype", "ns_schedule", "ns_steps")
+"""Options of a parameter group that a program depends on."""
+
+
+@dataclass(frozen=True)
+class ProgramCompiler:
+    """Makes the programs of one rank.
+
+    Attributes:
+        plan, transport, options: of the runtime.
+        device: of the exchange.
+        matrices: by buffer, its matrices.
+        group_of: parameter-group index of each buffer.
+        rules: of each parameter group.
+        everywhere: buffers of which every holder keeps the momentum.
+    """
+
+    plan: OwnershipPlan
+    transport: Transport
+    options: Options
+    device: torch.device
+    matrices: Mapping[int, Sequence[int]]
+    group_of: Mapping[int, int]
+    rules: Mapping[int, MuonRule]
+    everywhere: Set[int]
+
+    def compile(
+        self, parameters: Mapping[int, Tensor], gradients: Mapping[int, Tensor], groups: Mapping[int, Group]
+    ) -> Program:
+        """The program of a step over the buffers of `parameters`; `groups` are the options of each parameter group."""
+        rank, layouts = self.transport.rank, self.plan.layout.matrices
+        shapes = {b: tuple(p.shape) for b, p in parameters.items()}
+        held = [m.fragments for m in layouts]
+        weights = Listing({b: parts_on(rank, self.matrices[b], held) for b in shapes}, shapes)
+        sources = Listing({b: parts_on(rank, self.matrices[b], self.plan.sources) for b in shapes}, shapes)
+        places = {}
+        for b, p in parameters.items():
+            group = self.group_of[b]
+            for i in self.matrices[b]:
+                places[i] = Place(group, update_scale(groups[group]["scale"], layouts[i].matrix), p.device)
+        elements = bucket_elements(self.options.bucket_bytes)
+        buckets = make_buckets(self.plan, sorted(places), elements, self.options.overlap)
+        updates = _update_dtype(groups.values(), self.device)
+        compiler = BucketCompiler(
+            self.plan,
+            rank,
+            self.transport.column_ranks,
+            weights,
+            sources,
+            places,
+            (self.options.wire_dtype or torch.float32, self.options.wire_dtype or updates),
+            self.device,
+            elements,
+            groups,
+            self.options.ns_compile,
+        )
+        of_groups = [self._group(index, weights, sources, gradients) for index in groups]
+        return Program(
+            weights,
+            sources,
+            of_groups,
+            [p for p in of_groups if p.rule.looks_at_norms],
+            [compiler.compile(bucket, number) for number, bucket in enumerate(buckets)],
+        )
+
+    def _group(self, index: int, weights: Listing, sources: Listing, gradients: Mapping[int, Tensor]) -> GroupProgram:
+        buffers = tuple(b for b in gradients if self.group_of[b] == index)
+        matrices = tuple(i for b in buffers for i in self.matrices[b])
+        position = {i: n for n, i in enumerate(matrices)}
+        held = [n for n, i in enumerate(weights.matrices) if i in position]
+        sent = [n for n, i in enumerate(sources.matrices) if i in position]
+        everywhere = [b for b in buffers if b in self.everywhere]
+        of_copies = {i for b in everywhere for i in self.matrices[b]}
+        positions = [position[sources.matrices[n]] for n in sent]
+        return GroupProgram(
+            index=index,
+            rule=self.rules[index],
+            buffers=buffers,
+            matrices=matrices,
+            position=position,
+            weights=held,
+            weight_positions=[position[weights.matrices[n]] for n in held],
+            sources=sent,
+            source_positions=torch.tensor(positions, dtype=torch.int64, device=self.device),
+            everywhere=everywhere,
+            remembered=[n for n in sent if sources.matrices[n] not in of_copies],
+            fp32=all(gradients[b].dtype == torch.float32 for b in buffers),
+        )
+
+
+def _update_dtype(groups: Iterable[Group], device: torch.device) -> torch.dtype:
+    """The narrowest dtype that loses nothing of any update of Newton-Schulz; the same on all ranks."""
+    dtypes = {compute_dtype(g["ns_dtype"], device, g["ns_schedule"]) for g in groups}
+    only = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return only if only.itemsize < torch.float32.itemsize else torch.float32
+
+
+@dataclass(frozen=True)
+class Place:
+    """What the compiler needs to know of a matrix's parameter group and of its buffer on this rank."""
+
+    group: int
+    scale: float
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class BucketCompiler:
+    """Makes the program of a bucket.
+
+    Attributes:
+        plan, rank: whose program.
+        replica_group: ranks that hold the same shard, in order.
+        weights, sources: the fragments that this rank changes, and those that it sends from.
+        places: by matrix.
+        wire: dtypes of the messages to the owners and back.
+        device: of the exchange.
+        bucket_elements: bound on what may be under way.
+        groups: options of each parameter group.
+        ns_compile: see `Options`.
+    """
+
+    plan: OwnershipPlan
+    rank: int
+    replica_group: Sequence[int]
+    weights: Listing
+    sources: Listing
+    places: Mapping[int, Place]
+    wire: tuple[torch.dtype, torch.dtype]
+    device: torch.device
+    bucket_elements: int
+    groups: Mapping[int, Group]
+    ns_compile: bool
+
+    def compile(self, bucket: Bucket, number: int) -> BucketProgram:
+        """The program of `bucket`, the step's `number`-th."""
+        plan, rank = self.plan, self.rank
+        bucket = replace(bucket, matrices=tuple(sorted(bucket.matrices, key=self._order)))
+        owned = [i for i in bucket.matrices if plan.owners[i] == rank]
+        stacked, stacks, starts = self._stacks(owned)
+        momentum, asked = gather_parts(plan, bucket, rank)
+        updates, awaited = scatter_parts(plan, bucket, rank)
+        gather = self._envelope(self.wire[0], self._to_owners(momentum), self._to_holders(asked), bucket.gathers)
+        scatter = self._envelope(self.wire[1], self._to_holders(updates), self._to_owners(awaited), bucket.scatters)
+        own = [(i, f) for i in owned for f in plan.sources[i].on(rank)]
+        kept = [(i, f) for i in owned for f in plan.layout.matrices[i].on(rank)]
+
+        def in_stacks(listing: Listing | None) -> Callable[[list[Part]], Views]:
+            return lambda parts: _in_stacks(stacked, parts, starts, listing)
+
+        program = BucketProgram(
+            number=number,
+            gather=gather,
+            scatter=scatter,
+            sent_sources=self._sources(momentum, _in_message(_sent(gather), self.sources), self.wire[0]),
+            own_sources=self._sources(own, in_stacks(self.sources), torch.float32),
+            arrivals=Copies(in_stacks(None)(asked), _in_message(_received(gather), None)(asked)),
+            stacked=stacked,
+            stacks=stacks,
+            owned=len(owned),
+            sent_updates=Copies(_in_message(_sent(scatter), None)(updates), in_stacks(None)(updates)),
+            own_updates=self._updates(kept, in_stacks(self.weights)),
+            received_updates=self._updates(awaited, _in_message(_received(scatter), self.weights)),
+            rebroadcast=self._rebroadcast(bucket, stacked, scatter, kept, awaited, starts),
+        )
+        program.stacked.allocated = False
+        for envelope in filter(None, (gather, scatter)):
+            envelope.sent.allocated = False
+            envelope.received.allocated = False
+        return program
+
+    def _order(self, i: int) -> tuple[int, int, int, int, bool, int]:
+        """Owner after owner; what makes one stack, side by side. The same on all ranks."""
+        m = self.plan.layout.matrices[i].matrix
+        return self.plan.owners[i], m.rows, m.cols, self.places[i].group, m.transposed, i
+
+    def _stacks(self, owned: list[int]) -> tuple[Region, list[Stack], dict[int, int]]:
+        """The memory of what this rank orthogonalizes, its stacks, and where each matrix begins."""
+        matrices = self.plan.layout.matrices
+        region = Region(sum(matrices[i].matrix.numel for i in owned), torch.float32, self.device)
+        stacks: list[Stack] = []
+        starts: dict[int, int] = {}
+        at = 0
+        for (_, rows, cols, group, _), equal in groupby(owned, key=lambda i: self._order(i)[:5]):
+            members = tuple(equal)
+            starts.update({i: at + b * rows * cols for b, i in enumerate(members)})
+            length = len(members) * rows * cols
+            run = region.run(at, length, (len(members), rows, cols))
+            of_members = [matrices[i].matrix for i in members]
+            stacks.append(Stack(of_members, members, group, run, self._newton_schulz(rows, cols, group)))
+            at += length
+        return region, stacks, starts
+
+    def _newton_schulz(self, rows: int, cols: int, group: int) -> Callable[..., None]:
+        g, compiled = self.groups[group], self.ns_compile
+        steps, schedule, dtype = g["ns_steps"], g["ns_schedule"], g["ns_dtype"]
+        return orthogonalizer(rows, cols, self.device, steps, schedule, dtype, compiled=compiled)
+
+    # Messages -------------------------------------------------------------------------------------------------------
+
+    def _to_owners(self, parts: list[Part]) -> list[int]:
+        return elements_by_rank(self.plan.layout.world_size, (self.plan.owners[i] for i, _ in parts), parts)
+
+    def _to_holders(self, parts: list[Part]) -> list[int]:
+        return elements_by_rank(self.plan.layout.world_size, (f.rank for _, f in parts), parts)
+
+    def _envelope(self, dtype: torch.dtype, sends: list[int], receives: list[int], used: bool) -> Envelope | None:
+        if not used:
+            return None
+        sent, received = (Region(sum(counts), dtype, self.device) for counts in (sends, receives))
+        return Envelope(sent, received, sends, receives)
+
+    def _sources(self, parts: list[Part], views: Callable[[list[Part]], Views], dtype: torch.dtype) -> list[Pieces]:
+        return self._pieces(
+            parts, views, self.sources, lambda place: place.device != self.device or dtype != torch.float32
+        )
+
+    def _updates(self, parts: list[Part], views: Callable[[list[Part]], Views]) -> list[Pieces]:
+        return self._pieces(parts, views, self.weights, lambda place: place.device != self.device)
+
+    def _pieces(
+        self,
+        parts: list[Part],
+        views: Callable[[list[Part]], Views],
+        listing: Listing,
+        elsewhere: Callable[[Place], bool],
+    ) -> list[Pieces]:
+        """`parts` sorted into groups that one call can work on."""
+        alike: dict[Place, list[int]] = {}
+        for n, (i, _) in enumerate(parts):
+            alike.setdefault(self.places[i], []).append(n)
+        numbers, places = listing.numbers(parts), views(parts)
+        found = []
+        for place, members in alike.items():
+            of_group = [places[n] for n in members]
+            scratch = None
+            if elsewhere(place):
+                scratch = Region(sum(v.numel() for v in of_group), torch.float32, place.device)
+            chosen = [numbers[n] for n in members]
+            scratch_views = _laid_out(scratch, of_group)
+            found.append(Pieces(place.group, place.scale, chosen, of_group, scratch, scratch_views))
+        return found
+
+    # Copies of the model --------------------------------------------------------------------------------------------
+
+    def _rebroadcast(
+        self,
+        bucket: Bucket,
+        stacked: Region,
+        scatter: Envelope | None,
+        kept: list[Part],
+        awaited: list[Part],
+        starts: Mapping[int, int],
+    ) -> Rebroadcast | None:
+        """Of what this rank's own copy of the model has made for it, and of what the others' have made for them."""
+        if not bucket.relay:
+            return None
+        column = list(self.replica_group)
+        counts = [bucket.relay.get(r, 0) for r in column]
+        sent, packing = None, Copies([], [])
+        dtype = self.wire[1]
+        as_it_is = len(kept) == len(starts) and sum(f.length for _, f in kept) == stacked.numel
+        if awaited or dtype != torch.float32 or not as_it_is:
+            made = sorted([*kept, *awaited], key=lambda part: self.plan.owners[part[0]])
+            sent = Region(sum(f.length for _, f in made), dtype, self.device)
+            own = dict(zip(map(_key, kept), _in_stacks(stacked, kept, starts, None), strict=True))
+            others = dict(zip(map(_key, awaited), _in_message(_received(scatter), None)(awaited), strict=True))
+            packing = Copies(_in_message(sent, None)(made), [(own | others)[_key(part)] for part in made])
+            sent.allocated = False
+        received, updates = {}, {}
+        for place, r in enumerate(column):
+            if r == self.rank or not counts[place]:
+                continue
+            copies = relayed_parts(self.plan, bucket, self.rank, [r])
+            received[place] = Region(counts[place], dtype, self.device)
+            updates[place] = self._updates(copies, _in_message(received[place], self.weights))
+            received[place].allocated = False
+        # Under DDP nothing is gathered, so the gather's memory can hold a second broadcast.
+        times = 1 if bucket.gathers else 2
+        room = times * max(self.bucket_elements, *bucket.relay.values())
+        return Rebroadcast(counts, room, sent, packing, received, updates)
+
+
+def _sent(envelope: Envelope | None) -> Region | None:
+    return envelope.sent if envelope is not None else None
+
+
+def _received(envelope: Envelope | None) -> Region | None:
+    return envelope.received if envelope is not None else None
+
+
+def _key(part: Part) -> tuple[int, int]:
+    return part[0], part[1].block.start
+
+
+def _shape(part: Part, listing: Listing | None) -> Shape:
+    """Of the view of a fragment: that of a listing's view, or its own rows and columns."""
+    block = part[1].block
+    return (block.rows, block.cols) if listing is None else listing.shapes[listing.numbers([part])[0]]
+
+
+def _in_message(region: Region | None, listing: Listing | None) -> Callable[[list[Part]], Views]:
+    """Views of fragments that are laid end to end in a message."""
+
+    def views(parts: list[Part]) -> Views:
+        found: Views = []
+        at = 0
+        for part in parts:
+            assert region is not None
+            found.append(region.run(at, part[1].length, _shape(part, listing)))
+            at += part[1].length
+        return found
+
+    return views
+
+
+def _in_stacks(region: Region, parts: list[Part], starts: Mapping[int, int], listing: Listing | None) -> Views:
+    """Views of fragments inside the stacks."""
+    return [region.block(part[1].block.moved(starts[part[0]]), _shape(part, listing)) for part in parts]
+
+
+def _laid_out(region: Region | None, like: Views) -> Views:
+    """Views of the shapes of `like`, end to end in `region`, which is freed."""
+    if region is None:
+        return []
+    views: Views = []
+    at = 0
+    for v in like:
+        views.append(region.run(at, v.numel(), tuple(v.shape)))
+        at += v.numel()
+    region.allocated = False
+    return views

@@ -1,0 +1,70 @@
+"""What rules keep beside momentum: numbers for the output features of a matrix, and numbers for a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from muon_dist.optim.rules import MuonRule
+from muon_dist.ownership import OwnershipPlan
+
+
+class RuleMemory:
+    """The memory of all rules on one rank, all zero at first.
+
+    Args:
+        plan, rank: who owns what.
+        device: of the exchange.
+        rules: by buffer.
+
+    Attributes:
+        matrices: of each buffer.
+        owned: of each buffer, the matrices that this rank owns.
+        numbers: by buffer and name of `matrix_memory`, one fp64 number for each matrix of the buffer.
+        row_names: by buffer, the names of `row_memory`.
+        rows: by name of `row_memory` and matrix that this rank owns, one fp32 number for each output feature.
+        started: buffers of which `MuonRule.start` has seen the memory.
+    """
+
+    def __init__(self, plan: OwnershipPlan, rank: int, device: torch.device, rules: Mapping[int, MuonRule]) -> None:
+        self._layouts = plan.layout.matrices
+        self.matrices: dict[int, list[int]] = {b: [] for b in rules}
+        for i, m in enumerate(plan.layout.matrices):
+            self.matrices[m.buffer].append(i)
+        self.owned = {b: [i for i in members if plan.owners[i] == rank] for b, members in self.matrices.items()}
+        self.numbers: dict[int, dict[str, Tensor]] = {}
+        self.row_names = {b: rule.row_memory for b, rule in rules.items()}
+        self.rows: dict[str, dict[int, Tensor]] = {}
+        self.started: set[int] = set()
+        for buffer, rule in rules.items():
+            count = len(self.matrices[buffer])
+            self.numbers[buffer] = {
+                name: torch.zeros(count, dtype=torch.float64, device=device) for name in rule.matrix_memory
+            }
+            for name in rule.row_memory:
+                of_name = self.rows.setdefault(name, {})
+                for i in self.owned[buffer]:
+                    of_name[i] = torch.zeros(self.features(i), dtype=torch.float32, device=device)
+
+    def features(self, i: int) -> int:
+        """Output features of a matrix."""
+        return self._layouts[i].matrix.fan[0]
+
+    def vector(self, name: str, buffers: Sequence[int]) -> Tensor:
+        """A copy of the numbers of all matrices of some buffers, one buffer after another."""
+        return torch.cat([self.numbers[b][name] for b in buffers])
+
+    def store(self, name: str, buffers: Sequence[int], vector: Tensor) -> None:
+        """Take over what `vector` has returned and a rule has changed."""
+        kept = [self.numbers[b][name] for b in buffers]
+        torch._foreach_copy_(kept, list(vector.split([len(t) for t in kept])))
+
+    def clear(self) -> None:
+        """Back to the beginning."""
+        for tensor in (t for of_buffer in self.numbers.values() for t in of_buffer.values()):
+            tensor.zero_()
+        for tensor in (t for of_name in self.rows.values() for t in of_name.values()):
+            tensor.zero_()
+        self.started.clear()

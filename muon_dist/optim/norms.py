@@ -1,0 +1,98 @@
+"""Places of a rule that look at all fragments of a matrix: norms over the ranks, and factors from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from muon_dist.exchange.transport import Transport
+from muon_dist.layout import Matrix
+from muon_dist.optim.memory import RuleMemory
+from muon_dist.optim.program import GroupProgram
+from muon_dist.optim.rules import Group
+
+Wanted = tuple[GroupProgram, str]
+
+
+def matrix_norms(
+    wanted: Sequence[Wanted], fragments: Mapping[str, list[Tensor]], factor: float, transport: Transport
+) -> dict[Wanted, Tensor]:
+    """Frobenius norms of whole matrices, (n,) in fp64 for each of `wanted`; one small all-reduce for all of them.
+
+    Sources cover each matrix once, so the sum of their squares is that of the matrix.
+
+    Args:
+        wanted: which matrices, and of which tensor ("gradient", "momentum" or "weight").
+        fragments: of each of these tensors, this rank's fragments by the numbers of the sources.
+        factor: multiplies every gradient.
+    """
+    if not wanted:
+        return {}
+    squares = []
+    for program, which in wanted:
+        total = torch.zeros(len(program.matrices), dtype=torch.float64, device=transport.device)
+        if program.sources:
+            every = fragments[which]
+            norms = torch._foreach_norm([every[n] for n in program.sources], 2, dtype=torch.float64)
+            of_fragments = torch.stack(list(norms)).to(transport.device).square_()
+            total.index_add_(0, program.source_positions, of_fragments)
+        squares.append(total)
+    norms = transport.sum(torch.cat(squares)).sqrt_().split([len(s) for s in squares])
+    return {key: norm * factor if key[1] == "gradient" else norm for key, norm in zip(wanted, norms, strict=True)}
+
+
+@dataclass(frozen=True)
+class RuleSums:
+    """Calls `start`, `begin` and `end` of the rules of a step that have any.
+
+    Attributes:
+        programs: the groups with such rules.
+        groups: the options of all groups.
+        memory: of the rules.
+        matrices: of the layout.
+        fragments, factor: see `matrix_norms`.
+    """
+
+    programs: Sequence[GroupProgram]
+    groups: Mapping[int, Group]
+    memory: RuleMemory
+    matrices: Sequence[Matrix]
+    transport: Transport
+    fragments: Mapping[str, list[Tensor]]
+    factor: float
+
+    def begin(self) -> dict[int, Tensor]:
+        """By group, the factors of its matrices before weights are changed, where its rule has any."""
+        new = {p.index for p in self.programs if not self.memory.started.issuperset(p.buffers)}
+        norms = self._norms(lambda p: {*p.rule.norms_before, *(p.rule.norms_first if p.index in new else ())})
+        found = {}
+        for p in self.programs:
+            memory = self._memory_of(p)
+            if p.index in new:
+                p.rule.start(norms[p], memory, [self.matrices[i].name for i in p.matrices])
+                self.memory.started.update(p.buffers)
+            factors = p.rule.begin(norms[p], memory, self.groups[p.index])
+            for name, vector in memory.items():
+                self.memory.store(name, p.buffers, vector)
+            if factors is not None:
+                found[p.index] = factors
+        return found
+
+    def end(self) -> Iterator[tuple[GroupProgram, Tensor]]:
+        """The factors of the weights of each group after they were changed, where its rule has any."""
+        norms = self._norms(lambda p: set(p.rule.norms_after))
+        for p in self.programs:
+            factors = p.rule.end(norms[p], self._memory_of(p), self.groups[p.index])
+            if factors is not None:
+                yield p, factors
+
+    def _norms(self, names: Callable[[GroupProgram], set[str]]) -> dict[GroupProgram, dict[str, Tensor]]:
+        wanted = [(p, name) for p in self.programs for name in sorted(names(p))]
+        norms = matrix_norms(wanted, self.fragments, self.factor, self.transport)
+        return {p: {name: norm for (of, name), norm in norms.items() if of is p} for p in self.programs}
+
+    def _memory_of(self, p: GroupProgram) -> dict[str, Tensor]:
+        return {name: self.memory.vector(name, p.buffers) for name in p.rule.matrix_memory}

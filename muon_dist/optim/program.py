@@ -1,0 +1,177 @@
+"""What one rank does in a step, as data: what it reads, sends, stacks and changes, and in what memory.
+
+Everything here is compiled once (`compiler.ProgramCompiler`) from the ownership plan and from the options that the
+ranks have agreed on. A step only runs it (`runtime.Runtime`, `bucket_run.BucketRun`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from muon_dist.exchange.readers import Listing
+from muon_dist.exchange.transport import Region
+from muon_dist.layout import Matrix
+from muon_dist.optim.rules import MuonRule
+
+Views = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Fragments of one parameter group, on one device, under one update scale.
+
+    Attributes:
+        group: index of the parameter group.
+        scale: factor of `update_scale`.
+        numbers: of the fragments in a `Listing`.
+        views: their places in the memory of the exchange.
+        scratch, scratch_views: memory of the same shapes where the fragments are, if that is another device or if
+            `views` are narrower than fp32.
+    """
+
+    group: int
+    scale: float
+    numbers: list[int]
+    views: Views
+    scratch: Region | None = None
+    scratch_views: Views = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Elements that are copied from one place of the exchange's memory to another."""
+
+    targets: Views
+    origins: Views
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """The memory of one exchange of messages between all ranks: elements to and from each rank, in rank order."""
+
+    sent: Region
+    received: Region
+    sends: list[int]
+    receives: list[int]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Owned matrices of one shape, parameter group and orientation.
+
+    Attributes:
+        matrices, numbers: the matrices, and their numbers in the layout.
+        group: index of the parameter group.
+        view: (B, rows, cols), in the memory of all stacks.
+        newton_schulz: replaces the stack by its orthogonalized update.
+    """
+
+    matrices: list[Matrix]
+    numbers: tuple[int, ...]
+    group: int
+    view: Tensor
+    newton_schulz: Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Rebroadcast:
+    """What the ranks of a replica group send each other: the updates that the owners of each one's copy have made.
+
+    Attributes:
+        counts: elements that each rank of the replica group sends, in their order.
+        room: elements that may be under way at a time.
+        sent: memory of what this rank sends; None if it sends its stacks as they are.
+        packing: what is copied into `sent`.
+        received: memory for what each other rank sends, by its place in the replica group.
+        updates: what each other rank sends, by its place.
+    """
+
+    counts: list[int]
+    room: int
+    sent: Region | None
+    packing: Copies
+    received: dict[int, Region]
+    updates: dict[int, list[Pieces]]
+
+
+@dataclass(frozen=True)
+class BucketProgram:
+    """A bucket as one rank executes it.
+
+    Attributes:
+        number: of the bucket in the step.
+        gather, scatter: None if no rank sends anything.
+        sent_sources: what this rank sends to owners.
+        own_sources: what it is itself the owner of.
+        arrivals: from the gathered messages into the stacks.
+        stacked, stacks: what this rank orthogonalizes: `owned` matrices.
+        sent_updates: from the stacks into the messages.
+        own_updates, received_updates: what this rank applies.
+        rebroadcast: None if there are no copies to serve.
+    """
+
+    number: int
+    gather: Envelope | None
+    scatter: Envelope | None
+    sent_sources: list[Pieces]
+    own_sources: list[Pieces]
+    arrivals: Copies
+    stacked: Region
+    stacks: list[Stack]
+    owned: int
+    sent_updates: Copies
+    own_updates: list[Pieces]
+    received_updates: list[Pieces]
+    rebroadcast: Rebroadcast | None
+
+
+@dataclass(frozen=True, eq=False)
+class GroupProgram:
+    """The matrices of a parameter group that a step changes.
+
+    Attributes:
+        index, rule: of the group.
+        buffers, matrices: buffer after buffer.
+        position: of each matrix in `matrices`.
+        weights, weight_positions: numbers of the fragments that this rank holds, and for each the position of its
+            matrix.
+        sources, source_positions: the same of the fragments that this rank sends from; the positions as a tensor on
+            the device of the exchange.
+        everywhere: buffers of which this rank keeps all the momentum, also where it is not a source.
+        remembered: `sources` in other buffers.
+        fp32: all gradients are.
+    """
+
+    index: int
+    rule: MuonRule
+    buffers: tuple[int, ...]
+    matrices: tuple[int, ...]
+    position: dict[int, int]
+    weights: list[int]
+    weight_positions: list[int]
+    sources: list[int]
+    source_positions: Tensor
+    everywhere: list[int]
+    remembered: list[int]
+    fp32: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step over some of the buffers, as one rank executes it.
+
+    Attributes:
+        weights, sources: the fragments that this rank holds, and those that it sends from.
+        groups: the parameter groups.
+        summed: those whose rule looks at the norms of whole matrices.
+        buckets: in the order in which they are stepped.
+    """
+
+    weights: Listing
+    sources: Listing
+    groups: list[GroupProgram]
+    summed: list[GroupProgram]
+    buckets: list[BucketProgram]

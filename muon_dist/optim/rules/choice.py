@@ -1,0 +1,109 @@
+"""Which rule a parameter group has, and with which options."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+from muon_dist.errors import ConfigError
+from muon_dist.optim.rules import RULES
+from muon_dist.optim.rules.muon import Group, MuonRule
+
+
+class DefaultText(str):
+    """A default of an argument, to tell it from an equal value that was given."""
+
+    __slots__ = ()
+
+
+class DefaultNumber(float):
+    """As `DefaultText`."""
+
+    __slots__ = ()
+
+
+class DefaultFlag(int):
+    """As `DefaultText`, for True or False."""
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
+
+
+_PLAIN: Mapping[type, type] = {DefaultText: str, DefaultNumber: float, DefaultFlag: bool}
+
+
+def choose_rule(group: Group, given: Set[str], where: str, default: Mapping[str, Any]) -> MuonRule | None:
+    """The rule of a group that has all its options; None for AdamW's.
+
+    Options that were not given get the rule's own defaults. An option of the optimizer counts as given for the groups
+    whose rule is the optimizer's as well.
+
+    Args:
+        group: changed in place: `rule` and all `rule_options` of the rule. Muon's groups have neither, as before there
+            were any rules: torch.distributed.checkpoint loads only what holds all keys of a group.
+        given: the options that the group itself was given.
+        where: names the group in messages.
+        default: the optimizer's `rule` and `rule_options`.
+
+    Raises:
+        ConfigError: an unknown rule or option, or an option that the rule does not have; names it.
+    """
+    by_default = {key for key, value in group.items() if type(value) in _PLAIN}
+    group.update({key: _PLAIN[type(group[key])](group[key]) for key in by_default})
+    if group["algorithm"] != "muon":
+        return None
+    for key, value in default.items():
+        group.setdefault(key, value)
+    try:
+        rule = _chosen(group, given, by_default)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if rule is RULES["muon"]:
+        del group["rule"], group["rule_options"]
+    return rule
+
+
+def check_options(options: Group) -> None:
+    """Raises ConfigError as `choose_rule` does, for options that were all given, with `rule` and `rule_options`."""
+    _chosen(dict(options), set(options), set())
+
+
+def _chosen(group: Group, given: Set[str], by_default: Set[str]) -> MuonRule:
+    rule = RULES.get(group["rule"])
+    if rule is None:
+        close = _did_you_mean(group["rule"], RULES)
+        raise ConfigError(f"rule '{group['rule']}' is unknown{close}: use {', '.join(RULES)}")
+    meant = {key for key in group if key in given or (key not in by_default and "rule" not in given)}
+    for key, value in {"scale": rule.scale, **rule.defaults}.items():
+        if key not in meant:
+            group[key] = value
+        elif key in rule.refused and group[key] != value:
+            raise ConfigError(
+                f"{key} is {group[key]!r}, but rule '{rule.name}' has no {key}: {rule.refused[key]}. Leave {key} out"
+            )
+    group["rule_options"] = _options(rule, group["rule_options"] if "rule_options" in meant else {})
+    problem = rule.problem(group)
+    if problem is not None:
+        raise ConfigError(f"rule_options of rule '{rule.name}': {problem}")
+    return rule
+
+
+def _options(rule: MuonRule, given: Any) -> dict[str, float]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"rule_options is {given!r}: it must be a dict of option and number")
+    for name, value in given.items():
+        if name in rule.elsewhere:
+            meant = rule.elsewhere[name]
+            raise ConfigError(f"'{name}' of rule '{rule.name}' is the option {meant} of the group: give it there")
+        if name not in rule.options:
+            has = f"it has {', '.join(rule.options)}" if rule.options else "it has none"
+            raise ConfigError(f"rule '{rule.name}' has no option '{name}'{_did_you_mean(name, rule.options)}: {has}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: it must be a number")
+    return {**rule.options, **{name: float(value) for name, value in given.items()}}
+
+
+def _did_you_mean(name: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,18 @@
+"""Factors of whole matrices on the fragments of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def scale_weights(weights: Sequence[Tensor], positions: Sequence[int], factors: Tensor) -> None:
+    """Multiply `weights[i]` by the number `factors[positions[i]]`, in place; `factors` is (n,) in fp64."""
+    if not weights:
+        return
+    if any(w.device != factors.device for w in weights):
+        factors = factors.cpu()  # a number on the CPU can multiply a tensor on any device
+    each = factors.unbind()
+    torch._foreach_mul_(list(weights), [each[p] for p in positions])

@@ -1,0 +1,146 @@
+"""Muon: the first rule, and what the others have in common with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from muon_dist.layout import Matrix
+
+Group = dict[str, Any]
+"""A parameter group of torch.optim."""
+
+GRADIENT, MOMENTUM, WEIGHT = "gradient", "momentum", "weight"
+"""The tensors of which a rule may ask the norms."""
+
+
+@dataclass
+class Owned:
+    """Matrices of one shape and one parameter group on their owner, whole.
+
+    Attributes:
+        stack: (B, rows, cols) in fp32: what the sources sent; a rule writes the update over it.
+        matrices: the B matrices; all of them are stored (out, in), or all (in, out).
+        orthogonalize: replaces a stack (B, rows, cols) by its orthogonalized update.
+        rows: by name of `row_memory`, for each of the B matrices the numbers of its output features.
+        factors: (B,) in fp64: what `begin` returned for these matrices; None if it returned None.
+    """
+
+    stack: Tensor
+    matrices: Sequence[Matrix]
+    orthogonalize: Callable[[Tensor], None]
+    rows: Mapping[str, list[Tensor]] = field(default_factory=dict)
+    factors: Tensor | None = None
+
+
+class MuonRule:
+    """The rule of Keller Jordan (2024, https://kellerjordan.github.io/posts/muon/) and of `torch.optim.Muon`.
+
+    With gradient G, momentum B and weight W:
+
+        B <- lerp(B, G, 1 - momentum);  U <- lerp(G, B, momentum) if nesterov else B
+        W <- W (1 - lr weight_decay) - lr scale(W) newton_schulz(U)
+
+    A rule is one object without state of its own. A step calls it in this order:
+
+    1. `remember`: every rank updates the momentum that it holds.
+    2. `begin`: every rank computes a factor for each matrix, from norms over all fragments of the matrix.
+    3. `decay`: every rank decays the weights that it holds.
+    4. `send`: every rank writes what it sends to the owners.
+    5. `direction`: the owner replaces the whole matrix by its update.
+    6. `apply`: every rank changes the weights that it holds.
+    7. `end`: as `begin`, for a factor on the new weights.
+
+    Attributes:
+        name: value of the option `rule`.
+        options: names of `rule_options`, and their defaults.
+        scale: default of the option `scale`.
+        defaults: other options whose default differs from Muon's.
+        refused: options that the rule does not have, and why.
+        elsewhere: names of the paper that are not among `rule_options`, and the option of the group that they are.
+        row_memory: what the owner keeps: one fp32 number for each output feature of a matrix.
+        matrix_memory: what every rank keeps: one fp64 number for each matrix.
+        norms_first: tensors of which `start` gets the norms.
+        norms_before: tensors of which `begin` gets the norms.
+        norms_after: tensors of which `end` gets the norms.
+    """
+
+    name: ClassVar[str] = "muon"
+    options: ClassVar[Mapping[str, float]] = {}
+    scale: ClassVar[str] = "match_rms_adamw"
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    refused: ClassVar[Mapping[str, str]] = {}
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    row_memory: ClassVar[tuple[str, ...]] = ()
+    matrix_memory: ClassVar[tuple[str, ...]] = ()
+    norms_first: ClassVar[tuple[str, ...]] = ()
+    norms_before: ClassVar[tuple[str, ...]] = ()
+    norms_after: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def looks_at_norms(self) -> bool:
+        """Whether `start`, `begin` or `end` does anything."""
+        return bool(self.matrix_memory or self.norms_before or self.norms_after)
+
+    def problem(self, group: Group) -> str | None:
+        """What is wrong with the values of `rule_options`, for a ConfigError; None if nothing is."""
+        return None
+
+    def remember(self, momentum: list[Tensor], gradients: list[Tensor], group: Group) -> None:
+        """Update fp32 momentum in place from fp32 gradients of the same shapes."""
+        torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
+
+    def start(self, norms: Mapping[str, Tensor], memory: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        """Prepare the memory of matrices that are stepped for the first time, or since their memory was loaded.
+
+        Args:
+            norms: of `norms_first`, the Frobenius norm of each of the n matrices, (n,) in fp64.
+            memory: of `matrix_memory`, (n,) in fp64, zero where nothing was loaded; written in place.
+            names: of the matrices, for messages.
+        """
+
+    def begin(self, norms: Mapping[str, Tensor], memory: Mapping[str, Tensor], group: Group) -> Tensor | None:
+        """A factor for each of the n matrices, (n,) in fp64, equal on all ranks; None if the rule needs none.
+
+        Args:
+            norms: of `norms_before`, as in `start`.
+            memory: as in `start`.
+        """
+        return None
+
+    def decay(
+        self, weights: list[Tensor], factors: Tensor | None, positions: Sequence[int], lr: float, group: Group
+    ) -> None:
+        """Decay the weights in place; `factors[positions[i]]` is the factor of `begin` for `weights[i]`."""
+        factor = 1 - lr * group["weight_decay"]
+        if factor == 1.0:
+            return
+        if any(w.device.type == "cpu" and w.dtype.itemsize < 4 for w in weights):
+            # On a CPU torch._foreach_mul_ first rounds the factor to the dtype: .998 becomes .9961 in bfloat16.
+            for w in weights:
+                w.mul_(factor)
+        else:
+            torch._foreach_mul_(weights, factor)
+
+    def send(self, out: list[Tensor], momentum: list[Tensor], group: Group) -> None:
+        """Write what the owners get into `out`, in fp32. If the group has `nesterov`, `out` holds the gradients."""
+        if group["nesterov"]:
+            torch._foreach_lerp_(out, momentum, group["momentum"])
+        else:
+            torch._foreach_copy_(out, momentum)
+
+    def direction(self, owned: Owned, group: Group) -> None:
+        """Replace `owned.stack` by the update, which `apply` multiplies by the learning rate and by `scale`."""
+        owned.orthogonalize(owned.stack)
+
+    def apply(self, weights: list[Tensor], updates: list[Tensor], rate: float) -> None:
+        """Subtract `rate` times the updates from the weights, in place."""
+        torch._foreach_add_(weights, updates, alpha=-rate)
+
+    def end(self, norms: Mapping[str, Tensor], memory: Mapping[str, Tensor], group: Group) -> Tensor | None:
+        """A factor for the weights of each matrix after `apply`; as `begin`, with the norms of `norms_after`."""
+        return None

@@ -1,0 +1,104 @@
+"""What an update rule remembers, from any layout and world size to any other: the same bits, and the same curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("deepspeed")
+
+from muon_dist.checkpoint import Checkpoint, Contents, Saver, load, open_checkpoint
+from muon_dist.errors import CheckpointError
+from tests.adapters.deepspeed_ranks import make_model
+from tests.checkpoint.layouts import Run
+from tests.distributed import RankFailure, run_ranks
+
+pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(600)]
+
+MEMORY = {
+    "normuon": {"row_second_moment"},
+    "hyperball": {"radius"},
+    "namo": {"gradient_second_moment", "gradient_steps"},
+}
+POINTS = [
+    (("ddp", 2), ("zero3", 3), "gpt2"),  # weights stored (in, out); strided thirds of c_attn
+    (("zero1", 3), ("fsdp2", 2), "mixtral"),  # experts
+    (("zero3", 3), ("zero2", 2), "llama"),
+    (("fsdp2", 4), ("ddp", 1), "gpt2"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_once() -> None:
+    """transformers imports a model's module when it is first made: here, not in every forked rank."""
+    for kind in ("llama", "gpt2", "mixtral"):
+        make_model(kind)
+
+
+def _save(run: Run, folder: str, step: int) -> None:
+    held = run.holding()
+    Saver(folder, run.ranks).save(held.pieces, Contents(step, held.layout))
+
+
+def _begin(folder: str, layout: str, kind: str, rule: str) -> list[float]:
+    run = Run(layout, kind, muon={"rule": rule})
+    for step in range(3):
+        run.step(step)
+    _save(run, folder, 3)
+    return [run.step(step) for step in range(3, 6)]
+
+
+def _continue(folder: str, layout: str, kind: str, rule: str) -> list[float]:
+    run = Run(layout, kind, muon={"rule": rule})
+    run.step(900)  # memory of its own, to be overwritten
+    checkpoint = open_checkpoint(Path(folder) / "checkpoint-3", run.ranks)
+    load(checkpoint, run.holding(checkpoint), run.ranks)
+    _save(run, f"{folder}/again", 3)
+    return [run.step(step) for step in range(3, 6)]
+
+
+def contents(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
+    checkpoint = Checkpoint.look(folder / "checkpoint-3")
+    return {key: checkpoint.tensor(*key) for key in checkpoint.manifest.tensors}
+
+
+@pytest.mark.parametrize("rule", MEMORY)
+@pytest.mark.parametrize(("before", "after", "kind"), POINTS)
+def test_memory_moves_between_layouts(tmp_path, before, after, kind, rule):
+    losses = run_ranks(_begin, before[1], str(tmp_path), before[0], kind, rule)[0]
+    assert run_ranks(_continue, after[1], str(tmp_path), after[0], kind, rule)[0] == pytest.approx(losses, abs=2e-5)
+    first, again = contents(tmp_path), contents(tmp_path / "again")
+    assert {kind for kind, _ in first} >= MEMORY[rule] | {"momentum"}
+    assert first.keys() == again.keys()
+    for key, tensor in first.items():
+        assert torch.equal(tensor, again[key]), key
+
+
+def _load(folder: str, rule: str) -> Any:
+    run = Run("zero2", muon={"rule": rule})
+    run.step(0)
+    before = run.whole("weight")
+    checkpoint = open_checkpoint(Path(folder) / "checkpoint-3", run.ranks)
+    try:
+        load(checkpoint, run.holding(checkpoint), run.ranks)
+    except CheckpointError:
+        after = run.whole("weight")
+        assert all(torch.equal(before[n], after[n]) for n in before)
+        raise
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "words"),
+    [
+        ("normuon", "muon", "holds row_second_moment of .*, which this run does not keep"),
+        ("muon", "normuon", "and no row_second_moment: it was trained by another algorithm or rule"),
+        ("hyperball", "namo", "and no gradient_"),
+    ],
+)
+def test_a_checkpoint_of_another_rule_is_refused_before_anything_changes(tmp_path, was, now, words):
+    run_ranks(_begin, 2, str(tmp_path), "zero1", "llama", was)
+    with pytest.raises(RankFailure, match=words):
+        run_ranks(_load, 2, str(tmp_path), now)

@@ -1,0 +1,340 @@
+"""Every update rule on every way of cutting weights, against the papers' formulas in fp64, and what it remembers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.fsdp  # 2 s that every forked rank would pay again
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+
+from muon_dist import Muon
+from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.optim import Binding
+from muon_dist.optim.rules import RULES
+from tests.distributed import RankFailure, run_ranks
+from tests.optim.plain_rules import PlainRule
+from tests.optim.test_distributed import flat_binding
+from tests.optim.test_muon import CUTS, gradients, make_groups, make_parameters
+
+NEW = ("normuon", "hyperball", "namo")
+LAYOUTS = [("copies", 1), ("copies", 3), ("flat", 1), ("flat", 3), ("fsdp2", 3)]
+STEPS, TOLERANCE = 6, 2e-5
+Tensors = dict[str, torch.Tensor]
+
+
+def options_of(rule: str) -> dict[str, Any]:
+    decay = {} if rule == "hyperball" else {"weight_decay": 0.1}
+    return {"lr": 0.02, "rule": rule, **decay}
+
+
+class Held(torch.nn.Module):
+    """The parameters of the tests in a module, for `fully_shard`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, p in make_parameters().items():
+            self.register_parameter(name, p)
+
+
+class Run:
+    """Weights cut by a layout on this rank, under one rule.
+
+    Attributes:
+        buckets of 0.01 MiB, so that a step has several.
+    """
+
+    def __init__(self, layout: str, rule: str, **options: Any) -> None:
+        self.layout, self.rank, self.world = layout, dist.get_rank(), dist.get_world_size()
+        self.model = Held()
+        if layout == "fsdp2":
+            fully_shard(self.model, mesh=init_device_mesh("cpu", (self.world,)))
+        self.parameters: dict[str, Any] = dict(self.model.named_parameters())
+        groups = make_groups(self.parameters)
+        self.optimizer = Muon(groups, bucket_mb=0.01, **{**options_of(rule), **options})
+        if layout == "flat":
+            flat, self.shard, self.cuts = flat_binding(self.parameters, self.rank, self.world, whole_numbers=False)
+            self.optimizer.param_groups[0]["params"] = [self.shard]
+            self.optimizer.bind(Binding(flat, (self.shard,), dist.group.WORLD, torch.device("cpu")), {0: 0})
+
+    def step(self, grads: Tensors) -> None:
+        if self.layout == "flat":
+            whole = torch.cat([g.reshape(-1) for g in grads.values()])
+            self.shard.grad = whole[self.cuts[self.rank] : self.cuts[self.rank + 1]].clone()
+        for name, p in self.parameters.items() if self.layout != "flat" else ():
+            p.grad = grads[name].clone()
+            if self.layout == "fsdp2":
+                given = DTensor.from_local(p.grad, p.device_mesh, [Replicate()], run_check=False)
+                p.grad = given.redistribute(placements=p.placements)
+        self.optimizer.step()
+
+    def weights(self) -> Tensors:
+        if self.layout == "fsdp2":
+            return {n: p.full_tensor().detach() for n, p in self.parameters.items()}
+        if self.layout == "copies":
+            return {n: p.detach().clone() for n, p in self.parameters.items()}
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, self.shard.detach())
+        flat, found = torch.cat(parts), {}
+        for name, p in self.parameters.items():
+            found[name], flat = flat[: p.numel()].view(p.shape), flat[p.numel() :]
+        return found
+
+
+def assert_close(found: Tensors, expected: Tensors, tolerance: float) -> None:
+    for name, wanted in expected.items():
+        error = float((found[name].double() - wanted).norm() / wanted.norm())
+        assert error <= tolerance, (name, error)
+
+
+def plain(rule: str, steps: int, **options: Any) -> PlainRule:
+    chosen = {"weight_decay": 0.0, **options_of(rule), **options}
+    reference = PlainRule(dict(make_parameters()), CUTS, **{**chosen, **chosen.pop("rule_options", {})})
+    for step in range(steps):
+        reference.step(gradients(step))
+    return reference
+
+
+def train(layout: str, rule: str, options: dict[str, Any]) -> tuple[Tensors, int]:
+    run = Run(layout, rule, **options)
+    for step in range(STEPS):
+        run.step(gradients(step))
+    return run.weights(), run.optimizer.orthogonalized
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("layout", "world"), LAYOUTS)
+def test_a_rule_is_the_formula_of_its_paper(layout, world, rule):
+    results = run_ranks(train, world, layout, rule, {})
+    for weights, _ in results:
+        assert_close(weights, plain(rule, STEPS).weights, TOLERANCE)
+    assert sum(calls for _, calls in results) == STEPS * (5 + 4 + 4 + 3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("normuon", {"rule_options": {"beta2": 0.5, "eps": 1e-3}, "momentum": 0.8, "scale": "none"}),
+        ("namo", {"rule_options": {"mu2": 0.5, "eps": 10.0}, "momentum": 0.8, "scale": "match_rms_adamw"}),
+        ("hyperball", {"momentum": 0.5}),
+    ],
+)
+def test_options_of_a_rule_have_the_meaning_of_its_paper(rule, options):
+    (weights, _), *_ = run_ranks(train, 2, "flat", rule, options)
+    assert_close(weights, plain(rule, STEPS, **options).weights, TOLERANCE)
+
+
+# What a rule remembers ----------------------------------------------------------------------------------------------
+
+
+def saved_and_loaded(layout: str, rule: str, how: str) -> tuple[bool, bool]:
+    """Train 3 steps, save, go on for 3; a new run loads and goes on: same bits? And was there memory of the rule?"""
+    first, second = Run(layout, rule), Run(layout, rule)
+    for step in range(3):
+        first.step(gradients(step))
+    second.step(gradients(77))  # memory of its own, to be overwritten
+    if how == "own":
+        state = copy.deepcopy(first.optimizer.state_dict())
+        second.optimizer.load_state_dict(state)
+    elif how == "full":
+        given = [copy.deepcopy(first.optimizer.full_state_dict())]
+        dist.broadcast_object_list(given)
+        state = given[0]
+        second.optimizer.load_state_dict(state)
+    else:
+        state = copy.deepcopy(get_optimizer_state_dict(first.model, first.optimizer))
+        set_optimizer_state_dict(second.model, second.optimizer, state)
+    with torch.no_grad():
+        if layout == "flat":
+            second.shard.copy_(first.shard)
+        for p, q in zip(second.parameters.values(), first.parameters.values(), strict=True):
+            p.copy_(q)
+    for step in range(3, 6):
+        for run in (first, second):
+            run.step(gradients(step))
+    keys = {key.partition(":")[0] for entry in first.optimizer.state.values() for key in entry}
+    after, again = first.weights(), second.weights()
+    return all(torch.equal(after[n], again[n]) for n in after), keys > {"momentum_buffer"}
+
+
+@pytest.mark.parametrize("rule", NEW)
+@pytest.mark.parametrize(
+    ("layout", "world", "how"),
+    [("copies", 1, "own"), ("copies", 3, "own"), ("copies", 3, "full"), ("flat", 3, "own"), ("fsdp2", 3, "own"),
+     ("fsdp2", 3, "dcp")],
+)  # fmt: skip
+def test_a_state_dict_brings_back_what_a_rule_remembers(layout, world, how, rule):
+    results = run_ranks(saved_and_loaded, world, layout, rule, how)
+    assert all(same for same, _ in results)
+    assert any(remembers for _, remembers in results)
+
+
+def full_of(rule: str, steps: int) -> tuple[dict[str, Any], Tensors]:
+    run = Run("copies", rule)
+    for step in range(steps):
+        run.step(gradients(step))
+    return run.optimizer.full_state_dict(), run.weights()
+
+
+def continued(rule: str, state: dict[str, Any], weights: Tensors) -> Tensors:
+    run = Run("copies", rule)
+    run.optimizer.load_state_dict(copy.deepcopy(state))
+    with torch.no_grad():
+        for n, p in run.parameters.items():
+            p.copy_(weights[n])
+    for step in range(3, STEPS):
+        run.step(gradients(step))
+    return run.weights()
+
+
+@pytest.mark.parametrize("rule", NEW)
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (3, 2)])
+def test_a_full_state_dict_loads_on_any_number_of_ranks(before, after, rule):
+    (state, weights), *_ = run_ranks(full_of, before, rule, 3)
+    for found in run_ranks(continued, after, rule, state, weights):
+        assert_close(found, plain(rule, STEPS).weights, TOLERANCE)
+
+
+def written_by_dcp(rule: str, folder: str) -> None:
+    run = Run("fsdp2", rule)
+    for step in range(3):
+        run.step(gradients(step))
+    state = {"weights": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
+    dcp.save(state, checkpoint_id=folder)
+
+
+def read_by_dcp(rule: str, folder: str) -> Tensors:
+    run = Run("fsdp2", rule)
+    run.optimizer.bound_runtime()
+    state = {"weights": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+    for step in range(3, STEPS):
+        run.step(gradients(step))
+    return run.weights()
+
+
+@pytest.mark.parametrize("rule", NEW)
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 4)])
+def test_torchs_checkpoints_reshard_what_a_rule_remembers(tmp_path, before, after, rule):
+    run_ranks(written_by_dcp, before, rule, str(tmp_path))
+    for found in run_ranks(read_by_dcp, after, rule, str(tmp_path)):
+        assert_close(found, plain(rule, STEPS).weights, TOLERANCE)
+
+
+# At rest ------------------------------------------------------------------------------------------------------------
+
+
+def at_rest(layout: str, rule: str) -> bool:
+    """Whether weights whose gradients were always zero keep their bits; without decay."""
+    run = Run(layout, rule, **({} if rule == "hyperball" else {"weight_decay": 0.0}))
+    before = run.weights()
+    for _ in range(3):
+        run.step({n: torch.zeros_like(g) for n, g in gradients(0).items()})
+    after = run.weights()
+    return all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("layout", "world"), [("copies", 2), ("flat", 3), ("fsdp2", 3)])
+def test_zero_gradients_change_nothing(layout, world, rule):
+    assert all(run_ranks(at_rest, world, layout, rule))
+
+
+@pytest.mark.parametrize("rule", ["muon", "normuon"])
+def test_the_decay_of_16_bit_weights_rounds_the_product_alone(rule):
+    """Not the factor first: .998 would be .9961, and the decay twice what was asked for."""
+    weight = torch.nn.Parameter(torch.randn(50, 24).bfloat16())
+    wanted = (weight.detach().double() * (1 - 0.02 * 0.1)).bfloat16()
+    optimizer = Muon([weight], lr=0.02, weight_decay=0.1, rule=rule)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    assert torch.equal(weight, wanted)
+
+
+# What is refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rule": "normoun"}, "rule 'normoun' is unknown.*normuon"),
+        ({"rule": "normuon", "rule_options": {"beta": 0.9}}, r"no option 'beta' \(did you mean beta2"),
+        ({"rule": "muon", "rule_options": {"eps": 0.9}}, "rule 'muon' has no option 'eps'.*none"),
+        ({"rule": "normuon", "rule_options": {"beta2": 1.0}}, "beta2 is 1.0"),
+        ({"rule": "normuon", "rule_options": {"eps": 0.0}}, "eps is 0.0"),
+        ({"rule": "normuon", "rule_options": {"beta2": "0.9"}}, "beta2.*must be a number"),
+        ({"rule": "normuon", "rule_options": {"beta2": float("nan")}}, "beta2 is nan"),
+        ({"rule": "normuon", "rule_options": [0.9]}, "rule_options is"),
+        ({"rule": "namo", "nesterov": True}, "nesterov.*namo.*no nesterov"),
+        ({"rule": "namo", "rule_options": {"mu2": -1}}, "mu2 is -1"),
+        ({"rule": "namo", "rule_options": {"mu1": 0.9}}, "'mu1' of rule 'namo' is the option momentum"),
+        ({"rule": "hyperball", "scale": "match_rms_adamw"}, "scale.*hyperball.*no scale"),
+        ({"rule": "hyperball", "weight_decay": 0.1}, "weight_decay.*hyperball.*no weight_decay"),
+    ],
+)
+def test_what_a_rule_does_not_have_is_refused_by_name(options, words):
+    with pytest.raises(ConfigError, match=words):
+        Muon([torch.nn.Parameter(torch.ones(2, 2))], **options)
+    with pytest.raises(ConfigError, match=words):
+        Muon([{"params": [torch.nn.Parameter(torch.ones(2, 2))], **options}])
+
+
+def test_a_group_may_have_another_rule_than_the_optimizer():
+    """An option of the optimizer is meant for groups of its rule; another rule has its own defaults."""
+    weights = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(3)]
+    groups = [{"params": weights[:1]}, {"params": weights[1:2], "rule": "namo"},
+              {"params": weights[2:], "rule": "hyperball", "lr": 0.5}]  # fmt: skip
+    optimizer = Muon(groups, lr=0.1, weight_decay=0.3, nesterov=True, scale="spectral")
+    muon, namo, hyperball = optimizer.param_groups
+    assert (muon["scale"], muon["nesterov"], muon["weight_decay"], muon.get("rule")) == ("spectral", True, 0.3, None)
+    assert (namo["scale"], namo["nesterov"], namo["rule_options"]) == ("none", False, {"mu2": 0.99, "eps": 1e-8})
+    assert (hyperball["scale"], hyperball["weight_decay"], hyperball["lr"]) == ("none", 0.0, 0.5)
+
+
+def test_hyperball_refuses_a_weight_that_would_stay_zero():
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    optimizer = Muon([{"params": [weight], "param_names": ["head.weight"]}], rule="hyperball")
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(ConfigError, match=r"head\.weight is zero"):
+        optimizer.step()
+
+
+def test_a_state_of_another_rule_is_refused_before_anything_changes():
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    other, optimizer = Muon([weight], rule="normuon"), Muon([weight])
+    weight.grad = torch.randn(2, 3)
+    other.step()
+    optimizer.step()
+    kept = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ConfigError, match="rule 'normuon'"):
+        optimizer.load_state_dict(other.state_dict())
+    assert torch.equal(kept["state"][0]["momentum_buffer"], optimizer.state[weight]["momentum_buffer"])
+
+
+def test_a_state_without_the_memory_of_the_rule_is_refused():
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = Muon([weight], rule="namo")
+    weight.grad = torch.randn(2, 3)
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["state"][0]["gradient_steps"]
+    with pytest.raises(CheckpointError, match="gradient_steps"):
+        optimizer.load_state_dict(state)
+
+
+def unequal(options: list[dict[str, Any]]) -> None:
+    run = Run("copies", "normuon", **options[dist.get_rank()])
+    run.step(gradients(0))
+
+
+def test_ranks_with_other_options_of_a_rule_are_told():
+    with pytest.raises(RankFailure, match="rule"):
+        run_ranks(unequal, 2, [{}, {"rule_options": {"beta2": 0.9}}])
