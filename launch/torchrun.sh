@@ -39,7 +39,7 @@ The first node holds the rendezvous: when that one is lost, the run ends, and th
 
 On one node nothing listens beyond the loopback interface: the processes meet in a file. With several nodes the store of
 torch.distributed listens on every interface of the first node, without a password: use a private network.
-GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the interface (lo for gloo while the first node is 127.0.0.1).
+GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the interface (lo while the first node is 127.0.0.1).
 TEXT
 }
 
@@ -130,10 +130,14 @@ if [[ "$nnodes" == 1 ]]; then
         --rdzv-conf store_type=file --local-addr 127.0.0.1)
     # torchrun would share a TCP store that listens on every interface; muon-dist makes a file store of this instead
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 MUON_DIST_STORE="$meeting/store"
-    export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
+    export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}"
 else
     unset MUON_DIST_STORE
-    case "$addr" in 127.* | localhost | ::1) export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" ;; esac
+    case "$addr" in
+        127.* | localhost | ::1)
+            export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}"
+            ;;
+    esac
     case "$rdzv" in
         static)
             ((node_rank < most)) || muon_die "--node-rank $node_rank must be below --nnodes $nnodes"
@@ -150,6 +154,10 @@ else
     esac
 fi
 
+# On GPUs: buckets of changing sizes do not fragment the memory, and where two communicators of NCCL are in flight (HSDP)
+# their operations start in the order in which they were issued.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+export NCCL_LAUNCH_ORDER_IMPLICIT="${NCCL_LAUNCH_ORDER_IMPLICIT:-1}"
 # One thread a process unless told: torchrun's processes share the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 "$python" -m torch.distributed.run "${options[@]}" "${program[@]}" &

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from muon_dist.errors import MuonDistError
@@ -31,6 +33,8 @@ class Ranks:
 
     Args:
         group: None for a single process.
+        device: of this rank. A process group that has NCCL alone sends values through the current CUDA device, which
+            must be the rank's own; by default it is left as it is.
 
     Attributes:
         failure: the type in which an error that is not one of ours is raised. None: the rank that had it raises it as
@@ -39,8 +43,9 @@ class Ranks:
 
     failure: ClassVar[type[MuonDistError] | None] = None
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
         self.group = group
+        self.device = device
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
 
@@ -60,7 +65,9 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
+        own = self.device if self.device is not None and self.device.type == "cuda" else None
+        with torch.cuda.device(own) if own is not None else contextlib.nullcontext():
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def everywhere(self, work: Callable[[], T]) -> T:

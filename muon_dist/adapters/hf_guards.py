@@ -185,7 +185,9 @@ class Guards(TrainerCallback):
         if seconds is None:
             seconds = _WATCHDOG_SHARE * args.ddp_timeout
         if seconds > 0:
-            self._watchdog = Watchdog(self._progress, default_store(), rank, world, timeout=seconds)
+            self._watchdog = Watchdog(
+                self._progress, default_store(), rank, world, timeout=seconds, device=self._trainer.args.device
+            )
             self._watchdog.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -28,6 +28,16 @@ from muon_dist.ranks import Ranks
 from muon_dist.routing import RoutingTable
 
 META = torch.device("meta")
+_NO_KERNELS = frozenset(
+    {"as_strided", "view", "slice", "select", "detach", "unsqueeze", "expand", "t", "transpose", "alias", "split"}
+    | {"split_with_sizes", "permute", "unbind", "lift_fresh", "scalar_tensor", "_local_scalar_dense", "empty"}
+    | {"empty_like", "empty_strided", "new_empty"}
+)
+"""Calls that launch nothing: views, memory, and numbers on the host."""
+# Of ATen/native/cuda/MultiTensorApply.cuh: the tensors of one launch by the number of lists that it works on, the
+# blocks of one launch, and the elements of a block.
+_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36}
+_BLOCKS, _CHUNK = 320, 65536
 _TIMED = 20
 PER_NODE = 8
 """Ranks that share one copy of the model under HSDP."""
@@ -46,21 +56,54 @@ class _Without(Transport):
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the calls of aten, views included."""
+    """Counts the calls of aten, views included, and what they would launch on CUDA."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self.kernels = self.launches = self.host_reads = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func.name().partition("::")
         if namespace == "aten":
-            self.calls[name.partition(".")[0]] += 1
+            kind = name.partition(".")[0]
+            self.calls[kind] += 1
+            launches = kind not in _NO_KERNELS
+            self.kernels += launches
+            self.launches += _foreach_launches(args) if kind.startswith("_foreach") else launches
+            self.host_reads += kind == "_local_scalar_dense" and args[0].device.type != "cpu"
         return func(*args, **(kwargs or {}))
 
 
+def _foreach_launches(args: Sequence[Any]) -> int:
+    """The launches of a `torch._foreach_*` call on CUDA.
+
+    Lists of equal dtype, shape and dense strides go together, as many as fit a launch; any others one by one
+    (ATen/native/ForeachUtils.h, `can_use_fast_route`).
+    """
+    lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
+    count = len(lists[0])
+    alike = all(
+        t.dtype == first.dtype and t.shape == first.shape and t.is_contiguous()
+        for first, *others in zip(*lists, strict=True)
+        for t in (first, *others)
+    )
+    if not alike:
+        return count
+    blocks = sum(-(-t.numel() // _CHUNK) for t in lists[0])
+    return max(-(-count // _TENSORS[min(len(lists), 4)]), -(-blocks // _BLOCKS))
+
+
 def measure(
-    model: nn.Module, table: RoutingTable, workload: Workload, settings: Settings, layout: str, ranks: int, rank: int
+    model: nn.Module,
+    table: RoutingTable,
+    workload: Workload,
+    settings: Settings,
+    layout: str,
+    ranks: int,
+    rank: int,
+    device: torch.device = META,
+    offloaded: bool = False,
 ) -> dict[str, Any]:
     """The operations and the host time of an optimizer step.
 
@@ -69,19 +112,27 @@ def measure(
         workload, settings: of the planner, for the same model.
         layout: one of the planner's.
         ranks, rank: how many, and which one is measured.
+        device: "meta", or another one of tensors without memory (inside a `FakeTensorMode`).
+        offloaded: weights, gradients and state are on the CPU.
 
     Returns:
-        `operations`: aten calls of a step, views included; Newton-Schulz is replaced by nothing. `by_kind`: the same
-        by name. `newton_schulz`: the stacks and matrices that it would have orthogonalized. `collectives`, `bytes`:
-        what the rank calls and sends. `host_ms`: median of 20 steps, in which tensors of the meta device cost more
-        Python than real ones and no kernel is launched.
+        A dict with
+
+        - `operations`, `by_kind`: aten calls of a step, views included, and by name. Newton-Schulz is left out.
+        - `kernels`: those that are no views. `launches`: what they launch on CUDA, by the rules of torch's foreach
+          functions. `host_reads`: values of the device that the host waits for, beside the flags of the gradients.
+        - `newton_schulz`: the stacks and matrices that would have been orthogonalized.
+        - `collectives`, `bytes`: what the rank calls and sends.
+        - `host_ms`: median of 20 steps. Tensors of the meta device cost more Python than real ones, and no kernel is
+          launched.
 
     Raises:
         ConfigError: an unknown or impossible layout.
     """
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
-        optimizer = _optimizer(param_groups(model, table=table), workload, settings, layout)
+        groups, kept = param_groups(model, table=table), torch.device("cpu") if offloaded else device
+        optimizer = _optimizer(groups, workload, settings, layout, device, kept)
         stacks: list[int] = []
         assert optimizer.runtime is not None
         optimizer.runtime.orthogonalize = lambda stack, group: stacks.append(len(stack))
@@ -103,6 +154,9 @@ def measure(
         "ranks": ranks,
         "rank": rank,
         "operations": counter.calls.total(),
+        "kernels": counter.kernels,
+        "launches": counter.launches,
+        "host_reads": counter.host_reads,
         "by_kind": dict(counter.calls.most_common()),
         "newton_schulz": found,
         "collectives": after[0] - before[0],
@@ -123,7 +177,14 @@ def _give_gradients(optimizer: Muon) -> None:
             p.grad = torch.empty_like(p)
 
 
-def _optimizer(groups: list[dict[str, Any]], workload: Workload, settings: Settings, layout: str) -> Muon:
+def _optimizer(
+    groups: list[dict[str, Any]],
+    workload: Workload,
+    settings: Settings,
+    layout: str,
+    device: torch.device,
+    kept: torch.device,
+) -> Muon:
     """Muon bound to the tensors that this rank holds under `layout`, without a framework."""
     rank, world = dist.get_rank(), dist.get_world_size()
     optimizer = Muon(
@@ -145,37 +206,32 @@ def _optimizer(groups: list[dict[str, Any]], workload: Workload, settings: Setti
         column = dist.new_group([r for r, c in enumerate(placed.columns) if c == placed.columns[rank]])
     share = world if layout != "hsdp" else min(PER_NODE, world)
     for group, algorithm, parameters in zip(optimizer.param_groups, optimizer.algorithms, of_groups, strict=True):
-        group["params"] = (
-            _muon_tensors(placed, parameters) if algorithm == "muon" else _adamw_tensors(parameters, layout, share)
-        )
+        shapes = _muon_shapes(placed, parameters) if algorithm == "muon" else _adamw_shapes(parameters, layout, share)
+        group["params"] = [nn.Parameter(torch.empty(tuple(shape), device=kept)) for shape in shapes]
     (muon,) = (i for i, algorithm in enumerate(optimizer.algorithms) if algorithm == "muon")
     buffers = tuple(optimizer.param_groups[muon]["params"])
-    binding = Binding(placed, buffers, dist.group.WORLD, META, column=column)
-    transport = _Without(binding.group, META, optimizer.progress, column)
+    binding = Binding(placed, buffers, dist.group.WORLD, device, column=column)
+    transport = _Without(binding.group, device, optimizer.progress, column)
     optimizer.bind(binding, dict.fromkeys(range(len(buffers)), muon), transport, compare_copies=False)
     return optimizer
 
 
-def _muon_tensors(layout: Layout, parameters: Sequence[PlannedParameter]) -> list[nn.Parameter]:
-    """The buffers of this rank; of a parameter's shape where each parameter has a buffer of its own."""
+def _muon_shapes(layout: Layout, parameters: Sequence[PlannedParameter]) -> list[Sequence[int]]:
+    """Of the buffers of this rank; as of a parameter where each parameter has a buffer of its own."""
     lengths: dict[int, int] = {}
     for m in layout.matrices:
         buffer = m.buffer
         lengths[buffer] = max(lengths.get(buffer, 0), *(f.local.stop for f in m.on(dist.get_rank())), 0)
     sizes = [length for _, length in sorted(lengths.items())]
     if len(sizes) != len(parameters):
-        return [_tensor((size,)) for size in sizes]
-    return [_tensor((size * p.shape[0] // p.numel, *p.shape[1:])) for size, p in zip(sizes, parameters, strict=True)]
+        return [(size,) for size in sizes]
+    return [(size * p.shape[0] // p.numel, *p.shape[1:]) for size, p in zip(sizes, parameters, strict=True)]
 
 
-def _adamw_tensors(parameters: Sequence[PlannedParameter], layout: str, share: int) -> list[nn.Parameter]:
+def _adamw_shapes(parameters: Sequence[PlannedParameter], layout: str, share: int) -> list[Sequence[int]]:
     """What this rank holds of an AdamW group: all of it, rows of each parameter, or a slice of all, end to end."""
     if layout == "ddp":
-        return [_tensor(p.shape) for p in parameters]
+        return [p.shape for p in parameters]
     if layout.startswith("zero"):
-        return [_tensor((-(-sum(p.numel for p in parameters) // share),))]
-    return [_tensor((-(-p.shape[0] // share), *p.shape[1:])) for p in parameters]
-
-
-def _tensor(shape: Sequence[int]) -> nn.Parameter:
-    return nn.Parameter(torch.empty(tuple(shape), device=META))
+        return [(-(-sum(p.numel for p in parameters) // share),)]
+    return [(-(-p.shape[0] // share), *p.shape[1:]) for p in parameters]

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from muon_dist.checkpoint import folder
+from muon_dist.checkpoint.host_memory import HostMemory
 from muon_dist.checkpoint.phases import enter
 from muon_dist.checkpoint.piece import Piece
 from muon_dist.checkpoint.ranks import Ranks
@@ -61,7 +60,7 @@ class Saver:
         self.keep_last, self.keep_every = keep_last, keep_every
         self.warn = warn
         self.last: Path | None = None
-        self._host: dict[str, torch.Tensor] | None = {} if background else None
+        self._host = HostMemory() if background else None
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
 

@@ -84,7 +84,7 @@ class RandomState:
             },
             "torch": torch.get_rng_state(),
         }
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # a run on the CPU makes no context on a GPU
             state["cuda"] = torch.cuda.get_rng_state()
         return state
 

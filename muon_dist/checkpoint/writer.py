@@ -12,6 +12,7 @@ import torch
 
 from muon_dist.checkpoint import files, folder
 from muon_dist.checkpoint.files import DTYPES, FileRecord
+from muon_dist.checkpoint.host_memory import HostMemory
 from muon_dist.checkpoint.manifest import Manifest, Stored, Tensor, rank_file, write_manifest
 from muon_dist.checkpoint.phases import enter
 from muon_dist.checkpoint.piece import Piece, to_write
@@ -61,12 +62,12 @@ def take(
     rank_state: Mapping[str, Any],
     *,
     state: Mapping[str, Any] | None = None,
-    host: dict[str, torch.Tensor] | None = None,
+    host: HostMemory | None = None,
 ) -> tuple[Snapshot, dict[str, Any]]:
     """(what `rank` writes, `state` encoded).
 
-    rank_state: of this rank alone. state: the same on every rank; the first writes it. host: buffers kept from save to
-    save, into which the tensors are copied; without it the snapshot holds live tensors.
+    rank_state: of this rank alone. state: the same on every rank; the first writes it. host: into which the tensors
+    are copied; without it the snapshot holds live tensors.
     """
     tensors: dict[str, torch.Tensor] = {}
     own = encode(dict(rank_state), tensors, f"rank{rank}")
@@ -78,18 +79,9 @@ def take(
         key = f"{piece.kind}/{piece.name}/{e.start}"
         if piece.dtype not in _DTYPE_NAMES:
             raise CheckpointError(f"{piece.name} ({piece.kind}) is of {piece.dtype}, which safetensors does not have")
-        items.append((key, piece.tensor if host is None else _copied(key, piece.tensor, host)))
+        items.append((key, piece.tensor if host is None else host.copy(key, piece.tensor)))
         index.append((key, piece.kind, piece.name, piece.shape, _DTYPE_NAMES[piece.dtype], e))
     return Snapshot([*items, *tensors.items()], index, own), shared
-
-
-def _copied(key: str, tensor: torch.Tensor, host: dict[str, torch.Tensor]) -> torch.Tensor:
-    """A copy in a buffer that is used again: fresh memory costs more than the copy."""
-    kept = host.get(key)
-    if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-        kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        host[key] = kept
-    return kept.copy_(tensor)
 
 
 def commit(root: Path, ranks: Ranks, snapshot: Snapshot, contents: Contents) -> Path:

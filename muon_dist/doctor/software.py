@@ -85,7 +85,7 @@ def check_devices(driver: int | None = None) -> list[Verdict]:
         if free < 0.9 * total:
             text = f"GPU {index}: {(total - free) / 2**30:.1f} of {total / 2**30:.0f} GiB are in use already"
             verdicts.append(Verdict("devices", "warning", text, "end the process that nvidia-smi shows there"))
-    if not torch.cuda.is_bf16_supported():
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
         text = f"{names[0]} has no bfloat16: Newton-Schulz runs in float32 there"
         verdicts.append(Verdict("devices", "warning", text, "set optimizer.muon.ns_dtype: float32"))
     shown = f"{len(names)} GPUs: {', '.join(sorted(set(names)))}"

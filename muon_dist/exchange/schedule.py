@@ -45,14 +45,24 @@ def bucket_elements(bucket_bytes: int) -> int:
 
 
 # With fewer buckets than this the first gather and the last scatter, which nothing hides, are a large share of the
-# whole; a message below 4 MB is mostly latency.
+# whole.
 _PIPELINED = 8
-_SMALLEST = 2**20
+SMALLEST = 2**20
+"""Elements of the smallest bucket that is cut off for overlap on a CPU: a message below 4 MB is mostly latency."""
+SMALLEST_ON_DEVICES = 2**24
+"""The same on an accelerator. Its links carry 64 MB in less time than it takes to launch the kernels of a bucket."""
 
 
-def pipelined_elements(plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int) -> int:
+def smallest_bucket(device_type: str) -> int:
+    """Elements of the smallest bucket that is cut off for overlap, on a device of this type."""
+    return SMALLEST if device_type == "cpu" else SMALLEST_ON_DEVICES
+
+
+def pipelined_elements(
+    plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int, smallest: int = SMALLEST
+) -> int:
     """The bound of `make_buckets` when they are to overlap: smaller than `bucket_elements` where the busiest owner of
-    `matrices` would otherwise have less than `_PIPELINED` buckets, but not below `_SMALLEST`.
+    `matrices` would otherwise have less than `_PIPELINED` buckets, but not below `smallest`.
 
     Where every matrix lies whole on its owner alone it is `bucket_elements`: there is nothing to hide.
     """
@@ -64,7 +74,7 @@ def pipelined_elements(plan: OwnershipPlan, matrices: Sequence[int], bucket_elem
         moves = moves or bool((m.fragments.rank != owner).any())
     if not moves:
         return bucket_elements
-    return min(bucket_elements, max(int(owned.max()) // _PIPELINED, _SMALLEST))
+    return min(bucket_elements, max(int(owned.max()) // _PIPELINED, smallest))
 
 
 def gather_parts(plan: OwnershipPlan, bucket: Bucket, rank: int) -> tuple[list[Part], list[Part]]:
@@ -155,11 +165,15 @@ def _by_progress(plan: OwnershipPlan, matrices: Sequence[int]) -> list[int]:
 
 
 def cut_buckets(
-    plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int, overlap: bool = False
+    plan: OwnershipPlan,
+    matrices: Sequence[int],
+    bucket_elements: int,
+    overlap: bool = False,
+    smallest: int = SMALLEST,
 ) -> list[tuple[int, ...]]:
     """The matrices of each bucket of `make_buckets`, without its messages."""
     if overlap:
-        bucket_elements = pipelined_elements(plan, matrices, bucket_elements)
+        bucket_elements = pipelined_elements(plan, matrices, bucket_elements, smallest)
     # The owner of the largest matrix must hold it anyway, and send it to every copy. Without this every matrix above
     # the bound has a bucket of its own, in which all owners but one wait: Newton-Schulz runs one matrix after another
     # on the whole world.
@@ -185,7 +199,11 @@ def cut_buckets(
 
 
 def make_buckets(
-    plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int, overlap: bool = False
+    plan: OwnershipPlan,
+    matrices: Sequence[int],
+    bucket_elements: int,
+    overlap: bool = False,
+    smallest: int = SMALLEST,
 ) -> tuple[Bucket, ...]:
     """Cut `matrices` into buckets such that no rank sends, receives or stacks more than `bucket_elements` at a time.
 
@@ -194,7 +212,7 @@ def make_buckets(
     two matrices, and all owners but these would wait. The owners' lists are interleaved by progress, so that each
     bucket gives every owner work, and equal shapes of one owner stay together for one batched call.
     """
-    return tuple(_bucket(plan, members) for members in cut_buckets(plan, matrices, bucket_elements, overlap))
+    return tuple(_bucket(plan, members) for members in cut_buckets(plan, matrices, bucket_elements, overlap, smallest))
 
 
 def _bucket(plan: OwnershipPlan, members: tuple[int, ...]) -> Bucket:

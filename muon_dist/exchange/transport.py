@@ -61,7 +61,7 @@ class Region:
 
     def run(self, start: int, length: int, shape: tuple[int, ...]) -> torch.Tensor:
         """The run `[start, start + length)`, as a tensor of `shape`."""
-        return self.flat[start : start + length].view(shape)
+        return self.flat.narrow(0, start, length).view(shape)
 
     def block(self, block: Block, shape: tuple[int, ...]) -> torch.Tensor:
         """A block, as a tensor of `shape`."""
@@ -161,7 +161,7 @@ class Transport:
     ) -> None:
         self.group = group
         self.device = device
-        self.ranks = Ranks(group)
+        self.ranks = Ranks(group, device)
         self.rank, self.world_size = self.ranks.rank, self.ranks.size
         self.column = column if column is not None else group
         self.column_ranks = list(range(self.world_size))

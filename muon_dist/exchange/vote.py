@@ -43,6 +43,7 @@ class Stopwatch:
 
     def start(self) -> None:
         """A new step begins, before its data are read."""
+        self.pause()  # else its last event was never recorded
         if self._events and self._events[-1][1].query():
             self._kernels_before = sum(a.elapsed_time(b) for a, b in self._events) / 1e3
         self._seconds, self._since, self._events = 0.0, None, []

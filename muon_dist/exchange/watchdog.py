@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from muon_dist.errors import PeerError
-from muon_dist.exchange.progress import Progress, place
+from muon_dist.exchange.progress import IDLE, Progress, Standing, place
 
-IDLE = "idle"
 _MOST_INTERVAL = 5.0
 _STORE_PATIENCE = 2.0
 _LAST_WORDS = 1.0
@@ -56,10 +56,14 @@ def leave(message: str) -> None:
 class Watchdog:
     """Publishes where this rank stands and ends it when one operation takes longer than `timeout` seconds.
 
+    On a GPU the host goes on while the device still works or waits for another rank. There an operation lasts until
+    the device has finished it, and what the device is in counts, also when the host is idle.
+
     progress: of this rank; nothing is watched while it is "idle".
     store: through which the ranks see each other; `default_store()` in most cases. None for a single process.
     timeout: seconds; below the process group's, whose own end names nothing.
     interval: seconds between two publications; default a twentieth of the timeout, at most 5.
+    device: of the work; on a CUDA device its own progress is followed.
     on_timeout: called in the thread with the message; by default it is printed and the process ends with exit code 10.
     """
 
@@ -72,6 +76,7 @@ class Watchdog:
         *,
         timeout: float,
         interval: float | None = None,
+        device: torch.device | None = None,
         on_timeout: Callable[[str], None] = leave,
     ) -> None:
         self.progress, self.rank, self.world_size = progress, rank, world_size
@@ -82,6 +87,9 @@ class Watchdog:
         self._count = 0
         self._published = 0.0
         self._host = socket.gethostname()
+        self._device = device
+        self._seen: Standing | None = None
+        self._seen_since = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="muon_dist watchdog", daemon=True)
 
@@ -94,6 +102,8 @@ class Watchdog:
 
     def start(self) -> None:
         """Begin to watch."""
+        if self._device is not None and self._device.type == "cuda" and self.progress.mark is None:
+            self.progress.mark = lambda: torch.cuda.current_stream(self._device).record_event()
         self._publish()
         self._thread.start()
 
@@ -111,9 +121,9 @@ class Watchdog:
         while not self._stop.wait(min(self.interval, 1.0)):
             if time.monotonic() - self._published >= self.interval:
                 self._publish()
-            began, operation = self.progress.since, self.progress.operation
+            at, began = self._standing()
             waited = time.monotonic() - began
-            if operation == IDLE or waited < self.timeout - 2.5 * self.interval:
+            if at.operation == IDLE or waited < self.timeout - 2.5 * self.interval:
                 baseline = {}
                 continue
             if not baseline or began != since:
@@ -122,14 +132,25 @@ class Watchdog:
                 self._on_timeout(self.describe(baseline, self.beats()))
                 return
 
+    def _standing(self) -> tuple[Standing, float]:
+        """Where this rank stands, and since when: what its device is in, or its host where the device keeps up."""
+        behind = self.progress.device()
+        if behind is None:
+            host = self.progress.host()
+            return host, host.since
+        if behind is not self._seen:  # the device began it when the one before was seen to end, at the earliest
+            self._seen, self._seen_since = behind, time.monotonic()
+        return behind, self._seen_since
+
     def _key(self, rank: int) -> str:
         return f"muon_dist/watchdog/{rank}"
 
     def _publish(self) -> None:
         self._count += 1
         self._published = time.monotonic()
-        p = self.progress
-        beat = Beat(self._count, p.step, p.operation, p.bucket, round(self._published - p.since, 3), self._host)
+        at, since = self._standing()
+        seconds = round(max(self._published - since, 0.0), 3)
+        beat = Beat(self._count, at.step, at.operation, at.bucket, seconds, self._host)
         if self._store is not None:
             store, text = self._store, json.dumps(asdict(beat))
             _patiently(lambda: store.set(self._key(self.rank), text))
@@ -151,9 +172,11 @@ class Watchdog:
 
     def describe(self, before: Mapping[int, Beat], after: Mapping[int, Beat]) -> str:
         """The message of a time-out, from two readings more than an interval apart."""
-        p = self.progress
-        waited = time.monotonic() - p.since
-        own = f"rank {self.rank} has been in {place(p.operation, p.bucket, p.step)} for {waited:.0f} s"
+        at, since = self._standing()
+        waited = time.monotonic() - since
+        own = f"rank {self.rank} has been in {at.text()} for {waited:.0f} s"
+        if at.mark is not None:
+            own += f" on its device (its host is in {self.progress.host().text()})"
         if self.world_size == 1:
             return f"{own}: longer than the watchdog's {self.timeout:.0f} s"
         if not after:
@@ -164,7 +187,7 @@ class Watchdog:
         parts = [f"rank {r} is absent: last seen in {after[r].text()}" for r in absent]
         parts += [f"rank {r} was never seen" for r in never]
         if not parts:
-            behind = min(others, key=lambda r: (after[r].step, after[r].operation == p.operation))
+            behind = min(others, key=lambda r: (after[r].step, after[r].operation == at.operation))
             parts = [f"all ranks are alive; rank {behind} is behind, in {after[behind].text()}"]
         return f"{own}: {'; '.join(parts)}"
 

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from muon_dist.errors import ConfigError
-from muon_dist.numerics.iteration import PLAIN, Form, Products, Workspace, iterate, normal_dtype, normalize
+from muon_dist.numerics.iteration import (
+    PLAIN,
+    Form,
+    Products,
+    Workspace,
+    buffers,
+    full_fp32,
+    iterate,
+    normal_dtype,
+    normalize,
+)
 from muon_dist.numerics.schedules import Row, Schedule, get_schedule
 
 _SHAPES = 1024
@@ -20,7 +30,9 @@ def _whole(
     x: Tensor, schedule: Schedule, rows: tuple[Row, ...], segment: int, dtype: torch.dtype, products: Products
 ) -> Tensor:
     count, m, n = x.shape
-    space = Workspace(count, m, n, segment, dtype=dtype, device=x.device)
+    other = torch.empty(count, m, n, dtype=dtype, device=x.device)
+    squares = [other.new_empty(count, min(m, n), min(m, n)) for _ in range(buffers(segment))]
+    space = Workspace(segment, other, squares)
     exact = torch.empty(x.shape, dtype=normal_dtype(x.dtype, dtype), device=x.device)
     start = exact if exact.dtype == dtype else torch.empty_like(space.other)
     normalize(x, schedule, start, exact)
@@ -56,10 +68,11 @@ def compiled_iteration(
 def orthogonalize_compiled(source: Tensor, target: Tensor | None = None, *, form: Form) -> None:
     """As `iteration.orthogonalize`, by code that is compiled once for each shape of the stack."""
     target = source if target is None else target
-    if source.numel():
-        with torch.autocast(source.device.type, enabled=False):
-            result = compiled_iteration(source, form.schedule, form.rows, form.segment, form.dtype, form.products)
-            target.copy_(result)
+    if not source.numel():
+        return
+    with full_fp32(source.device), torch.autocast(source.device.type, enabled=False):
+        result = compiled_iteration(source, form.schedule, form.rows, form.segment, form.dtype, form.products)
+        target.copy_(result)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from muon_dist.errors import ConfigError
 from muon_dist.numerics.schedules import Row, Schedule
 
 BLOCKS = 4
@@ -19,20 +18,24 @@ _CPU_CHUNK_BYTES = 3 << 20
 takes the same time within 5% (2 MB of cache); with less, calls take as long as small products."""
 
 
+@dataclass(frozen=True)
 class Workspace:
-    """The buffers of the iteration for up to `count` matrices (rows, cols) at a time, in `dtype`.
+    """The buffers of the iteration for up to B matrices (M, N) at a time, in its dtype.
 
-    One more X, and square buffers of the short side: A and a polynomial in it, two more in Gram form.
+    Attributes:
+        segment: see `Form`.
+        other: one more X, (B, M, N).
+        squares: `buffers(segment)` of the short side, (B, S, S): A and a polynomial in it, two more in Gram form.
     """
 
-    def __init__(
-        self, count: int, rows: int, cols: int, segment: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        short = min(rows, cols)
-        squares = 2 if segment == 1 else 4
-        self.segment = segment
-        self.other = torch.empty(count, rows, cols, dtype=dtype, device=device)
-        self.squares = [torch.empty(count, short, short, dtype=dtype, device=device) for _ in range(squares)]
+    segment: int
+    other: Tensor
+    squares: list[Tensor]
+
+
+def buffers(segment: int) -> int:
+    """How many square buffers the iteration needs."""
+    return 2 if segment == 1 else 4
 
 
 def matrices_at_once(count: int, rows: int, cols: int, segment: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -40,7 +43,7 @@ def matrices_at_once(count: int, rows: int, cols: int, segment: int, dtype: torc
     if device.type != "cpu":
         return count
     short = min(rows, cols)
-    each = dtype.itemsize * (2 * rows * cols + (2 if segment == 1 else 4) * short * short)
+    each = dtype.itemsize * (2 * rows * cols + buffers(segment) * short * short)
     return min(count, max(1, torch.get_num_threads() * _CPU_CHUNK_BYTES // max(each, 1)))
 
 
@@ -146,6 +149,7 @@ class Form:
         dtype: in which the iteration runs.
         products: who multiplies.
         at_once: matrices that are iterated at a time.
+        squares: `buffers(segment)`.
     """
 
     schedule: Schedule
@@ -154,42 +158,49 @@ class Form:
     dtype: torch.dtype
     products: Products
     at_once: int
+    squares: int
 
 
-def require_full_fp32(device: torch.device, schedule: str) -> None:
-    """Raise ConfigError if PyTorch is set to compute fp32 matrix products of `device` in TF32 or bf16."""
-    # On a CPU with AMX, set_float32_matmul_precision("medium") alone turns an fp32 product's relative error of 3e-7
-    # into 2e-3, and TF32 on a GPU does much the same: "fp32" in name only.
-    if device.type == "cuda":
-        precision = torch.backends.cuda.matmul.fp32_precision
-    else:
-        precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
-    if precision in ("tf32", "bf16"):
-        raise ConfigError(
-            f"ns_schedule={schedule!r} needs full fp32 matrix products, but PyTorch is set to compute those of "
-            f"{device.type} in {precision}: call torch.set_float32_matmul_precision('highest') (the Trainer's tf32: "
-            "false), or use another ns_schedule"
-        )
+@contextlib.contextmanager
+def full_fp32(device: torch.device) -> Iterator[None]:
+    """Inside, fp32 matrix products of `device` are computed in fp32.
+
+    `torch.set_float32_matmul_precision`, or the Trainer's `tf32`, may have set TF32 or bf16, on a CPU with AMX too.
+    That is fp32 in name only: a relative error of 2e-3 in place of 3e-7.
+    """
+    settings = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
+    before = settings.fp32_precision
+    if before not in ("tf32", "bf16"):
+        yield
+        return
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 @torch.no_grad()
 def orthogonalize(source: Tensor, target: Tensor | None = None, *, form: Form) -> None:
-    """Write the orthogonalized matrices of `source` (B, M, N) into `target`, contiguous, by default over `source`."""
+    """Write the orthogonalized matrices of `source` (B, M, N) into `target`, contiguous, by default over `source`.
+
+    fp32 means fp32: whatever PyTorch is set to, products are not reduced to TF32 or bf16 inside.
+    """
     target = source if target is None else target
     if source.numel() == 0:
         return
-    if form.schedule.fp32_only:
-        require_full_fp32(source.device, form.schedule.name)
     count, m, n = source.shape
     dtype = form.dtype
     # Autocast knows nothing of the meta device, and refuses it.
     inside = contextlib.nullcontext() if source.is_meta else torch.autocast(source.device.type, enabled=False)
-    with inside:
+    with full_fp32(source.device), inside:
         at_once = min(count, form.at_once)
-        space = Workspace(at_once, m, n, form.segment, dtype=dtype, device=source.device)
+        other_x = torch.empty(at_once, m, n, dtype=dtype, device=source.device)
+        squares = [other_x.new_empty(at_once, min(m, n), min(m, n)) for _ in range(form.squares)]
+        space = Workspace(form.segment, other_x, squares)
         exact_dtype = torch.promote_types(torch.promote_types(source.dtype, dtype), torch.float32)
-        # The last product is written where the result belongs, and X is normalised in a buffer that is there if one of
-        # them has the dtype for it.
+        # The last product is written where the result belongs, and X is normalised in a buffer that is there if
+        # one of them has the dtype for it.
         ends = target if target.dtype == dtype else torch.empty_like(space.other)
         there = exact_dtype in (dtype, target.dtype)
         exact = target if there else torch.empty_like(space.other, dtype=exact_dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from muon_dist.errors import ConfigError
 from muon_dist.numerics.compiled import orthogonalize_compiled
-from muon_dist.numerics.iteration import Form, matrices_at_once, orthogonalize, require_full_fp32
+from muon_dist.numerics.iteration import Form, buffers, matrices_at_once, orthogonalize
 from muon_dist.numerics.products import products_for
 from muon_dist.numerics.schedules import DEFAULT_STEPS, get_schedule
 
@@ -24,8 +24,7 @@ def compute_dtype(dtype: torch.dtype | None, device: torch.device, schedule: str
     ROCm), fp32 everywhere else. A schedule that is fp32 only (`strict`) is fp32 everywhere.
 
     Raises:
-        ConfigError: not float16, bfloat16, float32 or float64; or the schedule demands float32 and `dtype` is another,
-            or PyTorch is set to compute fp32 matrix products of this device in TF32 or bf16.
+        ConfigError: not float16, bfloat16, float32 or float64; or the schedule demands float32 and `dtype` is another.
     """
     if dtype is not None and dtype not in _COMPUTE_DTYPES:
         raise ConfigError(f"ns_dtype must be float16, bfloat16, float32 or float64, got {dtype}")
@@ -35,7 +34,6 @@ def compute_dtype(dtype: torch.dtype | None, device: torch.device, schedule: str
                 f"ns_schedule={schedule!r} computes in float32, but ns_dtype={dtype}: leave ns_dtype out, or use "
                 "ns_schedule='polar_express' with ns_steps=6 for the same coefficients in another dtype"
             )
-        require_full_fp32(device, schedule)
         return torch.float32
     if dtype is not None:
         return dtype
@@ -132,7 +130,7 @@ def orthogonalizer(
     products = products_for(min(m, n), max(m, n), work_dtype, device, compiled=compiled)
     segment = segment_length(m, n, work_dtype)
     at_once = matrices_at_once(2**62, m, n, segment, work_dtype, device)
-    form = Form(chosen, rows, segment, work_dtype, products, at_once)
+    form = Form(chosen, rows, segment, work_dtype, products, at_once, buffers(segment))
     return functools.partial(orthogonalize_compiled if compiled else orthogonalize, form=form)
 
 

@@ -45,18 +45,48 @@ than 1 at 256 (one thread, AVX-512)."""
 
 @functools.cache
 def _symmetric_kernels() -> Products:
-    """The kernels, or the plain products with one line in the log that says why."""
+    """The kernels, or the plain products with one line in the log that says why.
+
+    They are compiled when first called, and may fail then in any way, so they prove themselves here.
+    """
     try:
         from quack.gemm_interface import gemm_symmetric
-    except ImportError as error:
+
+        kernels = SymmetricKernels(gemm_symmetric)
+        prove(kernels, torch.device("cuda", torch.cuda.current_device()))
+    except Exception as error:
         logger.info(
-            "Newton-Schulz runs on torch.bmm: this GPU could use symmetric kernels, but importing them failed (%s). "
-            "pip install 'muon-dist[kernels]' brings them.",
+            "Newton-Schulz runs on torch.bmm: this GPU could use symmetric kernels, but they do not work here (%s: "
+            "%s). pip install 'muon-dist[kernels]' brings them.",
+            type(error).__name__,
             error,
         )
         return PLAIN
     logger.info("Newton-Schulz runs on %s where shapes and dtype allow it", SymmetricKernels.name)
-    return SymmetricKernels(gemm_symmetric)
+    return kernels
+
+
+def prove(products: Products, device: torch.device) -> None:
+    """Multiply matrices of both orientations, and compare with `torch.bmm`.
+
+    Raises:
+        RuntimeError: a product is wrong.
+    """
+    generator = torch.Generator().manual_seed(0)
+    side = SYMMETRIC_TILE
+    for dtype in SYMMETRIC_DTYPES:
+        for shape in ((2, side, 2 * side), (2, 2 * side, side)):
+            x = (torch.randn(shape, generator=generator) / side**0.5).to(device, dtype)
+            left, right = (x, x.mT) if shape[1] == side else (x.mT, x)
+            gram, square = (torch.empty(2, side, side, dtype=dtype, device=device) for _ in range(2))
+            products.symmetric(left, right, out=gram)
+            expected = torch.bmm(left.float(), right.float())
+            products.square(gram, -0.5, 0.25, square)
+            wanted = -0.5 * gram.float() + 0.25 * torch.bmm(gram.float(), gram.float())
+            for what, found, exact in (("X X^T", gram, expected), ("b A + c A^2", square, wanted)):
+                error = float((found.float() - exact).norm() / exact.norm())
+                if not error < 0.02:  # rounding to bf16 is .003
+                    raise RuntimeError(f"{what} of {tuple(shape)} in {dtype} is {error:.2g} off")
 
 
 def products_for(

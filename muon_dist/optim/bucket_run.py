@@ -191,7 +191,10 @@ class BucketRun:
                     torch._foreach_mul_(out, step.gradient_factor)
             of_group.rule.send(out, [step.momentum[n] for n in p.numbers], of_group.group)
             if p.scratch is not None:
-                torch._foreach_copy_(p.views, out)
+                if p.run is not None:
+                    p.run.copy_(p.scratch.flat)
+                else:
+                    torch._foreach_copy_(p.views, out)
                 p.scratch.allocated = False
 
     def _apply(self, updates: list[Pieces]) -> None:
@@ -201,7 +204,10 @@ class BucketRun:
             given = p.views
             if p.scratch is not None:
                 p.scratch.allocated = True
-                torch._foreach_copy_(p.scratch_views, given)
+                if p.run is not None:
+                    p.scratch.flat.copy_(p.run)
+                else:
+                    torch._foreach_copy_(p.scratch_views, given)
                 given = p.scratch_views
             weights = [self.step.weights[n] for n in p.numbers]
             if weights[0].dtype == given[0].dtype != torch.float32:

@@ -18,6 +18,7 @@ from muon_dist.exchange.schedule import (
     make_buckets,
     relayed_parts,
     scatter_parts,
+    smallest_bucket,
 )
 from muon_dist.exchange.transport import Region, Transport
 from muon_dist.numerics import compute_dtype
@@ -79,7 +80,8 @@ class ProgramCompiler:
             for i in self.matrices[b]:
                 places[i] = Place(group, update_scale(groups[group]["scale"], layouts[i].matrix), p.device)
         elements = bucket_elements(self.options.bucket_bytes)
-        buckets = make_buckets(self.plan, sorted(places), elements, self.options.overlap)
+        smallest = smallest_bucket(self.device.type)
+        buckets = make_buckets(self.plan, sorted(places), elements, self.options.overlap, smallest)
         updates = _update_dtype(groups.values(), self.device)
         compiler = BucketCompiler(
             self.plan,
@@ -278,7 +280,8 @@ class BucketCompiler:
                 scratch = Region(sum(v.numel() for v in of_group), torch.float32, place.device)
             chosen = [numbers[n] for n in members]
             scratch_views = _laid_out(scratch, of_group)
-            found.append(Pieces(place.group, place.scale, chosen, of_group, scratch, scratch_views))
+            run = _one_run(of_group) if scratch is not None else None
+            found.append(Pieces(place.group, place.scale, chosen, of_group, scratch, scratch_views, run))
         return found
 
     # Copies of the model --------------------------------------------------------------------------------------------
@@ -357,6 +360,17 @@ def _in_message(region: Region | None, listing: Listing | None) -> Callable[[lis
 def _in_stacks(region: Region, parts: list[Part], starts: Mapping[int, int], listing: Listing | None) -> Views:
     """Views of fragments inside the stacks."""
     return [region.block(part[1].block.moved(starts[part[0]]), _shape(part, listing)) for part in parts]
+
+
+def _one_run(views: Views) -> Tensor | None:
+    """All views as one flat tensor, if they follow each other without a gap; else None."""
+    at = views[0].storage_offset()
+    for v in views:
+        if not v.is_contiguous() or v.storage_offset() != at:
+            return None
+        at += v.numel()
+    start = views[0].storage_offset()
+    return views[0].as_strided((at - start,), (1,), start)
 
 
 def _laid_out(region: Region | None, like: Views) -> Views:

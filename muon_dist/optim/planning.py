@@ -13,6 +13,7 @@ from muon_dist.exchange.transport import Transport
 from muon_dist.layout import Matrix, replicated_layout
 from muon_dist.numerics import compute_dtype
 from muon_dist.numerics.compiled import check_compiler
+from muon_dist.numerics.products import SYMMETRIC_TILE, products_for
 from muon_dist.optim.binding import Binding, Bound, Group, ParameterSpec
 from muon_dist.optim.costs import agreed_cost, owners_for
 from muon_dist.optim.options import Options
@@ -150,7 +151,8 @@ def group_fields(
     for index in sorted(set(group_of.values())):
         group = groups[index]
         dtype = compute_dtype(group["ns_dtype"], device, group["ns_schedule"])
-        yield f"group {index}: Newton-Schulz", (group["ns_steps"], group["ns_schedule"], str(dtype))
+        products = products_for(SYMMETRIC_TILE, SYMMETRIC_TILE, dtype, device).name
+        yield f"group {index}: Newton-Schulz", (group["ns_steps"], group["ns_schedule"], str(dtype), products)
         yield f"group {index}: rule", (group.get("rule", "muon"), sorted(group.get("rule_options", {}).items()))
         yield f"group {index}: momentum, nesterov, scale", (group["momentum"], group["nesterov"], group["scale"])
         yield f"group {index}: lr, weight_decay", (float(group["lr"]), float(group["weight_decay"]))

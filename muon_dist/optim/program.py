@@ -30,6 +30,7 @@ class Pieces:
         views: their places in the memory of the exchange.
         scratch, scratch_views: memory of the same shapes where the fragments are, if that is another device or if
             `views` are narrower than fp32.
+        run: all `views` as one run, if they are one: between devices it takes one transfer.
     """
 
     group: int
@@ -38,6 +39,7 @@ class Pieces:
     views: Views
     scratch: Region | None = None
     scratch_views: Views = field(default_factory=list)
+    run: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ class Device:
         between: bytes/s of a rank to other nodes.
         source: of the figures.
         matmul_share: of the peak that large products reach.
+        type: as torch calls it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Device:
     between: float
     source: str
     matmul_share: float = MATMUL_SHARE
+    type: str = "cuda"
 
     def matmul(self, dtype: torch.dtype) -> float:
         """FLOP/s that products in `dtype` reach."""
@@ -72,7 +74,7 @@ DEVICES: dict[str, Device] = {
     "mi300x": _gpu("mi300x", "MI300X", 192, 5300, 448, 50, "AMD MI300X data sheet, 2023; 7 links of 64 GB/s one way"),
     "cpu": Device(
         "cpu", 5e10, 5e10, 4 * GIB, 10 * GB, 1 * GB, 0.125 * GB,
-        "one core of a laptop, an order of magnitude; use --device measured for this machine",
+        "one core of a laptop, an order of magnitude; use --device measured for this machine", type="cpu",
     ),
 }  # fmt: skip
 
@@ -97,7 +99,7 @@ def measured_device() -> Device:
     links = DEVICES["h100" if cuda else "cpu"]
     return Device(
         "measured", half, single, float(memory), _copy_bandwidth(device), links.inside, links.between,
-        f"timed on this machine; links as {links.name}", MATMUL_SHARE if cuda else 1.0,
+        f"timed on this machine; links as {links.name}", MATMUL_SHARE if cuda else 1.0, device.type,
     )  # fmt: skip
 
 

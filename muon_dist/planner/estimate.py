@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from muon_dist.cost import CostModel
-from muon_dist.exchange.schedule import cut_buckets
+from muon_dist.exchange.schedule import cut_buckets, smallest_bucket
 from muon_dist.ownership import OwnershipPlan
 
 INSIDE, BETWEEN = 0, 1
@@ -40,12 +40,15 @@ class Exchange:
         return slowest + self.collectives * per_collective
 
 
-def buckets_of(plan: OwnershipPlan, bucket_elements: int, overlap: bool) -> list[list[tuple[int, ...]]]:
-    """The matrices of each bucket, phase by phase, as `Runtime` cuts them."""
+def buckets_of(
+    plan: OwnershipPlan, bucket_elements: int, overlap: bool, device_type: str = "cpu"
+) -> list[list[tuple[int, ...]]]:
+    """The matrices of each bucket, phase by phase, as `Runtime` cuts them on a device of this type."""
+    smallest = smallest_bucket(device_type)
     members: dict[int, list[int]] = {}
     for i, m in enumerate(plan.layout.matrices):
         members.setdefault(plan.layout.phase(m), []).append(i)
-    return [cut_buckets(plan, members[phase], bucket_elements, overlap) for phase in sorted(members)]
+    return [cut_buckets(plan, members[p], bucket_elements, overlap, smallest) for p in sorted(members)]
 
 
 def exchange_of(

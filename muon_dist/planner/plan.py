@@ -101,7 +101,7 @@ def make_plan(
     wire = settings.wire_dtype
     there, back = (wire or torch.float32).itemsize, (wire or dtype).itemsize
     owners = _owners(placement, settings, model, dtype)
-    buckets = buckets_of(owners, bucket_elements(int(settings.bucket_mb * 2**20)), settings.overlap)
+    buckets = buckets_of(owners, bucket_elements(int(settings.bucket_mb * 2**20)), settings.overlap, device.type)
     exchange = exchange_of(owners, buckets, per_node=per_node, gather_bytes=there, scatter_bytes=back)
     loads, waiting = newton_schulz_seconds(owners, buckets, model, settings.iterations, dtype)
     dealt = _round_robin(owners, model, settings, dtype)
@@ -118,7 +118,7 @@ def make_plan(
         matrices=len(owners.layout.matrices),
         elements=(workload.muon_elements, workload.adamw_elements),
         ordered=placement.ordered,
-        memory=_memory(workload, settings, placement, owners, buckets),
+        memory=_memory(workload, settings, placement, owners, buckets, device),
         moved=moved,
         busiest=_pair(exchange.received.max(axis=1)),
         collectives=exchange.collectives,
@@ -264,12 +264,22 @@ def _seconds(
     }
 
 
+def nccl_bytes(world: int) -> float:
+    """What NCCL itself allocates on a GPU, outside torch's allocator; an estimate that no GPU has confirmed.
+
+    A communicator has 16 channels of 4 MiB (NCCL_BUFFSIZE) each way. An all-to-all opens 2 channels to every peer.
+    """
+    buffer = 4 * 2**20
+    return 0.0 if world == 1 else float(2 * buffer * (16 + 2 * (world - 1)))
+
+
 def _memory(
     workload: Workload,
     settings: Settings,
     placement: Placement,
     owners: OwnershipPlan,
     buckets: list[list[tuple[int, ...]]],
+    device: Device,
 ) -> dict[str, float]:
     """Bytes of a rank. Activations are an estimate: 34 bytes a token, layer and hidden unit in 16 bits with fused
     attention, 2 with checkpointing and one layer besides (Korthikanti et al. 2022, arXiv 2205.05198, section 4); the
@@ -287,5 +297,6 @@ def _memory(
         "AdamW's moments": placement.adamw,
         "Muon's buckets": float(max(2 * settings.bucket_mb * 2**20, 36 * largest)) if buckets else 0.0,
         "gathered layers": placement.working,
+        "NCCL's buffers (estimate)": nccl_bytes(owners.layout.world_size) if device.type == "cuda" else 0.0,
         "activations (estimate)": (layers or full * workload.layers) + 6.0 * tokens * workload.vocabulary,
     }

@@ -115,6 +115,9 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         # sums: with three ranks or more a resumed run would differ in the last bits.
         "ddp_find_unused_parameters": bool(config.trainer.get("full_determinism", False)),
         "use_cpu": not cuda,
+        # It reads the loss of every micro-batch on the host, which then waits for the GPU. The guard of the optimizer
+        # step looks at the gradients of all ranks instead, and leaves a bad step out.
+        "logging_nan_inf_filter": False,
         "dataloader_pin_memory": cuda,
         **config.trainer,
         "output_dir": str(folder.checkpoints),

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from muon_dist.exchange.progress import Progress
+from muon_dist.exchange.progress import Mark, Progress
 from muon_dist.exchange.watchdog import Beat, Watchdog, default_store
 from tests.distributed import run_ranks
 
@@ -119,3 +119,72 @@ def test_a_store_that_does_not_answer_is_said() -> None:
     beat = Beat(1, 3, "idle", None, 2.0)
     message = Watchdog(progress, None, 0, 3, timeout=1.0).describe({1: beat}, {1: beat})
     assert "rank 1 is absent: last seen in idle in step 4, for 2 s; rank 2 was never seen" in message
+
+
+class Queue:
+    """The queue of a device, whose host does not wait: it has come to the first `done` marks."""
+
+    def __init__(self) -> None:
+        self.done = self.marks = 0
+
+    def mark(self) -> Mark:
+        number = self.marks
+        self.marks += 1
+
+        class At:
+            def query(_) -> bool:
+                return self.done > number
+
+        return At()
+
+
+def watched(queue: Queue, progress: Progress, seconds: float) -> list[str]:
+    said: list[str] = []
+    with Watchdog(progress, None, 0, 1, timeout=0.5, interval=0.05, on_timeout=said.append):
+        time.sleep(seconds)
+    return said
+
+
+def step(progress: Progress) -> None:
+    for operation in ("gather", "orthogonalize", "scatter", "update"):
+        progress.enter(operation, 0)
+    progress.finish_step()
+
+
+def test_a_device_that_hangs_is_named_while_its_host_is_idle_or_elsewhere() -> None:
+    for goes_on in (False, True):
+        queue = Queue()
+        progress = Progress(mark=queue.mark)
+        step(progress)
+        queue.done = 3  # it has begun the scatter
+        if goes_on:
+            progress.enter("gradient flags")
+        (said,) = watched(queue, progress, 1.5)
+        where = "gradient flags in step 2" if goes_on else "idle in step 2"
+        assert said.startswith("rank 0 has been in scatter of bucket 0 in step 1 for ")
+        assert f"on its device (its host is in {where})" in said
+
+
+def test_a_device_that_goes_on_is_left_alone_however_far_behind_it_is() -> None:
+    queue = Queue()
+    progress = Progress(mark=queue.mark)
+    for _ in range(4):
+        step(progress)
+    said: list[str] = []
+    with Watchdog(progress, None, 0, 1, timeout=0.5, interval=0.05, on_timeout=said.append):
+        for _ in range(10):
+            time.sleep(0.2)
+            queue.done += 2
+    assert not said and progress.device() is None
+
+
+def test_a_device_that_is_done_leaves_the_host_to_be_watched() -> None:
+    queue = Queue()
+    progress = Progress(mark=queue.mark)
+    step(progress)
+    queue.done = queue.marks
+    assert watched(queue, progress, 1.0) == []
+    progress.enter("step vote")
+    queue.done = queue.marks
+    (said,) = watched(queue, progress, 1.5)
+    assert "step vote in step 2" in said and "on its device" not in said

@@ -11,7 +11,7 @@ from torch import Tensor
 from muon_dist.errors import ConfigError
 from muon_dist.numerics import SCHEDULES, coefficients, compute_dtype, newton_schulz, newton_schulz_flops, polar_factor
 from muon_dist.numerics.compiled import check_compiler
-from muon_dist.numerics.iteration import Workspace, iterate, normalize
+from muon_dist.numerics.iteration import Workspace, buffers, full_fp32, iterate, normalize
 from muon_dist.numerics.newton_schulz import kernel_name, newton_schulz_, segment_length
 from muon_dist.numerics.products import ADDED_AFTER, BLOCKED, BLOCKS, PLAIN, Products, products_for
 from muon_dist.numerics.schedules import Row
@@ -286,15 +286,32 @@ def test_strict_is_fp32_or_an_error() -> None:
 
 
 @pytest.mark.parametrize("precision", ["medium", "high"])
-def test_strict_refuses_fp32_in_name_only(precision: str) -> None:
+@pytest.mark.parametrize("schedule", ["strict", "keller"])
+def test_fp32_is_fp32_whatever_products_are_set_to(precision: str, schedule: str) -> None:
+    x = gaussian(64, 128, seed=19).float()
+    expected = newton_schulz(x, schedule=schedule)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        with pytest.raises(ConfigError, match="needs full fp32 matrix products"):
-            newton_schulz(torch.ones(2, 3), schedule="strict")
-        newton_schulz(torch.ones(2, 3), schedule="keller")
+        assert torch.equal(newton_schulz(x, schedule=schedule), expected)
+        assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_tf32_is_off_inside_and_as_it_was_after() -> None:
+    """The setting of CUDA's products, which a machine without CUDA has as well."""
+    settings, seen = torch.backends.cuda.matmul, []
+    before = settings.fp32_precision
+    try:
+        for given in ("tf32", "ieee"):
+            settings.fp32_precision = given
+            with full_fp32(torch.device("cuda")):
+                seen.append(settings.fp32_precision)
+            assert settings.fp32_precision == given
+    finally:
+        settings.fp32_precision = before
+    assert seen == ["ieee", "ieee"]
 
 
 def test_compute_dtype_policy() -> None:
@@ -329,7 +346,8 @@ def test_flops() -> None:
 def iterated(start: Tensor, rows: tuple[tuple[float, float, float], ...], segment: int) -> Tensor:
     """The bare iteration on one normalised matrix, in its dtype, with segments of the given length."""
     count, m, n = start.shape
-    space = Workspace(count, m, n, segment, dtype=start.dtype, device=start.device)
+    squares = [start.new_empty(count, min(m, n), min(m, n)) for _ in range(buffers(segment))]
+    space = Workspace(segment, torch.empty_like(start), squares)
     return iterate(start.clone(), space.other, rows, space)[0].double()
 
 

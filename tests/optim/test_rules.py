@@ -109,13 +109,18 @@ def train(layout: str, rule: str, options: dict[str, Any]) -> tuple[Tensors, int
     return run.weights(), run.optimizer.orthogonalized
 
 
-@pytest.mark.parametrize("rule", RULES)
+def train_all(layout: str) -> dict[str, tuple[Tensors, int]]:
+    return {rule: train(layout, rule, {}) for rule in RULES}
+
+
 @pytest.mark.parametrize(("layout", "world"), LAYOUTS)
-def test_a_rule_is_the_formula_of_its_paper(layout, world, rule):
-    results = run_ranks(train, world, layout, rule, {})
-    for weights, _ in results:
-        assert_close(weights, plain(rule, STEPS).weights, TOLERANCE)
-    assert sum(calls for _, calls in results) == STEPS * (5 + 4 + 4 + 3)
+def test_every_rule_is_the_formula_of_its_paper(layout, world):
+    results = run_ranks(train_all, world, layout)
+    for rule in RULES:
+        expected = plain(rule, STEPS).weights
+        for of_rank in results:
+            assert_close(of_rank[rule][0], expected, TOLERANCE)
+        assert sum(of_rank[rule][1] for of_rank in results) == STEPS * (5 + 4 + 4 + 3), rule
 
 
 @pytest.mark.parametrize(
@@ -132,6 +137,10 @@ def test_options_of_a_rule_have_the_meaning_of_its_paper(rule, options):
 
 
 # What a rule remembers ----------------------------------------------------------------------------------------------
+
+
+def all_saved_and_loaded(layout: str, how: str) -> dict[str, tuple[bool, bool]]:
+    return {rule: saved_and_loaded(layout, rule, how) for rule in NEW}
 
 
 def saved_and_loaded(layout: str, rule: str, how: str) -> tuple[bool, bool]:
@@ -164,16 +173,16 @@ def saved_and_loaded(layout: str, rule: str, how: str) -> tuple[bool, bool]:
     return all(torch.equal(after[n], again[n]) for n in after), keys > {"momentum_buffer"}
 
 
-@pytest.mark.parametrize("rule", NEW)
 @pytest.mark.parametrize(
     ("layout", "world", "how"),
     [("copies", 1, "own"), ("copies", 3, "own"), ("copies", 3, "full"), ("flat", 3, "own"), ("fsdp2", 3, "own"),
      ("fsdp2", 3, "dcp")],
 )  # fmt: skip
-def test_a_state_dict_brings_back_what_a_rule_remembers(layout, world, how, rule):
-    results = run_ranks(saved_and_loaded, world, layout, rule, how)
-    assert all(same for same, _ in results)
-    assert any(remembers for _, remembers in results)
+def test_a_state_dict_brings_back_what_a_rule_remembers(layout, world, how):
+    results = run_ranks(all_saved_and_loaded, world, layout, how)
+    for rule in NEW:
+        assert all(of_rank[rule][0] for of_rank in results), rule
+        assert any(of_rank[rule][1] for of_rank in results), rule
 
 
 def full_of(rule: str, steps: int) -> tuple[dict[str, Any], Tensors]:
@@ -195,7 +204,7 @@ def continued(rule: str, state: dict[str, Any], weights: Tensors) -> Tensors:
 
 
 @pytest.mark.parametrize("rule", NEW)
-@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (3, 2)])
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2)])
 def test_a_full_state_dict_loads_on_any_number_of_ranks(before, after, rule):
     (state, weights), *_ = run_ranks(full_of, before, rule, 3)
     for found in run_ranks(continued, after, rule, state, weights):
@@ -222,7 +231,7 @@ def read_by_dcp(rule: str, folder: str) -> Tensors:
 
 
 @pytest.mark.parametrize("rule", NEW)
-@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 4)])
+@pytest.mark.parametrize(("before", "after"), [(3, 2)])
 def test_torchs_checkpoints_reshard_what_a_rule_remembers(tmp_path, before, after, rule):
     run_ranks(written_by_dcp, before, rule, str(tmp_path))
     for found in run_ranks(read_by_dcp, after, rule, str(tmp_path)):
@@ -232,8 +241,12 @@ def test_torchs_checkpoints_reshard_what_a_rule_remembers(tmp_path, before, afte
 # At rest ------------------------------------------------------------------------------------------------------------
 
 
+def all_at_rest(layout: str) -> list[str]:
+    """The rules under which weights whose gradients were always zero have moved; without decay."""
+    return [rule for rule in RULES if not at_rest(layout, rule)]
+
+
 def at_rest(layout: str, rule: str) -> bool:
-    """Whether weights whose gradients were always zero keep their bits; without decay."""
     run = Run(layout, rule, **({} if rule == "hyperball" else {"weight_decay": 0.0}))
     before = run.weights()
     for _ in range(3):
@@ -242,10 +255,9 @@ def at_rest(layout: str, rule: str) -> bool:
     return all(torch.equal(before[n], after[n]) for n in before)
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("layout", "world"), [("copies", 2), ("flat", 3), ("fsdp2", 3)])
-def test_zero_gradients_change_nothing(layout, world, rule):
-    assert all(run_ranks(at_rest, world, layout, rule))
+def test_zero_gradients_change_nothing(layout, world):
+    assert run_ranks(all_at_rest, world, layout) == [[]] * world
 
 
 @pytest.mark.parametrize("rule", ["muon", "normuon"])

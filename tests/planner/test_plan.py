@@ -21,7 +21,7 @@ from muon_dist.planner.devices import DEVICES, find_device
 from muon_dist.planner.estimate import newton_schulz_seconds
 from muon_dist.planner.model import Settings, Workload, describe_model
 from muon_dist.planner.placement import LAYOUTS, place, sub_groups
-from muon_dist.planner.plan import make_plan
+from muon_dist.planner.plan import make_plan, nccl_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
@@ -96,7 +96,7 @@ def test_sub_groups_close_when_a_slice_reaches_the_size(tiny):
 
 def test_advice_names_what_helps(tiny):
     h100 = DEVICES["h100"]
-    small = replace(h100, memory=1.3 * 2**20)
+    small = replace(h100, memory=1.3 * 2**20 + nccl_bytes(4))
     settings = Settings(sequence_length=32, micro_batch=1, bucket_mb=0.1)
     plan = advise(make_plan(tiny, settings, small, layout="ddp", nodes=1, per_node=4), tiny, settings, small)
     assert any("does not fit" in line for line in plan.advice)

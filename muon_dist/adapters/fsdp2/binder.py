@@ -48,7 +48,7 @@ def bind(optimizer: Muon) -> Bound | None:
         layout=layout,
         buffers=tuple(parameters),
         group=group,
-        device=_device(meshes[0]),
+        device=_device(meshes[0], parameters[0]),
         local=local_part,
         parts=local_parts,
         column=_column(layout, meshes, group),
@@ -151,13 +151,27 @@ def _column(layout: Layout, meshes: list[DeviceMesh], group: dist.ProcessGroup) 
 
 
 def _new_group(ranks: list[int]) -> dist.ProcessGroup:
-    """Among its members alone: the other ranks may never step this optimizer."""
+    """Among its members alone: the other ranks may never step this optimizer.
+
+    Raises:
+        FrameworkError: the default process group is bound to a device. torch then splits its communicator, which all
+            its ranks would have to do.
+    """
+    world = dist.group.WORLD
+    if getattr(world, "bound_device_id", None) is not None and len(ranks) < dist.get_world_size():
+        raise FrameworkError(
+            f"Muon needs a process group of ranks {ranks} and cannot make it while others wait elsewhere: "
+            "init_process_group(device_id=...) makes a new group a collective of all ranks. Leave device_id out, or "
+            "make the group on all ranks with torch.distributed.new_group and pass it as process_group="
+        )
     group = dist.new_group(ranks, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
-def _device(mesh: DeviceMesh) -> torch.device:
-    if mesh.device_type == "cpu":
-        return torch.device("cpu")
+def _device(mesh: DeviceMesh, parameter: Any) -> torch.device:
+    """Where the mesh computes: the shard's own device, but for shards that are offloaded to the CPU."""
+    local = local_part(parameter).device
+    if mesh.device_type == local.type:
+        return local
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
