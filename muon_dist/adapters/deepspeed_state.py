@@ -41,7 +41,7 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
     stored = {p.name for b in storage.buffers for p in b.parameters}
     pieces = _outside(engine, stored)
     if isinstance(optimizer, Muon):
-        pieces += muon_pieces(optimizer)
+        pieces += muon_pieces(optimizer, source)
     everyone = tuple(range(dist.get_world_size())) if storage.kind == "replicated" else ()
     checks: list[Callable[[], None]] = []
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}

@@ -64,7 +64,7 @@ def holding(
     if optimizer is not None:
         copied: set[int] = set()
         if isinstance(optimizer, Muon):
-            pieces += muon_pieces(optimizer)
+            pieces += muon_pieces(optimizer, source)
             copied = kept_by_all(optimizer)
         steps = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for name, p in named:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 import torch
 
+from muon_dist.checkpoint import Checkpoint
 from muon_dist.checkpoint.piece import MOMENTUM, Piece, clean_name, run, whole
 from muon_dist.optim.muon import Muon
 from muon_dist.optim.runtime import Runtime
+from muon_dist.optim.state import RESTING
 
 
 def kept_by_all(optimizer: Muon) -> set[int]:
@@ -17,13 +20,19 @@ def kept_by_all(optimizer: Muon) -> set[int]:
     return {id(runtime.binding.buffers[buffer]) for buffer in runtime.binding.everywhere(runtime.plan)}
 
 
-def muon_pieces(optimizer: Muon) -> list[Piece]:
+def muon_pieces(optimizer: Muon, source: Checkpoint | None = None) -> list[Piece]:
     """Momentum that this rank is a source of, and the memory of the rule, as live pieces by parameter.
 
     No element of momentum is listed by two ranks. Parameters of which every holder keeps the momentum (`kept_by_all`)
     are left out: their copies are equal, and a load must fill them all.
+
+    Args:
+        optimizer: planned now if it was not yet; then a collective.
+        source: the checkpoint about to be loaded.
     """
     runtime = optimizer.bound_runtime()
+    if source is not None:
+        runtime.unmoved.clear()  # as far as anybody knows
     kept = kept_by_all(optimizer)
     shapes = {spec.name: spec.shape for specs in optimizer.specs for spec in specs}
     pieces: list[Piece] = []
@@ -31,7 +40,19 @@ def muon_pieces(optimizer: Muon) -> list[Piece]:
         if id(runtime.binding.buffers[buffer]) not in kept:
             pieces += _momentum(runtime, buffer, shapes)
         pieces += _memory(runtime, buffer)
+    if runtime.resting.any() or (source is not None and RESTING in source.manifest.kinds()):
+        pieces += _resting(runtime)
     return pieces
+
+
+def _resting(runtime: Runtime) -> Iterator[Piece]:
+    """Steps with a zero gradient, of each matrix of a parameter; the same on all ranks."""
+    everyone = tuple(range(runtime.transport.world_size)) if runtime.transport.world_size > 1 else ()
+    names = [m.matrix.parameter for m in runtime.plan.layout.matrices]
+    for name, numbers in groupby(range(len(names)), key=names.__getitem__):
+        members = list(numbers)
+        counts = runtime.resting[members[0] : members[-1] + 1]
+        yield from whole(clean_name(name), RESTING, (len(members),), counts, everyone)
 
 
 def _momentum(runtime: Runtime, buffer: int, shapes: dict[str, tuple[int, ...]]) -> Iterator[Piece]:

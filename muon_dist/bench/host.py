@@ -132,33 +132,34 @@ def measure(
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
         groups, kept = param_groups(model, table=table), torch.device("cpu") if offloaded else device
-        optimizer = _optimizer(groups, workload, settings, layout, device, kept)
-        stacks: list[int] = []
-        assert optimizer.runtime is not None
-        optimizer.runtime.orthogonalize = lambda stack, group: stacks.append(len(stack))
-        _give_gradients(optimizer)
-        optimizer.step()  # compiles the program
-        stacks.clear()
-        transport = optimizer.runtime.transport
-        before = transport.collectives, transport.bytes_sent
-        with _Counter() as counter:
-            optimizer.step()
-        after = transport.collectives, transport.bytes_sent
-        found = {"stacks": len(stacks), "matrices": sum(stacks)}
-        seconds = [_seconds(optimizer) for _ in range(_TIMED)]
+        found = _counted(_optimizer(groups, workload, settings, layout, device, kept))
     finally:
         dist.destroy_process_group()
+    return {"model": workload.name, "layout": layout, "ranks": ranks, "rank": rank, **found}
+
+
+def _counted(optimizer: Muon) -> dict[str, Any]:
+    """What a step of a bound optimizer dispatches, and how long its host takes."""
+    stacks: list[int] = []
+    assert optimizer.runtime is not None
+    optimizer.runtime.orthogonalize = lambda stack, group: stacks.append(len(stack))
+    _give_gradients(optimizer)
+    optimizer.step()  # compiles the program
+    stacks.clear()
+    transport = optimizer.runtime.transport
+    before = transport.collectives, transport.bytes_sent
+    with _Counter() as counter:
+        optimizer.step()
+    after = transport.collectives, transport.bytes_sent
+    orthogonalized = {"stacks": len(stacks), "matrices": sum(stacks)}
+    seconds = [_seconds(optimizer) for _ in range(_TIMED)]
     return {
-        "model": workload.name,
-        "layout": layout,
-        "ranks": ranks,
-        "rank": rank,
         "operations": counter.calls.total(),
         "kernels": counter.kernels,
         "launches": counter.launches,
         "host_reads": counter.host_reads,
         "by_kind": dict(counter.calls.most_common()),
-        "newton_schulz": found,
+        "newton_schulz": orthogonalized,
         "collectives": after[0] - before[0],
         "bytes": after[1] - before[1],
         "host_ms": 1e3 * statistics.median(seconds),

@@ -22,6 +22,8 @@ BUFFER = "buffer"
 """Kind of a module's persistent buffer."""
 MOMENTUM = "momentum"
 """Kind of Muon's momentum. Other state keeps torch's own names: exp_avg, exp_avg_sq, step."""
+OPTIONAL = frozenset({"zero_gradient_steps"})
+"""Kinds that a checkpoint may lack: they are zero then."""
 
 
 # what torch puts into the names of a module that it wraps

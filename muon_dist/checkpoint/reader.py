@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from muon_dist.checkpoint import files, folder
 from muon_dist.checkpoint.manifest import Manifest, Stored, Tensor, rank_file, read_manifest
 from muon_dist.checkpoint.phases import enter
-from muon_dist.checkpoint.piece import BUFFER, WEIGHT, Holding, Piece
+from muon_dist.checkpoint.piece import BUFFER, OPTIONAL, WEIGHT, Holding, Piece
 from muon_dist.checkpoint.ranks import Ranks
 from muon_dist.checkpoint.state import decode
 from muon_dist.errors import CheckpointError
@@ -92,6 +92,8 @@ class Checkpoint:
         for piece in pieces:
             tensor = self.manifest.tensors.get((piece.kind, piece.name))
             if tensor is None:
+                if piece.kind in OPTIONAL:
+                    continue
                 if piece.kind in (WEIGHT, BUFFER) or (WEIGHT, piece.name) not in self.manifest.tensors:
                     raise CheckpointError(f"{self.path} does not hold {piece.name}: it is of another model")
                 if piece.name in self.states:

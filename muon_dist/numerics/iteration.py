@@ -161,6 +161,10 @@ class Form:
     squares: int
 
 
+REDUCED = ("tf32", "bf16")
+"""In what PyTorch may be set to compute fp32 products."""
+
+
 @contextlib.contextmanager
 def full_fp32(device: torch.device) -> Iterator[None]:
     """Inside, fp32 matrix products of `device` are computed in fp32.
@@ -170,10 +174,8 @@ def full_fp32(device: torch.device) -> Iterator[None]:
     """
     settings = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
     before = settings.fp32_precision
-    if before not in ("tf32", "bf16"):
-        yield
-        return
-    settings.fp32_precision = "ieee"
+    if before in REDUCED:
+        settings.fp32_precision = "ieee"
     try:
         yield
     finally:
@@ -193,7 +195,8 @@ def orthogonalize(source: Tensor, target: Tensor | None = None, *, form: Form) -
     dtype = form.dtype
     # Autocast knows nothing of the meta device, and refuses it.
     inside = contextlib.nullcontext() if source.is_meta else torch.autocast(source.device.type, enabled=False)
-    with full_fp32(source.device), inside:
+    precision = (torch.backends.cuda if source.is_cuda else torch.backends.mkldnn).matmul.fp32_precision
+    with full_fp32(source.device) if precision in REDUCED else contextlib.nullcontext(), inside:
         at_once = min(count, form.at_once)
         other_x = torch.empty(at_once, m, n, dtype=dtype, device=source.device)
         squares = [other_x.new_empty(at_once, min(m, n), min(m, n)) for _ in range(form.squares)]
@@ -266,8 +269,11 @@ def _brought_into_range(x: Tensor, norms: Tensor, low: float, high: float, out: 
     A matrix whose norm is not between `low` and `high` is divided by a power of two, which rounds nothing; all others
     by 1. So each is treated alone.
     """
-    # Not vector_norm(ord=inf): on CPU that takes 4 ns an element, ten times as long.
-    largest = _nonzero(torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True)))
+    if x.device.type == "cpu":  # where vector_norm(ord=inf) takes 4 ns an element, ten times as long
+        largest = torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True))
+    else:  # one pass
+        largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=(-2, -1), keepdim=True)
+    largest = _nonzero(largest)
     power = largest / (2 * torch.frexp(largest).mantissa)  # an infinity becomes NaN, as it should
     x = torch.div(x, power.masked_fill_((norms > low) & (norms < high), 1.0), out=out)
     rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -50,6 +50,7 @@ class StepContext:
         gradient_factor: multiplies every gradient.
         rows: by name of `row_memory` and matrix, what this rank keeps as an owner.
         orthogonalize: in place of Newton-Schulz, if it is not None.
+        rest: by matrix whose gradient is zero, what its update is multiplied by.
         rounded: dtype of the messages, if it may be narrower than the updates: owners then round what they keep too.
     """
 
@@ -64,6 +65,7 @@ class StepContext:
     orthogonalize: Orthogonalize | None
     observer: Observer | None
     rounded: torch.dtype | None
+    rest: Mapping[int, float]
 
 
 @dataclass
@@ -119,6 +121,9 @@ class BucketRun:
             if of_group.factors is not None:
                 owned.factors = of_group.factors[[of_group.position[i] for i in s.numbers]]
             of_group.rule.direction(owned, of_group.group)
+            for place, i in enumerate(s.numbers) if step.rest else ():
+                if i in step.rest:
+                    s.view[place].mul_(step.rest[i])
             if before is not None and step.observer is not None:
                 for matrix, sent, update in zip(s.matrices, before, s.view, strict=True):
                     step.observer(matrix, sent, update)

@@ -5,18 +5,50 @@ A bad step is left out whole. Multiplying its update by zero would not do: 0 x N
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from muon_dist.errors import ConfigError, NonFiniteError
+from muon_dist.exchange.readers import Reader
 from muon_dist.exchange.transport import Transport
 from muon_dist.optim.binding import Group, ParameterSpec
 
-ABSENT, FINITE, NOT_FINITE = 0, 1, 2
+ABSENT, ZERO, FINITE, NOT_FINITE = 0, 1, 2, 3
+"""States of a gradient, by rank: over all ranks the highest counts. ZERO: every element is exactly zero."""
 _NAMED = 3  # parameters named in a message, for each rank
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the gradient of a buffer with several matrices is looked at, matrix by matrix.
+
+    Attributes:
+        reader: of this rank's fragments in the gradient.
+        slots: of each fragment, the place of its matrix among `matrices`.
+        matrices: of the buffer, on all ranks the same.
+    """
+
+    reader: Reader
+    slots: Sequence[int]
+    matrices: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What the ranks have found in a step that may be taken.
+
+    Attributes:
+        present: whether each parameter has a gradient on some rank.
+        zero: matrices of which the gradient is exactly zero on all ranks.
+    """
+
+    present: Sequence[bool]
+    zero: Set[int]
 
 
 class StepGuard:
@@ -60,7 +92,8 @@ class StepGuard:
         *,
         agreed: bool | None,
         complete: bool,
-    ) -> list[bool] | None:
+        matrices: Sequence[Split | int | None],
+    ) -> Allowed | None:
         """Which of `parameters` have a gradient on some rank; None when the step is to be left out. A collective.
 
         Args:
@@ -69,6 +102,7 @@ class StepGuard:
             names: of the parameters, asked for a message only.
             agreed: whether all gradients of the step are finite, where the framework has found out for all ranks.
             complete: every rank has the same gradients present, so they need not be compared.
+            matrices: of each parameter, its matrix, a `Split` if it has several, or None under AdamW.
 
         Raises:
             NonFiniteError: on all ranks, after `max_nonfinite` bad steps in a row; names ranks and parameters.
@@ -84,27 +118,41 @@ class StepGuard:
                 self._count(transport, agreed, lambda: norm)
         if not self.applied:
             return None
-        if self.begins and agreed is None:
-            found = transport.highest(states(gradients, transport.device))
-            if NOT_FINITE not in found:
-                self.in_a_row = 0
-            elif not self._look_closer(transport, gradients, names):  # on all ranks alike
-                return None
-        elif complete:
-            return [g is not None for g in gradients]
-        else:
-            flags = torch.tensor([g is not None for g in gradients], dtype=torch.uint8, device=transport.device)
-            found = transport.highest(flags)
-        return [v > ABSENT for v in found]
+        looks = self.begins and agreed is None
+        if not looks and complete and all(m is None for m in matrices):
+            return Allowed([g is not None for g in gradients], frozenset())
+        found = transport.highest(states(gradients, matrices, transport.device))
+        if looks and NOT_FINITE not in found:
+            self.in_a_row = 0
+        elif looks and not self._look_closer(transport, gradients, matrices, names):  # on all ranks alike
+            return None
+        present, zero, at = [], set(), 0
+        for m in matrices:
+            of_parameter = m.matrices if isinstance(m, Split) else (m,)
+            slots = found[at : at + len(of_parameter)]
+            present.append(max(slots) > ABSENT)
+            zero |= {i for i, state in zip(of_parameter, slots, strict=True) if i is not None and state == ZERO}
+            at += len(slots)
+        return Allowed(present, zero)
 
     def _look_closer(
-        self, transport: Transport, gradients: Sequence[torch.Tensor | None], names: Callable[[], list[str]]
+        self,
+        transport: Transport,
+        gradients: Sequence[torch.Tensor | None],
+        matrices: Sequence[Split | int | None],
+        names: Callable[[], list[str]],
     ) -> bool:
         """Whether all gradients are finite on all ranks, by their elements: a norm may have overflowed."""
-        exact = states(gradients, transport.device, exact=True)
+        exact = states(gradients, matrices, transport.device, exact=True)
         own = [int(v) for v in exact.tolist()]
         found = transport.highest(exact)
-        self._count(transport, NOT_FINITE not in found, lambda: where(transport, own, names()))
+        lengths = [len(m.matrices) if isinstance(m, Split) else 1 for m in matrices]
+
+        def text() -> str:
+            every = [n for n, length in zip(names(), lengths, strict=True) for _ in range(length)]
+            return where(transport, own, every)
+
+        self._count(transport, NOT_FINITE not in found, text)
         return self.applied
 
     def _count(self, transport: Transport, good: bool, what: Callable[[], str]) -> None:
@@ -129,39 +177,74 @@ class StepGuard:
             )
 
 
-def _ends_are_finite(g: torch.Tensor) -> torch.Tensor:
-    if g.numel() == 0:
-        return torch.ones((), dtype=torch.bool, device=g.device)
-    return torch.isfinite(g.amax()) & torch.isfinite(g.amin())
-
-
 @torch.no_grad()
-def states(gradients: Sequence[torch.Tensor | None], device: torch.device, *, exact: bool = False) -> torch.Tensor:
-    """ABSENT, FINITE or NOT_FINITE for each gradient, as uint8 on `device`; one pass over the elements.
+def states(
+    gradients: Sequence[torch.Tensor | None],
+    matrices: Sequence[Split | int | None],
+    device: torch.device,
+    *,
+    exact: bool = False,
+) -> torch.Tensor:
+    """ABSENT, ZERO, FINITE or NOT_FINITE for each gradient or, where it has several matrices, for each of these.
 
-    By the norm in fp32, which is not finite if an element is not. It may overflow (elements beyond 1e19): `exact`
-    looks at the elements, at several times the cost.
+    One pass over the elements, on `device` as uint8. On a CPU it goes by the norm in fp32, which is not finite if an
+    element is not. It may overflow (elements beyond 1e19): `exact` looks at the elements, at several times the cost.
     """
-    found = [g.coalesce().values() if g.is_sparse else g for g in gradients if g is not None]
-    places = [i for i, g in enumerate(gradients) if g is not None]
-    out = torch.zeros(len(gradients), dtype=torch.uint8, device=device)
+    found: list[torch.Tensor] = []
+    slots: list[int] = []
+    count = 0
+    for g, m in zip(gradients, matrices, strict=True):
+        if isinstance(m, Split):
+            if g is not None:
+                found += m.reader.views(g)
+                slots += [count + slot for slot in m.slots]
+            count += len(m.matrices)
+            continue
+        if g is not None:
+            dense = g.coalesce().values() if g.is_sparse else g
+            found.append(torch.view_as_real(dense) if dense.is_complex() else dense)
+            slots.append(count)
+        count += 1
     if not found:
-        return out
-    if exact:
-        good = torch.stack([torch.isfinite(g).all().to(device) for g in found])
-    elif any(g.device.type == "cpu" and g.dtype.itemsize == 2 for g in found):
-        # On a CPU the norm in fp32 first copies the whole gradient; the ends of its range take a third of the time.
-        good = torch.stack([_ends_are_finite(g).to(device) for g in found])
-    elif all(g.dtype == found[0].dtype and g.device == found[0].device for g in found):
-        good = torch.isfinite(torch.stack(list(torch._foreach_norm(found, 2, dtype=torch.float32))))
+        return torch.zeros(count, dtype=torch.uint8, device=device)
+    if found[0].device.type == "cpu":
+        values = _on_the_host(found, exact).to(device)
     else:
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32).to(device) for g in found]
-        good = torch.isfinite(torch.stack(norms))
-    values = torch.where(good.to(device), FINITE, NOT_FINITE).to(torch.uint8)
-    if len(places) == len(gradients):
+        # The largest magnitude is exact for all of it; on an accelerator it costs what any norm costs.
+        alike = all(g.dtype == found[0].dtype and g.device == found[0].device for g in found)
+        ends = torch._foreach_norm(found, torch.inf) if alike else [_largest(g) for g in found]
+        largest = torch.stack([e.to(device) for e in ends] if not alike else list(ends)).to(device)
+        values = torch.where(torch.isfinite(largest), torch.where(largest == 0, ZERO, FINITE), NOT_FINITE)
+        values = values.to(torch.uint8)
+    if slots == list(range(count)):
         return values
-    out[torch.tensor(places, device=device)] = values
-    return out
+    out = torch.zeros(count, dtype=torch.uint8, device=device)
+    return out.scatter_reduce_(0, torch.tensor(slots, device=device), values, "amax")
+
+
+def _largest(g: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(g, ord=torch.inf) if g.numel() else g.new_zeros(())
+
+
+def _on_the_host(gradients: Sequence[torch.Tensor], exact: bool) -> torch.Tensor:
+    """The states of gradients on a CPU. A norm of zero is looked at again: squares of tiny elements vanish."""
+    found = torch.empty(len(gradients), dtype=torch.uint8)
+    narrow = any(g.dtype.itemsize == 2 for g in gradients)
+    if exact:
+        norms = [0.0 if bool(torch.isfinite(g).all()) else float("nan") for g in gradients]
+    elif narrow:  # the norm in fp32 first copies the whole gradient; the ends of its range take a third of the time
+        norms = [float(torch.maximum(g.amax(), -g.amin())) if g.numel() else 0.0 for g in gradients]
+    elif all(g.dtype == gradients[0].dtype for g in gradients):
+        dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+        norms = torch.stack(list(torch._foreach_norm(list(gradients), 2, dtype=dtype))).tolist()
+    else:
+        norms = [float(torch.linalg.vector_norm(g)) for g in gradients]
+    for i, (g, norm) in enumerate(zip(gradients, norms, strict=True)):
+        if not math.isfinite(norm):
+            found[i] = NOT_FINITE
+        else:
+            found[i] = FINITE if norm > 0 or bool(g.any()) else ZERO
+    return found
 
 
 def where(transport: Transport, own: Sequence[int], names: Sequence[str]) -> str:

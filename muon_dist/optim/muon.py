@@ -15,10 +15,12 @@ from muon_dist.exchange.transport import Transport
 from muon_dist.frameworks import loaded_binders
 from muon_dist.optim.adamw import AdamWork, adamw_step
 from muon_dist.optim.binding import Binding, Group, NotReady, ParameterSpec
+from muon_dist.optim.checks import check_cuts, check_group, check_keys, check_names
+from muon_dist.optim.copies import MUON, packed, unpack
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.guard import StepGuard, parameter_names
-from muon_dist.optim.options import DEFAULT_GROUP, Options, check_group, check_process_group, make_specs
-from muon_dist.optim.planning import agreed_plan, check_saved_groups, plain_binding
+from muon_dist.optim.options import DEFAULT_GROUP, Options, check_process_group, make_specs
+from muon_dist.optim.planning import agreed_plan, check_saved_groups, plain_binding, replaced_groups
 from muon_dist.optim.replicas import check_copies
 from muon_dist.optim.rules import MuonRule
 from muon_dist.optim.rules.choice import DefaultFlag, DefaultNumber, DefaultText, choose_rule
@@ -29,6 +31,7 @@ from muon_dist.optim.state import (
     full_state,
     indexed_parameters,
     install,
+    keep_resting,
     missing_momentum,
     partial_momentum,
     split_state,
@@ -151,18 +154,27 @@ class Muon(torch.optim.Optimizer):
         """Add a group; only before the first step, since the plan covers all groups."""
         if self._runtime is not None:
             raise ConfigError("a parameter group cannot be added after the first step: the ownership plan is made")
-        param_group = dict(param_group)
+        param_group, index = dict(param_group), len(self.param_groups)
+        where = f"group {param_group.get('name', index)}"
+        check_keys(param_group, self.defaults, where)
         cuts = param_group.pop("cuts", None)
         given = set(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        index = len(self.param_groups) - 1
-        where = f"group {group.get('name', index)}"
+        check_names(group, where)
         self._groups.append(group)
         self._rules.append(choose_rule(group, given, where, self._default_rule))
         check_group(group, where)
         self.algorithms.append(group["algorithm"])
-        self.specs.append(make_specs(group, index, cuts))
+        self.specs.append(make_specs(group, index, check_cuts(cuts, len(group["params"]), where)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return packed(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({key: value for key, value in state.items() if key != MUON})
+        if MUON in state:  # else torch's own load_state_dict calls it
+            unpack(self, state)
 
     # Planning -------------------------------------------------------------------------------------------------------
 
@@ -272,18 +284,20 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             index = index_of.get(id(group))
             if index is None:
-                index = self._adopt_groups(group)
+                self._groups = replaced_groups(self._groups, self.param_groups, group)
+                index = next(i for i, known in enumerate(self._groups) if known is group)
             present += [(index, p) for p in group["params"]]
         parts = [(p, p.grad) if binding.parts is None else binding.parts(p) for _, p in present]
-        has_gradient = self.guard.allows(
+        allowed = self.guard.allows(
             runtime.transport,
             [p for _, p in present],
             [gradient for _, gradient in parts],
             lambda: parameter_names(self._groups, self.specs, [i for i, _ in present]),
             agreed=binding.finite(),
             complete=runtime.plan.layout.complete_gradients,
+            matrices=[runtime.splits.get(self._buffer_of.get(id(p), -1)) for _, p in present],
         )
-        if has_gradient is None:
+        if allowed is None:
             if self.guard.begins:
                 progress.finish_step()
             return
@@ -292,7 +306,7 @@ class Muon(torch.optim.Optimizer):
             self._copies_compared = True
         work: dict[int, Work] = {}
         adamw: dict[int, list[AdamWork]] = {}
-        for (index, p), (local, gradient), wanted in zip(present, parts, has_gradient, strict=True):
+        for (index, p), (local, gradient), wanted in zip(present, parts, allowed.present, strict=True):
             if not wanted:
                 continue
             if gradient is None:
@@ -312,17 +326,7 @@ class Muon(torch.optim.Optimizer):
         progress.enter("adamw")
         for index, of_group in adamw.items():
             adamw_step(self._groups[index], self.state, of_group, binding.local, self._options.bucket_bytes)
-        runtime.step(work)
-
-    def _adopt_groups(self, group: Group) -> int:
-        """Take over groups that were replaced by others of the same number; the index of `group`."""
-        if len(self.param_groups) != len(self._groups):
-            raise LayoutError(
-                f"group '{group.get('name', group.get('algorithm'))}' is not one of the {len(self._groups)} that Muon "
-                "was made with: change a group in place instead of replacing it"
-            )
-        self._groups = list(self.param_groups)
-        return next(i for i, known in enumerate(self._groups) if known is group)
+        runtime.step(work, allowed.zero)
 
     # State ----------------------------------------------------------------------------------------------------------
 
@@ -339,6 +343,7 @@ class Muon(torch.optim.Optimizer):
         if not self._warned_of_partial_state and (missing := missing_momentum(runtime, self.state)):
             self._warned_of_partial_state = True
             warn_of_partial_state(runtime, missing)
+        keep_resting(runtime, self.state)
         packed = super().state_dict()
         if partial := partial_momentum(runtime, indexed_parameters(self)):
             packed[PARTIAL] = partial
@@ -352,6 +357,8 @@ class Muon(torch.optim.Optimizer):
         Raises:
             CheckpointError: the framework keeps the parameters in parts, and saves them itself.
         """
+        if self._runtime is not None:
+            keep_resting(self._runtime, self.state)
         local = super().state_dict()
         if self._runtime is None or self._runtime.transport.world_size == 1:
             return local

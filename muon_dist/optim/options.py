@@ -13,11 +13,10 @@ from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError, RoutingError
 from muon_dist.frameworks import loaded_checks
 from muon_dist.layout import cut_parameter
-from muon_dist.numerics import compute_dtype, get_schedule
-from muon_dist.optim.binding import Group, ParameterSpec, update_scale
+from muon_dist.numerics import get_schedule
+from muon_dist.optim.binding import Group, ParameterSpec
 from muon_dist.routing import logical_shape
 
-ALGORITHMS = ("muon", "adamw")
 DEFAULT_GROUP = "default"
 ANALYTIC, MEASURED = "analytic", "measured"
 
@@ -63,42 +62,14 @@ def check_process_group(process_group: dist.ProcessGroup | str | None) -> None:
         raise ConfigError(f"process_group '{process_group}' is unknown: pass a ProcessGroup, None or 'default'")
 
 
-def check_group(group: Group, where: str) -> None:
-    """Raise ConfigError, naming key and value, for a parameter group whose options cannot be used."""
-    if group["algorithm"] not in ALGORITHMS:
-        raise ConfigError(f"{where}: algorithm '{group['algorithm']}' is unknown: use one of {ALGORITHMS}")
-    for key in ("lr", "weight_decay"):
-        if not float(group[key]) >= 0:
-            raise ConfigError(f"{where}: {key} is {group[key]}: it must be at least 0")
-    if group["algorithm"] == "adamw":
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ConfigError(f"{where}: betas are {group['betas']}: both must be in [0, 1)")
-        if not group["eps"] >= 0:
-            raise ConfigError(f"{where}: eps is {group['eps']}: it must be at least 0")
-        return
-    if not 0 <= group["momentum"] < 1:
-        raise ConfigError(f"{where}: momentum is {group['momentum']}: it must be in [0, 1)")
-    iterations(group)
-    compute_dtype(group["ns_dtype"], torch.device("cpu"), group["ns_schedule"])
-    update_scale(group["scale"], cut_parameter("", (1, 1))[0])
-
-
 def iterations(group: Group) -> int:
     """Newton-Schulz steps of a Muon group, the schedule's fixed tail included."""
     return len(get_schedule(group["ns_schedule"]).coefficients(group["ns_steps"]))
 
 
-def make_specs(group: Group, index: int, cuts: Sequence[dict[str, Any] | None] | None) -> list[ParameterSpec]:
-    """The specifications of a group's parameters; `cuts` for each of them, as in `Muon`.
-
-    Raises:
-        ConfigError: another number of cuts than of parameters.
-        RoutingError: see `make_spec`.
-    """
+def make_specs(group: Group, index: int, cuts: Sequence[dict[str, Any] | None]) -> list[ParameterSpec]:
+    """The specifications of a group's parameters, with a cut for each. Raises RoutingError, see `make_spec`."""
     names = group.get("param_names") or [f"group{index}.param{i}" for i in range(len(group["params"]))]
-    cuts = cuts if cuts is not None else [None] * len(names)
-    if len(cuts) != len(names):
-        raise ConfigError(f"group {index} has {len(cuts)} cuts for {len(names)} parameters")
     return [make_spec(n, p, group["algorithm"], c) for n, p, c in zip(names, group["params"], cuts, strict=True)]
 
 

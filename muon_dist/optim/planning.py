@@ -71,6 +71,20 @@ def plain_binding(
     return Binding(replicated_layout(matrices, world), tuple(buffers), ranks, device), group_of
 
 
+def replaced_groups(known: Sequence[Group], groups: Sequence[Group], group: Group) -> list[Group]:
+    """The groups to know from now on, where `group` of `groups` is none of the `known`.
+
+    Raises:
+        LayoutError: they are not as many as before.
+    """
+    if len(groups) != len(known):
+        raise LayoutError(
+            f"group '{group.get('name', group.get('algorithm'))}' is not one of the {len(known)} that Muon was made "
+            "with: change a group in place instead of replacing it"
+        )
+    return list(groups)
+
+
 def check_covers(specs: Sequence[Sequence[ParameterSpec]], binding: Binding) -> None:
     """Raises LayoutError unless the layout holds exactly the matrices that the optimizer was given."""
     expected = {m.name: m for group in specs for s in group for m in s.matrices}
@@ -113,7 +127,14 @@ def check_saved_groups(
     specs: Sequence[Sequence[ParameterSpec]],
 ) -> None:
     """Raises ConfigError or CheckpointError for a saved state of other groups, rules, or order of parameters."""
-    found = [g.get("algorithm", "muon") for g in saved]
+    strange = [g for g in saved if "algorithm" not in g]
+    if strange:
+        keys = ", ".join(sorted(set(strange[0]) - {"params", "param_names"}))
+        raise ConfigError(
+            f"this is the state of another optimizer, not of muon_dist.Muon: its groups have {keys} and no algorithm. "
+            "Momentum of other optimizers cannot be taken over: start with the weights alone"
+        )
+    found = [g["algorithm"] for g in saved]
     if found != list(algorithms):
         raise ConfigError(f"the saved groups are {found}, this optimizer's are {list(algorithms)}")
     check_rules(saved, groups)

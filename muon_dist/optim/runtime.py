@@ -16,6 +16,7 @@ from muon_dist.numerics import compute_dtype, kernel_name
 from muon_dist.optim.binding import Binding
 from muon_dist.optim.bucket_run import BucketRun, GroupStep, Observer, Orthogonalize, StepContext
 from muon_dist.optim.compiler import COMPILED, ProgramCompiler
+from muon_dist.optim.guard import Split
 from muon_dist.optim.memory import RuleMemory
 from muon_dist.optim.norms import RuleSums
 from muon_dist.optim.options import Options
@@ -56,6 +57,10 @@ class Runtime:
         memory: what the rules keep beside momentum.
         orthogonalize: replaces a stack by its orthogonalized update; None for Newton-Schulz as the group says.
         orthogonalized: matrices orthogonalized on this rank since the start.
+        resting: of each matrix, the steps in a row in which its gradient was exactly zero, in fp64 on the CPU; the
+            same on all ranks.
+        unmoved: matrices of which no gradient was ever other than zero; their momentum is zero.
+        splits: by buffer, its matrix, or how its gradient is split into several.
         observer: called with every matrix that this rank orthogonalizes, if there is one.
     """
 
@@ -89,6 +94,9 @@ class Runtime:
             plan, transport, options, binding.device, self.memory.matrices, group_of, self._rules, everywhere
         )
         self._place_momentum(everywhere)
+        self.resting = torch.zeros(len(self._matrices), dtype=torch.float64)
+        self.unmoved = set(range(len(self._matrices)))
+        self.splits = {b: self._split(b, members) for b, members in self.memory.matrices.items()}
 
     # State ------------------------------------------------------------------------------------------------------
 
@@ -108,6 +116,15 @@ class Runtime:
                 reader = self._sources.readers[buffer]
                 self._readers[buffer] = reader if whole else reader.packed
 
+    def _split(self, buffer: int, members: Sequence[int]) -> Split | int:
+        if len(members) == 1:
+            return members[0]
+        held = parts_on(self.transport.rank, members, [m.fragments for m in self.plan.layout.matrices])
+        held.sort(key=lambda part: part[1].local.start)
+        shape = tuple(self.binding.local(self.binding.buffers[buffer]).shape)
+        place = {i: n for n, i in enumerate(members)}
+        return Split(Reader(shape, [f.local for _, f in held]), [place[i] for i, _ in held], members)
+
     def momentum_pieces(self, buffer: int) -> list[tuple[Matrix, Fragment, Tensor]]:
         """This rank's momentum in `buffer`: matrix, fragment, and the live view of it (rows, cols)."""
         if buffer not in self.momentum:
@@ -122,12 +139,14 @@ class Runtime:
         for momentum in self.momentum.values():
             momentum.zero_()
         self.memory.clear()
+        self.resting.zero_()
+        self.unmoved = set(range(len(self._matrices)))
 
     # One step ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, work: dict[int, Work]) -> None:
-        """Step the buffers of `work`; the same buffers on every rank.
+    def step(self, work: dict[int, Work], zero: Set[int] = frozenset()) -> None:
+        """Step the buffers of `work`; the same buffers on every rank. `zero`: matrices whose gradient is exactly zero.
 
         Momentum first, then weight decay on everything held, then the updates, bucket by bucket.
 
@@ -138,7 +157,7 @@ class Runtime:
         """
         progress, overlap = self.transport.progress, self.options.overlap
         progress.enter("momentum")
-        step, program, sums = self._begin(work)
+        step, program, sums = self._begin(work, zero)
         buckets = [BucketRun(bucket, step) for bucket in program.buckets]
         for i, bucket in enumerate(buckets):
             if bucket.program.gather is not None and (i == 0 or not overlap):
@@ -160,7 +179,7 @@ class Runtime:
         progress.step += len(phases) <= 1 or any(buffer in work for buffer in phases[-1])
         progress.enter("idle")
 
-    def _begin(self, work: Mapping[int, Work]) -> tuple[StepContext, Program, RuleSums | None]:
+    def _begin(self, work: Mapping[int, Work], zero: Set[int]) -> tuple[StepContext, Program, RuleSums | None]:
         """Update momentum and decay the weights; what the buckets share, and what comes after them."""
         factor = self.binding.gradient_factor()
         parameters = {b: work[b].parameter for b in sorted(work)}
@@ -189,16 +208,23 @@ class Runtime:
             lists = {MOMENTUM: momentum, GRADIENT: sent, WEIGHT: _views(program.sources.readers, parameters)}
             sums = RuleSums(program.summed, groups, self.memory, self._matrices, self.transport, lists, factor)
             factors = sums.begin()
-        of_groups = {}
+        of_groups, rest = {}, {}
         for p in program.groups:
             group, of_matrices = groups[p.index], factors.get(p.index)
             of_groups[p.index] = GroupStep(group, p.rule, float(group["lr"]), of_matrices, p.position)
+            if self.unmoved:
+                self.unmoved.difference_update(i for i in p.matrices if i not in zero)
+            if zero or self.resting.count_nonzero():
+                for i in p.matrices:
+                    self.resting[i] = self.resting[i] + 1 if i in zero and i not in self.unmoved else 0
+                    if i in zero and not p.rule.shrinks_with_momentum:
+                        rest[i] = float(group["momentum"] ** self.resting[i])
             if p.weights:
                 held = [weights[n] for n in p.weights]
                 p.rule.decay(held, of_matrices, p.weight_positions, of_groups[p.index].lr, group)
         step = StepContext(
             self.transport, self.transport.progress, of_groups, weights, sent, momentum, factor, self.memory.rows,
-            self.orthogonalize, self.observer, self.options.wire_dtype,
+            self.orthogonalize, self.observer, self.options.wire_dtype, rest,
         )  # fmt: skip
         return step, program, sums
 

@@ -19,6 +19,8 @@ from muon_dist.optim.runtime import Runtime
 MOMENTUM = "momentum_buffer"
 PARTIAL = "partial_momentum"
 """Key of a rank's own state dict: for each parameter whose momentum the rank holds in part, the matrices it holds."""
+RESTING = "zero_gradient_steps"
+"""Of each matrix of a parameter, the steps in a row in which its gradient was exactly zero; kept if there are any."""
 RULE_MEMORY = frozenset(name for rule in RULES.values() for name in (*rule.row_memory, *rule.matrix_memory))
 """What rules keep beside momentum, by the names in the state."""
 
@@ -127,6 +129,8 @@ def split_state(
     for key, entry in state_dict["state"].items():
         own = {name: value for name, value in entry.items() if is_own(name)}
         rest[key] = {name: value for name, value in entry.items() if name not in own}
+        if isinstance(rest[key].get("step"), (int, float)):  # as other AdamWs keep it
+            rest[key]["step"] = torch.tensor(float(rest[key]["step"]))
         if own and key in by_key:
             copies = {name: value.detach().clone() for name, value in own.items()}
             loaded[by_key[key]] = Loaded(copies.pop(MOMENTUM, None), partial.get(key), copies)
@@ -135,7 +139,17 @@ def split_state(
 
 def is_own(key: str) -> bool:
     """Whether a key of the state is of a Muon group: momentum, or what a rule keeps."""
-    return key == MOMENTUM or key.partition(":")[0] in RULE_MEMORY
+    return key in (MOMENTUM, RESTING) or key.partition(":")[0] in RULE_MEMORY
+
+
+def keep_resting(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+    """Bring `RESTING` in the optimizer's `state` up to date."""
+    for buffer, parameter in enumerate(runtime.binding.buffers):
+        counts = runtime.resting[runtime.memory.matrices[buffer]]
+        if counts.any():
+            state[parameter][RESTING] = counts
+        else:
+            state[parameter].pop(RESTING, None)
 
 
 def install(
@@ -160,6 +174,9 @@ def adopt(runtime: Runtime, loaded: Mapping[Tensor, Loaded]) -> None:
         if buffer in runtime.momentum:
             _adopt_momentum(runtime, buffer, given)
         _adopt_memory(runtime, buffer, given)
+        counts = given.memory.get(RESTING, 0.0)
+        runtime.unmoved.difference_update(runtime.memory.matrices[buffer])
+        runtime.resting[runtime.memory.matrices[buffer]] = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
     runtime.memory.started.clear()
 
 

@@ -51,6 +51,7 @@ def _count(case: Case) -> dict[str, Any]:
         "moved": moved,
         "numel": plan.layout.numel,
         "parameters": sum(len(specs) for specs in optimizer.specs),
+        "matrices": len(plan.layout.matrices),
         "others": others,
         "adamw": dict(_adamw_step(case).received),
     }
@@ -93,9 +94,9 @@ def test_bytes_equal_the_plan_and_only_moved_fragments_are_extra(world):
         rows = [results[i] for results in by_rank]
         for row in rows:
             assert row["sent"] == row["predicted"], (case, row)
-            # Every other collective is AdamW's own, but for the byte a parameter by which the ranks agree at stage 0
-            # on which gradients exist.
-            flags = 2 * (world - 1) / world * row["parameters"] if case.stage == 0 else 0
+            # Every other collective is AdamW's own, but for the bytes by which the ranks agree on which gradients
+            # exist (stage 0) and which are zero: one for a parameter of AdamW's, one for a matrix of Muon's.
+            flags = 2 * (world - 1) / world * (row["parameters"] if case.stage == 0 else row["matrices"])
             assert sum(row["others"].values()) == sum(row["adamw"].values()) + flags, (case, row)
         extra = sum(row["sent"] for row in rows)
         numel, k = rows[0]["numel"], (world - 1) / world

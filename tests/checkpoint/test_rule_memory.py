@@ -77,6 +77,38 @@ def test_memory_moves_between_layouts(tmp_path, before, after, kind, rule):
         assert torch.equal(tensor, again[key]), key
 
 
+def _silent(folder: str, layout: str, again: bool) -> dict[str, torch.Tensor]:
+    """Two steps as usual, three with zero gradients of Muon's matrices; or, from the checkpoint, the last two."""
+    run = Run(layout, "mixtral")
+    muon = [p for g, a in zip(run.optimizer.param_groups, run.optimizer.algorithms, strict=True) if a == "muon"
+            for p in g["params"]]  # fmt: skip
+    if again:
+        checkpoint = open_checkpoint(Path(folder) / "checkpoint-3", run.ranks)
+        load(checkpoint, run.holding(checkpoint), run.ranks)
+    silent = False
+
+    def silence(optimizer: Any, *given: Any) -> None:
+        for p in muon if silent else ():
+            p.grad.zero_()
+
+    run.optimizer.register_step_pre_hook(silence)
+    for step in range(3 if again else 0, 5):
+        if step == 3 and not again:
+            _save(run, folder, 3)
+        silent = step >= 2
+        run.step(step)
+    return run.whole("weight")
+
+
+@pytest.mark.parametrize(("before", "after"), [(("fsdp2", 2), ("fsdp2", 3)), (("ddp", 2), ("ddp", 3))])
+def test_a_checkpoint_knows_how_long_gradients_were_zero(tmp_path, before, after):
+    wanted = run_ranks(_silent, before[1], str(tmp_path), before[0], False)[0]
+    assert any(kind == "zero_gradient_steps" for kind, _ in contents(tmp_path))
+    found = run_ranks(_silent, after[1], str(tmp_path), after[0], True)[0]
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
+
+
 def _load(folder: str, rule: str) -> Any:
     run = Run("zero2", muon={"rule": rule})
     run.step(0)

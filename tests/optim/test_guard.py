@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.errors import ConfigError, NonFiniteError
+from muon_dist.exchange.readers import Reader
+from muon_dist.layout import Block
 from muon_dist.optim import Muon
-from muon_dist.optim.guard import ABSENT, FINITE, NOT_FINITE, StepGuard, states
+from muon_dist.optim.guard import ABSENT, FINITE, NOT_FINITE, ZERO, Split, StepGuard, states
 from tests.distributed import run_ranks
 from tests.optim.test_distributed import make_flat
 from tests.optim.test_muon import SHAPES, gradients, make_groups, make_parameters
@@ -142,14 +144,16 @@ def collectives_per_step() -> int:
     optimizer.step()
     before = optimizer.runtime.transport.collectives
     fill(parameters, 1)
-    assert optimizer.guard.allows(
+    allowed = optimizer.guard.allows(
         optimizer.runtime.transport,
         list(parameters.values()),
         [p.grad for p in parameters.values()],
         lambda: [],
         agreed=None,
         complete=False,
-    ) == [True] * len(parameters)
+        matrices=[None] * len(parameters),
+    )
+    assert allowed is not None and list(allowed.present) == [True] * len(parameters) and not allowed.zero
     return optimizer.runtime.transport.collectives - before
 
 
@@ -191,17 +195,45 @@ def test_a_veto_leaves_the_step_out_and_does_not_count_as_bad() -> None:
     assert (optimizer.guard.vetoed, optimizer.guard.skipped) == (1, 0)
 
 
+def found(gradients: list, matrices: list | None = None, exact: bool = False) -> list[int]:
+    return states(gradients, matrices or [None] * len(gradients), CPU, exact=exact).tolist()
+
+
 def test_states() -> None:
     good, huge = torch.ones(3), torch.full((4,), 3e38)
     bad = [torch.tensor([1.0, v]) for v in (torch.nan, torch.inf, -torch.inf)]
     half = torch.full((9,), 6e4, dtype=torch.float16)
-    assert states([good, None, torch.empty(0)], CPU).tolist() == [FINITE, ABSENT, FINITE]
-    assert states(bad, CPU).tolist() == [NOT_FINITE] * 3 == states(bad, CPU, exact=True).tolist()
-    assert states([half, half.bfloat16(), good], CPU).tolist() == [FINITE] * 3
-    assert states([b.bfloat16() for b in bad], CPU).tolist() == [NOT_FINITE] * 3
-    assert states([torch.empty(0, dtype=torch.bfloat16), half], CPU).tolist() == [FINITE] * 2
-    assert states([huge], CPU).tolist() == [NOT_FINITE]  # the norm overflows
-    assert states([huge, None], CPU, exact=True).tolist() == [FINITE, ABSENT]
+    assert found([good, None, torch.empty(0)]) == [FINITE, ABSENT, ZERO]
+    assert found(bad) == [NOT_FINITE] * 3 == found(bad, exact=True)
+    assert found([half, half.bfloat16(), good]) == [FINITE] * 3
+    assert found([b.bfloat16() for b in bad]) == [NOT_FINITE] * 3
+    assert found([torch.empty(0, dtype=torch.bfloat16), half]) == [ZERO, FINITE]
+    assert found([huge]) == [NOT_FINITE]  # the norm overflows
+    assert found([huge, None], exact=True) == [FINITE, ABSENT]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("exact", [False, True])
+def test_only_zero_is_zero(dtype: torch.dtype, exact: bool) -> None:
+    """Squares of the smallest numbers vanish in the norm."""
+    tiny = torch.zeros(5, dtype=dtype)
+    tiny[3] = -torch.finfo(dtype).tiny
+    assert found([torch.zeros(5, dtype=dtype), tiny, -torch.zeros(2, dtype=dtype)], exact=exact) == [
+        ZERO,
+        FINITE,
+        ZERO,
+    ]
+
+
+def test_states_of_the_matrices_of_one_gradient() -> None:
+    """Three matrices, of which this rank holds two and a half, and none of the fourth."""
+    blocks = [Block.run(0, 4), Block.run(4, 4), Block.run(8, 2), Block.run(12, 2)]
+    split = Split(Reader((14,), blocks), [0, 1, 1, 2], [10, 11, 12, 13])
+    gradient = torch.zeros(14)
+    gradient[9] = 1.0
+    gradient[10] = torch.nan  # between them
+    assert found([torch.ones(2), gradient], [None, split]) == [FINITE, ZERO, FINITE, ZERO, ABSENT]
+    assert found([None, None], [None, split]) == [ABSENT] * 5
 
 
 def test_gradients_too_large_for_a_norm_are_stepped() -> None:

@@ -96,7 +96,7 @@ def test_sub_groups_close_when_a_slice_reaches_the_size(tiny):
 
 def test_advice_names_what_helps(tiny):
     h100 = DEVICES["h100"]
-    small = replace(h100, memory=1.3 * 2**20 + nccl_bytes(4))
+    small = replace(h100, memory=1.3 * 2**20 + nccl_bytes(4) / 0.9)
     settings = Settings(sequence_length=32, micro_batch=1, bucket_mb=0.1)
     plan = advise(make_plan(tiny, settings, small, layout="ddp", nodes=1, per_node=4), tiny, settings, small)
     assert any("does not fit" in line for line in plan.advice)

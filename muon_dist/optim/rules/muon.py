@@ -62,6 +62,8 @@ class MuonRule:
         defaults: other options whose default differs from Muon's.
         refused: options that the rule does not have, and why.
         elsewhere: names of the paper that are not among `rule_options`, and the option of the group that they are.
+        shrinks_with_momentum: the update becomes small with the momentum. Otherwise the step makes it smaller while
+            the gradient of a matrix is exactly zero, since Newton-Schulz brings any momentum back to full size.
         row_memory: what the owner keeps: one fp32 number for each output feature of a matrix.
         matrix_memory: what every rank keeps: one fp64 number for each matrix.
         norms_first: tensors of which `start` gets the norms.
@@ -75,6 +77,7 @@ class MuonRule:
     defaults: ClassVar[Mapping[str, Any]] = {}
     refused: ClassVar[Mapping[str, str]] = {}
     elsewhere: ClassVar[Mapping[str, str]] = {}
+    shrinks_with_momentum: ClassVar[bool] = False
     row_memory: ClassVar[tuple[str, ...]] = ()
     matrix_memory: ClassVar[tuple[str, ...]] = ()
     norms_first: ClassVar[tuple[str, ...]] = ()

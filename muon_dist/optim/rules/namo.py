@@ -30,6 +30,7 @@ class NamoRule(MuonRule):
     defaults: ClassVar[Mapping[str, Any]] = {"nesterov": False}
     refused: ClassVar[Mapping[str, str]] = {"nesterov": "it orthogonalizes the momentum itself"}
     elsewhere: ClassVar[Mapping[str, str]] = {"mu1": "momentum", "lambda": "weight_decay"}
+    shrinks_with_momentum: ClassVar[bool] = True
     matrix_memory: ClassVar[tuple[str, ...]] = (SECOND_MOMENT, STEPS)
     norms_before: ClassVar[tuple[str, ...]] = (GRADIENT, MOMENTUM)
 

@@ -1,0 +1,124 @@
+"""Checks of a parameter group: every key, value and cut, before anything is made of them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import torch
+
+from muon_dist.errors import ConfigError
+from muon_dist.layout import cut_parameter
+from muon_dist.numerics import compute_dtype, get_schedule
+from muon_dist.optim.rules import Group
+from muon_dist.optim.rules.scale import update_scale
+
+ALGORITHMS = ("muon", "adamw")
+_OWN = {"params", "param_names", "name", "algorithm", "cuts", "rule", "rule_options"}
+# What schedulers of torch write into groups, also before the optimizer is made anew.
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+# Keys of other Muons, and the line to write here.
+_FOREIGN = {
+    "use_muon": 'write "algorithm": "muon" or "adamw" in each group, or param_groups(model)',
+    "num_heads": 'write "cuts": [{"heads": N}, ...], one for each parameter; or param_groups(model, splits=[...])',
+    "split_sizes": 'write "cuts": [{"sizes": [...]}, ...], one for each parameter; or param_groups(model, splits=...)',
+    "adjust_lr": 'write "scale": "match_rms_adamw", "spectral" or "none"',
+    "adjust_lr_fn": 'write "scale": "match_rms_adamw" for "match_rms_adamw", and "spectral" for "original"',
+    "rms_scale": 'write "scale": "match_rms_adamw"',
+    "wd": 'write "weight_decay"',
+    "beta1": 'write "betas": (beta1, beta2) for AdamW, "momentum" for Muon',
+    "beta2": 'write "betas": (beta1, beta2) for AdamW; for the rule normuon "rule_options": {"beta2": ...}',
+    "adamw_betas": 'write "betas" in the group whose algorithm is "adamw"',
+    "adamw_eps": 'write "eps" in the group whose algorithm is "adamw"',
+    "adamw_lr": 'write "lr" in the group whose algorithm is "adamw"',
+}
+
+
+def check_keys(group: Mapping[str, Any], defaults: Iterable[str], where: str) -> None:
+    """Raise ConfigError for keys that a group does not have; it names the closest, or what to write instead."""
+    known = {*defaults, *_OWN, *_OF_SCHEDULERS}
+    for key in group:
+        if key in known:
+            continue
+        if key in _FOREIGN:
+            raise ConfigError(f"{where}: '{key}' is a key of another Muon: {_FOREIGN[key]}")
+        close = difflib.get_close_matches(str(key), sorted(known), n=1)
+        meant = (
+            f": did you mean '{close[0]}'?" if close else f": known are {', '.join(sorted(known - _OF_SCHEDULERS))}"
+        )
+        raise ConfigError(f"{where}: '{key}' is unknown{meant}")
+
+
+def check_group(group: Group, where: str) -> None:
+    """Raise ConfigError, naming key and value, for a parameter group whose options cannot be used."""
+    if group["algorithm"] not in ALGORITHMS:
+        raise ConfigError(f"{where}: algorithm '{group['algorithm']}' is unknown: use one of {ALGORITHMS}")
+    for key in ("lr", "weight_decay"):
+        if not _number(group, key, where) >= 0:
+            raise ConfigError(f"{where}: {key} is {group[key]}: it must be at least 0")
+    if group["algorithm"] == "adamw":
+        betas = group["betas"]
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ConfigError(f"{where}: betas are {betas!r}: give two numbers, such as (0.9, 0.95)")
+        if not all(isinstance(b, (numbers.Real, torch.Tensor)) and 0 <= float(b) < 1 for b in betas):
+            raise ConfigError(f"{where}: betas are {betas}: both must be in [0, 1)")
+        if not _number(group, "eps", where) >= 0:
+            raise ConfigError(f"{where}: eps is {group['eps']}: it must be at least 0")
+        return
+    if not 0 <= _number(group, "momentum", where) < 1:
+        raise ConfigError(f"{where}: momentum is {group['momentum']}: it must be in [0, 1)")
+    if not isinstance(group["ns_steps"], int) or isinstance(group["ns_steps"], bool):
+        raise ConfigError(f"{where}: ns_steps is {group['ns_steps']!r}: it must be a whole number")
+    get_schedule(group["ns_schedule"]).coefficients(group["ns_steps"])
+    compute_dtype(group["ns_dtype"], torch.device("cpu"), group["ns_schedule"])
+    update_scale(group["scale"], cut_parameter("", (1, 1))[0])
+
+
+def _number(group: Group, key: str, where: str) -> float:
+    value = group[key]
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+        raise ConfigError(f"{where}: {key} is {value!r}: it must be a number")
+    number = float(value)
+    if math.isinf(number):
+        raise ConfigError(f"{where}: {key} is {value}: it must be finite")
+    return number
+
+
+def check_cuts(cuts: Any, count: int, where: str) -> list[dict[str, Any] | None]:
+    """The cuts of a group of `count` parameters.
+
+    Raises:
+        ConfigError: they are not None or a dict of heads, sizes and transposed for each parameter.
+    """
+    if cuts is None:
+        return [None] * count
+    if isinstance(cuts, Mapping) or not isinstance(cuts, Sequence) or len(cuts) != count:
+        raise ConfigError(
+            f"{where}: cuts is {cuts!r}: give a list of {count}, for each parameter None or a dict such as "
+            '{"heads": 8}'
+        )
+    known: Set[str] = {"heads", "sizes", "transposed"}
+    for n, cut in enumerate(cuts):
+        if cut is None:
+            continue
+        if not isinstance(cut, Mapping):
+            raise ConfigError(f'{where}: cut {n} is {cut!r}: give None or a dict such as {{"heads": 8}}')
+        for key in cut:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), sorted(known), n=1)
+                meant = f": did you mean '{close[0]}'?" if close else f": use {', '.join(sorted(known))}"
+                raise ConfigError(f"{where}: cut {n} has the unknown key '{key}'{meant}")
+    return [None if cut is None else dict(cut) for cut in cuts]
+
+
+def check_names(group: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for another number of names than of parameters."""
+    names, count = group.get("param_names"), len(group["params"])
+    if names is not None and len(names) != count:
+        raise ConfigError(
+            f"{where}: {len(names)} param_names for {count} params: a list that was cut must be cut in both"
+        )
