@@ -21,6 +21,7 @@ from muon_dist.exchange.transport import Transport
 from muon_dist.layout import Layout
 from muon_dist.optim.binding import Binding
 from muon_dist.optim.groups import param_groups
+from muon_dist.optim.guard import FINITE
 from muon_dist.optim.muon import Muon
 from muon_dist.planner.model import PlannedParameter, Settings, Workload
 from muon_dist.planner.placement import place
@@ -52,7 +53,7 @@ class _Without(Transport):
 
     def highest(self, values: torch.Tensor) -> list[int]:
         self.collectives += 1
-        return [1] * values.numel()  # every gradient is there, and finite
+        return [FINITE] * values.numel()
 
 
 class _Counter(TorchDispatchMode):

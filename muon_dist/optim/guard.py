@@ -228,23 +228,23 @@ def _largest(g: torch.Tensor) -> torch.Tensor:
 
 def _on_the_host(gradients: Sequence[torch.Tensor], exact: bool) -> torch.Tensor:
     """The states of gradients on a CPU. A norm of zero is looked at again: squares of tiny elements vanish."""
-    found = torch.empty(len(gradients), dtype=torch.uint8)
+    found: list[int] = []
     narrow = any(g.dtype.itemsize == 2 for g in gradients)
     if exact:
         norms = [0.0 if bool(torch.isfinite(g).all()) else float("nan") for g in gradients]
     elif narrow:  # the norm in fp32 first copies the whole gradient; the ends of its range take a third of the time
         norms = [float(torch.maximum(g.amax(), -g.amin())) if g.numel() else 0.0 for g in gradients]
-    elif all(g.dtype == gradients[0].dtype for g in gradients):
+    elif all(g.dtype == gradients[0].dtype and g.device == gradients[0].device for g in gradients):
         dtype = torch.promote_types(gradients[0].dtype, torch.float32)
         norms = torch.stack(list(torch._foreach_norm(list(gradients), 2, dtype=dtype))).tolist()
     else:
         norms = [float(torch.linalg.vector_norm(g)) for g in gradients]
-    for i, (g, norm) in enumerate(zip(gradients, norms, strict=True)):
+    for g, norm in zip(gradients, norms, strict=True):
         if not math.isfinite(norm):
-            found[i] = NOT_FINITE
+            found.append(NOT_FINITE)
         else:
-            found[i] = FINITE if norm > 0 or bool(g.any()) else ZERO
-    return found
+            found.append(FINITE if norm > 0 or bool(g.any()) else ZERO)
+    return torch.tensor(found, dtype=torch.uint8)
 
 
 def where(transport: Transport, own: Sequence[int], names: Sequence[str]) -> str:

@@ -28,14 +28,14 @@ from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import (
     PARTIAL,
     Loaded,
+    carried,
     full_state,
     indexed_parameters,
     install,
     keep_resting,
-    missing_momentum,
     partial_momentum,
     split_state,
-    warn_of_partial_state,
+    warn_if_partial,
 )
 from muon_dist.ownership import OwnershipPlan
 
@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
             a plain list of parameters, is Muon's. 3-D parameters are batches of matrices.
         lr: learning rate of groups that do not set their own.
         weight_decay: decoupled, times lr.
-        momentum, nesterov: of Muon groups.
+        momentum, nesterov: of Muon groups. Schedulers that cycle AdamW's beta1 cycle momentum as well.
         ns_steps, ns_schedule, ns_dtype: see `numerics.newton_schulz`.
         scale: "match_rms_adamw", "spectral" or "none"; see `update_scale`.
         betas, eps: of AdamW groups.
@@ -151,9 +151,9 @@ class Muon(torch.optim.Optimizer):
             raise RoutingError("no parameter group has algorithm 'muon': use torch.optim.AdamW if that is intended")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; only before the first step, since the plan covers all groups."""
+        """Add a group. After the first step it is a collective, and the next step plans again, over all groups."""
         if self._runtime is not None:
-            raise ConfigError("a parameter group cannot be added after the first step: the ownership plan is made")
+            self._loaded, self._runtime = carried(self._runtime), None
         param_group, index = dict(param_group), len(self.param_groups)
         where = f"group {param_group.get('name', index)}"
         check_keys(param_group, self.defaults, where)
@@ -167,6 +167,8 @@ class Muon(torch.optim.Optimizer):
         check_group(group, where)
         self.algorithms.append(group["algorithm"])
         self.specs.append(make_specs(group, index, check_cuts(cuts, len(group["params"]), where)))
+        if self._loaded is not None:
+            self._loaded.update((p, Loaded(fresh=True)) for p in group["params"])
 
     def __getstate__(self) -> dict[str, Any]:
         return packed(self)
@@ -175,8 +177,6 @@ class Muon(torch.optim.Optimizer):
         super().__setstate__({key: value for key, value in state.items() if key != MUON})
         if MUON in state:  # else torch's own load_state_dict calls it
             unpack(self, state)
-
-    # Planning -------------------------------------------------------------------------------------------------------
 
     @property
     def runtime(self) -> Runtime | None:
@@ -286,6 +286,8 @@ class Muon(torch.optim.Optimizer):
             if index is None:
                 self._groups = replaced_groups(self._groups, self.param_groups, group)
                 index = next(i for i, known in enumerate(self._groups) if known is group)
+            if "max_momentum" in group:  # a scheduler of torch cycles it, and writes into betas if there are any
+                group["momentum"] = group["betas"][0]
             present += [(index, p) for p in group["params"]]
         parts = [(p, p.grad) if binding.parts is None else binding.parts(p) for _, p in present]
         allowed = self.guard.allows(
@@ -340,9 +342,7 @@ class Muon(torch.optim.Optimizer):
         runtime = self._runtime
         if runtime is None:
             return super().state_dict()
-        if not self._warned_of_partial_state and (missing := missing_momentum(runtime, self.state)):
-            self._warned_of_partial_state = True
-            warn_of_partial_state(runtime, missing)
+        self._warned_of_partial_state = self._warned_of_partial_state or warn_if_partial(runtime, self.state)
         keep_resting(runtime, self.state)
         packed = super().state_dict()
         if partial := partial_momentum(runtime, indexed_parameters(self)):

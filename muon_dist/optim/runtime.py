@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,7 +95,8 @@ class Runtime:
             plan, transport, options, binding.device, self.memory.matrices, group_of, self._rules, everywhere
         )
         self._place_momentum(everywhere)
-        self.resting = torch.zeros(len(self._matrices), dtype=torch.float64)
+        self._counts = np.zeros(len(self._matrices))  # the memory of `resting`: indexing it is no operation of torch
+        self.resting = torch.from_numpy(self._counts)
         self.unmoved = set(range(len(self._matrices)))
         self.splits = {b: self._split(b, members) for b, members in self.memory.matrices.items()}
 
@@ -214,11 +216,11 @@ class Runtime:
             of_groups[p.index] = GroupStep(group, p.rule, float(group["lr"]), of_matrices, p.position)
             if self.unmoved:
                 self.unmoved.difference_update(i for i in p.matrices if i not in zero)
-            if zero or self.resting.count_nonzero():
+            if zero or self._counts.any():
                 for i in p.matrices:
-                    self.resting[i] = self.resting[i] + 1 if i in zero and i not in self.unmoved else 0
+                    self._counts[i] = self._counts[i] + 1 if i in zero and i not in self.unmoved else 0
                     if i in zero and not p.rule.shrinks_with_momentum:
-                        rest[i] = float(group["momentum"] ** self.resting[i])
+                        rest[i] = float(group["momentum"] ** self._counts[i])
             if p.weights:
                 held = [weights[n] for n in p.weights]
                 p.rule.decay(held, of_matrices, p.weight_positions, of_groups[p.index].lr, group)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muon_dist.errors import CheckpointError
+from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.layout import view
 from muon_dist.optim.rules import RULES
 from muon_dist.optim.runtime import Runtime
@@ -68,19 +68,17 @@ def _held_matrices(runtime: Runtime, buffer: int) -> list[str]:
     return sorted({matrix.name for matrix, _, _ in runtime.momentum_pieces(buffer)})
 
 
-def missing_momentum(runtime: Runtime, state: Mapping[Tensor, Mapping[str, Any]]) -> int:
-    """Parameters whose momentum lies on other ranks, wholly or in part, so that this rank's state dict lacks it.
+def warn_if_partial(runtime: Runtime, state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+    """Whether momentum lies on other ranks, so that this rank's state dict lacks it; warns of it.
 
-    None under ZeRO and FSDP2: there each rank's part of the state belongs to its part of the parameters.
+    Not under ZeRO and FSDP2: there each rank's part of the state belongs to its part of the parameters.
     """
     if runtime.transport.world_size == 1:
-        return 0
+        return False
     held = [(p, state.get(p, {}).get(MOMENTUM)) for p in runtime.binding.buffers]
-    return sum(momentum is None or momentum.shape != p.shape for p, momentum in held)
-
-
-def warn_of_partial_state(runtime: Runtime, missing: int) -> None:
-    """The RuntimeWarning of `Muon.state_dict`."""
+    missing = sum(momentum is None or momentum.shape != p.shape for p, momentum in held)
+    if not missing:
+        return False
     warnings.warn(
         f"this state_dict is the part of rank {runtime.transport.rank} alone: it lacks the momentum of {missing} of "
         f"{len(runtime.binding.buffers)} parameters, which lies on other ranks. It loads only on this rank and for "
@@ -89,6 +87,7 @@ def warn_of_partial_state(runtime: Runtime, missing: int) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
+    return True
 
 
 # Loading ------------------------------------------------------------------------------------------------------------
@@ -102,11 +101,13 @@ class Loaded:
         momentum: None if it holds none.
         matrices: names of the matrices that `momentum` holds; None for all.
         memory: what the rule keeps, by its key in the state.
+        fresh: the parameter came later: its state begins at zero.
     """
 
     momentum: Tensor | None = None
     matrices: list[str] | None = None
     memory: dict[str, Tensor] = field(default_factory=dict)
+    fresh: bool = False
 
     def entries(self) -> dict[str, Tensor]:
         """As in the state dict."""
@@ -159,6 +160,8 @@ def install(
     if loaded is not None:
         adopt(runtime, loaded)
     for buffer, parameter in enumerate(runtime.binding.buffers):
+        for key in [key for key in state.get(parameter, {}) if is_own(key)]:
+            del state[parameter][key]  # of an earlier plan, or as it was loaded
         if found := entries(runtime, buffer):
             state[parameter].update(found)
 
@@ -171,6 +174,8 @@ def adopt(runtime: Runtime, loaded: Mapping[Tensor, Loaded]) -> None:
     """
     for buffer, parameter in enumerate(runtime.binding.buffers):
         given = loaded.get(parameter, Loaded())
+        if given.fresh:
+            continue
         if buffer in runtime.momentum:
             _adopt_momentum(runtime, buffer, given)
         _adopt_memory(runtime, buffer, given)
@@ -238,6 +243,38 @@ def _missing(runtime: Runtime, what: str) -> str:
         f"the state dict has no {what}, which rank {runtime.transport.rank} owns: it is one rank's part only. Save "
         "with full_state_dict() on all ranks (MuonTrainer does), or load on each rank the file that this rank saved"
     )
+
+
+def carried(runtime: Runtime) -> dict[Tensor, Loaded]:
+    """The state of this rank's Muon groups for another plan over the same parameters and more; a collective.
+
+    Raises:
+        ConfigError: parts of it would have to move between ranks in a way that is not known here.
+    """
+    layout, transport = runtime.plan.layout, runtime.transport
+    everywhere = layout.kind == "replicated"
+    rows = any(runtime.memory.row_names.values())
+    if not everywhere and (layout.kind != "dtensor" or layout.columns or rows):
+        kind = (
+            "HSDP" if layout.columns else f"the {layout.kind} layout" if not rows else "a rule with memory on owners"
+        )
+        raise ConfigError(
+            f"a parameter group cannot be added after the first step under {kind}: save a checkpoint, make the "
+            "optimizer with all groups, and load it"
+        )
+    found = {}
+    for buffer, parameter in enumerate(runtime.binding.buffers):
+        memory: dict[str, Tensor] = dict(runtime.memory.numbers[buffer])
+        memory[RESTING] = runtime.resting[runtime.memory.matrices[buffer]]
+        if everywhere:
+            for name, whole in _padded(runtime, buffer, parameter).items():
+                if transport.world_size > 1:
+                    dist.all_reduce(whole, group=transport.group)
+                memory[name] = whole
+        else:
+            memory[MOMENTUM] = entries(runtime, buffer)[MOMENTUM]
+        found[parameter] = Loaded(memory.pop(MOMENTUM), None, memory)
+    return found
 
 
 # Of all ranks -------------------------------------------------------------------------------------------------------

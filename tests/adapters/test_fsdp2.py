@@ -413,6 +413,23 @@ def test_an_optimizer_left_behind_by_fully_shard_is_named():
         assert "make Muon after fully_shard, or hand both to accelerator.prepare" in message
 
 
+def critic_beside_an_actor() -> bool:
+    """A plain model of its own, beside one under fully_shard, whose first gradients are still to come."""
+    actor = shard(llama(), make_mesh((2,)))
+    critic = nn.Linear(20, 26, bias=False)  # a shape of the actor's
+    bare = nn.Parameter(torch.eye(5))
+    for weight in (critic.weight, bare):
+        optimizer = Muon([weight], lr=LR)
+        optimizer.full_state_dict()
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    return actor is not None and bool((bare != torch.eye(5)).any())
+
+
+def test_a_plain_model_beside_one_under_fully_shard_is_stepped():
+    assert run_ranks(critic_beside_an_actor, 2) == [True, True]
+
+
 # Refusals ----------------------------------------------------------------------------------------------------------
 
 

@@ -297,15 +297,6 @@ def test_replaced_parameters_are_an_error_not_sgd():
         optimizer.step()
 
 
-def test_groups_cannot_be_added_after_the_plan():
-    matrix = torch.nn.Parameter(torch.randn(4, 4))
-    optimizer = Muon([matrix])
-    matrix.grad = torch.randn(4, 4)
-    optimizer.step()
-    with pytest.raises(ConfigError, match="cannot be added after the first step"):
-        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.randn(4, 4))]})
-
-
 def test_another_algorithm_in_the_saved_groups_is_refused():
     m = model()
     optimizer = Muon(param_groups(m))
