@@ -107,7 +107,7 @@ class Broadcasts:
         self._start()
 
     def _start(self) -> None:
-        """Start as many as there is room for, at least one. All ranks count alike, so all start the same."""
+        """Start as many broadcasts as there is room for, at least one; on all ranks the same ones."""
         while self._turns and (not self._under_way or self._counts[self._turns[0]] <= self._room):
             place = self._turns.popleft()
             self._room -= self._counts[place]

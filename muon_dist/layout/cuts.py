@@ -194,7 +194,7 @@ def _product(shape: tuple[int, ...], intervals: list[list[Interval]]) -> list[tu
 
 
 def _refined(outer: list[Interval], held: list[Interval], length: int, local: int) -> list[Interval]:
-    """Ranges over the axes before and one more axis, of which the intervals `held` are."""
+    """Ranges over one axis more than `outer` covers; of the new axis the intervals `held` are held."""
     if held == [(0, length, 0)]:
         return [(first * length, number * length, where * local) for first, number, where in outer]
     return [

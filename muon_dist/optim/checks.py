@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -14,6 +13,7 @@ from muon_dist.errors import ConfigError
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import compute_dtype, get_schedule
 from muon_dist.optim.rules import Group
+from muon_dist.optim.rules.choice import closest
 from muon_dist.optim.rules.scale import update_scale
 
 ALGORITHMS = ("muon", "adamw")
@@ -45,10 +45,8 @@ def check_keys(group: Mapping[str, Any], defaults: Iterable[str], where: str) ->
             continue
         if key in _FOREIGN:
             raise ConfigError(f"{where}: '{key}' is a key of another Muon: {_FOREIGN[key]}")
-        close = difflib.get_close_matches(str(key), sorted(known), n=1)
-        meant = (
-            f": did you mean '{close[0]}'?" if close else f": known are {', '.join(sorted(known - _OF_SCHEDULERS))}"
-        )
+        close = closest(key, known)
+        meant = f": did you mean '{close}'?" if close else f": known are {', '.join(sorted(known - _OF_SCHEDULERS))}"
         raise ConfigError(f"{where}: '{key}' is unknown{meant}")
 
 
@@ -109,8 +107,8 @@ def check_cuts(cuts: Any, count: int, where: str) -> list[dict[str, Any] | None]
             raise ConfigError(f'{where}: cut {n} is {cut!r}: give None or a dict such as {{"heads": 8}}')
         for key in cut:
             if key not in known:
-                close = difflib.get_close_matches(str(key), sorted(known), n=1)
-                meant = f": did you mean '{close[0]}'?" if close else f": use {', '.join(sorted(known))}"
+                close = closest(key, known)
+                meant = f": did you mean '{close}'?" if close else f": use {', '.join(sorted(known))}"
                 raise ConfigError(f"{where}: cut {n} has the unknown key '{key}'{meant}")
     return [None if cut is None else dict(cut) for cut in cuts]
 

@@ -152,11 +152,11 @@ class Muon(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. After the first step it is a collective, and the next step plans again, over all groups."""
-        if self._runtime is not None:
-            self._loaded, self._runtime = carried(self._runtime), None
         param_group, index = dict(param_group), len(self.param_groups)
         where = f"group {param_group.get('name', index)}"
         check_keys(param_group, self.defaults, where)
+        if self._runtime is not None:
+            self._loaded, self._runtime = carried(self._runtime), None
         cuts = param_group.pop("cuts", None)
         given = set(param_group)
         super().add_param_group(param_group)

@@ -145,11 +145,7 @@ def resumed(layout: str, how: str) -> bool:
         dist.broadcast_object_list(given)
         (state,) = given
     second.optimizer.load_state_dict(state)
-    with torch.no_grad():
-        if layout == "flat":
-            second.shard.copy_(first.shard)
-        for p, q in zip(second.parameters.values(), first.parameters.values(), strict=True):
-            p.copy_(q)
+    second.take_weights(first)
     for step in range(6, 9):
         for run in (first, second):
             run.step(silent(step, names))

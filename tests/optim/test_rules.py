@@ -75,6 +75,14 @@ class Run:
                 p.grad = given.redistribute(placements=p.placements)
         self.optimizer.step()
 
+    def take_weights(self, other: Run) -> None:
+        """Copy the weights of another run of the same layout."""
+        with torch.no_grad():
+            if self.layout == "flat":
+                self.shard.copy_(other.shard)
+            for p, q in zip(self.parameters.values(), other.parameters.values(), strict=True):
+                p.copy_(q)
+
     def weights(self) -> Tensors:
         if self.layout == "fsdp2":
             return {n: p.full_tensor().detach() for n, p in self.parameters.items()}
@@ -160,11 +168,7 @@ def saved_and_loaded(layout: str, rule: str, how: str) -> tuple[bool, bool]:
     else:
         state = copy.deepcopy(get_optimizer_state_dict(first.model, first.optimizer))
         set_optimizer_state_dict(second.model, second.optimizer, state)
-    with torch.no_grad():
-        if layout == "flat":
-            second.shard.copy_(first.shard)
-        for p, q in zip(second.parameters.values(), first.parameters.values(), strict=True):
-            p.copy_(q)
+    second.take_weights(first)
     for step in range(3, 6):
         for run in (first, second):
             run.step(gradients(step))

@@ -88,12 +88,9 @@ def _refuse_left_behind(pairs: list[tuple[int, torch.Tensor, ParameterSpec]]) ->
         return
     modules = [m for m in gc.get_objects() if issubclass(type(m), torch.nn.Module)]
     used = {id(p) for m in modules for p in vars(m).get("_parameters", {}).values()}
-    sharded_models = [m for m in modules if issubclass(type(m), fsdp.FSDPModule)]
-    shapes = {tuple(p.shape) for m in sharded_models for p in m.parameters()}
-    # Of a model of its own, beside one under fully_shard, or of shapes that no such model has: nothing was replaced.
-    if any(id(p) in used for _, p, _ in pairs) or not all(spec.shape in shapes for *_, spec in pairs):
-        return
-    if sharded_models:
+    shapes = {tuple(p.shape) for m in modules if issubclass(type(m), fsdp.FSDPModule) for p in m.parameters()}
+    # Parameters that a module still uses, or of shapes that no model under fully_shard has, were not replaced.
+    if shapes and not any(id(p) in used for _, p, _ in pairs) and all(spec.shape in shapes for *_, spec in pairs):
         raise FrameworkError(
             "no parameter of Muon has a gradient and none is a DTensor, while a model here is under fully_shard, "
             "which replaces its parameters: make Muon after fully_shard, or hand both to accelerator.prepare"

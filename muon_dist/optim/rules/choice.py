@@ -104,6 +104,11 @@ def _options(rule: MuonRule, given: Any) -> dict[str, float]:
     return {**rule.options, **{name: float(value) for name, value in given.items()}}
 
 
+def closest(name: object, known: Iterable[str]) -> str | None:
+    """The known name that is closest to `name`, for messages; None if none is close."""
+    return next(iter(difflib.get_close_matches(str(name), sorted(known), n=1)), None)
+
+
 def _did_you_mean(name: object, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
+    close = closest(name, known)
+    return f" (did you mean {close}?)" if close else ""

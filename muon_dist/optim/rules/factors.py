@@ -1,4 +1,4 @@
-"""Factors of whole matrices on the fragments of their weights."""
+"""Norms of whole matrices, and factors of whole matrices on the fragments of their weights."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ def scale_weights(weights: Sequence[Tensor], positions: Sequence[int], factors: 
         factors = factors.cpu()  # a number on the CPU can multiply a tensor on any device
     each = factors.unbind()
     torch._foreach_mul_(list(weights), [each[p] for p in positions])
+
+
+def stack_norms(stack: Tensor) -> Tensor:
+    """The Frobenius norm of every matrix of a stack (B, M, N), as (B, 1, 1)."""
+    rows = torch.linalg.vector_norm(stack, dim=-1, keepdim=True)
+    return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from muon_dist.errors import ConfigError
+from muon_dist.optim.rules.factors import stack_norms
 from muon_dist.optim.rules.muon import WEIGHT, Group, MuonRule, Owned
-from muon_dist.optim.rules.normuon import matrix_norms
 
 RADIUS = "radius"
 # fp32 rounds each element by a relative 6e-8. A norm within this of the radius is left alone.
@@ -53,7 +53,7 @@ class HyperballRule(MuonRule):
     def direction(self, owned: Owned, group: Group) -> None:
         assert owned.factors is not None
         owned.orthogonalize(owned.stack)
-        length = matrix_norms(owned.stack)
+        length = stack_norms(owned.stack)
         # Momentum that is zero has no direction: the weight stays where it is.
         share = torch.where(length > 0, owned.factors.view(-1, 1, 1) / length, 0.0)
         owned.stack.mul_(share.to(owned.stack.dtype))

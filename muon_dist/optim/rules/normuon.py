@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from muon_dist.optim.rules.factors import stack_norms
 from muon_dist.optim.rules.muon import Group, MuonRule, Owned
 
 SECOND_MOMENT = "row_second_moment"
@@ -42,14 +42,8 @@ class NorMuonRule(MuonRule):
         beta2, eps = group["rule_options"]["beta2"], group["rule_options"]["eps"]
         inputs = -2 if owned.matrices[0].transposed else -1
         owned.orthogonalize(stack)
-        before = matrix_norms(stack)
+        before = stack_norms(stack)
         squares = torch.linalg.vector_norm(stack, dim=inputs).square_().div_(stack.size(inputs))
         torch._foreach_lerp_(moments, list(squares.unbind()), 1 - beta2)
         stack.div_(torch.stack(moments).sqrt_().add_(eps).unsqueeze(inputs))
-        stack.mul_(before.div_(matrix_norms(stack).add_(eps)))
-
-
-def matrix_norms(stack: Tensor) -> Tensor:
-    """The Frobenius norm of every matrix of a stack (B, M, N), as (B, 1, 1)."""
-    rows = torch.linalg.vector_norm(stack, dim=-1, keepdim=True)
-    return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
+        stack.mul_(before.div_(stack_norms(stack).add_(eps)))
