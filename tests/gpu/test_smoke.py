@@ -30,6 +30,7 @@ from muon_dist.exchange.transport import Transport
 from muon_dist.numerics import compute_dtype, kernel_name
 from muon_dist.optim.rules import RULES
 from tests.gpu.models import alone, error, gradients, optimizer, parameters
+from tests.gpu.parity import LAYOUTS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,10 +189,15 @@ def test_a_step_allocates_at_most_two_buckets(
     assert peak <= 2 * bucket * 2**20
 
 
+def ranks_environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
 def torchrun(ranks: int, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m",
                "tests.gpu.parity", *arguments]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = ranks_environment()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
@@ -206,8 +212,17 @@ def test_ranks_that_share_one_device(layout: str, ranks: int, device: torch.devi
     assert found["copies_equal"] and found["error"] < 1e-4 and found["overlap_error"] < 1e-4
 
 
+@pytest.mark.skipif(not GPUS, reason="needs a GPU")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nccl_of_ranks_that_share_one_gpu(layout: str, device: torch.device, figure: Figure) -> None:
+    found = torchrun(4 if layout == "hsdp" else 2, layout, "--backend", "cpu:gloo,cuda:nccl", "--device", str(device))
+    figure(f"NCCL on one GPU, {layout}: error to one process", f"{found['error']:.1e}")
+    figure(f"NCCL on one GPU, {layout}: overlap on and off have the same bits", found["overlap_same_bits"])
+    assert found["copies_equal"] and found["error"] < 1e-4 and found["overlap_error"] < 1e-4
+
+
 @pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("layout", ["copies", "rows", "fsdp2", "hsdp"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_with_a_gpu_each(layout: str, figure: Figure) -> None:
     if layout == "hsdp" and GPUS < 4:
         pytest.skip("needs four GPUs")
@@ -312,7 +327,7 @@ def test_a_run_is_told_to_stop_and_goes_on(device: torch.device, tmp_path: Path,
         "num_attention_heads: 4, num_key_value_heads: 4}",
         f"trainer.use_cpu={str(device.type == 'cpu').lower()}", "tokenizer.sample_bytes=2000000",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = ranks_environment()
 
     def start(name: str, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "muon_dist.cli", "train", *settings, f"name={name}", *more]
