@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +24,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "quick": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
     "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6},
     "medium": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 16, "num_attention_heads": 8},
+    # half the layers of a Llama 1B, for a GPU
+    "half-1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12, "num_attention_heads": 16},
 }
-VOCABULARY = {"tiny": 256, "quick": 16384, "small": 4096, "medium": 8192}
+VOCABULARY = {"tiny": 256, "quick": 16384, "small": 4096, "medium": 8192, "half-1b": 32768}
 
 NS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,6 +43,7 @@ class Case:
         ns_dtype: what Newton-Schulz computes in, on both sides: "fp32", "bf16" or "fp16".
         dtype: of weights and gradients, "fp32" or "bf16" (with fp32 masters).
         offload: optimizer state on the CPU, by DeepSpeed.
+        device: of the model, "cpu" or "cuda": the GPU that is chosen in this process.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Case:
     ns_dtype: str = "fp32"
     dtype: str = "fp32"
     offload: bool = False
+    device: str = "cpu"
 
 
 DEEPSPEED, TORCH, KELLER = "deepspeed", "torch.optim.Muon", "muon-optimizer"
@@ -68,6 +74,12 @@ _MORE = (
     Case("ZeRO-3, bf16 weights", DEEPSPEED, "zero3", dtype="bf16"),
     Case("ZeRO-2, offload", DEEPSPEED, "zero2", offload=True),
     Case("ZeRO-3, offload", DEEPSPEED, "zero3", offload=True),
+)
+# As everybody ships: ours and DeepSpeed's iterate in fp16 on a GPU, the others in bf16.
+_GPU = (
+    _PEERS[0],
+    *(Case(f"{c.name}, ours in fp16", c.peer, c.sharding, "fp16") for c in _PEERS),
+    *_MORE[1:3],
 )
 
 
@@ -95,6 +107,7 @@ PROFILES = {
     # for slow links, over which a step takes long and nothing else matters
     "link": Profile("small", (*_ZERO, *_PEERS), 2, 1, ()),
     "full": Profile("small", (*_ZERO, *_PEERS, *_MORE), 5, 2),
+    "gpu": Profile("half-1b", _GPU, 10, 1, ()),
 }
 
 
@@ -120,8 +133,13 @@ def select(profile: str, only: Sequence[str], peers: Sequence[str]) -> tuple[Cas
     )
 
 
-def make_model(name: str) -> nn.Module:
+def make_model(name: str, device: str = "cpu") -> nn.Module:
     """The Llama of that name with seeded weights that bf16 holds exactly, so that every dtype starts alike."""
+    return copy.deepcopy(_drawn(name, device))
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn(name: str, device: str) -> nn.Module:
     settings: Mapping[str, Any] = {
         "model_type": "llama",
         "num_key_value_heads": MODELS[name]["num_attention_heads"],
@@ -132,7 +150,7 @@ def make_model(name: str) -> nn.Module:
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(p.bfloat16())
-    return model.train()
+    return model.train().to(device)
 
 
 def tokens(name: str, seed: int, shape: tuple[int, int] = (1, SEQUENCE)) -> torch.Tensor:

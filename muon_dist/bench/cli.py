@@ -14,7 +14,9 @@ import typer
 app = typer.Typer(name="bench", help="Measure the iteration, and the step against its peers.", no_args_is_help=True)
 
 ProfileOption = Annotated[str, typer.Option(help="quick, full, or ci (tiny: checks that it works).")]
-StepProfile = Annotated[str, typer.Option(help="quick, full, link (few steps: for slow links) or ci (tiny).")]
+StepProfile = Annotated[
+    str, typer.Option(help="quick, full, gpu (with --device cuda), link (few steps: for slow links) or ci (tiny).")
+]
 _QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -60,9 +62,10 @@ def step(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="A part of the names of the cases to run, such as ZeRO-3; repeat it."),
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: under torchrun with one process a GPU.")] = "cpu",
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="tiny, quick, small or medium instead of the profile's."),
+        typer.Option(help="tiny, quick, small, medium or half-1b instead of the profile's."),
     ] = None,
     rounds: Annotated[Optional[int], typer.Option(min=1, help="Timed steps in place of the profile's.")] = None,  # noqa: UP045
     link: Annotated[str, typer.Option(help="What connects the ranks, for the table.")] = "loopback",
@@ -71,14 +74,14 @@ def step(
 ) -> None:
     """Ours, every other Muon and AdamW on the same model and ranks, stepped in turn: time, bytes, memory, error."""
     # Before torch and DeepSpeed are imported. Other packages' torch.compile costs up to a minute a case on a CPU.
-    defaults = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "0" if compiled else "1", "OMP_NUM_THREADS": "1"}
+    defaults = {"DS_ACCELERATOR": device, "TORCHDYNAMO_DISABLE": "0" if compiled else "1", "OMP_NUM_THREADS": "1"}
     for name, value in (defaults | _QUIET).items():
         os.environ.setdefault(name, value)
     from muon_dist.bench import step as bench
 
     bench.command(
-        profile, output, ranks=ranks, peers=peers or [], only=only or [], model=model, rounds=rounds, link=link,
-        append=append, echo=typer.echo,
+        profile, output, ranks=ranks, peers=peers or [], only=only or [], device=device, model=model, rounds=rounds,
+        link=link, append=append, echo=typer.echo,
     )  # fmt: skip
 
 

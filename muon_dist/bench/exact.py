@@ -37,7 +37,7 @@ class Exact:
         """Relative Frobenius error of the change of all compared weights as one vector; `whole` may be collective."""
         wrong, size = 0.0, 0.0
         for name, wanted in self.moved[scale].items():
-            found = whole(name).double() - self.start[name].double()
+            found = whole(name).to(wanted.device).double() - self.start[name].double()
             wrong += (found - wanted).square().sum().item()
             size += wanted.square().sum().item()
         return (wrong / size) ** 0.5
@@ -48,14 +48,14 @@ def muon_names(model: nn.Module) -> list[str]:
     return next(g["param_names"] for g in param_groups(model) if g["algorithm"] == "muon")
 
 
-def make_exact(model_name: str, layers: int | None) -> Exact:
+def make_exact(model_name: str, layers: int | None, device: str = "cpu") -> Exact:
     """Gradients of `STEPS` batches, and what they must do to the matrices of the first `layers` layers (None: all)."""
-    model = make_model(model_name)
+    model = make_model(model_name, device)
     weights = dict(model.named_parameters())
     names = [n for n in muon_names(model) if layers is None or any(f"layers.{i}." in n for i in range(layers))]
     gradients = []
     for step in range(STEPS):
-        batch = tokens(model_name, 31 + step, (4, 64))
+        batch = tokens(model_name, 31 + step, (4, 64)).to(device)
         model.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
         gradients.append({n: weights[n].grad.bfloat16().float() for n in names})  # type: ignore[union-attr]

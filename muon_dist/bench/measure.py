@@ -52,7 +52,7 @@ def import_for(case: Case) -> None:
 
 def make(optimizer: str, case: Case, model_name: str) -> Side:
     """A side with a fresh model."""
-    model = make_model(model_name)
+    model = make_model(model_name, case.device)
     sharding = importlib.import_module(SHARDINGS[case.sharding])
     if optimizer == DEEPSPEED:
         return sharding.make_theirs(model, case)
@@ -96,21 +96,21 @@ class Outcome:
     skipped: str | None = None
 
 
-def _tokens(model_name: str, index: int) -> torch.Tensor:
-    return tokens(model_name, index * 97 + dist.get_rank())
+def _tokens(model_name: str, index: int, device: str) -> torch.Tensor:
+    return tokens(model_name, index * 97 + dist.get_rank()).to(device)
 
 
-def _first_steps(side: Side, exact: Exact, model_name: str) -> Measured:
+def _first_steps(side: Side, exact: Exact, model_name: str, device: str) -> Measured:
     """The steps before the timed ones, on given gradients: the error of what the weights have become, and what the
     last of them sends and allocates."""
     for gradients in exact.gradients[:-1]:
         side.give(gradients)
-        side.backward(side.loss(_tokens(model_name, 0)))
+        side.backward(side.loss(_tokens(model_name, 0, device)))
         side.step()
     side.give(exact.gradients[-1])
     before = side.calls()
     with Traffic() as traffic:
-        loss = side.loss(_tokens(model_name, 1))
+        loss = side.loss(_tokens(model_name, 1, device))
         if not side.works_in_backward:
             side.backward(loss)
 
@@ -119,7 +119,7 @@ def _first_steps(side: Side, exact: Exact, model_name: str) -> Measured:
                 side.backward(loss)
             side.step()
 
-        temporary = peak_bytes(rest)
+        temporary = peak_bytes(rest, device)
     side.give({})
     return Measured(
         error=exact.error(side.scale, side.whole) if side.scale in exact.moved else None,
@@ -132,12 +132,19 @@ def _first_steps(side: Side, exact: Exact, model_name: str) -> Measured:
     )
 
 
-def _timed(side: Side, measured: Measured, index: int, model_name: str) -> None:
-    batch = _tokens(model_name, index)
+def _all_done(device: str) -> None:
+    """Waits until every rank, and its device, has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+
+
+def _timed(side: Side, measured: Measured, index: int, model_name: str, device: str) -> None:
+    batch = _tokens(model_name, index, device)
     marks: list[tuple[float, float]] = []
 
     def mark() -> None:
-        dist.barrier()
+        _all_done(device)
         marks.append((time.perf_counter(), time.process_time()))
 
     mark()
@@ -155,15 +162,15 @@ def _timed(side: Side, measured: Measured, index: int, model_name: str) -> None:
     measured.step_cpu.append(cpu[2])
 
 
-def _micro_batch(side: Side, model_name: str) -> float:
+def _micro_batch(side: Side, model_name: str, device: str) -> float:
     """Seconds of forward and backward of one micro-batch of `MICRO_BATCH` on every rank, the lower of two."""
     found = []
     for index in range(2):
-        batch = tokens(model_name, index, MICRO_BATCH)
-        dist.barrier()
+        batch = tokens(model_name, index, MICRO_BATCH).to(device)
+        _all_done(device)
         started = time.perf_counter()
         side.backward(side.loss(batch))
-        dist.barrier()
+        _all_done(device)
         found.append(time.perf_counter() - started)
     side.step()  # completes what DeepSpeed has begun
     return min(found)
@@ -183,12 +190,12 @@ def run_case(case: Case, model_name: str, exact: Exact, rounds: int, micro_batch
     """
     warnings.simplefilter("ignore", FutureWarning)  # of torch, at every collective of DeepSpeed
     sides: dict[str, Side] = {}
-    model = make_model(model_name)
+    model = make_model(model_name, case.device)
     outcome = Outcome({}, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in split(model)[0]))
     for name in (OURS, case.peer, ADAMW):
         try:
             sides[name] = make(name, case, model_name)
-            outcome.sides[name] = _first_steps(sides[name], exact, model_name)
+            outcome.sides[name] = _first_steps(sides[name], exact, model_name, case.device)
         except Exception as error:
             if name != case.peer:
                 raise
@@ -199,9 +206,9 @@ def run_case(case: Case, model_name: str, exact: Exact, rounds: int, micro_batch
     for index in range(rounds):
         turn = index % len(names)
         for name in (*names[turn:], *names[:turn]):
-            _timed(sides[name], outcome.sides[name], index + 2, model_name)
+            _timed(sides[name], outcome.sides[name], index + 2, model_name, case.device)
     if micro_batch:
-        outcome.micro_batch = _micro_batch(sides[ADAMW], model_name)
+        outcome.micro_batch = _micro_batch(sides[ADAMW], model_name, case.device)
     for side in sides.values():
         side.close()
     return outcome

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes of CPU tensors alive at a time during `call()` above those alive at its start.
+def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
+    """The most bytes of tensors of `device` alive at a time during `call()` above those alive at its start.
 
-    From the profiler's records of every allocation and release. What is freed in the call and was there before makes
-    room: the peak is of the sum.
+    On a CPU from the profiler's records of every allocation and release. What is freed in the call and was there
+    before makes room: the peak is of the sum.
     """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     assert profiler.profiler is not None

@@ -86,15 +86,14 @@ def configuration(case: Case) -> dict[str, Any]:
     }
 
 
-def _prepare() -> None:
+def _prepare(case: Case) -> None:
     logger.setLevel("ERROR")
-    prepare_process(gpu=False)
-    deepspeed.init_distributed("gloo", verbose=False)
+    prepare_process(gpu=case.device == "cuda")
 
 
 def make(model: nn.Module, case: Case, build: Builder) -> EngineSide:
     """An engine around an optimizer of torch's kind."""
-    _prepare()
+    _prepare(case)
     built = build(model, case)
     (optimizer,) = built.optimizers
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(case))
@@ -109,7 +108,7 @@ def make_theirs(model: nn.Module, case: Case) -> EngineSide:
     As it ships it computes in fp16 where the processor can, which is the case "fp16"; in fp32 it does the arithmetic
     that ours does.
     """
-    _prepare()
+    _prepare(case)
     dtype = NS_DTYPES[case.ns_dtype]
     theirs.ns_compute_dtype = lambda ns_method="gram": dtype
     counters = [Calls(theirs, name) for name in ITERATIONS]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from muon_dist.bench.cases import Case
-from muon_dist.bench.sides import Builder, PlainSide, on_cpu_mesh
+from muon_dist.bench.sides import Builder, PlainSide, on_mesh
 
 
 class ShardedSide(PlainSide):
@@ -27,7 +27,7 @@ class ShardedSide(PlainSide):
 
 def make(model: Any, case: Case, build: Builder) -> ShardedSide:
     """A Llama of transformers under fully_shard; the optimizer is made afterwards, on its DTensors."""
-    mesh = on_cpu_mesh()
+    mesh = on_mesh(case.device)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

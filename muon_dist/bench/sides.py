@@ -179,8 +179,8 @@ class Calls:
         return self.count
 
 
-def on_cpu_mesh() -> Any:
-    """A one-dimensional device mesh of all ranks."""
+def on_mesh(device: str) -> Any:
+    """A one-dimensional mesh of all ranks' devices."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", (dist.get_world_size(),))
+    return init_device_mesh(device, (dist.get_world_size(),))

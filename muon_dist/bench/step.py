@@ -37,7 +37,7 @@ def run(
 
     Raises PeerError where a rank dies or hangs, or ours or AdamW fails.
     """
-    exact = make_exact(profile.model, profile.exact_layers)
+    exact = make_exact(profile.model, profile.exact_layers, cases[0].device if cases else "cpu")
     rows = []
     timed: set[str] = set()
     for case in cases:
@@ -76,6 +76,7 @@ def command(
     ranks: int,
     peers: Sequence[str],
     only: Sequence[str],
+    device: str,
     model: str | None,
     rounds: int | None,
     link: str,
@@ -85,18 +86,22 @@ def command(
     """`muon-dist bench step`. Under a launcher (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment)
     this process is one of the ranks, and the first of them writes.
 
+    `device`: "cpu", or "cuda" for a GPU of each rank, which a launcher must have started.
+
     Raises ConfigError for an option that selects nothing, PeerError as `run` does.
     """
-    cases = select(profile, only, peers)
+    launched = "RANK" in os.environ
+    cases = tuple(dataclasses.replace(case, device=_usable(device, launched)) for case in select(profile, only, peers))
     chosen = PROFILES[profile]
     if model is not None and model not in MODELS:
         raise ConfigError(f"--model {model!r} is unknown: use {', '.join(MODELS)}")
     chosen = dataclasses.replace(chosen, model=model or chosen.model, rounds=rounds or chosen.rounds)
     before = _existing(output / "step.json") if append else []
     torch.set_num_threads(1)
-    launched = "RANK" in os.environ
     if launched:
-        dist.init_process_group("gloo")
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     writes = not launched or dist.get_rank() == 0
 
     environment = machine.describe()
@@ -119,6 +124,19 @@ def command(
     if writes:
         echo("\n" + (output / "step.md").read_text(encoding="utf-8"))
         echo(f"-> {output / 'step.json'}, {output / 'step.md'}")
+
+
+def _usable(device: str, launched: bool) -> str:
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device!r} is unknown: use cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; `muon-dist doctor` says why")
+    if device == "cuda" and not launched:
+        raise ConfigError(
+            "--device cuda: start one process a GPU, for example with `torchrun --nproc-per-node 8 -m muon_dist.cli "
+            "bench step --profile gpu --device cuda`"
+        )
+    return device
 
 
 def _existing(path: Path) -> list[Row]:

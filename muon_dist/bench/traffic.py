@@ -99,7 +99,9 @@ class Traffic:
         self._batch = dist.batch_isend_irecv
         setattr(dist, BATCH, self._counted_batch)
         for name in self.NAMES:
-            original = getattr(dist.ProcessGroup, name)
+            original = getattr(dist.ProcessGroup, name, None)
+            if original is None:  # of a newer torch than this
+                continue
             self._originals[name] = vars(dist.ProcessGroup)[name]  # the descriptor, to put back
 
             def counted(group: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
@@ -108,6 +110,8 @@ class Traffic:
 
             setattr(dist.ProcessGroup, name, counted)
         for name in FUNCTIONAL:
+            if not hasattr(torch.ops._c10d_functional, name):
+                continue
             self._functional[name] = getattr(torch.ops._c10d_functional, name)
             setattr(torch.ops._c10d_functional, name, _Counted(self, name, self._functional[name]))
         return self

@@ -110,7 +110,7 @@ class MuonConfig(Block):
         default="keller", description="coefficient schedule of the Newton-Schulz iteration"
     )
     ns_dtype: DType | None = Field(
-        default=None, description="dtype of the iteration; null: bfloat16 where that is fast"
+        default=None, description="dtype of the iteration; null: float16 on GPUs, float32 elsewhere"
     )
     scale: Literal["match_rms_adamw", "spectral", "none"] | None = Field(
         default=None,

@@ -29,19 +29,37 @@ class Bucket:
     relay: dict[int, int] = field(default_factory=dict)
 
 
-# What a step allocates at most for a bucket, in bytes per element of the bound on what is sent, received and stacked:
-# 8 for the momentum of the next bucket (sent and received, fp32), 4 for the stacks, 16 for what Newton-Schulz works
-# with (one more X and four squares of the shorter side, each at most 2/3 of X: 14.7 bytes, and a margin), 8 for the
-# updates of the bucket before (sent and received). Together 36, which are two buckets.
-_BYTES_OF_TWO_BUCKETS = 36
+# What a step allocates at most for a bucket, in bytes per element of the bound on what is sent, received and stacked.
+_MESSAGES = 16
+"""The momentum of the next bucket and the updates of the bucket before, each sent and received, in fp32."""
+_STACKS = 4
+_WORKSPACE = {4: 16, 2: 10}
+"""Of Newton-Schulz, by the size of its dtype: one more X and four squares of the shorter side, each at most 2/3 of X
+(14.7 bytes in fp32, and a margin). In 16 bits half of that, and the last X, which is not written to the stack."""
 
 
-def bucket_elements(bucket_bytes: int) -> int:
+def moves(plan: OwnershipPlan, matrices: Iterable[int]) -> bool:
+    """Whether any of `matrices` does not lie whole on its owner alone."""
+    return any(bool((plan.layout.matrices[i].fragments.rank != plan.owners[i]).any()) for i in matrices)
+
+
+def bytes_of_two_buckets(itemsize: int = 4, messages: bool = True) -> int:
+    """What a pipelined step allocates at most, for each element of the bound of `make_buckets`.
+
+    Args:
+        itemsize: of the widest dtype of Newton-Schulz; in fp64 it takes more than is said here.
+        messages: whether anything is sent (`moves`).
+    """
+    return _STACKS + _WORKSPACE[2 if itemsize == 2 else 4] + (_MESSAGES if messages else 0)
+
+
+def bucket_elements(bucket_bytes: int, itemsize: int = 4, messages: bool = True) -> int:
     """The bound of `make_buckets` with which a pipelined step allocates at most `2 * bucket_bytes`.
 
-    A matrix that alone exceeds the bound has a bucket of its own, of its own size. In fp64 Newton-Schulz takes more.
+    A matrix that alone exceeds the bound has a bucket of its own, of its own size. Arguments of
+    `bytes_of_two_buckets`.
     """
-    return max(1, 2 * bucket_bytes // _BYTES_OF_TWO_BUCKETS)
+    return max(1, 2 * bucket_bytes // bytes_of_two_buckets(itemsize, messages))
 
 
 # With fewer buckets than this the first gather and the last scatter, which nothing hides, are a large share of the
@@ -66,14 +84,11 @@ def pipelined_elements(
 
     Where every matrix lies whole on its owner alone it is `bucket_elements`: there is nothing to hide.
     """
-    owned = np.zeros(plan.layout.world_size, dtype=np.int64)
-    moves = False
-    for i in matrices:
-        m, owner = plan.layout.matrices[i], plan.owners[i]
-        owned[owner] += m.matrix.numel
-        moves = moves or bool((m.fragments.rank != owner).any())
-    if not moves:
+    if not moves(plan, matrices):
         return bucket_elements
+    owned = np.zeros(plan.layout.world_size, dtype=np.int64)
+    for i in matrices:
+        owned[plan.owners[i]] += plan.layout.matrices[i].matrix.numel
     return min(bucket_elements, max(int(owned.max()) // _PIPELINED, smallest))
 
 

@@ -16,6 +16,7 @@ from muon_dist.exchange.schedule import (
     elements_by_rank,
     gather_parts,
     make_buckets,
+    moves,
     relayed_parts,
     scatter_parts,
     smallest_bucket,
@@ -79,10 +80,12 @@ class ProgramCompiler:
             group = self.group_of[b]
             for i in self.matrices[b]:
                 places[i] = Place(group, update_scale(groups[group]["scale"], layouts[i].matrix), p.device)
-        elements = bucket_elements(self.options.bucket_bytes)
+        iteration = _iteration_dtypes(groups.values(), self.device)
+        widest = max((d.itemsize for d in iteration), default=4)
+        elements = bucket_elements(self.options.bucket_bytes, widest, moves(self.plan, places))
         smallest = smallest_bucket(self.device.type)
         buckets = make_buckets(self.plan, sorted(places), elements, self.options.overlap, smallest)
-        updates = _update_dtype(groups.values(), self.device)
+        updates = _update_dtype(iteration)
         compiler = BucketCompiler(
             self.plan,
             rank,
@@ -130,10 +133,13 @@ class ProgramCompiler:
         )
 
 
-def _update_dtype(groups: Iterable[Group], device: torch.device) -> torch.dtype:
+def _iteration_dtypes(groups: Iterable[Group], device: torch.device) -> set[torch.dtype]:
+    return {compute_dtype(g["ns_dtype"], device, g["ns_schedule"]) for g in groups}
+
+
+def _update_dtype(iteration: Set[torch.dtype]) -> torch.dtype:
     """The narrowest dtype that loses nothing of any update of Newton-Schulz; the same on all ranks."""
-    dtypes = {compute_dtype(g["ns_dtype"], device, g["ns_schedule"]) for g in groups}
-    only = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    only = next(iter(iteration)) if len(iteration) == 1 else torch.float32
     return only if only.itemsize < torch.float32.itemsize else torch.float32
 
 

@@ -11,7 +11,7 @@ import torch
 
 from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError
-from muon_dist.exchange.schedule import bucket_elements, largest_end
+from muon_dist.exchange.schedule import bucket_elements, bytes_of_two_buckets, largest_end, moves
 from muon_dist.measured_cost import measure
 from muon_dist.numerics import compute_dtype, get_schedule, newton_schulz_flops
 from muon_dist.ownership import OwnershipPlan, assign_owners, stack_length
@@ -101,7 +101,9 @@ def make_plan(
     wire = settings.wire_dtype
     there, back = (wire or torch.float32).itemsize, (wire or dtype).itemsize
     owners = _owners(placement, settings, model, dtype)
-    buckets = buckets_of(owners, bucket_elements(int(settings.bucket_mb * 2**20)), settings.overlap, device.type)
+    messages = moves(owners, range(len(owners.layout.matrices)))
+    bound = bucket_elements(int(settings.bucket_mb * 2**20), dtype.itemsize, messages)
+    buckets = buckets_of(owners, bound, settings.overlap, device.type)
     exchange = exchange_of(owners, buckets, per_node=per_node, gather_bytes=there, scatter_bytes=back)
     loads, waiting = newton_schulz_seconds(owners, buckets, model, settings.iterations, dtype)
     dealt = _round_robin(owners, model, settings, dtype)
@@ -118,7 +120,7 @@ def make_plan(
         matrices=len(owners.layout.matrices),
         elements=(workload.muon_elements, workload.adamw_elements),
         ordered=placement.ordered,
-        memory=_memory(workload, settings, placement, owners, buckets, device),
+        memory=_memory(workload, settings, placement, owners, buckets, device, dtype),
         moved=moved,
         busiest=_pair(exchange.received.max(axis=1)),
         collectives=exchange.collectives,
@@ -160,10 +162,10 @@ def _overhead(seconds: dict[str, float]) -> float:
 
 
 def iteration_dtype(settings: Settings, device: Device) -> torch.dtype:
-    """The dtype of Newton-Schulz on `device`, which may be another machine's: bf16 on a GPU unless one is asked."""
+    """The dtype of Newton-Schulz on `device`, which may be another machine's: fp16 on a GPU unless one is asked."""
     given = settings.ns_dtype
     if given is None and device.name not in ("cpu", "measured") and not get_schedule(settings.ns_schedule).fp32_only:
-        return torch.bfloat16
+        return torch.float16
     here = "cuda" if device.name == "measured" and torch.cuda.is_available() else "cpu"
     return compute_dtype(given, torch.device(here), settings.ns_schedule)
 
@@ -280,6 +282,7 @@ def _memory(
     owners: OwnershipPlan,
     buckets: list[list[tuple[int, ...]]],
     device: Device,
+    dtype: torch.dtype,
 ) -> dict[str, float]:
     """Bytes of a rank. Activations are an estimate: 34 bytes a token, layer and hidden unit in 16 bits with fused
     attention, 2 with checkpointing and one layer besides (Korthikanti et al. 2022, arXiv 2205.05198, section 4); the
@@ -288,14 +291,17 @@ def _memory(
     scale = 1.0 if settings.low_precision else 2.0
     full = 34 * scale * tokens * workload.hidden
     layers = 2 * scale * tokens * workload.hidden * workload.layers + full if settings.checkpointing else None
-    largest = max((largest_end(owners, i) for i in range(len(owners.layout.matrices))), default=0)
+    every = range(len(owners.layout.matrices))
+    alone = bytes_of_two_buckets(dtype.itemsize, moves(owners, every)) * max(
+        (largest_end(owners, i) for i in every), default=0
+    )
     return {
         "weights": placement.weights,
         "gradients": placement.gradients,
         "master weights": placement.master,
         "momentum": float(momentum_bytes(owners).max()),
         "AdamW's moments": placement.adamw,
-        "Muon's buckets": float(max(2 * settings.bucket_mb * 2**20, 36 * largest)) if buckets else 0.0,
+        "Muon's buckets": float(max(2 * settings.bucket_mb * 2**20, alone)) if buckets else 0.0,
         "gathered layers": placement.working,
         "NCCL's buffers (estimate)": nccl_bytes(owners.layout.world_size) if device.type == "cuda" else 0.0,
         "activations (estimate)": (layers or full * workload.layers) + 6.0 * tokens * workload.vocabulary,

@@ -3,8 +3,8 @@
 torchrun --nproc-per-node 2 -m tests.gpu.parity copies --backend gloo --device cuda:0
 torchrun --nproc-per-node 2 -m tests.gpu.parity zero3 --backend cpu:gloo,cuda:nccl --device cuda:0
 
-NCCL refuses two ranks on one GPU of one host. Here each rank names a host of its own (NCCL_HOSTID), so that NCCL itself,
-with its kernels and its streams, runs on a machine with one GPU; its messages go through sockets.
+NCCL refuses two ranks on one GPU of one host. Here each rank names a host of its own (NCCL_HOSTID), so that NCCL, with
+its kernels and streams, runs on a machine with one GPU; its messages go through sockets.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor, Replicate
 from muon_dist.layout import ShardedParameter, dtensor_layout
 from muon_dist.optim import Binding, Muon
 from tests.gpu.models import STEPS, alone, error, gradients, optimizer, parameters
-
 
 LAYOUTS = ("copies", "rows", "fsdp2", "hsdp", "zero0", "zero1", "zero2", "zero3")
 
