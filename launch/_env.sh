@@ -4,6 +4,7 @@
 #
 #   VIRTUAL_ENV   an active environment is reused; else .venv in the repository root
 #   PYTHON        the interpreter that makes .venv (default python3)
+#   MUON_DIST_INSTALL=0   install nothing: PYTHON has all packages already (a container, a cluster without a network)
 
 MUON_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -32,10 +33,28 @@ muon_constraints() {
     fi
 }
 
+# Runs this checkout with a Python that has all packages: `python` and `muon-dist` are put first in PATH.
+muon_as_it_is() {
+    local python bin
+    python="$(command -v "$1")" || muon_die "MUON_DIST_INSTALL=0, but there is no $1 (set PYTHON)"
+    "$python" -c 'import accelerate, datasets, deepspeed, pydantic, sentencepiece, transformers' ||
+        muon_die "MUON_DIST_INSTALL=0, but $python lacks the package named above"
+    bin="$(mktemp -d)"
+    printf '#!/bin/sh\nexec %q "$@"\n' "$python" >"$bin/python"
+    printf '#!/bin/sh\nexec %q -m muon_dist.cli "$@"\n' "$python" >"$bin/muon-dist"
+    chmod +x "$bin/python" "$bin/muon-dist"
+    export PATH="$bin:$PATH" PYTHONPATH="$MUON_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    muon_log "MUON_DIST_INSTALL=0: nothing is installed, $python runs this checkout"
+}
+
 muon_env() {
     local extras="${1:-}" venv stamp want target constraints
     local -a command
     cd "$MUON_ROOT" || exit 1
+    if [[ "${MUON_DIST_INSTALL:-1}" == 0 ]]; then
+        muon_as_it_is "${PYTHON:-python3}"
+        return
+    fi
     venv="${VIRTUAL_ENV:-$MUON_ROOT/.venv}"
     if [[ ! -x "$venv/bin/python" ]]; then
         muon_log "making the environment $venv (plain: ${PYTHON:-python3} -m venv $(printf '%q' "$venv"))"

@@ -13,7 +13,7 @@ import typer
 
 app = typer.Typer(name="bench", help="Measure the iteration, and the step against its peers.", no_args_is_help=True)
 
-ProfileOption = Annotated[str, typer.Option(help="quick, full, or ci (tiny: checks that it works).")]
+ProfileOption = Annotated[str, typer.Option(help="quick, full, gpu, or ci (tiny: checks that it works).")]
 StepProfile = Annotated[
     str, typer.Option(help="quick, full, gpu (with --device cuda), link (few steps: for slow links) or ci (tiny).")
 ]

@@ -32,9 +32,18 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
              (1, 1376, 512), (8, 1376, 512), (1, 768, 768), (1, 768, 2048), (1, 2048, 768), (1, 1024, 4096),
              (1, 1024, 1024), (1, 2048, 2048), (16, 64, 384), (64, 64, 384), (128, 64, 64), (64, 128, 128),
              (32, 128, 512), (16, 256, 256), (16, 256, 768), (256, 32, 32)),
+    "gpu": ((1, 1024, 1024), (24, 1024, 1024), (1, 2048, 2048), (8, 2048, 2048), (8, 2048, 5632), (8, 5632, 2048),
+            (1, 4096, 4096), (4, 4096, 4096), (2, 4096, 11008), (64, 128, 128), (256, 128, 512)),
 }  # fmt: skip
-PROFILE_DTYPES = {"ci": ("float32",), "quick": ("float32", "bfloat16"), "full": ("float32", "bfloat16", "float16")}
-_LARGEST = {"ci": 256, "quick": 2048, "full": 2048}  # side of the square product that stands for the machine's peak
+_ALL = ("float32", "bfloat16", "float16")
+PROFILE_DTYPES = {"ci": ("float32",), "quick": ("float32", "bfloat16"), "full": _ALL, "gpu": _ALL}
+# Side of the square product that stands for the peak of the machine.
+_LARGEST = {
+    "ci": 256,
+    "quick": 2048,
+    "full": 2048,
+    "gpu": 8192,
+}
 _SVD_LIMIT = 1024  # above this shorter side the exact factor takes minutes
 
 
@@ -177,7 +186,7 @@ def run(profile: str, dtypes: Sequence[str] | None, only: str, device: torch.dev
     shapes = [s for s in SHAPES[profile] if only in "x".join(map(str, s))]
     if not shapes:
         raise ConfigError(f"--only {only!r}: no shape of profile {profile} has that in its name")
-    rounds, seconds = {"ci": (3, 0.002), "quick": (5, 0.03), "full": (7, 0.1)}[profile]
+    rounds, seconds = {"ci": (3, 0.002), "quick": (5, 0.03), "full": (7, 0.1), "gpu": (5, 0.05)}[profile]
     side = _LARGEST[profile]
     rows = []
     for name in names:

@@ -13,7 +13,7 @@ from torch import Tensor
 from muon_dist.exchange.progress import Progress
 from muon_dist.exchange.transport import Broadcasts, Transport
 from muon_dist.layout import Matrix
-from muon_dist.optim.program import BucketProgram, Pieces
+from muon_dist.optim.program import BucketProgram, Pieces, index_on
 from muon_dist.optim.rules import Group, MuonRule, Owned
 
 Observer = Callable[[Matrix, Tensor, Tensor], None]
@@ -119,7 +119,8 @@ class BucketRun:
                 owned.orthogonalize = partial(_replaced, step.orthogonalize, of_group.group)
             owned.rows = {name: [step.rows[name][i] for i in s.numbers] for name in of_group.rule.row_memory}
             if of_group.factors is not None:
-                owned.factors = of_group.factors[[of_group.position[i] for i in s.numbers]]
+                places = tuple(of_group.position[i] for i in s.numbers)
+                owned.factors = of_group.factors[index_on(of_group.factors.device, places)]
             of_group.rule.direction(owned, of_group.group)
             for place, i in enumerate(s.numbers) if step.rest else ():
                 if i in step.rest:

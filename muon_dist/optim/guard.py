@@ -17,6 +17,7 @@ from muon_dist.errors import ConfigError, NonFiniteError
 from muon_dist.exchange.readers import Reader
 from muon_dist.exchange.transport import Transport
 from muon_dist.optim.binding import Group, ParameterSpec
+from muon_dist.optim.program import index_on
 
 ABSENT, ZERO, FINITE, NOT_FINITE = 0, 1, 2, 3
 """States of a gradient, by rank: over all ranks the highest counts. ZERO: every element is exactly zero."""
@@ -219,7 +220,7 @@ def states(
     if slots == list(range(count)):
         return values
     out = torch.zeros(count, dtype=torch.uint8, device=device)
-    return out.scatter_reduce_(0, torch.tensor(slots, device=device), values, "amax")
+    return out.scatter_reduce_(0, index_on(device, tuple(slots)), values, "amax")
 
 
 def _largest(g: torch.Tensor) -> torch.Tensor:

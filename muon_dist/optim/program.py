@@ -6,9 +6,11 @@ ranks have agreed on. A step only runs it (`runtime.Runtime`, `bucket_run.Bucket
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from muon_dist.exchange.readers import Listing
@@ -17,6 +19,12 @@ from muon_dist.layout import Matrix
 from muon_dist.optim.rules import MuonRule
 
 Views = list[Tensor]
+
+
+@functools.lru_cache(maxsize=4096)
+def index_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    """`numbers` as an index, copied to `device` once: the host waits for each copy."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True)

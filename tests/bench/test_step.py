@@ -29,7 +29,8 @@ MATRICES = 14  # of the tiny Llama: 2 layers of 7
 def bench(folder: Path, **options: Any) -> dict[str, Any]:
     """`muon-dist bench step --profile ci`; the record that it wrote."""
     settings: dict[str, Any] = {
-        "ranks": 2, "peers": [], "only": [], "device": "cpu", "model": None, "rounds": None, "link": "loopback", "append": False,
+        "ranks": 2, "peers": [], "only": [], "device": "cpu", "model": None, "rounds": None, "link": "loopback",
+        "append": False,
     }  # fmt: skip
     step.command("ci", folder, **{**settings, **options}, echo=lambda line: None)
     return json.loads((folder / "step.json").read_text(encoding="utf-8"))
