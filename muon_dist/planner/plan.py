@@ -101,9 +101,7 @@ def make_plan(
     wire = settings.wire_dtype
     there, back = (wire or torch.float32).itemsize, (wire or dtype).itemsize
     owners = _owners(placement, settings, model, dtype)
-    messages = moves(owners, range(len(owners.layout.matrices)))
-    bound = bucket_elements(int(settings.bucket_mb * 2**20), dtype.itemsize, messages)
-    buckets = buckets_of(owners, bound, settings.overlap, device.type)
+    buckets = buckets_of(owners, _bound(owners, settings, dtype), settings.overlap, device.type)
     exchange = exchange_of(owners, buckets, per_node=per_node, gather_bytes=there, scatter_bytes=back)
     loads, waiting = newton_schulz_seconds(owners, buckets, model, settings.iterations, dtype)
     dealt = _round_robin(owners, model, settings, dtype)
@@ -148,6 +146,12 @@ def _owners(placement: Placement, settings: Settings, model: CostModel, dtype: t
         dtype=lambda m: dtype,
         bytes_per_element=(settings.wire_dtype or torch.float32).itemsize,
     )
+
+
+def _bound(owners: OwnershipPlan, settings: Settings, dtype: torch.dtype) -> int:
+    """Elements of the largest bucket, as `optim.compiler` takes them."""
+    messages = moves(owners, range(len(owners.layout.matrices)))
+    return bucket_elements(int(settings.bucket_mb * 2**20), dtype.itemsize, messages)
 
 
 def _pair(both: np.ndarray) -> tuple[float, float]:
