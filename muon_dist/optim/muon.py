@@ -64,7 +64,7 @@ class Muon(torch.optim.Optimizer):
         ns_steps, ns_schedule, ns_dtype: see `numerics.newton_schulz`.
         scale: "match_rms_adamw", "spectral" or "none"; see `update_scale`.
         betas, eps: of AdamW groups.
-        process_group: ranks that share the work: by default all where torch.distributed is initialised; None: just one.
+        process_group: ranks that share the work: by default all, with torch.distributed initialised; None: one.
         owner_policy: "balanced", "local" or "round_robin"; see `ownership.assign_owners`.
         cost: what "balanced" balances: "analytic", "measured" (timed once on rank 0 and kept), or a `CostModel`.
         bucket_mb: a step allocates at most twice this, in MiB, beside what is there between steps; a matrix too
