@@ -1,4 +1,4 @@
-"""Groups by pattern under the Trainer, DeepSpeed and FSDP2, against one process that steps each parameter by itself."""
+"""Groups by pattern under Trainer, DeepSpeed and FSDP2, against one process that steps each parameter by itself."""
 
 from __future__ import annotations
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
+import muon_dist
 from muon_dist import Muon, MuonFactory, param_groups
 from muon_dist.errors import ConfigError, RoutingError
 from muon_dist.routing import Override, Split, SplitRule, route
@@ -133,6 +137,17 @@ def test_options_of_the_optimizer_hold_for_an_entry_of_the_same_rule() -> None:
     ]  # fmt: skip
 
 
+def test_the_example_of_the_page_runs() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "groups.md").read_text(encoding="utf-8")
+    found: dict[str, Any] = {"muon_dist": muon_dist, "model": model()}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], found)
+    rates = {g["name"]: g["lr"] for g in found["optimizer"].param_groups}
+    assert rates[r"muon .*\.q_proj"] == 0.01 and rates["adamw_no_decay model\\.layers\\.0\\..*"] == 0.005
+    assert yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])["optimizer"]["groups"] == [
+        dict(g) for g in found["groups"][:2]
+    ]
+
+
 # What is refused ----------------------------------------------------------------------------------------------------
 
 Q = {"pattern": ".*q_proj"}
@@ -188,11 +203,11 @@ def test_an_entry_that_cannot_be_used_is_refused_by_name(entry: Any, words: str)
 
 
 @pytest.mark.parametrize(("entries", "words"), [
-    ([{"pattern": ".*q_prj", "lr": 0.1}], r"group '\.\*q_prj' matches no parameter .*closest name is .*q_proj\.weight"),
+    ([{"pattern": ".*q_prj", "lr": 0.1}], r"'\.\*q_prj' matches no parameter .*closest name is .*q_proj\.weight"),
     ([{"pattern": "q_proj", "lr": 0.1}], r"it is a part of .*q_proj\.weight: write '\.\*q_proj\.\*'"),
     ([{"pattern": "(", "lr": 0.1}], r"group '\(' is not a valid regular expression"),
     ([{"pattern": "*.q_proj", "lr": 0.1}], r"nothing to repeat.*If it is meant as a glob, write '\.\*\\\\\.q_proj'"),
-    ([{"pattern": r".*norm.*", "algorithm": "muon"}], "norm.weight .20. has fewer than two axes and cannot go to muon"),
+    ([{"pattern": r".*norm.*", "algorithm": "muon"}], "norm.weight .20. has fewer than two axes"),
     ([{"pattern": r".*norm.*", "rule": "namo"}], "matches only parameters that go to AdamW: .*norm"),
     ([{"pattern": "lm_head", "split": {"heads": 2}}], "'lm_head' matches only parameters that go to AdamW: lm_head"),
     ([{"pattern": ".*q_proj", "split": {"heads": 5}}], r"heads = 5 does not divide .*q_proj\.weight \(12, 20\)"),
