@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from muon_dist.bench.host import measure
 from muon_dist.cli import main
 from muon_dist.config import load_config
 from muon_dist.config.routing import routing_rules
 from muon_dist.errors import ConfigError
+from muon_dist.planner.cli import routed, unpack
 from muon_dist.routing import Override, SplitRule
 from muon_dist.train import build, run
 from tests.optim.plain_groups import GROUPS, RATES, Plain, batch, model, settings
@@ -94,6 +96,13 @@ def test_the_plan_knows_groups(workspace: Path, capsys: pytest.CaptureFixture[st
     assert command([*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["matrices"] == 2 * 4 + 2 * 5 + 1 + 1
+
+
+@pytest.mark.parametrize("layout", ["ddp", "zero1", "zero3", "fsdp2"])
+def test_a_step_is_counted_with_groups(workspace: Path, layout: str) -> None:
+    config = load_config(workspace / "tiny.yaml", [*OVERRIDES, UNTIED])
+    found = measure(*routed(config), *unpack(config), layout, 8, 1)
+    assert found["collectives"] > 0 and found["newton_schulz"]["matrices"] > 0
 
 
 @pytest.mark.parametrize(("entry", "key", "words"), [
