@@ -187,7 +187,7 @@ def _optimizer(
     device: torch.device,
     kept: torch.device,
 ) -> Muon:
-    """Muon bound to the tensors that this rank holds under `layout`, without a framework, all groups by Muon's rule."""
+    """Muon bound to the tensors of this rank under `layout`, without a framework, all groups by the rule "muon"."""
     # Other rules read norms on the host, which tensors without memory do not have.
     groups = [{key: value for key, value in group.items() if key not in ("rule", "rule_options")} for group in groups]
     rank, world = dist.get_rank(), dist.get_world_size()
