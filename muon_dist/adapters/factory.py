@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from muon_dist.errors import ConfigError
-from muon_dist.optim.groups import check_parameters, param_groups
+from muon_dist.optim.groups import check_parameters, param_groups, routing_for
 from muon_dist.optim.muon import Muon
 from muon_dist.optim.rules import RULES
 from muon_dist.optim.rules.choice import check_options
-from muon_dist.routing import Override, SplitRule, route
+from muon_dist.optim.rules.entries import group_rules, override_rules, split_rules
 
 
 def is_rank_zero() -> bool:
@@ -36,7 +36,8 @@ def for_trainer(args: Any, **options: Any) -> tuple[type[MuonFactory], dict[str,
         args: the `TrainingArguments` of that Trainer. `learning_rate` and `weight_decay` are Muon's where `options`
             has no `lr` and no `weight_decay`. They are read when the Trainer makes the optimizer, so a value that a
             hyper-parameter search sets later counts.
-        options: arguments of `muon_dist.param_groups` and `muon_dist.Muon`, such as `adamw_lr`; and `print_routing`.
+        options: arguments of `muon_dist.param_groups` and `muon_dist.Muon`, such as `adamw_lr` and `groups`; and
+            `print_routing`.
 
     Raises:
         ConfigError: an option is unknown.
@@ -85,18 +86,32 @@ def trainer_defaults(args: Any, options: Mapping[str, Any]) -> dict[str, float]:
     """What `TrainingArguments` say for options that were not given.
 
     `args.weight_decay` is meant for all parameters. Where the rule has no weight decay, it is that of AdamW's.
+
+    Raises:
+        ConfigError: then an entry of `groups` has a rule with weight decay, but none of its own.
     """
-    rule = RULES.get(options.get("rule", "muon"))
-    decay = "adamw_weight_decay" if rule is not None and "weight_decay" in rule.refused else "weight_decay"
-    return {"lr": args.learning_rate, decay: args.weight_decay}
+    if not _decays(options.get("rule", "muon")):
+        for number, entry in enumerate(group_rules(options.get("groups", ()), options["rule"])):
+            if _decays(entry.options.get("rule", options["rule"])) and "weight_decay" not in entry.options:
+                raise ConfigError(
+                    f"groups[{number}] ({entry.pattern!r}): its rule has weight decay, that of the optimizer "
+                    f"({options['rule']}) has none, so the Trainer's goes to AdamW alone: write weight_decay here too"
+                )
+        return {"lr": args.learning_rate, "adamw_weight_decay": args.weight_decay}
+    return {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+
+
+def _decays(rule: Any) -> bool:
+    """Whether a rule has weight decay; True for one that is unknown, which is an error later."""
+    return rule not in RULES or "weight_decay" not in RULES[rule].refused
 
 
 class MuonFactory:
     """Makes a `Muon` from a whole model, for the factory hook of a stock Trainer; see `for_trainer`.
 
-    The keyword arguments are those of `muon_dist.param_groups` and of `muon_dist.Muon`. `overrides` and `splits` may
-    be plain dicts. On the first rank the routing table is printed unless `print_routing=False`. Not an Optimizer
-    subclass: Trainer would flatten the model into its own parameter groups.
+    The keyword arguments are those of `muon_dist.param_groups` and of `muon_dist.Muon`. On the first rank the routing
+    table is printed unless `print_routing=False`. Not an Optimizer subclass: Trainer would flatten the model into its
+    own parameter groups.
     """
 
     def __call__(
@@ -123,10 +138,9 @@ class MuonFactory:
             )
         of_groups, of_muon = split_kwargs(kwargs)
         of_groups.setdefault("partitions", _partitions(_deepspeed_config()))
-        overrides = [_as(Override, o) for o in of_groups.pop("overrides", ())]
-        splits = [_as(SplitRule, s) for s in of_groups.pop("splits", ())]
         check_parameters(opt_model)
-        table = of_groups.pop("table", None) or route(opt_model, overrides, splits)
+        given = {name: of_groups.pop(name, ()) for name in ("overrides", "splits", "groups")}
+        table = routing_for(opt_model, **given, table=of_groups.pop("table", None), rule=kwargs.get("rule", "muon"))
         if print_routing and is_rank_zero():
             print(table.render(), flush=True)
         return Muon(param_groups(opt_model, table=table, **of_groups), **of_muon)
@@ -152,11 +166,6 @@ def _partitions(config: Mapping[str, Any] | None) -> int | None:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
 
 
-def _as(cls: type, value: Any) -> Any:
-    """A rule as its dataclass, from a plain mapping too."""
-    return cls(**value) if isinstance(value, Mapping) else value
-
-
 def _keywords(function: Callable[..., Any], skip: str) -> set[str]:
     return {name for name in inspect.signature(function).parameters if name not in (skip, "self")}
 
@@ -164,10 +173,11 @@ def _keywords(function: Callable[..., Any], skip: str) -> set[str]:
 def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sort keyword arguments into those of `param_groups` and those of `Muon` (a shared one goes to both).
 
-    Raises ConfigError that names every unknown one with the closest known, or what the update rule does not have.
+    Raises ConfigError that names every unknown one with the closest known, what the update rule does not have, or what
+    is wrong with an entry of `groups`, `overrides` or `splits`.
     """
     for_groups = _keywords(param_groups, "model")
-    for_muon = _keywords(Muon, next(iter(inspect.signature(Muon).parameters)))
+    for_muon = _keywords(Muon, next(iter(inspect.signature(Muon).parameters))) - {"groups"}  # by name: of the model
     known = for_groups | for_muon | {"print_routing"}
     problems = []
     for name in kwargs:
@@ -178,4 +188,7 @@ def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         raise ConfigError(f"unknown argument for Muon: {', '.join(problems)}; known are {', '.join(sorted(known))}")
     of_muon = {k: v for k, v in kwargs.items() if k in for_muon}
     check_options({"rule": "muon", "rule_options": {}, **{k: v for k, v in of_muon.items() if v is not None}})
+    group_rules(kwargs.get("groups", ()), kwargs.get("rule", "muon"))
+    override_rules(kwargs.get("overrides", ()))
+    split_rules(kwargs.get("splits", ()))
     return {k: v for k, v in kwargs.items() if k in for_groups}, of_muon

@@ -187,7 +187,9 @@ def _optimizer(
     device: torch.device,
     kept: torch.device,
 ) -> Muon:
-    """Muon bound to the tensors that this rank holds under `layout`, without a framework."""
+    """Muon bound to the tensors of this rank under `layout`, without a framework, all groups by the rule "muon"."""
+    # Other rules read norms on the host, which tensors without memory do not have.
+    groups = [{key: value for key, value in group.items() if key not in ("rule", "rule_options")} for group in groups]
     rank, world = dist.get_rank(), dist.get_world_size()
     optimizer = Muon(
         groups,
@@ -210,18 +212,26 @@ def _optimizer(
     for group, algorithm, parameters in zip(optimizer.param_groups, optimizer.algorithms, of_groups, strict=True):
         shapes = _muon_shapes(placed, parameters) if algorithm == "muon" else _adamw_shapes(parameters, layout, share)
         group["params"] = [nn.Parameter(torch.empty(tuple(shape), device=kept)) for shape in shapes]
-    (muon,) = (i for i, algorithm in enumerate(optimizer.algorithms) if algorithm == "muon")
-    buffers = tuple(optimizer.param_groups[muon]["params"])
+    muon = [
+        (i, p)
+        for i, algorithm in enumerate(optimizer.algorithms)
+        if algorithm == "muon"
+        for p in optimizer.param_groups[i]["params"]
+    ]
+    buffers = tuple(p for _, p in muon)
     binding = Binding(placed, buffers, dist.group.WORLD, device, column=column)
     transport = _Without(binding.group, device, optimizer.progress, column)
-    optimizer.bind(binding, dict.fromkeys(range(len(buffers)), muon), transport, compare_copies=False)
+    optimizer.bind(binding, {b: i for b, (i, _) in enumerate(muon)}, transport, compare_copies=False)
     return optimizer
 
 
 def _muon_shapes(layout: Layout, parameters: Sequence[PlannedParameter]) -> list[Sequence[int]]:
-    """Of the buffers of this rank; as of a parameter where each parameter has a buffer of its own."""
+    """Of this rank's buffers of a group; as of a parameter where each parameter has a buffer of its own."""
     lengths: dict[int, int] = {}
+    names = {p.name for p in parameters}
     for m in layout.matrices:
+        if m.matrix.parameter not in names:
+            continue
         buffer = m.buffer
         lengths[buffer] = max(lengths.get(buffer, 0), *(f.local.stop for f in m.on(dist.get_rank())), 0)
     sizes = [length for _, length in sorted(lengths.items())]

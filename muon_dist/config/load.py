@@ -221,12 +221,18 @@ def _message(keys: Keys, detail: Mapping[str, Any]) -> str:
 def _suggest(keys: Keys) -> str:
     """The closest key of the same block; or the same key in another block, where it was put by mistake."""
     name, parent = str(keys[-1]), keys[:-1]
+    if parent[:2] == ("optimizer", "groups"):
+        from muon_dist.optim.rules.entries import FOREIGN  # imports torch: seconds
+
+        if name in FOREIGN:
+            return f": {FOREIGN[name]}"
     blocks = _blocks(Config, ())
     here = blocks.get(tuple(k for k in parent if not isinstance(k, int)), [])
     hint = closest(name, here)
     if hint.startswith("; did you mean"):
         return hint
-    elsewhere = [".".join((*block, name)) for block, names in blocks.items() if name in names]
+    mapped = [block for block in blocks if block[:2] != ("optimizer", "groups")]  # which has every name once more
+    elsewhere = [".".join((*block, name)) for block in mapped if name in blocks[block]]
     return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else hint
 
 

@@ -20,6 +20,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Scale = Literal["match_rms_adamw", "spectral", "none"]
 
 
 def _known_schedule(name: str) -> str:
@@ -112,7 +113,7 @@ class MuonConfig(Block):
     ns_dtype: DType | None = Field(
         default=None, description="dtype of the iteration; null: float16 on GPUs, float32 elsewhere"
     )
-    scale: Literal["match_rms_adamw", "spectral", "none"] | None = Field(
+    scale: Scale | None = Field(
         default=None,
         description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); or 1; "
         "null: the first, or the last under hyperball and namo",
@@ -160,16 +161,39 @@ class OverrideConfig(Block):
     algorithm: Literal["muon", "adamw"]
 
 
-class SplitConfig(Block):
+class CutConfig(Block):
+    """Where matrices are cut along the output axis: exactly one of heads and sizes."""
+
+    heads: PositiveInt | None = Field(default=None, description="number of blocks of one size")
+    sizes: tuple[PositiveInt, ...] | None = Field(default=None, description="rows of each block")
+
+
+class SplitConfig(CutConfig):
     """Cut the matching Muon parameters along the output axis: exactly one of heads and sizes."""
 
     pattern: str
-    heads: PositiveInt | None = None
-    sizes: tuple[PositiveInt, ...] | None = None
+
+
+class GroupConfig(Block):
+    """What holds for the parameters that a pattern matches; what is null is as without the entry.
+
+    The first entry that matches a parameter decides.
+    """
+
+    pattern: str = Field(
+        min_length=1, description="regular expression for the whole name, or the whole name without .weight"
+    )
+    algorithm: Literal["muon", "adamw"] | None = None
+    lr: NonNegative | None = Field(default=None, description="absolute; the schedule multiplies it as every other")
+    weight_decay: NonNegative | None = Field(default=None, description="of all that match, biases and norms too")
+    rule: str | None = Field(default=None, description="update rule; null: optimizer.muon.rule")
+    rule_options: dict[str, float] | None = None
+    scale: Scale | None = None
+    split: CutConfig | None = Field(default=None, description="how Muon's matrices are cut")
 
 
 class RoutingConfig(Block):
-    """Corrections to which parameter goes where."""
+    """Corrections to which parameter goes where: short forms of entries of groups with algorithm or split alone."""
 
     overrides: tuple[OverrideConfig, ...] = ()
     split: tuple[SplitConfig, ...] = ()
@@ -183,6 +207,7 @@ class OptimizerConfig(Block):
     adamw: AdamWConfig
     clip: ClipConfig = ClipConfig()
     routing: RoutingConfig = RoutingConfig()
+    groups: tuple[GroupConfig, ...] = Field(default=(), description="options of parameters by name")
 
 
 class EvaluationConfig(Block):

@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from muon_dist.config.redact import redact
-from muon_dist.config.schema import Config, MuonConfig, SourceConfig
+from muon_dist.config.schema import Config, GroupConfig, MuonConfig, SourceConfig
 from muon_dist.config.source import Keys
-from muon_dist.errors import ConfigError
+from muon_dist.errors import ConfigError, RoutingError
 from muon_dist.numerics.schedules import get_schedule
 
 Found = Iterator[tuple[Keys, str]]
@@ -199,6 +199,8 @@ def _optimizer(config: Config) -> Found:
         yield from _pattern(("optimizer", "routing", "split", index, "pattern"), split.pattern)
         if (split.heads is None) == (not split.sizes):
             yield ("optimizer", "routing", "split", index), "needs exactly one of heads and sizes"
+    for index, group in enumerate(config.optimizer.groups):
+        yield from _group(("optimizer", "groups", index), group, muon)
 
 
 def _rule(muon: MuonConfig) -> Found:
@@ -210,6 +212,20 @@ def _rule(muon: MuonConfig) -> Found:
         check_options(muon.model_dump(exclude_none=True))
     except ConfigError as error:
         yield ("optimizer", "muon"), str(error)
+
+
+def _group(keys: Keys, group: GroupConfig, muon: MuonConfig) -> Found:
+    if group.split is not None and (group.split.heads is None) == (not group.split.sizes):
+        yield (*keys, "split"), "needs exactly one of heads and sizes"
+        return
+    from muon_dist.optim.rules.entries import check_entry  # imports torch: seconds
+
+    try:
+        check_entry(group.model_dump(exclude_none=True), muon.rule)
+    except ConfigError as error:
+        yield keys, str(error).removeprefix("entry: ")
+    except RoutingError as error:
+        yield (*keys, "pattern"), str(error)
 
 
 def _pattern(keys: Keys, pattern: str) -> Found:

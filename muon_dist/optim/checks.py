@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
@@ -12,11 +11,11 @@ import torch
 from muon_dist.errors import ConfigError
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import compute_dtype, get_schedule
-from muon_dist.optim.rules import Group
+from muon_dist.optim.rules import Group, MuonRule
 from muon_dist.optim.rules.choice import closest
+from muon_dist.optim.rules.entries import ALGORITHMS, check_not_negative, check_number, refuse_unknown
 from muon_dist.optim.rules.scale import update_scale
 
-ALGORITHMS = ("muon", "adamw")
 _OWN = {"params", "param_names", "name", "algorithm", "cuts", "rule", "rule_options"}
 # What schedulers of torch write into groups, also before the optimizer is made anew.
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
@@ -39,15 +38,7 @@ _FOREIGN = {
 
 def check_keys(group: Mapping[str, Any], defaults: Iterable[str], where: str) -> None:
     """Raise ConfigError for keys that a group does not have; it names the closest, or what to write instead."""
-    known = {*defaults, *_OWN, *_OF_SCHEDULERS}
-    for key in group:
-        if key in known:
-            continue
-        if key in _FOREIGN:
-            raise ConfigError(f"{where}: '{key}' is a key of another Muon: {_FOREIGN[key]}")
-        close = closest(key, known)
-        meant = f": did you mean '{close}'?" if close else f": known are {', '.join(sorted(known - _OF_SCHEDULERS))}"
-        raise ConfigError(f"{where}: '{key}' is unknown{meant}")
+    refuse_unknown(group, {*defaults, *_OWN}, where, _FOREIGN, "is a key of another Muon", silent=_OF_SCHEDULERS)
 
 
 def check_group(group: Group, where: str) -> None:
@@ -55,35 +46,27 @@ def check_group(group: Group, where: str) -> None:
     if group["algorithm"] not in ALGORITHMS:
         raise ConfigError(f"{where}: algorithm '{group['algorithm']}' is unknown: use one of {ALGORITHMS}")
     for key in ("lr", "weight_decay"):
-        if not _number(group, key, where) >= 0:
-            raise ConfigError(f"{where}: {key} is {group[key]}: it must be at least 0")
+        check_not_negative(group, key, where)
     if group["algorithm"] == "adamw":
         betas = group["betas"]
         if not isinstance(betas, Sequence) or len(betas) != 2:
             raise ConfigError(f"{where}: betas are {betas!r}: give two numbers, such as (0.9, 0.95)")
         if not all(isinstance(b, (numbers.Real, torch.Tensor)) and 0 <= float(b) < 1 for b in betas):
             raise ConfigError(f"{where}: betas are {betas}: both must be in [0, 1)")
-        if not _number(group, "eps", where) >= 0:
-            raise ConfigError(f"{where}: eps is {group['eps']}: it must be at least 0")
+        check_not_negative(group, "eps", where)
+        for key in ("rule", "rule_options"):
+            if key in group:
+                raise ConfigError(
+                    f"{where}: '{key}' is an option of Muon, but algorithm is 'adamw': remove one of them"
+                )
         return
-    if not 0 <= _number(group, "momentum", where) < 1:
+    if not 0 <= check_number(group, "momentum", where) < 1:
         raise ConfigError(f"{where}: momentum is {group['momentum']}: it must be in [0, 1)")
     if not isinstance(group["ns_steps"], int) or isinstance(group["ns_steps"], bool):
         raise ConfigError(f"{where}: ns_steps is {group['ns_steps']!r}: it must be a whole number")
     get_schedule(group["ns_schedule"]).coefficients(group["ns_steps"])
     compute_dtype(group["ns_dtype"], torch.device("cpu"), group["ns_schedule"])
     update_scale(group["scale"], cut_parameter("", (1, 1))[0])
-
-
-def _number(group: Group, key: str, where: str) -> float:
-    value = group[key]
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real and not (isinstance(value, torch.Tensor) and value.numel() == 1):
-        raise ConfigError(f"{where}: {key} is {value!r}: it must be a number")
-    number = float(value)
-    if math.isinf(number):
-        raise ConfigError(f"{where}: {key} is {value}: it must be finite")
-    return number
 
 
 def check_cuts(cuts: Any, count: int, where: str) -> list[dict[str, Any] | None]:
@@ -120,3 +103,19 @@ def check_names(group: Mapping[str, Any], where: str) -> None:
         raise ConfigError(
             f"{where}: {len(names)} param_names for {count} params: a list that was cut must be cut in both"
         )
+
+
+def changed_group(group: Mapping[str, Any], algorithm: str, rule: MuonRule) -> ConfigError:
+    """The error of a step that finds another algorithm, rule or other rule options than the plan was made for."""
+    was = {"algorithm": algorithm, "rule": rule.name, "rule_options": sorted(rule.options)}
+    now = {
+        "algorithm": group.get("algorithm"),
+        "rule": group.get("rule", "muon"),
+        "rule_options": sorted(group.get("rule_options") or ()),
+    }
+    key = next(key for key in was if was[key] != now[key])
+    return ConfigError(
+        f"group {group.get('name', algorithm)}: {key} was {was[key]!r} when the optimizer was made, and is "
+        f"{now[key]!r} now. The state belongs to the former: set it back, or make a new optimizer. lr, weight_decay, "
+        "momentum, scale and the values in rule_options may change at any time"
+    )

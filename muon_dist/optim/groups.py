@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,8 +11,22 @@ from torch import nn
 from muon_dist.errors import ConfigError
 from muon_dist.frameworks import loaded_checks
 from muon_dist.layout import cut_parameter
+from muon_dist.optim.rules import RULES
+from muon_dist.optim.rules.entries import group_rules, override_rules, split_rules
 from muon_dist.partition_order import partition_order
-from muon_dist.routing import Override, Route, RoutingTable, SplitRule, route
+from muon_dist.routing import (
+    GroupRule,
+    Override,
+    Route,
+    RoutedGroup,
+    RoutingTable,
+    SplitRule,
+    route,
+    routed_groups,
+)
+
+Entries = Sequence[GroupRule | Mapping[str, Any]]
+"""Of `groups`; see docs/groups.md."""
 
 
 def param_groups(
@@ -25,55 +40,101 @@ def param_groups(
     splits: Sequence[SplitRule] = (),
     table: RoutingTable | None = None,
     partitions: int | None = None,
+    groups: Entries = (),
 ) -> list[dict[str, Any]]:
-    """The groups of `model` for `Muon`: "muon", "adamw" and "adamw_no_decay" (biases and norms), those not empty.
+    """The groups of `model` for `Muon`.
+
+    They are "muon", "adamw" and "adamw_no_decay" (biases and norms), and one or more for each entry of `groups` that
+    gives options; empty ones are left out.
 
     Args:
         model: frozen parameters are left out, tied ones stand once.
         lr, weight_decay: of the Muon group; None leaves them to the optimizer's arguments.
         adamw_lr, adamw_weight_decay: of the AdamW groups; None means those of the Muon group.
-        overrides, splits: see `routing.route`.
-        table: a routing table already made for this model, in place of `overrides` and `splits`.
-        partitions: ranks over which ZeRO stage 1 or 2 will cut the Muon group: its parameters are put into the order
+        overrides, splits: short forms of entries of `groups`; see `routing.route`. Plain dicts or their classes.
+        table: a routing table already made for this model, in place of `overrides`, `splits` and `groups`.
+        partitions: ranks over which ZeRO stage 1 or 2 will cut each Muon group: its parameters are put into the order
             in which its slices begin between matrices as far as possible (`partition_order`; docs/plan.md).
+        groups: what holds for parameters by name, as dicts: `pattern` (a regular expression for the whole name, or
+            the whole name without `.weight`), and any of `algorithm`, `lr`, `weight_decay`, `rule`, `rule_options`,
+            `scale` and `split` ({"heads": N} or {"sizes": [...]}). The first that matches a parameter decides; what it
+            leaves out is as without an entry. `lr` and `weight_decay` hold for all parameters that it takes, Muon's
+            and AdamW's, biases and norms too; `rule`, `scale` and `split` for Muon's alone.
 
     Returns:
         Dicts with `params`, `param_names` (FQNs), `name`, `algorithm`, for Muon `cuts`, and the options given.
 
     Raises:
-        RoutingError: nothing reaches Muon, or a rule does not fit.
+        ConfigError: an entry has an unknown key, or a value that cannot be used.
+        RoutingError: nothing reaches Muon, or an entry does not fit.
         FrameworkError: a framework has already made something else of the parameters.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     check_parameters(model)
-    table = table or route(model, overrides, splits)
+    table = routing_for(model, overrides, splits, groups, table)
     adamw_lr = lr if adamw_lr is None else adamw_lr
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
-    adamw = table.select("adamw")
-    muon = _in_partition_order(table.select("muon"), partitions)
-    kinds = (
-        ("muon", "muon", muon, lr, weight_decay),
-        ("adamw", "adamw", tuple(r for r in adamw if r.decay), adamw_lr, adamw_weight_decay),
-        ("adamw_no_decay", "adamw", tuple(r for r in adamw if not r.decay), adamw_lr, 0.0),
-    )
-    groups = []
-    for name, algorithm, routes, group_lr, group_decay in kinds:
-        if not routes:
-            continue
-        group: dict[str, Any] = {
-            "params": [parameters[r.fqn] for r in routes],
-            "param_names": [r.fqn for r in routes],
-            "name": name,
-            "algorithm": algorithm,
-        }
-        if algorithm == "muon":
-            group["cuts"] = [_cut(r) for r in routes]
-        if group_lr is not None:
-            group["lr"] = group_lr
-        if group_decay is not None:
-            group["weight_decay"] = group_decay
-        groups.append(group)
-    return groups
+    rates = {"muon": (lr, weight_decay), "adamw": (adamw_lr, adamw_weight_decay)}
+    return [_group(g, parameters, *rates[g.algorithm], partitions) for g in routed_groups(table)]
+
+
+def _group(
+    group: RoutedGroup,
+    parameters: Mapping[str, nn.Parameter],
+    lr: float | None,
+    weight_decay: float | None,
+    partitions: int | None,
+) -> dict[str, Any]:
+    """A group for `Muon`. parameters: by name. lr, weight_decay: where the group has none of its own."""
+    routes = group.routes if group.algorithm != "muon" else _in_partition_order(group.routes, partitions)
+    made: dict[str, Any] = {
+        "params": [parameters[r.fqn] for r in routes],
+        "param_names": [r.fqn for r in routes],
+        "name": group.name,
+        "algorithm": group.algorithm,
+    }
+    if group.algorithm == "muon":
+        made["cuts"] = [_cut(r) for r in routes]
+    rates = {"lr": lr, "weight_decay": _decay(group, weight_decay)}
+    made.update((key, value) for key, value in rates.items() if value is not None)
+    return {**made, **copy.deepcopy(dict(group.options))}
+
+
+def routing_for(
+    model: nn.Module,
+    overrides: Sequence[Override | Mapping[str, Any]],
+    splits: Sequence[SplitRule | Mapping[str, Any]],
+    groups: Entries,
+    table: RoutingTable | None = None,
+    rule: str | None = None,
+) -> RoutingTable:
+    """The routing table of what a user gave: `table`, or one by the other three. rule: the optimizer's, if known.
+
+    Raises:
+        ConfigError, RoutingError: see `param_groups`.
+    """
+    if table is None:
+        return route(model, override_rules(overrides), split_rules(splits), group_rules(groups, rule))
+    for name, given in (("groups", groups), ("overrides", overrides), ("splits", splits)):
+        if given:
+            raise ConfigError(f"table and {name} are both given: a table is made already; give {name} to route()")
+    return table
+
+
+def groups_of(params: Any, groups: Entries) -> Any:
+    """What `Muon` takes as `params`: the groups of a model, or what was given.
+
+    Raises:
+        ConfigError: `groups` without a model, whose names its patterns would have to match.
+    """
+    if isinstance(params, nn.Module):
+        return param_groups(params, groups=groups)
+    if groups:
+        raise ConfigError(
+            "groups goes by the names of a model's parameters, but params are not a model: write Muon(model, "
+            "groups=...), or Muon(muon_dist.param_groups(model, groups=...))"
+        )
+    return params
 
 
 def check_parameters(model: nn.Module) -> None:
@@ -81,6 +142,14 @@ def check_parameters(model: nn.Module) -> None:
     for check in loaded_checks():
         for fqn, p in model.named_parameters():
             check(fqn, p)
+
+
+def _decay(group: RoutedGroup, default: float | None) -> float | None:
+    """Weight decay of a group without its own; None to leave it to the optimizer, or to a rule that has none."""
+    if not group.decay:
+        return 0.0
+    rule = RULES.get(group.options.get("rule", "muon"))
+    return None if rule is not None and "weight_decay" in rule.refused else default
 
 
 def _in_partition_order(routes: tuple[Route, ...], partitions: int | None) -> tuple[Route, ...]:

@@ -15,15 +15,16 @@ from muon_dist.exchange.transport import Transport
 from muon_dist.frameworks import loaded_binders
 from muon_dist.optim.adamw import AdamWork, adamw_step
 from muon_dist.optim.binding import Binding, Group, NotReady, ParameterSpec
-from muon_dist.optim.checks import check_cuts, check_group, check_keys, check_names
+from muon_dist.optim.checks import changed_group, check_keys
 from muon_dist.optim.copies import MUON, packed, unpack
 from muon_dist.optim.diagnostics import Diagnostics
+from muon_dist.optim.groups import Entries, groups_of
 from muon_dist.optim.guard import StepGuard, parameter_names
-from muon_dist.optim.options import DEFAULT_GROUP, Options, check_process_group, make_specs
+from muon_dist.optim.options import DEFAULT_GROUP, Options, check_process_group, read_group
 from muon_dist.optim.planning import agreed_plan, check_saved_groups, plain_binding, replaced_groups
 from muon_dist.optim.replicas import check_copies
-from muon_dist.optim.rules import MuonRule
-from muon_dist.optim.rules.choice import DefaultFlag, DefaultNumber, DefaultText, choose_rule
+from muon_dist.optim.rules import RULES, MuonRule
+from muon_dist.optim.rules.choice import DefaultFlag, DefaultNumber, DefaultText
 from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import (
     PARTIAL,
@@ -53,33 +54,29 @@ class Muon(torch.optim.Optimizer):
     replace parameters after an optimizer is made.
 
     Args:
-        params: parameter groups, as from `param_groups(model)`: dicts with `params` and `algorithm` ("muon" or
-            "adamw"), optionally `param_names` (FQNs), `cuts` (for each parameter None or a dict with `heads`,
-            `sizes`, `transposed`; see `layout.cut_parameter`) and any option below. A group without `algorithm`, or
-            a plain list of parameters, is Muon's. 3-D parameters are batches of matrices.
+        params: a model, or parameter groups, as from `param_groups(model)`: dicts with `params` and `algorithm`
+            ("muon" or "adamw"), optionally `param_names` (FQNs), `cuts` (for each parameter None or a dict with
+            `heads`, `sizes`, `transposed`; see `layout.cut_parameter`) and any option below. A group without
+            `algorithm`, or a plain list of parameters, is Muon's. 3-D parameters are batches of matrices.
         lr: learning rate of groups that do not set their own.
         weight_decay: decoupled, times lr.
         momentum, nesterov: of Muon groups. Schedulers that cycle AdamW's beta1 cycle momentum as well.
         ns_steps, ns_schedule, ns_dtype: see `numerics.newton_schulz`.
         scale: "match_rms_adamw", "spectral" or "none"; see `update_scale`.
         betas, eps: of AdamW groups.
-        process_group: ranks that share the work: the default group when one is initialised, another, or None for
-            no sharding at all.
+        process_group: ranks that share the work: by default all, with torch.distributed initialised; None: one.
         owner_policy: "balanced", "local" or "round_robin"; see `ownership.assign_owners`.
         cost: what "balanced" balances: "analytic", "measured" (timed once on rank 0 and kept), or a `CostModel`.
         bucket_mb: a step allocates at most twice this, in MiB, beside what is there between steps; a matrix too
             large for that goes alone. See docs/performance.md.
-        overlap: gather the next bucket and scatter the one before while a bucket is orthogonalized. The result is the
-            same, bit for bit.
-        ns_compile: run Newton-Schulz through `torch.compile`, once for each shape; a machine that cannot is refused
-            when the plan is made.
-        wire_dtype: dtype in which momentum and updates travel. None loses nothing; torch.bfloat16 halves the bytes of
-            the gather at the cost of rounding what is orthogonalized.
-        max_nonfinite: a step in which a gradient is NaN or infinite on any rank is left out, with everything unchanged
-            on all ranks; after so many in a row NonFiniteError is raised.
+        overlap: gather the next bucket and scatter the one before while a bucket is orthogonalized; exact either way.
+        ns_compile: run Newton-Schulz through `torch.compile`, once for each shape; refused where that fails.
+        wire_dtype: dtype in which momentum and updates travel; None loses nothing, bfloat16 rounds what is gathered.
+        max_nonfinite: a step with a NaN or infinite gradient on any rank changes nothing; so many in a row: an error.
         diagnostics: a `Diagnostics`, or its arguments: spectral measures of each matrix, taken on its owner.
-        rule: update rule of Muon groups: "muon", "normuon", "hyperball" or "namo"; see `optim.rules`.
-        rule_options: what the rule has beside the options above, such as `beta2` of "normuon".
+        rule, rule_options: update rule of Muon groups ("muon", "normuon", "hyperball" or "namo"; see `optim.rules`),
+            and what it has beside the options above, such as `beta2` of "normuon".
+        groups: options by name, where `params` is a model: as of `param_groups`.
 
     Attributes:
         specs: the parameters of each group as they were given, with the matrices of Muon's.
@@ -115,6 +112,7 @@ class Muon(torch.optim.Optimizer):
         diagnostics: Diagnostics | Mapping[str, Any] | None = None,
         rule: str = "muon",
         rule_options: Mapping[str, float] | None = None,
+        groups: Entries = (),
     ) -> None:
         check_process_group(process_group)
         self.process_group = process_group
@@ -123,7 +121,6 @@ class Muon(torch.optim.Optimizer):
         self.progress = Progress()
         self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
         self.specs: list[list[ParameterSpec]] = []
-        # Kept beside param_groups: a universal load of DeepSpeed overwrites every group's options with group 0's.
         self.algorithms: list[str] = []
         self._rules: list[MuonRule | None] = []
         # All groups, also while a framework steps them one at a time with `param_groups` cut down to that one.
@@ -146,7 +143,7 @@ class Muon(torch.optim.Optimizer):
             "eps": eps,
         }
         self._default_rule = {"rule": rule, "rule_options": rule_options if rule_options is not None else {}}
-        super().__init__(params, defaults)
+        super().__init__(groups_of(params, groups), defaults)
         if "muon" not in self.algorithms:
             raise RoutingError("no parameter group has algorithm 'muon': use torch.optim.AdamW if that is intended")
 
@@ -161,12 +158,11 @@ class Muon(torch.optim.Optimizer):
         given = set(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_names(group, where)
         self._groups.append(group)
-        self._rules.append(choose_rule(group, given, where, self._default_rule))
-        check_group(group, where)
+        rule, specs = read_group(group, index, cuts, given, where, self._default_rule)
+        self._rules.append(rule)
         self.algorithms.append(group["algorithm"])
-        self.specs.append(make_specs(group, index, check_cuts(cuts, len(group["params"]), where)))
+        self.specs.append(specs)
         if self._loaded is not None:
             self._loaded.update((p, Loaded(fresh=True)) for p in group["params"])
 
@@ -257,6 +253,7 @@ class Muon(torch.optim.Optimizer):
         With a gradient that is NaN or infinite on any rank, the step changes nothing on all ranks.
 
         Raises:
+            ConfigError: the algorithm or rule of a group was changed.
             NonFiniteError: the `max_nonfinite`-th such step in a row.
             ReplicaError: in the first step, ranks that should hold copies have different weights or gradients.
             PeerError: a message to or from another rank failed; names the operation, bucket and step.
@@ -286,6 +283,10 @@ class Muon(torch.optim.Optimizer):
             if index is None:
                 self._groups = replaced_groups(self._groups, self.param_groups, group)
                 index = next(i for i, known in enumerate(self._groups) if known is group)
+            algorithm, rule = self.algorithms[index], self._rules[index] or RULES["muon"]
+            found = group.get("algorithm"), group.get("rule", "muon"), {*(group.get("rule_options") or ())}
+            if found != (algorithm, rule.name, {*rule.options}):
+                raise changed_group(group, algorithm, rule)
             if "max_momentum" in group:  # a scheduler of torch cycles it, and writes into betas if there are any
                 group["momentum"] = group["betas"][0]
             present += [(index, p) for p in group["params"]]
@@ -382,8 +383,7 @@ class Muon(torch.optim.Optimizer):
 
         Raises:
             ConfigError: a group's algorithm or rule differs.
-            CheckpointError: momentum of a matrix that this rank holds is missing (another rank's state_dict), or the
-                parameters of a group were in another order.
+            CheckpointError: momentum that this rank holds is missing, or a group has its parameters in another order.
         """
         check_saved_groups(state_dict["param_groups"], self._groups, self.algorithms, self.specs)
         loaded, rest = split_state(indexed_parameters(self), state_dict)

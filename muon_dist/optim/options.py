@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from muon_dist.frameworks import loaded_checks
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import get_schedule
 from muon_dist.optim.binding import Group, ParameterSpec
+from muon_dist.optim.checks import check_cuts, check_group, check_names
+from muon_dist.optim.rules import MuonRule
+from muon_dist.optim.rules.choice import choose_rule
 from muon_dist.routing import logical_shape
 
 DEFAULT_GROUP = "default"
@@ -65,6 +68,26 @@ def check_process_group(process_group: dist.ProcessGroup | str | None) -> None:
 def iterations(group: Group) -> int:
     """Newton-Schulz steps of a Muon group, the schedule's fixed tail included."""
     return len(get_schedule(group["ns_schedule"]).coefficients(group["ns_steps"]))
+
+
+def read_group(
+    group: Group, index: int, cuts: Any, given: Set[str], where: str, default_rule: Mapping[str, Any]
+) -> tuple[MuonRule | None, list[ParameterSpec]]:
+    """The update rule of a group (None for AdamW's) and its parameters; the group gets the rule's options.
+
+    Args:
+        index: of the group.
+        cuts: as they were given.
+        given, where, default_rule: see `choose_rule`.
+
+    Raises:
+        ConfigError: an option, a cut or a number of names cannot be used.
+        RoutingError: see `make_spec`.
+    """
+    check_names(group, where)
+    rule = choose_rule(group, given, where, default_rule)
+    check_group(group, where)
+    return rule, make_specs(group, index, check_cuts(cuts, len(group["params"]), where))
 
 
 def make_specs(group: Group, index: int, cuts: Sequence[dict[str, Any] | None]) -> list[ParameterSpec]:

@@ -174,7 +174,8 @@ def group_fields(
         dtype = compute_dtype(group["ns_dtype"], device, group["ns_schedule"])
         products = products_for(SYMMETRIC_TILE, SYMMETRIC_TILE, dtype, device).name
         yield f"group {index}: Newton-Schulz", (group["ns_steps"], group["ns_schedule"], str(dtype), products)
-        yield f"group {index}: rule", (group.get("rule", "muon"), sorted(group.get("rule_options", {}).items()))
+        options = group.get("rule_options") or {}
+        yield f"group {index}: rule", (group.get("rule", "muon"), sorted(options.items()))
         yield f"group {index}: momentum, nesterov, scale", (group["momentum"], group["nesterov"], group["scale"])
         yield f"group {index}: lr, weight_decay", (float(group["lr"]), float(group["weight_decay"]))
 

@@ -86,6 +86,7 @@ def balance(
 
 def unpack(config: Config) -> tuple[Workload, Settings]:
     """The model of a configuration, routed on the meta device, and the settings that a plan depends on."""
+    from muon_dist.config.routing import routing_rules
     from muon_dist.model import DTYPES
     from muon_dist.planner.model import Settings, describe_model
 
@@ -95,7 +96,7 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
         config.model,
         vocabulary=_vocabulary(config),
         sequence_length=config.data.sequence_length,
-        **_routing(config),
+        **routing_rules(config.optimizer),
     )
     zero = _deepspeed(config).get("zero_optimization") or {}
     settings = Settings(
@@ -119,25 +120,16 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
 
 def routed(config: Config) -> tuple[nn.Module, RoutingTable]:
     """The model of a configuration on the meta device, where no weight takes memory, and how it is routed."""
+    from muon_dist.config.routing import routing_rules
     from muon_dist.planner.model import build_on_meta
     from muon_dist.routing import route
 
     model = build_on_meta(config.model, _vocabulary(config))
-    return model, route(model, **_routing(config))
+    return model, route(model, **routing_rules(config.optimizer))
 
 
 def _vocabulary(config: Config) -> int:
     return config.tokenizer.vocab_size or 32768
-
-
-def _routing(config: Config) -> dict[str, Any]:
-    from muon_dist.routing import Override, SplitRule
-
-    rules = config.optimizer.routing
-    return {
-        "overrides": [Override(rule.pattern, rule.algorithm) for rule in rules.overrides],
-        "splits": [SplitRule(rule.pattern, heads=rule.heads, sizes=rule.sizes) for rule in rules.split],
-    }
 
 
 def layout_of(config: Config) -> str:

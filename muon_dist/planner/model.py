@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from muon_dist.layout import Matrix, cut_parameter
 from muon_dist.model import build_model, count_parameters, flops_per_token
 from muon_dist.numerics import get_schedule
-from muon_dist.routing import Override, RoutingTable, SplitRule, route
+from muon_dist.routing import GroupRule, Override, RoutedGroup, SplitRule, route, routed_groups
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Settings:
     """What of the optimizer's and the trainer's settings the plan depends on.
 
     micro_batch: samples of a rank in one forward pass. low_precision: the model computes in bf16. ordered: under
-    ZeRO-1/2 Muon's group is put into the order of `partition_order`, as `MuonFactory` does.
+    ZeRO-1/2 each Muon group is put into the order of `partition_order`, as `MuonFactory` does.
     """
 
     ns_steps: int = 5
@@ -67,6 +68,7 @@ class Workload:
         name: for tables.
         muon, adamw: the parameters of each algorithm, in the order of the groups.
         groups: elements of each of AdamW's parameter groups.
+        muon_groups: the number of parameters in each of Muon's parameter groups.
         parameters, active: elements of the model, and those that a token uses.
         flops_per_token: forward and backward, at the sequence length of the settings.
         layers, hidden, vocabulary: for activations.
@@ -76,12 +78,19 @@ class Workload:
     muon: tuple[PlannedParameter, ...]
     adamw: tuple[PlannedParameter, ...]
     groups: tuple[int, ...]
+    muon_groups: tuple[int, ...]
     parameters: int
     active: int
     flops_per_token: float
     layers: int
     hidden: int
     vocabulary: int
+
+    @property
+    def by_muon_group(self) -> tuple[tuple[PlannedParameter, ...], ...]:
+        """`muon`, group by group."""
+        ends = list(accumulate(self.muon_groups))
+        return tuple(self.muon[end - count : end] for end, count in zip(ends, self.muon_groups, strict=True))
 
     @property
     def muon_elements(self) -> int:
@@ -100,19 +109,20 @@ def describe_model(
     sequence_length: int,
     overrides: Sequence[Override] = (),
     splits: Sequence[SplitRule] = (),
+    groups: Sequence[GroupRule] = (),
 ) -> Workload:
     """Build `model` (the block of a configuration) on the meta device and route it; no weight takes memory."""
     built = build_on_meta(model, vocabulary)
-    table = route(built, overrides, splits)
+    made = routed_groups(route(built, overrides, splits, groups))
+    muon, adamw = ([g for g in made if g.algorithm == algorithm] for algorithm in ("muon", "adamw"))
     count = count_parameters(built)
     config: Any = built.config
-    decayed = [r.elements for r in table.select("adamw") if r.decay]
-    plain = [r.elements for r in table.select("adamw") if not r.decay]
     return Workload(
         name=name,
-        muon=parameters_of(table, "muon"),
-        adamw=parameters_of(table, "adamw"),
-        groups=tuple(sum(group) for group in (decayed, plain) if group),
+        muon=tuple(p for g in muon for p in parameters_of(g)),
+        adamw=tuple(p for g in adamw for p in parameters_of(g)),
+        groups=tuple(sum(r.elements for r in g.routes) for g in adamw),
+        muon_groups=tuple(len(g.routes) for g in muon),
         parameters=count.total,
         active=count.active,
         flops_per_token=float(flops_per_token(built, sequence_length)),
@@ -128,13 +138,13 @@ def build_on_meta(model: Mapping[str, Any], vocabulary: int) -> nn.Module:
         return build_model(model, vocab_size=vocabulary, seed=0)
 
 
-def parameters_of(table: RoutingTable, algorithm: Any) -> tuple[PlannedParameter, ...]:
-    """The trained parameters of one algorithm, cut as the optimizer cuts them."""
+def parameters_of(group: RoutedGroup) -> tuple[PlannedParameter, ...]:
+    """The parameters of a group, cut as the optimizer cuts them."""
     found = []
-    for r in table.select(algorithm):
+    for r in group.routes:
         cut: dict[str, Any] = {"transposed": r.transposed}
         if r.split is not None:
             cut |= {"heads": r.split.heads, "sizes": r.split.sizes}
-        matrices = cut_parameter(r.fqn, r.shape, **cut) if algorithm == "muon" else ()
+        matrices = cut_parameter(r.fqn, r.shape, **cut) if group.algorithm == "muon" else ()
         found.append(PlannedParameter(r.fqn, r.shape, r.elements, matrices))
     return tuple(found)

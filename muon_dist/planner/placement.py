@@ -80,17 +80,21 @@ def _layout(workload: Workload, settings: Settings, kind: str, world: int, per_n
     if kind == "ddp":
         return replicated_layout([p.matrices for p in muon], world), False
     if kind in ("zero1", "zero2"):
-        order = partition_order([p.matrices for p in muon], world if settings.ordered else 1)
-        numels = [muon[i].numel for i in order]
-        placed = _end_to_end([muon[i] for i in order], numels)
-        group = FlatGroup(placed, slice_elements(numels, world))
-        return flat_layout([group], world), order != list(range(len(muon)))
+        flat, ordered = [], False
+        for members in workload.by_muon_group:
+            order = partition_order([p.matrices for p in members], world if settings.ordered else 1)
+            numels = [members[i].numel for i in order]
+            placed = _end_to_end([members[i] for i in order], numels)
+            flat.append(FlatGroup(placed, slice_elements(numels, world)))
+            ordered = ordered or order != list(range(len(members)))
+        return flat_layout(flat, world), ordered
     if kind == "zero3":
-        groups = [
+        sub = [
             _end_to_end(g, [slice_length(p.numel, world) for p in g])
-            for g in sub_groups(muon, world, settings.sub_group_size)
+            for members in workload.by_muon_group
+            for g in sub_groups(members, world, settings.sub_group_size)
         ]
-        return per_parameter_layout(groups, world), False
+        return per_parameter_layout(sub, world), False
     mesh = (world // per_node, per_node) if kind == "hsdp" else (world,)
     cuts = (None, 0) if kind == "hsdp" else (0,)
     ranks = tuple(range(world))

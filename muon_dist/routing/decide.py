@@ -1,7 +1,7 @@
 """Which parameter goes to Muon, which to AdamW.
 
 The decision rests on the type of the module that holds the parameter, on its logical shape and on identity (tied
-weights), never on its name: names lie. Users correct it with `Override` and cut fused matrices with `SplitRule`.
+weights), never on its name: names lie. Users correct it, cut fused matrices and give options by name (`GroupRule`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from muon_dist.routing.model import (
     output_head,
     uses_of,
 )
-from muon_dist.routing.rules import Override, Rules, SplitRule, check_rules, make_split
-from muon_dist.routing.table import Algorithm, Route, RoutingTable, shape_text
+from muon_dist.routing.rules import GroupRule, Override, Rules, SplitRule, make_split
+from muon_dist.routing.table import Algorithm, GroupOptions, Route, RoutingTable, shape_text
 
 
 def _default(uses: list[Use], shape: tuple[int, ...], embedding: bool, head: bool) -> tuple[Algorithm, str, bool]:
@@ -60,22 +60,27 @@ def _refuse_muon(uses: list[Use], shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def route(model: nn.Module, overrides: Sequence[Override] = (), splits: Sequence[SplitRule] = ()) -> RoutingTable:
+def route(
+    model: nn.Module,
+    overrides: Sequence[Override] = (),
+    splits: Sequence[SplitRule] = (),
+    groups: Sequence[GroupRule] = (),
+) -> RoutingTable:
     """Decide for every parameter of `model` whether Muon or AdamW trains it.
 
     To AdamW: embeddings and the output head (`output_head`), normalisation, everything with fewer than two axes or
     with a side of 1, one-vector-per-expert biases, convolutions and four axes or more. To Muon: the other matrices
-    (M, N), and (E, M, N) with E > 1 as E matrices. Overrides come last; `splits` cut Muon parameters only.
+    (M, N), and (E, M, N) with E > 1 as E matrices. What `groups`, `overrides` and `splits` say by name decides
+    before that, in this order; splits cut Muon parameters only.
 
-    Raises RoutingError for a pattern that is malformed or matches nothing, a split that does not fit, a parameter of
-    fewer than two axes sent to Muon, a parameter of no elements and unknown logical shape, and when no trained
-    parameter reaches Muon.
+    Raises RoutingError for a pattern that is malformed, matches nothing or never wins, a split that does not fit, a
+    parameter of fewer than two axes sent to Muon, a parameter of no elements and unknown logical shape, and when no
+    trained parameter reaches Muon.
     """
-    check_rules(overrides, splits)
+    rules = Rules(groups, overrides, splits)
     found = uses_of(model)
     embeddings = embedding_weights(model)
     heads = output_head(model)
-    sent, cuts = Rules("override", overrides), Rules("split", splits)
 
     routes: list[Route] = []
     refused: list[str] = []
@@ -87,24 +92,24 @@ def route(model: nn.Module, overrides: Sequence[Override] = (), splits: Sequence
                 f"{names[0]} has shape {shape_text(shape)} and no ds_shape: route the model before it is partitioned"
             )
         algorithm, reason, decay = _default(uses, shape, id(parameter) in embeddings, id(parameter) in heads)
-        override = sent.last(names)
-        if override is not None:
-            algorithm, reason = override.algorithm, f"override {override.pattern!r}"
+        chosen = rules.choose(names)
+        if chosen.sender is not None and chosen.sender.algorithm is not None:
+            algorithm, reason = chosen.sender.algorithm, str(chosen.sender)
         problem = _refuse_muon(uses, shape) if algorithm == "muon" else None
         if problem is not None:
             refused.append(problem)
             algorithm, reason = "adamw", f"REFUSED: {reason} to muon"
         transposed = is_transposed(uses[0], shape)
-        rule = cuts.last(names) if algorithm == "muon" else None
-        split = None if rule is None else make_split(rule, names[0], shape, transposed)
+        cutter = chosen.cutter if algorithm == "muon" else None
+        split = None if cutter is None else make_split(cutter, names[0], shape, transposed)
         frozen, aliases = not parameter.requires_grad, tuple(names[1:])
-        routes.append(Route(names[0], shape, algorithm, reason, transposed, split, decay, aliases, frozen))
+        group = None if chosen.group is None else GroupOptions(chosen.group.pattern, chosen.group.options)
+        routes.append(Route(names[0], shape, algorithm, reason, transposed, split, decay, aliases, frozen, group))
 
     table = RoutingTable(tuple(routes))
-    sent.check_all_used(routes)
-    cuts.check_all_used(routes)
     if refused:
         raise RoutingError("\n".join([*refused, table.render()]))
+    rules.check_all_used(routes)
     if not table.select("muon"):
         raise RoutingError(
             "no parameter reaches Muon: train with AdamW (optimizer.name=adamw) or route a matrix to muon with an "

@@ -1,80 +1,189 @@
-"""What a user says about routing: overrides and splits, by patterns that must match something."""
+"""What a user says about parameters by name: groups, and their short forms, overrides and splits."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from muon_dist.errors import RoutingError
 from muon_dist.routing.table import Algorithm, Route, Split, logical_matrix, shape_text
 
+MUON_OPTIONS = ("rule", "rule_options", "scale")
+"""Options of a group that only Muon's parameters have."""
+
+
+@dataclass(frozen=True)
+class GroupRule:
+    """An entry of `groups`: what holds for every parameter whose name matches `pattern`.
+
+    The pattern is a regular expression that must match the whole FQN, or the whole FQN without its `.weight`. The
+    first entry of `groups` that matches a parameter decides; what it leaves out stays as it is without any entry.
+
+    Attributes:
+        algorithm: None leaves the choice to the routing.
+        split: how Muon's parameters among them are cut; AdamW's are never cut.
+        options: those of `lr`, `weight_decay`, `rule`, `rule_options` and `scale` that were given.
+        kind: "group", "override" or "split", for messages.
+    """
+
+    pattern: str
+    algorithm: Algorithm | None = None
+    split: Split | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "group"
+
+    @property
+    def needs_muon(self) -> bool:
+        """Whether it says something that holds for Muon's parameters alone."""
+        return self.split is not None or any(key in self.options for key in MUON_OPTIONS)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.pattern!r}"
+
 
 @dataclass(frozen=True)
 class Override:
-    """Send every parameter whose name matches `pattern` to `algorithm`.
+    """Short form of a `GroupRule` with an algorithm alone.
 
-    The pattern is a regular expression that must match the whole FQN, or the whole FQN without its `.weight`.
-    When several overrides match, the last one decides.
+    When several overrides match, the last one decides. An entry of `groups` with an algorithm decides before them.
     """
 
     pattern: str
     algorithm: Algorithm
 
+    def rule(self) -> GroupRule:
+        """The entry that it stands for."""
+        return GroupRule(self.pattern, self.algorithm, kind="override")
+
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Cut every Muon parameter whose name matches `pattern` (as in `Override`) into `heads` blocks or into `sizes`.
+    """Short form of a `GroupRule` with a split alone: into `heads` blocks, or into blocks of `sizes`.
 
-    When several rules match, the last one decides.
+    When several split rules match, the last one decides. An entry of `groups` with a split decides before them.
     """
 
     pattern: str
     heads: int | None = None
     sizes: tuple[int, ...] | None = None
 
+    def rule(self) -> GroupRule:
+        """The entry that it stands for."""
+        return GroupRule(self.pattern, split=Split(self.heads, self.sizes), kind="split")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The entries that decide about one parameter: its algorithm, its split, its options; None where none does."""
+
+    sender: GroupRule | None
+    cutter: GroupRule | None
+    group: GroupRule | None
+
 
 class Rules:
-    """Compiled patterns that remember which of them matched something."""
+    """Groups, overrides and splits as one grammar: three lists, in each of which the first match decides.
 
-    def __init__(self, what: str, rules: Sequence[Any]) -> None:
-        self.what = what
-        self.rules = rules
-        self.patterns: list[re.Pattern[str]] = []
-        self.matched = [False] * len(rules)
-        for rule in rules:
-            try:
-                self.patterns.append(re.compile(rule.pattern))
-            except re.error as error:
-                raise RoutingError(f"{what} {rule.pattern!r} is not a valid regular expression: {error}") from None
+    An earlier list decides before a later one, for each of algorithm and split by itself. Remembers what matched.
 
-    def _hit(self, index: int, names: Sequence[str]) -> bool:
-        fullmatch = self.patterns[index].fullmatch
-        return any(fullmatch(n) or fullmatch(n.removesuffix(".weight")) for n in names)
+    Raises:
+        RoutingError: a pattern is no regular expression, or an algorithm or a split cannot be.
+    """
 
-    def last(self, names: Sequence[str]) -> Any | None:
-        """The last rule that matches one of the names of a parameter; all that match count as used."""
-        found = None
-        for index, rule in enumerate(self.rules):
-            if self._hit(index, names):
-                self.matched[index], found = True, rule
-        return found
+    def __init__(
+        self, groups: Sequence[GroupRule], overrides: Sequence[Override], splits: Sequence[SplitRule]
+    ) -> None:
+        short = [[r.rule() for r in reversed(overrides)], [r.rule() for r in reversed(splits)]]
+        self._lists = [[(r, compiled(r)) for r in rules] for rules in (groups, *short)]
+        for rules in self._lists:
+            for r, _ in rules:
+                check_rule(r)
+
+    def choose(self, names: Sequence[str]) -> Choice:
+        """What decides about a parameter of these names (a tied one has several)."""
+        found = [next((r for r, p in rules if _hit(p, names)), None) for rules in self._lists]
+        matching = [r for r in found if r is not None]
+        sender = next((r for r in matching if r.algorithm is not None), None)
+        cutter = next((r for r in matching if r.split is not None), None)
+        return Choice(sender, cutter, found[0] if found[0] is not None and found[0].options else None)
 
     def check_all_used(self, routes: Sequence[Route]) -> None:
-        """Raise RoutingError for the first rule that matched nothing it can act on."""
+        """Raise RoutingError for the first entry that decides nothing."""
         names = [n for r in routes for n in (r.fqn, *r.aliases)]
-        for index, rule in enumerate(self.rules):
-            if self.matched[index]:
-                continue
-            idle = ", ".join([n for n in names if self._hit(index, [n])][:3])
-            if idle:
-                raise RoutingError(f"{self.what} {rule.pattern!r} matches only parameters that go to AdamW: {idle}")
-            raise RoutingError(
-                f"{self.what} {rule.pattern!r} matches no parameter (the whole name must match, with or without "
-                f"'.weight'); the closest name is {_closest(rule.pattern, names)}"
-            )
+        for rules in self._lists:
+            for index, (rule, pattern) in enumerate(rules):
+                matching = [r for r in routes if _hit(pattern, (r.fqn, *r.aliases))]
+                if not matching:
+                    raise RoutingError(_unmatched(rule, pattern, names))
+                earlier = rules[:index] if rule.kind == "group" else ()
+                taken = [next((e for e, p in earlier if _hit(p, (r.fqn, *r.aliases))), None) for r in matching]
+                left = [r for r, other in zip(matching, taken, strict=True) if other is None]
+                if not left:
+                    raise RoutingError(
+                        f"{rule} decides about no parameter: the first match wins, and {taken[0]}, which stands "
+                        f"before it, takes {_some(matching)}. Put the narrower pattern first"
+                    )
+                if rule.needs_muon and all(r.algorithm != "muon" for r in left):
+                    raise RoutingError(f"{rule} matches only parameters that go to AdamW: {_some(left)}")
+
+
+def compiled(rule: GroupRule) -> re.Pattern[str]:
+    """The pattern of an entry. Raises RoutingError if it is no regular expression."""
+    try:
+        return re.compile(rule.pattern)
+    except re.error as error:
+        glob = re.fullmatch(r"[\w.*?]+", rule.pattern)  # as other tools have it: "*.q_proj"
+        meant = "".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in rule.pattern)
+        hint = f". If it is meant as a glob, write {meant!r}" if glob else ""
+        raise RoutingError(f"{rule} is not a valid regular expression: {error}{hint}") from None
+
+
+def check_rule(rule: GroupRule) -> None:
+    """Raise RoutingError for an algorithm or a split that cannot be."""
+    if rule.algorithm not in ("muon", "adamw") and (rule.algorithm is not None or rule.kind == "override"):
+        raise RoutingError(f"{rule}: algorithm {rule.algorithm!r} is not muon or adamw")
+    if rule.split is None:
+        return
+    heads, sizes = rule.split.heads, rule.split.sizes
+    if (heads is None) == (sizes is None):
+        raise RoutingError(f"{rule} needs exactly one of heads and sizes")
+    numbers = [heads] if heads is not None else list(sizes or ())
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+        raise RoutingError(f"{rule}: heads and sizes are whole numbers of at least 1")
+
+
+def make_split(rule: GroupRule, fqn: str, shape: tuple[int, ...], transposed: bool) -> Split:
+    """The split of `rule` for one parameter. Raises RoutingError if its output axis cannot be cut so."""
+    assert rule.split is not None
+    heads, sizes = rule.split.heads, rule.split.sizes
+    outputs = logical_matrix(shape, transposed)[1]
+    axis = f"the output axis of {fqn} {shape_text(shape)}, which has {outputs} rows"
+    if heads is not None and outputs % heads:
+        raise RoutingError(f"{rule}: heads = {heads} does not divide {axis}")
+    if sizes is not None and sum(sizes) != outputs:
+        raise RoutingError(f"{rule}: the sizes add up to {sum(sizes)}, unlike {axis}")
+    return Split(heads, None if sizes is None else tuple(sizes))
+
+
+def _hit(pattern: re.Pattern[str], names: Sequence[str]) -> bool:
+    return any(pattern.fullmatch(n) or pattern.fullmatch(n.removesuffix(".weight")) for n in names)
+
+
+def _some(routes: Sequence[Route]) -> str:
+    rest = len(routes) - 3
+    return ", ".join(r.fqn for r in routes[:3]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _unmatched(rule: GroupRule, pattern: re.Pattern[str], names: Sequence[str]) -> str:
+    part = next((n for n in names if pattern.search(n)), None)
+    found = f"it is a part of {part}: write '.*{rule.pattern}.*'" if part else None
+    return (
+        f"{rule} matches no parameter (the whole name must match, with or without '.weight'); "
+        f"{found or 'the closest name is ' + _closest(rule.pattern, names)}"
+    )
 
 
 def _closest(pattern: str, names: Sequence[str]) -> str:
@@ -87,25 +196,3 @@ def _closest(pattern: str, names: Sequence[str]) -> str:
         return max(difflib.SequenceMatcher(None, end, plain).ratio() for end in ends)
 
     return max(names, key=likeness, default="none: the model has no parameters")
-
-
-def make_split(rule: SplitRule, fqn: str, shape: tuple[int, ...], transposed: bool) -> Split:
-    outputs = logical_matrix(shape, transposed)[1]
-    axis = f"the output axis of {fqn} {shape_text(shape)}, which has {outputs} rows"
-    if rule.heads is not None and outputs % rule.heads:
-        raise RoutingError(f"split {rule.pattern!r}: heads = {rule.heads} does not divide {axis}")
-    if rule.sizes is not None and sum(rule.sizes) != outputs:
-        raise RoutingError(f"split {rule.pattern!r}: the sizes add up to {sum(rule.sizes)}, unlike {axis}")
-    return Split(rule.heads, None if rule.sizes is None else tuple(rule.sizes))
-
-
-def check_rules(overrides: Sequence[Override], splits: Sequence[SplitRule]) -> None:
-    for override in overrides:
-        if override.algorithm not in ("muon", "adamw"):
-            raise RoutingError(f"override {override.pattern!r}: algorithm {override.algorithm!r} is not muon or adamw")
-    for rule in splits:
-        if (rule.heads is None) == (rule.sizes is None):
-            raise RoutingError(f"split {rule.pattern!r} needs exactly one of heads and sizes")
-        numbers = [rule.heads] if rule.heads is not None else list(rule.sizes or ())
-        if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
-            raise RoutingError(f"split {rule.pattern!r}: heads and sizes are whole numbers of at least 1")

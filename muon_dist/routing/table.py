@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,17 @@ class Split:
 
 
 @dataclass(frozen=True)
+class GroupOptions:
+    """What the entry of `groups` that took a parameter says of its options; see `GroupRule`."""
+
+    pattern: str
+    options: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"group {self.pattern!r}: {', '.join(f'{k} {v}' for k, v in self.options.items())}"
+
+
+@dataclass(frozen=True)
 class MatrixGroup:
     """`count` matrices of one shape; rows are outputs and columns inputs, however the parameter is stored."""
 
@@ -37,6 +49,7 @@ class Route:
 
     shape: the logical shape as stored. transposed: stored (in, out), or (E, in, out), instead of (out, in).
     aliases: the other FQNs of the same (tied) tensor. A frozen parameter is listed but takes no part in training.
+    group: options of its own, from an entry of `groups`.
     """
 
     fqn: str
@@ -48,6 +61,7 @@ class Route:
     decay: bool = True
     aliases: tuple[str, ...] = ()
     frozen: bool = False
+    group: GroupOptions | None = None
 
     @property
     def elements(self) -> int:
@@ -101,6 +115,7 @@ class RoutingTable:
         rows = [("parameter", "shape", "algorithm", "matrices", "reason")]
         for r in self.routes:
             reason = r.reason if not r.aliases else f"{r.reason}; tied with {', '.join(r.aliases)}"
+            reason = reason if r.group is None else f"{reason}; {r.group}"
             groups = " + ".join(f"{g.count} x ({g.rows}, {g.columns})" for g in r.matrices())
             kind, matrices = ("frozen", "-") if r.frozen else (r.algorithm, groups or "-")
             rows.append((r.fqn, shape_text(r.shape), kind, matrices, reason))

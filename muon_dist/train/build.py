@@ -17,10 +17,11 @@ from muon_dist.adapters.hf_records import EventsFile, OwnershipFile
 from muon_dist.adapters.hf_trainer import CheckpointOptions, MuonFactory, MuonTrainer, TrainingArguments
 from muon_dist.config import Config
 from muon_dist.config.redact import redact
+from muon_dist.config.routing import routing_rules
 from muon_dist.errors import ConfigError
 from muon_dist.model import DTYPES, build_model, check_sequence_length, flops_per_token
 from muon_dist.optim.groups import param_groups
-from muon_dist.routing import Override, RoutingTable, SplitRule, route
+from muon_dist.routing import RoutingTable, route
 from muon_dist.train import distributed
 from muon_dist.train.batch import share_batch
 from muon_dist.train.folder import RunFolder
@@ -42,14 +43,16 @@ class AdamWFactory:
         betas: tuple[float, float],
         eps: float,
     ) -> torch.optim.AdamW:
-        """The optimizer, with the groups "adamw" and "adamw_no_decay"."""
+        """The optimizer, with the groups "adamw" and "adamw_no_decay".
+
+        Entries of `optimizer.groups` keep their lr and weight decay where AdamW trains the parameters beside Muon too.
+        """
         merged: dict[str, dict[str, Any]] = {}
         for group in param_groups(opt_model, lr=lr, weight_decay=weight_decay, table=table):
-            name = "adamw_no_decay" if group["name"] == "adamw_no_decay" else "adamw"
-            into = merged.setdefault(
-                name,
-                {"params": [], "name": name, "algorithm": "adamw", "weight_decay": group["weight_decay"]},
-            )
+            if group["algorithm"] == "muon":  # lr and weight_decay of such a group are Muon's
+                group = {**group, "name": "adamw", "lr": lr, "weight_decay": weight_decay}
+            own = {key: group[key] for key in ("name", "lr", "weight_decay")}
+            into = merged.setdefault(group["name"], {"params": [], "algorithm": "adamw", **own})
             into["params"] += group["params"]
         return torch.optim.AdamW(list(merged.values()), lr=lr, betas=betas, eps=eps)
 
@@ -70,12 +73,7 @@ def make_model(config: Config, tokenizer: Any) -> Any:
 
 def routing_table(config: Config, model: nn.Module) -> RoutingTable:
     """Where each parameter goes under the routing rules of the configuration."""
-    rules = config.optimizer.routing
-    return route(
-        model,
-        [Override(rule.pattern, rule.algorithm) for rule in rules.overrides],
-        [SplitRule(rule.pattern, heads=rule.heads, sizes=rule.sizes) for rule in rules.split],
-    )
+    return route(model, **routing_rules(config.optimizer))
 
 
 def optimizer_factory(config: Config, table: RoutingTable, spectra: Path | None = None) -> tuple[type, dict[str, Any]]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from muon_dist.config import load_config
+from muon_dist.config.routing import routing_rules
 from muon_dist.model import build_model, check_sequence_length, count_parameters
-from muon_dist.routing import Override, SplitRule, route
+from muon_dist.routing import route
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,12 +63,7 @@ def test_shipped_configuration(name: str) -> None:
     assert count.total == pytest.approx(total * 1e6, rel=0.01) and count.active == pytest.approx(
         active * 1e6, rel=0.01
     )
-    rules = config.optimizer.routing
-    table = route(
-        model,
-        [Override(o.pattern, o.algorithm) for o in rules.overrides],
-        [SplitRule(s.pattern, s.heads, s.sizes) for s in rules.split],
-    )
+    table = route(model, **routing_rules(config.optimizer))
     # All of the body but its vectors is Muon's.
     muon = sum(r.elements for r in table.select("muon"))
     assert muon + sum(r.elements for r in table.routes if len(r.shape) < 2) == count.non_embedding

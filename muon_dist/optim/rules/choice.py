@@ -56,7 +56,7 @@ def choose_rule(group: Group, given: Set[str], where: str, default: Mapping[str,
     for key, value in default.items():
         group.setdefault(key, value)
     try:
-        rule = _chosen(group, given, by_default)
+        rule = _chosen(group, given - {"rule"} if group["rule"] == default["rule"] else given, by_default)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     if rule is RULES["muon"]:

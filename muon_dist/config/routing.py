@@ -1,0 +1,24 @@
+"""What a configuration says about parameters by name, for `routing.route`: the only place that reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from muon_dist.config.schema import OptimizerConfig
+from muon_dist.optim.rules.entries import group_rules
+from muon_dist.routing import Override, SplitRule
+
+
+def routing_rules(optimizer: OptimizerConfig) -> dict[str, Any]:
+    """`overrides`, `splits` and `groups` of `routing.route`, from `optimizer.routing` and `optimizer.groups`.
+
+    Raises:
+        ConfigError: an entry has options that its rule does not have.
+    """
+    routing = optimizer.routing
+    entries = [entry.model_dump(exclude_none=True) for entry in optimizer.groups]
+    return {
+        "overrides": [Override(r.pattern, r.algorithm) for r in routing.overrides],
+        "splits": [SplitRule(r.pattern, heads=r.heads, sizes=r.sizes) for r in routing.split],
+        "groups": group_rules(entries, optimizer.muon.rule, where="optimizer.groups"),
+    }
