@@ -10,9 +10,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from muon_dist import failures, streams
 from muon_dist.bench.cli import app as bench
 from muon_dist.doctor.cli import doctor
-from muon_dist import failures, streams
 from muon_dist.errors import MuonDistError
 from muon_dist.experiments.cli import app as spectra
 from muon_dist.launcher.cli import app as launch

@@ -77,7 +77,7 @@ class ReplicaError(MuonDistError, RuntimeError):
 
 
 class UnexpectedError(MuonDistError):
-    """An error that nobody foresaw: a bug, here or in a library. Its traceback lies in the file that the message names.
+    """An error that nobody foresaw: a bug, here or in a library. The message names the file with its traceback.
 
     70 is EX_SOFTWARE of sysexits.h.
     """

@@ -45,7 +45,7 @@ def known(error: BaseException) -> MuonDistError | None:
     """`error` as one of ours, if it is one or is of a kind that has a name: files, memory, other ranks. Else None."""
     if isinstance(error, MuonDistError):
         return error
-    text = _one_line(error)
+    text = one_line(error)
     rust = _RUST_ERROR.search(text)
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _ADVICE):
         return FileError(_file_message(error))
@@ -58,8 +58,9 @@ def known(error: BaseException) -> MuonDistError | None:
             "data.sequence_length or the model's size; `muon-dist plan` says what a run needs"
         )
     if "DistError" in names or (isinstance(error, RuntimeError) and _PEERS.search(text)):
-        return PeerError(f"another rank is gone or cannot be reached: {text}. The message of the rank that failed first "
-                         "says why")  # fmt: skip
+        return PeerError(
+            f"another rank is gone or cannot be reached: {text}. The rank that failed first says why in its message"
+        )
     return None
 
 
@@ -89,7 +90,7 @@ def _unexpected(error: BaseException) -> str:
     where = f", raised in {_place(frames[-1])}" if frames else ""
     if ours and ours[-1] is not frames[-1]:
         where += f", called from {_place(ours[-1])}"
-    said = f"unexpected {type(error).__name__}: {_shortened(_one_line(error))}{where}. "
+    said = f"unexpected {type(error).__name__}: {_shortened(one_line(error))}{where}. "
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     path = _kept(text)
     if path is None:  # nothing is lost
@@ -112,5 +113,6 @@ def _kept(text: str) -> Path | None:
     return None
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error without its line breaks; its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

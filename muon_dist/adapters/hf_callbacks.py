@@ -28,7 +28,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if 0 < _step(line) <= state.global_step]
+        kept = [line for line in lines if state.global_step > 0 and _step(line) <= state.global_step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self.path)
