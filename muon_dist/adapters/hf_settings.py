@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.optimization import get_scheduler
-from transformers.training_args import trainer_log_levels
+from transformers.utils import logging as transformers_logging
 
 from muon_dist.errors import ConfigError
 from muon_dist.failures import one_line
 
 _TRACKERS = get_reporting_integration_callbacks.__module__  # where transformers keeps all of them
 
+METRICS = ("loss", "perplexity", "bits_per_byte", "runtime", "samples_per_second", "steps_per_second")
+"""What an evaluation of `MuonTrainer` gives, without the prefix `eval_`."""
 
-def check_frameworks(args: TrainingArguments) -> None:
+
+def check_frameworks(args: Any) -> None:
     """Raises ConfigError, before any data is prepared, for what Trainer would refuse when it is made or begins."""
     if args.fsdp and args.world_size == 1:
         raise ConfigError(
             "trainer.fsdp shards a model over several processes, and here is one: start several with "
             "launch/torchrun.sh, or leave fsdp out"
         )
+    levels = (*transformers_logging.log_levels, "passive")
     for level in ("log_level", "log_level_replica"):
-        if getattr(args, level) not in trainer_log_levels:
-            raise ConfigError(
-                f"trainer.{level}: {getattr(args, level)!r} is not one of {', '.join(trainer_log_levels)}"
-            )
+        if getattr(args, level) not in levels:
+            raise ConfigError(f"trainer.{level}: {getattr(args, level)!r} is not one of {', '.join(levels)}")
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in METRICS:
+        raise ConfigError(f"trainer.metric_for_best_model: {metric!r} is not one of {', '.join(METRICS)}")
     _tried("trainer.report_to", lambda: [make() for make in get_reporting_integration_callbacks(args.report_to)])
     _tried("trainer.lr_scheduler_type, trainer.lr_scheduler_kwargs", lambda: _scheduler(args))
     if args.use_liger_kernel:
@@ -48,10 +55,22 @@ def _tried(keys: str, work: Callable[[], Any]) -> None:
     try:
         work()
     except Exception as error:  # each library raises its own
+        with _silent_deletions():  # MLflowCallback's `__del__` fails, loudly, when its `__init__` has
+            traceback.clear_frames(error.__traceback__)
         raise ConfigError(f"{keys}: {one_line(error)}") from error
 
 
-def _scheduler(args: TrainingArguments) -> None:
+@contextlib.contextmanager
+def _silent_deletions() -> Iterator[None]:
+    """What fails in a `__del__` meanwhile is not printed."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def _scheduler(args: Any) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     get_scheduler(
         args.lr_scheduler_type,

@@ -9,14 +9,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from muon_dist.adapters.device import refuse_unseen_gpus
 from muon_dist.adapters.hf_callbacks import Console
 from muon_dist.adapters.hf_guards import Guards
 from muon_dist.adapters.hf_records import EventsFile, OwnershipFile
 from muon_dist.adapters.hf_settings import check_frameworks
-from muon_dist.adapters.hf_trainer import CheckpointOptions, MuonFactory, MuonTrainer, TrainingArguments
+from muon_dist.adapters.hf_trainer import (
+    CheckpointOptions,
+    MuonFactory,
+    MuonTrainer,
+    TrainingArguments,
+    leave_deepspeed,
+)
 from muon_dist.config import Config
 from muon_dist.config.redact import redact
 from muon_dist.errors import ConfigError
@@ -176,8 +181,12 @@ def check_settings(config: Config, folder: RunFolder) -> None:
     """
     args = training_arguments(config, folder, 1)
     check_frameworks(args)
+    if config.deepspeed is not None:
+        from muon_dist.adapters.deepspeed import check_zero_settings  # imports DeepSpeed, so only where it is used
+
+        check_zero_settings(args.hf_deepspeed_config.config)
     del args  # while there are some with ZeRO-3, transformers partitions every model
-    unset_hf_deepspeed_config()
+    leave_deepspeed()
     known = load_text_tokenizer(config.tokenizer.path) if config.tokenizer.path is not None else None
     vocabulary = len(known) if known is not None else config.tokenizer.vocab_size
     with torch.device("meta"):
