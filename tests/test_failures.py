@@ -17,9 +17,20 @@ import torch
 
 from muon_dist import failures, streams
 from muon_dist.errors import FileError, PeerError, ResourceError, UnexpectedError
-from tests.test_cli import config, refused, run  # noqa: F401  (config is a fixture)
+from tests.test_cli import CONFIG, refused, run
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture()
+def config(tmp_path: Path) -> Path:
+    """tiny.yaml beside a corpus of 60 short documents."""
+    (tmp_path / "corpus").mkdir()
+    for number in range(60):
+        (tmp_path / "corpus" / f"{number}.txt").write_text(f"Document {number} says: one, two, three and {number}.\n")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG.format(corpus=tmp_path / "corpus", folder=tmp_path))
+    return path
 
 
 # ---- the boundary
@@ -28,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.parametrize(
     ("error", "kind", "text"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), FileError, "/data/x: No space left on device; free"),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), FileError, "/data/x: No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), FileError, "check the permissions"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "a" * 5000), FileError, "(5000 characters)"),
         (ValueError("Error: I/O error: No space left on device (os error 28)"), FileError, "free some space"),
@@ -141,7 +152,7 @@ def test_settings_that_frameworks_refuse(
     capsys: pytest.CaptureFixture[str],
     config: Path,
     override: str,
-    text: str,  # noqa: F811
+    text: str,
 ) -> None:
     refused(capsys, 2, text, "train", config, override)
     assert not (config.parent / "data").exists(), "data were prepared first"
@@ -156,17 +167,17 @@ def test_settings_that_frameworks_refuse(
         "dataloader_num_workers=-1", "eval_steps=0", "label_smoothing_factor=2.0", "ddp_timeout=-5",
     ],
 )  # fmt: skip
-def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], config: Path, override: str) -> None:  # noqa: F811
+def test_numbers_out_of_range(capsys: pytest.CaptureFixture[str], config: Path, override: str) -> None:
     refused(capsys, 2, f"trainer.{override.partition('=')[0]}: ", "train", config, f"trainer.{override}")
 
 
-def test_epochs_are_still_chosen_by_minus_one(config: Path) -> None:  # noqa: F811
+def test_epochs_are_still_chosen_by_minus_one(config: Path) -> None:
     from muon_dist.config import load_config
 
     assert load_config(config, ["trainer.max_steps=-1", "trainer.save_steps=0"]).trainer["max_steps"] == -1
 
 
-def test_deepspeed_in_one_process(config: Path) -> None:  # noqa: F811
+def test_deepspeed_in_one_process(config: Path) -> None:
     """It looked for MPI, and failed on mpi4py. In a process of its own: DeepSpeed is set up once in each."""
     block = "deepspeed={zero_optimization: {stage: 2}, train_batch_size: auto, train_micro_batch_size_per_gpu: auto}"
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
@@ -185,7 +196,7 @@ def test_deepspeed_in_one_process(config: Path) -> None:  # noqa: F811
     ("override", "prompt"),
     [("a # b", "a # b"), ("# b", "# b"), ("'a # b'", "a # b"), ("a#b", "a#b"), ('"a" # b', None), ("[a] # b", None)],
 )
-def test_a_hash_in_an_override(config: Path, override: str, prompt: str | None) -> None:  # noqa: F811
+def test_a_hash_in_an_override(config: Path, override: str, prompt: str | None) -> None:
     from muon_dist.config import load_config
     from muon_dist.errors import ConfigError
 
@@ -216,7 +227,7 @@ def test_values_that_no_file_system_or_number_holds(
     capsys: pytest.CaptureFixture[str],
     config: Path,
     line: str,
-    text: str,  # noqa: F811
+    text: str,
 ) -> None:
     kept = [x for x in config.read_text().splitlines() if not x.startswith("run_dir")]
     config.write_text("\n".join([*kept, line]) + "\n")
@@ -224,7 +235,7 @@ def test_values_that_no_file_system_or_number_holds(
     assert code == 2 and text in err and len(err) < 1500, err
 
 
-def test_a_list_that_is_too_short(capsys: pytest.CaptureFixture[str], config: Path) -> None:  # noqa: F811
+def test_a_list_that_is_too_short(capsys: pytest.CaptureFixture[str], config: Path) -> None:
     refused(capsys, 2, "optimizer.adamw.betas", "train", config, "optimizer.adamw.betas=[0.9]")
 
 
@@ -235,19 +246,19 @@ def test_a_list_that_is_too_short(capsys: pytest.CaptureFixture[str], config: Pa
 def test_a_file_where_the_data_folder_should_be(
     capsys: pytest.CaptureFixture[str],
     config: Path,
-    where: str,  # noqa: F811
+    where: str,
 ) -> None:
     (config.parent / "file").write_text("in the way")
     code, _, err = run(capsys, "prepare", config, f"data.dir={config.parent / where}")
     assert code == 74 and str(config.parent / "file") in err and "Traceback" not in err, err
 
 
-def test_a_device_is_no_corpus(capsys: pytest.CaptureFixture[str], config: Path) -> None:  # noqa: F811
+def test_a_device_is_no_corpus(capsys: pytest.CaptureFixture[str], config: Path) -> None:
     refused(capsys, 3, "/dev/null: neither a file nor a folder", "prepare", config, "data.sources.0.path=/dev/null")
 
 
 @pytest.mark.parametrize("line", ['{"text": ' + "[" * 100_000, '{"text": "a", "n": ' + "1" * 10_000 + "}"])
-def test_json_that_python_cannot_read(capsys: pytest.CaptureFixture[str], config: Path, line: str) -> None:  # noqa: F811
+def test_json_that_python_cannot_read(capsys: pytest.CaptureFixture[str], config: Path, line: str) -> None:
     (config.parent / "x.jsonl").write_text(line + "\n")
     refused(capsys, 3, "x.jsonl:1: ", "prepare", config, f"data.sources.0.path={config.parent / 'x.jsonl'}")
 
@@ -350,7 +361,7 @@ def test_text_beyond_the_positions_and_of_a_broken_model(model: Path) -> None:
 def test_a_failing_sample_and_tracker_fail_no_run(
     capsys: pytest.CaptureFixture[str],
     config: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The prompt is longer than the model's positions, and the tracker fails at the first figures."""
     from transformers.integrations import integration_utils
@@ -367,7 +378,7 @@ def test_a_failing_sample_and_tracker_fail_no_run(
 
     Tracker.__module__ = integration_utils.__name__
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
-    code, out, err = run(
+    code, _, err = run(
         capsys, "train", config, "trainer.report_to=tensorboard", "trainer.logging_steps=1", "trainer.max_steps=2",
         "evaluation.generate_prompt=" + "one two " * 200, "model.max_position_embeddings=16",
     )  # fmt: skip
@@ -395,7 +406,7 @@ def test_a_tracker_that_cannot_begin_ends_the_start() -> None:
     Tracker.__module__ = integration_utils.__name__
     tracker = Tracker()
     outlive_trackers([tracker])
-    with pytest.raises(ConfigError, match="trainer.report_to: Tracker cannot begin: no key"):
+    with pytest.raises(ConfigError, match=r"trainer\.report_to: Tracker cannot begin: no key"):
         tracker.on_train_begin(None, None, None)
 
 
@@ -416,7 +427,7 @@ def test_a_tracker_that_cannot_begin_ends_the_start() -> None:
     ],
 )
 def test_environment_of_a_launcher(
-    capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    capsys: pytest.CaptureFixture[str], config: Path, monkeypatch: pytest.MonkeyPatch,
     variables: dict[str, str], text: str,
 ) -> None:  # fmt: skip
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MUON_DIST_STORE"):
@@ -430,7 +441,7 @@ def test_environment_of_a_launcher(
 def test_a_port_that_is_taken_and_a_peer_that_is_absent(
     capsys: pytest.CaptureFixture[str],
     config: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import socket
 

@@ -13,6 +13,8 @@ from muon_dist.errors import ConfigError, PeerError
 PATIENCE = timedelta(hours=24).total_seconds()
 """Seconds that ranks wait for the first one, which may prepare data for hours."""
 
+_lent: list[str] = []
+
 
 def rank() -> int:
     """This process's rank, from torch.distributed or else from the launcher's environment; 0 when alone."""
@@ -66,8 +68,10 @@ def start(timeout_seconds: float = 1800.0, use_cpu: bool = False, alone: bool = 
         backend = "cpu:gloo,cuda:nccl"
     path = os.environ.get("MUON_DIST_STORE")
     if world_size() == 1:
-        os.environ.setdefault("LOCAL_RANK", "0")
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        for name, value in (("LOCAL_RANK", "0"), ("GLOO_SOCKET_IFNAME", "lo")):
+            if name not in os.environ:
+                os.environ[name] = value
+                _lent.append(name)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return True
     if path is None:
@@ -121,6 +125,8 @@ def _own_gpu(visible: int) -> int:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group, and take back the variables that `start` set for a group of one."""
+    while _lent:
+        os.environ.pop(_lent.pop(), None)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -50,8 +50,9 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_zero_settings(config: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a `zero_optimization` block that DeepSpeed refuses when its engine is made, which is after
-    the data were prepared. Values that are "auto" are filled in later, and not looked at."""
+    """Raises ConfigError for a `zero_optimization` block that DeepSpeed would refuse when its engine is made, which is
+    after the data were prepared. Values that are "auto" are filled in later, and not looked at.
+    """
     block = {k: v for k, v in (config.get("zero_optimization") or {}).items() if v != "auto"}
     try:
         DeepSpeedZeroConfig(**block)
