@@ -59,6 +59,13 @@ case "$nproc" in auto | gpu) nproc="" ;; cpu) nproc=1 ;; esac
 unset "${!PET_@}" # each is an option below
 
 while (($#)); do
+    # torchrun's own spellings: --nproc-per-node=2, --nproc_per_node 2
+    if [[ "$1" == --?*=* ]]; then
+        set -- "${1%%=*}" "${1#*=}" "${@:2}"
+    fi
+    if [[ "$1" == --?*_* ]]; then
+        set -- "${1//_/-}" "${@:2}"
+    fi
     case "$1" in
         -h | --help)
             usage
@@ -69,7 +76,7 @@ while (($#)); do
             break
             ;;
         --nnodes | --node-rank | --nproc-per-node | --master-addr | --master-port | --rdzv | --rdzv-id | \
-            --rdzv-conf | --max-restarts)
+            --rdzv-conf | --max-restarts | --rdzv-backend)
             (($# >= 2)) || muon_die "$1 needs a value"
             case "$1" in
                 --nnodes) nnodes="$2" ;;
@@ -77,7 +84,7 @@ while (($#)); do
                 --nproc-per-node) nproc="$2" ;;
                 --master-addr) addr="$2" ;;
                 --master-port) port="$2" ;;
-                --rdzv) rdzv="$2" ;;
+                --rdzv | --rdzv-backend) rdzv="$2" ;;
                 --rdzv-id) rdzv_id="$2" ;;
                 --rdzv-conf) rdzv_conf="$2" ;;
                 --max-restarts) restarts="$2" ;;
@@ -124,7 +131,8 @@ esac
 
 options=(--nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts "$restarts")
 if [[ "$nnodes" == 1 ]]; then
-    meeting="$(mktemp -d "${TMPDIR:-/tmp}/muon-dist.XXXXXXXX")"
+    meeting="$(mktemp -d "${TMPDIR:-/tmp}/muon-dist.XXXXXXXX")" \
+        || muon_die "no folder for temporary files: TMPDIR is '${TMPDIR:-/tmp}'; set it to one that can be written"
     trap 'rm -rf -- "$meeting"' EXIT
     options+=(--rdzv-backend c10d --rdzv-id "$rdzv_id" --rdzv-endpoint "$meeting/rendezvous"
         --rdzv-conf store_type=file --local-addr 127.0.0.1)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from muon_dist import failures, streams
 from muon_dist.bench.cli import app as bench
 from muon_dist.doctor.cli import doctor
 from muon_dist.errors import MuonDistError
@@ -59,6 +60,7 @@ def train(
 ) -> None:
     """Train a model: tokenizer, data, training, evaluation, a sample. Start it with torchrun for several processes."""
     _quiet()
+    streams.outlive_readers()
     from muon_dist.config import load_config
 
     try:
@@ -223,14 +225,20 @@ def _quiet() -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Entry point: run the command; an error of ours is a message and its exit code, never a traceback."""
+    """Entry point: run the command; whatever fails is a message and an exit code, never a traceback.
+
+    The exit code is that of the error's class in `muon_dist.errors`. An error of no known kind is a bug: its message
+    says where its traceback lies.
+    """
+    streams.make_safe()
     try:
         return app(args=arguments)
-    except MuonDistError as error:
-        if not error.reported_elsewhere:
+    except Exception as error:
+        found = failures.as_error(error)
+        if not found.reported_elsewhere:
             rank = os.environ.get("RANK", "0")
-            print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+            print(f"error: {'' if rank == '0' else f'rank {rank}: '}{found}", file=sys.stderr, flush=True)
+        sys.exit(found.exit_code)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,30 @@ class ReplicaError(MuonDistError, RuntimeError):
     exit_code = 11
 
 
+class UnexpectedError(MuonDistError):
+    """An error that nobody foresaw: a bug, here or in a library. The message names the file with its traceback.
+
+    70 is EX_SOFTWARE of sysexits.h.
+    """
+
+    exit_code = 70
+
+
+class ResourceError(MuonDistError, RuntimeError):
+    """The machine has no memory left for what was asked. 71 is EX_OSERR of sysexits.h."""
+
+    exit_code = 71
+
+
+class FileError(MuonDistError):
+    """The file system refuses: a full disk, a missing permission, a file where a folder is needed.
+
+    74 is EX_IOERR of sysexits.h.
+    """
+
+    exit_code = 74
+
+
 class Stopped(MuonDistError):
     """The run was asked to stop by a signal, has committed a checkpoint and is to be started again.
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.errors import MuonDistError
+from muon_dist.failures import known
 
 T = TypeVar("T")
 R = TypeVar("R", bound="Ranks")
@@ -123,6 +124,10 @@ class Ranks:
         except MuonDistError as error:
             return _Outcome(kind=type(error), text=str(error)), error
         except Exception as error:
+            named = known(error) if self.failure is None else None
+            if named is not None:
+                named.__cause__ = error
+                return _Outcome(kind=type(named), text=str(named)), named
             return _Outcome(kind=self.failure or MuonDistError, text=f"{type(error).__name__}: {error}"), error
 
     def _raise_own(self, error: Exception, own: _Outcome, said: bool) -> None:

@@ -16,7 +16,7 @@ MAX_FUNCTION_LINES = 60
 
 # One row a floor; an import goes to a lower floor, or stays inside its own unit.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "frameworks", "numerics", "ranks"),
+    ("errors", "failures", "frameworks", "numerics", "ranks", "streams"),
     ("routing", "layout"),
     ("cost", "measured_cost", "ownership", "partition_order", "optim.rules"),
     ("config", "exchange", "checkpoint"),
@@ -31,7 +31,9 @@ FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 # model as a plan does.
 SIDEWAYS = {
     ("numerics", "errors"),
+    ("failures", "errors"),
     ("ranks", "errors"),
+    ("ranks", "failures"),
     ("measured_cost", "cost"),
     ("ownership", "cost"),
     ("partition_order", "cost"),

@@ -21,6 +21,7 @@ from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
 from muon_dist.adapters.hf_checkpoint import CheckpointOptions, CheckpointTrainer, read_position
 from muon_dist.adapters.hf_guards import GuardedLoop, Guards
 from muon_dist.adapters.hf_records import SpectraLog, take_diagnostics
+from muon_dist.adapters.hf_settings import outlive_trackers
 from muon_dist.checkpoint import Checkpoint
 from muon_dist.errors import CheckpointError, ConfigError
 
@@ -93,6 +94,7 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
             kwargs["optimizer_cls_and_kwargs"] = (MuonFactory, chosen)
         factory, diagnostics = take_diagnostics(kwargs.pop("optimizer_cls_and_kwargs", None))
         super().__init__(model, args, optimizer_cls_and_kwargs=factory, **kwargs)
+        outlive_trackers(self.callback_handler.callbacks)
         self.clip = {"muon": clip_muon, "adamw": clip_adamw}
         self.train_sampler = train_sampler
         self.bytes_per_token = bytes_per_token

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from muon_dist.config.redact import is_secret, redact
 from muon_dist.config.schema import Config
-from muon_dist.config.source import Document, Keys, Place, Problem, parse, read
+from muon_dist.config.source import Document, Keys, Place, Problem, comment_after_value, parse, read
 from muon_dist.config.validate import closest, contradictions, trainer_problems
 from muon_dist.errors import ConfigError
 
@@ -96,11 +97,16 @@ def _with_bases(path: Path, below: tuple[Path, ...]) -> Document:
     chain = (*below, path.resolve())
     if not isinstance(base, str) or not base:
         return _no_base(document, "needs the path of a file")
-    target = path.parent / Path(base).expanduser()
-    if target.resolve() in chain:
+    target = path.parent / os.path.expanduser(base)
+    try:
+        circle = target.resolve() in chain
+        found = target.is_file()
+    except OSError as error:  # too long, a circle of links
+        return _no_base(document, f"cannot be read: {error.strerror}")
+    if circle:
         names = " -> ".join(str(p) for p in (*chain, target.resolve()))
         return _no_base(document, f"files that name each other as base: {names}")
-    if not target.is_file():
+    if not found:
         return _no_base(document, f"no such file: {target}")
     return _merge(_with_bases(target, chain), document)
 
@@ -149,7 +155,7 @@ def _override(document: Document, text: str) -> None:
         return
     if not isinstance(document.data, dict):
         return
-    read_value = parse(value, str(place), numbered=False)
+    read_value = _value(value, place)
     keys: list[str | int] = []
     at: Any = document.data
     for part in parts:
@@ -163,6 +169,18 @@ def _override(document: Document, text: str) -> None:
         document.places = {k: v for k, v in document.places.items() if k[: len(keys)] != replaced}
     new = [replaced[:n] for n in range(1, len(keys)) if replaced[:n] not in document.places]
     document.places.update({at: place for at in (*new, *((*replaced, *inner) for inner in read_value.places))})
+
+
+def _value(text: str, place: Place) -> Document:
+    """The value of an override: YAML, except that `#` begins no comment in it (`prompt=a # b` is the text `a # b`)."""
+    found = parse(text, str(place), numbered=False)
+    comment = comment_after_value(text)
+    if comment is None:
+        return found
+    if isinstance(found.data, (dict, list)) or text.lstrip()[:1] in ("'", '"'):
+        message = f"ends in {comment!r}, which YAML takes for a comment: leave it out, or put it inside the quotes"
+        return Document(None, {(): place}, [Problem(place, (), message)], broken=True)
+    return Document(text.strip(), {(): place})
 
 
 def _set(at: Any, keys: Sequence[str | int], value: Any) -> Any:
@@ -190,7 +208,9 @@ def _real_keys(data: Any, loc: Sequence[str | int], kind: str) -> Keys:
     """pydantic's location without the names of union members, which are no keys."""
     keys: list[str | int] = []
     for i, part in enumerate(loc):
-        inside = (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int))
+        inside = (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
         if inside:
             data = data[part]
             keys.append(part)

@@ -6,6 +6,8 @@ these objects: they are unpacked there into plain arguments.
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -28,6 +30,16 @@ def _known_schedule(name: str) -> str:
     return name
 
 
+def _local_path(text: str) -> str:
+    """A path on a mounted file system, `~` expanded; for what is written by rename, which no object store has."""
+    if not text:
+        raise ValueError("is empty: name a folder")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        raise ValueError(f"{text!r} is a URL: name a folder on a mounted file system")
+    return os.path.expanduser(text)
+
+
+LocalPath = Annotated[str, AfterValidator(_local_path)]
 ScheduleName = Annotated[
     str, AfterValidator(_known_schedule), WithJsonSchema({"type": "string", "enum": list(SCHEDULES)})
 ]
@@ -44,7 +56,7 @@ class Block(BaseModel):
 class TokenizerConfig(Block):
     """A tokenizer to load (`path`), or one to train on the sources."""
 
-    path: str | None = Field(default=None, description="folder of an existing tokenizer, for AutoTokenizer")
+    path: LocalPath | None = Field(default=None, description="folder of an existing tokenizer, for AutoTokenizer")
     model_type: Literal["bpe", "unigram"] = Field(
         default="bpe", description="sentencepiece model to train when path is null"
     )
@@ -83,7 +95,7 @@ class DataConfig(Block):
     """What is read, and how it is cut into samples."""
 
     sources: tuple[SourceConfig, ...] = (SourceConfig(builtin="stdlib"),)
-    dir: str = Field(default="data", description="folder of the tokenizer and the token shards")
+    dir: LocalPath = Field(default="data", description="folder of the tokenizer and the token shards")
     sequence_length: Annotated[int, Field(ge=2)] = Field(default=1024, description="tokens in a sample")
     validation_fraction: BelowOne = Field(default=0.02, description="share of the documents kept for validation")
     shard_tokens: PositiveInt = Field(default=10_000_000, description="tokens in one shard file")
@@ -279,7 +291,7 @@ class Config(Block):
         description="the run folder is run_dir/name"
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    run_dir: str = "runs"
+    run_dir: LocalPath = "runs"
     tokenizer: Annotated[TokenizerConfig, Field(default_factory=lambda: TokenizerConfig(path=None))]
     data: DataConfig = DataConfig()
     model: Annotated[

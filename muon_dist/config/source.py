@@ -134,6 +134,19 @@ def parse(text: str, name: str, numbered: bool = True) -> Document:
     return Document(reader.value(node, ()), reader.places, reader.problems)
 
 
+def comment_after_value(text: str) -> str | None:
+    """What YAML would take for a comment in a value of one line: `# b` in `a # b`; None where there is none.
+
+    A `#` inside quotes is text, and so is one that no space precedes.
+    """
+    try:
+        tokens = [t for t in yaml.scan(text, Loader=yaml.SafeLoader) if t.end_mark.index > t.start_mark.index]
+    except yaml.YAMLError:
+        return None  # `parse` says what is wrong
+    rest = text[max((t.end_mark.index for t in tokens), default=0) :].strip()
+    return rest if rest.startswith("#") else None
+
+
 def _failed(place: Place, message: str) -> Document:
     return Document(None, {(): place}, [Problem(place, (), message)], broken=True)
 
@@ -197,22 +210,32 @@ class _Plain:
             out[key] = self.value(value_node, inner)
         return out
 
+    def _integer(self, node: yaml.Node, keys: Keys, value: int) -> int | None:
+        if abs(value) < 1 << 63:
+            return value
+        self._refuse(node, keys, "a whole number of more than 63 bits, which no setting takes")
+        return None
+
     def _scalar(self, node: yaml.Node, keys: Keys) -> Any:
         kind, text = node.tag.removeprefix(_TAG), node.value
         try:
             if kind == "str":
+                if "\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+                    self._refuse(node, keys, "holds a NUL or half a surrogate pair, which no text of a setting has")
+                    return None
                 return text
             if kind == "null":
                 return None
             if kind == "bool":
                 return {"true": True, "false": False}[text.lower()]
             if kind == "int":
-                return int(text.replace("_", ""), 0)
+                return self._integer(node, keys, int(text.replace("_", ""), 0))
             if kind == "float":
                 bare = text.replace("_", "").lower()
                 return float(bare.replace(".inf", "inf").replace(".nan", "nan"))
         except (ValueError, KeyError, TypeError, AttributeError):
-            self._refuse(node, keys, f"{text!r} is not a {kind}")
+            shown = text if len(text) <= 60 else text[:57] + "..."
+            self._refuse(node, keys, f"{shown!r} is not a {kind}")
             return None
         shown = "!!" + kind if node.tag.startswith(_TAG) else node.tag
         self._refuse(node, keys, f"the tag {shown} is refused: a configuration holds plain data only")

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import enum
 import functools
+import math
 import re
 import types
 import typing
@@ -79,6 +80,47 @@ def trainer_problems(trainer: dict[str, Any]) -> Found:
             TypeAdapter(known[name], config={"arbitrary_types_allowed": True}).validate_python(value, strict=True)
         except ValidationError:
             yield keys, f"needs {_type_text(known[name])}, not {redact({name: value})[name]!r}"
+            continue
+        problem = _number_problem(name, value)
+        if problem is not None:
+            yield keys, problem
+
+
+# Smallest values of numbers in the trainer block that transformers takes without a look, and then fails on.
+_AT_LEAST: dict[str, float] = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": 1,
+    "ddp_timeout": 1,
+    "warmup_steps": 0,
+    "logging_steps": 0,
+    "save_steps": 0,
+    "label_smoothing_factor": 0,
+}
+_MUST_BE_POSITIVE = ("num_train_epochs", "eval_steps")
+_LARGEST = 2**31 - 1
+
+
+def _number_problem(name: str, value: Any) -> str | None:
+    """What is wrong with a number of the trainer block; None for numbers that are right and for all else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not math.isfinite(value):
+        return f"is {value}, and must be a finite number"
+    if name == "max_steps" and value != -1 and value < 1:
+        return f"is {value}, and must be at least 1; -1 trains num_train_epochs instead"
+    if name in _MUST_BE_POSITIVE and value <= 0:
+        return f"is {value}, and must be above 0"
+    if value < _AT_LEAST.get(name, -math.inf):
+        return f"is {value}, and must be at least {_AT_LEAST[name]}"
+    if name == "label_smoothing_factor" and value >= 1:
+        return f"is {value}, and must be below 1"
+    if isinstance(value, int) and value > _LARGEST:
+        return f"is {value}, and must be at most {_LARGEST}"
+    return None
 
 
 def _is_enum(kind: Any) -> bool:

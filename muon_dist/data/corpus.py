@@ -122,6 +122,8 @@ def source_files(source: Source) -> list[Path]:
         if root.stat().st_size == 0:
             raise DataError(f"{root}: the file is empty (0 bytes at byte offset 0).")
         return [root]
+    if not root.is_dir():
+        raise DataError(f"{root}: neither a file nor a folder (a device, pipe or socket): name a file or a folder.")
     found = sorted(_walk(root, root.resolve()), key=lambda path: path.relative_to(root).as_posix())
     if not any(path.stat().st_size for path in found):
         raise DataError(f"{root}: the folder holds no non-empty file.")

@@ -99,6 +99,8 @@ def read_jsonl(path: Path, field: str) -> Iterator[Document]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(f"{origin}: not a JSON object ({error.msg}, column {error.colno}).") from None
+            except (ValueError, RecursionError) as error:  # a number of 10,000 digits, 100,000 brackets
+                raise DataError(f"{origin}: a JSON object that cannot be read ({error}).") from None
             if not isinstance(record, dict):
                 raise DataError(f"{origin}: a JSON object is needed, this is {type(record).__name__}.")
             if field not in record:
@@ -143,11 +145,28 @@ def read_dataset(
         raise DataError(
             f"dataset {name!r} (split {split!r}) cannot be loaded: {type(error).__name__}: {error}"
         ) from error
-    for number, record in enumerate(rows):
+    for number, record in enumerate(_rows(rows, name, split)):
         origin = f"dataset {name!r} row {number}"
+        if not isinstance(record, dict):
+            raise DataError(f"{origin}: is {type(record).__name__}, and a split holds rows: set split.")
         if field not in record:
             raise DataError(f"{origin}: field {field!r} is missing; there is: {_names(record)}. Set text_field.")
         yield Document(_utf8(record[field], origin, field), origin)
+
+
+def _rows(rows: Any, name: str, split: str) -> Iterator[Any]:
+    """The rows; what `datasets` raises between two of them (it reads lazily) as a DataError that says where."""
+    number = 0
+    try:
+        for row in rows:
+            yield row
+            number += 1
+    except Exception as error:  # as in `read_dataset`; what our reader raises does not come through here
+        cause = error.__cause__ or error  # its own messages say little: "An error occurred while generating"
+        raise DataError(
+            f"dataset {name!r} (split {split!r}) cannot be read after row {number - 1}: "
+            f"{type(cause).__name__}: {cause}"
+        ) from error
 
 
 def stdlib_root() -> Path:

@@ -312,7 +312,10 @@ class Encoder:
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
         """Token ids of each text, shape (tokens,), nothing added."""
-        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # all that the Rust library raises is a bare Exception
+            raise DataError(f"{self.info.path}: the tokenizer cannot encode text ({error}).") from error
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in found]
 
     def decode(self, ids: Sequence[int]) -> str:

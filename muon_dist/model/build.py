@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from muon_dist.errors import ConfigError
+from muon_dist.failures import known, one_line
 
 # Keys of the `model` block that are ours: what it is, the weights' dtype, whether ZeRO-3 partitions it as it is built.
 _NOT_OF_THE_CLASS = ("model_type", "dtype", "partitioned_init")
@@ -79,7 +80,7 @@ def build_config(
     try:
         config = AutoConfig.for_model(kind, **{**arguments, **given})
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"model: transformers refuses this {kind} configuration: {_one_line(error)}") from error
+        raise ConfigError(f"model: transformers refuses this {kind} configuration: {one_line(error)}") from error
     _check_dimensions(kind, config)
     return config
 
@@ -115,9 +116,11 @@ def build_model(
         torch.manual_seed(seed)
         try:
             built = AutoModelForCausalLM.from_config(config, dtype=DTYPES[name])
-        except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-            raise ConfigError(
-                f"model: a {config.model_type} cannot be built from these settings: {_one_line(error)}"
+        except Exception as error:  # modelling code raises what it stumbles on
+            out_of_memory = known(error)
+            raise out_of_memory or ConfigError(
+                f"model: a {config.model_type} cannot be built from these settings: {type(error).__name__}: "
+                f"{one_line(error)}"
             ) from error
     return built
 
@@ -189,7 +192,3 @@ def check_sequence_length(config: PretrainedConfig, sequence_length: int) -> Non
 def _closest(name: str, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]}?" if found else ""
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

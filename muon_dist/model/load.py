@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,11 +25,37 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrain
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no model there (config.json is missing)")
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # then it lists them; without, its error names none
+            output_loading_info=True,
         )
     except Exception as error:  # transformers and safetensors raise many kinds on a damaged folder
         raise CheckpointError(f"{path}: the model cannot be loaded ({type(error).__name__}: {error})") from error
+    _check_complete(path, report)
+    return model
+
+
+def _check_complete(path: Path, report: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where transformers drew weights at random because the files do not hold them."""
+    wrong = sorted(report.get("mismatched_keys", ()), key=str)
+    if wrong:
+        name, found, expected = wrong[0]
+        raise CheckpointError(
+            f"{path}: {name} has shape {tuple(found)} in the file, and config.json says {tuple(expected)}"
+            + (f"; {len(wrong) - 1} more differ" if len(wrong) > 1 else "")
+        )
+    missing = sorted(report.get("missing_keys", ()))
+    if missing:
+        raise CheckpointError(
+            f"{path}: the weights lack {missing[0]}"
+            + (f" and {len(missing) - 1} more parameters" if len(missing) > 1 else "")
+            + ", which config.json says the model has: the files are of another model, or incomplete"
+        )
 
 
 def _from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -157,6 +157,8 @@ def _lines(path: Path, problems: list[str], consequence: str, needed: tuple[str,
             value = json.loads(line)
             if not isinstance(value, dict) or any(name not in value for name in needed):
                 raise ValueError
+            if not isinstance(value.get("step", 0), int):
+                raise ValueError
             found.append(value)
         except ValueError:
             damaged.append(number)

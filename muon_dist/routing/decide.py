@@ -89,7 +89,8 @@ def route(
         shape = logical_shape(parameter)
         if math.prod(shape) == 0 and parameter.requires_grad:
             raise RoutingError(
-                f"{names[0]} has shape {shape_text(shape)} and no ds_shape: route the model before it is partitioned"
+                f"{names[0]} has shape {shape_text(shape)} and no ds_shape: a count or width of the model is 0, or "
+                "the model was partitioned (ZeRO-3) before it was routed"
             )
         algorithm, reason, decay = _default(uses, shape, id(parameter) in embeddings, id(parameter) in heads)
         chosen = rules.choose(names)

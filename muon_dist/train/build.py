@@ -14,12 +14,21 @@ from muon_dist.adapters.device import refuse_unseen_gpus
 from muon_dist.adapters.hf_callbacks import Console
 from muon_dist.adapters.hf_guards import Guards
 from muon_dist.adapters.hf_records import EventsFile, OwnershipFile
-from muon_dist.adapters.hf_trainer import CheckpointOptions, MuonFactory, MuonTrainer, TrainingArguments
+from muon_dist.adapters.hf_settings import check_frameworks
+from muon_dist.adapters.hf_trainer import (
+    CheckpointOptions,
+    MuonFactory,
+    MuonTrainer,
+    TrainingArguments,
+    leave_deepspeed,
+)
 from muon_dist.config import Config
 from muon_dist.config.redact import redact
 from muon_dist.config.routing import routing_rules
 from muon_dist.errors import ConfigError
+from muon_dist.failures import one_line
 from muon_dist.model import DTYPES, build_model, check_sequence_length, flops_per_token
+from muon_dist.model.load import load_text_tokenizer
 from muon_dist.optim.groups import param_groups
 from muon_dist.routing import RoutingTable, route
 from muon_dist.train import distributed
@@ -138,8 +147,8 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         settings.update(per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
     try:
         args = TrainingArguments(**settings)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"trainer: transformers refuses these settings: {error}") from error
+    except Exception as error:  # it raises what it finds: of files, JSON, enums, other libraries
+        raise ConfigError(f"{_blamed(config)}: transformers refuses these settings: {one_line(error)}") from error
     if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel
         print(
             f"one process uses one GPU, of {args.n_gpu} here. To use all: bash launch/torchrun.sh --nproc-per-node "
@@ -151,6 +160,37 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         args.max_steps = math.ceil(args.num_train_epochs * train_samples / batch)
     return args
+
+
+def _blamed(config: Config) -> str:
+    """The blocks that `TrainingArguments` reads, for a message."""
+    if config.deepspeed is None:
+        return "trainer"
+    return f"trainer, deepspeed ({config.deepspeed})" if isinstance(config.deepspeed, str) else "trainer, deepspeed"
+
+
+def check_settings(config: Config, folder: RunFolder) -> None:
+    """Raises what `training_arguments`, the trainer and the model would raise of settings alone, before data are
+    prepared for hours: trackers and kernels that are not installed, schedules, layouts, model settings, routing.
+
+    Raises:
+        ConfigError: a framework refuses a setting.
+        RoutingError: as `routing_table`.
+    """
+    args = training_arguments(config, folder, 1)
+    check_frameworks(args)
+    if config.deepspeed is not None:
+        from muon_dist.adapters.deepspeed import check_zero_settings  # imports DeepSpeed, so only where it is used
+
+        check_zero_settings(args.hf_deepspeed_config.config)
+    del args  # while there are some with ZeRO-3, transformers partitions every model
+    leave_deepspeed()
+    known = load_text_tokenizer(config.tokenizer.path) if config.tokenizer.path is not None else None
+    vocabulary = len(known) if known is not None else config.tokenizer.vocab_size
+    with torch.device("meta"):
+        model = build_model(config.model, vocab_size=max(vocabulary or 0, 1), seed=config.seed)
+    check_sequence_length(model.config, config.data.sequence_length)
+    routing_table(config, model)
 
 
 def require_zero3(args: TrainingArguments) -> TrainingArguments:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,10 +121,29 @@ class RunFolder:
                 f"{self.root} holds a run already: continue it with --resume auto, start it again with "
                 "--overwrite, or choose another name=..."
             )
-        existing = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise ConfigError(f"run_dir: cannot make the run folder {self.root}: {existing} is no folder to write to")
+        self._try_to_make()
         return Start(resume, replaces=not own)
+
+    def _try_to_make(self) -> None:
+        """Raises ConfigError unless the folder and a file in it can be made; leaves nothing behind.
+
+        Asking for permissions is not enough: /proc allows root to write and refuses every folder.
+        """
+        made: list[Path] = []
+        try:
+            for path in reversed((self.root, *self.root.absolute().parents)):
+                if not path.exists():
+                    path.mkdir()
+                    made.append(path)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"run_dir: cannot make the run folder {str(self.root)[:200]}: {reason}") from error
+        finally:
+            for path in reversed(made):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
     def begin(self, start: Start) -> None:
         """Make the folder ready for a run that is about to take its first step."""
@@ -139,7 +158,7 @@ class RunFolder:
     def remove_if_empty(self) -> None:
         """Remove what a start left behind that failed before `begin`; a folder with a file in it stays."""
         for path in (self.checkpoints, self.root):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 path.rmdir()
 
     def _decided(self, resume: str | None, overwrite: bool, policy: str) -> tuple[str | None, bool]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 import torch
+
+from muon_dist.errors import ConfigError, NonFiniteError
 
 
 def generate(
@@ -20,13 +24,20 @@ def generate(
     """`prompt` and its continuation by at most `tokens` tokens.
 
     temperature 0 takes the most probable token always; else one of the `top_k` most probable is drawn, the same for
-    the same `seed`. The caller's random state is left as it was.
+    the same `seed`. The text ends where the model's positions end. The caller's random state is left as it was.
+
+    Raises:
+        ConfigError: the prompt fills all positions, or the temperature is no finite number.
+        NonFiniteError: the model's probabilities are NaN or infinite.
     """
+    if not math.isfinite(temperature):
+        raise ConfigError(f"temperature {temperature}: use a finite number; 0 takes the most probable token always")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids = torch.tensor([[start]], device=model.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    tokens = min(tokens, _room(model, inputs["input_ids"].shape[1]))
     choice: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         choice = {"do_sample": True, "temperature": temperature, "top_k": top_k}
@@ -37,8 +48,22 @@ def generate(
     try:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
+            if not torch.isfinite(model(**inputs, use_cache=False).logits).all():
+                raise NonFiniteError("the model's outputs are NaN or infinite: its weights are, or the run diverged")
             out = model.generate(**inputs, max_new_tokens=tokens, pad_token_id=padding, **choice)
     finally:
         model.train(was_training)
         model.config.use_cache = used_cache
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def _room(model: Any, prompt: int) -> int:
+    """How many tokens may follow a prompt of `prompt` tokens: beyond its positions a model fails or writes noise."""
+    longest = getattr(model.config, "max_position_embeddings", None)  # GPT-2's n_positions goes by this name too
+    if not isinstance(longest, int) or longest < 1:
+        return sys.maxsize
+    if prompt >= longest:
+        raise ConfigError(
+            f"the prompt has {prompt} tokens and the model {longest} positions (max_position_embeddings): shorten it"
+        )
+    return longest - prompt

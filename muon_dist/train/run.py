@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ from muon_dist.checkpoint import Ranks as CheckpointRanks
 from muon_dist.checkpoint.weights import record_step
 from muon_dist.config import Config
 from muon_dist.errors import Stopped
+from muon_dist.failures import one_line
 from muon_dist.model import count_parameters
 from muon_dist.model.load import load_model, load_text_tokenizer
 from muon_dist.ranks import Ranks
@@ -45,13 +47,14 @@ def train(
     use_cpu = bool(config.trainer.get("use_cpu", False))
     if use_cpu or not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which accelerate imports, warns on every rank
-    joined = distributed.start(float(config.trainer.get("ddp_timeout", 1800)), use_cpu)
+    joined = distributed.start(float(config.trainer.get("ddp_timeout", 1800)), use_cpu, config.deepspeed is not None)
     try:
         folder = RunFolder(Path(run_dir if run_dir is not None else config.run_dir) / config.name)
         ranks = Ranks.of_the_run(distributed.PATIENCE)
         start = ranks.first(lambda: _decide(folder, config, resume, overwrite))
         checkpoint = _verified(folder, start.resume, float(config.trainer.get("ddp_timeout", 1800)))
         _say(f"run folder {folder.root}" + (f", resuming from {checkpoint.path}" if checkpoint else ""))
+        ranks.everywhere(lambda: build.check_settings(config, folder))
         started = time.perf_counter()
         ranks.first_of_each_node(lambda: corpus.prepare(config), distributed.local_rank())
         with StopSignals() if config.guards.signals else nullcontext() as signals:
@@ -178,10 +181,10 @@ def _final_evaluation(trainer: MuonTrainer) -> dict[str, float]:
 
 def _finish(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str, Any]:
     """Evaluate, save the model, write and show the summary."""
-    figures = _final_evaluation(trainer)
-    trainer.save_model(str(folder.model))
+    trainer.save_model(str(folder.model))  # first: nothing that fails from here on costs the weights
     if distributed.rank() == 0:
         record_step(folder.model, trainer.weights_step)
+    figures = _final_evaluation(trainer)
     found = folder.finished_checkpoints()
     out: dict[str, Any] = {
         "name": config.name,
@@ -200,22 +203,37 @@ def _finish(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str
         "metrics": str(folder.metrics),
     }
     if distributed.rank() == 0:
-        block = config.evaluation
-        if block.generate_tokens > 0:
-            speaker = trainer.model
-            if trainer.is_deepspeed_enabled:
-                # Under ZeRO-3 this rank holds a part of the model alone, so the saved one speaks.
-                leave_deepspeed()
-                speaker = load_model(folder.model)
-            out["sample"] = generate(
-                speaker,
-                trainer.processing_class,
-                block.generate_prompt,
-                block.generate_tokens,
-                temperature=block.temperature,
-                top_k=block.top_k,
-                seed=config.seed,
-            )
+        if config.evaluation.generate_tokens > 0:
+            out.update(_sample(config, folder, trainer))
         write_json(folder.summary, out)
         summary.show(out)
     return out
+
+
+def _sample(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str, str]:
+    """{"sample": a text of the model}, or nothing with a warning: a sample never fails a finished training."""
+    block = config.evaluation
+    try:
+        speaker = trainer.model
+        if trainer.is_deepspeed_enabled:
+            # Under ZeRO-3 this rank holds a part of the model alone, so the saved one speaks.
+            leave_deepspeed()
+            speaker = load_model(folder.model)
+        text = generate(
+            speaker,
+            trainer.processing_class,
+            block.generate_prompt,
+            block.generate_tokens,
+            temperature=block.temperature,
+            top_k=block.top_k,
+            seed=config.seed,
+        )
+    except Exception as error:  # tokenizer, prompt, weights, memory: the model is saved, and `generate` says more
+        print(
+            f"warning: no sample ({type(error).__name__}: {one_line(error)}); the model is saved: muon-dist generate "
+            f"{folder.root}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return {}
+    return {"sample": text}

@@ -64,6 +64,8 @@ def test_a_run_says_it_before_it_trains_on_the_cpu(driver: Path, workspace: Path
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A machine with one GPU and a launcher of two processes; what `start` does is noted."""
     noted: list[Any] = []
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: noted.append(f"cuda:{index}"))

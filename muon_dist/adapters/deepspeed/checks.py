@@ -10,9 +10,11 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
-from muon_dist.errors import FrameworkError
+from muon_dist.errors import ConfigError, FrameworkError
+from muon_dist.failures import one_line
 from muon_dist.optim.muon import Muon
 
 # Schedulers that set one rate for every parameter group, and the setting that holds it: DeepSpeed's own, then torch's.
@@ -45,6 +47,17 @@ def check_config(config: Mapping[str, Any]) -> None:
             "with offload_optimizer, accelerate and the Trainer would replace Muon by DeepSpeedCPUAdam: put "
             '"zero_force_ds_cpu_optimizer": false into the DeepSpeed configuration'
         )
+
+
+def check_zero_settings(config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a `zero_optimization` block that DeepSpeed would refuse when its engine is made, which is
+    after the data were prepared. Values that are "auto" are filled in later, and not looked at.
+    """
+    block = {k: v for k, v in (config.get("zero_optimization") or {}).items() if v != "auto"}
+    try:
+        DeepSpeedZeroConfig(**block)
+    except ValueError as error:  # pydantic's ValidationError is one
+        raise ConfigError(f"deepspeed: zero_optimization: {one_line(error)}") from error
 
 
 def check_scheduler(config: Mapping[str, Any]) -> None:
