@@ -14,7 +14,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from muon_dist.adapters.fsdp2.state import DTensorState
-from muon_dist.adapters.fsdp2.storage import check_parameter, is_sharded, local_part, local_parts, sharded
+from muon_dist.adapters.fsdp2.storage import (
+    check_parameter,
+    is_sharded,
+    local_part,
+    local_parts,
+    placed_over,
+)
 from muon_dist.errors import FrameworkError, LayoutError
 from muon_dist.layout import Layout, dtensor_layout
 from muon_dist.optim.binding import Binding, Bound, ParameterSpec
@@ -34,24 +40,24 @@ def bind(optimizer: Muon) -> Bound | None:
         _refuse_left_behind(pairs)
         return None
     ours = [(index, p, spec) for index, p, spec in pairs if spec.matrices]
-    if not ours:
+    if not any(is_sharded(p) for _, p, _ in ours):
         return None
-    meshes = [_mesh(p, spec.name) for _, p, spec in ours]
-    group = _process_group(optimizer, meshes, [spec.name for *_, spec in ours])
     parameters: list[Any] = [p for _, p, _ in ours]
-    placed = [
-        sharded(spec.name, p, spec.matrices, lambda rank: dist.get_group_rank(group, rank)) for _, p, spec in ours
-    ]
+    for p, (*_, spec) in zip(parameters, ours, strict=True):
+        _check_local(p, spec.name)
+    on_meshes = [(spec.name, p.device_mesh) for p, (*_, spec) in zip(parameters, ours, strict=True) if is_sharded(p)]
+    group = _process_group(optimizer, on_meshes)
+    placed = placed_over(group, [(spec.name, p, spec.matrices) for _, p, spec in ours])
     state = DTensorState(parameters, placed, group)
     layout = dtensor_layout(placed, dist.get_world_size(group))
     binding = Binding(
         layout=layout,
         buffers=tuple(parameters),
         group=group,
-        device=_device(meshes[0], parameters[0]),
+        device=_device(next(p for p in parameters if is_sharded(p))),
         local=local_part,
         parts=local_parts,
-        column=_column(layout, meshes, group),
+        column=_column(layout, [mesh for _, mesh in on_meshes], group),
         everywhere=state.everywhere,
         stored=state.momentum,
         stored_rows=state.rows,
@@ -97,12 +103,7 @@ def _refuse_left_behind(pairs: list[tuple[int, torch.Tensor, ParameterSpec]]) ->
         )
 
 
-def _mesh(p: Any, name: str) -> DeviceMesh:
-    if not is_sharded(p):
-        raise FrameworkError(
-            f"{name} is a plain tensor while other parameters are DTensors: nobody averages its gradient. Call "
-            "fully_shard on the root module too, without ignored_params, or freeze the parameter"
-        )
+def _check_local(p: Any, name: str) -> None:
     local = local_part(p)
     if local.is_meta:
         raise FrameworkError(
@@ -111,34 +112,38 @@ def _mesh(p: Any, name: str) -> DeviceMesh:
         )
     if not local.is_contiguous():
         raise FrameworkError(f"{name}: its local shard is not contiguous: call .contiguous() before fully_shard")
-    mesh: DeviceMesh = p.device_mesh
-    return mesh
 
 
-def _process_group(optimizer: Muon, meshes: list[DeviceMesh], names: list[str]) -> dist.ProcessGroup:
-    """The ranks of the meshes, which must all be the same."""
-    every = [sorted(mesh.mesh.flatten().tolist()) for mesh in meshes]
-    for ranks, name in zip(every, names, strict=True):
-        if ranks != every[0]:
-            raise FrameworkError(
-                f"{names[0]} lies on ranks {every[0]}, {name} on {ranks}: make one Muon for each set of ranks"
-            )
+def _process_group(optimizer: Muon, meshes: list[tuple[str, DeviceMesh]]) -> dist.ProcessGroup:
+    """All ranks that hold a parameter: those of the largest mesh, in which every other mesh must lie.
+
+    meshes: with the names of their parameters.
+    """
+    every = [(name, sorted(mesh.mesh.flatten().tolist()), mesh) for name, mesh in meshes]
+    widest, ranks, _ = max(every, key=lambda entry: len(entry[1]))
     given = optimizer.process_group
     if not isinstance(given, str):
         ranks = [dist.get_rank()] if given is None else sorted(dist.get_process_group_ranks(given))
-        if ranks != every[0]:
+    for name, own, _ in every:
+        if not set(own) <= set(ranks):
+            if isinstance(given, str):
+                raise FrameworkError(
+                    f"{widest} lies on ranks {ranks}, {name} on {own}: pass the group of all ranks that hold the "
+                    "model as process_group=, or make one Muon for each set of ranks"
+                )
             raise FrameworkError(
-                f"process_group has ranks {ranks}, the mesh of {names[0]} has {every[0]}: leave process_group out"
+                f"process_group has ranks {ranks}, the mesh of {name} has {own}: leave process_group out, or pass a "
+                "group of all ranks that hold the model"
             )
-        if given is not None:
-            return given
-    line = next((mesh for mesh in meshes if mesh.ndim == 1), None)
+    if not isinstance(given, str) and given is not None:
+        return given
+    line = next((mesh for _, own, mesh in every if mesh.ndim == 1 and own == ranks), None)
     if line is not None:
         return line.get_group()
-    if every[0] == list(range(dist.get_world_size())):
+    if ranks == list(range(dist.get_world_size())):
         assert dist.group.WORLD is not None
         return dist.group.WORLD
-    return _new_group(every[0])
+    return _new_group(ranks)
 
 
 def _column(layout: Layout, meshes: list[DeviceMesh], group: dist.ProcessGroup) -> dist.ProcessGroup | None:
@@ -173,9 +178,9 @@ def _new_group(ranks: list[int]) -> dist.ProcessGroup:
     return group
 
 
-def _device(mesh: DeviceMesh, parameter: Any) -> torch.device:
-    """Where the mesh computes: the shard's own device, but for shards that are offloaded to the CPU."""
-    local = local_part(parameter).device
+def _device(parameter: Any) -> torch.device:
+    """Where the mesh of a DTensor computes: the shard's own device, but for shards that are offloaded to the CPU."""
+    local, mesh = local_part(parameter).device, parameter.device_mesh
     if mesh.device_type == local.type:
         return local
     return torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())

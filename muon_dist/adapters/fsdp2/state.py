@@ -39,7 +39,8 @@ class DTensorState:
 
     Momentum without copies is placed like its parameter. With copies (HSDP) only the sources hold it: a DTensor over
     just those ranks, cut as the parameter is. If the matrices of one parameter (heads, experts) have their sources in
-    different copies, there is no such mesh, and all copies keep the momentum of that parameter. What an owner keeps of
+    different copies, there is no such mesh, and all copies keep the momentum of that parameter; so do they that of a
+    plain tensor beside DTensors. What an owner keeps of
     a matrix is a DTensor over that rank alone.
     """
 
@@ -58,8 +59,8 @@ class DTensorState:
             for buffer, rank in zip(fragments.buffer.tolist(), fragments.rank.tolist(), strict=True):
                 found[buffer][shard_of[buffer][rank]].add(rank)
         self._sources = []
-        for p, shards in zip(self._placed, found, strict=True):
-            if any(len(ranks) > 1 for ranks in shards):
+        for tensor, p, shards in zip(self._parameters, self._placed, found, strict=True):
+            if not isinstance(tensor, DTensor) or any(len(ranks) > 1 for ranks in shards):
                 self._sources.append(None)
                 continue
             # An empty shard has no source; any of its holders may stand in the mesh.
@@ -78,13 +79,15 @@ class DTensorState:
     def momentum(self, plan: OwnershipPlan, buffer: int, momentum: torch.Tensor | None) -> torch.Tensor:
         """`momentum` without a copy, as a DTensor; an empty part on ranks that keep none."""
         p, placed, ranks = self._parameters[buffer], self._placed[buffer], self._sources[buffer]
+        if not isinstance(p, DTensor):  # all ranks keep it
+            assert momentum is not None
+            return momentum
         mesh, placements = p.device_mesh, p.placements
-        if ranks is not None and len(ranks) < mesh.size():
-            cut = [i for i, placement in enumerate(placements) if type(placement) is not Replicate]
+        if ranks is not None and len(ranks) < len(placed.ranks):
             # A parameter that no axis cuts lies whole on its one source.
-            shape = tuple(placed.mesh_shape[i] for i in cut) or (1,)
+            shape = tuple(n for n, cut in zip(placed.mesh_shape, placed.cuts, strict=True) if cut is not None) or (1,)
             mesh = self._mesh(mesh.device_type, ranks, shape)
-            placements = tuple(placements[i] for i in cut) or (Replicate(),)
+            placements = tuple(p for p in placements if type(p) is not Replicate) or (Replicate(),)
         if momentum is None:
             momentum = torch.empty(0, dtype=torch.float32, device=local_part(p).device)
         return DTensor.from_local(momentum, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from muon_dist.errors import FrameworkError, LayoutError
 from muon_dist.layout import Matrix, ShardedParameter
 from muon_dist.layout.cuts import Cut
+from muon_dist.ranks import Ranks
 
 _FSDP1 = (
     "{name} belongs to FSDP1 (FullyShardedDataParallel), which flattens parameters so that no matrix is left: use "
@@ -74,7 +77,7 @@ def sharded(
         found = ShardedParameter(name, tuple(tensor.shape), tuple(mesh.mesh.shape), ranks, cuts, matrices)
     except LayoutError as error:
         raise FrameworkError(f"{name} is placed {tensor.placements}: {error}") from error
-    own = int(found.fragments(0).on(rank_of(torch.distributed.get_rank())).length.sum())
+    own = int(found.fragments(0).on(rank_of(dist.get_rank())).length.sum())
     if own != local_part(tensor).numel():
         raise FrameworkError(
             f"{name} of shape {tuple(tensor.shape)} is placed {tensor.placements} over a mesh of "
@@ -82,6 +85,49 @@ def sharded(
             f"{local_part(tensor).numel()}"
         )
     return found
+
+
+def placed_over(
+    group: dist.ProcessGroup, parameters: Sequence[tuple[str, torch.Tensor, tuple[Matrix, ...]]]
+) -> list[ShardedParameter]:
+    """Where parameters lie over all ranks of `group`. A collective.
+
+    A DTensor whose mesh has some of the ranks only (a norm or a router beside tensor parallelism) is on other meshes
+    on the other ranks: each of these meshes holds a copy. A plain tensor is a copy on every rank.
+
+    Args:
+        parameters: (name, tensor, its matrices), the same on all ranks.
+
+    Raises:
+        FrameworkError: as `sharded`, or the meshes of a parameter do not hold each rank once.
+    """
+    every = tuple(range(dist.get_world_size(group)))
+
+    def rank_of(rank: int) -> int:
+        return dist.get_group_rank(group, rank)
+
+    placed = [_on_its_mesh(name, p, m, rank_of, every) for name, p, m in parameters]
+    narrow = {i: p.ranks for i, p in enumerate(placed) if len(p.ranks) < len(every)}
+    by_rank = Ranks(group).gather(narrow)
+    for i in sorted({i for of_rank in by_rank for i in of_rank}):
+        name, copies = placed[i].name, sorted({of_rank.get(i, every) for of_rank in by_rank})
+        ranks = tuple(rank for copy in copies for rank in copy)
+        if sorted(ranks) != list(every):
+            raise FrameworkError(
+                f"{name} lies on the meshes {[list(copy) for copy in copies]} of ranks, which do not hold each of the "
+                f"{len(every)} ranks of the model once: pass the group of the ranks that hold it as process_group="
+            )
+        own = placed[i]
+        placed[i] = replace(own, mesh_shape=(len(copies), *own.mesh_shape), ranks=ranks, cuts=(None, *own.cuts))
+    return placed
+
+
+def _on_its_mesh(
+    name: str, tensor: Any, matrices: tuple[Matrix, ...], rank_of: Callable[[int], int], every: tuple[int, ...]
+) -> ShardedParameter:
+    if is_sharded(tensor):
+        return sharded(name, tensor, matrices, rank_of)
+    return ShardedParameter(name, tuple(tensor.shape), (len(every),), every, (None,), matrices)
 
 
 def _cut(name: str, placement: Placement, mesh: DeviceMesh, axis: int) -> Cut | None:
