@@ -452,13 +452,16 @@ def refusals() -> dict[str, str]:
         return nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, placements))
 
     strided = [_StridedShard(0, split_factor=2), _StridedShard(0, split_factor=2)]
-    mine = halves[rank // 2]
     pair = dist.new_group([0, 1])
+    torch.manual_seed(rank)
+    own = nn.Parameter(torch.randn(8, 4))
+    part: Any = halves[0] if rank < 2 else line
+    here = nn.Parameter(DTensor.from_local(torch.ones(8 // part.size(), 4), part, [Shard(0)], run_check=False))
     return {
         "partial": refusal([nn.Parameter(DTensor.from_local(torch.ones(8, 4), line, [Partial()]))]),
         "twice strided": refusal([nn.Parameter(DTensor.from_local(torch.ones(2, 4), square, strided))]),
-        "plain": refusal([on(line, Shard(0)), nn.Parameter(torch.ones(8, 4))]),
-        "ranks": refusal([on(line, Shard(0)), on(mine, Shard(0))]),
+        "plain": refusal([on(line, Shard(0)), own]),
+        "ranks": refusal([on(line, Shard(0)), here]),
         "group": refusal([on(line, Shard(0))], process_group=pair if rank < 2 else None),
         "none": refusal([on(line, Shard(0))], process_group=None),
     }
@@ -469,8 +472,8 @@ def test_what_cannot_be_exact_is_refused_by_name():
     expected = {
         "partial": r"FrameworkError: w0 is placed P\(sum\) over mesh axis 'shard'.*redistribute",
         "twice strided": r"FrameworkError: w0 is placed .*torch does not say which elements a rank holds",
-        "plain": r"FrameworkError: w1 is a plain tensor while other parameters are DTensors.*root module",
-        "ranks": r"FrameworkError: w0 lies on ranks \[0, 1, 2, 3\], w1 on \[0, 1\]: make one Muon",
+        "plain": r"ReplicaError: .*these weights are not the same: w1: ranks 0, 1, 2, 3 do not agree",
+        "ranks": r"FrameworkError: w1 lies on the meshes \[\[0, 1\], \[0, 1, 2, 3\]\] of ranks.*process_group=",
         "group": r"FrameworkError: process_group has ranks \[0, 1\], the mesh of w0 has \[0, 1, 2, 3\]",
         "none": r"FrameworkError: process_group has ranks \[0\], the mesh of w0 has",
     }
