@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from muon_dist.adapters.fsdp2.state import DTensorState
-from muon_dist.adapters.fsdp2.storage import check_parameter, is_sharded, local_part, local_parts, sharded
+from muon_dist.adapters.fsdp2.storage import check_parameter, fragments, is_sharded, local_part, local_parts, sharded
 from muon_dist.errors import FrameworkError, LayoutError
 from muon_dist.layout import Layout, dtensor_layout
 from muon_dist.optim.binding import Binding, Bound, ParameterSpec
@@ -55,6 +55,7 @@ def bind(optimizer: Muon) -> Bound | None:
         everywhere=state.everywhere,
         stored=state.momentum,
         stored_rows=state.rows,
+        fragments=fragments,
     )
     return binding, {buffer: index for buffer, (index, *_) in enumerate(ours)}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from muon_dist.errors import FrameworkError, LayoutError
-from muon_dist.layout import Matrix, ShardedParameter
+from muon_dist.layout import Fragment, Matrix, ShardedParameter
 from muon_dist.layout.cuts import Cut
 
 _FSDP1 = (
@@ -82,6 +82,13 @@ def sharded(
             f"{local_part(tensor).numel()}"
         )
     return found
+
+
+def fragments(name: str, tensor: torch.Tensor) -> Sequence[Fragment]:
+    """The elements of a parameter that this rank holds, whether it is a DTensor or whole."""
+    if not isinstance(tensor, DTensor):
+        return [Fragment.run(0, 0, tensor.numel(), 0, 0)]
+    return sharded(name, tensor).fragments(0).on(torch.distributed.get_rank())
 
 
 def _cut(name: str, placement: Placement, mesh: DeviceMesh, axis: int) -> Cut | None:
