@@ -106,8 +106,8 @@ def prepare(
         name, p = narrow[0]
         warnings.warn(
             f"{len(narrow)} of {len(named)} parameters are {p.dtype}, such as {name}, and a step rounds them to the "
-            "nearest: changes below 1/512 of a weight are lost, weight decay with them. Pass master_weights=True (4 bytes "
-            "more for each element) or stochastic_rounding=True (no memory). See docs/low-precision.md",
+            "nearest: changes below 1/512 of a weight are lost, weight decay with them. Pass master_weights=True (4 "
+            "bytes more for each element) or stochastic_rounding=True (none). See docs/low-precision.md",
             RuntimeWarning,
             stacklevel=4,
         )
