@@ -9,8 +9,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from muon_dist.optim.binding import Group
-from muon_dist.optim.low_precision import is_narrow
-from muon_dist.optim.rounding import AdamWRounding
+from muon_dist.optim.rounding import AdamWRounding, is_narrow
 
 
 def adamw_state(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> dict[str, Any]:

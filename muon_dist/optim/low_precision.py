@@ -10,20 +10,16 @@ import torch
 from torch import Tensor
 
 from muon_dist.errors import ConfigError
+from muon_dist.optim.adamw import adamw_state
 from muon_dist.optim.binding import Binding
 from muon_dist.optim.options import Options
-from muon_dist.optim.rounding import AdamWRounding, is_rounded, rows_within
+from muon_dist.optim.rounding import AdamWRounding, is_narrow, is_rounded, rows_within
 
 MASTER = "master_weight"
 """Key in the optimizer's state of the fp32 master of a 16-bit parameter."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = MutableMapping[Tensor, dict[str, Any]]
 _CHUNK = 2**22
-
-
-def is_narrow(parameter: Tensor) -> bool:
-    """Whether a parameter holds fewer bits than fp32, so that small updates are lost when it is written."""
-    return parameter.is_floating_point() and parameter.dtype.itemsize < 4
 
 
 class MasterWeights:
@@ -77,18 +73,22 @@ class MasterWeights:
 
 
 def prepare(
-    options: Options, named: Sequence[tuple[str, Tensor]], state: Callable[[], State], binding: Binding, rank: int
+    options: Options, named: Sequence[tuple[str, Tensor, str]], state: Callable[[], State], binding: Binding, rank: int
 ) -> tuple[MasterWeights | None, AdamWRounding | None]:
     """What keeps the bits that 16-bit parameters lose, as the options say; warns on rank 0 if nothing does.
 
     Args:
-        named: name and tensor of every parameter that is stepped; of tensors that a framework has made, any name.
+        named: name, tensor and algorithm of every parameter; a tensor that a framework has made has any name.
         rank: in the binding's process group.
 
     Raises:
         ConfigError: stochastic rounding of a dtype that it is not made for.
     """
-    narrow = [(name, p) for name, p in named if is_narrow(p)]
+    narrow = [(name, p) for name, p, _ in named if is_narrow(p)]
+    for _, p, algorithm in named if options.master_weights or options.stochastic_rounding else ():
+        # All of it now: torch.distributed.checkpoint loads only what the state of a parameter holds.
+        if is_narrow(p) and algorithm == "adamw" and "exp_avg" not in state().get(p, {}):
+            state()[p].update(adamw_state(p, torch.float32))
     if options.master_weights:
         masters = MasterWeights(state, binding.local)
         for _, p in narrow:
@@ -100,14 +100,14 @@ def prepare(
                 raise ConfigError(
                     f"stochastic_rounding rounds to bfloat16, but {name} is {p.dtype}: use master_weights=True"
                 )
-        names = {id(p): name for name, p in named}
+        names = {id(p): name for name, p, _ in named}
         return None, AdamWRounding(options.rounding_seed, lambda p: names[id(p)], binding.fragments)
     if narrow and rank == 0:
         name, p = narrow[0]
         warnings.warn(
             f"{len(narrow)} of {len(named)} parameters are {p.dtype}, such as {name}, and a step rounds them to the "
             "nearest: changes below 1/512 of a weight are lost, weight decay with them. Pass master_weights=True (4 "
-            "bytes more for each element) or stochastic_rounding=True (none). See docs/low-precision.md",
+            "bytes more for each element) or stochastic_rounding=True (none under Muon). See docs/low-precision.md",
             RuntimeWarning,
             stacklevel=4,
         )

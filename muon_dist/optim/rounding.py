@@ -104,6 +104,11 @@ def _chunks(weight: Tensor, block: Block, elements: int) -> Iterator[tuple[slice
             return
 
 
+def is_narrow(parameter: Tensor) -> bool:
+    """Whether a parameter holds fewer bits than fp32, so that small updates are lost when it is written."""
+    return parameter.is_floating_point() and parameter.dtype.itemsize < 4
+
+
 def is_rounded(weight: Tensor) -> bool:
     """Whether stochastic rounding is for this tensor; wider ones are changed as they are."""
     return weight.dtype == torch.bfloat16

@@ -266,7 +266,8 @@ def _kept_rows(runtime: Runtime, buffer: int, name: str) -> list[tuple[int, Tens
 def _missing(runtime: Runtime, what: str) -> str:
     return (
         f"the state dict has no {what}, which rank {runtime.transport.rank} owns: it is one rank's part only. Save "
-        "with full_state_dict() on all ranks (MuonTrainer does), or load on each rank the file that this rank saved"
+        "with full_state_dict() on all ranks (MuonTrainer does), or from an optimizer made with "
+        "momentum_everywhere=True; or load on each rank the file that this rank saved"
     )
 
 

@@ -8,10 +8,10 @@ import torch
 
 from muon_dist.checkpoint.piece import clean_name
 from muon_dist.optim.binding import Group, ParameterSpec
-from muon_dist.optim.low_precision import MASTER, MasterWeights, is_narrow, wide_state
+from muon_dist.optim.low_precision import MASTER, MasterWeights, wide_state
 from muon_dist.optim.options import Options
 from muon_dist.optim.planning import check_saved_groups
-from muon_dist.optim.rounding import AdamWRounding
+from muon_dist.optim.rounding import AdamWRounding, is_narrow
 from muon_dist.optim.runtime import Runtime
 from muon_dist.optim.state import (
     PARTIAL,
@@ -150,11 +150,11 @@ class StateDicts(torch.optim.Optimizer):
         """The runtime, planned now if it was not yet."""
         raise NotImplementedError
 
-    def _named(self) -> list[tuple[str, torch.Tensor]]:
-        """Every stepped tensor with its clean FQN; with the name of its group where a framework has made it."""
+    def _named(self) -> list[tuple[str, torch.Tensor, str]]:
+        """Clean FQN, tensor and algorithm of everything that is stepped; a number where a framework has made it."""
         found = []
-        for group, specs in zip(self._groups, self.specs, strict=True):
+        for group, specs, algorithm in zip(self._groups, self.specs, self.algorithms, strict=True):
             known = len(specs) == len(group["params"])
             for n, p in enumerate(group["params"]):
-                found.append((clean_name(specs[n].name) if known else f"{group.get('name')}.{n}", p))
+                found.append((clean_name(specs[n].name) if known else f"{group.get('name')}.{n}", p, algorithm))
         return found

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.distributed.fsdp  # 2 s that every forked rank would pay again
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -398,6 +400,26 @@ def test_a_checkpoint_goes_to_another_precision_and_back(tmp_path: Any) -> None:
     assert same({name: w.bfloat16() for name, w in found.items()}, expected) == []
     for options in ({}, STOCHASTIC):  # and a run without masters takes it over
         run_ranks(resumed, 2, str(tmp_path), "fsdp2", options, 0)
+
+
+def through_dcp(folder: str, options: dict[str, Any]) -> list[str]:
+    """Parameters that differ after torch.distributed.checkpoint has saved and loaded a run under FSDP2."""
+    model, optimizer = made("fsdp2", options)
+    train(model, optimizer, 0, 3)
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+    expected = train(model, optimizer, 3, 6)
+    again, other = made("fsdp2", options)
+    of_model, of_optimizer = get_state_dict(again, other)
+    state = {"model": of_model, "optimizer": of_optimizer}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(again, other, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return same(train(again, other, 3, 6), expected)
+
+
+@pytest.mark.parametrize("options", [STOCHASTIC, MASTERS], ids=["stochastic", "masters"])
+def test_torchs_own_checkpoints_go_on_exactly(tmp_path: Any, options: dict[str, Any]) -> None:
+    assert run_ranks(through_dcp, 2, str(tmp_path), options) == [[], []]
 
 
 # What is said -------------------------------------------------------------------------------------------------------
