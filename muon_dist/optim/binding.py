@@ -16,7 +16,7 @@ from muon_dist.ownership import OwnershipPlan
 __all__ = ["Binding", "Bound", "Group", "NotReady", "ParameterSpec", "update_scale"]
 
 
-def holders_of_copies(plan: OwnershipPlan, wanted: bool) -> Set[int]:
+def holders_of_copies(plan: OwnershipPlan, wanted: bool = False) -> Set[int]:
     """The buffers of which some element lies on several ranks, if they are `wanted`."""
     copied = (m.buffer for m in plan.layout.matrices if int(m.fragments.length.sum()) > m.matrix.numel)
     return frozenset(copied) if wanted else frozenset()

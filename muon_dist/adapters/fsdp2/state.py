@@ -50,7 +50,7 @@ class DTensorState:
         self._meshes: dict[tuple[Any, ...], DeviceMesh] = {}
         self._sources: list[tuple[int, ...] | None] = []
 
-    def everywhere(self, plan: OwnershipPlan, wanted: bool) -> set[int]:
+    def everywhere(self, plan: OwnershipPlan, wanted: bool = False) -> set[int]:
         """Buffers of which some shard has sources on more than one rank; all if `wanted`."""
         if wanted:
             self._sources = [None] * len(self._placed)
