@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.adapters import module_state
-from muon_dist.adapters.muon_state import muon_pieces
+from muon_dist.adapters.muon_state import kept_by_all, muon_pieces
 from muon_dist.checkpoint import BUFFER, WEIGHT, Checkpoint, Holding, Piece
 from muon_dist.checkpoint.piece import MOMENTUM as MOMENTUM_KIND
 from muon_dist.checkpoint.piece import clean_name, run, shaped, whole
@@ -17,7 +17,7 @@ from muon_dist.errors import CheckpointError
 from muon_dist.layout import StoredParameter
 from muon_dist.optim.binding import ParameterSpec
 from muon_dist.optim.muon import Muon
-from muon_dist.optim.state import is_own
+from muon_dist.optim.state import MOMENTUM, is_own
 from muon_dist.routing import logical_shape
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -40,8 +40,10 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
     storage = read(engine, specs)
     stored = {p.name for b in storage.buffers for p in b.parameters}
     pieces = _outside(engine, stored)
+    copied: set[int] = set()
     if isinstance(optimizer, Muon):
         pieces += muon_pieces(optimizer, source)
+        copied = kept_by_all(optimizer)
     everyone = tuple(range(dist.get_world_size())) if storage.kind == "replicated" else ()
     checks: list[Callable[[], None]] = []
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -52,6 +54,9 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
             if source is not None:
                 module_state.make_state(optimizer, buffer.tensor, parameter.name, source, groups[id(buffer.tensor)])
             pieces += module_state.state_pieces(optimizer, parameter.name, buffer.tensor, everyone)
+            if id(buffer.tensor) in copied:
+                momentum = optimizer.state[buffer.tensor][MOMENTUM]
+                pieces += whole(parameter.name, MOMENTUM_KIND, parameter.shape, momentum, everyone)
         else:
             pieces += _buffer_state(optimizer, buffer.tensor, buffer.parameters, source, checks)
 

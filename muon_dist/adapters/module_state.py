@@ -55,10 +55,11 @@ def holding(
     pieces: list[Piece] = []
     named: list[tuple[str, torch.Tensor]] = []
     distributed = False
+    masters = optimizer.master_weights() if isinstance(optimizer, Muon) else {}
     for kind, name, tensor in named_tensors(model):
         check_parameter(name, tensor)
         distributed |= is_sharded(tensor)
-        pieces += _placed(name, kind, tensor, tensor, everyone)
+        pieces += _placed(name, kind, masters.get(tensor, tensor), tensor, everyone)
         if kind == WEIGHT:
             named.append((name, tensor))
     if optimizer is not None:
@@ -74,7 +75,13 @@ def holding(
                 pieces += state_pieces(optimizer, name, p, everyone)
                 if id(p) in copied:
                     pieces += _placed(name, MOMENTUM_KIND, optimizer.state[p][MOMENTUM], p, everyone)
-    return Holding("dtensor" if distributed else "replicated", pieces)
+
+    @torch.no_grad()
+    def finish() -> None:
+        for parameter, master in masters.items():
+            local_part(parameter).copy_(local_part(master))
+
+    return Holding("dtensor" if distributed else "replicated", pieces, finish)
 
 
 def state_pieces(
@@ -114,7 +121,8 @@ def make_state(
             device = p.device if group.get("fused") or group.get("capturable") else "cpu"
             state[kind] = torch.zeros((), dtype=tensor.torch_dtype, device=device)
         else:
-            state[kind] = torch.zeros_like(p, dtype=tensor.torch_dtype, requires_grad=False)
+            dtype = optimizer.moment_dtype(p) if isinstance(optimizer, Muon) else tensor.torch_dtype
+            state[kind] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
 
 
 # Where a tensor lies -------------------------------------------------------------------------------------------------

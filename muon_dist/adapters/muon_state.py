@@ -15,9 +15,9 @@ from muon_dist.optim.state import RESTING
 
 
 def kept_by_all(optimizer: Muon) -> set[int]:
-    """`id()` of the parameters whose momentum every holder keeps, not its sources alone (`Binding.everywhere`)."""
+    """`id()` of the parameters whose momentum every holder keeps, not its sources alone (`Runtime.everywhere`)."""
     runtime = optimizer.bound_runtime()
-    return {id(runtime.binding.buffers[buffer]) for buffer in runtime.binding.everywhere(runtime.plan)}
+    return {id(runtime.binding.buffers[buffer]) for buffer in runtime.everywhere}
 
 
 def muon_pieces(optimizer: Muon, source: Checkpoint | None = None) -> list[Piece]:
@@ -79,12 +79,15 @@ def _memory(runtime: Runtime, buffer: int) -> Iterator[Piece]:
             yield from whole(clean_name(name), kind, (len(members),), numbers[at : at + len(members)], everyone)
         at += len(members)
         for kind in memory.row_names[buffer]:
-            yield from _rows(clean_name(name), kind, [(memory.features(i), memory.rows[kind].get(i)) for i in members])
+            parts = [(memory.features(i), memory.rows[kind].get(i)) for i in members]
+            yield from _rows(clean_name(name), kind, parts, everyone if memory.every_row else ())
 
 
-def _rows(name: str, kind: str, parts: list[tuple[int, torch.Tensor | None]]) -> Iterator[Piece]:
+def _rows(
+    name: str, kind: str, parts: list[tuple[int, torch.Tensor | None]], holders: tuple[int, ...]
+) -> Iterator[Piece]:
     total, at = sum(features for features, _ in parts), 0
     for features, rows in parts:
         if rows is not None:
-            yield from run(name, kind, (total,), at, rows)
+            yield from run(name, kind, (total,), at, rows, holders)
         at += features

@@ -22,7 +22,7 @@ BUFFER = "buffer"
 """Kind of a module's persistent buffer."""
 MOMENTUM = "momentum"
 """Kind of Muon's momentum. Other state keeps torch's own names: exp_avg, exp_avg_sq, step."""
-OPTIONAL = frozenset({"zero_gradient_steps"})
+OPTIONAL = frozenset({"zero_gradient_steps", "rounding_steps"})
 """Kinds that a checkpoint may lack: they are zero then."""
 
 

@@ -145,6 +145,18 @@ class MuonConfig(Block):
         default="analytic",
         description="what balanced owners are balanced by; measured: timed once, and kept in a file",
     )
+    master_weights: bool = Field(
+        default=False, description="fp32 masters of 16-bit parameters, of AdamW's as well: 4 bytes more an element"
+    )
+    stochastic_rounding: bool = Field(
+        default=False,
+        description="random rounding of bfloat16 parameters, of AdamW's as well, whose mean is exact; drawn from seed",
+    )
+    momentum_everywhere: bool = Field(
+        default=False,
+        description="momentum on every rank that holds a copy of a weight, so that any library saves it all: 4 bytes "
+        "an element on each",
+    )
 
 
 class AdamWConfig(Block):

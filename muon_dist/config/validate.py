@@ -235,6 +235,7 @@ def _optimizer(config: Config) -> Found:
             "set ns_dtype to float32 or null, or choose another schedule",
         )
     yield from _rule(muon)
+    yield from _low_precision(config)
     for index, override in enumerate(routing.overrides):
         yield from _pattern(("optimizer", "routing", "overrides", index, "pattern"), override.pattern)
     for index, split in enumerate(routing.split):
@@ -243,6 +244,17 @@ def _optimizer(config: Config) -> Found:
             yield ("optimizer", "routing", "split", index), "needs exactly one of heads and sizes"
     for index, group in enumerate(config.optimizer.groups):
         yield from _group(("optimizer", "groups", index), group, muon)
+
+
+def _low_precision(config: Config) -> Found:
+    muon = config.optimizer.muon
+    if muon.master_weights and muon.stochastic_rounding:
+        problem = "and optimizer.muon.master_weights are both on: masters lose nothing, so leave one out"
+        yield ("optimizer", "muon", "stochastic_rounding"), problem
+    for name in ("master_weights", "stochastic_rounding"):
+        if getattr(muon, name) and config.optimizer.name == "adamw":
+            problem = "is on, but optimizer.name is adamw, which is torch.optim.AdamW and has no such option"
+            yield ("optimizer", "muon", name), problem
 
 
 def _rule(muon: MuonConfig) -> Found:

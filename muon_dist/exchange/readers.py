@@ -99,6 +99,7 @@ class Listing:
         parts: of each buffer, in the order of the list.
         readers: of each buffer.
         matrices: the matrix of each fragment.
+        blocks: where each fragment stands in its matrix.
         shapes: the shape of each fragment's view.
     """
 
@@ -106,6 +107,7 @@ class Listing:
         self.parts = {b: sorted(of_buffer, key=lambda part: part[1].local.start) for b, of_buffer in parts.items()}
         self.readers = {b: Reader(shapes[b], [f.local for _, f in ordered]) for b, ordered in self.parts.items()}
         self.matrices = [i for ordered in self.parts.values() for i, _ in ordered]
+        self.blocks = [f.block for ordered in self.parts.values() for _, f in ordered]
         self.shapes = [shape for reader in self.readers.values() for shape in reader.shapes]
         every = (part for ordered in self.parts.values() for part in ordered)
         self._number = {(i, f.block.start): n for n, (i, f) in enumerate(every)}

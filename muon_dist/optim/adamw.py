@@ -9,14 +9,15 @@ import torch
 from torch.optim.adamw import adamw
 
 from muon_dist.optim.binding import Group
+from muon_dist.optim.rounding import AdamWRounding, is_narrow
 
 
-def adamw_state(parameter: torch.Tensor) -> dict[str, Any]:
-    """Fresh state with torch's names: `step`, `exp_avg`, `exp_avg_sq`."""
+def adamw_state(parameter: torch.Tensor, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Fresh state with torch's names: `step`, `exp_avg`, `exp_avg_sq`. dtype: by default the parameter's."""
     return {
         "step": torch.tensor(0.0),
-        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format, dtype=dtype),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format, dtype=dtype),
     }
 
 
@@ -31,21 +32,27 @@ def adamw_step(
     work: list[AdamWork],
     local: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     part_bytes: int = 2**28,
+    rounding: AdamWRounding | None = None,
 ) -> None:
     """One AdamW step; state is made on first use.
 
     Parameters are stepped in lists of at most `part_bytes`, a larger one alone: torch allocates once more what a list
-    holds. `local` gives this rank's part of a state tensor.
+    holds. `local` gives this rank's part of a state tensor. `rounding`: step 16-bit parameters in fp32 and round them
+    stochastically; with it, or where the part is a fp32 master, the moments are in fp32 as well.
     """
-    for parameter, _, _ in work:
+    for parameter, p, _ in work:
         if "exp_avg" not in state[parameter]:
-            state[parameter].update(adamw_state(parameter))
+            wide = is_narrow(parameter) and (rounding is not None or p.dtype != parameter.dtype)
+            state[parameter].update(adamw_state(parameter, torch.float32 if wide else None))
     beta1, beta2 = group["betas"]
     for part in _in_parts(work, part_bytes):
         states = [state[p] for p, _, _ in part]
+        weights = [p for _, p, _ in part]
+        if rounding is not None:
+            weights = [p.to(torch.float32) if is_narrow(p) else p for p in weights]
         adamw(
-            [p for _, p, _ in part],
-            [g for _, _, g in part],
+            weights,
+            [g if p.dtype != torch.float32 else g.to(p.dtype) for p, (_, _, g) in zip(weights, part, strict=True)],
             [local(s["exp_avg"]) for s in states],
             [local(s["exp_avg_sq"]) for s in states],
             [],
@@ -59,6 +66,9 @@ def adamw_step(
             eps=group["eps"],
             maximize=False,
         )
+        if rounding is not None:
+            for result, (parameter, p, _), s in zip(weights, part, states, strict=True):
+                rounding.write(parameter, p, result, int(s["step"]))
 
 
 def _in_parts(work: list[AdamWork], part_bytes: int) -> Iterator[list[AdamWork]]:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from muon_dist.layout import Layout, Matrix
+from muon_dist.layout import Fragment, Layout, Matrix
 from muon_dist.optim.rules import Group
 from muon_dist.optim.rules.scale import update_scale
 from muon_dist.ownership import OwnershipPlan
 
 __all__ = ["Binding", "Bound", "Group", "NotReady", "ParameterSpec", "update_scale"]
+
+
+def holders_of_copies(plan: OwnershipPlan, wanted: bool = False) -> Set[int]:
+    """The buffers of which some element lies on several ranks, if they are `wanted`."""
+    copied = (m.buffer for m in plan.layout.matrices if int(m.fragments.length.sum()) > m.matrix.numel)
+    return frozenset(copied) if wanted else frozenset()
+
+
+def _all_of(name: str, tensor: torch.Tensor) -> Sequence[Fragment]:
+    return [Fragment.run(0, 0, tensor.numel(), 0, 0)]
 
 
 @dataclass
@@ -32,13 +42,14 @@ class Binding:
         local: this rank's part of a buffer or of its stored momentum, where those are distributed tensors; called in
             every step, because a framework may replace the storage.
         column: the replica group of this rank: ranks of `group` with the same of `layout.columns`; None: all.
-        everywhere: buffers of which every holder keeps the momentum, not the sources alone: those whose sources the
-            framework's checkpoint cannot express.
+        everywhere: buffers of which every holder keeps the momentum, not the sources alone: all that have several
+            holders if its second argument is True, else those whose sources the framework's checkpoint cannot express.
         stored: the momentum of a buffer as it stands in the optimizer's `state`, of this rank's part (None where it
             keeps none); None to store nothing.
         parts: this rank's part of a buffer and of its gradient, the same elements; None where those are plain tensors.
         stored_rows: as `stored`, of what the owner of a matrix keeps for its output features, a 1-D tensor; given the
             number of the matrix in the layout.
+        fragments: given name and tensor of any parameter, which elements of it this rank's part is.
     """
 
     layout: Layout
@@ -49,7 +60,7 @@ class Binding:
     finite: Callable[[], bool | None] = field(default=lambda: None)
     local: Callable[[torch.Tensor], torch.Tensor] = field(default=lambda tensor: tensor)
     column: dist.ProcessGroup | None = None
-    everywhere: Callable[[OwnershipPlan], Set[int]] = field(default=lambda plan: frozenset())
+    everywhere: Callable[[OwnershipPlan, bool], Set[int]] = field(default=holders_of_copies)
     stored: Callable[[OwnershipPlan, int, torch.Tensor | None], torch.Tensor | None] = field(
         default=lambda plan, buffer, momentum: momentum
     )
@@ -57,6 +68,7 @@ class Binding:
     stored_rows: Callable[[OwnershipPlan, int, torch.Tensor | None], torch.Tensor | None] = field(
         default=lambda plan, matrix, rows: rows
     )
+    fragments: Callable[[str, torch.Tensor], Sequence[Fragment]] = field(default=_all_of)
 
 
 class NotReady:

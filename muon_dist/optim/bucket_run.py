@@ -14,6 +14,7 @@ from muon_dist.exchange.progress import Progress
 from muon_dist.exchange.transport import Broadcasts, Transport
 from muon_dist.layout import Matrix
 from muon_dist.optim.program import BucketProgram, Pieces, index_on
+from muon_dist.optim.rounding import MuonRounding
 from muon_dist.optim.rules import Group, MuonRule, Owned
 
 Observer = Callable[[Matrix, Tensor, Tensor], None]
@@ -51,6 +52,7 @@ class StepContext:
         rows: by name of `row_memory` and matrix, what this rank keeps as an owner.
         orthogonalize: in place of Newton-Schulz, if it is not None.
         rest: by matrix whose gradient is zero, what its update is multiplied by.
+        rounding: how bfloat16 weights are written; None for torch's own rounding, to the nearest.
         rounded: dtype of the messages, if it may be narrower than the updates: owners then round what they keep too.
     """
 
@@ -66,6 +68,7 @@ class StepContext:
     observer: Observer | None
     rounded: torch.dtype | None
     rest: Mapping[int, float]
+    rounding: MuonRounding | None
 
 
 @dataclass
@@ -218,9 +221,21 @@ class BucketRun:
             weights = [self.step.weights[n] for n in p.numbers]
             if weights[0].dtype == given[0].dtype != torch.float32:
                 given = [u.to(torch.float32) for u in given]  # lr times scale is rounded to fp32, never to 16 bits
-            of_group.rule.apply(weights, given, of_group.lr * p.scale)
+            if self.step.rounding is None:
+                of_group.rule.apply(weights, given, of_group.lr * p.scale)
+            else:
+                self._apply_rounded(self.step.rounding, p, weights, given)
             if p.scratch is not None:
                 p.scratch.allocated = False
+
+    def _apply_rounded(self, rounding: MuonRounding, p: Pieces, weights: list[Tensor], given: list[Tensor]) -> None:
+        """Decay and change these weights in fp32, so that each is rounded once."""
+        g = self.step.groups[p.group]
+        for some in rounding.opened(p.numbers, weights):
+            of_members = [rounding.listing.matrices[p.numbers[n]] for n in some.members]
+            g.rule.decay(some.wide, g.factors, [g.position[i] for i in of_members], g.lr, g.group)
+            updates = [given[n][rows] for n, rows in zip(some.members, some.slices, strict=True)]
+            g.rule.apply(some.wide, updates, g.lr * p.scale)
 
 
 def _replaced(orthogonalize: Orthogonalize, group: Group, stack: Tensor) -> None:

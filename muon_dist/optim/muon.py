@@ -20,28 +20,19 @@ from muon_dist.optim.copies import MUON, packed, unpack
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.groups import Entries, groups_of
 from muon_dist.optim.guard import StepGuard, parameter_names
+from muon_dist.optim.low_precision import prepare
 from muon_dist.optim.options import DEFAULT_GROUP, Options, check_process_group, read_group
-from muon_dist.optim.planning import agreed_plan, check_saved_groups, plain_binding, replaced_groups
+from muon_dist.optim.planning import agreed_plan, plain_binding, replaced_groups
 from muon_dist.optim.replicas import check_copies
 from muon_dist.optim.rules import RULES, MuonRule
 from muon_dist.optim.rules.choice import DefaultFlag, DefaultNumber, DefaultText
 from muon_dist.optim.runtime import Runtime, Work
-from muon_dist.optim.state import (
-    PARTIAL,
-    Loaded,
-    carried,
-    full_state,
-    indexed_parameters,
-    install,
-    keep_resting,
-    partial_momentum,
-    split_state,
-    warn_if_partial,
-)
+from muon_dist.optim.state import Loaded, carried, install, say_bytes
+from muon_dist.optim.state_dicts import StateDicts
 from muon_dist.ownership import OwnershipPlan
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(StateDicts):
     """Momentum orthogonalized by Newton-Schulz for matrices, AdamW for the rest, exact under every sharding.
 
     The update of a matrix W with gradient G and momentum buffer B (Keller Jordan 2024, and `torch.optim.Muon`):
@@ -76,6 +67,13 @@ class Muon(torch.optim.Optimizer):
         diagnostics: a `Diagnostics`, or its arguments: spectral measures of each matrix, taken on its owner.
         rule, rule_options: update rule of Muon groups ("muon", "normuon", "hyperball" or "namo"; see `optim.rules`),
             and what it has beside the options above, such as `beta2` of "normuon".
+        master_weights: keep an fp32 master of every 16-bit parameter, 4 bytes for each element; see
+            docs/low-precision.md.
+        stochastic_rounding: write bfloat16 parameters of both algorithms with random rounding whose mean is exact.
+            The random numbers are a function of `rounding_seed`, name, step and element: the same under every layout.
+        rounding_seed: see `stochastic_rounding`; the same on all ranks.
+        momentum_everywhere: every rank that holds a copy of a weight keeps its momentum too (DDP, ZeRO-0, HSDP), 4
+            bytes for each element, so that whatever saves `state_dict()` of one rank saves everything.
         groups: options by name, where `params` is a model: as of `param_groups`.
 
     Attributes:
@@ -112,11 +110,18 @@ class Muon(torch.optim.Optimizer):
         diagnostics: Diagnostics | Mapping[str, Any] | None = None,
         rule: str = "muon",
         rule_options: Mapping[str, float] | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
+        momentum_everywhere: bool = False,
         groups: Entries = (),
     ) -> None:
         check_process_group(process_group)
         self.process_group = process_group
-        self._options = Options(owner_policy, cost, bucket_mb, overlap, ns_compile, wire_dtype)
+        self._options = Options(
+            owner_policy, cost, bucket_mb, overlap, ns_compile, wire_dtype,
+            master_weights, stochastic_rounding, rounding_seed, momentum_everywhere,
+        )  # fmt: skip
         self.guard = StepGuard(max_nonfinite)
         self.progress = Progress()
         self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
@@ -125,23 +130,11 @@ class Muon(torch.optim.Optimizer):
         self._rules: list[MuonRule | None] = []
         # All groups, also while a framework steps them one at a time with `param_groups` cut down to that one.
         self._groups: list[Group] = []
-        self._gathered: dict[str, Any] | None = None
-        self._runtime: Runtime | None = None
-        self._copies_compared = self._warned_of_partial_state = False
-        self._loaded: dict[torch.Tensor, Loaded] | None = None
         defaults: dict[str, Any] = {
-            "algorithm": "muon",
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "ns_schedule": ns_schedule,
-            "ns_dtype": ns_dtype,
-            "scale": scale,
-            "betas": betas,
-            "eps": eps,
-        }
+            "algorithm": "muon", "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
+            "ns_steps": ns_steps, "ns_schedule": ns_schedule, "ns_dtype": ns_dtype, "scale": scale,
+            "betas": betas, "eps": eps,
+        }  # fmt: skip
         self._default_rule = {"rule": rule, "rule_options": rule_options if rule_options is not None else {}}
         super().__init__(groups_of(params, groups), defaults)
         if "muon" not in self.algorithms:
@@ -218,8 +211,14 @@ class Muon(torch.optim.Optimizer):
             self.diagnostics.begin(plan.names_owned_by(transport.rank))
             self._runtime.observer = self.diagnostics.observe
         self._buffer_of: dict[int, int] = {id(tensor): i for i, tensor in enumerate(binding.buffers)}
-        install(self._runtime, self.state, self._loaded)
+        runtime, loaded = self._runtime, self._loaded
+        transport.progress.enter("optimizer state")
+        transport.ranks.everywhere(lambda: install(runtime, self.state, loaded))
         self._loaded = None
+        say_bytes(runtime)
+        self._masters, self._rounding = prepare(
+            self._options, self._named(), lambda: self.state, binding, transport.rank
+        )
 
     def bound_runtime(self) -> Runtime:
         """The runtime, planned now if it was not yet; then a collective.
@@ -312,6 +311,8 @@ class Muon(torch.optim.Optimizer):
         for (index, p), (local, gradient), wanted in zip(present, parts, allowed.present, strict=True):
             if not wanted:
                 continue
+            if self._masters is not None:
+                local = self._masters.open(p, local)
             if gradient is None:
                 gradient = torch.zeros_like(local)
             elif gradient.is_sparse:
@@ -328,73 +329,8 @@ class Muon(torch.optim.Optimizer):
             work[buffer] = Work(local, gradient, self._groups[index])
         progress.enter("adamw")
         for index, of_group in adamw.items():
-            adamw_step(self._groups[index], self.state, of_group, binding.local, self._options.bucket_bytes)
+            group, size = self._groups[index], self._options.bucket_bytes
+            adamw_step(group, self.state, of_group, binding.local, size, self._rounding)
         runtime.step(work, allowed.zero)
-
-    # State ----------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's part: its own momentum, and AdamW's state as kept here; local. See `full_state_dict`.
-
-        A RuntimeWarning says once when this part lacks momentum that lies on other ranks, as under DDP.
-        """
-        if self._gathered is not None:
-            return self._gathered
-        runtime = self._runtime
-        if runtime is None:
-            return super().state_dict()
-        self._warned_of_partial_state = self._warned_of_partial_state or warn_if_partial(runtime, self.state)
-        keep_resting(runtime, self.state)
-        packed = super().state_dict()
-        if partial := partial_momentum(runtime, indexed_parameters(self)):
-            packed[PARTIAL] = partial
-        return packed
-
-    def full_state_dict(self) -> dict[str, Any]:
-        """The state of a single process, gathered to rank 0 of the process group; a collective.
-
-        Rank 0 gets a state_dict that `load_state_dict` takes on any number of ranks, others get {}.
-
-        Raises:
-            CheckpointError: the framework keeps the parameters in parts, and saves them itself.
-        """
-        if self._runtime is not None:
-            keep_resting(self._runtime, self.state)
-        local = super().state_dict()
-        if self._runtime is None or self._runtime.transport.world_size == 1:
-            return local
-        return full_state(self._runtime, local, indexed_parameters(self))
-
-    def gather_state(self) -> None:
-        """Until `release_state`, let `state_dict()` be `full_state_dict()` on rank 0; a collective.
-
-        For a framework that saves the state dict of rank 0 alone: its hook before a save, on all ranks.
-        """
-        self._gathered = self.full_state_dict() or None
-
-    def release_state(self) -> None:
-        """Let `state_dict()` be this rank's part again."""
-        self._gathered = None
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `full_state_dict()`, or this rank's own `state_dict()`; local, on every rank.
-
-        Momentum is kept in fp32 whatever the parameters' dtype, and taken apart for this rank's plan.
-
-        Raises:
-            ConfigError: a group's algorithm or rule differs.
-            CheckpointError: momentum that this rank holds is missing, or a group has its parameters in another order.
-        """
-        check_saved_groups(state_dict["param_groups"], self._groups, self.algorithms, self.specs)
-        loaded, rest = split_state(indexed_parameters(self), state_dict)
-        super().load_state_dict(rest)
-        self._groups = list(self.param_groups)
-        self._loaded = loaded if state_dict["state"] else None
-        if self._runtime is not None:
-            if self._loaded is None:
-                self._runtime.forget()
-            install(self._runtime, self.state, self._loaded)
-            self._loaded = None
-            return
-        for p, given in loaded.items():
-            self.state[p].update(given.entries())
+        if self._masters is not None:
+            self._masters.close()

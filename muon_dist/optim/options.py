@@ -38,6 +38,10 @@ class Options:
     overlap: bool = True
     ns_compile: bool = False
     wire_dtype: torch.dtype | None = None
+    master_weights: bool = False
+    stochastic_rounding: bool = False
+    rounding_seed: int = 0
+    momentum_everywhere: bool = False
 
     def __post_init__(self) -> None:
         if not self.bucket_mb > 0:
@@ -46,6 +50,10 @@ class Options:
             raise ConfigError(f"wire_dtype is {self.wire_dtype}: use a floating-point dtype or None")
         if not isinstance(self.cost, CostModel) and self.cost not in (ANALYTIC, MEASURED):
             raise ConfigError(f"cost '{self.cost}' is unknown: use {ANALYTIC}, {MEASURED} or a CostModel")
+        if self.master_weights and self.stochastic_rounding:
+            raise ConfigError(
+                "master_weights and stochastic_rounding are both on: masters lose nothing, so leave one out"
+            )
 
     @property
     def bucket_bytes(self) -> int:
@@ -57,6 +65,9 @@ class Options:
         yield "bucket_mb in bytes", self.bucket_bytes
         yield "wire_dtype", str(self.wire_dtype)
         yield "overlap", self.overlap
+        yield "master_weights", self.master_weights
+        yield "stochastic_rounding and rounding_seed", (self.stochastic_rounding, self.rounding_seed)
+        yield "momentum_everywhere", self.momentum_everywhere
 
 
 def check_process_group(process_group: dist.ProcessGroup | str | None) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from muon_dist.checkpoint.piece import clean_name
 from muon_dist.exchange.readers import Listing, Reader, parts_on
 from muon_dist.exchange.schedule import bucket_elements
 from muon_dist.exchange.transport import Transport
@@ -22,6 +23,7 @@ from muon_dist.optim.memory import RuleMemory
 from muon_dist.optim.norms import RuleSums
 from muon_dist.optim.options import Options
 from muon_dist.optim.program import Program
+from muon_dist.optim.rounding import MuonRounding, is_rounded
 from muon_dist.optim.rules import RULES, Group, MuonRule
 from muon_dist.optim.rules.factors import scale_weights
 from muon_dist.optim.rules.muon import GRADIENT, MOMENTUM, WEIGHT
@@ -56,6 +58,7 @@ class Runtime:
             a source of all that it holds or must keep it all, else one flat tensor of the source fragments in the
             order of the buffer, or nothing.
         memory: what the rules keep beside momentum.
+        everywhere: buffers of which every holder keeps the momentum, not its sources alone.
         orthogonalize: replaces a stack by its orthogonalized update; None for Newton-Schulz as the group says.
         orthogonalized: matrices orthogonalized on this rank since the start.
         resting: of each matrix, the steps in a row in which its gradient was exactly zero, in fp64 on the CPU; the
@@ -89,8 +92,12 @@ class Runtime:
         self._programs: dict[tuple[object, ...], Program] = {}
         self._matrices = [m.matrix for m in plan.layout.matrices]
         of_buffers = {b: self._rules[group_of[b]] for b in range(len(binding.buffers))}
-        self.memory = RuleMemory(plan, transport.rank, binding.device, of_buffers)
-        everywhere = binding.everywhere(plan)
+        self.everywhere = everywhere = binding.everywhere(plan, options.momentum_everywhere)
+        self._rounds = options.stochastic_rounding
+        self._names = [clean_name(m.name) for m in self._matrices]
+        rounded = {b for b, tensor in enumerate(binding.buffers) if self._rounds and is_rounded(tensor)}
+        every_row = options.momentum_everywhere and plan.layout.kind == "replicated" and transport.world_size > 1
+        self.memory = RuleMemory(plan, transport.rank, binding.device, of_buffers, rounded, every_row)
         self._compiler = ProgramCompiler(
             plan, transport, options, binding.device, self.memory.matrices, group_of, self._rules, everywhere
         )
@@ -176,7 +183,14 @@ class Runtime:
                 bucket.update()
         if sums is not None:
             for p, factors in sums.end():
-                scale_weights([step.weights[n] for n in p.weights], p.weight_positions, factors)
+                held = [step.weights[n] for n in p.weights]
+                if step.rounding is None:
+                    scale_weights(held, p.weight_positions, factors)
+                    continue
+                for some in step.rounding.opened(p.weights, held, 1):
+                    scale_weights(some.wide, [p.weight_positions[n] for n in some.members], factors)
+        if self.memory.every_row:
+            self.memory.share(sorted(work), self.transport)
         phases = self.plan.layout.phases
         progress.step += len(phases) <= 1 or any(buffer in work for buffer in phases[-1])
         progress.enter("idle")
@@ -221,12 +235,16 @@ class Runtime:
                     self._counts[i] = self._counts[i] + 1 if i in zero and i not in self.unmoved else 0
                     if i in zero and not p.rule.shrinks_with_momentum:
                         rest[i] = float(group["momentum"] ** self._counts[i])
-            if p.weights:
+            if p.weights and not self._rounds:
                 held = [weights[n] for n in p.weights]
                 p.rule.decay(held, of_matrices, p.weight_positions, of_groups[p.index].lr, group)
+        rounding = None
+        if self._rounds:
+            steps = self.memory.count(list(parameters))
+            rounding = MuonRounding(self.options.rounding_seed, program.weights, self._names, steps)
         step = StepContext(
             self.transport, self.transport.progress, of_groups, weights, sent, momentum, factor, self.memory.rows,
-            self.orthogonalize, self.observer, self.options.wire_dtype, rest,
+            self.orthogonalize, self.observer, self.options.wire_dtype, rest, rounding,
         )  # fmt: skip
         return step, program, sums
 

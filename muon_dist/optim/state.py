@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.layout import view
+from muon_dist.optim.low_precision import MASTER
+from muon_dist.optim.memory import ROUNDINGS
 from muon_dist.optim.rules import RULES
 from muon_dist.optim.runtime import Runtime
 
+logger = logging.getLogger("muon_dist")
 MOMENTUM = "momentum_buffer"
 PARTIAL = "partial_momentum"
 """Key of a rank's own state dict: for each parameter whose momentum the rank holds in part, the matrices it holds."""
@@ -82,12 +86,26 @@ def warn_if_partial(runtime: Runtime, state: Mapping[Tensor, Mapping[str, Any]])
     warnings.warn(
         f"this state_dict is the part of rank {runtime.transport.rank} alone: it lacks the momentum of {missing} of "
         f"{len(runtime.binding.buffers)} parameters, which lies on other ranks. It loads only on this rank and for "
-        "the same plan. To save everything, call full_state_dict() on all ranks and save what rank 0 gets, or let "
-        "MuonTrainer save the checkpoint",
+        "the same plan. To save everything: make the optimizer with momentum_everywhere=True, with which every "
+        "state_dict is whole; or call full_state_dict() on all ranks and save what rank 0 gets; or save with "
+        "muon_dist.checkpoint (MuonTrainer does; docs/checkpoints.md)",
         RuntimeWarning,
         stacklevel=3,
     )
     return True
+
+
+def say_bytes(runtime: Runtime) -> None:
+    """Log once, on rank 0, what `momentum_everywhere` costs."""
+    if not runtime.everywhere or not runtime.options.momentum_everywhere or runtime.transport.rank:
+        return
+    kept = sum(runtime.momentum[b].numel() for b in runtime.everywhere)
+    needed = sum(f.length for b in runtime.everywhere for _, f, _ in runtime.momentum_pieces(b))
+    logger.info(
+        "momentum_everywhere: rank 0 keeps %.1f MB of momentum, of which it would need %.1f MB as an owner",
+        4 * kept / 1e6,
+        4 * needed / 1e6,
+    )
 
 
 # Loading ------------------------------------------------------------------------------------------------------------
@@ -140,7 +158,7 @@ def split_state(
 
 def is_own(key: str) -> bool:
     """Whether a key of the state is of a Muon group: momentum, or what a rule keeps."""
-    return key in (MOMENTUM, RESTING) or key.partition(":")[0] in RULE_MEMORY
+    return key in (MOMENTUM, RESTING, ROUNDINGS, MASTER) or key.partition(":")[0] in RULE_MEMORY
 
 
 def keep_resting(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
@@ -160,7 +178,7 @@ def install(
     if loaded is not None:
         adopt(runtime, loaded)
     for buffer, parameter in enumerate(runtime.binding.buffers):
-        for key in [key for key in state.get(parameter, {}) if is_own(key)]:
+        for key in [key for key in state.get(parameter, {}) if is_own(key) and key != MASTER]:
             del state[parameter][key]  # of an earlier plan, or as it was loaded
         if found := entries(runtime, buffer):
             state[parameter].update(found)
@@ -227,9 +245,11 @@ def _adopt_memory(runtime: Runtime, buffer: int, given: Loaded) -> None:
                 parts = given.memory[name].split(sizes)
                 members = zip(memory.matrices[buffer], parts, strict=True)
                 whole.update({f"{name}:{matrices[i].matrix.name}": part for i, part in members})
-        wanted.update({rows_key(runtime, name, i): memory.rows[name][i] for i in memory.owned[buffer]})
+        wanted.update({rows_key(runtime, name, i): rows for i, rows in _kept_rows(runtime, buffer, name)})
     for key, kept in wanted.items():
         value = given.memory.get(key, whole.get(key))
+        if value is None and key == ROUNDINGS:
+            value = torch.zeros_like(kept)  # saved without stochastic rounding
         if value is None:
             raise CheckpointError(_missing(runtime, f"{key} of {matrices[memory.matrices[buffer][0]].matrix.name}"))
         value = runtime.binding.local(value)
@@ -238,10 +258,16 @@ def _adopt_memory(runtime: Runtime, buffer: int, given: Loaded) -> None:
         kept.copy_(value)
 
 
+def _kept_rows(runtime: Runtime, buffer: int, name: str) -> list[tuple[int, Tensor]]:
+    rows = runtime.memory.rows[name]
+    return [(i, rows[i]) for i in runtime.memory.matrices[buffer] if i in rows]
+
+
 def _missing(runtime: Runtime, what: str) -> str:
     return (
         f"the state dict has no {what}, which rank {runtime.transport.rank} owns: it is one rank's part only. Save "
-        "with full_state_dict() on all ranks (MuonTrainer does), or load on each rank the file that this rank saved"
+        "with full_state_dict() on all ranks (MuonTrainer does), or from an optimizer made with "
+        "momentum_everywhere=True; or load on each rank the file that this rank saved"
     )
 
 
@@ -317,6 +343,6 @@ def _padded(runtime: Runtime, buffer: int, parameter: Tensor) -> dict[str, Tenso
         sizes = [memory.features(i) for i in memory.matrices[buffer]]
         found[name] = torch.zeros(sum(sizes), dtype=torch.float32, device=runtime.binding.device)
         for i, part in zip(memory.matrices[buffer], found[name].split(sizes), strict=True):
-            if i in memory.rows[name]:
+            if i in memory.owned[buffer]:
                 part.copy_(memory.rows[name][i])
     return found

@@ -114,6 +114,7 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
         low_precision=bool(trainer.get("bf16", False) or trainer.get("fp16", False)),
         sub_group_size=int(zero.get("sub_group_size", 10**9)),
         ordered=not zero.get("round_robin_gradients", False),
+        momentum_everywhere=muon.momentum_everywhere,
     )
     return workload, settings
 

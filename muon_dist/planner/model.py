@@ -31,7 +31,8 @@ class Settings:
     """What of the optimizer's and the trainer's settings the plan depends on.
 
     micro_batch: samples of a rank in one forward pass. low_precision: the model computes in bf16. ordered: under
-    ZeRO-1/2 each Muon group is put into the order of `partition_order`, as `MuonFactory` does.
+    ZeRO-1/2 each Muon group is put into the order of `partition_order`, as `MuonFactory` does. momentum_everywhere:
+    see `Muon`.
     """
 
     ns_steps: int = 5
@@ -48,6 +49,7 @@ class Settings:
     low_precision: bool = True
     sub_group_size: int = 10**9
     ordered: bool = True
+    momentum_everywhere: bool = False
 
     @property
     def iterations(self) -> int:

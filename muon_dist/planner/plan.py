@@ -252,10 +252,8 @@ def _seconds(
     peak = (device.half if settings.low_precision else device.single) * TRAINING_SHARE
     recompute = 4 / 3 if settings.checkpointing else 1.0  # the forward pass once more
     world = owners.layout.world_size
-    shards = 1 if placement.kind == "ddp" else placement.layout.world_size
-    if placement.kind == "hsdp":
-        shards = world // len(set(placement.layout.domains or (0,)))
-    momentum = float(momentum_bytes(owners).max())
+    shards = _shards(placement)
+    momentum = _momentum_bytes(workload, settings, placement, owners)
     held = 4.0 * workload.muon_elements / shards
     return {
         "forward and backward": workload.flops_per_token * settings.tokens * recompute / peak,
@@ -268,6 +266,21 @@ def _seconds(
         "Newton-Schulz": waiting,
         "exchange": exchange.seconds(inside, between, COLLECTIVE_SECONDS if world > 1 else 0.0),
     }
+
+
+def _shards(placement: Placement) -> int:
+    """Ranks over which one copy of the model is cut."""
+    world = placement.layout.world_size
+    if placement.kind == "hsdp":
+        return world // len(set(placement.layout.domains or (0,)))
+    return 1 if placement.kind == "ddp" else world
+
+
+def _momentum_bytes(workload: Workload, settings: Settings, placement: Placement, owners: OwnershipPlan) -> float:
+    """Of the rank that keeps the most."""
+    needed = float(momentum_bytes(owners).max())
+    kept = 4.0 * workload.muon_elements / _shards(placement)
+    return max(needed, kept) if settings.momentum_everywhere else needed
 
 
 def nccl_bytes(world: int) -> float:
@@ -303,7 +316,7 @@ def _memory(
         "weights": placement.weights,
         "gradients": placement.gradients,
         "master weights": placement.master,
-        "momentum": float(momentum_bytes(owners).max()),
+        "momentum": _momentum_bytes(workload, settings, placement, owners),
         "AdamW's moments": placement.adamw,
         "Muon's buckets": float(max(2 * settings.bucket_mb * 2**20, alone)) if buckets else 0.0,
         "gathered layers": placement.working,

@@ -100,6 +100,7 @@ def optimizer_factory(config: Config, table: RoutingTable, spectra: Path | None 
         "adamw_lr": adamw.lr,
         "adamw_weight_decay": adamw.weight_decay,
         "print_routing": False,
+        "rounding_seed": config.seed,
         "max_nonfinite": config.guards.max_nonfinite,
         "diagnostics": {**config.diagnostics.model_dump(), "folder": spectra} if config.diagnostics.every else None,
     }

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from muon_dist.adapters import deepspeed_state
+from muon_dist.checkpoint import Contents, Ranks, Saver, load, open_checkpoint
 from tests.distributed import RankFailure, run_ranks
 
 pytest.importorskip("deepspeed")
@@ -136,6 +138,37 @@ def _stage0_loses_nothing(folder: str) -> int:
 def test_stage_0_saves_momentum_that_rank_0_does_not_hold(tmp_path):
     held = run_ranks(_stage0_loses_nothing, 2, str(tmp_path))
     assert min(held) > 0
+
+
+def _everywhere_at_stage_0(dtype: str, folder: str) -> None:
+    """`momentum_everywhere`: DeepSpeed's own save, without our hook, and ours, both go on exactly."""
+    case = Case(0, dtype, attach=True, muon={"momentum_everywhere": True})
+    engine, optimizer = make_engine(case)
+    _steps(engine, case, 0, 2)
+    del (optimizer if engine.optimizer is optimizer else engine.optimizer).checkpoint_event_prologue
+    engine.save_checkpoint(folder, tag="two")
+    ranks = Ranks.of_the_run()
+    held = deepspeed_state.holding(engine)
+    Saver(f"{folder}/ours", ranks).save(held.pieces, Contents(2, held.layout))
+    _steps(engine, case, 2, 4)
+    wanted = whole_model(engine)
+    engine.destroy()
+    for ours in (False, True):
+        resumed, _ = make_engine(case)
+        if ours:
+            source = open_checkpoint(f"{folder}/ours/checkpoint-2", ranks)
+            load(source, deepspeed_state.holding(resumed, source=source), ranks)
+        else:
+            resumed.load_checkpoint(folder, tag="two")
+        _steps(resumed, case, 2, 4)
+        found = whole_model(resumed)
+        resumed.destroy()
+        assert all(torch.equal(found[n], wanted[n]) for n in wanted), ours
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_momentum_everywhere_at_stage_0_needs_no_hook(tmp_path, dtype):
+    run_ranks(_everywhere_at_stage_0, 2, dtype, str(tmp_path))
 
 
 def _lost_momentum(folder: str) -> None:

@@ -131,15 +131,25 @@ def test_stock_trainer_example_two_ranks(tmp_path: Path) -> None:
     assert held0 + held1 == matrices and min(held0, held1) > 0
 
 
-def stock_session(folder: str, resume: str | None) -> str:
+def stock_session(folder: str, resume: str | None, **options: Any) -> str:
     trainer = Trainer(
         model=make_model(),
         args=arguments(Path(folder), save_strategy="steps", save_steps=3),
         train_dataset=Words(),
-        optimizer_cls_and_kwargs=(MuonFactory, {"lr": 0.02, "print_routing": False}),
+        optimizer_cls_and_kwargs=(MuonFactory, {"lr": 0.02, "print_routing": False, **options}),
     )
     trainer.train(resume_from_checkpoint=resume)
     return digest(trainer.model)
+
+
+def stock_session_with_all_momentum(folder: str, resume: str | None) -> str:
+    return stock_session(folder, resume, momentum_everywhere=True)
+
+
+def test_stock_trainer_resumes_exactly_on_two_ranks_with_momentum_everywhere(tmp_path: Path) -> None:
+    whole = run_ranks(stock_session_with_all_momentum, 2, str(tmp_path), None)
+    resumed = run_ranks(stock_session_with_all_momentum, 2, str(tmp_path), str(tmp_path / "checkpoint-3"))
+    assert resumed == whole and whole[0] == whole[1]
 
 
 def test_stock_trainer_resumes_exactly_on_one_rank(tmp_path: Path) -> None:

@@ -56,9 +56,7 @@ def stepped(folder: Path, mesh: dict[str, int], rank_batches: bool) -> tuple[flo
     muon = next(g for g in groups if g["algorithm"] == "muon")
     cuts = muon.get("cuts") or [{}] * len(muon["params"])
     named = dict(zip(muon["param_names"], muon["params"], strict=True))
-    matrices = {
-        n: cut_parameter(n, tuple(p.shape), **cut) for (n, p), cut in zip(named.items(), cuts, strict=True)
-    }
+    matrices = {n: cut_parameter(n, tuple(p.shape), **cut) for (n, p), cut in zip(named.items(), cuts, strict=True)}
     truth = {n: full(p) for n, p in named.items()}
     momentum = {n: torch.zeros_like(w) for n, w in truth.items()}
     seed = dist.get_rank() // mesh.get("tp_size", 1) if rank_batches else 0

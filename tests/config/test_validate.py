@@ -66,6 +66,16 @@ optimizer:
         ),
         (["optimizer.muon={lr: 0.1, rule: namo, nesterov: true}"], "optimizer.muon: ", "has no nesterov"),
         (["optimizer.muon={lr: 0.1, rule: hyperball, weight_decay: 0.1}"], "optimizer.muon: ", "has no weight_decay"),
+        (
+            ["optimizer.muon={lr: 0.1, stochastic_rounding: true, master_weights: true}"],
+            "optimizer.muon.stochastic_rounding: ",
+            "optimizer.muon.master_weights are both on",
+        ),
+        (
+            ["optimizer.name=adamw", "optimizer.muon.master_weights=true"],
+            "optimizer.muon.master_weights: is on",
+            "optimizer.name is adamw",
+        ),
         (["optimizer.routing.split=[{pattern: a}]"], "optimizer.routing.split.0: ", "one of heads and sizes"),
         (["optimizer.routing.split=[{pattern: a, sizes: []}]"], "optimizer.routing.split.0: ", "heads and sizes"),
         (["trainer={bf16: true, fp16: true}"], "trainer.fp16: ", "trainer.bf16 are both true"),

@@ -46,6 +46,10 @@ def test_memory_by_hand(tiny):
     assert by_layout["hsdp"].memory["weights"] == 4 * total / 2
     for kind in ("zero1", "zero2", "zero3", "fsdp2"):  # momentum exists once: a rank's share, and never two
         assert 4 * muon / n <= by_layout[kind].memory["momentum"] < 4 * muon / n * 1.1, kind
+    kept = {k: replace(settings, momentum_everywhere=True) for k in LAYOUTS}
+    kept_bytes = {k: make_plan(tiny, s, DEVICES["h100"], layout=k, nodes=2, per_node=2) for k, s in kept.items()}
+    assert kept_bytes["ddp"].memory["momentum"] == 4 * muon and kept_bytes["hsdp"].memory["momentum"] >= 4 * muon / 2
+    assert kept_bytes["zero1"].memory == by_layout["zero1"].memory
     tokens = 32 * 2
     assert by_layout["ddp"].memory["activations (estimate)"] == 34 * tokens * 64 * 2 + 6 * tokens * 100
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from muon_dist.adapters.fsdp2.state import DTensorState
 from muon_dist.adapters.fsdp2.storage import (
     check_parameter,
+    fragments,
     is_sharded,
     local_part,
     local_parts,
@@ -61,6 +62,7 @@ def bind(optimizer: Muon) -> Bound | None:
         everywhere=state.everywhere,
         stored=state.momentum,
         stored_rows=state.rows,
+        fragments=fragments,
     )
     return binding, {buffer: index for buffer, (index, *_) in enumerate(ours)}
 

@@ -51,8 +51,11 @@ class DTensorState:
         self._meshes: dict[tuple[Any, ...], DeviceMesh] = {}
         self._sources: list[tuple[int, ...] | None] = []
 
-    def everywhere(self, plan: OwnershipPlan) -> set[int]:
-        """Buffers of which some shard has sources on more than one rank."""
+    def everywhere(self, plan: OwnershipPlan, wanted: bool = False) -> set[int]:
+        """Buffers of which some shard has sources on more than one rank; all if `wanted`."""
+        if wanted:
+            self._sources = [None] * len(self._placed)
+            return {buffer for buffer, p in enumerate(self._placed) if len(p.shards()) < len(p.ranks)}
         found: list[list[set[int]]] = [[set() for _ in p.shards()] for p in self._placed]
         shard_of = [{rank: i for i, holders in enumerate(p.shards()) for rank in holders} for p in self._placed]
         for fragments in plan.sources:

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from muon_dist.errors import FrameworkError, LayoutError
-from muon_dist.layout import Matrix, ShardedParameter
+from muon_dist.layout import Fragment, Matrix, ShardedParameter
 from muon_dist.layout.cuts import Cut
 from muon_dist.ranks import Ranks
 
@@ -128,6 +128,13 @@ def _on_its_mesh(
     if is_sharded(tensor):
         return sharded(name, tensor, matrices, rank_of)
     return ShardedParameter(name, tuple(tensor.shape), (len(every),), every, (None,), matrices)
+
+
+def fragments(name: str, tensor: torch.Tensor) -> Sequence[Fragment]:
+    """The elements of a parameter that this rank holds, whether it is a DTensor or whole."""
+    if not isinstance(tensor, DTensor):
+        return [Fragment.run(0, 0, tensor.numel(), 0, 0)]
+    return sharded(name, tensor).fragments(0).on(dist.get_rank())
 
 
 def _cut(name: str, placement: Placement, mesh: DeviceMesh, axis: int) -> Cut | None:

@@ -1,0 +1,132 @@
+"""16-bit weights: fp32 masters, stochastic rounding, or a warning of what plain rounding loses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muon_dist.errors import ConfigError
+from muon_dist.optim.adamw import adamw_state
+from muon_dist.optim.binding import Binding
+from muon_dist.optim.options import Options
+from muon_dist.optim.rounding import AdamWRounding, is_narrow, is_rounded, rows_within
+
+MASTER = "master_weight"
+"""Key in the optimizer's state of the fp32 master of a 16-bit parameter."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+State = MutableMapping[Tensor, dict[str, Any]]
+_CHUNK = 2**22
+
+
+class MasterWeights:
+    """fp32 masters of 16-bit parameters: a step changes the masters, and the parameters are the masters, rounded.
+
+    A master is kept in the optimizer's `state` under `MASTER`, placed and sharded as its parameter is. Elements that
+    somebody else has changed in the parameter since (a load, an average of weights) are taken over by the master.
+
+    Args:
+        state: of the optimizer; asked every time, because a load replaces it.
+        local: this rank's part of a parameter or of its master.
+    """
+
+    def __init__(self, state: Callable[[], State], local: Callable[[Tensor], Tensor]) -> None:
+        self._state = state
+        self._local = local
+        self._opened: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def of(self, parameter: Tensor) -> Tensor:
+        """The master of a 16-bit parameter as it stands in the state, made if there is none."""
+        state = self._state()[parameter]
+        kept = state.get(MASTER)
+        if kept is None or kept.dtype != torch.float32 or kept.device != parameter.device:
+            kept = (parameter if kept is None else kept).detach().to(parameter.device, torch.float32)
+            state[MASTER] = kept
+        return kept
+
+    @torch.no_grad()
+    def open(self, parameter: Tensor, part: Tensor) -> Tensor:
+        """What a step changes in place of `part`, this rank's part of `parameter`; `part` itself if it is wide."""
+        if not is_narrow(parameter):
+            return part
+        master = self._local(self.of(parameter))
+        chunks = [(master, part)]
+        if master.numel() > _CHUNK:
+            rows = rows_within(master, _CHUNK)
+            chunks = list(zip(master.split(rows), part.split(rows), strict=True))
+        for m, w in chunks:
+            m.copy_(torch.where(w == m.to(w.dtype), m, w))
+        self._opened.append((part, master))
+        return master
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """Round the masters that were opened into their parameters."""
+        if self._opened:
+            parts, masters = zip(*self._opened, strict=True)
+            torch._foreach_copy_(list(parts), list(masters))
+            self._opened = []
+
+
+def prepare(
+    options: Options, named: Sequence[tuple[str, Tensor, str]], state: Callable[[], State], binding: Binding, rank: int
+) -> tuple[MasterWeights | None, AdamWRounding | None]:
+    """What keeps the bits that 16-bit parameters lose, as the options say; warns on rank 0 if nothing does.
+
+    Args:
+        named: name, tensor and algorithm of every parameter; a tensor that a framework has made has any name.
+        rank: in the binding's process group.
+
+    Raises:
+        ConfigError: stochastic rounding of a dtype that it is not made for.
+    """
+    narrow = [(name, p) for name, p, _ in named if is_narrow(p)]
+    for _, p, algorithm in named if options.master_weights or options.stochastic_rounding else ():
+        # All of it now: torch.distributed.checkpoint loads only what the state of a parameter holds.
+        if is_narrow(p) and algorithm == "adamw" and "exp_avg" not in state().get(p, {}):
+            state()[p].update(adamw_state(p, torch.float32))
+    if options.master_weights:
+        masters = MasterWeights(state, binding.local)
+        for _, p in narrow:
+            masters.of(p)
+        return masters, None
+    if options.stochastic_rounding:
+        for name, p in narrow:
+            if not is_rounded(p):
+                raise ConfigError(
+                    f"stochastic_rounding rounds to bfloat16, but {name} is {p.dtype}: use master_weights=True"
+                )
+        names = {id(p): name for name, p, _ in named}
+        return None, AdamWRounding(options.rounding_seed, lambda p: names[id(p)], binding.fragments)
+    if narrow and rank == 0:
+        name, p = narrow[0]
+        warnings.warn(
+            f"{len(narrow)} of {len(named)} parameters are {p.dtype}, such as {name}, and a step rounds them to the "
+            "nearest: changes below 1/512 of a weight are lost, weight decay with them. Pass master_weights=True (4 "
+            "bytes more for each element) or stochastic_rounding=True (none under Muon). See docs/low-precision.md",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return None, None
+
+
+def wide_state(
+    saved: Mapping[Any, Mapping[str, Any]], by_key: Mapping[Any, Tensor]
+) -> dict[Tensor, dict[str, Tensor]]:
+    """By 16-bit parameter, copies of its saved state that must stay in fp32: torch's own loading would cast it.
+
+    Args:
+        saved: the "state" of a state dict.
+        by_key: the parameters by their keys in it.
+    """
+    found = {}
+    for number, entry in saved.items():
+        parameter = by_key.get(number)
+        if parameter is not None and is_narrow(parameter):
+            kept = {key: entry[key] for key in (*MOMENTS, MASTER) if isinstance(entry.get(key), Tensor)}
+            found[parameter] = {k: v.detach().to(parameter.device, torch.float32, copy=True) for k, v in kept.items()}
+    return found
