@@ -61,10 +61,9 @@ class RuleMemory:
         kept = [self.numbers[b][name] for b in buffers]
         torch._foreach_copy_(kept, list(vector.split([len(t) for t in kept])))
 
-    def clear(self) -> None:
-        """Back to the beginning."""
-        for tensor in (t for of_buffer in self.numbers.values() for t in of_buffer.values()):
+    def clear(self, buffer: int) -> None:
+        """Back to the beginning, for one buffer."""
+        rows = [self.rows[name][i] for name in self.row_names[buffer] for i in self.owned[buffer]]
+        for tensor in (*self.numbers[buffer].values(), *rows):
             tensor.zero_()
-        for tensor in (t for of_name in self.rows.values() for t in of_name.values()):
-            tensor.zero_()
-        self.started.clear()
+        self.started.discard(buffer)

@@ -16,11 +16,12 @@ from muon_dist.frameworks import loaded_binders
 from muon_dist.optim.adamw import AdamWork, adamw_step
 from muon_dist.optim.binding import Binding, Group, NotReady, ParameterSpec
 from muon_dist.optim.checks import check_cuts, check_group, check_keys, check_names
-from muon_dist.optim.copies import MUON, packed, unpack
+from muon_dist.optim.copies import MUON, load, packed, unpack
 from muon_dist.optim.diagnostics import Diagnostics
+from muon_dist.optim.gathered import carried, full_state
 from muon_dist.optim.guard import StepGuard, parameter_names
 from muon_dist.optim.options import DEFAULT_GROUP, Options, check_process_group, make_specs
-from muon_dist.optim.planning import agreed_plan, check_saved_groups, plain_binding, replaced_groups
+from muon_dist.optim.planning import agreed_plan, plain_binding, replaced_groups
 from muon_dist.optim.replicas import check_copies
 from muon_dist.optim.rules import MuonRule
 from muon_dist.optim.rules.choice import DefaultFlag, DefaultNumber, DefaultText, choose_rule
@@ -28,13 +29,11 @@ from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import (
     PARTIAL,
     Loaded,
-    carried,
-    full_state,
+    follow,
     indexed_parameters,
     install,
     keep_resting,
     partial_momentum,
-    split_state,
     warn_if_partial,
 )
 from muon_dist.ownership import OwnershipPlan
@@ -156,7 +155,7 @@ class Muon(torch.optim.Optimizer):
         where = f"group {param_group.get('name', index)}"
         check_keys(param_group, self.defaults, where)
         if self._runtime is not None:
-            self._loaded, self._runtime = carried(self._runtime), None
+            self._loaded, self._runtime = carried(self._runtime, self.state), None
         cuts = param_group.pop("cuts", None)
         given = set(param_group)
         super().add_param_group(param_group)
@@ -234,6 +233,7 @@ class Muon(torch.optim.Optimizer):
         if self._runtime is None and not self._bind_first():
             raise FrameworkError("the framework has not finished making the optimizer: save or load after it has")
         assert self._runtime is not None
+        follow(self._runtime, self.state)
         return self._runtime
 
     def _bind_first(self) -> bool:
@@ -279,6 +279,9 @@ class Muon(torch.optim.Optimizer):
 
     def _step(self, runtime: Runtime) -> None:
         binding, progress = runtime.binding, runtime.transport.progress
+        put = ((p, key, value) for p, of_p in runtime.in_state.items() for key, value in of_p.items())
+        if any(self.state.get(p, {}).get(key) is not value for p, key, value in put):
+            follow(runtime, self.state)
         index_of = {id(group): i for i, group in enumerate(self._groups)}
         present: list[tuple[int, torch.Tensor]] = []
         for group in self.param_groups:
@@ -342,6 +345,7 @@ class Muon(torch.optim.Optimizer):
         runtime = self._runtime
         if runtime is None:
             return super().state_dict()
+        follow(runtime, self.state)
         self._warned_of_partial_state = self._warned_of_partial_state or warn_if_partial(runtime, self.state)
         keep_resting(runtime, self.state)
         packed = super().state_dict()
@@ -358,6 +362,7 @@ class Muon(torch.optim.Optimizer):
             CheckpointError: the framework keeps the parameters in parts, and saves them itself.
         """
         if self._runtime is not None:
+            follow(self._runtime, self.state)
             keep_resting(self._runtime, self.state)
         local = super().state_dict()
         if self._runtime is None or self._runtime.transport.world_size == 1:
@@ -378,23 +383,12 @@ class Muon(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `full_state_dict()`, or this rank's own `state_dict()`; local, on every rank.
 
-        Momentum is kept in fp32 whatever the parameters' dtype, and taken apart for this rank's plan.
+        Momentum is kept in fp32 whatever the parameters' dtype, and taken apart for this rank's plan. Load hooks see
+        it, and what they return is loaded.
 
         Raises:
             ConfigError: a group's algorithm or rule differs.
             CheckpointError: momentum of a matrix that this rank holds is missing (another rank's state_dict), or the
                 parameters of a group were in another order.
         """
-        check_saved_groups(state_dict["param_groups"], self._groups, self.algorithms, self.specs)
-        loaded, rest = split_state(indexed_parameters(self), state_dict)
-        super().load_state_dict(rest)
-        self._groups = list(self.param_groups)
-        self._loaded = loaded if state_dict["state"] else None
-        if self._runtime is not None:
-            if self._loaded is None:
-                self._runtime.forget()
-            install(self._runtime, self.state, self._loaded)
-            self._loaded = None
-            return
-        for p, given in loaded.items():
-            self.state[p].update(given.entries())
+        load(self, state_dict, super().load_state_dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,8 @@ class Runtime:
             a source of all that it holds or must keep it all, else one flat tensor of the source fragments in the
             order of the buffer, or nothing.
         memory: what the rules keep beside momentum.
+        in_state: by parameter, the entries that stand for it in the optimizer's `state`: what is another object there
+            was put there by others. None: there is none.
         orthogonalize: replaces a stack by its orthogonalized update; None for Newton-Schulz as the group says.
         orthogonalized: matrices orthogonalized on this rank since the start.
         resting: of each matrix, the steps in a row in which its gradient was exactly zero, in fp64 on the CPU; the
@@ -82,6 +84,7 @@ class Runtime:
         self.observer: Observer | None = None
         self.orthogonalized = 0
         self.momentum: dict[int, Tensor] = {}
+        self.in_state: dict[Tensor, dict[str, Tensor | None]] = {}
         self._group_of = group_of
         self._rules = rules if rules is not None else dict.fromkeys(group_of.values(), RULES["muon"])
         self._elements = bucket_elements(options.bucket_bytes)
@@ -136,13 +139,14 @@ class Runtime:
             (self._matrices[i], f, v.view(f.block.rows, f.block.cols)) for (i, f), v in zip(parts, views, strict=True)
         ]
 
-    def forget(self) -> None:
-        """Set momentum and the rules' memory back to zero."""
-        for momentum in self.momentum.values():
-            momentum.zero_()
-        self.memory.clear()
-        self.resting.zero_()
-        self.unmoved = set(range(len(self._matrices)))
+    def forget(self, buffers: Iterable[int]) -> None:
+        """Set momentum and the rules' memory of some buffers back to zero."""
+        for buffer in buffers:
+            if buffer in self.momentum:
+                self.momentum[buffer].zero_()
+            self.memory.clear(buffer)
+            self.resting[self.memory.matrices[buffer]] = 0.0
+            self.unmoved.update(self.memory.matrices[buffer])
 
     # One step ---------------------------------------------------------------------------------------------------
 
