@@ -51,9 +51,11 @@ class _Without(Transport):
         super().__init__(*arguments)
         self.ranks = Ranks()  # agrees with itself
 
-    def highest(self, values: torch.Tensor) -> list[int]:
+    def highest(self, values: torch.Tensor, words: torch.Tensor | None = None) -> tuple[list[int], bool]:
         self.collectives += 1
-        return [FINITE] * values.numel()
+        if words is not None:
+            torch.cat([values, words.view(torch.uint8), ~words.view(torch.uint8)])  # to be counted
+        return [FINITE] * values.numel(), True
 
 
 class _Counter(TorchDispatchMode):

@@ -39,6 +39,7 @@ class Binding:
         parts: this rank's part of a buffer and of its gradient, the same elements; None where those are plain tensors.
         stored_rows: as `stored`, of what the owner of a matrix keeps for its output features, a 1-D tensor; given the
             number of the matrix in the layout.
+        groups_are_ours: False where the framework may write options of one parameter group into others.
     """
 
     layout: Layout
@@ -57,6 +58,7 @@ class Binding:
     stored_rows: Callable[[OwnershipPlan, int, torch.Tensor | None], torch.Tensor | None] = field(
         default=lambda plan, matrix, rows: rows
     )
+    groups_are_ours: bool = True
 
 
 class NotReady:

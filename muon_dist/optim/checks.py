@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from muon_dist.errors import ConfigError
+from muon_dist.errors import ConfigError, LayoutError
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import compute_dtype, get_schedule
 from muon_dist.optim.rules import Group
@@ -20,8 +20,14 @@ ALGORITHMS = ("muon", "adamw")
 _OWN = {"params", "param_names", "name", "algorithm", "cuts", "rule", "rule_options"}
 # What schedulers of torch write into groups, also before the optimizer is made anew.
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
-# Keys of other Muons, and the line to write here.
+# Keys of other optimizers, and the line to write here.
 _FOREIGN = {
+    "capturable": "leave it out: ranks agree on each step over the network, which a CUDA graph cannot hold",
+    "differentiable": "leave it out: no gradient flows through this step",
+    "foreach": "leave it out: the step chooses the fastest form by itself",
+    "fused": "leave it out: the step chooses the fastest form by itself",
+    "maximize": "leave it out and call backward on the negated loss",
+    "amsgrad": "leave it out: AdamW groups are without it",
     "use_muon": 'write "algorithm": "muon" or "adamw" in each group, or param_groups(model)',
     "num_heads": 'write "cuts": [{"heads": N}, ...], one for each parameter; or param_groups(model, splits=[...])',
     "split_sizes": 'write "cuts": [{"sizes": [...]}, ...], one for each parameter; or param_groups(model, splits=...)',
@@ -44,7 +50,7 @@ def check_keys(group: Mapping[str, Any], defaults: Iterable[str], where: str) ->
         if key in known:
             continue
         if key in _FOREIGN:
-            raise ConfigError(f"{where}: '{key}' is a key of another Muon: {_FOREIGN[key]}")
+            raise ConfigError(f"{where}: '{key}' is a key of another optimizer: {_FOREIGN[key]}")
         close = closest(key, known)
         meant = f": did you mean '{close}'?" if close else f": known are {', '.join(sorted(known - _OF_SCHEDULERS))}"
         raise ConfigError(f"{where}: '{key}' is unknown{meant}")
@@ -73,6 +79,35 @@ def check_group(group: Group, where: str) -> None:
     get_schedule(group["ns_schedule"]).coefficients(group["ns_steps"])
     compute_dtype(group["ns_dtype"], torch.device("cpu"), group["ns_schedule"])
     update_scale(group["scale"], cut_parameter("", (1, 1))[0])
+
+
+def kind_of(group: Group) -> tuple[str, str]:
+    """Algorithm and rule of a group; they cannot change."""
+    return group["algorithm"], group.get("rule", "muon")
+
+
+def check_changed(groups: Sequence[Group], kinds: Sequence[tuple[str, str]]) -> None:
+    """Raise ConfigError, naming the group, for a change of its options after the optimizer was made.
+
+    Rates and other numbers may change at any time. `kinds`: of the groups when they were made.
+    """
+    for index, (group, kind) in enumerate(zip(groups, kinds, strict=True)):
+        where = f"group {group.get('name', index)}"
+        check_group(group, where)
+        for key, made, now in zip(("algorithm", "rule"), kind, kind_of(group), strict=True):
+            if made != now:
+                raise ConfigError(
+                    f"{where}: {key} was '{made}' when Muon was made and is now '{now}'. It cannot change, because "
+                    "their states differ: make the optimizer again with this group"
+                )
+
+
+def unplanned(p: torch.Tensor, index: int) -> LayoutError:
+    """The error for a tensor of a Muon group that came in by itself."""
+    return LayoutError(
+        f"a tensor of shape {tuple(p.shape)} in group {index} is not one that the plan was made for: parameters may "
+        "not be replaced after the first step. To add some, call add_param_group"
+    )
 
 
 def _number(group: Group, key: str, where: str) -> float:

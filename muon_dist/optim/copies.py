@@ -15,19 +15,18 @@ from muon_dist.optim.planning import check_saved_groups
 from muon_dist.optim.state import (
     MOMENTUM,
     Loaded,
-    follow,
     indexed_parameters,
     install,
     is_own,
-    keep_resting,
     partial_momentum,
     put,
+    settle,
     split_state,
 )
 
 MUON = "muon"
 """Key of what `packed` adds to the state of a `torch.optim.Optimizer`."""
-_AS_THEY_ARE = ("process_group", "_options", "specs", "algorithms", "_rules", "_default_rule")
+_AS_THEY_ARE = ("process_group", "_options", "specs", "algorithms", "_kinds", "_rules", "_default_rule")
 
 
 def packed(optimizer: Any) -> dict[str, Any]:
@@ -45,8 +44,7 @@ def packed(optimizer: Any) -> dict[str, Any]:
         )
     partial: dict[int, list[str]] = {}
     if optimizer.runtime is not None:
-        follow(optimizer.runtime, optimizer.state)
-        keep_resting(optimizer.runtime, optimizer.state)
+        settle(optimizer.runtime, optimizer.state)
         partial = partial_momentum(optimizer.runtime, indexed_parameters(optimizer))
     kept = {name: getattr(optimizer, name) for name in _AS_THEY_ARE}
     guard = optimizer.guard

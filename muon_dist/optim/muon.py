@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,20 +10,20 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.cost import CostModel
-from muon_dist.errors import ConfigError, FrameworkError, LayoutError, RoutingError
+from muon_dist.errors import ConfigError, FrameworkError, RoutingError
 from muon_dist.exchange.progress import Progress
 from muon_dist.exchange.transport import Transport
 from muon_dist.frameworks import loaded_binders
 from muon_dist.optim.adamw import AdamWork, adamw_step
 from muon_dist.optim.binding import Binding, Group, NotReady, ParameterSpec
-from muon_dist.optim.checks import check_cuts, check_group, check_keys, check_names
+from muon_dist.optim.checks import check_changed, check_cuts, check_group, check_keys, check_names, kind_of, unplanned
 from muon_dist.optim.copies import MUON, load, packed, unpack
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.gathered import carried, full_state
 from muon_dist.optim.guard import StepGuard, parameter_names
 from muon_dist.optim.options import DEFAULT_GROUP, Options, check_process_group, make_specs
 from muon_dist.optim.planning import agreed_plan, plain_binding, replaced_groups
-from muon_dist.optim.replicas import check_copies
+from muon_dist.optim.replicas import check_copies, check_rates
 from muon_dist.optim.rules import MuonRule
 from muon_dist.optim.rules.choice import DefaultFlag, DefaultNumber, DefaultText, choose_rule
 from muon_dist.optim.runtime import Runtime, Work
@@ -32,8 +33,8 @@ from muon_dist.optim.state import (
     follow,
     indexed_parameters,
     install,
-    keep_resting,
     partial_momentum,
+    settle,
     warn_if_partial,
 )
 from muon_dist.ownership import OwnershipPlan
@@ -124,6 +125,7 @@ class Muon(torch.optim.Optimizer):
         self.specs: list[list[ParameterSpec]] = []
         # Kept beside param_groups: a universal load of DeepSpeed overwrites every group's options with group 0's.
         self.algorithms: list[str] = []
+        self._kinds: list[tuple[str, str]] = []  # algorithm and rule
         self._rules: list[MuonRule | None] = []
         # All groups, also while a framework steps them one at a time with `param_groups` cut down to that one.
         self._groups: list[Group] = []
@@ -165,6 +167,7 @@ class Muon(torch.optim.Optimizer):
         self._rules.append(choose_rule(group, given, where, self._default_rule))
         check_group(group, where)
         self.algorithms.append(group["algorithm"])
+        self._kinds.append(kind_of(group))
         self.specs.append(make_specs(group, index, check_cuts(cuts, len(group["params"]), where)))
         if self._loaded is not None:
             self._loaded.update((p, Loaded(fresh=True)) for p in group["params"])
@@ -282,16 +285,18 @@ class Muon(torch.optim.Optimizer):
         put = ((p, key, value) for p, of_p in runtime.in_state.items() for key, value in of_p.items())
         if any(self.state.get(p, {}).get(key) is not value for p, key, value in put):
             follow(runtime, self.state)
-        index_of = {id(group): i for i, group in enumerate(self._groups)}
-        present: list[tuple[int, torch.Tensor]] = []
+        if any(all(group is not known for known in self._groups) for group in self.param_groups):
+            self._groups = replaced_groups(self._groups, self.param_groups)
         for group in self.param_groups:
-            index = index_of.get(id(group))
-            if index is None:
-                self._groups = replaced_groups(self._groups, self.param_groups, group)
-                index = next(i for i, known in enumerate(self._groups) if known is group)
             if "max_momentum" in group:  # a scheduler of torch cycles it, and writes into betas if there are any
                 group["momentum"] = group["betas"][0]
-            present += [(index, p) for p in group["params"]]
+        rates = [float(group[key]) for group in self.param_groups for key in ("lr", "weight_decay", "momentum")]
+        kinds = [(group["algorithm"], group.get("rule", "muon")) for group in self._groups]
+        changed = kinds != self._kinds and binding.groups_are_ours
+        if changed or not all(0.0 <= rate < math.inf for rate in rates):
+            check_changed(self._groups, self._kinds if changed else kinds)
+        index_of = {id(group): i for i, group in enumerate(self._groups)}
+        present = [(index_of[id(group)], p) for group in self.param_groups for p in group["params"]]
         parts = [(p, p.grad) if binding.parts is None else binding.parts(p) for _, p in present]
         allowed = self.guard.allows(
             runtime.transport,
@@ -301,12 +306,15 @@ class Muon(torch.optim.Optimizer):
             agreed=binding.finite(),
             complete=runtime.plan.layout.complete_gradients,
             matrices=[runtime.splits.get(self._buffer_of.get(id(p), -1)) for _, p in present],
+            copies=runtime.plan.layout.kind == "replicated",
+            rates=rates,
         )
         if allowed is None:
             if self.guard.begins:
                 progress.finish_step()
             return
-        if not self._copies_compared:
+        if not self._copies_compared or not allowed.alike:
+            check_rates(runtime.transport, self.param_groups, rates)
             check_copies(binding)
             self._copies_compared = True
         work: dict[int, Work] = {}
@@ -318,15 +326,14 @@ class Muon(torch.optim.Optimizer):
                 gradient = torch.zeros_like(local)
             elif gradient.is_sparse:
                 raise ConfigError("sparse gradients are not supported: make the embedding with sparse=False")
+            if local.numel() == 0 and id(p) not in self._buffer_of:
+                continue
             if self.algorithms[index] != "muon":
                 adamw.setdefault(index, []).append((p, local, gradient))
                 continue
             buffer = self._buffer_of.get(id(p))
             if buffer is None:
-                raise LayoutError(
-                    f"a tensor of shape {tuple(p.shape)} in group {index} is not one that the plan was made for: "
-                    "parameters may not be replaced after the first step"
-                )
+                raise unplanned(p, index)
             work[buffer] = Work(local, gradient, self._groups[index])
         progress.enter("adamw")
         for index, of_group in adamw.items():
@@ -345,9 +352,8 @@ class Muon(torch.optim.Optimizer):
         runtime = self._runtime
         if runtime is None:
             return super().state_dict()
-        follow(runtime, self.state)
+        settle(runtime, self.state)
         self._warned_of_partial_state = self._warned_of_partial_state or warn_if_partial(runtime, self.state)
-        keep_resting(runtime, self.state)
         packed = super().state_dict()
         if partial := partial_momentum(runtime, indexed_parameters(self)):
             packed[PARTIAL] = partial
@@ -362,8 +368,7 @@ class Muon(torch.optim.Optimizer):
             CheckpointError: the framework keeps the parameters in parts, and saves them itself.
         """
         if self._runtime is not None:
-            follow(self._runtime, self.state)
-            keep_resting(self._runtime, self.state)
+            settle(self._runtime, self.state)
         local = super().state_dict()
         if self._runtime is None or self._runtime.transport.world_size == 1:
             return local

@@ -162,6 +162,9 @@ class Runtime:
         number is computed from the same inputs as without overlap.
         """
         progress, overlap = self.transport.progress, self.options.overlap
+        strided = [(w, w.parameter) for w in work.values() if not w.parameter.is_contiguous()]  # such as channels_last
+        for w, parameter in strided:
+            w.parameter = parameter.contiguous()
         progress.enter("momentum")
         step, program, sums = self._begin(work, zero)
         buckets = [BucketRun(bucket, step) for bucket in program.buckets]
@@ -181,6 +184,8 @@ class Runtime:
         if sums is not None:
             for p, factors in sums.end():
                 scale_weights([step.weights[n] for n in p.weights], p.weight_positions, factors)
+        for w, parameter in strided:
+            parameter.copy_(w.parameter)
         phases = self.plan.layout.phases
         progress.step += len(phases) <= 1 or any(buffer in work for buffer in phases[-1])
         progress.enter("idle")

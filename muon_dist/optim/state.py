@@ -142,10 +142,12 @@ def is_own(key: str) -> bool:
     return key in (MOMENTUM, RESTING) or key.partition(":")[0] in RULE_MEMORY
 
 
-def keep_resting(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
-    """Bring `RESTING` in the optimizer's `state` up to date."""
+def settle(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+    """`follow`, and bring `RESTING` in `state` up to date: before a save or a copy."""
+    follow(runtime, state)
     for buffer, parameter in enumerate(runtime.binding.buffers):
-        counts = runtime.resting[runtime.memory.matrices[buffer]]
+        members = runtime.memory.matrices[buffer]
+        counts = runtime.resting[members[0] : members[-1] + 1]  # live, so that a copy made later is right
         if counts.any():
             state[parameter][RESTING] = counts
         else:

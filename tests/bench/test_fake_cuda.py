@@ -59,9 +59,10 @@ def test_offloaded_weights_are_transferred_by_the_bucket(
         else:
             transfers.extend("_foreach_copy_" for _ in targets)
 
-    def states(gradients: Any, matrices: Any, device: torch.device, *, exact: bool = False) -> torch.Tensor:
+    def states(gradients: Any, matrices: Any, device: torch.device, *, exact: bool = False) -> Any:
         count = sum(len(m.matrices) if isinstance(m, guard.Split) else 1 for m in matrices)
-        return torch.empty(count, dtype=torch.uint8)  # gradients on a CPU are looked at, and these have no values
+        # gradients on a CPU are looked at, and these have no values
+        return torch.empty(count, dtype=torch.uint8), torch.empty(1, dtype=torch.float64)
 
     monkeypatch.setattr(guard, "states", states)
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)
