@@ -54,7 +54,8 @@ class _Without(Transport):
     def highest(self, values: torch.Tensor, words: torch.Tensor | None = None) -> tuple[list[int], bool]:
         self.collectives += 1
         if words is not None:
-            torch.cat([values, words.view(torch.uint8), ~words.view(torch.uint8)])  # to be counted
+            evidence = words.view(torch.uint8)
+            torch.cat([values, evidence, evidence.bitwise_not()])  # to be counted
         return [FINITE] * values.numel(), True
 
 

@@ -215,9 +215,9 @@ class Transport:
             return values.tolist(), True
         count = len(values)
         if words is not None:
-            # ~x falls as x rises: one maximum gives the highest and the lowest of each byte
+            # not x falls as x rises: one maximum gives the highest and the lowest of each byte
             evidence = words.view(torch.uint8)
-            values = torch.cat([values, evidence, ~evidence])
+            values = torch.cat([values, evidence, evidence.bitwise_not()])
         self.progress.enter("gradient flags")
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         self.collectives += 1

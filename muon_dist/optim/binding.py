@@ -39,6 +39,7 @@ class Binding:
         parts: this rank's part of a buffer and of its gradient, the same elements; None where those are plain tensors.
         stored_rows: as `stored`, of what the owner of a matrix keeps for its output features, a 1-D tensor; given the
             number of the matrix in the layout.
+        before_step: raises FrameworkError where the framework is in a mode that the step cannot follow.
         groups_are_ours: False where the framework may write options of one parameter group into others.
     """
 
@@ -59,6 +60,7 @@ class Binding:
         default=lambda plan, matrix, rows: rows
     )
     groups_are_ours: bool = True
+    before_step: Callable[[], None] = field(default=lambda: None)
 
 
 class NotReady:

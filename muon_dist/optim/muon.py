@@ -282,6 +282,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step(self, runtime: Runtime) -> None:
         binding, progress = runtime.binding, runtime.transport.progress
+        binding.before_step()
         put = ((p, key, value) for p, of_p in runtime.in_state.items() for key, value in of_p.items())
         if any(self.state.get(p, {}).get(key) is not value for p, key, value in put):
             follow(runtime, self.state)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def bind(optimizer: Muon) -> Bound | None:
         group=group,
         device=_device(meshes[0], parameters[0]),
         local=local_part,
-        parts=local_parts,
+        parts=partial(local_parts, names={id(p): spec.name for _, p, spec in pairs}),
         column=_column(layout, meshes, group),
         everywhere=state.everywhere,
         stored=state.momentum,
