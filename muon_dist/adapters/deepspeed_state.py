@@ -44,6 +44,7 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
         pieces += muon_pieces(optimizer, source)
     everyone = tuple(range(dist.get_world_size())) if storage.kind == "replicated" else ()
     checks: list[Callable[[], None]] = []
+    strided: module_state.Copies = []
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for buffer in storage.buffers:
         pieces += _parts(buffer.parameters, WEIGHT, buffer.tensor, everyone)
@@ -51,13 +52,14 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
             (parameter,) = buffer.parameters
             if source is not None:
                 module_state.make_state(optimizer, buffer.tensor, parameter.name, source, groups[id(buffer.tensor)])
-            pieces += module_state.state_pieces(optimizer, parameter.name, buffer.tensor, everyone)
+            pieces += module_state.state_pieces(optimizer, parameter.name, buffer.tensor, everyone, strided)
         else:
             pieces += _buffer_state(optimizer, buffer.tensor, buffer.parameters, source, checks)
 
     def finish() -> None:
         for check in checks:
             check()
+        module_state.copy_back(strided)
         storage.refresh()
 
     return Holding(storage.kind, pieces, finish)

@@ -169,9 +169,13 @@ def install(
         ConfigError: an entry that others have put into `state` cannot be used.
     """
     runtime.in_state.clear()
+    frozen: list[str] = []
     for buffer, parameter in enumerate(runtime.binding.buffers):
         own = _own(state, parameter)
         given = loaded.get(parameter, Loaded()) if loaded is not None else None
+        if given is not None and not parameter.requires_grad and not own and not given.fresh:
+            frozen.append(runtime.plan.layout.matrices[runtime.memory.matrices[buffer][0]].matrix.parameter)
+            given = None
         if given is not None and _same(own, given.entries()):
             _adopt(runtime, buffer, given)
         else:
@@ -179,6 +183,14 @@ def install(
             _take(runtime, buffer, own, given.matrices if given is not None else None)
         _place(runtime, state, buffer)
     runtime.memory.started.clear()
+    if frozen and runtime.momentum:
+        warnings.warn(
+            f"the state dict has no momentum of {len(frozen)} parameters that are frozen ({', '.join(frozen[:3])}): "
+            "torch.distributed.checkpoint leaves it out. If they are unfrozen later, their momentum begins at zero. "
+            "To keep it, freeze them after the state is loaded",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def follow(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
