@@ -173,7 +173,8 @@ def install(
     for buffer, parameter in enumerate(runtime.binding.buffers):
         own = _own(state, parameter)
         given = loaded.get(parameter, Loaded()) if loaded is not None else None
-        if given is not None and not parameter.requires_grad and not own and not given.fresh:
+        absent = given is not None and not (own or given.entries() or given.fresh)
+        if absent and buffer in runtime.momentum and not parameter.requires_grad:
             frozen.append(runtime.plan.layout.matrices[runtime.memory.matrices[buffer][0]].matrix.parameter)
             given = None
         if given is not None and _same(own, given.entries()):
