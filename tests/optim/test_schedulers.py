@@ -105,7 +105,7 @@ def test_a_scheduler_gives_the_rates_that_it_gives_any_optimizer(name: str) -> N
         rate = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         other.step()
-        lengths.append(float((muon - before * (1 - 0.1 * rate)).norm()) / rate)
+        lengths.append(float((muon.detach() - before * (1 - 0.1 * rate)).norm()) / rate)
         for scheduler in schedulers:
             scheduler.step()
         assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in other.param_groups]
