@@ -229,7 +229,7 @@ def states(
         ends = torch._foreach_norm(found, torch.inf) if alike else [_largest(g) for g in found]
         largest = torch.stack([e.to(device) for e in ends] if not alike else list(ends)).to(device)
         values = torch.where(torch.isfinite(largest), torch.where(largest == 0, ZERO, FINITE), NOT_FINITE)
-        values, total = values.to(torch.uint8), largest.sum(dtype=torch.float64).view(1)
+        values, total = values.to(torch.uint8), largest.sum(0, keepdim=True, dtype=torch.float64)
     if slots == list(range(count)):
         return values, total
     out = torch.zeros(count, dtype=torch.uint8, device=device)

@@ -34,9 +34,10 @@ def test_a_step_on_cuda_launches_little_and_reads_nothing(
         found = measure(*llama_7b, layout, ranks, 0, torch.device("cuda", 0))
     assert found["kernels"] <= 400, found["by_kind"]
     assert found["host_reads"] == 0
-    # ZeRO-3 cuts weights, gradients and momentum out of its flat tensors, and looks at the gradients: once each.
+    # ZeRO-3 cuts weights, gradients and momentum out of its flat tensors, and looks at the gradients: once each. One
+    # more is of the bits of the numbers that ranks compare.
     views = ("view", "as_strided", "slice", "split", "split_with_sizes", "select", "narrow")
-    assert sum(found["by_kind"].get(kind, 0) for kind in views) <= 2 * 4, found["by_kind"]
+    assert sum(found["by_kind"].get(kind, 0) for kind in views) <= 2 * 4 + 1, found["by_kind"]
 
 
 def test_offloaded_weights_are_transferred_by_the_bucket(
