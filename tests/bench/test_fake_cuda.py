@@ -63,7 +63,7 @@ def test_offloaded_weights_are_transferred_by_the_bucket(
     def states(gradients: Any, matrices: Any, device: torch.device, *, exact: bool = False) -> Any:
         count = sum(len(m.matrices) if isinstance(m, guard.Split) else 1 for m in matrices)
         # gradients on a CPU are looked at, and these have no values
-        return torch.empty(count, dtype=torch.uint8), torch.empty(1, dtype=torch.float64)
+        return torch.empty(count, dtype=torch.uint8, device=device), torch.empty(1, dtype=torch.float64, device=device)
 
     monkeypatch.setattr(guard, "states", states)
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)
