@@ -7,7 +7,11 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-ADAPTERS = (("deepspeed", "muon_dist.adapters.deepspeed"), ("torch.distributed.tensor", "muon_dist.adapters.fsdp2"))
+ADAPTERS = (
+    ("deepspeed", "muon_dist.adapters.deepspeed"),
+    ("torch.distributed.tensor", "muon_dist.adapters.fsdp2"),
+    ("torch.nn.parallel", "muon_dist.adapters.ddp"),
+)
 """(framework's module, our adapter's module, which has a `bind`)"""
 
 CHECKS = (("torch.distributed.fsdp", "muon_dist.adapters.fsdp2"),)

@@ -46,6 +46,7 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
         copied = kept_by_all(optimizer)
     everyone = tuple(range(dist.get_world_size())) if storage.kind == "replicated" else ()
     checks: list[Callable[[], None]] = []
+    strided: module_state.Copies = []
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for buffer in storage.buffers:
         pieces += _parts(buffer.parameters, WEIGHT, buffer.tensor, everyone)
@@ -53,7 +54,7 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
             (parameter,) = buffer.parameters
             if source is not None:
                 module_state.make_state(optimizer, buffer.tensor, parameter.name, source, groups[id(buffer.tensor)])
-            pieces += module_state.state_pieces(optimizer, parameter.name, buffer.tensor, everyone)
+            pieces += module_state.state_pieces(optimizer, parameter.name, buffer.tensor, everyone, strided)
             if id(buffer.tensor) in copied:
                 momentum = optimizer.state[buffer.tensor][MOMENTUM]
                 pieces += whole(parameter.name, MOMENTUM_KIND, parameter.shape, momentum, everyone)
@@ -63,6 +64,7 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
     def finish() -> None:
         for check in checks:
             check()
+        module_state.copy_back(strided)
         storage.refresh()
 
     return Holding(storage.kind, pieces, finish)

@@ -122,13 +122,15 @@ class MuonFactory:
         Args:
             opt_model: the model.
             print_routing: print the routing table on the first rank.
-            training_arguments: where `lr` and `weight_decay` come from if they are not given.
+            training_arguments: where `lr` and `weight_decay` come from if they are not given; or what returns them.
             kwargs: of `param_groups` and `Muon`.
 
         Raises:
             ConfigError: an unknown argument, or no learning rate.
             RoutingError: as `route` does.
         """
+        if callable(training_arguments):
+            training_arguments = training_arguments()
         if training_arguments is not None:
             kwargs = {**trainer_defaults(training_arguments, kwargs), **kwargs}
         if "lr" not in kwargs:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from muon_dist.adapters.device import peak_flops as device_peak_flops
-from muon_dist.adapters.factory import MuonFactory, check_trainer, split_kwargs, trainer_defaults
+from muon_dist.adapters.factory import MuonFactory, check_trainer, split_kwargs
 from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
 from muon_dist.adapters.hf_checkpoint import CheckpointOptions, CheckpointTrainer, read_position
 from muon_dist.adapters.hf_guards import GuardedLoop, Guards
@@ -89,8 +89,9 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
             args.ignore_data_skip = True
         own = kwargs.get("optimizer_cls_and_kwargs") is None and kwargs.get("optimizers", (None, None))[0] is None
         if own:
-            chosen = {**trainer_defaults(args, muon or {}), **(muon or {})}
-            split_kwargs(chosen)  # an unknown name is an error now, not at the first step
+            split_kwargs(muon or {})  # an unknown name is an error now, not at the first step
+            # Asked when the optimizer is made: a hyper-parameter search sets rates later, and args may be replaced.
+            chosen = {**(muon or {}), "training_arguments": lambda: self.args}
             kwargs["optimizer_cls_and_kwargs"] = (MuonFactory, chosen)
         factory, diagnostics = take_diagnostics(kwargs.pop("optimizer_cls_and_kwargs", None))
         super().__init__(model, args, optimizer_cls_and_kwargs=factory, **kwargs)

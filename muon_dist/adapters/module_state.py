@@ -53,13 +53,14 @@ def holding(
     """
     everyone = tuple(range(world_size))
     pieces: list[Piece] = []
+    strided: Copies = []
     named: list[tuple[str, torch.Tensor]] = []
     distributed = False
     masters = optimizer.master_weights() if isinstance(optimizer, Muon) else {}
     for kind, name, tensor in named_tensors(model):
         check_parameter(name, tensor)
         distributed |= is_sharded(tensor)
-        pieces += _placed(name, kind, masters.get(tensor, tensor), tensor, everyone)
+        pieces += _placed(name, kind, masters.get(tensor, tensor), tensor, everyone, strided)
         if kind == WEIGHT:
             named.append((name, tensor))
     if optimizer is not None:
@@ -72,20 +73,32 @@ def holding(
             if id(p) in steps:
                 if source is not None:
                     make_state(optimizer, p, name, source, steps[id(p)])
-                pieces += state_pieces(optimizer, name, p, everyone)
+                pieces += state_pieces(optimizer, name, p, everyone, strided)
                 if id(p) in copied:
-                    pieces += _placed(name, MOMENTUM_KIND, optimizer.state[p][MOMENTUM], p, everyone)
+                    pieces += _placed(name, MOMENTUM_KIND, optimizer.state[p][MOMENTUM], p, everyone, strided)
 
     @torch.no_grad()
     def finish() -> None:
+        copy_back(strided)
         for parameter, master in masters.items():
             local_part(parameter).copy_(local_part(master))
 
     return Holding("dtensor" if distributed else "replicated", pieces, finish)
 
 
+Copies = list[tuple[torch.Tensor, torch.Tensor]]
+"""Tensors of another memory format, such as channels_last, and contiguous copies, which are what pieces view."""
+
+
+@torch.no_grad()
+def copy_back(strided: Copies) -> None:
+    """After a load, bring what was loaded into the tensors themselves."""
+    for tensor, loaded in strided:
+        tensor.copy_(loaded)
+
+
 def state_pieces(
-    optimizer: torch.optim.Optimizer, name: str, p: torch.Tensor, everyone: tuple[int, ...]
+    optimizer: torch.optim.Optimizer, name: str, p: torch.Tensor, everyone: tuple[int, ...], strided: Copies
 ) -> list[Piece]:
     pieces: list[Piece] = []
     for key, value in optimizer.state.get(p, {}).items():
@@ -97,7 +110,7 @@ def state_pieces(
                 "saved by parameter"
             )
         if value.shape == p.shape:
-            pieces += _placed(name, key, value, p, everyone)
+            pieces += _placed(name, key, value, p, everyone, strided)
         elif value.numel() == 1 and not is_sharded(value):
             holders = tuple(sorted(sharded(name, p).ranks)) if is_sharded(p) else everyone
             pieces += whole(name, key, (), value, holders)
@@ -128,13 +141,14 @@ def make_state(
 # Where a tensor lies -------------------------------------------------------------------------------------------------
 
 
-def _placed(name: str, kind: str, tensor: Any, like: Any, everyone: tuple[int, ...]) -> list[Piece]:
-    """The pieces of `tensor`, which lies as `like` does."""
+def _placed(name: str, kind: str, tensor: Any, like: Any, everyone: tuple[int, ...], strided: Copies) -> list[Piece]:
+    """The pieces of `tensor`, which lies as `like` does. `strided` gets what a load must copy back."""
     if not is_sharded(tensor):
         if is_sharded(like):
             raise CheckpointError(f"{kind} of {name} is a plain tensor, the parameter a DTensor")
         if not tensor.is_contiguous():
-            raise CheckpointError(f"{name} ({kind}) is not contiguous in memory: call .contiguous() on it")
+            strided.append((tensor, tensor.detach().contiguous()))
+            tensor = strided[-1][1]
         return whole(name, kind, tuple(like.shape), tensor, everyone)
     local = local_part(tensor)
     if local.numel() == 0:

@@ -51,9 +51,12 @@ class _Without(Transport):
         super().__init__(*arguments)
         self.ranks = Ranks()  # agrees with itself
 
-    def highest(self, values: torch.Tensor) -> list[int]:
+    def highest(self, values: torch.Tensor, words: torch.Tensor | None = None) -> tuple[list[int], bool]:
         self.collectives += 1
-        return [FINITE] * values.numel()
+        if words is not None:
+            evidence = words.view(torch.uint8)
+            torch.cat([values, evidence, evidence.bitwise_not()])  # to be counted
+        return [FINITE] * values.numel(), True
 
 
 class _Counter(TorchDispatchMode):

@@ -206,13 +206,25 @@ class Transport:
                     messages.append(dist.P2POp(operation, part, group=self.group, group_peer=peer, tag=_TAG))
         return dist.batch_isend_irecv(messages) if messages else ()
 
-    def highest(self, values: torch.Tensor) -> list[int]:
-        """Elementwise maximum of a small uint8 tensor over all ranks; one small collective, and the one transfer."""
-        if self.world_size > 1:
-            self.progress.enter("gradient flags")
-            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
-            self.collectives += 1
-        return [int(v) for v in values.tolist()]
+    def highest(self, values: torch.Tensor, words: torch.Tensor | None = None) -> tuple[list[int], bool]:
+        """Elementwise maximum of a small uint8 tensor over all ranks; one small collective, and the one transfer.
+
+        words: int64 numbers. The second result is whether they are equal on all ranks.
+        """
+        if self.world_size == 1:
+            return values.tolist(), True
+        count = len(values)
+        if words is not None:
+            # not x falls as x rises: one maximum gives the highest and the lowest of each byte
+            evidence = words.view(torch.uint8)
+            values = torch.cat([values, evidence, evidence.bitwise_not()])
+        self.progress.enter("gradient flags")
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+        self.collectives += 1
+        found: list[int] = values.tolist()
+        half = (len(found) - count) // 2
+        high, low = found[count : count + half], found[count + half :]
+        return found[:count], all(a + b == 255 for a, b in zip(high, low, strict=True))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Elementwise sum of a small tensor over all ranks, in its place."""

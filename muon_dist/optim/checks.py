@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from muon_dist.errors import ConfigError
+from muon_dist.errors import ConfigError, LayoutError
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import compute_dtype, get_schedule
-from muon_dist.optim.rules import Group, MuonRule
+from muon_dist.optim.rules import Group
 from muon_dist.optim.rules.choice import closest
 from muon_dist.optim.rules.entries import ALGORITHMS, check_not_negative, check_number, refuse_unknown
 from muon_dist.optim.rules.scale import update_scale
@@ -19,8 +19,14 @@ from muon_dist.optim.rules.scale import update_scale
 _OWN = {"params", "param_names", "name", "algorithm", "cuts", "rule", "rule_options"}
 # What schedulers of torch write into groups, also before the optimizer is made anew.
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
-# Keys of other Muons, and the line to write here.
+# Keys of other optimizers, and the line to write here.
 _FOREIGN = {
+    "capturable": "leave it out: ranks agree on each step over the network, which a CUDA graph cannot hold",
+    "differentiable": "leave it out: no gradient flows through this step",
+    "foreach": "leave it out: the step chooses the fastest form by itself",
+    "fused": "leave it out: the step chooses the fastest form by itself",
+    "maximize": "leave it out and call backward on the negated loss",
+    "amsgrad": "leave it out: AdamW groups are without it",
     "use_muon": 'write "algorithm": "muon" or "adamw" in each group, or param_groups(model)',
     "num_heads": 'write "cuts": [{"heads": N}, ...], one for each parameter; or param_groups(model, splits=[...])',
     "split_sizes": 'write "cuts": [{"sizes": [...]}, ...], one for each parameter; or param_groups(model, splits=...)',
@@ -38,7 +44,7 @@ _FOREIGN = {
 
 def check_keys(group: Mapping[str, Any], defaults: Iterable[str], where: str) -> None:
     """Raise ConfigError for keys that a group does not have; it names the closest, or what to write instead."""
-    refuse_unknown(group, {*defaults, *_OWN}, where, _FOREIGN, "is a key of another Muon", silent=_OF_SCHEDULERS)
+    refuse_unknown(group, {*defaults, *_OWN}, where, _FOREIGN, "is a key of another optimizer", silent=_OF_SCHEDULERS)
 
 
 def check_group(group: Group, where: str) -> None:
@@ -67,6 +73,14 @@ def check_group(group: Group, where: str) -> None:
     get_schedule(group["ns_schedule"]).coefficients(group["ns_steps"])
     compute_dtype(group["ns_dtype"], torch.device("cpu"), group["ns_schedule"])
     update_scale(group["scale"], cut_parameter("", (1, 1))[0])
+
+
+def unplanned(p: torch.Tensor, index: int) -> LayoutError:
+    """The error for a tensor of a Muon group that came in by itself."""
+    return LayoutError(
+        f"a tensor of shape {tuple(p.shape)} in group {index} is not one that the plan was made for: parameters may "
+        "not be replaced after the first step. To add some, call add_param_group"
+    )
 
 
 def check_cuts(cuts: Any, count: int, where: str) -> list[dict[str, Any] | None]:
@@ -105,17 +119,27 @@ def check_names(group: Mapping[str, Any], where: str) -> None:
         )
 
 
-def changed_group(group: Mapping[str, Any], algorithm: str, rule: MuonRule) -> ConfigError:
-    """The error of a step that finds another algorithm, rule or other rule options than the plan was made for."""
-    was = {"algorithm": algorithm, "rule": rule.name, "rule_options": sorted(rule.options)}
-    now = {
-        "algorithm": group.get("algorithm"),
-        "rule": group.get("rule", "muon"),
-        "rule_options": sorted(group.get("rule_options") or ()),
-    }
-    key = next(key for key in was if was[key] != now[key])
-    return ConfigError(
-        f"group {group.get('name', algorithm)}: {key} was {was[key]!r} when the optimizer was made, and is "
-        f"{now[key]!r} now. The state belongs to the former: set it back, or make a new optimizer. lr, weight_decay, "
-        "momentum, scale and the values in rule_options may change at any time"
-    )
+Kind = tuple[Any, Any, frozenset[str]]
+"""Algorithm, rule, and names of the rule's options of a group. They cannot change: the state belongs to them."""
+
+
+def kind_of(group: Mapping[str, Any]) -> Kind:
+    """The kind of a group as it stands."""
+    return group.get("algorithm"), group.get("rule", "muon"), frozenset(group.get("rule_options") or ())
+
+
+def check_changed(groups: Sequence[Group], kinds: Sequence[Kind]) -> None:
+    """Raise ConfigError, naming the group, for a change of its options after the optimizer was made.
+
+    Rates and other numbers may change at any time. `kinds`: of the groups when they were made.
+    """
+    for index, (group, kind) in enumerate(zip(groups, kinds, strict=True)):
+        for key, was, now in zip(("algorithm", "rule", "rule_options"), kind, kind_of(group), strict=True):
+            if was != now:
+                was, now = (sorted(x) if isinstance(x, frozenset) else x for x in (was, now))
+                raise ConfigError(
+                    f"group {group.get('name', index)}: {key} was {was!r} when the optimizer was made, and is {now!r} "
+                    "now. The state belongs to the former: set it back, or make a new optimizer. lr, weight_decay, "
+                    "momentum, scale and the values in rule_options may change at any time"
+                )
+        check_group(group, f"group {group.get('name', index)}")

@@ -1,7 +1,8 @@
-"""Copies of the optimizer: `copy.deepcopy`, and pickle."""
+"""Copies of the optimizer: `copy.deepcopy` and pickle; and what a state dict makes of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,23 @@ import torch.distributed as dist
 from muon_dist.errors import ConfigError
 from muon_dist.exchange.progress import Progress
 from muon_dist.optim.guard import StepGuard
-from muon_dist.optim.state import MOMENTUM, Loaded, indexed_parameters, is_own, keep_resting, partial_momentum
+from muon_dist.optim.low_precision import MASTER, wide_state
+from muon_dist.optim.planning import check_saved_groups
+from muon_dist.optim.state import (
+    MOMENTUM,
+    Loaded,
+    indexed_parameters,
+    install,
+    is_own,
+    partial_momentum,
+    put,
+    settle,
+    split_state,
+)
 
 MUON = "muon"
 """Key of what `packed` adds to the state of a `torch.optim.Optimizer`."""
-_AS_THEY_ARE = ("process_group", "_options", "specs", "algorithms", "_rules", "_default_rule")
+_AS_THEY_ARE = ("process_group", "_options", "specs", "algorithms", "_kinds", "_rules", "_default_rule")
 
 
 def packed(optimizer: Any) -> dict[str, Any]:
@@ -32,7 +45,7 @@ def packed(optimizer: Any) -> dict[str, Any]:
         )
     partial: dict[int, list[str]] = {}
     if optimizer.runtime is not None:
-        keep_resting(optimizer.runtime, optimizer.state)
+        settle(optimizer.runtime, optimizer.state)
         partial = partial_momentum(optimizer.runtime, indexed_parameters(optimizer))
     kept = {name: getattr(optimizer, name) for name in _AS_THEY_ARE}
     guard = optimizer.guard
@@ -58,3 +71,48 @@ def unpack(optimizer: Any, state: dict[str, Any]) -> None:
         if own:
             loaded[p] = Loaded(own.pop(MOMENTUM, None), mine["partial"].get(index), own)
     optimizer._loaded = loaded or None
+
+
+def load(optimizer: Any, state_dict: dict[str, Any], torchs: Callable[[dict[str, Any]], None]) -> None:
+    """Load a state dict by `torchs`, the `load_state_dict` of `torch.optim.Optimizer`, which would cast momentum.
+
+    Momentum is taken out of the state dict before torch's part, and put into the state after it. Both are load hooks,
+    the last before and the first after. So the hooks of others see momentum, in the state dict before and in
+    `optimizer.state` after, and what they return is loaded. All checks come before anything is changed.
+    """
+    loaded: dict[torch.Tensor, Loaded] = {}
+    wide: dict[torch.Tensor, dict[str, torch.Tensor]] = {}
+    empty = True
+
+    def take(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+        nonlocal empty
+        check_saved_groups(given["param_groups"], optimizer._groups, optimizer.algorithms, optimizer.specs)
+        parameters = indexed_parameters(optimizer)
+        found, rest = split_state(parameters, given)
+        for of_p in found.values():
+            of_p.memory.pop(MASTER, None)
+        loaded.update(found)
+        wide.update(wide_state(optimizer._options, given, parameters))
+        empty = not given["state"]
+        return rest
+
+    def give(_: Any) -> None:
+        optimizer._groups = list(optimizer.param_groups)
+        optimizer._loaded = None if empty else loaded
+        for p, of_p in loaded.items():
+            put(optimizer.state, p, of_p.entries())
+        for p, kept in wide.items():
+            optimizer.state[p].update(kept)
+        if optimizer.runtime is not None:
+            install(optimizer.runtime, optimizer.state, optimizer._loaded)
+            optimizer._loaded = None
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(take),  # the last of all
+        optimizer.register_load_state_dict_post_hook(give, prepend=True),
+    ]
+    try:
+        torchs(state_dict)
+    finally:
+        for handle in handles:
+            handle.remove()

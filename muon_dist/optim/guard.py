@@ -6,10 +6,12 @@ A bad step is left out whole. Multiplying its update by zero would not do: 0 x N
 from __future__ import annotations
 
 import math
+import struct
 import warnings
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 
@@ -46,10 +48,12 @@ class Allowed:
     Attributes:
         present: whether each parameter has a gradient on some rank.
         zero: matrices of which the gradient is exactly zero on all ranks.
+        alike: False if rates, or norms of gradients that should be copies, differ between ranks.
     """
 
     present: Sequence[bool]
     zero: Set[int]
+    alike: bool = True
 
 
 class StepGuard:
@@ -94,6 +98,8 @@ class StepGuard:
         agreed: bool | None,
         complete: bool,
         matrices: Sequence[Split | int | None],
+        copies: bool = False,
+        rates: Sequence[float] = (),
     ) -> Allowed | None:
         """Which of `parameters` have a gradient on some rank; None when the step is to be left out. A collective.
 
@@ -104,6 +110,8 @@ class StepGuard:
             agreed: whether all gradients of the step are finite, where the framework has found out for all ranks.
             complete: every rank has the same gradients present, so they need not be compared.
             matrices: of each parameter, its matrix, a `Split` if it has several, or None under AdamW.
+            copies: every rank has the same gradients. Their norms, which are taken anyway, are compared.
+            rates: of the parameter groups; compared.
 
         Raises:
             NonFiniteError: on all ranks, after `max_nonfinite` bad steps in a row; names ranks and parameters.
@@ -122,7 +130,11 @@ class StepGuard:
         looks = self.begins and agreed is None
         if not looks and complete and all(m is None for m in matrices):
             return Allowed([g is not None for g in gradients], frozenset())
-        found = transport.highest(states(gradients, matrices, transport.device))
+        flags, total = states(gradients, matrices, transport.device)
+        words = torch.full((1,), crc32(struct.pack(f"{len(rates)}d", *rates)), device=transport.device)
+        if copies:
+            words = torch.cat([words, total.view(torch.int64)])
+        found, alike = transport.highest(flags, words)
         if looks and NOT_FINITE not in found:
             self.in_a_row = 0
         elif looks and not self._look_closer(transport, gradients, matrices, names):  # on all ranks alike
@@ -134,7 +146,7 @@ class StepGuard:
             present.append(max(slots) > ABSENT)
             zero |= {i for i, state in zip(of_parameter, slots, strict=True) if i is not None and state == ZERO}
             at += len(slots)
-        return Allowed(present, zero)
+        return Allowed(present, zero, alike)
 
     def _look_closer(
         self,
@@ -144,9 +156,9 @@ class StepGuard:
         names: Callable[[], list[str]],
     ) -> bool:
         """Whether all gradients are finite on all ranks, by their elements: a norm may have overflowed."""
-        exact = states(gradients, matrices, transport.device, exact=True)
+        exact, _ = states(gradients, matrices, transport.device, exact=True)
         own = [int(v) for v in exact.tolist()]
-        found = transport.highest(exact)
+        found, _ = transport.highest(exact)
         lengths = [len(m.matrices) if isinstance(m, Split) else 1 for m in matrices]
 
         def text() -> str:
@@ -185,11 +197,13 @@ def states(
     device: torch.device,
     *,
     exact: bool = False,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """ABSENT, ZERO, FINITE or NOT_FINITE for each gradient or, where it has several matrices, for each of these.
 
     One pass over the elements, on `device` as uint8. On a CPU it goes by the norm in fp32, which is not finite if an
     element is not. It may overflow (elements beyond 1e19): `exact` looks at the elements, at several times the cost.
+
+    The second result is the sum of the norms that were taken, one fp64 number: equal where the gradients are.
     """
     found: list[torch.Tensor] = []
     slots: list[int] = []
@@ -207,28 +221,31 @@ def states(
             slots.append(count)
         count += 1
     if not found:
-        return torch.zeros(count, dtype=torch.uint8, device=device)
+        return torch.zeros(count, dtype=torch.uint8, device=device), torch.zeros(1, dtype=torch.float64, device=device)
     if found[0].device.type == "cpu":
-        values = _on_the_host(found, exact).to(device)
+        values, total = (tensor.to(device) for tensor in _on_the_host(found, exact))
     else:
         # The largest magnitude is exact for all of it; on an accelerator it costs what any norm costs.
         alike = all(g.dtype == found[0].dtype and g.device == found[0].device for g in found)
         ends = torch._foreach_norm(found, torch.inf) if alike else [_largest(g) for g in found]
         largest = torch.stack([e.to(device) for e in ends] if not alike else list(ends)).to(device)
         values = torch.where(torch.isfinite(largest), torch.where(largest == 0, ZERO, FINITE), NOT_FINITE)
-        values = values.to(torch.uint8)
+        values, total = values.to(torch.uint8), largest.sum(0, keepdim=True, dtype=torch.float64)
     if slots == list(range(count)):
-        return values
+        return values, total
     out = torch.zeros(count, dtype=torch.uint8, device=device)
-    return out.scatter_reduce_(0, index_on(device, tuple(slots)), values, "amax")
+    return out.scatter_reduce_(0, index_on(device, tuple(slots)), values, "amax"), total
 
 
 def _largest(g: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(g, ord=torch.inf) if g.numel() else g.new_zeros(())
 
 
-def _on_the_host(gradients: Sequence[torch.Tensor], exact: bool) -> torch.Tensor:
-    """The states of gradients on a CPU. A norm of zero is looked at again: squares of tiny elements vanish."""
+def _on_the_host(gradients: Sequence[torch.Tensor], exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The states of gradients on a CPU, and the sum of their norms.
+
+    A norm of zero is looked at again: squares of tiny elements vanish.
+    """
     found: list[int] = []
     narrow = any(g.dtype.itemsize == 2 for g in gradients)
     if exact:
@@ -245,7 +262,7 @@ def _on_the_host(gradients: Sequence[torch.Tensor], exact: bool) -> torch.Tensor
             found.append(NOT_FINITE)
         else:
             found.append(FINITE if norm > 0 or bool(g.any()) else ZERO)
-    return torch.tensor(found, dtype=torch.uint8)
+    return torch.tensor(found, dtype=torch.uint8), torch.tensor([sum(norms)], dtype=torch.float64)
 
 
 def where(transport: Transport, own: Sequence[int], names: Sequence[str]) -> str:

@@ -115,18 +115,20 @@ def prepare(
 
 
 def wide_state(
-    saved: Mapping[Any, Mapping[str, Any]], by_key: Mapping[Any, Tensor]
+    options: Options, state_dict: Mapping[str, Any], parameters: Sequence[Tensor]
 ) -> dict[Tensor, dict[str, Tensor]]:
     """By 16-bit parameter, copies of its saved state that must stay in fp32: torch's own loading would cast it.
 
-    Args:
-        saved: the "state" of a state dict.
-        by_key: the parameters by their keys in it.
+    Empty without `master_weights` and `stochastic_rounding`.
     """
-    found = {}
-    for number, entry in saved.items():
-        parameter = by_key.get(number)
+    if not (options.master_weights or options.stochastic_rounding):
+        return {}
+    wanted = (*MOMENTS, MASTER) if options.master_weights else MOMENTS
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    by_key, found = dict(zip(keys, parameters, strict=True)), {}
+    for key, entry in state_dict["state"].items():
+        parameter = by_key.get(key)
         if parameter is not None and is_narrow(parameter):
-            kept = {key: entry[key] for key in (*MOMENTS, MASTER) if isinstance(entry.get(key), Tensor)}
-            found[parameter] = {k: v.detach().to(parameter.device, torch.float32, copy=True) for k, v in kept.items()}
+            kept = {name: entry[name] for name in wanted if isinstance(entry.get(name), Tensor)}
+            found[parameter] = {n: v.detach().to(parameter.device, torch.float32, copy=True) for n, v in kept.items()}
     return found

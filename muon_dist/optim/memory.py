@@ -101,10 +101,10 @@ class RuleMemory:
                 found.update(zip(self.matrices[b], map(int, steps.tolist()), strict=True))
         return found
 
-    def clear(self) -> None:
-        """Back to the beginning."""
-        for tensor in (t for of_buffer in self.numbers.values() for t in of_buffer.values()):
+    def clear(self, buffer: int) -> None:
+        """Back to the beginning, for one buffer."""
+        kept = [self.rows[name] for name in self.row_names[buffer]]
+        rows = [of_name[i] for of_name in kept for i in self.matrices[buffer] if i in of_name]
+        for tensor in (*self.numbers[buffer].values(), *rows):
             tensor.zero_()
-        for tensor in (t for of_name in self.rows.values() for t in of_name.values()):
-            tensor.zero_()
-        self.started.clear()
+        self.started.discard(buffer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,25 +10,26 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.cost import CostModel
-from muon_dist.errors import ConfigError, FrameworkError, LayoutError, RoutingError
+from muon_dist.errors import ConfigError, FrameworkError, RoutingError
 from muon_dist.exchange.progress import Progress
 from muon_dist.exchange.transport import Transport
 from muon_dist.frameworks import loaded_binders
 from muon_dist.optim.adamw import AdamWork, adamw_step
 from muon_dist.optim.binding import Binding, Group, NotReady, ParameterSpec
-from muon_dist.optim.checks import changed_group, check_keys
+from muon_dist.optim.checks import Kind, check_changed, check_keys, kind_of, unplanned
 from muon_dist.optim.copies import MUON, packed, unpack
 from muon_dist.optim.diagnostics import Diagnostics
+from muon_dist.optim.gathered import carried
 from muon_dist.optim.groups import Entries, groups_of
 from muon_dist.optim.guard import StepGuard, parameter_names
 from muon_dist.optim.low_precision import prepare
 from muon_dist.optim.options import DEFAULT_GROUP, Options, check_process_group, read_group
 from muon_dist.optim.planning import agreed_plan, plain_binding, replaced_groups
-from muon_dist.optim.replicas import check_copies
-from muon_dist.optim.rules import RULES, MuonRule
+from muon_dist.optim.replicas import check_copies, check_rates
+from muon_dist.optim.rules import MuonRule
 from muon_dist.optim.rules.choice import DefaultFlag, DefaultNumber, DefaultText
 from muon_dist.optim.runtime import Runtime, Work
-from muon_dist.optim.state import Loaded, carried, install, say_bytes
+from muon_dist.optim.state import Loaded, follow, install, say_bytes
 from muon_dist.optim.state_dicts import StateDicts
 from muon_dist.ownership import OwnershipPlan
 
@@ -127,6 +129,7 @@ class Muon(StateDicts):
         self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
         self.specs: list[list[ParameterSpec]] = []
         self.algorithms: list[str] = []
+        self._kinds: list[Kind] = []
         self._rules: list[MuonRule | None] = []
         # All groups, also while a framework steps them one at a time with `param_groups` cut down to that one.
         self._groups: list[Group] = []
@@ -146,7 +149,7 @@ class Muon(StateDicts):
         where = f"group {param_group.get('name', index)}"
         check_keys(param_group, self.defaults, where)
         if self._runtime is not None:
-            self._loaded, self._runtime = carried(self._runtime), None
+            self._loaded, self._runtime = carried(self._runtime, self.state), None
         cuts = param_group.pop("cuts", None)
         given = set(param_group)
         super().add_param_group(param_group)
@@ -155,6 +158,7 @@ class Muon(StateDicts):
         rule, specs = read_group(group, index, cuts, given, where, self._default_rule)
         self._rules.append(rule)
         self.algorithms.append(group["algorithm"])
+        self._kinds.append(kind_of(group))
         self.specs.append(specs)
         if self._loaded is not None:
             self._loaded.update((p, Loaded(fresh=True)) for p in group["params"])
@@ -229,6 +233,7 @@ class Muon(StateDicts):
         if self._runtime is None and not self._bind_first():
             raise FrameworkError("the framework has not finished making the optimizer: save or load after it has")
         assert self._runtime is not None
+        follow(self._runtime, self.state)
         return self._runtime
 
     def _bind_first(self) -> bool:
@@ -275,41 +280,42 @@ class Muon(StateDicts):
 
     def _step(self, runtime: Runtime) -> None:
         binding, progress = runtime.binding, runtime.transport.progress
-        index_of = {id(group): i for i, group in enumerate(self._groups)}
-        present: list[tuple[int, torch.Tensor]] = []
+        binding.before_step()
+        put = ((p, key, value) for p, of_p in runtime.in_state.items() for key, value in of_p.items())
+        if any(self.state.get(p, {}).get(key) is not value for p, key, value in put):
+            follow(runtime, self.state)
+        if any(all(group is not known for known in self._groups) for group in self.param_groups):
+            self._groups = replaced_groups(self._groups, self.param_groups)
         for group in self.param_groups:
-            index = index_of.get(id(group))
-            if index is None:
-                self._groups = replaced_groups(self._groups, self.param_groups, group)
-                index = next(i for i, known in enumerate(self._groups) if known is group)
-            algorithm, rule = self.algorithms[index], self._rules[index] or RULES["muon"]
-            found = group.get("algorithm"), group.get("rule", "muon"), {*(group.get("rule_options") or ())}
-            if found != (algorithm, rule.name, {*rule.options}):
-                raise changed_group(group, algorithm, rule)
             if "max_momentum" in group:  # a scheduler of torch cycles it, and writes into betas if there are any
                 group["momentum"] = group["betas"][0]
-            present += [(index, p) for p in group["params"]]
+        rates = [float(group[key]) for group in self.param_groups for key in ("lr", "weight_decay", "momentum")]
+        kinds = [(g.get("algorithm"), g.get("rule", "muon"), {*(g.get("rule_options") or ())}) for g in self._groups]
+        changed = kinds != self._kinds and binding.groups_are_ours
+        if changed or not all(0.0 <= rate < math.inf for rate in rates):
+            check_changed(self._groups, self._kinds if changed else [kind_of(group) for group in self._groups])
+        index_of = {id(group): i for i, group in enumerate(self._groups)}
+        present = [(index_of[id(group)], p) for group in self.param_groups for p in group["params"]]
         parts = [(p, p.grad) if binding.parts is None else binding.parts(p) for _, p in present]
         allowed = self.guard.allows(
-            runtime.transport,
-            [p for _, p in present],
-            [gradient for _, gradient in parts],
+            runtime.transport, [p for _, p in present], [gradient for _, gradient in parts],
             lambda: parameter_names(self._groups, self.specs, [i for i, _ in present]),
-            agreed=binding.finite(),
-            complete=runtime.plan.layout.complete_gradients,
+            agreed=binding.finite(), complete=runtime.plan.layout.complete_gradients,
             matrices=[runtime.splits.get(self._buffer_of.get(id(p), -1)) for _, p in present],
-        )
+            copies=runtime.plan.layout.kind == "replicated", rates=rates,
+        )  # fmt: skip
         if allowed is None:
             if self.guard.begins:
                 progress.finish_step()
             return
-        if not self._copies_compared:
+        if not self._copies_compared or not allowed.alike:
+            check_rates(runtime.transport, self.param_groups, rates)
             check_copies(binding)
             self._copies_compared = True
         work: dict[int, Work] = {}
         adamw: dict[int, list[AdamWork]] = {}
         for (index, p), (local, gradient), wanted in zip(present, parts, allowed.present, strict=True):
-            if not wanted:
+            if not wanted or (local.numel() == 0 and id(p) not in self._buffer_of):
                 continue
             if self._masters is not None:
                 local = self._masters.open(p, local)
@@ -322,10 +328,7 @@ class Muon(StateDicts):
                 continue
             buffer = self._buffer_of.get(id(p))
             if buffer is None:
-                raise LayoutError(
-                    f"a tensor of shape {tuple(p.shape)} in group {index} is not one that the plan was made for: "
-                    "parameters may not be replaced after the first step"
-                )
+                raise unplanned(p, index)
             work[buffer] = Work(local, gradient, self._groups[index])
         progress.enter("adamw")
         for index, of_group in adamw.items():

@@ -112,8 +112,13 @@ def make_spec(name: str, p: torch.Tensor, algorithm: str, cut: dict[str, Any] | 
     for check in loaded_checks():
         check(name, p)
     shape = logical_shape(p)
-    if algorithm == "adamw":
+    if algorithm == "adamw" or (0 in shape and len(shape) >= 2):
         return ParameterSpec(name, shape)
+    if not p.is_floating_point():
+        raise RoutingError(
+            f"{name} is {p.dtype}, and only real floating-point matrices can be orthogonalized: put it into a group "
+            "with algorithm 'adamw', as param_groups(model, overrides=[Override(pattern, 'adamw')]) does"
+        )
     if len(shape) < 2:
         raise RoutingError(
             f"{name} of shape {shape} is in a Muon group, but only matrices can be orthogonalized: put it into a "

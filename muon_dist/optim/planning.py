@@ -71,13 +71,14 @@ def plain_binding(
     return Binding(replicated_layout(matrices, world), tuple(buffers), ranks, device), group_of
 
 
-def replaced_groups(known: Sequence[Group], groups: Sequence[Group], group: Group) -> list[Group]:
-    """The groups to know from now on, where `group` of `groups` is none of the `known`.
+def replaced_groups(known: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
+    """The groups to know from now on, where some of `groups` are none of the `known`.
 
     Raises:
         LayoutError: they are not as many as before.
     """
     if len(groups) != len(known):
+        group = next(g for g in groups if all(g is not k for k in known))
         raise LayoutError(
             f"group '{group.get('name', group.get('algorithm'))}' is not one of the {len(known)} that Muon was made "
             "with: change a group in place instead of replacing it"
@@ -103,7 +104,7 @@ def check_covers(specs: Sequence[Sequence[ParameterSpec]], binding: Binding) -> 
 
 
 def check_untouched(groups: Sequence[Group], specs: Sequence[Sequence[ParameterSpec]]) -> None:
-    """Raises LayoutError when the groups hold other parameters than they were made with, or a strided matrix."""
+    """Raises LayoutError when the groups hold other parameters than they were made with."""
     for group, given in zip(groups, specs, strict=True):
         found = [tuple(p.shape) for p in group["params"]]
         expected = [s.shape for s in given]
@@ -115,9 +116,6 @@ def check_untouched(groups: Sequence[Group], specs: Sequence[Sequence[ParameterS
                 f"{len(found)} of shapes {found[:3]}. A framework has repartitioned them: under DeepSpeed call "
                 "muon_dist.attach(engine) after deepspeed.initialize"
             )
-        for p, s in zip(group["params"], given, strict=True):
-            if s.matrices and not p.is_contiguous():
-                raise LayoutError(f"{s.name} is not contiguous: call .contiguous() on it before making Muon")
 
 
 def check_saved_groups(

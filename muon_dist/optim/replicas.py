@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,9 +47,16 @@ NEVER_EQUAL = (
 NOT_AVERAGED = (
     "Muon shares the work of {world} ranks that hold the same weights, but their gradients are not the same: {found}. "
     + _CAUSES
-    + ". Under DistributedDataParallel the last backward pass before a step must run outside no_sync()"
+    + ". Under DistributedDataParallel the last backward pass before a step must run outside no_sync(). If local "
+    "steps are wanted (accelerate's LocalSGD, torch's PostLocalSGDOptimizer), pass the ranks that average their "
+    "gradients as process_group=, and None where each rank steps by itself"
 )
-"""Message of the check of gradients in the first step."""
+"""Message of the check of gradients."""
+
+_RATES = (
+    "group '{name}': {key} is {values}. Every rank must step with the same. A scheduler that goes by a loss "
+    "(ReduceLROnPlateau) must get the loss that is averaged over all ranks, and rates must be set on all ranks"
+)
 
 _ABSENT = torch.iinfo(torch.int64).min
 
@@ -140,8 +148,28 @@ def check_everywhere(checks: Iterable[ReplicaCheck], group: dist.ProcessGroup | 
     Ranks(group).everywhere(every)
 
 
+def check_rates(transport: Transport, groups: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> None:
+    """Compare the rates of the parameter groups over the ranks; a collective.
+
+    rates: "lr", "weight_decay" and "momentum" of each group, in order.
+
+    Raises:
+        ReplicaError: they differ; names group, key, and the value on each rank.
+    """
+    every = transport.ranks.gather(list(rates))
+    for place, of_place in enumerate(zip(*every, strict=True)):
+        if len(set(of_place)) > 1:
+            name = groups[place // 3].get("name", groups[place // 3]["algorithm"])
+            first = [(value, of_place.index(value)) for value in dict.fromkeys(of_place)]
+            values = ", ".join(f"{value:g} on rank {rank}" for value, rank in first)
+            raise ReplicaError(
+                _RATES.format(name=name, key=("lr", "weight_decay", "momentum")[place % 3], values=values)
+            )
+
+
 def check_copies(binding: Binding) -> None:
-    """Compare the weights that the layout calls copies, then their gradients; a collective, for the first step.
+    """Compare the weights that the layout calls copies, then their gradients; a collective, for the first step and
+    where the norms of gradients differ.
 
     A gradient that is missing on a rank counts as zero there, so it is not compared. A layout without copies needs no
     comparison.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,8 @@ class Runtime:
             order of the buffer, or nothing.
         memory: what the rules keep beside momentum.
         everywhere: buffers of which every holder keeps the momentum, not its sources alone.
+        in_state: by parameter, the entries that stand for it in the optimizer's `state`: what is another object there
+            was put there by others. None: there is none.
         orthogonalize: replaces a stack by its orthogonalized update; None for Newton-Schulz as the group says.
         orthogonalized: matrices orthogonalized on this rank since the start.
         resting: of each matrix, the steps in a row in which its gradient was exactly zero, in fp64 on the CPU; the
@@ -85,6 +87,7 @@ class Runtime:
         self.observer: Observer | None = None
         self.orthogonalized = 0
         self.momentum: dict[int, Tensor] = {}
+        self.in_state: dict[Tensor, dict[str, Tensor | None]] = {}
         self._group_of = group_of
         self._rules = rules if rules is not None else dict.fromkeys(group_of.values(), RULES["muon"])
         self._elements = bucket_elements(options.bucket_bytes)
@@ -143,13 +146,14 @@ class Runtime:
             (self._matrices[i], f, v.view(f.block.rows, f.block.cols)) for (i, f), v in zip(parts, views, strict=True)
         ]
 
-    def forget(self) -> None:
-        """Set momentum and the rules' memory back to zero."""
-        for momentum in self.momentum.values():
-            momentum.zero_()
-        self.memory.clear()
-        self.resting.zero_()
-        self.unmoved = set(range(len(self._matrices)))
+    def forget(self, buffers: Iterable[int]) -> None:
+        """Set momentum and the rules' memory of some buffers back to zero."""
+        for buffer in buffers:
+            if buffer in self.momentum:
+                self.momentum[buffer].zero_()
+            self.memory.clear(buffer)
+            self.resting[self.memory.matrices[buffer]] = 0.0
+            self.unmoved.update(self.memory.matrices[buffer])
 
     # One step ---------------------------------------------------------------------------------------------------
 
@@ -165,6 +169,9 @@ class Runtime:
         number is computed from the same inputs as without overlap.
         """
         progress, overlap = self.transport.progress, self.options.overlap
+        strided = [(w, w.parameter) for w in work.values() if not w.parameter.is_contiguous()]  # such as channels_last
+        for w, parameter in strided:
+            w.parameter = parameter.contiguous()
         progress.enter("momentum")
         step, program, sums = self._begin(work, zero)
         buckets = [BucketRun(bucket, step) for bucket in program.buckets]
@@ -191,6 +198,8 @@ class Runtime:
                     scale_weights(some.wide, [p.weight_positions[n] for n in some.members], factors)
         if self.memory.every_row:
             self.memory.share(sorted(work), self.transport)
+        for w, parameter in strided:
+            parameter.copy_(w.parameter)
         phases = self.plan.layout.phases
         progress.step += len(phases) <= 1 or any(buffer in work for buffer in phases[-1])
         progress.enter("idle")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from muon_dist.errors import CheckpointError, ConfigError
@@ -161,10 +160,12 @@ def is_own(key: str) -> bool:
     return key in (MOMENTUM, RESTING, ROUNDINGS, MASTER) or key.partition(":")[0] in RULE_MEMORY
 
 
-def keep_resting(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
-    """Bring `RESTING` in the optimizer's `state` up to date."""
+def settle(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+    """`follow`, and bring `RESTING` in `state` up to date: before a save or a copy."""
+    follow(runtime, state)
     for buffer, parameter in enumerate(runtime.binding.buffers):
-        counts = runtime.resting[runtime.memory.matrices[buffer]]
+        members = runtime.memory.matrices[buffer]
+        counts = runtime.resting[members[0] : members[-1] + 1]  # live, so that a copy made later is right
         if counts.any():
             state[parameter][RESTING] = counts
         else:
@@ -174,33 +175,135 @@ def keep_resting(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]
 def install(
     runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]], loaded: Mapping[Tensor, Loaded] | None
 ) -> None:
-    """Put this rank's part into the optimizer's `state`, with what was loaded before, if anything was."""
-    if loaded is not None:
-        adopt(runtime, loaded)
+    """Put this rank's part into the optimizer's `state`, after taking over what is there.
+
+    Args:
+        runtime: of the new plan.
+        state: where no entry of a Muon group is there, momentum begins at zero.
+        loaded: what a load has put into `state`; None if there was none. What others have changed there since counts.
+
+    Raises:
+        CheckpointError: loaded state that this rank needs is missing or has another shape.
+        ConfigError: an entry that others have put into `state` cannot be used.
+    """
+    runtime.in_state.clear()
+    frozen: list[str] = []
     for buffer, parameter in enumerate(runtime.binding.buffers):
-        for key in [key for key in state.get(parameter, {}) if is_own(key) and key != MASTER]:
-            del state[parameter][key]  # of an earlier plan, or as it was loaded
-        if found := entries(runtime, buffer):
-            state[parameter].update(found)
+        own = _own(state, parameter)
+        given = loaded.get(parameter, Loaded()) if loaded is not None else None
+        absent = given is not None and not (own or given.entries() or given.fresh)
+        if absent and buffer in runtime.momentum and not parameter.requires_grad:
+            frozen.append(runtime.plan.layout.matrices[runtime.memory.matrices[buffer][0]].matrix.parameter)
+            given = None
+        if given is not None and _same(own, given.entries()):
+            _adopt(runtime, buffer, given)
+        else:
+            runtime.forget([buffer])
+            _take(runtime, buffer, own, given.matrices if given is not None else None)
+        _place(runtime, state, buffer)
+    runtime.memory.started.clear()
+    if frozen and runtime.momentum:
+        warnings.warn(
+            f"the state dict has no momentum of {len(frozen)} parameters that are frozen ({', '.join(frozen[:3])}): "
+            "torch.distributed.checkpoint leaves it out. If they are unfrozen later, their momentum begins at zero. "
+            "To keep it, freeze them after the state is loaded",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
-def adopt(runtime: Runtime, loaded: Mapping[Tensor, Loaded]) -> None:
-    """Copy loaded state into this rank's part.
+def follow(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+    """Take over what others have replaced, cleared or added in the optimizer's `state` since it was put there.
+
+    An entry that is gone begins at zero again. Local.
+
+    Raises:
+        ConfigError: an entry is not a tensor, or has another shape; names parameter and key.
+    """
+    for buffer, parameter in enumerate(runtime.binding.buffers):
+        own, put = _own(state, parameter), runtime.in_state[parameter]
+        if any(own.get(key) is not kept for key, kept in put.items()):
+            _take(runtime, buffer, own, None)
+            _place(runtime, state, buffer)
+
+
+def put(state: MutableMapping[Tensor, dict[str, Any]], parameter: Tensor, found: Mapping[str, Tensor]) -> None:
+    """Let `found` be the entries of a Muon group in the state of a parameter, and no others but its master."""
+    for key in [key for key in state.get(parameter, {}) if is_own(key) and key != MASTER]:
+        del state[parameter][key]
+    if found:
+        state[parameter].update(found)
+
+
+def _own(state: Mapping[Tensor, Mapping[str, Any]], parameter: Tensor) -> dict[str, Any]:
+    """The entries of a parameter that the plan keeps (a master has its own keeper). None counts as absent."""
+    entries_of = state.get(parameter, {}).items()
+    return {key: value for key, value in entries_of if is_own(key) and key != MASTER and value is not None}
+
+
+def _same(own: Mapping[str, Any], given: Mapping[str, Tensor]) -> bool:
+    return own.keys() == given.keys() and all(own[key] is value for key, value in given.items())
+
+
+def _place(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]], buffer: int) -> None:
+    """Put the live tensors of a buffer into `state`, in place of what is there."""
+    parameter, found = runtime.binding.buffers[buffer], entries(runtime, buffer)
+    put(state, parameter, found)
+    runtime.in_state[parameter] = {MOMENTUM: None, **found}
+
+
+def _take(runtime: Runtime, buffer: int, own: Mapping[str, Any], matrices: list[str] | None) -> None:
+    """Copy what others have put into the state of a buffer into this rank's part; what they have removed is zero.
+
+    Entries that are still those of `runtime.in_state` keep their values.
+    """
+    members, parameter = runtime.memory.matrices[buffer], runtime.binding.buffers[buffer]
+    name = runtime.plan.layout.matrices[members[0]].matrix.parameter
+    put = runtime.in_state.get(parameter, {})
+    new = {key: value for key, value in own.items() if put.get(key) is not value}
+    for key, value in new.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f"optimizer.state of {name}: {key} is a {type(value).__name__}: put a tensor there, or delete the "
+                "entry to begin at zero"
+            )
+    for key, live in put.items():
+        if live is not None and key not in own:
+            runtime.binding.local(live).zero_()
+            if key == MOMENTUM:
+                runtime.resting[members] = 0.0
+                runtime.unmoved.update(members)
+    if any(own.get(key) is not put.get(key) for key in runtime.memory.numbers[buffer]):
+        runtime.memory.started.discard(buffer)
+    given = Loaded(new.get(MOMENTUM), matrices, {key: new[key] for key in new if key != MOMENTUM})
+    try:
+        if given.momentum is not None and buffer in runtime.momentum:
+            if given.momentum.shape == runtime.momentum[buffer].shape != parameter.shape:
+                given.matrices = _held_matrices(runtime, buffer)  # this rank's part, as it stood there
+            _adopt_momentum(runtime, buffer, given)
+        _adopt_memory(runtime, buffer, given, strict=False)
+    except CheckpointError as error:
+        raise ConfigError(f"optimizer.state of {name} was changed and cannot be used: {error}") from error
+    if given.momentum is not None:
+        runtime.unmoved.difference_update(members)
+    if RESTING in new:
+        runtime.resting[members] = new[RESTING].to("cpu", torch.float64)
+
+
+def _adopt(runtime: Runtime, buffer: int, given: Loaded) -> None:
+    """Copy loaded state of a buffer into this rank's part.
 
     Raises:
         CheckpointError: state that this rank holds is missing or has another shape.
     """
-    for buffer, parameter in enumerate(runtime.binding.buffers):
-        given = loaded.get(parameter, Loaded())
-        if given.fresh:
-            continue
-        if buffer in runtime.momentum:
-            _adopt_momentum(runtime, buffer, given)
-        _adopt_memory(runtime, buffer, given)
-        counts = given.memory.get(RESTING, 0.0)
-        runtime.unmoved.difference_update(runtime.memory.matrices[buffer])
-        runtime.resting[runtime.memory.matrices[buffer]] = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
-    runtime.memory.started.clear()
+    if given.fresh:
+        return
+    if buffer in runtime.momentum:
+        _adopt_momentum(runtime, buffer, given)
+    _adopt_memory(runtime, buffer, given)
+    counts = given.memory.get(RESTING, 0.0)
+    runtime.unmoved.difference_update(runtime.memory.matrices[buffer])
+    runtime.resting[runtime.memory.matrices[buffer]] = torch.as_tensor(counts, dtype=torch.float64, device="cpu")
 
 
 def _adopt_momentum(runtime: Runtime, buffer: int, given: Loaded) -> None:
@@ -234,7 +337,7 @@ def _adopt_momentum(runtime: Runtime, buffer: int, given: Loaded) -> None:
                 piece.copy_(view(flat, f.local))
 
 
-def _adopt_memory(runtime: Runtime, buffer: int, given: Loaded) -> None:
+def _adopt_memory(runtime: Runtime, buffer: int, given: Loaded, strict: bool = True) -> None:
     memory, matrices = runtime.memory, runtime.plan.layout.matrices
     wanted = dict(memory.numbers[buffer])
     whole: dict[str, Tensor] = {}
@@ -248,6 +351,8 @@ def _adopt_memory(runtime: Runtime, buffer: int, given: Loaded) -> None:
         wanted.update({rows_key(runtime, name, i): rows for i, rows in _kept_rows(runtime, buffer, name)})
     for key, kept in wanted.items():
         value = given.memory.get(key, whole.get(key))
+        if value is None and not strict:
+            continue
         if value is None and key == ROUNDINGS:
             value = torch.zeros_like(kept)  # saved without stochastic rounding
         if value is None:
@@ -269,80 +374,3 @@ def _missing(runtime: Runtime, what: str) -> str:
         "with full_state_dict() on all ranks (MuonTrainer does), or from an optimizer made with "
         "momentum_everywhere=True; or load on each rank the file that this rank saved"
     )
-
-
-def carried(runtime: Runtime) -> dict[Tensor, Loaded]:
-    """The state of this rank's Muon groups for another plan over the same parameters and more; a collective.
-
-    Raises:
-        ConfigError: parts of it would have to move between ranks in a way that is not known here.
-    """
-    layout, transport = runtime.plan.layout, runtime.transport
-    everywhere = layout.kind == "replicated"
-    rows = any(runtime.memory.row_names.values())
-    if not everywhere and (layout.kind != "dtensor" or layout.columns or rows):
-        kind = (
-            "HSDP" if layout.columns else f"the {layout.kind} layout" if not rows else "a rule with memory on owners"
-        )
-        raise ConfigError(
-            f"a parameter group cannot be added after the first step under {kind}: save a checkpoint, make the "
-            "optimizer with all groups, and load it"
-        )
-    found = {}
-    for buffer, parameter in enumerate(runtime.binding.buffers):
-        memory: dict[str, Tensor] = dict(runtime.memory.numbers[buffer])
-        memory[RESTING] = runtime.resting[runtime.memory.matrices[buffer]]
-        if everywhere:
-            for name, whole in _padded(runtime, buffer, parameter).items():
-                if transport.world_size > 1:
-                    dist.all_reduce(whole, group=transport.group)
-                memory[name] = whole
-        else:
-            memory[MOMENTUM] = entries(runtime, buffer)[MOMENTUM]
-        found[parameter] = Loaded(memory.pop(MOMENTUM), None, memory)
-    return found
-
-
-# Of all ranks -------------------------------------------------------------------------------------------------------
-
-
-def full_state(runtime: Runtime, local: dict[str, Any], parameters: Iterable[Tensor]) -> dict[str, Any]:
-    """`local`, the state dict of this rank, with the state of all ranks on rank 0; {} on the others. A collective."""
-    layout, group, rank = runtime.plan.layout, runtime.transport.group, runtime.transport.rank
-    if layout.kind != "replicated":
-        raise CheckpointError(
-            f"full_state_dict gathers the replicated layout only, this one is {layout.kind}: the framework saves each "
-            "rank's own shard (engine.save_checkpoint under DeepSpeed, torch.distributed.checkpoint under FSDP2)"
-        )
-    # torch's inner dicts are the live state
-    local["state"] = {
-        index: {key: value for key, value in entry.items() if ":" not in key}
-        for index, entry in local["state"].items()
-    }
-    index_of = {id(p): i for i, p in enumerate(parameters)}
-    assert group is not None
-    first = dist.get_global_rank(group, 0)
-    for buffer, parameter in enumerate(runtime.binding.buffers):
-        # Sources do not overlap, and a matrix has one owner: the sum over ranks places every element exactly once.
-        for name, whole in _padded(runtime, buffer, parameter).items():
-            dist.reduce(whole, first, group=group)
-            if rank == 0:
-                local["state"].setdefault(index_of[id(parameter)], {})[name] = whole.cpu()
-    return local if rank == 0 else {}
-
-
-def _padded(runtime: Runtime, buffer: int, parameter: Tensor) -> dict[str, Tensor]:
-    """What the ranks hold different parts of, whole, with zeros where this rank holds nothing."""
-    memory = runtime.memory
-    momentum = torch.zeros(parameter.shape, dtype=torch.float32, device=runtime.binding.device)
-    if buffer in runtime.momentum:
-        for _, f, piece in runtime.momentum_pieces(buffer):
-            view(momentum.view(-1), f.local).copy_(piece)
-    found = {MOMENTUM: momentum}
-    for name in memory.row_names[buffer]:
-        sizes = [memory.features(i) for i in memory.matrices[buffer]]
-        found[name] = torch.zeros(sum(sizes), dtype=torch.float32, device=runtime.binding.device)
-        for i, part in zip(memory.matrices[buffer], found[name].split(sizes), strict=True):
-            if i in memory.owned[buffer]:
-                part.copy_(memory.rows[name][i])
-    return found

@@ -8,22 +8,13 @@ import torch
 
 from muon_dist.checkpoint.piece import clean_name
 from muon_dist.optim.binding import Group, ParameterSpec
-from muon_dist.optim.low_precision import MASTER, MasterWeights, wide_state
+from muon_dist.optim.copies import load
+from muon_dist.optim.gathered import full_state
+from muon_dist.optim.low_precision import MasterWeights
 from muon_dist.optim.options import Options
-from muon_dist.optim.planning import check_saved_groups
 from muon_dist.optim.rounding import AdamWRounding, is_narrow
 from muon_dist.optim.runtime import Runtime
-from muon_dist.optim.state import (
-    PARTIAL,
-    Loaded,
-    full_state,
-    indexed_parameters,
-    install,
-    keep_resting,
-    partial_momentum,
-    split_state,
-    warn_if_partial,
-)
+from muon_dist.optim.state import PARTIAL, Loaded, indexed_parameters, partial_momentum, settle, warn_if_partial
 
 
 class StateDicts(torch.optim.Optimizer):
@@ -51,8 +42,8 @@ class StateDicts(torch.optim.Optimizer):
         runtime = self._runtime
         if runtime is None:
             return super().state_dict()
+        settle(runtime, self.state)
         self._warned_of_partial_state = self._warned_of_partial_state or warn_if_partial(runtime, self.state)
-        keep_resting(runtime, self.state)
         packed = super().state_dict()
         if partial := partial_momentum(runtime, indexed_parameters(self)):
             packed[PARTIAL] = partial
@@ -67,7 +58,7 @@ class StateDicts(torch.optim.Optimizer):
             CheckpointError: the framework keeps the parameters in parts, and saves them itself.
         """
         if self._runtime is not None:
-            keep_resting(self._runtime, self.state)
+            settle(self._runtime, self.state)
         local = super().state_dict()
         if self._runtime is None or self._runtime.transport.world_size == 1:
             return local
@@ -89,7 +80,7 @@ class StateDicts(torch.optim.Optimizer):
 
         Before the first step it is local, and the ranks agree on it when they plan. After it, it is a collective. What
         one rank refuses all ranks refuse, with its message. Momentum is kept in fp32 whatever the parameters' dtype,
-        and taken apart for this rank's plan.
+        and taken apart for this rank's plan. Load hooks see it, and what they return is loaded.
 
         Raises:
             ConfigError: a group's algorithm or rule differs.
@@ -104,29 +95,7 @@ class StateDicts(torch.optim.Optimizer):
             runtime.transport.ranks.everywhere(lambda: self._load(state_dict))
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        check_saved_groups(state_dict["param_groups"], self._groups, self.algorithms, self.specs)
-        parameters = indexed_parameters(self)
-        loaded, rest = split_state(parameters, state_dict)
-        super().load_state_dict(rest)
-        if self._options.master_weights or self._options.stochastic_rounding:
-            keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-            wide = wide_state(state_dict["state"], dict(zip(keys, parameters, strict=True)))
-            for p, kept in wide.items():
-                self.state[p].update(
-                    kept if self._options.master_weights else {k: kept[k] for k in kept if k != MASTER}
-                )
-        for given in loaded.values():
-            given.memory.pop(MASTER, None)
-        self._groups = list(self.param_groups)
-        self._loaded = loaded if state_dict["state"] else None
-        if self._runtime is not None:
-            if self._loaded is None:
-                self._runtime.forget()
-            install(self._runtime, self.state, self._loaded)
-            self._loaded = None
-            return
-        for p, given in loaded.items():
-            self.state[p].update(given.entries())
+        load(self, state_dict, super().load_state_dict)
 
     # 16-bit parameters ----------------------------------------------------------------------------------------------
 

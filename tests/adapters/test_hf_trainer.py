@@ -389,3 +389,16 @@ def test_a_checkpoint_that_cannot_continue_is_refused(tmp_path: Path) -> None:
         session(str(tmp_path), str(tmp_path))
     with pytest.raises(CheckpointError, match=r"holds exp_avg, exp_avg_sq, step of .* and no momentum"):
         session(str(tmp_path), adamw_checkpoint(tmp_path / "adamw"))
+
+
+@pytest.mark.parametrize("way", ["set", "replaced"])
+def test_rates_that_are_set_after_the_trainer_was_made_count(tmp_path: Path, way: str) -> None:
+    """As a hyper-parameter search sets them; what the caller has given stays."""
+    trainer = MuonTrainer(make_model(), arguments(tmp_path), muon={"adamw_lr": 0.5}, train_dataset=Words())
+    if way == "set":
+        trainer.args.learning_rate, trainer.args.weight_decay = 0.007, 0.3
+    else:
+        trainer.args = arguments(tmp_path, learning_rate=0.007, weight_decay=0.3)
+    groups = {group["name"]: group for group in trainer.create_optimizer().param_groups}
+    assert (groups["muon"]["lr"], groups["muon"]["weight_decay"]) == (0.007, 0.3)
+    assert groups["adamw"]["lr"] == 0.5

@@ -34,9 +34,10 @@ def test_a_step_on_cuda_launches_little_and_reads_nothing(
         found = measure(*llama_7b, layout, ranks, 0, torch.device("cuda", 0))
     assert found["kernels"] <= 400, found["by_kind"]
     assert found["host_reads"] == 0
-    # ZeRO-3 cuts weights, gradients and momentum out of its flat tensors, and looks at the gradients: once each.
+    # ZeRO-3 cuts weights, gradients and momentum out of its flat tensors, and looks at the gradients: once each. One
+    # more is of the bits of the numbers that ranks compare.
     views = ("view", "as_strided", "slice", "split", "split_with_sizes", "select", "narrow")
-    assert sum(found["by_kind"].get(kind, 0) for kind in views) <= 2 * 4, found["by_kind"]
+    assert sum(found["by_kind"].get(kind, 0) for kind in views) <= 2 * 4 + 1, found["by_kind"]
 
 
 def test_offloaded_weights_are_transferred_by_the_bucket(
@@ -59,9 +60,10 @@ def test_offloaded_weights_are_transferred_by_the_bucket(
         else:
             transfers.extend("_foreach_copy_" for _ in targets)
 
-    def states(gradients: Any, matrices: Any, device: torch.device, *, exact: bool = False) -> torch.Tensor:
+    def states(gradients: Any, matrices: Any, device: torch.device, *, exact: bool = False) -> Any:
         count = sum(len(m.matrices) if isinstance(m, guard.Split) else 1 for m in matrices)
-        return torch.empty(count, dtype=torch.uint8)  # gradients on a CPU are looked at, and these have no values
+        # gradients on a CPU are looked at, and these have no values
+        return torch.empty(count, dtype=torch.uint8, device=device), torch.empty(1, dtype=torch.float64, device=device)
 
     monkeypatch.setattr(guard, "states", states)
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)

@@ -19,7 +19,7 @@ def weight(*shape: int, dtype: torch.dtype = torch.float32) -> torch.nn.Paramete
 @pytest.mark.parametrize(
     ("group", "words"),
     [
-        ({"use_muon": False}, r"'use_muon' is a key of another Muon: write \"algorithm\""),
+        ({"use_muon": False}, r"'use_muon' is a key of another optimizer: write \"algorithm\""),
         ({"num_heads": 4}, r"'num_heads'.*\"heads\": N"),
         ({"split_sizes": [1, 2]}, r"'split_sizes'.*\"sizes\""),
         ({"adjust_lr_fn": "original"}, "'adjust_lr_fn'.*spectral"),

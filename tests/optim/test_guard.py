@@ -196,7 +196,7 @@ def test_a_veto_leaves_the_step_out_and_does_not_count_as_bad() -> None:
 
 
 def found(gradients: list, matrices: list | None = None, exact: bool = False) -> list[int]:
-    return states(gradients, matrices or [None] * len(gradients), CPU, exact=exact).tolist()
+    return states(gradients, matrices or [None] * len(gradients), CPU, exact=exact)[0].tolist()
 
 
 def test_states() -> None:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    LambdaLR,
+    LinearLR,
+    MultiplicativeLR,
+    OneCycleLR,
+    SequentialLR,
+)
+from torch.optim.swa_utils import SWALR
 
 from muon_dist import Muon
 
@@ -65,3 +77,37 @@ def test_a_loaded_state_keeps_its_momentum() -> None:
     again.load_state_dict(optimizer.state_dict())
     for group, other in zip(optimizer.param_groups, again.param_groups, strict=True):
         assert (group["momentum"], group["betas"]) == (other["momentum"], other["betas"])
+
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "LambdaLR": lambda o: LambdaLR(o, [lambda step: 0.9**step, lambda step: 1 / (1 + step)]),
+    "MultiplicativeLR": lambda o: MultiplicativeLR(o, lambda step: 0.9),
+    "SequentialLR": lambda o: SequentialLR(o, [LinearLR(o, 0.1, total_iters=3), ConstantLR(o, 0.5)], milestones=[3]),
+    "restarts": lambda o: CosineAnnealingWarmRestarts(o, 3),
+    "SWALR": lambda o: SWALR(o, swa_lr=0.002, anneal_epochs=3),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_gives_the_rates_that_it_gives_any_optimizer(name: str) -> None:
+    """And the step uses them: AdamW's half equals torch's, Muon's moves by its rate."""
+    optimizer = made()
+    muon, adamw = (group["params"][0] for group in optimizer.param_groups)
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in (muon, adamw)]
+    groups = [{"params": [twins[0]], "lr": 0.1}, {"params": [twins[1]], "lr": 0.01}]
+    other = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1)
+    schedulers = [SCHEDULERS[name](o) for o in (optimizer, other)]
+    lengths = []
+    for step in range(8):
+        for p in (muon, adamw, *twins):
+            p.grad = torch.full_like(p, 1.0 + step)
+        before = muon.detach().clone()
+        rate = float(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        other.step()
+        lengths.append(float((muon.detach() - before * (1 - 0.1 * rate)).norm()) / rate)
+        for scheduler in schedulers:
+            scheduler.step()
+        assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in other.param_groups]
+    assert torch.equal(adamw, twins[1])
+    assert max(lengths) < 1.001 * min(lengths)  # the same gradient's direction each time, so a step is as long as lr

@@ -139,4 +139,6 @@ def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
     for tensor in others:
         if "exp_avg" not in optimizer.state[tensor]:
             optimizer.state[tensor].update(adamw_state(tensor))
-    return Binding(layout, tuple(buffers), group, engine.device, clip, finite=lambda: is_finite(wrapper)), groups
+    binding = Binding(layout, tuple(buffers), group, engine.device, clip, finite=lambda: is_finite(wrapper))
+    binding.groups_are_ours = False  # a universal load writes the options of group 0 into all groups
+    return binding, groups

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def bind(optimizer: Muon) -> Bound | None:
         group=group,
         device=_device(next(p for p in parameters if is_sharded(p))),
         local=local_part,
-        parts=local_parts,
+        parts=partial(local_parts, names={id(p): spec.name for _, p, spec in pairs}),
         column=_column(layout, [mesh for _, mesh in on_meshes], group),
         everywhere=state.everywhere,
         stored=state.momentum,

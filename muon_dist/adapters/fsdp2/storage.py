@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,16 +40,32 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def local_parts(parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """This rank's part of a parameter and of its gradient, which is first placed as the parameter is."""
+def local_parts(parameter: torch.Tensor, names: Mapping[int, str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """This rank's part of a parameter and of its gradient, which is first placed as the parameter is.
+
+    names: by `id()` of the parameter, for messages.
+
+    Raises:
+        FrameworkError: the gradient lies on other ranks than the parameter, or is no DTensor.
+    """
     gradient = parameter.grad
     if not isinstance(parameter, DTensor):
         return parameter, gradient
-    if isinstance(gradient, DTensor):
+    if gradient is not None:
+        if not isinstance(gradient, DTensor) or gradient.device_mesh != parameter.device_mesh:
+            raise _misplaced(names.get(id(parameter), "a parameter"), parameter, gradient)
         if gradient.placements != parameter.placements:
             gradient = gradient.redistribute(placements=parameter.placements)
         gradient = gradient.to_local()
     return parameter._local_tensor, gradient  # as to_local, without the view that torch makes for a Parameter
+
+
+def _misplaced(name: str, parameter: DTensor, gradient: torch.Tensor) -> FrameworkError:
+    found = f"on {gradient.device_mesh}" if isinstance(gradient, DTensor) else "a plain tensor"
+    return FrameworkError(
+        f"{name} is a DTensor on {parameter.device_mesh}, its gradient is {found}: let backward() make it, or make it "
+        "with distribute_tensor(gradient, p.device_mesh, p.placements)"
+    )
 
 
 def sharded(
