@@ -116,12 +116,7 @@ class ReplicaCheck:
         parts = []
         for column, index in enumerate(wrong[:3]):
             values = {r: sums[column] for r, sums in enumerate(every) if sums[column] != _ABSENT}
-            value, holders = Counter(values.values()).most_common(1)[0]
-            odd = [globally[r] for r in values if values[r] != value]
-            who = f"rank {', '.join(map(str, odd))} differs from the others"
-            if holders * 2 <= len(values):
-                who = f"ranks {', '.join(str(globally[r]) for r in values)} do not agree, and there is no majority"
-            parts.append(f"{self.named[index][0]}: {who}")
+            parts.append(f"{self.named[index][0]}: {_odd(values, [globally[r] for r in values])}")
         return "; ".join(parts) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else "")
 
 
@@ -178,16 +173,55 @@ def check_copies(binding: Binding) -> None:
         ReplicaError: the ranks hold different weights or gradients; names parameter and rank.
     """
     layout, local = binding.layout, binding.local
-    if not layout.columns:
-        return
     names = {m.buffer: m.matrix.parameter for m in layout.matrices}
+    # Copies that lie across the columns: a plain tensor, or one on a part of the mesh, beside sharded ones.
+    across = {
+        m.buffer
+        for i, m in enumerate(layout.matrices)
+        if int(m.fragments.length.sum()) > m.matrix.numel and not layout.relayed(i)
+    }
+    found: dict[str, list[tuple[int, str, torch.Tensor | None]]] = {NEVER_EQUAL: [], NOT_AVERAGED: []}
+    for i, p in enumerate(binding.buffers):
+        if i in names and (layout.columns or i in across):
+            gradient = p.grad if binding.parts is None else binding.parts(p)[1]
+            found[NEVER_EQUAL].append((i, names[i], local(p.detach())))
+            found[NOT_AVERAGED].append((i, names[i], None if gradient is None or gradient.is_sparse else gradient))
     group = binding.column if binding.column is not None else binding.group
-    buffers = [(names[i], p) for i, p in enumerate(binding.buffers) if i in names]
-    weights = ((name, local(p.detach())) for name, p in buffers)
-    present = ((name, p.grad if binding.parts is None else binding.parts(p)[1]) for name, p in buffers)
-    gradients = ((name, None if g is None or g.is_sparse else g) for name, g in present)
     checks = [
-        ReplicaCheck(weights, group, binding.device, NEVER_EQUAL),
-        ReplicaCheck(gradients, group, binding.device, NOT_AVERAGED),
+        ReplicaCheck([(name, t) for i, name, t in some if i not in across], group, binding.device, message)
+        for message, some in found.items()
+        if layout.columns
     ]
-    check_everywhere(checks, binding.group)
+    if checks:
+        check_everywhere(checks, binding.group)
+    if across:
+        for message, some in found.items():
+            _check_across(binding, [entry for entry in some if entry[0] in across], message)
+
+
+def _check_across(binding: Binding, some: Sequence[tuple[int, str, torch.Tensor | None]], message: str) -> None:
+    """Compare tensors over all ranks that hold the same elements of them, whichever these are. A collective."""
+    ranks = Ranks(binding.group)
+    every = ranks.gather([None if t is None else int(checksum(t)) for _, _, t in some])
+    parts = []
+    for place, (buffer, name, _) in enumerate(some):
+        fragments = [m.fragments for m in binding.layout.matrices if m.buffer == buffer]
+        holders: dict[int, dict[int, int]] = {}
+        for rank, sums in enumerate(every):
+            if sums[place] is not None:
+                held = hash(tuple((f.start.tobytes(), f.cols.tobytes()) for f in (f.on(rank) for f in fragments)))
+                holders.setdefault(held, {})[rank] = sums[place]
+        parts += [
+            f"{name}: {_odd(values, list(values))}" for values in holders.values() if len({*values.values()}) > 1
+        ]
+    if parts:
+        raise ReplicaError(message.format(found="; ".join(parts[:3]), world=len(every)))
+
+
+def _odd(values: Mapping[int, int], names: Sequence[int]) -> str:
+    """ "rank 2 differs from the others", of ranks that hold `values`, under the numbers `names`."""
+    value, holders = Counter(values.values()).most_common(1)[0]
+    if holders * 2 <= len(values):
+        return f"ranks {', '.join(map(str, names))} do not agree, and there is no majority"
+    odd = [name for name, own in zip(names, values.values(), strict=True) if own != value]
+    return f"rank {', '.join(map(str, odd))} differs from the others"
