@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from muon_dist.numerics.newton_schulz import newton_schulz
     from muon_dist.optim.groups import param_groups
     from muon_dist.optim.muon import Muon
+    from muon_dist.routing.decide import routing_table
 
 _HOMES = {
     "Guards": "muon_dist.adapters.hf_guards",
@@ -26,9 +27,20 @@ _HOMES = {
     "for_trainer": "muon_dist.adapters.factory",
     "newton_schulz": "muon_dist.numerics.newton_schulz",
     "param_groups": "muon_dist.optim.groups",
+    "routing_table": "muon_dist.routing.decide",
 }
 
-__all__ = ["Guards", "Muon", "MuonFactory", "MuonTrainer", "attach", "for_trainer", "newton_schulz", "param_groups"]
+__all__ = [
+    "Guards",
+    "Muon",
+    "MuonFactory",
+    "MuonTrainer",
+    "attach",
+    "for_trainer",
+    "newton_schulz",
+    "param_groups",
+    "routing_table",
+]
 __version__ = "0.1.0"
 
 

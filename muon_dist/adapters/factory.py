@@ -18,13 +18,7 @@ from muon_dist.optim.groups import check_parameters, param_groups
 from muon_dist.optim.muon import Muon
 from muon_dist.optim.rules import RULES
 from muon_dist.optim.rules.choice import check_options
-from muon_dist.routing import Override, SplitRule, route
-
-
-def is_rank_zero() -> bool:
-    """True on the first rank, and where nothing is distributed."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
+from muon_dist.routing import Override, SplitRule, announce, is_rank_zero, route
 
 
 def for_trainer(args: Any, **options: Any) -> tuple[type[MuonFactory], dict[str, Any]]:
@@ -126,9 +120,10 @@ class MuonFactory:
         overrides = [_as(Override, o) for o in of_groups.pop("overrides", ())]
         splits = [_as(SplitRule, s) for s in of_groups.pop("splits", ())]
         check_parameters(opt_model)
-        table = of_groups.pop("table", None) or route(opt_model, overrides, splits)
-        if print_routing and is_rank_zero():
-            print(table.render(), flush=True)
+        table = of_groups.pop("table", None)
+        if table is None or print_routing:
+            table = table or route(opt_model, overrides, splits)
+            announce(table, show=print_routing, again=True)
         return Muon(param_groups(opt_model, table=table, **of_groups), **of_muon)
 
 

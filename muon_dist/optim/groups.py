@@ -11,7 +11,7 @@ from muon_dist.errors import ConfigError
 from muon_dist.frameworks import loaded_checks
 from muon_dist.layout import cut_parameter
 from muon_dist.partition_order import partition_order
-from muon_dist.routing import Override, Route, RoutingTable, SplitRule, route
+from muon_dist.routing import Override, Route, RoutingTable, SplitRule, announce, route
 
 
 def param_groups(
@@ -27,6 +27,8 @@ def param_groups(
     partitions: int | None = None,
 ) -> list[dict[str, Any]]:
     """The groups of `model` for `Muon`: "muon", "adamw" and "adamw_no_decay" (biases and norms), those not empty.
+
+    Prints the routing table once on the first rank, and warns of doubts, unless `table` is given.
 
     Args:
         model: frozen parameters are left out, tied ones stand once.
@@ -46,7 +48,9 @@ def param_groups(
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     check_parameters(model)
-    table = table or route(model, overrides, splits)
+    if table is None:
+        table = route(model, overrides, splits)
+        announce(table)
     adamw_lr = lr if adamw_lr is None else adamw_lr
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
     adamw = table.select("adamw")

@@ -1,7 +1,8 @@
 """Which parameter goes to Muon, which to AdamW.
 
-The decision rests on the type of the module that holds the parameter, on its logical shape and on identity (tied
-weights), never on its name: names lie. Users correct it with `Override` and cut fused matrices with `SplitRule`.
+The decision rests on what a weight does: the type of the module that holds it, ties, and what the source of the
+forward does with it (`evidence.py`), never on its name: names lie. Users correct it with `Override` and cut fused
+matrices with `SplitRule`.
 """
 
 from __future__ import annotations
@@ -12,42 +13,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from muon_dist.errors import RoutingError
-from muon_dist.routing.model import (
-    CONVOLUTIONS,
-    NORMS,
-    Use,
-    embedding_weights,
-    is_transposed,
-    logical_shape,
-    output_head,
-    uses_of,
-)
+from muon_dist.routing.evidence import gather
+from muon_dist.routing.folded import FoldedTable, fold
+from muon_dist.routing.model import CONVOLUTIONS, Use, is_transposed, logical_shape, offered
+from muon_dist.routing.roles import decide
 from muon_dist.routing.rules import Override, Rules, SplitRule, check_rules, make_split
-from muon_dist.routing.table import Algorithm, Route, RoutingTable, shape_text
-
-
-def _default(uses: list[Use], shape: tuple[int, ...], embedding: bool, head: bool) -> tuple[Algorithm, str, bool]:
-    """(algorithm, reason, decay) by module type, logical shape and identity."""
-    modules = [u.module for u in uses]
-    if len(shape) < 2:
-        return "adamw", "a vector (one axis)" if shape else "a scalar", False
-    if embedding or head:
-        return "adamw", "embedding" if embedding else "output head", True
-    if any(isinstance(m, NORMS) for m in modules):
-        return "adamw", f"normalisation ({type(modules[0]).__name__})", False
-    if len(shape) > 3 or any(isinstance(m, CONVOLUTIONS) for m in modules):
-        return "adamw", f"convolution or more than three axes ({type(modules[0]).__name__})", True
-    if len(shape) == 3 and shape[0] == 1:
-        return "adamw", "three axes, but a batch of one: no experts", True
-    if len(shape) == 3:
-        return "muon", f"batch of {shape[0]} matrices", True
-    # gpt-oss keeps one bias vector for each expert, (E, out), beside the (E, in, out) weight of the same module
-    stacked = {s[0] for p in modules[0]._parameters.values() if p is not None and len(s := logical_shape(p)) == 3}
-    if shape[0] in stacked:
-        return "adamw", f"{shape[0]} vectors, one for each expert", False
-    if 1 in shape:
-        return "adamw", "a vector (one side is 1)", True
-    return "muon", "matrix", True
+from muon_dist.routing.table import Route, RoutingTable, shape_text
 
 
 def _refuse_muon(uses: list[Use], shape: tuple[int, ...]) -> str | None:
@@ -60,54 +31,110 @@ def _refuse_muon(uses: list[Use], shape: tuple[int, ...]) -> str | None:
     return None
 
 
+def embedding_weights(model: nn.Module) -> set[int]:
+    """`id()` of the weights that are embedding tables: token, position and other tables of rows."""
+    return gather(model).tables
+
+
+def output_head(model: nn.Module) -> set[int]:
+    """`id()` of the weights of the output heads: a language model's, tied or not, and classifiers'.
+
+    The evidence: `get_output_embeddings()`, or a projection whose output goes into the loss, is the logits, or is the
+    model's. Where no source can be followed, a projection with the shape of an embedding table counts.
+    """
+    evidence = gather(model)
+    tied = {id(m.weight) for m in offered(model, "get_output_embeddings") if isinstance(m.weight, nn.Parameter)}
+    return {*evidence.heads, *evidence.guessed, *tied}
+
+
+def routing_table(
+    model: nn.Module, overrides: Sequence[Override] = (), splits: Sequence[SplitRule] = ()
+) -> FoldedTable:
+    """Where each parameter of `model` goes and why: one row for all layers that are alike, doubtful rows first.
+
+        print(muon_dist.routing_table(model))
+
+    Args:
+        model: on any device, also on the meta device. It is not run.
+        overrides, splits: as for `muon_dist.param_groups`.
+
+    Returns:
+        `FoldedRow`s with `pattern` (`model.layers.{0-79}.mlp.up_proj.weight`), `shape`, `algorithm`, `role`, `reason`
+        and `doubt` ("" where nothing is in doubt, else what is, and the line that settles it).
+
+    Raises:
+        RoutingError: a pattern is malformed or matches nothing, or a rule does not fit.
+    """
+    return fold(_table(model, overrides, splits))
+
+
 def route(model: nn.Module, overrides: Sequence[Override] = (), splits: Sequence[SplitRule] = ()) -> RoutingTable:
     """Decide for every parameter of `model` whether Muon or AdamW trains it.
 
-    To AdamW: embeddings and the output head (`output_head`), normalisation, everything with fewer than two axes or
-    with a side of 1, one-vector-per-expert biases, convolutions and four axes or more. To Muon: the other matrices
-    (M, N), and (E, M, N) with E > 1 as E matrices. Overrides come last; `splits` cut Muon parameters only.
+    To Muon: what is a matrix by its module's type, or multiplies an input in the source of the forward; (E, M, N) with
+    E > 1 as E matrices. To AdamW: embedding tables, output heads, normalisation, convolutions and four axes or more,
+    everything with fewer than two axes or with a side of 1, and whatever is only added, looked up or multiplied
+    element by element. Overrides come last; `splits` cut Muon parameters only.
 
     Raises RoutingError for a pattern that is malformed or matches nothing, a split that does not fit, a parameter of
     fewer than two axes sent to Muon, a parameter of no elements and unknown logical shape, and when no trained
     parameter reaches Muon.
     """
+    table = _table(model, overrides, splits)
+    if not table.select("muon"):
+        raise RoutingError(
+            "no parameter reaches Muon: train with AdamW (optimizer.name=adamw) or route a matrix to muon with an "
+            f"override\n{table.render()}"
+        )
+    return table
+
+
+def _table(model: nn.Module, overrides: Sequence[Override], splits: Sequence[SplitRule]) -> RoutingTable:
     check_rules(overrides, splits)
-    found = uses_of(model)
-    embeddings = embedding_weights(model)
-    heads = output_head(model)
+    evidence = gather(model)
     sent, cuts = Rules("override", overrides), Rules("split", splits)
 
     routes: list[Route] = []
     refused: list[str] = []
-    for parameter, uses in found:
+    for parameter, uses in evidence.found:
         names = [u.fqn for u in uses]
         shape = logical_shape(parameter)
         if math.prod(shape) == 0 and parameter.requires_grad:
             raise RoutingError(
                 f"{names[0]} has shape {shape_text(shape)} and no ds_shape: route the model before it is partitioned"
             )
-        algorithm, reason, decay = _default(uses, shape, id(parameter) in embeddings, id(parameter) in heads)
+        default = decide(id(parameter), uses, shape, evidence)
+        algorithm, reason, doubt = default.algorithm, default.reason, default.doubt
         override = sent.last(names)
         if override is not None:
-            algorithm, reason = override.algorithm, f"override {override.pattern!r}"
+            algorithm, reason, doubt = override.algorithm, f"override {override.pattern!r}", ""
         problem = _refuse_muon(uses, shape) if algorithm == "muon" else None
         if problem is not None:
             refused.append(problem)
             algorithm, reason = "adamw", f"REFUSED: {reason} to muon"
-        transposed = is_transposed(uses[0], shape)
+        transposed = default.transposed or is_transposed(uses[0], shape)
         rule = cuts.last(names) if algorithm == "muon" else None
         split = None if rule is None else make_split(rule, names[0], shape, transposed)
         frozen, aliases = not parameter.requires_grad, tuple(names[1:])
-        routes.append(Route(names[0], shape, algorithm, reason, transposed, split, decay, aliases, frozen))
+        routes.append(
+            Route(
+                names[0],
+                shape,
+                algorithm,
+                reason,
+                transposed,
+                split,
+                default.decay,
+                aliases,
+                frozen,
+                default.role,
+                "" if frozen else doubt,
+            )
+        )
 
     table = RoutingTable(tuple(routes))
     sent.check_all_used(routes)
     cuts.check_all_used(routes)
     if refused:
         raise RoutingError("\n".join([*refused, table.render()]))
-    if not table.select("muon"):
-        raise RoutingError(
-            "no parameter reaches Muon: train with AdamW (optimizer.name=adamw) or route a matrix to muon with an "
-            f"override\n{table.render()}"
-        )
     return table

@@ -37,6 +37,8 @@ class Route:
 
     shape: the logical shape as stored. transposed: stored (in, out), or (E, in, out), instead of (out, in).
     aliases: the other FQNs of the same (tied) tensor. A frozen parameter is listed but takes no part in training.
+    role: "matrix", "experts", "router", "adapter" for Muon; "head", "table", "position", "norm", "convolution",
+    "vector", "state" (only added, scaled or fed in) or "unknown" for AdamW. doubt: what is not certain, or "".
     """
 
     fqn: str
@@ -48,6 +50,8 @@ class Route:
     decay: bool = True
     aliases: tuple[str, ...] = ()
     frozen: bool = False
+    role: str = ""
+    doubt: str = ""
 
     @property
     def elements(self) -> int:
@@ -101,6 +105,7 @@ class RoutingTable:
         rows = [("parameter", "shape", "algorithm", "matrices", "reason")]
         for r in self.routes:
             reason = r.reason if not r.aliases else f"{r.reason}; tied with {', '.join(r.aliases)}"
+            reason += f"; DOUBT: {r.doubt}" if r.doubt else ""
             groups = " + ".join(f"{g.count} x ({g.rows}, {g.columns})" for g in r.matrices())
             kind, matrices = ("frozen", "-") if r.frozen else (r.algorithm, groups or "-")
             rows.append((r.fqn, shape_text(r.shape), kind, matrices, reason))
