@@ -14,7 +14,6 @@ from muon_dist.routing.origins import (
     EACH,
     INPUT,
     NOTHING,
-    SUM,
     Origin,
     Path,
     Reading,
@@ -30,9 +29,10 @@ class Effects:
     """The operations of one module's source.
 
     Uses that it writes down: "product" (a matrix times an activation) with "inputs first" or "outputs first" as its
-    order of axes, "factor" (times another parameter), "row" (looked up by an index), "indexed product" (a looked-up
-    part is multiplied), "tensor product" (an einsum that is no batch of matrices), "added", "scaled", "input" (goes in
-    where activations go), "written", "convolution", and "passed to NAME" for an operation that is not known.
+    order of axes, "factor" (times another parameter), "lookup" (rows picked by an input) and "row" (by a fixed index),
+    "indexed product" (what was picked is multiplied), "tensor product" (an einsum that is no batch of matrices),
+    "added", "scaled", "input" (goes in where activations go), "written", "convolution", "returned", and
+    "passed to NAME" for an operation that is not known.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -62,20 +62,20 @@ class Effects:
     def mark(self, value: Value, kind: str) -> None:
         for origin in value:
             if origin.kind in ("out", "mul"):
-                self.reading.marks.setdefault(origin.path, set()).add(kind)
+                self.reading.marks.setdefault(origin.path, set()).add(f"summed {kind}" if origin.summed else kind)
 
     def consume(self, value: Value, taker: Path) -> None:
         for origin in value:
             if origin.kind in ("out", "mul"):
                 self.reading.passed_on.setdefault(origin.path, set()).add(taker)
 
-    def index(self, value: Value, key: str) -> Value:
-        """One child of a container, or rows of a parameter; anything else stays what it is."""
+    def index(self, value: Value, key: str, by: Value = NOTHING) -> Value:
+        """One child of a container, or rows of a parameter (`by` an activation?); anything else stays what it is."""
         found: set[Origin] = set()
         for origin in value:
             if self.is_parameter(origin):
                 found.add(replace(origin, row=True))
-                self.use(origin, "row")
+                self.use(origin, "lookup" if activations(by) else "row")
             elif origin.kind != "ref":
                 found.add(origin)
             else:
@@ -130,10 +130,11 @@ class Effects:
             return NOTHING.union(*values)
         for value in values:
             self.note(value, kind)
-        produced = [v for v in active if any(o.kind in ("out", "mul") for o in v)]
-        if len(active) == 1 or (kind == "scaled" and len(produced) == 1):  # a projection under a mask is still that
-            return activations((produced or active)[0])
-        return SUM
+        streams = {activations(v) for v in active}
+        produced = {v for v in streams if any(o.kind in ("out", "mul") for o in v)}
+        if len(streams) == 1 or (kind == "scaled" and len(produced) == 1):  # under a mask, or divided by its own norm
+            return next(iter(produced or streams))
+        return frozenset(replace(o, summed=True) for o in NOTHING.union(*streams))
 
     # Calls ------------------------------------------------------------------------------------------------------
 
@@ -152,7 +153,9 @@ class Effects:
         if plain in ops.ADDED_PRODUCTS and len(values) > 2:
             return self.elementwise([values[0], self.multiply(values[1], values[2])], "added")
         if plain in ops.LOOKUPS:
-            self.note(NOTHING.union(*values), "row")
+            rows = [v for v in values if self.parameters(v)]
+            by = activations(NOTHING.union(*values))
+            self.note(NOTHING.union(*rows), "lookup" if by or plain.startswith("embedding") else "row")
             return INPUT
         if plain in ops.WRITES:
             self.note(NOTHING.union(*values[1:]), "written")

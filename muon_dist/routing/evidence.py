@@ -13,7 +13,7 @@ from muon_dist.routing.origins import EACH, Path, Reading, resolve
 from muon_dist.routing.source import own_forward, read
 
 Kinds = dict[int, set[Kind | None]]
-Ending = Literal["loss", "logits", "feature", "returned"]
+Ending = Literal["loss", "logits", "feature", "returned", "summed", "summed loss"]
 # torch's own modules that only change shapes or values, and so may stand behind a head
 _SHAPED = (nn.Dropout, nn.Identity, nn.Flatten, nn.Unflatten)
 
@@ -48,7 +48,6 @@ def gather(model: nn.Module) -> Evidence:
     kinds = {id(p): {kind_of(u) for u in uses} for p, uses in evidence.found}
     evidence.tables = {key for key, k in kinds.items() if "table" in k}
     evidence.tables |= _weights_below(offered(model, "get_input_embeddings"))
-    evidence.tables |= {k for k, done in evidence.done.items() if "row" in done and "product" in done and k in kinds}
     for key in _weights_below(offered(model, "get_output_embeddings")):
         evidence.heads[key] = "output head"
     _follow_output(model, evidence, readings, kinds)
@@ -157,7 +156,7 @@ def _follow_output(model: nn.Module, evidence: Evidence, readings: _Readings, ki
             continue
         if ending in ("loss", "logits"):
             evidence.heads[key] = f"output head (its output is the {'logits' if ending == 'logits' else 'loss'})"
-        elif ending == "returned" and shape[0] != shape[1] and not isinstance(root, nn.Linear):
+        elif ending in ("returned", "summed loss") and shape[0] != shape[1] and not isinstance(root, nn.Linear):
             evidence.heads[key] = "output head (its output is the model's)"
         else:
             evidence.finals[key] = "its output leaves the model, and nothing says that it is a head"
@@ -192,13 +191,9 @@ def _ends(module: nn.Module, how: Ending, readings: _Readings, ends: dict[int, E
     if weights and isinstance(module, nn.Linear):
         ends.update({id(p): how for p in weights})
         return True
-    produced = {(o.kind, o.path) for o in reading.returned if o.kind in ("out", "mul")}
-    lost = [p for p, marks in reading.marks.items() if marks & {"loss", "logits"}]
-    produced |= {("mul" if any(isinstance(r, nn.Parameter) for r in resolve(module, p)) else "out", p) for p in lost}
-    for kind, path in produced:
+    for kind, path, ending in _produced(module, reading, how, outermost=len(seen) == 1):
         if reading.passed_on.get(path, set()) - {path}:
             continue
-        ending = _ending(reading.marks.get(path, set()), how)
         if kind == "mul":
             ends.update({key: ending for key in _parameter_ids(module, path)})
             continue
@@ -208,12 +203,27 @@ def _ends(module: nn.Module, how: Ending, readings: _Readings, ends: dict[int, E
     return bool(reading.returned)
 
 
-def _ending(marks: set[str], how: Ending) -> Ending:
-    known: tuple[Ending, ...] = ("loss", "logits", "feature")
-    for ending in known:
-        if ending in marks:
-            return ending
-    return how
+def _produced(module: nn.Module, reading: Reading, how: Ending, outermost: bool) -> set[tuple[str, Path, Ending]]:
+    """(kind, path, ending) of what leaves a module: what it returns, and what goes into a loss.
+
+    A sum is what leaves a residual block, so below the model itself its terms are no heads.
+    """
+    found: set[tuple[str, Path, Ending]] = set()
+    for o in reading.returned:
+        if o.kind in ("out", "mul") and (outermost or not o.summed):
+            found.add((o.kind, o.path, _ending(reading.marks.get(o.path, set()), "summed" if o.summed else how)))
+    for path, marks in reading.marks.items():
+        if marks & {"loss", "logits", "summed loss", "summed logits"}:
+            kind = "mul" if any(isinstance(r, nn.Parameter) for r in resolve(module, path)) else "out"
+            found.add((kind, path, _ending(marks, how)))
+    return found
+
+
+def _ending(marks: set[str], otherwise: Ending) -> Ending:
+    known: tuple[Ending, ...] = ("loss", "logits", "summed loss", "feature")
+    if "summed logits" in marks:
+        marks = marks | {"summed loss"}
+    return next((ending for ending in known if ending in marks), otherwise)
 
 
 def _guess_head(evidence: Evidence, kinds: Kinds, shapes: dict[int, tuple[int, ...]]) -> None:

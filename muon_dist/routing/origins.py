@@ -17,20 +17,21 @@ class Origin:
     """Where a value comes from.
 
     kind: "ref" is the parameter or module at `path` itself, "out" what the module there returns, "mul" a product with
-    the parameter there, "input" an activation from elsewhere, "sum" a sum of activations.
-    row: an index was taken. turned: transposed an odd number of times.
+    the parameter there, "input" an activation from elsewhere.
+    row: an index was taken. turned: transposed an odd number of times. summed: another activation was added to it, or
+    multiplied with it, element by element.
     """
 
-    kind: Literal["ref", "out", "mul", "input", "sum"]
+    kind: Literal["ref", "out", "mul", "input"]
     path: Path = ()
     row: bool = False
     turned: bool = False
+    summed: bool = False
 
 
 Value = frozenset[Origin]
 NOTHING: Value = frozenset()
 INPUT: Value = frozenset({Origin("input")})
-SUM: Value = frozenset({Origin("sum")})
 
 
 @dataclass

@@ -18,6 +18,7 @@ Role = Literal[
     "adapter",
     "head",
     "table",
+    "input",
     "position",
     "norm",
     "convolution",
@@ -28,7 +29,6 @@ Role = Literal[
 # What a weight does that is no product with an activation, in words. The first one found is the reason.
 _OTHER_USES = {
     "convolution": "a convolution's kernel",
-    "row": "its rows are looked up",
     "indexed product": "its rows are looked up",
     "tensor product": "a product over several axes, not a batch of matrices",
     "factor": "it multiplies another weight",
@@ -36,6 +36,7 @@ _OTHER_USES = {
     "input": "it goes in where activations go",
     "added": "it is added, it multiplies no input",
     "scaled": "it multiplies element by element",
+    "returned": "its module returns it, it multiplies no input",
 }
 
 
@@ -61,7 +62,9 @@ def decide(key: int, uses: list[Use], shape: tuple[int, ...], evidence: Evidence
     if key in evidence.same_memory:
         doubt = f"it shares its memory with {evidence.same_memory[key]}, so both are stepped: tie the Parameter itself"
     if key in evidence.tables:
-        return Decision("adamw", "table", "embedding", doubt=doubt)
+        role: Role = "input" if kinds == {"matrix"} and len(shape) == 2 else "table"
+        role = "convolution" if "convolution" in kinds else role
+        return Decision("adamw", role, "embedding", doubt=doubt)
     if key in evidence.heads:
         return Decision("adamw", "head", evidence.heads[key], doubt=doubt)
     if key in evidence.guessed:
@@ -84,10 +87,10 @@ def _by_use(key: int, uses: list[Use], shape: tuple[int, ...], evidence: Evidenc
         return Decision("adamw", "vector", f"{shape[0]} vectors, one for each expert", False, doubt)
     if 1 in shape:
         return Decision("adamw", "vector", "a vector (one side is 1)", known, doubt)
-    if "row" in done and len(shape) == 2:
-        bias = "added" in done
-        reason = "a table of which rows are added" if bias else "a table of which rows are looked up"
-        return Decision("adamw", "position" if bias else "table", reason, not bias, doubt)
+    if len(shape) == 2 and "lookup" in done:
+        return Decision("adamw", "table", "a table, an input picks its rows", True, doubt)
+    if len(shape) == 2 and "row" in done:
+        return Decision("adamw", "position", "a table, a fixed index picks its rows", False, doubt)
     if known or "product" in done or (len(shape) == 3 and "indexed product" in done):
         return _matrix(key, uses, shape, evidence, doubt)
     for use, reason in _OTHER_USES.items():

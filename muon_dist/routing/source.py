@@ -44,7 +44,9 @@ def read(module: nn.Module) -> Reading:
     function = own_forward(module)
     if function is not None:
         names = _names(function)
-        reader.effects.reading.returned |= reader.run(function, {n: INPUT for n in names[1:]} | {names[0]: _SELF})
+        returned = reader.run(function, {n: INPUT for n in names[1:]} | {names[0]: _SELF})
+        reader.effects.note(returned, "returned")
+        reader.effects.reading.returned |= returned
     return reader.effects.reading
 
 
@@ -243,13 +245,13 @@ class _Reader(ast.NodeVisitor):
         return self.effects.elementwise([left, right], kind)
 
     def value_Subscript(self, node: ast.Subscript) -> Value:
-        self.value(node.slice)
         whole = self.value(node.value)
         if isinstance(node.slice, ast.Constant) and node.slice.value is not None and node.slice.value is not Ellipsis:
             return self.effects.index(whole, str(node.slice.value))
+        by = self.value(node.slice)
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         plain = all(isinstance(p, ast.Slice) or (isinstance(p, ast.Constant) and p.value is None) for p in parts)
-        return whole if plain else self.effects.index(whole, ANY)
+        return whole if plain else self.effects.index(whole, ANY, by)
 
     def value_Attribute(self, node: ast.Attribute) -> Value:
         found: set[Origin] = set()
@@ -338,7 +340,12 @@ class _Reader(ast.NodeVisitor):
         function = own_forward(found[0]) if found else None
         if function is not None and all(next(m.parameters(), None) is None for m in found):
             return self.run(function, self._bound(function, [frozenset({origin}), *args], named))
-        return self.effects.call_module(origin, NOTHING.union(*args, *named.values()))
+        returned = self.effects.call_module(origin, NOTHING.union(*args, *named.values()))
+        if function is not None and any(p is not None for m in found for p in m._parameters.values()):
+            # a module that only hands out its weight (a table of positions) stands for that weight
+            own = (o for o in read(found[0]).returned if o.kind == "ref" and o.path)
+            returned |= {replace(o, path=(*origin.path, *o.path)) for o in own}
+        return returned
 
     def _method(self, owner: Origin, node: ast.Call, name: str, args: list[Value], named: dict[str, Value]) -> Value:
         """`owner.name(...)` where owner is a module: its child, its forward, a method of its class, or unknown."""
@@ -363,6 +370,8 @@ class _Reader(ast.NodeVisitor):
         function = inspect.unwrap(member) if isinstance(member, types.FunctionType) else None
         if _readable(function):
             return self.run(function, self._bound(function, [_SELF, *args], named))  # type: ignore[arg-type]
+        if name == "forward" and isinstance(self.module, nn.Linear) and args:
+            return self.effects.multiply(args[0], frozenset({Origin("ref", ("weight",))}), outputs_first=True)
         return self._operation(node, name, args, named)
 
     def _bound(self, function: types.FunctionType, args: list[Value], named: dict[str, Value]) -> dict[str, Value]:
