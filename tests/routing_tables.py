@@ -1,12 +1,13 @@
 """What each weight of transformers' models is, written by hand from their published code (5.23), before ours was run.
 
-A case lists every parameter with two axes or more: role -> patterns of names, without `.weight`. `#` stands for a number,
-`{a,b}` for one of several words. `tied` are other names of a table. `doubtful` are the names that must carry a doubt.
+A case lists every parameter with two axes or more: role -> patterns of names, without `.weight`. `#` stands for a
+number, `{a,b}` for one of several words. `tied` are other names of a table. `doubtful` must carry a doubt. `transposed`
+are stored (in, out). `undecayed` are tables of position biases, which AdamW must not decay; nor is any "state".
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 MUON_ROLES = {"matrix", "experts", "router"}
@@ -23,7 +24,7 @@ class Case:
     tied: str = ""
     doubtful: str = ""
     transposed: str = ""
-    name: str = field(default="")
+    undecayed: str = ""
 
 
 TEXT = {
@@ -51,7 +52,15 @@ SEQ2SEQ = {
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 96, "max_position_embeddings": 40, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
-GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2}
+GPT = {
+    "vocab_size": 96,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SSM = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "pad_token_id": 0}
 EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 
@@ -115,7 +124,8 @@ CASES = [
     Case(
         "GPTNeoXForCausalLM", "gpt_neox", TEXT,
         {
-            "matrix": "gpt_neox.layers.#.attention.{query_key_value,dense} gpt_neox.layers.#.mlp.dense_{h_to_4h,4h_to_h}",
+            "matrix": "gpt_neox.layers.#.attention.{query_key_value,dense} "
+            "gpt_neox.layers.#.mlp.dense_{h_to_4h,4h_to_h}",
             "table": "gpt_neox.embed_in",
             "head": "lm_head",
         },
@@ -260,7 +270,8 @@ CASES = [
     ),
     # shared_expert_gate is Linear(d, 1)
     Case(
-        "Qwen2MoeForCausalLM", "qwen2_moe", {**TEXT, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24},
+        "Qwen2MoeForCausalLM", "qwen2_moe",
+        {**TEXT, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24},
         {
             **LLAMA, "matrix": f"{ATTENTION} model.layers.#.mlp.shared_expert.{{gate,up,down}}_proj",
             "router": "model.layers.#.mlp.gate", "experts": FUSED, "vector": "model.layers.#.mlp.shared_expert_gate",
@@ -356,7 +367,8 @@ CASES = [
     # encoders
     Case(
         "BertForMaskedLM", "bert", SHORT,
-        {"matrix": f"{BERT_LAYERS} cls.predictions.transform.dense", "table": BERT_TABLES}, tied="cls.predictions.decoder",
+        {"matrix": f"{BERT_LAYERS} cls.predictions.transform.dense", "table": BERT_TABLES},
+        tied="cls.predictions.decoder",
     ),
     Case(
         "BertForPreTraining", "bert", SHORT,
@@ -447,8 +459,8 @@ CASES = [
         "XLNetLMHeadModel", "xlnet", {"vocab_size": 96, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
         {
             "matrix": "transformer.layer.#.ff.layer_#",
-            "state": "transformer.mask_emb transformer.layer.#.rel_attn.{q,k,v,o,r,seg_embed}",
-            "vector": "transformer.layer.#.rel_attn.r_{r,s,w}_bias",
+            "state": "transformer.mask_emb transformer.layer.#.rel_attn.{q,k,v,o,r,seg_embed} "
+            "transformer.layer.#.rel_attn.r_{r,s,w}_bias",
             "table": "transformer.word_embedding",
         },
         tied="lm_loss",
@@ -471,20 +483,22 @@ CASES = [
         {
             "matrix": "swin.encoder.layers.#.blocks.#.attention.{q,k,v,o}_proj swin.encoder.layers.#.blocks.#.mlp.fc# "
             "swin.encoder.layers.#.downsample.reduction",
-            "position": "swin.encoder.layers.#.blocks.#.attention.relative_position_bias.relative_position_bias_table",
+            "table": "swin.encoder.layers.#.blocks.#.attention.relative_position_bias.relative_position_bias_table",
             "convolution": "swin.embeddings.patch_embeddings.projection",
             "head": "classifier",
         },
+        undecayed="swin.encoder.layers.#.blocks.#.attention.relative_position_bias.relative_position_bias_table",
     ),
     Case(
         "BeitForImageClassification", "beit", {**IMAGE, "use_relative_position_bias": True},
         {
             "matrix": "beit.layers.#.attention.{q,k,v,o}_proj beit.layers.#.mlp.fc#",
-            "position": "beit.layers.#.relative_position_bias.relative_position_bias_table",
+            "table": "beit.layers.#.relative_position_bias.relative_position_bias_table",
             "convolution": "beit.embeddings.patch_embeddings.projection",
             "state": "beit.embeddings.cls_token",
             "head": "classifier",
         },
+        undecayed="beit.layers.#.relative_position_bias.relative_position_bias_table",
     ),
     # a backbone ends in a LayerNorm: it has no final projection
     Case(

@@ -49,16 +49,17 @@ def test_table_of(case: Case) -> None:
         expected = {role for role, text in case.roles.items() if matched(r.fqn, text)}
         used |= {p.pattern for text in case.roles.values() for p in compiled(text) if p.fullmatch(r.fqn)}
         if expected != {r.role}:
-            wrong.append(f"{r.fqn} {r.shape}: expected {expected or 'a line in the table'}, found {r.role} ({r.reason})")
+            wrong.append(f"{r.fqn} {r.shape}: expected {expected or 'to be listed'}, found {r.role} ({r.reason})")
         elif (r.algorithm == "muon") != (r.role in MUON_ROLES):
             wrong.append(f"{r.fqn}: {r.role} goes to {r.algorithm}")
         if r.transposed != matched(r.fqn, case.transposed):
             wrong.append(f"{r.fqn}: transposed is {r.transposed}")
         if bool(r.doubt) != matched(r.fqn, case.doubtful):
             wrong.append(f"{r.fqn}: doubt {r.doubt!r}")
-        if r.role in ("position", "state") and (r.decay or r.algorithm == "muon"):
-            wrong.append(f"{r.fqn}: {r.role} decays")
-    wrong += [f"no parameter for {p.pattern}" for t in case.roles.values() for p in compiled(t) if p.pattern not in used]
+        if r.decay and (r.role == "state" or matched(r.fqn, case.undecayed)):
+            wrong.append(f"{r.fqn}: {r.role} is decayed")
+    every = [p.pattern for text in case.roles.values() for p in compiled(text)]
+    wrong += [f"no parameter for {pattern}" for pattern in every if pattern not in used]
     wrong += [f"not tied: {p.pattern}" for p in compiled(case.tied) if not any(p.fullmatch(a) for a in aliases)]
     assert not wrong, "\n".join(wrong)
 

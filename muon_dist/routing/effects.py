@@ -29,10 +29,10 @@ class Effects:
     """The operations of one module's source.
 
     Uses that it writes down: "product" (a matrix times an activation) with "inputs first" or "outputs first" as its
-    order of axes, "factor" (times another parameter), "lookup" (rows picked by an input) and "row" (by a fixed index),
-    "indexed product" (what was picked is multiplied), "tensor product" (an einsum that is no batch of matrices),
-    "added", "scaled", "input" (goes in where activations go), "written", "convolution", "returned", and
-    "passed to NAME" for an operation that is not known.
+    order of axes, "factor" (times another parameter), "embedding" (`F.embedding`), "row" (an index picks a part),
+    "indexed product" (that part is multiplied), "tensor product" (an einsum that is no batch of matrices), "added",
+    "scaled", "input" (goes in where activations go), "written", "convolution", "returned", and "passed to NAME" for an
+    operation that is not known.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -69,13 +69,13 @@ class Effects:
             if origin.kind in ("out", "mul"):
                 self.reading.passed_on.setdefault(origin.path, set()).add(taker)
 
-    def index(self, value: Value, key: str, by: Value = NOTHING) -> Value:
-        """One child of a container, or rows of a parameter (`by` an activation?); anything else stays what it is."""
+    def index(self, value: Value, key: str) -> Value:
+        """One child of a container, or rows of a parameter; anything else stays what it is."""
         found: set[Origin] = set()
         for origin in value:
             if self.is_parameter(origin):
                 found.add(replace(origin, row=True))
-                self.use(origin, "lookup" if activations(by) else "row")
+                self.use(origin, "row")
             elif origin.kind != "ref":
                 found.add(origin)
             else:
@@ -153,9 +153,7 @@ class Effects:
         if plain in ops.ADDED_PRODUCTS and len(values) > 2:
             return self.elementwise([values[0], self.multiply(values[1], values[2])], "added")
         if plain in ops.LOOKUPS:
-            rows = [v for v in values if self.parameters(v)]
-            by = activations(NOTHING.union(*values))
-            self.note(NOTHING.union(*rows), "lookup" if by or plain.startswith("embedding") else "row")
+            self.note(NOTHING.union(*values), "embedding" if plain.startswith("embedding") else "row")
             return INPUT
         if plain in ops.WRITES:
             self.note(NOTHING.union(*values[1:]), "written")

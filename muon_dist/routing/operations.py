@@ -28,6 +28,7 @@ FIRST_ALONE = {
     "split",
     "unflatten",
     "narrow",
+    "interpolate",
 }
 # No value of any tensor is in the result: shapes, dtypes, fresh tensors.
 NO_VALUES = {

@@ -19,7 +19,6 @@ Role = Literal[
     "head",
     "table",
     "input",
-    "position",
     "norm",
     "convolution",
     "vector",
@@ -87,10 +86,10 @@ def _by_use(key: int, uses: list[Use], shape: tuple[int, ...], evidence: Evidenc
         return Decision("adamw", "vector", f"{shape[0]} vectors, one for each expert", False, doubt)
     if 1 in shape:
         return Decision("adamw", "vector", "a vector (one side is 1)", known, doubt)
-    if len(shape) == 2 and "lookup" in done:
-        return Decision("adamw", "table", "a table, an input picks its rows", True, doubt)
-    if len(shape) == 2 and "row" in done:
-        return Decision("adamw", "position", "a table, a fixed index picks its rows", False, doubt)
+    if len(shape) == 2 and done & {"row", "embedding"}:
+        # a token table, which nn.Embedding would hold, or a bias table of positions: the first alone is decayed
+        tokens = bool(done & {"embedding", "product"})
+        return Decision("adamw", "table", "an index picks its rows", tokens, doubt)
     if known or "product" in done or (len(shape) == 3 and "indexed product" in done):
         return _matrix(key, uses, shape, evidence, doubt)
     for use, reason in _OTHER_USES.items():

@@ -184,6 +184,9 @@ class _Reader(ast.NodeVisitor):
                 self.bind(element, value)
         elif isinstance(target, ast.Starred):
             self.bind(target.value, value)
+        elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):  # outputs.pooled = value
+            if activations(held := self.env.get(target.value.id, NOTHING)):
+                self.env[target.value.id] = held | activations(value)
         elif isinstance(target, ast.Subscript):  # x[mask] = value
             self.effects.note(value, "written")
             if isinstance(target.value, ast.Name):
@@ -245,13 +248,13 @@ class _Reader(ast.NodeVisitor):
         return self.effects.elementwise([left, right], kind)
 
     def value_Subscript(self, node: ast.Subscript) -> Value:
+        self.value(node.slice)
         whole = self.value(node.value)
         if isinstance(node.slice, ast.Constant) and node.slice.value is not None and node.slice.value is not Ellipsis:
             return self.effects.index(whole, str(node.slice.value))
-        by = self.value(node.slice)
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         plain = all(isinstance(p, ast.Slice) or (isinstance(p, ast.Constant) and p.value is None) for p in parts)
-        return whole if plain else self.effects.index(whole, ANY, by)
+        return whole if plain else self.effects.index(whole, ANY)
 
     def value_Attribute(self, node: ast.Attribute) -> Value:
         found: set[Origin] = set()

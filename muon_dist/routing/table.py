@@ -37,7 +37,7 @@ class Route:
 
     shape: the logical shape as stored. transposed: stored (in, out), or (E, in, out), instead of (out, in).
     aliases: the other FQNs of the same (tied) tensor. A frozen parameter is listed but takes no part in training.
-    role: "matrix", "experts", "router", "adapter" for Muon; "head", "table", "position", "norm", "convolution",
+    role: "matrix", "experts", "router", "adapter" for Muon; "head", "table", "input", "norm", "convolution",
     "vector", "state" (only added, scaled or fed in) or "unknown" for AdamW. doubt: what is not certain, or "".
     """
 
