@@ -1,8 +1,9 @@
 """What each weight of transformers' models is, written by hand from their published code (5.23), before ours was run.
 
 A case lists every parameter with two axes or more: role -> patterns of names, without `.weight`. `#` stands for a
-number, `{a,b}` for one of several words. `tied` are other names of a table. `doubtful` must carry a doubt. `transposed`
-are stored (in, out). `undecayed` are tables of position biases, which AdamW must not decay; nor is any "state".
+number, `{a,b}` for one of several words. `tied` are other names of a table. `doubtful` must carry a doubt.
+`transposed` are stored (in, out). `undecayed` are tables of position biases, which AdamW must not decay; nor is any
+"state".
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ IMAGE = {
     "patch_size": 8, "num_labels": 3,
 }  # fmt: skip
 SEQ2SEQ = {
-    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 96, "max_position_embeddings": 40, "pad_token_id": 0,
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 96, "max_position_embeddings": 40, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
 GPT = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
 import muon_dist
@@ -44,7 +44,7 @@ class Block(nn.Module):
 BLOCK = {"block__up": (MUON, "matrix"), "block__down": (MUON, "matrix")}
 
 
-# Heads ----------------------------------------------------------------------------------------------------------------
+# Heads --------------------------------------------------------------------------------------------------------------
 
 
 class PaddedVocabulary(nn.Module):
@@ -153,7 +153,7 @@ def test_heads_behind_methods_dictionaries_and_checkpointing() -> None:
     )  # fmt: skip
 
 
-# Tables and ties ------------------------------------------------------------------------------------------------------
+# Tables and ties ----------------------------------------------------------------------------------------------------
 
 
 class BareTables(nn.Module):
@@ -220,7 +220,7 @@ def test_two_parameters_with_one_memory_share_their_role_and_a_doubt() -> None:
     assert tied["words"].aliases == ("out.weight",) and not tied["words"].doubt
 
 
-# Wrapped weights ------------------------------------------------------------------------------------------------------
+# Wrapped weights ----------------------------------------------------------------------------------------------------
 
 
 class Halved(nn.Module):
@@ -235,15 +235,16 @@ class Halved(nn.Module):
         (weight_norm, "parametrizations.weight.original1"),
         (parametrizations.spectral_norm, "parametrizations.weight.original"),
         (parametrizations.orthogonal, "parametrizations.weight.original"),
-        (lambda m: parametrize.register_parametrization(m, "weight", Halved()) and m, "parametrizations.weight.original"),
+        (
+            lambda m: parametrize.register_parametrization(m, "weight", Halved()) and m,
+            "parametrizations.weight.original",
+        ),
         (nn.utils.weight_norm, "weight_v"),
         (nn.utils.spectral_norm, "weight_orig"),
-        (lambda m: nn.utils.prune.identity(m, "weight"), "weight_orig"),
+        (lambda m: prune.identity(m, "weight"), "weight_orig"),
     ],
 )
 def test_a_wrapped_weight_is_what_it_was(wrap: Any, where: str) -> None:
-    import torch.nn.utils.prune  # noqa: F401, PLC0415
-
     model = PaddedVocabulary()
     plain = {n: (r.algorithm, r.role) for n, r in routes_of(model).items()}
     for module in (model.block.up, model.mix, model.out):
@@ -297,7 +298,7 @@ def test_linear_layers_of_ones_own() -> None:
     )  # fmt: skip
 
 
-# Adapters -------------------------------------------------------------------------------------------------------------
+# Adapters -----------------------------------------------------------------------------------------------------------
 
 
 class LoraOfBareFactors(nn.Module):
@@ -389,7 +390,7 @@ def test_adapters() -> None:
     assert not routes_of(model)["words.delta.default"].decay
 
 
-# Experts and other products -------------------------------------------------------------------------------------------
+# Experts and other products -----------------------------------------------------------------------------------------
 
 
 class Products(nn.Module):
@@ -405,7 +406,7 @@ class Products(nn.Module):
         self.memory = nn.LSTM(D, D, proj_size=8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, chosen = self.gate(x).softmax(-1).topk(2)
+        weight, _ = self.gate(x).softmax(-1).topk(2)
         h = torch.einsum("ebd,edf->ebf", x, self.first) + self.bias[:, None]
         h = torch.stack([F.linear(part, self.second[i]) for i, part in enumerate(h)])
         q = torch.einsum("bsd,dhk->bshk", h, self.heads)
@@ -454,7 +455,7 @@ def test_an_operation_that_cannot_be_read_is_a_doubt_by_name() -> None:
     assert (w.algorithm, w.role) == (ADAMW, "unknown") and "passed to fused_scan" in w.reason and w.doubt
 
 
-# The table for people -------------------------------------------------------------------------------------------------
+# The table for people -----------------------------------------------------------------------------------------------
 
 
 class Deep(nn.Module):

@@ -28,14 +28,12 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """The groups of `model` for `Muon`: "muon", "adamw" and "adamw_no_decay" (biases and norms), those not empty.
 
-    Prints the routing table once on the first rank, and warns of doubts, unless `table` is given.
-
     Args:
         model: frozen parameters are left out, tied ones stand once.
         lr, weight_decay: of the Muon group; None leaves them to the optimizer's arguments.
         adamw_lr, adamw_weight_decay: of the AdamW groups; None means those of the Muon group.
         overrides, splits: see `routing.route`.
-        table: a routing table already made for this model, in place of `overrides` and `splits`.
+        table: a routing table made for this model, in place of `overrides` and `splits`. Without it, it is printed once.
         partitions: ranks over which ZeRO stage 1 or 2 will cut the Muon group: its parameters are put into the order
             in which its slices begin between matrices as far as possible (`partition_order`; docs/plan.md).
 
@@ -48,9 +46,7 @@ def param_groups(
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     check_parameters(model)
-    if table is None:
-        table = route(model, overrides, splits)
-        announce(table)
+    table = table or announce(route(model, overrides, splits))
     adamw_lr = lr if adamw_lr is None else adamw_lr
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
     adamw = table.select("adamw")

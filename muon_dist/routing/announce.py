@@ -18,21 +18,22 @@ def is_rank_zero() -> bool:
     return not distributed or torch.distributed.get_rank() == 0
 
 
-def announce(table: RoutingTable, show: bool = True, again: bool = False) -> None:
-    """Print the folded table on the first rank, and warn of each doubt (RuntimeWarning).
+def announce(table: RoutingTable, show: bool = True, again: bool = False) -> RoutingTable:
+    """Print the folded table on the first rank, and warn of each doubt (RuntimeWarning). Returns the table.
 
     Args:
         show: print the table. Doubts are warned of in any case.
         again: also if this process has shown an equal table before.
     """
     if not is_rank_zero():
-        return
+        return table
     folded = fold(table)
     text = str(folded)
     if text in _shown and not again:
-        return
+        return table
     _shown.add(text)
     if show:
         print(text, flush=True)
     for row in folded.doubts:
         warnings.warn(f"{row.pattern}: {row.doubt}", RuntimeWarning, stacklevel=3)
+    return table

@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from muon_dist.routing import operations as ops
+from muon_dist.routing.model import logical_shape
 from muon_dist.routing.origins import (
     ANY,
     CONTAINERS,
@@ -52,6 +53,11 @@ class Effects:
     def modules(self, value: Value) -> list[Origin]:
         return [o for o in value if o.kind == "ref" and o.path and not self.is_parameter(o)]
 
+    def _axes(self, origin: Origin) -> int:
+        found = resolve(self.module, origin.path)[0]
+        weight = found if isinstance(found, nn.Parameter) else next(iter(found._parameters.values()))
+        return len(logical_shape(weight))
+
     def use(self, origin: Origin, kind: str) -> None:
         self.reading.uses.setdefault(origin.path, set()).add(kind)
 
@@ -69,12 +75,16 @@ class Effects:
             if origin.kind in ("out", "mul"):
                 self.reading.passed_on.setdefault(origin.path, set()).add(taker)
 
-    def index(self, value: Value, key: str) -> Value:
-        """One child of a container, or rows of a parameter; anything else stays what it is."""
+    def index(self, value: Value, key: str, by: Value = NOTHING) -> Value:
+        """One child of a container, or rows of a parameter; anything else stays what it is.
+
+        Rows of a two-axis parameter that an activation picks are activations: what a token table gives.
+        """
         found: set[Origin] = set()
         for origin in value:
             if self.is_parameter(origin):
-                found.add(replace(origin, row=True))
+                picked = bool(activations(by)) and self._axes(origin) == 2
+                found.add(Origin("mul", origin.path) if picked else replace(origin, row=True))
                 self.use(origin, "row")
             elif origin.kind != "ref":
                 found.add(origin)
@@ -154,7 +164,7 @@ class Effects:
             return self.elementwise([values[0], self.multiply(values[1], values[2])], "added")
         if plain in ops.LOOKUPS:
             self.note(NOTHING.union(*values), "embedding" if plain.startswith("embedding") else "row")
-            return INPUT
+            return frozenset(Origin("mul", o.path) for o in self.parameters(NOTHING.union(*values))) or INPUT
         if plain in ops.WRITES:
             self.note(NOTHING.union(*values[1:]), "written")
             return values[0] | activations(NOTHING.union(*values[1:]))

@@ -23,7 +23,8 @@ class Evidence:
     """What is known of the parameters of one model, by `id()` of the parameter.
 
     found: every parameter and where it is registered. done: what the sources do with it (`effects.Effects`).
-    tables: embedding tables. heads: output heads, with the evidence. guessed: heads by shape alone.
+    tables: embedding tables. inputs: matrices among them, which `get_input_embeddings()` returns.
+    heads: output heads, with the evidence. guessed: heads by shape alone.
     finals: projections whose output leaves the model, without evidence that they are heads.
     routers: their output picks experts. low_rank: factors of a low-rank product beside a frozen weight.
     same_memory: parameter -> another one with its memory.
@@ -32,6 +33,7 @@ class Evidence:
     found: list[tuple[nn.Parameter, list[Use]]]
     done: dict[int, set[str]] = field(default_factory=lambda: collections.defaultdict(set))
     tables: set[int] = field(default_factory=set)
+    inputs: set[int] = field(default_factory=set)
     heads: dict[int, str] = field(default_factory=dict)
     guessed: set[int] = field(default_factory=set)
     finals: dict[int, str] = field(default_factory=dict)
@@ -47,7 +49,9 @@ def gather(model: nn.Module) -> Evidence:
     readings.fill(evidence)
     kinds = {id(p): {kind_of(u) for u in uses} for p, uses in evidence.found}
     evidence.tables = {key for key, k in kinds.items() if "table" in k}
-    evidence.tables |= _weights_below(offered(model, "get_input_embeddings"))
+    first = _weights_below(offered(model, "get_input_embeddings"))
+    evidence.inputs = {key for key in first - evidence.tables if kinds.get(key) == {"matrix"}}
+    evidence.tables |= first
     for key in _weights_below(offered(model, "get_output_embeddings")):
         evidence.heads[key] = "output head"
     _follow_output(model, evidence, readings, kinds)
@@ -152,7 +156,8 @@ def _follow_output(model: nn.Module, evidence: Evidence, readings: _Readings, ki
     shapes = {id(p): logical_shape(p) for p, _ in evidence.found}
     for key, ending in ends.items():
         shape = shapes.get(key, ())
-        if len(shape) != 2 or key in evidence.tables or key in evidence.heads:
+        picked = evidence.done[key] & {"row", "embedding"} or (key in evidence.routers and ending != "loss")
+        if len(shape) != 2 or key in evidence.tables or key in evidence.heads or picked:
             continue
         if ending in ("loss", "logits"):
             evidence.heads[key] = f"output head (its output is the {'logits' if ending == 'logits' else 'loss'})"

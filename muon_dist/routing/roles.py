@@ -61,7 +61,7 @@ def decide(key: int, uses: list[Use], shape: tuple[int, ...], evidence: Evidence
     if key in evidence.same_memory:
         doubt = f"it shares its memory with {evidence.same_memory[key]}, so both are stepped: tie the Parameter itself"
     if key in evidence.tables:
-        role: Role = "input" if kinds == {"matrix"} and len(shape) == 2 else "table"
+        role: Role = "input" if key in evidence.inputs else "table"
         role = "convolution" if "convolution" in kinds else role
         return Decision("adamw", role, "embedding", doubt=doubt)
     if key in evidence.heads:

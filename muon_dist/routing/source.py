@@ -248,13 +248,13 @@ class _Reader(ast.NodeVisitor):
         return self.effects.elementwise([left, right], kind)
 
     def value_Subscript(self, node: ast.Subscript) -> Value:
-        self.value(node.slice)
+        by = self.value(node.slice)
         whole = self.value(node.value)
         if isinstance(node.slice, ast.Constant) and node.slice.value is not None and node.slice.value is not Ellipsis:
             return self.effects.index(whole, str(node.slice.value))
         parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         plain = all(isinstance(p, ast.Slice) or (isinstance(p, ast.Constant) and p.value is None) for p in parts)
-        return whole if plain else self.effects.index(whole, ANY)
+        return whole if plain else self.effects.index(whole, ANY, by)
 
     def value_Attribute(self, node: ast.Attribute) -> Value:
         found: set[Origin] = set()
@@ -326,7 +326,7 @@ class _Reader(ast.NodeVisitor):
             return self._operation(node, name, args, named)
         if ops.is_loss(name):
             self.effects.mark(NOTHING.union(*args, *named.values()), "loss")
-        return self.run(function, self._bound(function, args, named))  # type: ignore[arg-type]
+        return self.run(function, self._bound(function, args, named))
 
     def _operation(self, node: ast.Call, name: str, args: list[Value], named: dict[str, Value]) -> Value:
         constants = [a.value if isinstance(a, ast.Constant) else None for a in node.args]
