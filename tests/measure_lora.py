@@ -3,8 +3,8 @@
 python -m tests.measure_lora        # 5 to 15 minutes on one core; prints the table of docs/routing.md
 
 A byte-level Llama (128 wide, 2 layers) is trained on Python source of the standard library, then adapted to C (the
-headers that come with Python) by LoRA of rank 8 on every matrix of its layers, everything else frozen. Each optimizer is
-tried at several learning rates with one seed; the best rate is repeated with three seeds. The loss is on held-out C.
+headers that come with Python) by LoRA of rank 8 on every matrix of its layers, everything else frozen. Each optimizer
+is tried at several learning rates with one seed; the best rate is repeated with three seeds. The loss is on held-out C.
 """
 
 from __future__ import annotations

@@ -514,3 +514,31 @@ def test_an_own_loop_prints_the_table_once_and_warns_of_doubts(capsys: pytest.Ca
         muon_dist.param_groups(Mine(), lr=0.01)
         muon_dist.param_groups(Mine(), lr=0.01, table=route(Mine()))
     assert capsys.readouterr().out == ""
+
+
+def test_peft_where_it_is_installed() -> None:
+    """The real layers of PEFT: adapters, a head that is trained whole, rows of a tied embedding."""
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    def config(**changes: Any) -> LlamaConfig:
+        return LlamaConfig(
+            vocab_size=96, hidden_size=D, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **changes
+        )
+
+    def trained(model: nn.Module, **options: Any) -> dict[str, tuple[str, str]]:
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], **options))
+        rows = [r for r in muon_dist.routing_table(adapted) if not r.frozen]
+        return {r.pattern.rpartition("model.")[2]: (r.algorithm, r.role) for r in rows}
+
+    factors = {f"layers.{{0-1}}.self_attn.q_proj.lora_{x}.default.weight": (MUON, "adapter") for x in "AB"}
+    classifier = LlamaForSequenceClassification(config(num_labels=3))
+    assert trained(classifier, task_type="SEQ_CLS") == {
+        **factors,
+        "score.modules_to_save.default.weight": (ADAMW, "head"),
+    }
+    tied = LlamaForCausalLM(config(tie_word_embeddings=True))
+    assert trained(tied, trainable_token_indices=[1, 2]) == {
+        **factors,
+        "embed_tokens.token_adapter.trainable_tokens_delta.default": (ADAMW, "state"),
+    }

@@ -197,8 +197,8 @@ def _ends(module: nn.Module, how: Ending, readings: _Readings, ends: dict[int, E
         ends.update({id(p): how for p in weights})
         return True
     for kind, path, ending in _produced(module, reading, how, outermost=len(seen) == 1):
-        if reading.passed_on.get(path, set()) - {path}:
-            continue
+        if any(taker[: len(path)] != path for taker in reading.passed_on.get(path, ())):
+            continue  # another module works on it
         if kind == "mul":
             ends.update({key: ending for key in _parameter_ids(module, path)})
             continue
