@@ -455,6 +455,20 @@ def test_an_operation_that_cannot_be_read_is_a_doubt_by_name() -> None:
     assert (w.algorithm, w.role) == (ADAMW, "unknown") and "passed to fused_scan" in w.reason and w.doubt
 
 
+def test_an_operation_of_torch_that_a_framework_replaced_is_still_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO stage 3 puts a Python function in the place of `F.linear`."""
+    real = F.linear
+
+    def replaced(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        y = real(x, weight)
+        y += torch.zeros(1) * weight.sum()
+        return y
+
+    expected = [(r.fqn, r.algorithm, r.role) for r in route(BareTables()).routes]
+    monkeypatch.setattr(F, "linear", replaced)
+    assert [(r.fqn, r.algorithm, r.role) for r in route(BareTables()).routes] == expected
+
+
 # The table for people -----------------------------------------------------------------------------------------------
 
 

@@ -322,6 +322,9 @@ class _Reader(ast.NodeVisitor):
         if name == "apply" and isinstance(getattr(target, "__self__", None), type):  # torch.autograd.Function
             target, args = target.__self__.forward, [NOTHING, *args]
         function: Any = inspect.unwrap(target) if callable(target) else None
+        owner = self._global(node.func.value) if isinstance(node.func, ast.Attribute) else None
+        if isinstance(owner, types.ModuleType) and owner.__name__.partition(".")[0] == "torch":
+            function = None  # also where a framework has put its own in the place: DeepSpeed does with F.linear
         if not _readable(function) or not any((*args, *named.values())):
             return self._operation(node, name, args, named)
         if ops.is_loss(name):
