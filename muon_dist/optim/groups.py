@@ -33,7 +33,7 @@ def param_groups(
         lr, weight_decay: of the Muon group; None leaves them to the optimizer's arguments.
         adamw_lr, adamw_weight_decay: of the AdamW groups; None means those of the Muon group.
         overrides, splits: see `routing.route`.
-        table: a routing table made for this model, in place of `overrides` and `splits`. Without it, it is printed once.
+        table: a routing table made for this model, in place of `overrides` and `splits`; without one it is printed.
         partitions: ranks over which ZeRO stage 1 or 2 will cut the Muon group: its parameters are put into the order
             in which its slices begin between matrices as far as possible (`partition_order`; docs/plan.md).
 
