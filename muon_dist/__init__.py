@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from muon_dist.adapters.hf_guards import Guards
     from muon_dist.adapters.hf_trainer import MuonTrainer
     from muon_dist.numerics.newton_schulz import newton_schulz
-    from muon_dist.optim.groups import param_groups
+    from muon_dist.optim.groups import param_groups, routing_table
     from muon_dist.optim.muon import Muon
 
 _HOMES = {
@@ -26,9 +26,20 @@ _HOMES = {
     "for_trainer": "muon_dist.adapters.factory",
     "newton_schulz": "muon_dist.numerics.newton_schulz",
     "param_groups": "muon_dist.optim.groups",
+    "routing_table": "muon_dist.optim.groups",
 }
 
-__all__ = ["Guards", "Muon", "MuonFactory", "MuonTrainer", "attach", "for_trainer", "newton_schulz", "param_groups"]
+__all__ = [
+    "Guards",
+    "Muon",
+    "MuonFactory",
+    "MuonTrainer",
+    "attach",
+    "for_trainer",
+    "newton_schulz",
+    "param_groups",
+    "routing_table",
+]
 __version__ = "0.1.0"
 
 

@@ -19,12 +19,7 @@ from muon_dist.optim.muon import Muon
 from muon_dist.optim.rules import RULES
 from muon_dist.optim.rules.choice import check_options
 from muon_dist.optim.rules.entries import group_rules, override_rules, split_rules
-
-
-def is_rank_zero() -> bool:
-    """True on the first rank, and where nothing is distributed."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
+from muon_dist.routing import announce, is_rank_zero
 
 
 def for_trainer(args: Any, **options: Any) -> tuple[type[MuonFactory], dict[str, Any]]:
@@ -142,9 +137,10 @@ class MuonFactory:
         of_groups.setdefault("partitions", _partitions(_deepspeed_config()))
         check_parameters(opt_model)
         given = {name: of_groups.pop(name, ()) for name in ("overrides", "splits", "groups")}
-        table = routing_for(opt_model, **given, table=of_groups.pop("table", None), rule=kwargs.get("rule", "muon"))
-        if print_routing and is_rank_zero():
-            print(table.render(), flush=True)
+        made = of_groups.pop("table", None)
+        table = routing_for(opt_model, **given, table=made, rule=kwargs.get("rule", "muon"))
+        if made is None or print_routing:
+            announce(table, show=print_routing, again=True)
         return Muon(param_groups(opt_model, table=table, **of_groups), **of_muon)
 
 

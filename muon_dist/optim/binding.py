@@ -51,7 +51,6 @@ class Binding:
             number of the matrix in the layout.
         fragments: given name and tensor of any parameter, which elements of it this rank's part is.
         before_step: raises FrameworkError where the framework is in a mode that the step cannot follow.
-        groups_are_ours: False where the framework may write options of one parameter group into others.
     """
 
     layout: Layout
@@ -71,7 +70,6 @@ class Binding:
         default=lambda plan, matrix, rows: rows
     )
     fragments: Callable[[str, torch.Tensor], Sequence[Fragment]] = field(default=_all_of)
-    groups_are_ours: bool = True
     before_step: Callable[[], None] = field(default=lambda: None)
 
 

@@ -15,14 +15,18 @@ from muon_dist.optim.rules import RULES
 from muon_dist.optim.rules.entries import group_rules, override_rules, split_rules
 from muon_dist.partition_order import partition_order
 from muon_dist.routing import (
+    FoldedTable,
     GroupRule,
     Override,
     Route,
     RoutedGroup,
     RoutingTable,
     SplitRule,
+    announce,
+    fold,
     route,
     routed_groups,
+    table_of,
 )
 
 Entries = Sequence[GroupRule | Mapping[str, Any]]
@@ -52,7 +56,8 @@ def param_groups(
         lr, weight_decay: of the Muon group; None leaves them to the optimizer's arguments.
         adamw_lr, adamw_weight_decay: of the AdamW groups; None means those of the Muon group.
         overrides, splits: short forms of entries of `groups`; see `routing.route`. Plain dicts or their classes.
-        table: a routing table already made for this model, in place of `overrides`, `splits` and `groups`.
+        table: a routing table made for this model, in place of `overrides`, `splits` and `groups`; without one it is
+            printed.
         partitions: ranks over which ZeRO stage 1 or 2 will cut each Muon group: its parameters are put into the order
             in which its slices begin between matrices as far as possible (`partition_order`; docs/plan.md).
         groups: what holds for parameters by name, as dicts: `pattern` (a regular expression for the whole name, or
@@ -71,7 +76,8 @@ def param_groups(
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     check_parameters(model)
-    table = routing_for(model, overrides, splits, groups, table)
+    made = routing_for(model, overrides, splits, groups, table)
+    table = made if table is not None else announce(made)
     adamw_lr = lr if adamw_lr is None else adamw_lr
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
     rates = {"muon": (lr, weight_decay), "adamw": (adamw_lr, adamw_weight_decay)}
@@ -119,6 +125,31 @@ def routing_for(
         if given:
             raise ConfigError(f"table and {name} are both given: a table is made already; give {name} to route()")
     return table
+
+
+def routing_table(
+    model: nn.Module,
+    overrides: Sequence[Override | Mapping[str, Any]] = (),
+    splits: Sequence[SplitRule | Mapping[str, Any]] = (),
+    groups: Entries = (),
+) -> FoldedTable:
+    """Where each parameter of `model` goes and why: one row for all layers that are alike, doubtful rows first.
+
+        print(muon_dist.routing_table(model))
+
+    Args:
+        model: on any device, also on the meta device. It is not run.
+        overrides, splits, groups: as for `param_groups`.
+
+    Returns:
+        `FoldedRow`s with `pattern` (`model.layers.{0-79}.mlp.up_proj.weight`), `shape`, `algorithm`, `role`, `reason`
+        and `doubt` ("" where nothing is in doubt, else what is, and the line that settles it).
+
+    Raises:
+        ConfigError: an entry has an unknown key, or a value that cannot be used.
+        RoutingError: a pattern is malformed or matches nothing, or a rule does not fit.
+    """
+    return fold(table_of(model, override_rules(overrides), split_rules(splits), group_rules(groups, None)))
 
 
 def groups_of(params: Any, groups: Entries) -> Any:

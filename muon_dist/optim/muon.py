@@ -291,9 +291,8 @@ class Muon(StateDicts):
                 group["momentum"] = group["betas"][0]
         rates = [float(group[key]) for group in self.param_groups for key in ("lr", "weight_decay", "momentum")]
         kinds = [(g.get("algorithm"), g.get("rule", "muon"), {*(g.get("rule_options") or ())}) for g in self._groups]
-        changed = kinds != self._kinds and binding.groups_are_ours
-        if changed or not all(0.0 <= rate < math.inf for rate in rates):
-            check_changed(self._groups, self._kinds if changed else [kind_of(group) for group in self._groups])
+        if kinds != self._kinds or not all(0.0 <= rate < math.inf for rate in rates):
+            check_changed(self._groups, self._kinds)
         index_of = {id(group): i for i, group in enumerate(self._groups)}
         present = [(index_of[id(group)], p) for group in self.param_groups for p in group["params"]]
         parts = [(p, p.grad) if binding.parts is None else binding.parts(p) for _, p in present]

@@ -203,17 +203,19 @@ def _check_across(binding: Binding, some: Sequence[tuple[int, str, torch.Tensor 
     """Compare tensors over all ranks that hold the same elements of them, whichever these are. A collective."""
     ranks = Ranks(binding.group)
     every = ranks.gather([None if t is None else int(checksum(t)) for _, _, t in some])
+    globally = dist.get_process_group_ranks(binding.group) if binding.group is not None else list(range(len(every)))
     parts = []
     for place, (buffer, name, _) in enumerate(some):
         fragments = [m.fragments for m in binding.layout.matrices if m.buffer == buffer]
         holders: dict[int, dict[int, int]] = {}
         for rank, sums in enumerate(every):
-            if sums[place] is not None:
+            total = sums[place]
+            if total is not None:
                 held = hash(tuple((f.start.tobytes(), f.cols.tobytes()) for f in (f.on(rank) for f in fragments)))
-                holders.setdefault(held, {})[rank] = sums[place]
-        parts += [
-            f"{name}: {_odd(values, list(values))}" for values in holders.values() if len({*values.values()}) > 1
-        ]
+                holders.setdefault(held, {})[rank] = total
+        for values in holders.values():
+            if len({*values.values()}) > 1:
+                parts.append(f"{name}: {_odd(values, [globally[r] for r in values])}")
     if parts:
         raise ReplicaError(message.format(found="; ".join(parts[:3]), world=len(every)))
 

@@ -1,13 +1,17 @@
 """Which parameter goes to Muon, which to AdamW, and why."""
 
-from muon_dist.routing.decide import route
+from muon_dist.routing.announce import announce, is_rank_zero
+from muon_dist.routing.decide import embedding_weights, output_head, route, table_of
+from muon_dist.routing.folded import FoldedRow, FoldedTable, fold
 from muon_dist.routing.grouping import RoutedGroup, routed_groups
-from muon_dist.routing.model import embedding_weights, logical_shape, output_head
+from muon_dist.routing.model import logical_shape
 from muon_dist.routing.rules import GroupRule, Override, SplitRule
 from muon_dist.routing.table import Algorithm, GroupOptions, MatrixGroup, Route, RoutingTable, Split
 
 __all__ = [
     "Algorithm",
+    "FoldedRow",
+    "FoldedTable",
     "GroupOptions",
     "GroupRule",
     "MatrixGroup",
@@ -17,9 +21,13 @@ __all__ = [
     "RoutingTable",
     "Split",
     "SplitRule",
+    "announce",
     "embedding_weights",
+    "fold",
+    "is_rank_zero",
     "logical_shape",
     "output_head",
     "route",
     "routed_groups",
+    "table_of",
 ]

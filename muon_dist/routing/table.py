@@ -50,6 +50,8 @@ class Route:
     shape: the logical shape as stored. transposed: stored (in, out), or (E, in, out), instead of (out, in).
     aliases: the other FQNs of the same (tied) tensor. A frozen parameter is listed but takes no part in training.
     group: options of its own, from an entry of `groups`.
+    role: "matrix", "experts", "router", "adapter" for Muon; "head", "table", "input", "norm", "convolution",
+    "vector", "state" (only added, scaled or fed in) or "unknown" for AdamW. doubt: what is not certain, or "".
     """
 
     fqn: str
@@ -62,6 +64,8 @@ class Route:
     aliases: tuple[str, ...] = ()
     frozen: bool = False
     group: GroupOptions | None = None
+    role: str = ""
+    doubt: str = ""
 
     @property
     def elements(self) -> int:
@@ -116,6 +120,7 @@ class RoutingTable:
         for r in self.routes:
             reason = r.reason if not r.aliases else f"{r.reason}; tied with {', '.join(r.aliases)}"
             reason = reason if r.group is None else f"{reason}; {r.group}"
+            reason += f"; DOUBT: {r.doubt}" if r.doubt else ""
             groups = " + ".join(f"{g.count} x ({g.rows}, {g.columns})" for g in r.matrices())
             kind, matrices = ("frozen", "-") if r.frozen else (r.algorithm, groups or "-")
             rows.append((r.fqn, shape_text(r.shape), kind, matrices, reason))

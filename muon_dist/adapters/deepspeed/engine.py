@@ -140,5 +140,4 @@ def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
         if "exp_avg" not in optimizer.state[tensor]:
             optimizer.state[tensor].update(adamw_state(tensor))
     binding = Binding(layout, tuple(buffers), group, engine.device, clip, finite=lambda: is_finite(wrapper))
-    binding.groups_are_ours = False  # a universal load writes the options of group 0 into all groups
     return binding, groups
