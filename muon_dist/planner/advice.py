@@ -12,9 +12,10 @@ from muon_dist.planner.devices import GIB, Device
 from muon_dist.planner.mesh import notes
 from muon_dist.planner.model import PlannedParameter, Settings, Workload
 from muon_dist.planner.plan import Plan, cost_model, iteration_dtype, plan_on, step_seconds
-from muon_dist.planner.search import Outline, outline, outlines, ranked
+from muon_dist.planner.search import Outline, outlines, ranked
 
 _WORTH = 0.05  # of the step: less is not worth a change of settings
+_FIRST = 3  # meshes of the search that are planned with real owners
 _SMALL = 4_000_000  # matrices times ranks up to which other settings are planned as well
 
 
@@ -120,25 +121,30 @@ def _policy(plan: Plan, workload: Workload, settings: Settings, device: Device) 
 def _meshes(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Iterator[str]:
     """The best mesh of as many ranks with the same tokens a step, why, and the next best."""
     found = outlines(workload, settings, device, plan.ranks, plan.per_node, plan.tokens)
-    own = outline(plan.mesh, workload, settings, device)
-    best = ranked(found)
-    if not best:
+    own = Outline.of_plan(plan, settings)
+    rivals = [o for o in ranked(found) if o.mesh != plan.mesh]
+    if plan.matrices * plan.ranks <= _SMALL:  # the first of them with their real owners
+        planned = (Outline.of_plan(plan_on(o.mesh, workload, o.settings, device), o.settings) for o in rivals[:_FIRST])
+        rivals = [*ranked(list(planned)), *rivals[_FIRST:]]
+    if not rivals and not own.fits:
         least = min([own, *found], key=lambda o: o.total)
         yield (
             f"no mesh of {plan.ranks:,} ranks with {plan.tokens:,} tokens a step fits; the smallest is "
             f"{least.mesh.options()} with {least.total / GIB:.1f} GiB a rank: use more ranks, recomputation "
             "(trainer.gradient_checkpointing) or a smaller micro-batch"
         )
-        return
-    others = [o for o in best if o.mesh != plan.mesh]
-    better = best[0].mesh != plan.mesh and (not plan.fits or best[0].step < own.step * (1 - _WORTH))
-    head, rivals = (best[0], [o for o in best[1:] if o.mesh != plan.mesh]) if better else (own, others)
-    reason = f"; {_reason(head, own if better else rivals[0])}" if better or rivals else ""
-    line = f"{_figures(head, own)}{' in place of ' + _time(own.step) if better else ''}{reason}"
-    if not better:
-        line = f"of {len(found):,} meshes of {plan.ranks:,} ranks none is more than {_WORTH:.0%} faster: {line}"
-    yield line + (f"; next: {_figures(rivals[0], own)}" if rivals else "; no other fits")
-    yield from notes(head.mesh) if better else ()
+    elif not rivals:
+        yield f"no other mesh of {plan.ranks:,} ranks with {plan.tokens:,} tokens a step fits"
+    elif not own.fits or rivals[0].step < own.step * (1 - _WORTH):
+        best = rivals[0]
+        after = f"; next: {_figures(rivals[1], own)}" if len(rivals) > 1 else "; no other fits"
+        yield f"{_figures(best, own)} in place of {_time(own.step)}; {_reason(best, own)}{after}"
+        yield from (f"that mesh: {note}" for note in notes(best.mesh))
+    else:
+        yield (
+            f"of {len(found):,} meshes of {plan.ranks:,} ranks none is more than {_WORTH:.0%} faster than this one: "
+            f"{_figures(own, own)}; next: {_figures(rivals[0], own)} ({_reason(own, rivals[0])})"
+        )
 
 
 def _time(seconds: float) -> str:
@@ -146,7 +152,7 @@ def _time(seconds: float) -> str:
 
 
 def _figures(o: Outline, own: Outline) -> str:
-    """One mesh, on the command line, with what it takes; owners are not assigned for it, so Muon's part is rounded."""
+    """One mesh, as the command line takes it, with its memory and its step."""
     changed = ""
     if o.settings.accumulation != own.settings.accumulation:
         changed = f" trainer.gradient_accumulation_steps={o.settings.accumulation}"
@@ -154,7 +160,7 @@ def _figures(o: Outline, own: Outline) -> str:
 
 
 def _reason(best: Outline, other: Outline) -> str:
-    """Where `best` gains most on `other`."""
+    """Where `best` gains most on `other`: memory if that one does not fit, else the part of the step."""
     if not other.fits:
         part = max(other.memory, key=lambda name: other.memory[name] - best.memory[name])
         return f"it fits: {part} {best.memory[part] / GIB:.1f} GiB in place of {other.memory[part] / GIB:.1f} GiB"
@@ -162,5 +168,5 @@ def _reason(best: Outline, other: Outline) -> str:
     gain = {name: other.seconds.get(name, 0.0) - best.seconds.get(name, 0.0) for name in names}
     part = max(gain, key=lambda name: gain[name])
     if best.step >= other.step or gain[part] <= 0:
-        return "it takes fewer axes for about the same time"
+        return "about as fast"
     return f"{part} {_time(best.seconds.get(part, 0.0))} in place of {_time(other.seconds.get(part, 0.0))}"

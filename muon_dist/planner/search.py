@@ -15,16 +15,16 @@ from muon_dist.planner.memory import memory_of, usable
 from muon_dist.planner.mesh import LAYOUTS, OPTIONS, Mesh, make_mesh, problems
 from muon_dist.planner.model import Settings, Workload
 from muon_dist.planner.placement import held_bytes
-from muon_dist.planner.plan import iteration_dtype
+from muon_dist.planner.plan import Plan, iteration_dtype
 from muon_dist.planner.times import adamw_seconds, muon_seconds, seconds_of
 
 _ALIKE = 0.01  # of the step: of meshes as fast as this the one with the fewest axes is the best
-_LEAST_TOKENS = 512  # of a sample on one rank: below it attention is too short to be worth a cut
+_LEAST_TOKENS = 2048  # of a sample on one rank: below it attention is too short to be worth a cut
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A mesh with its figures, Muon's owners taken as evenly spread.
+    """A mesh with its figures, Muon's owners taken as evenly spread unless it is `of_plan`.
 
     Attributes:
         mesh: ranks by axis.
@@ -38,6 +38,11 @@ class Outline:
     memory: dict[str, float]
     seconds: dict[str, float]
     fits: bool
+
+    @classmethod
+    def of_plan(cls, plan: Plan, settings: Settings) -> Outline:
+        """The figures of a plan, with real owners."""
+        return cls(plan.mesh, settings, plan.memory, plan.seconds, plan.fits)
 
     @property
     def total(self) -> float:
@@ -123,12 +128,12 @@ def outlines(
 
 
 def ranked(found: list[Outline]) -> list[Outline]:
-    """Those that fit, best first. Of those as fast as the fastest the simplest, then the one with least memory."""
+    """Those that fit, best first. Of those about as fast as the fastest, the one with the fewest axes is the best."""
     fitting = sorted((o for o in found if o.fits), key=lambda o: o.step)
     if not fitting:
         return []
     close = [o for o in fitting if o.step <= fitting[0].step * (1 + _ALIKE)]
-    best = min(close, key=lambda o: (o.axes, o.total))
+    best = min(close, key=lambda o: (o.axes, o.step))
     return [best, *(o for o in fitting if o is not best)]
 
 
