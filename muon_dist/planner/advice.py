@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from muon_dist.planner.devices import GIB, Device
-from muon_dist.planner.mesh import notes
+from muon_dist.planner.mesh import notes, own_loop
 from muon_dist.planner.model import PlannedParameter, Settings, Workload
 from muon_dist.planner.plan import Plan, cost_model, iteration_dtype, plan_on, step_seconds
 from muon_dist.planner.search import Outline, outlines, ranked
@@ -140,6 +140,9 @@ def _meshes(plan: Plan, workload: Workload, settings: Settings, device: Device) 
         after = f"; next: {_figures(rivals[1], own)}" if len(rivals) > 1 else "; no other fits"
         yield f"{_figures(best, own)} in place of {_time(own.step)}; {_reason(best, own)}{after}"
         yield from (f"that mesh: {note}" for note in notes(best.mesh))
+        stock = next((o for o in rivals[1:] if not own_loop(o.mesh)), None)
+        if own_loop(best.mesh) and stock is not None:
+            yield f"the best without a loop of your own: {_figures(stock, own)}"
     else:
         yield (
             f"of {len(found):,} meshes of {plan.ranks:,} ranks none is more than {_WORTH:.0%} faster than this one: "

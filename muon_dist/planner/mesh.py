@@ -211,18 +211,24 @@ def problems(mesh: Mesh, workload: Workload, settings: Settings) -> Iterator[str
         yield f"--pp {mesh.pp}: more stages than the {workload.layers} layers of the model"
 
 
-def notes(mesh: Mesh) -> tuple[str, ...]:
-    """What a user must know who wants to run the mesh: no library here runs some of these products by itself."""
+def own_loop(mesh: Mesh) -> tuple[str, ...]:
+    """Why no library runs `mesh` by itself; empty where one does."""
     found = []
+    if mesh.pp > 1:
+        found.append("pp: build the stages with torch.distributed.pipelining, with one Muon on each")
     if mesh.pp > 1 and mesh.layout in _ON_DTENSORS and mesh.fsdp * mesh.dp_replicate > 1:
-        found.append(
-            "pp with FSDP2: transformers refuses it; build the stages with torch.distributed.pipelining and call "
-            "fully_shard on each"
-        )
+        found.append("pp with FSDP2: transformers refuses it; call fully_shard on each stage")
     if mesh.ep > 1 and mesh.cp > 1:
-        found.append("ep with cp: transformers has no cp, accelerate no ep; it takes a loop of your own")
+        found.append("ep with cp: transformers has no cp, accelerate no ep")
     if mesh.ep > 1 and mesh.pp > 1:
-        found.append("ep with pp: transformers refuses token dispatch in a pipeline; it takes a loop of your own")
+        found.append("ep with pp: transformers refuses to dispatch tokens in a pipeline")
+    return tuple(found)
+
+
+def notes(mesh: Mesh) -> tuple[str, ...]:
+    """What a user must know who wants to run the mesh."""
+    loop = own_loop(mesh)
+    found = [f"takes a loop of your own ({'; '.join(loop)})"] if loop else []
     if mesh.cp > 1:
         found.append("cp: ring attention has no CPU kernel; Muon's layout is tested, the attention is torch's")
     return tuple(found)

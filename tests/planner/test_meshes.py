@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, DistributedConfig
 
 from muon_dist import Muon, param_groups
+from muon_dist.cli import main
 from muon_dist.errors import ConfigError
 from muon_dist.exchange.schedule import bucket_elements
 from muon_dist.ownership import assign_owners
@@ -25,10 +27,12 @@ from muon_dist.planner.model import Settings, Workload, describe_model
 from muon_dist.planner.placement import held_bytes, place_on
 from muon_dist.planner.plan import make_plan
 from muon_dist.planner.search import every_mesh
+from muon_dist.planner.sharding import largest_part
 from tests.adapters.test_meshes import MODELS, SIZES, saved
 from tests.distributed import run_ranks
 from tests.traffic import BATCH, Traffic
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(ns_dtype=torch.float32, bucket_mb=256.0, low_precision=False)
 BLOCK = {key: value for key, value in SIZES.items() if key not in ("vocab_size", "pad_token_id", "eos_token_id")}
 
@@ -112,6 +116,21 @@ def test_memory_and_bytes_by_hand() -> None:
     assert activation_bytes(model, longer, mesh) == 2 * wanted
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
+def test_every_mesh_of_the_search_has_the_layout_that_its_memory_says(name: str) -> None:
+    """The closed form of the fullest rank is that of the layout, whose constructor proves that it covers each matrix."""
+    model = workload(name, intermediate_size=44, num_attention_heads=4, num_key_value_heads=4)
+    checked = 0
+    for mesh in every_mesh(model, Settings(sequence_length=16), 8, 4):
+        if mesh.layout not in ("fsdp2", "hsdp") or mesh.pp > 1:
+            continue
+        layout = place_on(model, SETTINGS, mesh).layout
+        held = sum(m.held_by_rank(mesh.stage_ranks) for m in layout.matrices)
+        assert max(held) == sum(n * largest_part(p, mesh) for p, n, muon in model.kinds if muon), mesh
+        checked += 1
+    assert checked >= 9
+
+
 def test_stages_of_a_pipeline_divide_the_model() -> None:
     model = workload("llama", num_hidden_layers=5)
     stage = model.largest_stage(2)  # 2 layers, and 3 with the head
@@ -175,6 +194,24 @@ def test_a_model_without_a_plan_of_transformers() -> None:
     gpt2 = describe_model("gpt2", block, vocabulary=64, sequence_length=16)
     with pytest.raises(ConfigError, match="--tp 2: transformers has no tensor-parallel plan for GPT2LMHeadModel"):
         make_plan(gpt2, SETTINGS, DEVICES["h100"], layout="fsdp2", nodes=1, per_node=4, axes={"tp": 2})
+
+
+def test_a_deepspeed_configuration_with_parallelism(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ulysses is planned, AutoTP refused: Muon refuses it too."""
+    file = tmp_path / "zero.json"
+    config = ["plan", str(ROOT / "configs" / "llama-7b.yaml"), f"deepspeed={file}", "--json", "--no-advice"]
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "sequence_parallel_size": 2}))
+    with pytest.raises(SystemExit) as stop:
+        main(config)
+    planned = json.loads(capsys.readouterr().out)
+    assert stop.value.code in (0, None) and planned["mesh"]["sp"] == 2 and planned["mesh"]["dp_shard"] == 4
+    assert sum(planned["axes"]["sp"]) > 0
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, "tensor_parallel": {"autotp_size": 2}}))
+    with pytest.raises(SystemExit) as stop:
+        main(config)
+    assert stop.value.code not in (0, None)
+    said = capsys.readouterr()
+    assert "deepspeed.tensor_parallel.autotp_size: 2" in said.err and "--layout fsdp2 --tp 2" in said.err
 
 
 def test_the_search_is_over_meshes_that_fit() -> None:
