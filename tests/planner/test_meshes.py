@@ -118,7 +118,7 @@ def test_memory_and_bytes_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
 def test_every_mesh_of_the_search_has_the_layout_that_its_memory_says(name: str) -> None:
-    """The closed form of the fullest rank is that of the layout, whose constructor proves that it covers each matrix."""
+    """The closed form of the fullest rank is that of the layout, which proves that it covers each matrix."""
     model = workload(name, intermediate_size=44, num_attention_heads=4, num_key_value_heads=4)
     checked = 0
     for mesh in every_mesh(model, Settings(sequence_length=16), 8, 4):
