@@ -8,43 +8,42 @@ from dataclasses import replace
 
 import torch
 
-from muon_dist.errors import ConfigError
 from muon_dist.planner.devices import GIB, Device
+from muon_dist.planner.mesh import notes, own_loop
 from muon_dist.planner.model import PlannedParameter, Settings, Workload
-from muon_dist.planner.placement import LAYOUTS
-from muon_dist.planner.plan import Plan, cost_model, iteration_dtype, make_plan
+from muon_dist.planner.plan import Plan, cost_model, iteration_dtype, plan_on, step_seconds
+from muon_dist.planner.search import Outline, outlines, ranked
 
 _WORTH = 0.05  # of the step: less is not worth a change of settings
-_FULL = 0.9  # of the device's memory: fragmentation and the framework need the rest
+_FIRST = 3  # meshes of the search that are planned with real owners
 _SMALL = 4_000_000  # matrices times ranks up to which other settings are planned as well
 
 
-def step_seconds(plan: Plan) -> float:
-    """Predicted seconds of a whole step."""
-    adamw = max(plan.seconds["forward and backward"], plan.seconds["AdamW's communication"])
-    return (adamw + plan.seconds["AdamW's update"]) * (1 + plan.overhead)
-
-
 def advise(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Plan:
-    """`plan` with advice, each line with what it would change."""
+    """`plan` with advice, each line with what it would change; the last compares the meshes of as many ranks."""
     lines = [*_memory(plan, device), *_unsplit(plan, workload, settings, device)]
     if plan.matrices * plan.ranks <= _SMALL:
         lines += [*_buckets(plan, workload, settings, device), *_wire(plan, workload, settings, device)]
-        lines += _layouts(plan, workload, settings, device)
+        lines += _policy(plan, workload, settings, device)
+    else:
+        lines.append(
+            f"bucket_mb, wire_dtype and owner_policy were not tried: {plan.matrices:,} matrices on {plan.ranks:,} "
+            "ranks take too long"
+        )
+    lines += _meshes(plan, workload, settings, device)
     return replace(plan, advice=tuple(lines))
 
 
-def _again(plan: Plan, workload: Workload, settings: Settings, device: Device, layout: str | None = None) -> Plan:
-    nodes = plan.ranks // plan.per_node
-    return make_plan(workload, settings, device, layout=layout or plan.layout, nodes=nodes, per_node=plan.per_node)
+def _again(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Plan:
+    return plan_on(plan.mesh, workload, settings, device)
 
 
 def _memory(plan: Plan, device: Device) -> Iterator[str]:
-    total = sum(plan.memory.values())
-    if total > _FULL * device.memory:
+    if not plan.fits:
         part = max(plan.memory, key=lambda name: plan.memory[name])
         yield (
-            f"does not fit: {total / GIB:.1f} GiB on a device of {device.memory / GIB:.0f} GiB; most of it is {part} "
+            f"does not fit: {plan.memory_total / GIB:.1f} GiB, and of the {device.memory / GIB:.1f} GiB of the device "
+            f"{plan.usable / GIB:.1f} are usable (10% are kept in reserve); most of it is {part} "
             f"({plan.memory[part] / GIB:.1f} GiB)"
         )
 
@@ -55,10 +54,11 @@ def _unsplit(plan: Plan, workload: Workload, settings: Settings, device: Device)
     if plan.newton_schulz["max"] < 1.1 * mean:
         return
     dtype = iteration_dtype(settings, device)
-    model = cost_model(workload, settings, device, plan.ranks, dtype)
+    stage = workload.largest_stage(plan.mesh.pp)
+    model = cost_model(stage, settings, device, plan.mesh.stage_ranks, dtype)
     found: Counter[tuple[int, int]] = Counter()
     examples: dict[tuple[int, int], PlannedParameter] = {}
-    for p in workload.muon:
+    for p in stage.muon:
         for m in p.matrices:
             found[m.rows, m.cols] += 1
             examples.setdefault((m.rows, m.cols), p)
@@ -83,8 +83,7 @@ def _buckets(plan: Plan, workload: Workload, settings: Settings, device: Device)
     best = settings.bucket_mb, plan
     for factor in (4, 16, 64):
         other = _again(plan, workload, replace(settings, bucket_mb=settings.bucket_mb * factor), device)
-        fits = sum(other.memory.values()) <= _FULL * device.memory
-        if fits and step_seconds(other) < step_seconds(best[1]) * (1 - _WORTH / 2):
+        if other.fits and step_seconds(other) < step_seconds(best[1]) * (1 - _WORTH / 2):
             best = settings.bucket_mb * factor, other
     if best[1] is not plan:
         yield (
@@ -105,22 +104,72 @@ def _wire(plan: Plan, workload: Workload, settings: Settings, device: Device) ->
         )
 
 
-def _layouts(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Iterator[str]:
-    others = []
-    for layout in LAYOUTS:
-        if layout == plan.layout or (layout == "hsdp" and plan.ranks == plan.per_node):
-            continue
-        try:
-            others.append(_again(plan, workload, settings, device, layout))
-        except ConfigError:
-            continue
-    fitting = [o for o in others if sum(o.memory.values()) <= _FULL * device.memory]
-    if not fitting:
+def _policy(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Iterator[str]:
+    """Where the table shows that dealing matrices out in turn is more even, what the whole step says to that."""
+    ns = plan.newton_schulz
+    if settings.owner_policy == "round_robin" or ns["round robin"] >= ns["max"] * (1 - _WORTH / 5):
         return
-    best = min(fitting, key=step_seconds)
-    fits = sum(plan.memory.values()) <= _FULL * device.memory
-    if not fits or step_seconds(best) < step_seconds(plan) * (1 - _WORTH):
+    other = _again(plan, workload, replace(settings, owner_policy="round_robin"), device)
+    moved = sum(other.moved["Muon"]) / 1e9, sum(plan.moved["Muon"]) / 1e9
+    word = "slower" if step_seconds(other) > step_seconds(plan) else "faster"
+    yield (
+        f"optimizer.muon.owner_policy=round_robin: more even, for {moved[0]:.2f} GB that a rank receives in place of "
+        f"{moved[1]:.2f} GB; the step is {word}: {step_seconds(other):.4g} s in place of {step_seconds(plan):.4g} s"
+    )
+
+
+def _meshes(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Iterator[str]:
+    """The best mesh of as many ranks with the same tokens a step, why, and the next best."""
+    found = outlines(workload, settings, device, plan.ranks, plan.per_node, plan.tokens)
+    own = Outline.of_plan(plan, settings)
+    rivals = [o for o in ranked(found) if o.mesh != plan.mesh]
+    if plan.matrices * plan.ranks <= _SMALL:  # the first of them with their real owners
+        planned = (Outline.of_plan(plan_on(o.mesh, workload, o.settings, device), o.settings) for o in rivals[:_FIRST])
+        rivals = [*ranked(list(planned)), *rivals[_FIRST:]]
+    if not rivals and not own.fits:
+        least = min([own, *found], key=lambda o: o.total)
         yield (
-            f"--layout {best.layout}: {sum(best.memory.values()) / GIB:.1f} GiB a rank, a step of "
-            f"{step_seconds(best):.2f} s in place of {step_seconds(plan):.2f} s"
+            f"no mesh of {plan.ranks:,} ranks with {plan.tokens:,} tokens a step fits; the smallest is "
+            f"{least.mesh.options()} with {least.total / GIB:.1f} GiB a rank: use more ranks, recomputation "
+            "(trainer.gradient_checkpointing) or a smaller micro-batch"
         )
+    elif not rivals:
+        yield f"no other mesh of {plan.ranks:,} ranks with {plan.tokens:,} tokens a step fits"
+    elif not own.fits or rivals[0].step < own.step * (1 - _WORTH):
+        best = rivals[0]
+        after = f"; next: {_figures(rivals[1], own)}" if len(rivals) > 1 else "; no other fits"
+        yield f"{_figures(best, own)} in place of {_time(own.step)}; {_reason(best, own)}{after}"
+        yield from (f"that mesh: {note}" for note in notes(best.mesh))
+        stock = next((o for o in rivals[1:] if not own_loop(o.mesh)), None)
+        if own_loop(best.mesh) and stock is not None:
+            yield f"the best without a loop of your own: {_figures(stock, own)}"
+    else:
+        yield (
+            f"of {len(found):,} meshes of {plan.ranks:,} ranks none is more than {_WORTH:.0%} faster than this one: "
+            f"{_figures(own, own)}; next: {_figures(rivals[0], own)} ({_reason(own, rivals[0])})"
+        )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.4g} s"
+
+
+def _figures(o: Outline, own: Outline) -> str:
+    """One mesh, as the command line takes it, with its memory and its step."""
+    changed = ""
+    if o.settings.accumulation != own.settings.accumulation:
+        changed = f" trainer.gradient_accumulation_steps={o.settings.accumulation}"
+    return f"{o.mesh.options()}{changed}: {o.total / GIB:.1f} GiB a rank, a step of {_time(o.step)}"
+
+
+def _reason(best: Outline, other: Outline) -> str:
+    """Where `best` gains most on `other`: memory if that one does not fit, else the part of the step."""
+    if not other.fits:
+        part = max(other.memory, key=lambda name: other.memory[name] - best.memory[name])
+        return f"it fits: {part} {best.memory[part] / GIB:.1f} GiB in place of {other.memory[part] / GIB:.1f} GiB"
+    names = {**other.seconds, **best.seconds}
+    gain = {name: other.seconds.get(name, 0.0) - best.seconds.get(name, 0.0) for name in names}
+    part = max(gain, key=lambda name: gain[name])
+    if best.step >= other.step or gain[part] <= 0:
+        return "about as fast"
+    return f"{part} {_time(best.seconds.get(part, 0.0))} in place of {_time(other.seconds.get(part, 0.0))}"

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from muon_dist.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -35,6 +37,18 @@ def plan(
         Optional[str],  # noqa: UP045
         typer.Option(help="ddp, zero1, zero2, zero3, fsdp2 or hsdp; that of the configuration unless given."),
     ] = None,
+    tp: Annotated[int, typer.Option(help="Ranks of tensor parallelism.")] = 1,
+    cp: Annotated[int, typer.Option(help="Ranks of context parallelism (ring attention).")] = 1,
+    sp: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Ranks of sequence parallelism (Ulysses); DeepSpeed's sequence_parallel_size unless given."),
+    ] = None,
+    ep: Annotated[int, typer.Option(help="Ranks that share the experts of a layer, within dp_shard x cp x tp.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    dp_replicate: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Copies of the model under hsdp; one a node unless given."),
+    ] = None,
     order: Annotated[
         bool, typer.Option(help="Under ZeRO-1/2, order Muon's group so that slices begin between matrices.")
     ] = True,
@@ -53,7 +67,10 @@ def plan(
     kind = layout or layout_of(given)
     workload, settings = unpack(given)
     settings = replace(settings, ordered=order and settings.ordered)
-    made = make_plan(workload, settings, chosen, layout=kind, nodes=nodes, per_node=gpus_per_node)
+    axes = {"tp": tp, "cp": cp, "ep": ep, "pp": pp, "sp": sequence_parallel(given, kind) if sp is None else sp}
+    if dp_replicate is not None:
+        axes["dp_replicate"] = dp_replicate
+    made = make_plan(workload, settings, chosen, layout=kind, nodes=nodes, per_node=gpus_per_node, axes=axes)
     if advice:
         made = advise(made, workload, settings, chosen)
     if as_json:
@@ -139,6 +156,20 @@ def layout_of(config: Config) -> str:
     if stage:
         return f"zero{stage}"
     return "fsdp2" if config.trainer.get("fsdp") else "ddp"
+
+
+def sequence_parallel(config: Config, layout: str) -> int:
+    """Ranks of DeepSpeed's Ulysses in the configuration. Raises ConfigError for its AutoTP, which Muon refuses."""
+    if layout in ("fsdp2", "hsdp"):
+        return 1
+    tensor = _deepspeed(config).get("tensor_parallel") or {}
+    size = int(tensor.get("autotp_size", (tensor.get("tp") or {}).get("tp_size", 0)) or 0)
+    if size > 1:
+        raise ConfigError(
+            f"deepspeed.tensor_parallel.autotp_size: {size}: Muon refuses DeepSpeed's AutoTP, so there is nothing to "
+            f"plan: remove tensor_parallel, or plan --layout fsdp2 --tp {size}"
+        )
+    return int(_deepspeed(config).get("sequence_parallel_size", 1))
 
 
 def _deepspeed(config: Config) -> dict[str, Any]:

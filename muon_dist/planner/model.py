@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -12,18 +14,49 @@ from torch import nn
 
 from muon_dist.layout import Matrix, cut_parameter
 from muon_dist.model import build_model, count_parameters, flops_per_token
+from muon_dist.model.build import number_of_experts
 from muon_dist.numerics import get_schedule
 from muon_dist.routing import GroupRule, Override, RoutedGroup, SplitRule, route, routed_groups
 
 
 @dataclass(frozen=True)
 class PlannedParameter:
-    """A trained parameter: name, shape, and its matrices (none under AdamW)."""
+    """A trained parameter: name, shape, and its matrices (none under AdamW).
+
+    tp, ep: the style that the model's tensor-parallel and expert-parallel plan gives it, None without one. layer: its
+    transformer layer; -1 before the first (embeddings), the number of layers after the last (final norm, head).
+    """
 
     name: str
     shape: tuple[int, ...]
     numel: int
     matrices: tuple[Matrix, ...]
+    tp: str | None = None
+    ep: str | None = None
+    layer: int = 0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the axes of a mesh must divide, and what they move.
+
+    Attributes:
+        name: class of the model, for messages.
+        heads, kv_heads, head_dim: of attention.
+        experts, experts_per_token: routed experts of a layer; 0 in a dense model.
+        tp_plan, ep_plan: whether transformers has such a plan for the class.
+        keys_are_cut: the tensor-parallel plan cuts the key projection, so that tp must divide kv_heads as well.
+    """
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int
+    experts_per_token: int
+    tp_plan: bool
+    ep_plan: bool
+    keys_are_cut: bool
 
 
 @dataclass(frozen=True)
@@ -61,6 +94,16 @@ class Settings:
         """Of one rank in one optimizer step."""
         return self.sequence_length * self.micro_batch * self.accumulation
 
+    @property
+    def run(self) -> dict[str, int]:
+        """What activations depend on, for the heading of a plan."""
+        return {
+            "micro_batch": self.micro_batch,
+            "sequence_length": self.sequence_length,
+            "accumulation": self.accumulation,
+            "recomputation": self.checkpointing,
+        }
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -87,12 +130,46 @@ class Workload:
     layers: int
     hidden: int
     vocabulary: int
+    architecture: Architecture
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[PlannedParameter, int, bool], ...]:
+        """(an example, how many there are, Muon's) of parameters that every mesh places alike: for sums over them."""
+        found: dict[tuple[Any, ...], list[PlannedParameter]] = {}
+        for p, muon in [*((p, True) for p in self.muon), *((p, False) for p in self.adamw)]:
+            found.setdefault((p.shape, p.tp, p.ep, muon), []).append(p)
+        return tuple((members[0], len(members), key[-1]) for key, members in found.items())
 
     @property
     def by_muon_group(self) -> tuple[tuple[PlannedParameter, ...], ...]:
         """`muon`, group by group."""
         ends = list(accumulate(self.muon_groups))
         return tuple(self.muon[end - count : end] for end, count in zip(ends, self.muon_groups, strict=True))
+
+    def largest_stage(self, stages: int) -> Workload:
+        """The part of the model on the pipeline stage with the most parameters, as transformers divides the layers: in
+        equal numbers, the rest on the last stage; embeddings on the first, the final norm and the head on the last."""
+        if stages == 1:
+            return self
+        each = self.layers // stages
+        every = (*self.muon, *self.adamw)
+        elements = [0] * stages
+        for p in every:
+            elements[_stage(p, each, stages)] += p.numel
+        chosen = max(range(stages), key=lambda i: elements[i])
+        muon = [[p for p in g if _stage(p, each, stages) == chosen] for g in self.by_muon_group]
+        here = self.layers - each * (stages - 1) if chosen == stages - 1 else each
+        share = here / self.layers
+        return replace(
+            self,
+            muon=tuple(p for g in muon for p in g),
+            adamw=tuple(p for p in self.adamw if _stage(p, each, stages) == chosen),
+            muon_groups=tuple(len(g) for g in muon),
+            parameters=elements[chosen],
+            active=round(self.active * share),
+            flops_per_token=self.flops_per_token * share,
+            layers=here,
+        )
 
     @property
     def muon_elements(self) -> int:
@@ -101,6 +178,11 @@ class Workload:
     @property
     def adamw_elements(self) -> int:
         return sum(p.numel for p in self.adamw)
+
+
+def _stage(parameter: PlannedParameter, layers: int, stages: int) -> int:
+    """The pipeline stage of a parameter, with `layers` on each stage and the rest on the last."""
+    return min(max(parameter.layer, 0) // layers, stages - 1)
 
 
 def describe_model(
@@ -119,19 +201,62 @@ def describe_model(
     muon, adamw = ([g for g in made if g.algorithm == algorithm] for algorithm in ("muon", "adamw"))
     count = count_parameters(built)
     config: Any = built.config
+    layers = int(config.num_hidden_layers)
+    placed = _styles(built, layers)
+    muon_parameters, adamw_parameters = (
+        tuple(placed(p) for g in chosen for p in parameters_of(g)) for chosen in (muon, adamw)
+    )
     return Workload(
         name=name,
-        muon=tuple(p for g in muon for p in parameters_of(g)),
-        adamw=tuple(p for g in adamw for p in parameters_of(g)),
+        muon=muon_parameters,
+        adamw=adamw_parameters,
         groups=tuple(sum(r.elements for r in g.routes) for g in adamw),
         muon_groups=tuple(len(g.routes) for g in muon),
         parameters=count.total,
         active=count.active,
         flops_per_token=float(flops_per_token(built, sequence_length)),
-        layers=int(config.num_hidden_layers),
+        layers=layers,
         hidden=int(config.hidden_size),
         vocabulary=vocabulary,
+        architecture=_architecture(built),
     )
+
+
+def _architecture(model: Any) -> Architecture:
+    """Heads, experts and parallel plans of a transformers model."""
+    config = model.config
+    heads = int(config.num_attention_heads)
+    tp = model.tp_plan or {}
+    keys = ("k_proj", "qkv_proj", "query_key_value")
+    return Architecture(
+        name=type(model).__name__,
+        heads=heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        experts=number_of_experts(config) or 0,
+        experts_per_token=int(getattr(config, "num_experts_per_tok", None) or 0),
+        tp_plan=bool(tp),
+        ep_plan=bool(model.ep_plan),
+        keys_are_cut=any(k.rsplit(".", 1)[-1] in keys and style == "colwise" for k, style in tp.items()),
+    )
+
+
+def _styles(model: Any, layers: int) -> Callable[[PlannedParameter], PlannedParameter]:
+    """Adds to a parameter its layer and its styles in the tensor- and expert-parallel plans of the model."""
+    tp, ep = dict(model.tp_plan or {}), dict(model.ep_plan or {})
+    stage: dict[str, int] = {}
+    reached = -1
+    for name, _ in model.named_parameters():
+        number = re.search(r"\.(\d+)\.", name)
+        if number is not None:
+            reached = int(number[1])
+        stage[name] = reached if number is not None or reached < 0 else layers
+
+    def style(name: str, plan: dict[str, str]) -> str | None:
+        generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        return plan.get(generic, plan.get(generic.rsplit(".", 1)[0]))
+
+    return lambda p: replace(p, tp=style(p.name, tp), ep=style(p.name, ep), layer=stage[p.name])
 
 
 def build_on_meta(model: Mapping[str, Any], vocabulary: int) -> nn.Module:

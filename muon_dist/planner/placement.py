@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from muon_dist.errors import ConfigError
 from muon_dist.layout import (
     FlatGroup,
     Layout,
     PlacedParameter,
-    ShardedParameter,
     dtensor_layout,
     flat_layout,
     per_parameter_layout,
@@ -21,19 +19,18 @@ from muon_dist.layout import (
 )
 from muon_dist.layout.per_parameter import slice_length
 from muon_dist.partition_order import partition_order, slice_elements
+from muon_dist.planner.mesh import LAYOUTS, Mesh, make_mesh
 from muon_dist.planner.model import PlannedParameter, Settings, Workload
+from muon_dist.planner.sharding import largest_part, sharded_parameter, whole_parts
 
-LAYOUTS = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp")
+__all__ = ["LAYOUTS", "Held", "Placement", "held_bytes", "place", "place_on", "sub_groups"]
 
 
 @dataclass(frozen=True)
-class Placement:
-    """The layout of Muon's matrices, and what lies on one rank, in bytes, whatever the optimizer's owners are.
+class Held:
+    """What lies on the rank with most, in bytes, whatever the optimizer's owners are.
 
     Attributes:
-        kind: one of LAYOUTS.
-        layout: of the matrices.
-        ordered: Muon's group is in the order of `partition_order`.
         weights: as the model computes with them.
         gradients: at their peak, after the last backward pass.
         master: fp32 copies.
@@ -41,9 +38,6 @@ class Placement:
         working: weights gathered for the layer at work, and its gradients.
     """
 
-    kind: str
-    layout: Layout
-    ordered: bool
     weights: float
     gradients: float
     master: float
@@ -51,32 +45,50 @@ class Placement:
     working: float
 
 
+@dataclass(frozen=True)
+class Placement:
+    """The layout of Muon's matrices on the ranks of a mesh, and whether Muon's group was put into the order of
+    `partition_order`."""
+
+    mesh: Mesh
+    layout: Layout
+    ordered: bool
+
+
 def place(workload: Workload, settings: Settings, kind: str, world: int, per_node: int) -> Placement:
-    """The placement of `workload` on `world` ranks. Raises ConfigError for an unknown or impossible kind."""
-    if kind not in LAYOUTS:
-        raise ConfigError(f"--layout {kind}: use one of {', '.join(LAYOUTS)}")
-    if kind == "hsdp" and world % per_node:
-        raise ConfigError(f"--layout hsdp: {world} ranks are not a multiple of {per_node} a node")
+    """The placement of `workload` on `world` ranks of data parallelism. Raises ConfigError as `make_mesh`."""
+    return place_on(workload, settings, make_mesh(kind, world, per_node))
+
+
+def place_on(workload: Workload, settings: Settings, mesh: Mesh) -> Placement:
+    """The placement of one pipeline stage, whose part of the model is `workload`, on the ranks of the stage."""
+    layout, ordered = _layout(workload, settings, mesh)
+    return Placement(mesh, layout, ordered)
+
+
+def held_bytes(workload: Workload, settings: Settings, mesh: Mesh) -> Held:
+    """Bytes of the rank with most, of a stage whose part of the model is `workload`."""
     low = 2 if settings.low_precision else 4
-    total, adamw = workload.parameters, workload.adamw_elements
-    sharded = per_node if kind == "hsdp" else 1 if kind == "ddp" else world
-    layer = low * 2 * total / max(workload.layers, 1)  # weights and gradients of a layer
-    layout, ordered = _layout(workload, settings, kind, world, per_node)
-    if kind == "ddp":
+    total, adamw, world = workload.parameters, workload.adamw_elements, mesh.stage_ranks
+    layers = max(workload.layers, 1)
+    layer = low * 2 * total / layers  # weights and gradients of a layer
+    if mesh.layout == "ddp":
         # autocast: weights stay fp32 and so do gradients, DDP's buckets are their storage
-        figures = (4.0 * total, 4.0 * total, 0.0, 8.0 * adamw, 0.0)
-    elif kind in ("zero1", "zero2"):
-        gradients = low * total / (world if kind == "zero2" else 1)
-        figures = (low * total, gradients, 4.0 * total / world, 8.0 * adamw / world, 0.0)
-    elif kind == "zero3":
-        figures = (low * total / world, low * total / world, 4.0 * total / world, 8.0 * adamw / world, layer)
-    else:
-        figures = (4.0 * total / sharded, 4.0 * total / sharded, 0.0, 8.0 * adamw / sharded, layer)
-    return Placement(kind, layout, ordered, *figures)
+        return Held(4.0 * total, 4.0 * total, 0.0, 8.0 * adamw, 0.0)
+    if mesh.layout in ("zero1", "zero2"):
+        gradients = low * total / (world if mesh.layout == "zero2" else 1)
+        return Held(low * total, gradients, 4.0 * total / world, 8.0 * adamw / world, 0.0)
+    if mesh.layout == "zero3":
+        share = low * total / world
+        return Held(share, share, 4.0 * total / world, 8.0 * adamw / world, layer)
+    held = sum(n * largest_part(p, mesh) for p, n, _ in workload.kinds)
+    moments = 8.0 * sum(n * largest_part(p, mesh) for p, n, muon in workload.kinds if not muon)
+    gathered = sum(n * p.numel / whole_parts(p, mesh)[0] for p, n, _ in workload.kinds)
+    return Held(4.0 * held, 4.0 * held, 0.0, moments, low * 2 * gathered / layers)
 
 
-def _layout(workload: Workload, settings: Settings, kind: str, world: int, per_node: int) -> tuple[Layout, bool]:
-    muon = workload.muon
+def _layout(workload: Workload, settings: Settings, mesh: Mesh) -> tuple[Layout, bool]:
+    muon, world, kind = workload.muon, mesh.stage_ranks, mesh.layout
     if kind == "ddp":
         return replicated_layout([p.matrices for p in muon], world), False
     if kind in ("zero1", "zero2"):
@@ -95,12 +107,7 @@ def _layout(workload: Workload, settings: Settings, kind: str, world: int, per_n
             for g in sub_groups(members, world, settings.sub_group_size)
         ]
         return per_parameter_layout(sub, world), False
-    mesh = (world // per_node, per_node) if kind == "hsdp" else (world,)
-    cuts = (None, 0) if kind == "hsdp" else (0,)
-    ranks = tuple(range(world))
-    return dtensor_layout(
-        [ShardedParameter(p.name, p.shape, mesh, ranks, cuts, p.matrices) for p in muon], world
-    ), False
+    return dtensor_layout([sharded_parameter(p, mesh) for p in muon], world), False
 
 
 def _end_to_end(parameters: list[PlannedParameter], lengths: list[int]) -> tuple[PlacedParameter, ...]:

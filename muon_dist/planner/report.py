@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from muon_dist.planner.advice import step_seconds
 from muon_dist.planner.devices import GIB, Device
-from muon_dist.planner.plan import Plan
+from muon_dist.planner.mesh import describe
+from muon_dist.planner.plan import Plan, step_seconds
 
 Rows = list[tuple[str, ...]]
 
@@ -18,7 +18,7 @@ Rows = list[tuple[str, ...]]
 def show(plan: Plan, device: Device) -> None:
     """Print the plan."""
     print(heading(plan, device))
-    for title, header, rows in sections(plan):
+    for title, header, rows in sections(plan, device):
         if sys.stdout.isatty():
             table = Table(*header, title=title, title_justify="left")
             for row in rows:
@@ -26,24 +26,33 @@ def show(plan: Plan, device: Device) -> None:
             Console().print(table)
         else:
             print(f"\n{title}\n{plain(header, rows)}")
-    for line in plan.advice or ("nothing found that would be better",):
+    for line in plan.notes:
+        print(f"note: {line}")
+    for line in plan.advice:
         print(f"advice: {line}")
 
 
 def heading(plan: Plan, device: Device) -> str:
     """What was planned, and for what."""
     muon, adamw = plan.elements
+    stage = f" on the largest of {plan.mesh.pp} pipeline stages" if plan.mesh.pp > 1 else ""
+    run = plan.run
+    again = "recomputed" if run["recomputation"] else "kept"
     order = "; Muon's group ordered so that slices begin between matrices" if plan.ordered else ""
     return (
         f"{plan.model}: {plan.layout} on {plan.ranks} ranks, {plan.per_node} a node, {device.name} ({device.source})\n"
-        f"Muon {muon / 1e9:,.2f} B elements in {plan.matrices:,} matrices, AdamW {adamw / 1e9:,.2f} B{order}"
+        f"Muon {muon / 1e9:,.2f} B elements in {plan.matrices:,} matrices, AdamW {adamw / 1e9:,.2f} B{stage}{order}\n"
+        f"mesh: {describe(plan.mesh)}; {plan.tokens:,} tokens a step: micro-batches of {run['micro_batch']} x "
+        f"{run['sequence_length']:,}, accumulation {run['accumulation']}, activations {again}"
     )
 
 
-def sections(plan: Plan) -> list[tuple[str, tuple[str, ...], Rows]]:
+def sections(plan: Plan, device: Device) -> list[tuple[str, tuple[str, ...], Rows]]:
     """(title, header, rows) of each table."""
     memory: Rows = [(name, f"{value / GIB:.2f}") for name, value in plan.memory.items() if value]
     memory.append(("in all", f"{sum(plan.memory.values()) / GIB:.2f}"))
+    memory.append((f"usable of {device.memory / GIB:.2f}, 10% in reserve", f"{plan.usable / GIB:.2f}"))
+    axes: Rows = [(f"axis {name}", _bytes(inside), _bytes(between)) for name, (inside, between) in plan.axes.items()]
     moved: Rows = [(name, _bytes(inside), _bytes(between)) for name, (inside, between) in plan.moved.items()]
     moved.append(("Muon, busiest rank", *map(_bytes, plan.busiest)))
     ns = plan.newton_schulz
@@ -60,7 +69,7 @@ def sections(plan: Plan) -> list[tuple[str, tuple[str, ...], Rows]]:
     return [
         ("memory of a rank", ("part", "GiB"), memory),
         (f"received by a rank in a step ({plan.collectives} collectives of Muon's)",
-         ("for", "inside a node", "between nodes"), moved),
+         ("for", "inside a node", "between nodes"), [*axes, *moved]),
         ("Newton-Schulz", ("seconds of", "time", "of the even share"), balance),
         ("predicted time of a step", ("part", "time"), step),
     ]  # fmt: skip

@@ -19,9 +19,10 @@ from muon_dist.planner.advice import advise
 from muon_dist.planner.balance import balance
 from muon_dist.planner.devices import DEVICES, find_device
 from muon_dist.planner.estimate import newton_schulz_seconds
+from muon_dist.planner.memory import nccl_bytes
 from muon_dist.planner.model import Settings, Workload, describe_model
 from muon_dist.planner.placement import LAYOUTS, place, sub_groups
-from muon_dist.planner.plan import make_plan, nccl_bytes
+from muon_dist.planner.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
