@@ -57,6 +57,13 @@ class Parameter:
         given = {"heads": self.heads, "sizes": self.sizes, "transposed": self.transposed}
         return {key: value for key, value in given.items() if value}
 
+    def leaves_empty(self, tp: int) -> bool:
+        """Whether `torch.chunk` over `tp` ranks leaves one without elements."""
+        if self.tp is None:
+            return False
+        length = self.shape[self.tp]
+        return -(-length // -(-length // tp)) < tp
+
     def matrices(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Views of the matrices of a whole tensor; written anew, since the package's own cuts are under test."""
         found = [tensor] if tensor.dim() == 2 else list(tensor)
@@ -195,6 +202,9 @@ class Case:
             return "resume.at must lie between the first step and the last"
         if any(setup.framework not in (PROCESS, DDP, FSDP2, ZERO) for setup, _ in self.segments()):
             return "framework must be process, ddp, fsdp2 or zero"
+        for setup, _ in self.segments():
+            if setup.shard > 1 and any(p.leaves_empty(setup.tp) for p in self.parameters):
+                return "torch's FSDP2 takes no parameter of which tensor parallelism leaves a rank nothing"
         return None
 
     def without(self, name: str) -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing as mp
 import os
 import pickle
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from muon_dist.errors import MuonDistError
 
 Job = Callable[..., Any]
-GRACE = 10.0
+GRACE = 5.0
 """Seconds that the other ranks get once one has failed: what one refuses, all should refuse."""
 
 
@@ -110,6 +111,7 @@ def _serve(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its ranks
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo",
         MASTER_ADDR="127.0.0.1", MASTER_PORT="29500",
