@@ -22,6 +22,8 @@ import torch.distributed as dist
 import muon_dist.adapters.fsdp2.storage as fsdp2_storage
 import muon_dist.optim.compiler as compiler
 import muon_dist.optim.muon as muon
+from muon_dist.fuzz.case import Case
+from muon_dist.fuzz.judge import RIGHT, Judge
 from muon_dist.fuzz.run import Report, fuzz
 from muon_dist.optim.bucket_run import BucketRun
 from muon_dist.optim.compiler import ProgramCompiler
@@ -197,8 +199,15 @@ MUTATIONS: tuple[Callable[[], None], ...] = (
 def find(mutation: Callable[[], None], seed: int, limit: float = LIMIT, shrink_seconds: float = 0.0) -> Report:
     """Fuzz with a mutation until it is found or the time is over."""
     return fuzz(
-        limit, seed, lambda line: None, prepare=mutation, stop_at_first=True, shrink_seconds=shrink_seconds
-    )
+        limit, seed, lambda line: None, prepare=mutation, stop_at_first=True, shrink_seconds=shrink_seconds,
+        patience=20.0,
+    )  # fmt: skip
+
+
+def is_right(case: Case) -> bool:
+    """Whether the case is right without a mutation."""
+    with Judge() as judge:
+        return judge.run(case).kind == RIGHT
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -214,8 +223,11 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         begun = time.monotonic()
         report = find(mutation, chosen.seed)
+        taken = time.monotonic() - begun
+        if not all(is_right(wrong.case) for wrong in report.wrong):
+            raise AssertionError(f"wrong without a mutation too: {report.wrong[0].replay()}")
         lost += not report.wrong
-        seconds = f"{time.monotonic() - begun:.0f}" if report.wrong else "not found"
+        seconds = f"{taken:.0f}" if report.wrong else "not found"
         print(f"| {mutation.__doc__} | {seconds} | {report.counts.total()} |", flush=True)
         if report.wrong:
             print(f"{report.wrong[0].outcome.message.splitlines()[-1][:150]}", file=sys.stderr, flush=True)

@@ -58,6 +58,8 @@ def draw(seed: int, number: int, engines: bool = True) -> Case:
         case = replace(case, clip_muon=r.random() < 0.5)
     if case.steps > 1 and r.random() < 0.3:
         case = replace(case, resume=_resume(r, case, engines))
+    if setup.shard > 1 and setup.tp > 1:  # else the optimizer knows of no tp, and each of its ranks saves its own
+        case = replace(case, parameters=(replace(case.parameters[0], tp=0), *case.parameters[1:]))
     if case.problem() is not None:  # torch cannot hold some parameter so
         case = replace(case, parameters=tuple(replace(p, tp=None) for p in case.parameters))
     return _with_gaps(r, case)

@@ -18,6 +18,8 @@ RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
 TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 0.3
 """Of the error of `distance`. Newton-Schulz makes rounding up to 485 times larger where a singular value is small, and
 far more where the messages themselves are rounded to 16 bits."""
+PATIENCE = 60.0
+"""Seconds after which a case hangs: it takes about one, and machines do other work too."""
 _JOBS_OF_A_POOL = 150
 """Process groups that frameworks make are never given back: after so many jobs the ranks are forked anew."""
 
@@ -59,7 +61,7 @@ class Judge:
         patience: seconds after which a case hangs.
     """
 
-    def __init__(self, prepare: Callable[[], None] | None = None, patience: float = 60.0) -> None:
+    def __init__(self, prepare: Callable[[], None] | None = None, patience: float = PATIENCE) -> None:
         self._prepare, self._patience = prepare, patience
         self._pools: dict[int, Pool] = {}
 

@@ -48,7 +48,7 @@ class Pool:
         prepare: called once in every rank, for tests.
     """
 
-    def __init__(self, world_size: int, patience: float = 60.0, prepare: Callable[[], None] | None = None) -> None:
+    def __init__(self, world_size: int, patience: float, prepare: Callable[[], None] | None = None) -> None:
         self.world_size, self.patience, self.jobs = world_size, patience, 0
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")

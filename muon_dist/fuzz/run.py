@@ -16,7 +16,7 @@ import torch
 from muon_dist.errors import InexactError
 from muon_dist.fuzz.case import Case
 from muon_dist.fuzz.draw import draw
-from muon_dist.fuzz.judge import RIGHT, WRONG, Judge, Outcome
+from muon_dist.fuzz.judge import PATIENCE, RIGHT, WRONG, Judge, Outcome
 from muon_dist.fuzz.shrink import shrink
 
 Say = Callable[[str], None]
@@ -107,6 +107,7 @@ def fuzz(
     prepare: Callable[[], None] | None = None,
     stop_at_first: bool = False,
     shrink_seconds: float = SHRINK_SECONDS,
+    patience: float = PATIENCE,
 ) -> Report:
     """Run cases for `seconds`, each against the reference, and shrink those that are wrong.
 
@@ -117,12 +118,13 @@ def fuzz(
         prepare: called in every rank, for tests.
         stop_at_first: end with the first wrong case.
         shrink_seconds: for each wrong case.
+        patience: seconds after which a case hangs.
     """
     if engines is None:
         engines = importlib.util.find_spec("deepspeed") is not None
     warm(engines)
     report, begun, number = Report(seed), time.monotonic(), 0
-    with Judge(prepare) as judge:
+    with Judge(prepare, patience) as judge:
         while time.monotonic() - begun < seconds:
             case = draw(seed, number, engines)
             outcome = judge.run(case)
