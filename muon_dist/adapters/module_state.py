@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from muon_dist.adapters.fsdp2.storage import check_parameter, is_sharded, local_part, sharded
+from muon_dist.adapters.fsdp2.storage import check_parameter, holders, is_sharded, local_part, sharded
 from muon_dist.adapters.muon_state import kept_by_all, muon_pieces
 from muon_dist.checkpoint import BUFFER, WEIGHT, Checkpoint, Holding, Piece
 from muon_dist.checkpoint.piece import MOMENTUM as MOMENTUM_KIND
@@ -57,10 +57,11 @@ def holding(
     named: list[tuple[str, torch.Tensor]] = []
     distributed = False
     masters = optimizer.master_weights() if isinstance(optimizer, Muon) else {}
+    within = _model_ranks(optimizer)
     for kind, name, tensor in named_tensors(model):
         check_parameter(name, tensor)
         distributed |= is_sharded(tensor)
-        pieces += _placed(name, kind, masters.get(tensor, tensor), tensor, everyone, strided)
+        pieces += _placed(name, kind, masters.get(tensor, tensor), tensor, everyone, strided, within)
         if kind == WEIGHT:
             named.append((name, tensor))
     if optimizer is not None:
@@ -73,9 +74,9 @@ def holding(
             if id(p) in steps:
                 if source is not None:
                     make_state(optimizer, p, name, source, steps[id(p)])
-                pieces += state_pieces(optimizer, name, p, everyone, strided)
+                pieces += state_pieces(optimizer, name, p, everyone, strided, within)
                 if id(p) in copied:
-                    pieces += _placed(name, MOMENTUM_KIND, optimizer.state[p][MOMENTUM], p, everyone, strided)
+                    pieces += _placed(name, MOMENTUM_KIND, optimizer.state[p][MOMENTUM], p, everyone, strided, within)
 
     @torch.no_grad()
     def finish() -> None:
@@ -97,9 +98,21 @@ def copy_back(strided: Copies) -> None:
         tensor.copy_(loaded)
 
 
+def _model_ranks(optimizer: torch.optim.Optimizer | None) -> tuple[int, ...]:
+    """The ranks that hold one model (a stage of a pipeline is one), as far as its optimizer knows."""
+    group = optimizer.bound_runtime().binding.group if isinstance(optimizer, Muon) else None
+    return () if group is None else tuple(dist.get_process_group_ranks(group))
+
+
 def state_pieces(
-    optimizer: torch.optim.Optimizer, name: str, p: torch.Tensor, everyone: tuple[int, ...], strided: Copies
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    p: torch.Tensor,
+    everyone: tuple[int, ...],
+    strided: Copies,
+    within: Collection[int] = (),
 ) -> list[Piece]:
+    """The pieces of an optimizer's state of `p`. within: as of `holders`."""
     pieces: list[Piece] = []
     for key, value in optimizer.state.get(p, {}).items():
         if value is None or (isinstance(optimizer, Muon) and is_own(key)):
@@ -110,10 +123,10 @@ def state_pieces(
                 "saved by parameter"
             )
         if value.shape == p.shape:
-            pieces += _placed(name, key, value, p, everyone, strided)
+            pieces += _placed(name, key, value, p, everyone, strided, within)
         elif value.numel() == 1 and not is_sharded(value):
-            holders = tuple(sorted(sharded(name, p).ranks)) if is_sharded(p) else everyone
-            pieces += whole(name, key, (), value, holders)
+            ranks = holders(p, sharded(name, p).ranks, within) if is_sharded(p) else everyone
+            pieces += whole(name, key, (), value, ranks)
         else:
             raise CheckpointError(
                 f"{type(optimizer).__name__} keeps {key} of {name} in shape {tuple(value.shape)}, the parameter has "
@@ -141,7 +154,15 @@ def make_state(
 # Where a tensor lies -------------------------------------------------------------------------------------------------
 
 
-def _placed(name: str, kind: str, tensor: Any, like: Any, everyone: tuple[int, ...], strided: Copies) -> list[Piece]:
+def _placed(
+    name: str,
+    kind: str,
+    tensor: Any,
+    like: Any,
+    everyone: tuple[int, ...],
+    strided: Copies,
+    within: Collection[int],
+) -> list[Piece]:
     """The pieces of `tensor`, which lies as `like` does. `strided` gets what a load must copy back."""
     if not is_sharded(tensor):
         if is_sharded(like):
@@ -156,8 +177,8 @@ def _placed(name: str, kind: str, tensor: Any, like: Any, everyone: tuple[int, .
     if not local.is_contiguous():
         raise CheckpointError(f"{name} ({kind}): its local shard is not contiguous in memory")
     placed, rank = sharded(name, tensor), dist.get_rank()
-    holders = next(tuple(sorted(ranks)) for ranks in placed.shards() if rank in ranks)
+    ranks = holders(tensor, next(ranks for ranks in placed.shards() if rank in ranks), within)
     return [
-        Piece(name, kind, placed.shape, f.block, shaped(local, f.local), holders if len(holders) > 1 else ())
+        Piece(name, kind, placed.shape, f.block, shaped(local, f.local), ranks if len(ranks) > 1 else ())
         for f in placed.fragments(0).on(rank)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from muon_dist.errors import ConfigError
 MUON, ADAMW, FROZEN = "muon", "adamw", "frozen"
 PROCESS, DDP, FSDP2, ZERO = "process", "ddp", "fsdp2", "zero"
 RELOAD, FULL, CHECKPOINT = "reload", "full", "checkpoint"
-SECOND_GROUP = {"scale": "spectral", "momentum": 0.9, "nesterov": False, "weight_decay": 0.02}
+SECOND_GROUP: dict[str, Any] = {"scale": "spectral", "momentum": 0.9, "nesterov": False, "weight_decay": 0.02}
 """Options of the parameters with `group` 1, beside half the learning rate; their rule is Muon's."""
-ADAMW_OPTIONS = {"weight_decay": 0.05, "betas": (0.9, 0.95), "eps": 1e-8}
+ADAMW_OPTIONS: dict[str, Any] = {"weight_decay": 0.05, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Case:
 
 
 def _sparse(value: Any) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for f in fields(value):
         given = getattr(value, f.name)
         if isinstance(given, (Setup, Resume)):
@@ -260,8 +260,3 @@ def _values(kind: type, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _frozen(value: Any) -> Any:
     return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
-
-
-def described(case: Case) -> dict[str, Any]:
-    """All fields, for a JSON file."""
-    return asdict(case)

@@ -57,9 +57,7 @@ class MeshHolder(Holder):
 def _distribute(layer: Any, p: Parameter, mesh: DeviceMesh) -> None:
     """As `ColwiseParallel` and `RowwiseParallel` do with a Linear; these take no experts."""
     given = getattr(layer, p.name)
-    cut = nn.Parameter(
-        distribute_tensor(given.detach(), mesh, [Shard(p.tp or 0)]), requires_grad=given.requires_grad
-    )
+    cut = nn.Parameter(distribute_tensor(given.detach(), mesh, [Shard(p.tp or 0)]), requires_grad=given.requires_grad)
     layer.register_parameter(p.name, cut)
     if p.tied:
         layer.register_parameter(p.name + TIED, cut)

@@ -29,9 +29,7 @@ def _generator(*numbers: int) -> torch.Generator:
 
 def start(case: Case) -> Tensors:
     """The weights of a case before its first step, by FQN."""
-    return {
-        p.fqn: 0.5 * torch.randn(p.shape, generator=_generator(case.seed, i)) for i, p in _numbered(case)
-    }
+    return {p.fqn: 0.5 * torch.randn(p.shape, generator=_generator(case.seed, i)) for i, p in _numbered(case)}
 
 
 def _numbered(case: Case) -> Iterator[tuple[int, Parameter]]:
@@ -92,9 +90,7 @@ class Model(nn.Module):
     def __init__(self, case: Case, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         count = 1 + max(p.layer for p in case.parameters)
-        self.layers = nn.ModuleList(
-            Layer([p for p in case.parameters if p.layer == i], weights) for i in range(count)
-        )
+        self.layers = nn.ModuleList(Layer([p for p in case.parameters if p.layer == i], weights) for i in range(count))
 
     def forward(self, fed: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch.stack([layer(fed) for layer in self.layers]).sum()

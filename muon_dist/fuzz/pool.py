@@ -53,7 +53,7 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         context = mp.get_context("fork")
-        self._pipes: list[Connection] = []
+        self._pipes: list[Any] = []
         self._processes: list[Any] = []
         gc.freeze()
         sys.stdout.flush()
@@ -80,14 +80,14 @@ class Pool:
                 answers[rank] = Answer("failed", f"rank {rank} has died")
         end = time.monotonic() + self.patience
         while len(answers) < self.world_size:
-            waiting = {p: r for r, p in enumerate(self._pipes) if r not in answers}
+            waiting: dict[Any, int] = {p: r for r, p in enumerate(self._pipes) if r not in answers}
             ready = wait(list(waiting), timeout=max(0.0, end - time.monotonic()))
             if not ready:
                 answers.update((r, Answer("hung", f"rank {r} gave no answer")) for r in waiting.values())
             for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
+                rank = waiting[pipe]
                 try:
-                    answers[rank] = Answer(*pickle.loads(pipe.recv_bytes()))  # type: ignore[union-attr]
+                    answers[rank] = Answer(*pickle.loads(self._pipes[rank].recv_bytes()))
                 except (EOFError, OSError):
                     answers[rank] = Answer("failed", f"rank {rank} died without an answer")
                 if answers[rank].kind != "done":
@@ -108,6 +108,7 @@ class Pool:
 def _serve(
     rank: int, world_size: int, store: str, patience: float, pipe: Connection, prepare: Callable[[], None] | None
 ) -> None:
+    parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its ranks
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -123,6 +124,9 @@ def _serve(
     if prepare is not None:
         prepare()
     while True:
+        while not pipe.poll(2.0):  # ranks hold each other's ends of pipes: none sees that the parent has died
+            if os.getppid() != parent:
+                os._exit(0)
         try:
             job, args = pickle.loads(pipe.recv_bytes())
         except (EOFError, OSError):

@@ -60,19 +60,21 @@ class Reference:
         return {name: g * factor for name, g in gradients.items()}
 
     def _adamw(self, p: Parameter, g: torch.Tensor, lr: float) -> None:
-        kept = self.memory.setdefault((p.name, -1), {"t": 0, "m": torch.zeros_like(g), "v": torch.zeros_like(g)})
-        (beta1, beta2), w = ADAMW_OPTIONS["betas"], self.weights[p.fqn]  # type: ignore[misc]
+        kept: dict[str, Any] = self.memory.setdefault(
+            (p.name, -1), {"t": 0, "m": torch.zeros_like(g), "v": torch.zeros_like(g)}
+        )
+        (beta1, beta2), w = ADAMW_OPTIONS["betas"], self.weights[p.fqn]
         kept["t"] += 1
-        kept["m"] = beta1 * kept["m"] + (1 - beta1) * g  # type: ignore[has-type]
-        kept["v"] = beta2 * kept["v"] + (1 - beta2) * g * g  # type: ignore[has-type]
-        m = kept["m"] / (1 - beta1 ** kept["t"])  # type: ignore[has-type]
-        v = kept["v"] / (1 - beta2 ** kept["t"])  # type: ignore[has-type]
-        w.mul_(1 - lr * ADAMW_OPTIONS["weight_decay"])  # type: ignore[operator]
+        kept["m"] = beta1 * kept["m"] + (1 - beta1) * g
+        kept["v"] = beta2 * kept["v"] + (1 - beta2) * g * g
+        m = kept["m"] / (1 - beta1 ** kept["t"])
+        v = kept["v"] / (1 - beta2 ** kept["t"])
+        w.mul_(1 - lr * ADAMW_OPTIONS["weight_decay"])
         w.sub_(lr * m / (v.sqrt() + ADAMW_OPTIONS["eps"]))
 
     def _matrices(self, p: Parameter, gradient: torch.Tensor, lr: float) -> None:
-        case = self.case
-        rule, options = case.rule, {
+        case, rule = self.case, self.case.rule
+        options: dict[str, Any] = {
             "lr": lr, "weight_decay": case.weight_decay, "momentum": case.momentum, "scale": case.scale,
             "nesterov": case.nesterov,
         }  # fmt: skip

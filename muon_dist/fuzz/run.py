@@ -155,7 +155,7 @@ def replay(text: str, say: Say = print) -> Outcome:
 def warm(engines: bool) -> None:
     """Import, before ranks are forked, what they would each import."""
     torch.set_num_threads(1)
-    import muon_dist.fuzz.meshes  # noqa: F401
+    import muon_dist.fuzz.meshes
 
     if engines:
         import muon_dist.fuzz.engines  # noqa: F401

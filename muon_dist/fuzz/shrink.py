@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from typing import Any
 
 from muon_dist.fuzz.case import DDP, FSDP2, ZERO, Case, Parameter, Setup
 from muon_dist.fuzz.judge import WRONG, Outcome
@@ -52,7 +53,7 @@ def candidates(case: Case) -> Iterator[Case]:
         yield replace(case, setup=setup, resume=resume)
     if case.resume is not None and case.resume.how != "reload":
         yield from (replace(case, resume=replace(case.resume, setup=s)) for s in _smaller(case.resume.setup))
-    defaults = {f.name: f.default for f in fields(Case)}
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(Case)}
     for name in _OPTIONS:
         if getattr(case, name) != defaults[name]:
             yield replace(case, **{name: defaults[name]})
@@ -70,7 +71,8 @@ def _smaller(setup: Setup) -> Iterator[Setup]:
         size = getattr(setup, axis)
         for less in (1, 2):
             if less < size:
-                smaller = replace(setup, **{axis: less})
+                changed: dict[str, Any] = {axis: less}
+                smaller = replace(setup, **changed)
                 meaningful = setup.framework != FSDP2 or (smaller.shard > 1 or smaller.replicate == 1 < smaller.tp)
                 if meaningful and (setup.framework != DDP or smaller.replicate > 1):
                     yield smaller
@@ -79,8 +81,9 @@ def _smaller(setup: Setup) -> Iterator[Setup]:
 def _simpler(p: Parameter) -> Iterator[Parameter]:
     plain = Parameter(p.name, p.shape, p.kind, p.layer)
     for name in ("tied", "group", "transposed", "tp", "fsdp_dim", "layer"):
-        if getattr(p, name) != getattr(plain, name) or name == "layer" and p.layer:
-            yield replace(p, **{name: 0 if name == "layer" else getattr(plain, name)})
+        if getattr(p, name) != getattr(plain, name) or (name == "layer" and p.layer):
+            changed: dict[str, Any] = {name: 0 if name == "layer" else getattr(plain, name)}
+            yield replace(p, **changed)
     if p.heads is not None or p.sizes is not None:
         yield replace(p, heads=None, sizes=None)
     if len(p.shape) == 3 and p.tp in (None, 1, 2):

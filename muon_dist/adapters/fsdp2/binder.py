@@ -46,7 +46,8 @@ def bind(optimizer: Muon) -> Bound | None:
     for p, (*_, spec) in zip(parameters, ours, strict=True):
         _check_local(p, spec.name)
     # Where all of Muon's parameters are plain copies, those of AdamW say which ranks hold the model.
-    known = [(p, spec) for _, p, spec in ours if is_sharded(p)] or [(p, s) for _, p, s in pairs if is_sharded(p)]
+    placed_on_some = [pair for pair in ours if is_sharded(pair[1])] or [pair for pair in pairs if is_sharded(pair[1])]
+    known: list[tuple[Any, ParameterSpec]] = [(p, spec) for _, p, spec in placed_on_some]
     on_meshes = [(spec.name, p.device_mesh) for p, spec in known]
     group = _process_group(optimizer, on_meshes)
     placed = placed_over(group, [(spec.name, p, spec.matrices) for _, p, spec in ours])
