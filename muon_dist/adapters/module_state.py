@@ -125,7 +125,11 @@ def state_pieces(
         if value.shape == p.shape:
             pieces += _placed(name, key, value, p, everyone, strided, within)
         elif value.numel() == 1 and not is_sharded(value):
-            ranks = holders(p, sharded(name, p).ranks, within) if is_sharded(p) else everyone
+            ranks = everyone
+            if is_sharded(p):
+                if local_part(p).numel() == 0:
+                    continue  # Muon keeps no state of no elements, so such a rank is no holder
+                ranks = holders(p, set(sharded(name, p).fragments(0).rank.tolist()), within)
             pieces += whole(name, key, (), value, ranks)
         else:
             raise CheckpointError(
