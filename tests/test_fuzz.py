@@ -29,6 +29,32 @@ def test_a_text_that_is_no_case_is_refused(text: str) -> None:
         command(1, 0, None, text, print)
 
 
+# Each was wrong or refused when the fuzzer found it.
+FOUND = [
+    # all DTensors are AdamW's
+    '{"seed":939,"parameters":[{"name":"p0","shape":[16,16]},{"name":"p1","shape":[12],"kind":"adamw","tp":0}],'
+    '"setup":{"framework":"fsdp2","tp":2}}',
+    # NorMuon with a plain parameter beside DTensors
+    '{"seed":646,"parameters":[{"name":"p0","shape":[5,3]},{"name":"p1","shape":[8,5],"tp":0}],'
+    '"setup":{"framework":"fsdp2","tp":2},"rule":"normuon"}',
+    # a parameter of fewer rows than ranks, and the step of another
+    '{"seed":960,"steps":2,"parameters":[{"name":"p2","shape":[3,8]},{"name":"p3","shape":[1],"kind":"adamw"},'
+    '{"name":"p4","shape":[4],"kind":"adamw"}],"setup":{"framework":"fsdp2","shard":2},'
+    '"resume":{"at":1,"how":"checkpoint"}}',
+    # norms on a part of the mesh
+    '{"seed":1,"steps":3,"parameters":[{"name":"p0","shape":[8,6],"tp":1},{"name":"p1","shape":[5],"kind":"adamw"},'
+    '{"name":"p2","shape":[4,4]}],"setup":{"framework":"fsdp2","shard":2,"tp":2},'
+    '"resume":{"at":2,"how":"checkpoint","setup":{"framework":"fsdp2","shard":2,"tp":2}}}',
+]
+
+
+def test_what_it_has_found_is_mended() -> None:
+    with Judge() as judge:
+        for text in FOUND:
+            outcome = judge.run(Case.from_json(text))
+            assert outcome.kind == RIGHT, (text, outcome)
+
+
 def test_nothing_is_wrong() -> None:
     said: list[str] = []
     report = fuzz(25.0, 7, said.append)
