@@ -69,11 +69,33 @@ def draw(seed: int, number: int, engines: bool = True) -> Case:
         case = replace(case, clip_muon=r.random() < 0.5)
     if case.steps > 1 and r.random() < 0.3:
         case = replace(case, resume=_resume(r, case, engines))
-    if setup.shard > 1 and setup.tp > 1:  # else the optimizer knows of no tp, and each of its ranks saves its own
-        case = replace(case, parameters=(replace(case.parameters[0], tp=0), *case.parameters[1:]))
-    if case.problem() is not None:  # torch cannot hold some parameter so
-        case = replace(case, parameters=tuple(replace(p, tp=None) for p in case.parameters))
-    return _with_gaps(r, case)
+    return _with_gaps(r, _holdable(case))
+
+
+def _holdable(case: Case) -> Case:
+    """The case, changed where torch cannot hold it.
+
+    FSDP2 takes no parameter of which tensor parallelism leaves a rank nothing. And where it leaves all of Muon's
+    parameters alone, the optimizer knows of no such axis.
+    """
+    over = [setup.tp for setup, _ in case.segments() if setup.shard > 1 and setup.tp > 1]
+    if not over:
+        return case
+
+    def fits(p: Parameter) -> bool:
+        return not any(p.leaves_empty(tp) for tp in over)
+
+    first, *others = case.parameters
+    cut = next((q for q in (replace(first, tp=axis) for axis in range(len(first.shape))) if fits(q)), None)
+    if cut is None:
+        resume = case.resume
+        resume = replace(resume, setup=_without_tp(resume.setup)) if resume is not None else None
+        return replace(case, setup=_without_tp(case.setup), resume=resume)
+    return replace(case, parameters=(cut, *(p if fits(p) else replace(p, tp=None) for p in others)))
+
+
+def _without_tp(setup: Setup) -> Setup:
+    return replace(setup, tp=1) if setup.shard > 1 else setup
 
 
 def draw_setup(r: random.Random, engines: bool) -> Setup:
