@@ -46,7 +46,7 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
         copied = kept_by_all(optimizer)
     everyone = tuple(range(dist.get_world_size())) if storage.kind == "replicated" else ()
     checks: list[Callable[[], None]] = []
-    strided: module_state.Copies = []
+    places = module_state.Places([], dist.get_world_size())
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for buffer in storage.buffers:
         pieces += _parts(buffer.parameters, WEIGHT, buffer.tensor, everyone)
@@ -54,7 +54,7 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
             (parameter,) = buffer.parameters
             if source is not None:
                 module_state.make_state(optimizer, buffer.tensor, parameter.name, source, groups[id(buffer.tensor)])
-            pieces += module_state.state_pieces(optimizer, parameter.name, buffer.tensor, everyone, strided)
+            pieces += module_state.state_pieces(optimizer, parameter.name, buffer.tensor, places)
             if id(buffer.tensor) in copied:
                 momentum = optimizer.state[buffer.tensor][MOMENTUM]
                 pieces += whole(parameter.name, MOMENTUM_KIND, parameter.shape, momentum, everyone)
@@ -64,7 +64,7 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
     def finish() -> None:
         for check in checks:
             check()
-        module_state.copy_back(strided)
+        places.copy_back()
         storage.refresh()
 
     return Holding(storage.kind, pieces, finish)

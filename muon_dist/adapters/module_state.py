@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from muon_dist.adapters.fsdp2.storage import check_parameter, holders, is_sharded, local_part, sharded
+from muon_dist.adapters.fsdp2.storage import check_parameter, is_sharded, local_part, placed_over, sharded
 from muon_dist.adapters.muon_state import kept_by_all, muon_pieces
 from muon_dist.checkpoint import BUFFER, WEIGHT, Checkpoint, Holding, Piece
 from muon_dist.checkpoint.piece import MOMENTUM as MOMENTUM_KIND
@@ -51,68 +51,39 @@ def holding(
         FrameworkError: parameters flattened by FSDP1, or a DTensor that is a sum not yet taken.
         CheckpointError: state that cannot be saved by parameter.
     """
-    everyone = tuple(range(world_size))
     pieces: list[Piece] = []
-    strided: Copies = []
-    named: list[tuple[str, torch.Tensor]] = []
-    distributed = False
     masters = optimizer.master_weights() if isinstance(optimizer, Muon) else {}
-    within = _model_ranks(optimizer)
-    for kind, name, tensor in named_tensors(model):
+    tensors = list(named_tensors(model))
+    for _, name, tensor in tensors:
         check_parameter(name, tensor)
-        distributed |= is_sharded(tensor)
-        pieces += _placed(name, kind, masters.get(tensor, tensor), tensor, everyone, strided, within)
-        if kind == WEIGHT:
-            named.append((name, tensor))
+    places = Places([(name, tensor) for _, name, tensor in tensors], world_size)
+    for kind, name, tensor in tensors:
+        pieces += places.pieces(name, kind, masters.get(tensor, tensor), tensor)
     if optimizer is not None:
         copied: set[int] = set()
         if isinstance(optimizer, Muon):
             pieces += muon_pieces(optimizer, source)
             copied = kept_by_all(optimizer)
         steps = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        for name, p in named:
-            if id(p) in steps:
+        for kind, name, p in tensors:
+            if kind == WEIGHT and id(p) in steps:
                 if source is not None:
                     make_state(optimizer, p, name, source, steps[id(p)])
-                pieces += state_pieces(optimizer, name, p, everyone, strided, within)
+                pieces += state_pieces(optimizer, name, p, places)
                 if id(p) in copied:
-                    pieces += _placed(name, MOMENTUM_KIND, optimizer.state[p][MOMENTUM], p, everyone, strided, within)
+                    pieces += places.pieces(name, MOMENTUM_KIND, optimizer.state[p][MOMENTUM], p)
 
     @torch.no_grad()
     def finish() -> None:
-        copy_back(strided)
+        places.copy_back()
         for parameter, master in masters.items():
             local_part(parameter).copy_(local_part(master))
 
+    distributed = any(is_sharded(tensor) for *_, tensor in tensors)
     return Holding("dtensor" if distributed else "replicated", pieces, finish)
 
 
-Copies = list[tuple[torch.Tensor, torch.Tensor]]
-"""Tensors of another memory format, such as channels_last, and contiguous copies, which are what pieces view."""
-
-
-@torch.no_grad()
-def copy_back(strided: Copies) -> None:
-    """After a load, bring what was loaded into the tensors themselves."""
-    for tensor, loaded in strided:
-        tensor.copy_(loaded)
-
-
-def _model_ranks(optimizer: torch.optim.Optimizer | None) -> tuple[int, ...]:
-    """The ranks that hold one model (a stage of a pipeline is one), as far as its optimizer knows."""
-    group = optimizer.bound_runtime().binding.group if isinstance(optimizer, Muon) else None
-    return () if group is None else tuple(dist.get_process_group_ranks(group))
-
-
-def state_pieces(
-    optimizer: torch.optim.Optimizer,
-    name: str,
-    p: torch.Tensor,
-    everyone: tuple[int, ...],
-    strided: Copies,
-    within: Collection[int] = (),
-) -> list[Piece]:
-    """The pieces of an optimizer's state of `p`. within: as of `holders`."""
+def state_pieces(optimizer: torch.optim.Optimizer, name: str, p: torch.Tensor, places: Places) -> list[Piece]:
     pieces: list[Piece] = []
     for key, value in optimizer.state.get(p, {}).items():
         if value is None or (isinstance(optimizer, Muon) and is_own(key)):
@@ -123,14 +94,9 @@ def state_pieces(
                 "saved by parameter"
             )
         if value.shape == p.shape:
-            pieces += _placed(name, key, value, p, everyone, strided, within)
+            pieces += places.pieces(name, key, value, p)
         elif value.numel() == 1 and not is_sharded(value):
-            ranks = everyone
-            if is_sharded(p):
-                if local_part(p).numel() == 0:
-                    continue  # Muon keeps no state of no elements, so such a rank is no holder
-                ranks = holders(p, set(sharded(name, p).fragments(0).rank.tolist()), within)
-            pieces += whole(name, key, (), value, ranks)
+            pieces += whole(name, key, (), value, places.ranks(p))
         else:
             raise CheckpointError(
                 f"{type(optimizer).__name__} keeps {key} of {name} in shape {tuple(value.shape)}, the parameter has "
@@ -158,31 +124,55 @@ def make_state(
 # Where a tensor lies -------------------------------------------------------------------------------------------------
 
 
-def _placed(
-    name: str,
-    kind: str,
-    tensor: Any,
-    like: Any,
-    everyone: tuple[int, ...],
-    strided: Copies,
-    within: Collection[int],
-) -> list[Piece]:
-    """The pieces of `tensor`, which lies as `like` does. `strided` gets what a load must copy back."""
-    if not is_sharded(tensor):
-        if is_sharded(like):
-            raise CheckpointError(f"{kind} of {name} is a plain tensor, the parameter a DTensor")
-        if not tensor.is_contiguous():
-            strided.append((tensor, tensor.detach().contiguous()))
-            tensor = strided[-1][1]
-        return whole(name, kind, tuple(like.shape), tensor, everyone)
-    local = local_part(tensor)
-    if local.numel() == 0:
-        return []
-    if not local.is_contiguous():
-        raise CheckpointError(f"{name} ({kind}): its local shard is not contiguous in memory")
-    placed, rank = sharded(name, tensor), dist.get_rank()
-    ranks = holders(tensor, next(ranks for ranks in placed.shards() if rank in ranks), within)
-    return [
-        Piece(name, kind, placed.shape, f.block, shaped(local, f.local), ranks if len(ranks) > 1 else ())
-        for f in placed.fragments(0).on(rank)
-    ]
+class Places:
+    """Which ranks of a checkpoint hold what of every tensor.
+
+    Where the ranks of the checkpoint are those of the default group, DTensors on a part of them are looked up on the
+    others too: it is a collective then, if there are DTensors at all.
+
+    Args:
+        named: names and tensors of a model, the same on all ranks.
+        world_size: ranks that save or load together.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, torch.Tensor]], world_size: int) -> None:
+        self._everyone = tuple(range(world_size))
+        # Tensors of another memory format, such as channels_last, and contiguous copies, which are what pieces view.
+        self._strided: list[tuple[torch.Tensor, torch.Tensor]] = []
+        ours = [(name, tensor, ()) for name, tensor in named if is_sharded(tensor)]
+        world = dist.group.WORLD if ours else None
+        together = world is not None and dist.get_world_size() == world_size
+        placed = placed_over(world, ours) if together and world else [sharded(name, t) for name, t, _ in ours]
+        self._placed = {id(tensor): where for (_, tensor, _), where in zip(ours, placed, strict=True)}
+
+    def ranks(self, parameter: torch.Tensor) -> tuple[int, ...]:
+        """Those that hold any part of a parameter."""
+        where = self._placed.get(id(parameter))
+        return self._everyone if where is None else tuple(sorted(where.ranks))
+
+    def pieces(self, name: str, kind: str, tensor: Any, like: Any) -> list[Piece]:
+        """The pieces of `tensor`, which lies as `like` does, a parameter or buffer of the model."""
+        if not is_sharded(tensor):
+            if is_sharded(like):
+                raise CheckpointError(f"{kind} of {name} is a plain tensor, the parameter a DTensor")
+            if not tensor.is_contiguous():
+                self._strided.append((tensor, tensor.detach().contiguous()))
+                tensor = self._strided[-1][1]
+            return whole(name, kind, tuple(like.shape), tensor, self._everyone)
+        local = local_part(tensor)
+        if local.numel() == 0:
+            return []
+        if not local.is_contiguous():
+            raise CheckpointError(f"{name} ({kind}): its local shard is not contiguous in memory")
+        placed, rank = self._placed[id(like)], dist.get_rank()
+        holders = next(tuple(sorted(ranks)) for ranks in placed.shards() if rank in ranks)
+        return [
+            Piece(name, kind, placed.shape, f.block, shaped(local, f.local), holders if len(holders) > 1 else ())
+            for f in placed.fragments(0).on(rank)
+        ]
+
+    @torch.no_grad()
+    def copy_back(self) -> None:
+        """After a load, bring what was loaded into the tensors themselves."""
+        for tensor, loaded in self._strided:
+            tensor.copy_(loaded)

@@ -15,9 +15,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, DistributedConfig
 
 from muon_dist import Muon, param_groups
+from muon_dist.adapters import module_state
+from muon_dist.checkpoint import Contents, Saver, open_checkpoint
+from muon_dist.checkpoint import load as load_checkpoint
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import newton_schulz
 from muon_dist.optim.reference import reference_step
+from muon_dist.ranks import Ranks
 from tests.distributed import run_ranks
 
 SIZES: dict[str, Any] = {
@@ -89,3 +93,43 @@ def test_a_step_is_that_of_whole_tensors(name: str, ranks: int, mesh: dict[str, 
     found = run_ranks(stepped, ranks, saved(name, tmp_path), mesh, "fsdp_size" in mesh)
     assert max(difference for difference, *_ in found) == 0.0
     assert sum(calls for *_, calls in found) == STEPS * found[0][1]
+
+
+def batches(step: int) -> torch.Tensor:
+    return torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(step))
+
+
+def trained(
+    folder: Path, mesh: dict[str, int], first: int, saved_in: Path | None, load: bool
+) -> dict[str, torch.Tensor]:
+    """Whole weights after two steps from `first` on, after a load from `saved_in` or before a save into it."""
+    options = {"distributed_config": DistributedConfig(**mesh)} if mesh else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    optimizer = Muon(param_groups(model, lr=LR, weight_decay=0.1), ns_dtype=torch.float32)
+    ranks = Ranks(dist.group.WORLD)
+    if load and saved_in is not None:
+        checkpoint = open_checkpoint(saved_in / "checkpoint-2", ranks)
+        held = module_state.holding(model, optimizer, dist.get_world_size(), source=checkpoint)
+        load_checkpoint(checkpoint, held, ranks)
+    for step in range(first, first + 2):
+        ids = batches(step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if not load and saved_in is not None:
+        held = module_state.holding(model, optimizer, dist.get_world_size())
+        Saver(saved_in, ranks).save(held.pieces, Contents(2, held.layout))
+    return {n: full(p) for n, p in model.named_parameters()}
+
+
+def test_a_checkpoint_goes_on_under_another_mesh(tmp_path: Path) -> None:
+    """Saved under tensor parallelism below fully_shard with routers on a part of the mesh; loaded by others."""
+    folder = saved("mixtral", tmp_path / "model")
+    here = {"tp_size": 2, "fsdp_size": 2}
+    run_ranks(trained, 4, folder, here, 0, tmp_path / "run", False)
+    [wanted, *_] = run_ranks(trained, 4, folder, here, 2, tmp_path / "run", True)
+    for ranks, mesh in ((2, {"fsdp_size": 2}), (2, {"tp_size": 2}), (1, {})):
+        for found in run_ranks(trained, ranks, folder, mesh, 2, tmp_path / "run", True):
+            assert found.keys() == wanted.keys()
+            for n, w in wanted.items():
+                assert torch.allclose(found[n], w, rtol=0, atol=2e-5), (n, mesh)
