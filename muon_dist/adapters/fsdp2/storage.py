@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -136,25 +136,6 @@ def placed_over(
         own = placed[i]
         placed[i] = replace(own, mesh_shape=(len(copies), *own.mesh_shape), ranks=ranks, cuts=(None, *own.cuts))
     return placed
-
-
-def holders(tensor: Any, shard: Collection[int], within: Collection[int]) -> tuple[int, ...]:
-    """The ranks that hold the same part of a DTensor as the ranks `shard` of its mesh. Local.
-
-    The mesh of a norm or a router beside tensor parallelism lacks an axis of the mesh that it was taken from: the
-    ranks along that axis hold copies, as far as they are `within` the ranks of the model.
-    """
-    root = tensor.device_mesh._get_root_mesh().mesh
-    own = torch.isin(root, tensor.device_mesh.mesh).nonzero()
-    if root.numel() == len(own) or len(own) != tensor.device_mesh.size():
-        return tuple(sorted(shard))
-    used = [axis for axis in range(root.ndim) if int(own[:, axis].min()) != int(own[:, axis].max())]
-    places = [(root == rank).nonzero()[0] for rank in shard]
-    found: set[int] = set(shard)
-    for place in places:
-        copies = root[tuple(place[axis] if axis in used else slice(None) for axis in range(root.ndim))]
-        found.update(rank for rank in copies.flatten().tolist() if rank in within)
-    return tuple(sorted(found))
 
 
 def _on_its_mesh(
