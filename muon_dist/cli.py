@@ -15,6 +15,7 @@ from muon_dist.bench.cli import app as bench
 from muon_dist.doctor.cli import doctor
 from muon_dist.errors import MuonDistError
 from muon_dist.experiments.cli import app as spectra
+from muon_dist.fuzz.cli import fuzz
 from muon_dist.launcher.cli import app as launch
 from muon_dist.planner.cli import app as planner
 from muon_dist.train.checkpoint_cli import app as checkpoint
@@ -32,6 +33,7 @@ app.add_typer(checkpoint)
 app.add_typer(bench)
 app.add_typer(launch)
 app.command()(doctor)
+app.command()(fuzz)
 app.add_typer(planner)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]

@@ -76,6 +76,12 @@ class ReplicaError(MuonDistError, RuntimeError):
     exit_code = 11
 
 
+class InexactError(MuonDistError):
+    """A step is not that of one process: a case of `muon-dist fuzz` is wrong."""
+
+    exit_code = 12
+
+
 class UnexpectedError(MuonDistError):
     """An error that nobody foresaw: a bug, here or in a library. The message names the file with its traceback.
 

@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "exchange", "checkpoint"),
     ("optim",),
     ("adapters", "data", "model"),
-    ("planner", "bench", "experiments", "report", "launcher"),
+    ("planner", "bench", "experiments", "report", "launcher", "fuzz"),
     ("train", "doctor", "cli"),
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
@@ -47,7 +47,7 @@ SIDEWAYS = {
 
 # A framework is imported in its own adapter alone. The longest matching prefix decides.
 HOMES: dict[str, tuple[str, ...]] = {
-    "deepspeed": ("adapters.deepspeed", "bench.peers_deepspeed"),
+    "deepspeed": ("adapters.deepspeed", "bench.peers_deepspeed", "fuzz.engines"),
     "accelerate": ("adapters.hf_trainer", "adapters.deepspeed"),
     "transformers": ("adapters", "model", "data.tokenizer", "routing", "config"),
     "transformers.Trainer": ("adapters.hf_trainer", "adapters.hf_checkpoint"),
@@ -56,8 +56,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "transformers.training_args": ("adapters.hf_trainer", "config"),
     "datasets": ("data",),
     "sentencepiece": ("data",),
-    "torch.distributed.fsdp": ("adapters.fsdp2", "bench.peers_fsdp2"),
-    "torch.nn.parallel": ("adapters.ddp", "bench.peers_ddp"),
+    "torch.distributed.fsdp": ("adapters.fsdp2", "bench.peers_fsdp2", "fuzz.meshes"),
+    "torch.nn.parallel": ("adapters.ddp", "bench.peers_ddp", "fuzz.holders"),
     # other Muons, for comparison
     "torch.optim._muon": ("bench.peers_torch",),
     "muon": ("bench.peers_keller",),
@@ -72,6 +72,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "bench.cli",
         "launcher.cli",
         "doctor.cli",
+        "fuzz.cli",
         "train.checkpoint_cli",
     ),
 }

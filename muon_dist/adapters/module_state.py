@@ -96,7 +96,8 @@ def state_pieces(optimizer: torch.optim.Optimizer, name: str, p: torch.Tensor, p
         if value.shape == p.shape:
             pieces += places.pieces(name, key, value, p)
         elif value.numel() == 1 and not is_sharded(value):
-            pieces += whole(name, key, (), value, places.ranks(p))
+            if not is_sharded(p) or local_part(p).numel():  # Muon keeps no state of no elements: no rank counts on it
+                pieces += whole(name, key, (), value, places.ranks(p))
         else:
             raise CheckpointError(
                 f"{type(optimizer).__name__} keeps {key} of {name} in shape {tuple(value.shape)}, the parameter has "
@@ -146,9 +147,9 @@ class Places:
         self._placed = {id(tensor): where for (_, tensor, _), where in zip(ours, placed, strict=True)}
 
     def ranks(self, parameter: torch.Tensor) -> tuple[int, ...]:
-        """Those that hold any part of a parameter."""
+        """Those that hold any element of a parameter."""
         where = self._placed.get(id(parameter))
-        return self._everyone if where is None else tuple(sorted(where.ranks))
+        return self._everyone if where is None else tuple(sorted(set(where.fragments(0).rank.tolist())))
 
     def pieces(self, name: str, kind: str, tensor: Any, like: Any) -> list[Piece]:
         """The pieces of `tensor`, which lies as `like` does, a parameter or buffer of the model."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 import torch
+import torch.distributed as dist
 
 from muon_dist.checkpoint import Checkpoint
 from muon_dist.checkpoint.piece import MOMENTUM, Piece, clean_name, run, whole
@@ -45,9 +46,15 @@ def muon_pieces(optimizer: Muon, source: Checkpoint | None = None) -> list[Piece
     return pieces
 
 
+def _everyone(runtime: Runtime) -> tuple[int, ...]:
+    """The ranks that hold the optimizer's parameters, by their global numbers: a stage of a pipeline has some."""
+    group = runtime.binding.group
+    return () if group is None or runtime.transport.world_size == 1 else tuple(dist.get_process_group_ranks(group))
+
+
 def _resting(runtime: Runtime) -> Iterator[Piece]:
     """Steps with a zero gradient, of each matrix of a parameter; the same on all ranks."""
-    everyone = tuple(range(runtime.transport.world_size)) if runtime.transport.world_size > 1 else ()
+    everyone = _everyone(runtime)
     names = [m.matrix.parameter for m in runtime.plan.layout.matrices]
     for name, numbers in groupby(range(len(names)), key=names.__getitem__):
         members = list(numbers)
@@ -69,7 +76,7 @@ def _momentum(runtime: Runtime, buffer: int, shapes: dict[str, tuple[int, ...]])
 def _memory(runtime: Runtime, buffer: int) -> Iterator[Piece]:
     """Of a parameter: numbers of its matrices, on all ranks; numbers of their output features, on the owners."""
     memory, layouts = runtime.memory, runtime.plan.layout.matrices
-    everyone = tuple(range(runtime.transport.world_size)) if runtime.transport.world_size > 1 else ()
+    everyone = _everyone(runtime)
     parameters: dict[str, list[int]] = {}
     for i in memory.matrices[buffer]:
         parameters.setdefault(layouts[i].matrix.parameter, []).append(i)

@@ -42,12 +42,13 @@ def bind(optimizer: Muon) -> Bound | None:
         _refuse_left_behind(pairs)
         return None
     ours = [(index, p, spec) for index, p, spec in pairs if spec.matrices]
-    if not any(is_sharded(p) for _, p, _ in ours):
-        return None
     parameters: list[Any] = [p for _, p, _ in ours]
     for p, (*_, spec) in zip(parameters, ours, strict=True):
         _check_local(p, spec.name)
-    on_meshes = [(spec.name, p.device_mesh) for p, (*_, spec) in zip(parameters, ours, strict=True) if is_sharded(p)]
+    # Where all of Muon's parameters are plain copies, those of AdamW say which ranks hold the model.
+    placed_on_some = [pair for pair in ours if is_sharded(pair[1])] or [pair for pair in pairs if is_sharded(pair[1])]
+    known: list[tuple[Any, ParameterSpec]] = [(p, spec) for _, p, spec in placed_on_some]
+    on_meshes = [(spec.name, p.device_mesh) for p, spec in known]
     group = _process_group(optimizer, on_meshes)
     placed = placed_over(group, [(spec.name, p, spec.matrices) for _, p, spec in ours])
     state = DTensorState(parameters, placed, group)
@@ -56,7 +57,7 @@ def bind(optimizer: Muon) -> Bound | None:
         layout=layout,
         buffers=tuple(parameters),
         group=group,
-        device=_device(next(p for p in parameters if is_sharded(p))),
+        device=_device(known[0][0]),
         local=local_part,
         parts=partial(local_parts, names={id(p): spec.name for _, p, spec in pairs}),
         column=_column(layout, [mesh for _, mesh in on_meshes], group),

@@ -99,7 +99,8 @@ class DTensorState:
         """What the owner of a matrix keeps for its output features, as a DTensor; an empty part on the others."""
         layout = plan.layout.matrices[matrix]
         p = self._parameters[layout.buffer]
-        mesh = self._mesh(p.device_mesh.device_type, (plan.owners[matrix],), (1,))
+        device_type = p.device_mesh.device_type if isinstance(p, DTensor) else p.device.type
+        mesh = self._mesh(device_type, (plan.owners[matrix],), (1,))
         if rows is None:
             rows = torch.empty(0, dtype=torch.float32, device=local_part(p).device)
         shape = torch.Size((layout.matrix.fan[0],))

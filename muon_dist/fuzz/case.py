@@ -1,0 +1,262 @@
+"""One case of the fuzzer as data: it is drawn, run, shrunk and printed as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from muon_dist.errors import ConfigError
+
+MUON, ADAMW, FROZEN = "muon", "adamw", "frozen"
+PROCESS, DDP, FSDP2, ZERO = "process", "ddp", "fsdp2", "zero"
+RELOAD, FULL, CHECKPOINT = "reload", "full", "checkpoint"
+SECOND_GROUP: dict[str, Any] = {"scale": "spectral", "momentum": 0.9, "nesterov": False, "weight_decay": 0.02}
+"""Options of the parameters with `group` 1, beside half the learning rate; their rule is Muon's."""
+ADAMW_OPTIONS: dict[str, Any] = {"weight_decay": 0.05, "betas": (0.9, 0.95), "eps": 1e-8}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of the model.
+
+    Attributes:
+        name: unique; the parameter is `layers.<layer>.<name>` of the model.
+        shape: (M, N), (E, M, N) for experts, or one axis under AdamW.
+        kind: who steps it: "muon", "adamw" or, "frozen", nobody.
+        layer: module that holds it.
+        heads, sizes, transposed: as of `layout.cut_parameter`.
+        group: 1 for the second Muon group.
+        tp: the tensor axis that tensor parallelism cuts; None for a plain copy on all its ranks.
+        tied: the module holds the parameter under a second name too, and uses both.
+        fsdp_dim: the tensor axis that FSDP2 cuts, where it divides evenly; else 0.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str = MUON
+    layer: int = 0
+    heads: int | None = None
+    sizes: tuple[int, ...] | None = None
+    transposed: bool = False
+    group: int = 0
+    tp: int | None = None
+    tied: bool = False
+    fsdp_dim: int = 0
+
+    @property
+    def fqn(self) -> str:
+        return f"layers.{self.layer}.{self.name}"
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """Arguments of `layout.cut_parameter`."""
+        given = {"heads": self.heads, "sizes": self.sizes, "transposed": self.transposed}
+        return {key: value for key, value in given.items() if value}
+
+    def leaves_empty(self, tp: int) -> bool:
+        """Whether `torch.chunk` over `tp` ranks leaves one without elements."""
+        if self.tp is None:
+            return False
+        length = self.shape[self.tp]
+        return -(-length // -(-length // tp)) < tp
+
+    def matrices(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Views of the matrices of a whole tensor; written anew, since the package's own cuts are under test."""
+        found = [tensor] if tensor.dim() == 2 else list(tensor)
+        axis = -1 if self.transposed else -2
+        out = found[0].size(axis)
+        sizes = [out // self.heads] * self.heads if self.heads else list(self.sizes or [out])
+        return [part for matrix in found for part in matrix.split(sizes, axis)]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What holds the model.
+
+    Attributes:
+        framework: "process", "ddp" (`replicate` ranks), "fsdp2" (any of the axes; without `shard` tensor parallelism
+            alone) or "zero" (DeepSpeed on `replicate` ranks).
+        replicate, shard, tp: ranks along the axes of the mesh.
+        stage: of ZeRO.
+    """
+
+    framework: str = PROCESS
+    replicate: int = 1
+    shard: int = 1
+    tp: int = 1
+    stage: int = 0
+
+    @property
+    def world(self) -> int:
+        return self.replicate * self.shard * self.tp
+
+    @property
+    def data(self) -> int:
+        """Ranks with samples of their own."""
+        return self.replicate * self.shard
+
+    def label(self) -> str:
+        if self.framework == ZERO:
+            return f"ZeRO-{self.stage} x{self.replicate}"
+        axes = ((self.replicate, "copies"), (self.shard, "shards"), (self.tp, "tp"))
+        return " ".join([self.framework, *(f"{name}{size}" for size, name in axes if size > 1)])
+
+
+@dataclass(frozen=True)
+class Resume:
+    """After `at` steps all is built anew and loaded.
+
+    Attributes:
+        how: "reload" (`state_dict` and `load_state_dict`), "full" (`full_state_dict`, also onto another number of
+            ranks) or "checkpoint" (ours, onto anything).
+        setup: what holds the model afterwards.
+    """
+
+    at: int
+    how: str
+    setup: Setup
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that a run depends on.
+
+    Attributes:
+        seed: of weights and gradients.
+        nesterov, scale: None for the rule's default.
+        wire: dtype of the messages, None for that of the updates.
+        clip: bound of the norm of all gradients.
+        clip_muon: with DeepSpeed, clip the gradients of Muon too.
+        zero: (step, name, matrix) with a gradient of zero; matrix -1 means the whole parameter.
+        missing: (step, name) without a gradient.
+    """
+
+    seed: int = 0
+    steps: int = 1
+    parameters: tuple[Parameter, ...] = ()
+    setup: Setup = field(default_factory=Setup)
+    rule: str = "muon"
+    lr: float = 0.02
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    nesterov: bool | None = None
+    scale: str | None = None
+    ns_steps: int = 5
+    bucket_mb: float = 256.0
+    overlap: bool = True
+    wire: str | None = None
+    owner_policy: str = "balanced"
+    accumulation: int = 1
+    clip: float | None = None
+    clip_muon: bool = False
+    zero: tuple[tuple[int, str, int], ...] = ()
+    missing: tuple[tuple[int, str], ...] = ()
+    resume: Resume | None = None
+
+    def segments(self) -> list[tuple[Setup, range]]:
+        """What holds the model in which steps; two where another group of processes goes on."""
+        if self.resume is None or self.resume.how == RELOAD:
+            return [(self.setup, range(self.steps))]
+        at = self.resume.at
+        return [(self.setup, range(at)), (self.resume.setup, range(at, self.steps))]
+
+    def setup_of(self, step: int) -> Setup:
+        return next(setup for setup, steps in self.segments() if step in steps)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: schedules change it."""
+        return self.lr * (1 + step % 3) / 2
+
+    def to_json(self) -> str:
+        """One line; what is as by default is left out."""
+        return json.dumps(_sparse(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Case:
+        """The case that `to_json` wrote.
+
+        Raises:
+            ConfigError: the text is no JSON object of a case; names the key.
+        """
+        try:
+            given = json.loads(text)
+            case = _made(Case, given)
+            problem = case.problem()
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+            raise ConfigError(f"--replay is not a case of muon-dist fuzz: {error}") from None
+        if problem is not None:
+            raise ConfigError(f"--replay is not a case of muon-dist fuzz: {problem}")
+        return case
+
+    def problem(self) -> str | None:
+        """Why this case means nothing; None if it does."""
+        if not any(p.kind == MUON for p in self.parameters):
+            return "no parameter is Muon's"
+        if self.steps < 1 or self.accumulation < 1:
+            return "steps and accumulation must be at least 1"
+        if self.resume is not None and not 0 < self.resume.at < self.steps:
+            return "resume.at must lie between the first step and the last"
+        if any(setup.framework not in (PROCESS, DDP, FSDP2, ZERO) for setup, _ in self.segments()):
+            return "framework must be process, ddp, fsdp2 or zero"
+        for setup, _ in self.segments():
+            if setup.shard > 1 and any(p.leaves_empty(setup.tp) for p in self.parameters):
+                return "torch's FSDP2 takes no parameter of which tensor parallelism leaves a rank nothing"
+        return None
+
+    def without(self, name: str) -> Case:
+        """This case without one parameter."""
+        return replace(
+            self,
+            parameters=tuple(p for p in self.parameters if p.name != name),
+            zero=tuple(z for z in self.zero if z[1] != name),
+            missing=tuple(m for m in self.missing if m[1] != name),
+        )
+
+    def shortened(self, steps: int) -> Case:
+        """The first steps of this case."""
+        resume = self.resume if self.resume is not None and self.resume.at < steps else None
+        return replace(self, steps=steps, resume=resume)
+
+
+def _sparse(value: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for f in fields(value):
+        given = getattr(value, f.name)
+        if isinstance(given, (Setup, Resume)):
+            found[f.name] = _sparse(given)
+        elif f.name == "parameters":
+            found[f.name] = [_sparse(p) for p in given]
+        elif given != f.default:
+            found[f.name] = given
+    return {key: value for key, value in found.items() if value != {}}
+
+
+_NESTED: Mapping[tuple[type, str], type] = {(Case, "setup"): Setup, (Case, "resume"): Resume, (Resume, "setup"): Setup}
+
+
+def _made(kind: type, given: Mapping[str, Any]) -> Any:
+    names = {f.name for f in fields(kind)}
+    for key in given:
+        if key not in names:
+            raise ValueError(f"{kind.__name__} has no key '{key}'")
+    return kind(**dict(_values(kind, given)))
+
+
+def _values(kind: type, given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in given.items():
+        if (kind, key) in _NESTED and value is not None:
+            yield key, _made(_NESTED[kind, key], value)
+        elif key == "parameters":
+            yield key, tuple(_made(Parameter, p) for p in value)
+        else:
+            yield key, _frozen(value)
+    if kind is Resume and "setup" not in given:
+        yield "setup", Setup()
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,171 @@
+"""Random cases."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from muon_dist.fuzz.case import (
+    ADAMW,
+    CHECKPOINT,
+    DDP,
+    FROZEN,
+    FSDP2,
+    FULL,
+    MUON,
+    PROCESS,
+    RELOAD,
+    ZERO,
+    Case,
+    Parameter,
+    Resume,
+    Setup,
+)
+
+SIDES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 33)
+_MESHES = (
+    (1, 2, 1),
+    (1, 3, 1),
+    (1, 4, 1),
+    (2, 2, 1),
+    (1, 1, 2),
+    (1, 1, 3),
+    (1, 2, 2),
+    (1, 3, 2),
+    (1, 2, 3),
+    (2, 2, 2),
+)
+"""(replicate, shard, tp) of FSDP2, HSDP and tensor parallelism."""
+_WEIGHTS = (8, 6, 4, 6, 6, 3, 8, 2, 2, 1)
+_ENGINES = 0.06
+"""Share of DeepSpeed: an engine costs as much as ten others."""
+
+
+def draw(seed: int, number: int, engines: bool = True) -> Case:
+    """Case `number` of a seed. engines: whether DeepSpeed may be drawn."""
+    r = random.Random(f"{seed}/{number}")
+    setup = draw_setup(r, engines)
+    rule = r.choices(("muon", "normuon", "hyperball", "namo"), (5, 2, 2, 2))[0]
+    case = Case(
+        seed=r.randrange(1000),
+        steps=r.randint(1, 5),
+        parameters=_parameters(r),
+        setup=setup,
+        rule=rule,
+        lr=r.choice((0.02, 0.1)),
+        weight_decay=r.choice((0.0, 0.1, 0.1)),
+        momentum=r.choice((0.95, 0.95, 0.5)),
+        nesterov=r.choice((None, None, False)) if rule != "namo" else None,
+        scale=r.choice((None, None, "spectral", "none", "match_rms_adamw")) if rule != "hyperball" else None,
+        ns_steps=r.choice((5, 5, 1, 3, 6)),
+        bucket_mb=r.choice((256.0, 256.0, 1e-4, 1e-3, 5e-3)),
+        overlap=r.random() < 0.7,
+        wire=r.choices((None, "float32", "bfloat16", "float64"), (12, 1, 1, 1))[0],
+        owner_policy=r.choice(("balanced", "balanced", "local", "round_robin")),
+        accumulation=r.choice((1, 1, 1, 2, 3)),
+        clip=r.choice((None, None, 0.5, 20.0)),
+    )
+    if setup.framework == ZERO:
+        case = replace(case, clip_muon=r.random() < 0.5)
+    if case.steps > 1 and r.random() < 0.3:
+        case = replace(case, resume=_resume(r, case, engines))
+    return _with_gaps(r, _holdable(case))
+
+
+def _holdable(case: Case) -> Case:
+    """The case, changed where torch cannot hold it.
+
+    FSDP2 takes no parameter of which tensor parallelism leaves a rank nothing. And where it leaves all of Muon's
+    parameters alone, the optimizer knows of no such axis.
+    """
+    over = [setup.tp for setup, _ in case.segments() if setup.shard > 1 and setup.tp > 1]
+    if not over:
+        return case
+
+    def fits(p: Parameter) -> bool:
+        return not any(p.leaves_empty(tp) for tp in over)
+
+    first, *others = case.parameters
+    cut = next((q for q in (replace(first, tp=axis) for axis in range(len(first.shape))) if fits(q)), None)
+    if cut is None:
+        resume = case.resume
+        resume = replace(resume, setup=_without_tp(resume.setup)) if resume is not None else None
+        return replace(case, setup=_without_tp(case.setup), resume=resume)
+    return replace(case, parameters=(cut, *(p if fits(p) else replace(p, tp=None) for p in others)))
+
+
+def _without_tp(setup: Setup) -> Setup:
+    return replace(setup, tp=1) if setup.shard > 1 else setup
+
+
+def draw_setup(r: random.Random, engines: bool) -> Setup:
+    if engines and r.random() < _ENGINES:
+        return Setup(ZERO, replicate=r.choice((1, 2, 2, 3)), stage=r.randint(0, 3))
+    if r.random() < 0.12:
+        return Setup()
+    if r.random() < 0.22:
+        return Setup(DDP, replicate=r.choice((2, 2, 3, 4)))
+    return Setup(FSDP2, *r.choices(_MESHES, _WEIGHTS)[0])
+
+
+def _parameters(r: random.Random) -> tuple[Parameter, ...]:
+    layers = r.randint(1, 3)
+    kinds = [MUON] * r.randint(1, 4) + [ADAMW] * r.randint(0, 2) + [FROZEN] * (r.random() < 0.15)
+    found: list[Parameter] = []
+    for i, kind in enumerate(kinds):
+        if found and kind == MUON and r.random() < 0.3:  # of one shape, as layers are: they are stacked
+            like = r.choice([p for p in found if p.kind == MUON])
+            found.append(replace(like, name=f"p{i}", layer=r.randrange(layers)))
+            continue
+        made = _matrix(r, f"p{i}") if kind == MUON else _other(r, f"p{i}", kind)
+        found.append(replace(made, layer=r.randrange(layers), tied=kind != FROZEN and r.random() < 0.1))
+    used = {layer: i for i, layer in enumerate(sorted({p.layer for p in found}))}
+    return tuple(replace(p, layer=used[p.layer]) for p in found)
+
+
+def _matrix(r: random.Random, name: str) -> Parameter:
+    rows, cols = r.choice(SIDES), r.choice(SIDES)
+    shape = (rows, cols) if r.random() < 0.75 else (r.randint(1, 5), rows, cols)
+    p = Parameter(name, shape, group=int(r.random() < 0.2), transposed=r.random() < 0.2)
+    out = cols if p.transposed else rows
+    if r.random() < 0.3:
+        p = replace(p, heads=r.choice([h for h in range(1, out + 1) if out % h == 0]))
+    elif out > 2 and r.random() < 0.15:
+        first = r.randint(1, out - 1)
+        p = replace(p, sizes=(first, out - first))
+    return replace(p, tp=r.choice((None, *range(len(shape)))), fsdp_dim=r.choice((0, 0, 0, 1)))
+
+
+def _other(r: random.Random, name: str, kind: str) -> Parameter:
+    shape = (r.choice(SIDES),) if r.random() < 0.6 else (r.choice(SIDES), r.choice(SIDES))
+    return Parameter(name, shape, kind, tp=r.choice((None, *range(len(shape)))))
+
+
+def _resume(r: random.Random, case: Case, engines: bool) -> Resume:
+    at = r.randint(1, case.steps - 1)
+    plain = (PROCESS, DDP)
+    ways = {CHECKPOINT: 2, FULL: 2 * (case.setup.framework in plain), RELOAD: int(case.setup.framework != ZERO)}
+    how = r.choices(tuple(ways), tuple(ways.values()))[0]
+    if how == RELOAD:
+        return Resume(at, how, case.setup)
+    setup = draw_setup(r, engines)
+    while how == FULL and setup.framework not in plain:
+        setup = draw_setup(r, engines)
+    return Resume(at, how, setup)
+
+
+def _with_gaps(r: random.Random, case: Case) -> Case:
+    """With gradients that are zero or missing; something has one in every step."""
+    zero, missing = [], []
+    engine = any(setup.framework == ZERO for setup, _ in case.segments())
+    first = case.parameters[0]
+    for step in range(case.steps):
+        if r.random() < 0.12:
+            p = r.choice(case.parameters)
+            matrices = (p.heads or len(p.sizes or "1")) * (p.shape[0] if len(p.shape) == 3 else 1)
+            zero.append((step, p.name, r.randrange(-1, matrices) if p.kind == MUON else -1))
+        if r.random() < 0.08 and not engine:
+            p = r.choice(case.parameters)
+            if p != first and p.kind != FROZEN:
+                missing.append((step, p.name))
+    return replace(case, zero=tuple(zero), missing=tuple(missing))

@@ -1,0 +1,187 @@
+"""The fuzzer's loop and what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from muon_dist.errors import InexactError
+from muon_dist.fuzz.case import Case
+from muon_dist.fuzz.draw import draw
+from muon_dist.fuzz.judge import PATIENCE, RIGHT, WRONG, Judge, Outcome
+from muon_dist.fuzz.shrink import shrink
+
+Say = Callable[[str], None]
+SHRINK_SECONDS = 60.0
+
+
+@dataclass
+class Wrong:
+    """A case that is wrong, as it was drawn and shrunk."""
+
+    number: int
+    drawn: Case
+    case: Case
+    outcome: Outcome
+
+    def replay(self) -> str:
+        """The command that runs it again."""
+        return f"muon-dist fuzz --replay '{self.case.to_json()}'"
+
+
+@dataclass
+class Report:
+    """What came out.
+
+    Attributes:
+        counts: right, wrong and refused.
+        by: of each framework, rule and way to resume, cases by outcome.
+        refusals: messages, their first line, and how often.
+        largest: the largest error of a right case, with messages as wide as the updates, and its replay.
+    """
+
+    seed: int
+    seconds: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
+    by: dict[str, Counter[str]] = field(default_factory=dict)
+    refusals: Counter[str] = field(default_factory=Counter)
+    wrong: list[Wrong] = field(default_factory=list)
+    largest: tuple[float, str] = (0.0, "")
+
+    def add(self, case: Case, outcome: Outcome) -> None:
+        self.counts[outcome.kind] += 1
+        labels = [case.setup.label(), f"rule {case.rule}"]
+        labels += [f"resume {case.resume.how}"] if case.resume is not None else []
+        for label in labels:
+            self.by.setdefault(label, Counter())[outcome.kind] += 1
+        if outcome.kind == RIGHT and case.wire != "bfloat16" and (outcome.error or 0.0) > self.largest[0]:
+            self.largest = outcome.error or 0.0, case.to_json()
+        elif outcome.kind not in (RIGHT, WRONG):
+            self.refusals[outcome.message.partition("\n")[0]] += 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "seconds": round(self.seconds, 1),
+            "cases": self.counts.total(),
+            **{kind: self.counts[kind] for kind in ("right", "wrong", "refused")},
+            "largest_error_of_a_right_case": {"error": self.largest[0], "case": self.largest[1]},
+            "by": {label: dict(self.by[label]) for label in sorted(self.by)},
+            "refusals": dict(self.refusals.most_common()),
+            "wrong_cases": [
+                {
+                    "number": w.number,
+                    "replay": w.replay(),
+                    "error": w.outcome.error,
+                    "parameter": w.outcome.parameter,
+                    "message": w.outcome.message,
+                    "drawn": w.drawn.to_json(),
+                }
+                for w in self.wrong
+            ],
+        }
+
+    def table(self) -> str:
+        """Rows for a reader."""
+        rows = [f"{'':28s} {'right':>7s} {'wrong':>7s} {'refused':>7s}"]
+        for label, found in [*sorted(self.by.items()), ("all", self.counts)]:
+            rows.append(f"{label:28s} " + " ".join(f"{found[kind]:7d}" for kind in ("right", "wrong", "refused")))
+        rows += [f"refused {count} times: {message}" for message, count in self.refusals.most_common()]
+        return "\n".join(rows)
+
+
+def fuzz(
+    seconds: float,
+    seed: int,
+    say: Say = print,
+    *,
+    engines: bool | None = None,
+    prepare: Callable[[], None] | None = None,
+    stop_at_first: bool = False,
+    shrink_seconds: float = SHRINK_SECONDS,
+    patience: float = PATIENCE,
+) -> Report:
+    """Run cases for `seconds`, each against the reference, and shrink those that are wrong.
+
+    Args:
+        seed: the cases follow from it; how many there are follows from the machine.
+        say: prints a line.
+        engines: whether DeepSpeed may be drawn; by default if it is installed.
+        prepare: called in every rank, for tests.
+        stop_at_first: end with the first wrong case.
+        shrink_seconds: for each wrong case.
+        patience: seconds after which a case hangs.
+    """
+    if engines is None:
+        engines = importlib.util.find_spec("deepspeed") is not None
+    warm(engines)
+    report, begun, number = Report(seed), time.monotonic(), 0
+    with Judge(prepare, patience) as judge:
+        while time.monotonic() - begun < seconds:
+            case = draw(seed, number, engines)
+            outcome = judge.run(case)
+            report.add(case, outcome)
+            report.seconds = time.monotonic() - begun
+            if outcome.kind == WRONG:
+                say(f"case {number} is wrong: {outcome.message}")
+                smaller, found = shrink(case, outcome, judge.run, shrink_seconds)
+                report.wrong.append(Wrong(number, case, smaller, found))
+                say(f"shrunk: {found.message}\n{report.wrong[-1].replay()}")
+                if stop_at_first:
+                    break
+            number += 1
+    return report
+
+
+def replay(text: str, say: Say = print) -> Outcome:
+    """Run one case, given as JSON."""
+    case = Case.from_json(text)
+    warm(any(setup.framework == "zero" for setup, _ in case.segments()))
+    with Judge() as judge:
+        outcome = judge.run(case)
+    error = "" if outcome.error is None else f", largest error {outcome.error:.1e} in {outcome.parameter}"
+    say(f"{outcome.kind}{error}" + (f": {outcome.message}" if outcome.message else ""))
+    return outcome
+
+
+def warm(engines: bool) -> None:
+    """Import, before ranks are forked, what they would each import."""
+    torch.set_num_threads(1)
+    import muon_dist.fuzz.meshes
+
+    if engines:
+        import muon_dist.fuzz.engines  # noqa: F401
+
+
+def command(seconds: float, seed: int, json_file: Path | None, case: str | None, say: Say) -> None:
+    """`muon-dist fuzz`.
+
+    Raises:
+        InexactError: a case is wrong.
+        ConfigError: `case` is none.
+    """
+    if case is not None:
+        outcome = replay(case, say)
+        if outcome.kind == WRONG:
+            raise InexactError("the case is wrong")
+        return
+    report = fuzz(seconds, seed, say)
+    say(report.table())
+    say(
+        f"{report.counts.total()} cases in {report.seconds:.0f} s from seed {seed}: {report.counts['right']} right, "
+        f"{report.counts['refused']} refused, {report.counts['wrong']} wrong; largest error of a right case "
+        f"{report.largest[0]:.1e}"
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_json(), indent=1), encoding="utf-8")
+        say(f"-> {json_file}")
+    if report.wrong:
+        raise InexactError(f"{len(report.wrong)} cases are wrong; the lines above run them again")
