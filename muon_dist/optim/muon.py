@@ -281,6 +281,7 @@ class Muon(StateDicts):
     def _step(self, runtime: Runtime) -> None:
         binding, progress = runtime.binding, runtime.transport.progress
         binding.before_step()
+        # What is another object in `state` than was put there comes from others: it counts.
         put = ((p, key, value) for p, of_p in runtime.in_state.items() for key, value in of_p.items())
         if any(self.state.get(p, {}).get(key) is not value for p, key, value in put):
             follow(runtime, self.state)
@@ -289,6 +290,7 @@ class Muon(StateDicts):
         for group in self.param_groups:
             if "max_momentum" in group:  # a scheduler of torch cycles it, and writes into betas if there are any
                 group["momentum"] = group["betas"][0]
+        # Read once: a rate on a device makes the host wait.
         rates = [float(group[key]) for group in self.param_groups for key in ("lr", "weight_decay", "momentum")]
         kinds = [(g.get("algorithm"), g.get("rule", "muon"), {*(g.get("rule_options") or ())}) for g in self._groups]
         if kinds != self._kinds or not all(0.0 <= rate < math.inf for rate in rates):
