@@ -168,8 +168,8 @@ def _check_layout(mesh: Mesh, copies: int | None) -> None:
         )
     if mesh.pp > 1 and layout.startswith("zero"):
         raise ConfigError(
-            f"--pp {mesh.pp} with --layout {layout}: Muon refuses DeepSpeed's PipelineModule: use --layout ddp, fsdp2 "
-            "or hsdp with torch.distributed.pipelining"
+            f"--pp {mesh.pp} with --layout {layout}: DeepSpeed's PipelineModule is not planned: use --layout ddp, "
+            "fsdp2 or hsdp, which stand for torch.distributed.pipelining"
         )
     if copies is not None and layout != "hsdp":
         raise ConfigError(f"--dp-replicate {copies} with --layout {layout}: copies of shards are --layout hsdp")

@@ -126,9 +126,13 @@ def _refusals(engine: DeepSpeedEngine) -> Iterator[str]:
         yield "compile.deepcompile, which steps the optimizer by itself: leave it out"
     if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
         yield "torch_autocast in float16, whose scaler may skip a step on one rank alone: use bfloat16"
+    if engine.pipeline_parallelism and stage > 1:
+        yield "pipeline parallelism above ZeRO stage 1, which DeepSpeed's own engine does not run: use stage 0 or 1"
+    # What DeepSpeed calls model parallelism are the stages of a pipeline as well.
+    sliced = getattr(wrapper, "model_parallel_group", None) is not None
     if engine.pipeline_parallelism:
-        yield "pipeline parallelism"
-    if engine.autotp_size() > 1 or getattr(wrapper, "model_parallel_group", None) is not None:
+        sliced = engine.mpu.get_slice_parallel_world_size() > 1
+    if engine.autotp_size() > 1 or sliced:
         yield "tensor parallelism"
     if engine.has_moe_layers:
         yield "DeepSpeed's own MoE layers and their expert-parallel groups: use the model's own experts"
