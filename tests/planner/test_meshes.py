@@ -177,7 +177,7 @@ def test_links_of_an_axis() -> None:
         ("llama", "fsdp2", {"tp": 3}, "--tp 3: 16 ranks are not a multiple of 3"),
         ("llama", "zero3", {"tp": 2}, "--tp 2 with --layout zero3: use --layout fsdp2 or hsdp"),
         ("llama", "fsdp2", {"sp": 2}, "--sp 2 with --layout fsdp2: Ulysses is DeepSpeed's"),
-        ("llama", "zero1", {"pp": 2}, "--pp 2 with --layout zero1: Muon refuses"),
+        ("llama", "zero1", {"pp": 2}, "--pp 2 with --layout zero1: DeepSpeed"),
         ("llama", "fsdp2", {"dp_replicate": 2}, "--dp-replicate 2 with --layout fsdp2"),
         ("llama", "hsdp", {"dp_replicate": 3}, "--dp-replicate 3: 16 ranks"),
         ("llama", "fsdp2", {"tp": 0}, "--tp 0: must be at least 1"),
