@@ -96,7 +96,9 @@ def test_bytes_equal_the_plan_and_only_moved_fragments_are_extra(world):
             assert row["sent"] == row["predicted"], (case, row)
             # Every other collective is AdamW's own, but for the bytes by which the ranks agree on which gradients
             # exist (stage 0) and which are zero: one for a parameter of AdamW's, one for a matrix of Muon's.
-            flags = 2 * (world - 1) / world * (row["parameters"] if case.stage == 0 else row["matrices"])
+            # Beside the flags two words of 8 bytes of the rates, and two of the norms where gradients are copies.
+            own = row["parameters"] + 32 if case.stage == 0 else row["matrices"] + 16
+            flags = 2 * (world - 1) / world * own
             assert sum(row["others"].values()) == sum(row["adamw"].values()) + flags, (case, row)
         extra = sum(row["sent"] for row in rows)
         numel, k = rows[0]["numel"], (world - 1) / world

@@ -86,8 +86,8 @@ def test_the_device_is_that_of_the_shard_unless_it_is_offloaded(
 ) -> None:
     monkeypatch.setattr(binder, "local_part", lambda parameter: SimpleNamespace(device=torch.device(shard)))
     monkeypatch.setattr(torch, "get_device_module", lambda name: SimpleNamespace(current_device=lambda: 1))
-    mesh: Any = SimpleNamespace(device_type="cuda")
-    assert binder._device(mesh, object()) == torch.device(expected)
+    parameter: Any = SimpleNamespace(device_mesh=SimpleNamespace(device_type="cuda"))
+    assert binder._device(parameter) == torch.device(expected)
 
 
 def test_a_run_on_the_cpu_makes_no_context_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
