@@ -160,6 +160,11 @@ def is_own(key: str) -> bool:
     return key in (MOMENTUM, RESTING, ROUNDINGS, MASTER) or key.partition(":")[0] in RULE_MEMORY
 
 
+def _planned(key: str) -> bool:
+    """Whether the plan keeps this entry: a Muon group's, but no master, which `low_precision.MasterWeights` keeps."""
+    return is_own(key) and key != MASTER
+
+
 def settle(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
     """`follow`, and bring `RESTING` in `state` up to date: before a save or a copy."""
     follow(runtime, state)
@@ -229,16 +234,15 @@ def follow(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> N
 
 def put(state: MutableMapping[Tensor, dict[str, Any]], parameter: Tensor, found: Mapping[str, Tensor]) -> None:
     """Let `found` be the entries of a Muon group in the state of a parameter, and no others but its master."""
-    for key in [key for key in state.get(parameter, {}) if is_own(key) and key != MASTER]:
+    for key in [key for key in state.get(parameter, {}) if _planned(key)]:
         del state[parameter][key]
     if found:
         state[parameter].update(found)
 
 
 def _own(state: Mapping[Tensor, Mapping[str, Any]], parameter: Tensor) -> dict[str, Any]:
-    """The entries of a parameter that the plan keeps (a master has its own keeper). None counts as absent."""
-    entries_of = state.get(parameter, {}).items()
-    return {key: value for key, value in entries_of if is_own(key) and key != MASTER and value is not None}
+    """The entries of a parameter that the plan keeps. None counts as absent."""
+    return {key: value for key, value in state.get(parameter, {}).items() if _planned(key) and value is not None}
 
 
 def _same(own: Mapping[str, Any], given: Mapping[str, Tensor]) -> bool:
