@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from muon_dist import __version__, failures, streams
+from muon_dist import failures, streams
 from muon_dist.arguments import existing_run
 from muon_dist.bench.cli import app as bench
 from muon_dist.doctor.cli import doctor
@@ -21,6 +21,7 @@ from muon_dist.fuzz.cli import fuzz
 from muon_dist.launcher.cli import app as launch
 from muon_dist.planner.cli import app as planner
 from muon_dist.train.checkpoint_cli import app as checkpoint
+from muon_dist.version import __version__
 
 app = typer.Typer(
     name="muon-dist",
@@ -114,9 +115,11 @@ def train(
 def tokenizer(config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Train the tokenizer on the configuration's text and save it for AutoTokenizer."""
     from muon_dist.config import load_config
-    from muon_dist.train import corpus
 
-    info = corpus.make_tokenizer(load_config(config, overrides or []), overwrite)
+    settings = load_config(config, overrides or [])
+    from muon_dist.train import corpus  # seconds, so after the configuration is known to be right
+
+    info = corpus.make_tokenizer(settings, overwrite)
     typer.echo(f"{info.path}: {info.vocab_size:,} tokens, sha256 {info.sha256}")
 
 
@@ -129,9 +132,10 @@ def prepare(
 ) -> None:
     """Turn the configuration's text into token shards. What is done already stays."""
     from muon_dist.config import load_config
-    from muon_dist.train import corpus
 
     settings = load_config(config, overrides or [])
+    from muon_dist.train import corpus  # seconds, so after the configuration is known to be right
+
     manifest = corpus.prepare(settings, overwrite, verify)
     for source in manifest.sources:
         for split, totals in source.splits.items():
