@@ -177,3 +177,15 @@ def replica_groups(tensor: Any) -> list[Any]:
         for axis, placement in enumerate(tensor.placements)
         if type(placement) is Replicate and mesh.size(axis) > 1
     ]
+
+
+def cutting_axes(tensor: Any) -> tuple[tuple[DeviceMesh, int], ...]:
+    """(mesh, axis) of the mesh axes with several ranks that cut a tensor; none for one that is whole on every rank."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    mesh = tensor.device_mesh
+    return tuple(
+        (mesh, axis)
+        for axis, placement in enumerate(tensor.placements)
+        if type(placement) is not Replicate and mesh.size(axis) > 1
+    )
