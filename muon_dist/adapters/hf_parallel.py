@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from accelerate import ParallelismConfig
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType, recursively_apply
 from transformers import DistributedConfig, PreTrainedModel
 
 from muon_dist.errors import ConfigError
@@ -66,11 +70,85 @@ def parallelism_on_cpu(args: Any, model: Any) -> ParallelismConfig | None:
     return OnCpu(tp_size=tp, dp_shard_size=model.config.distributed_config.dp_size)
 
 
-def sequence_parallelism(mesh: Parallel) -> dict[str, Any]:
-    """Arguments of `TrainingArguments` for DeepSpeed's Ulysses, beside `deepspeed`."""
+def gather_once(accelerator: Any, copies: int) -> Callable[..., Any]:
+    """What Trainer's evaluation gathers losses with, where each `copies` ranks in a row evaluate the same samples:
+    accelerate's `gather_for_metrics` keeps every copy, but cuts the last batch to its number of samples, so that the
+    samples of the last batch would weigh less."""
+
+    def gather(data: Any, *_: Any, **__: Any) -> Any:
+        state = accelerator.gradient_state
+        last = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+
+        def once(tensor: torch.Tensor) -> torch.Tensor:
+            by_rank = tensor.reshape(accelerator.num_processes, -1, *tensor.shape[1:])
+            return by_rank[::copies].flatten(0, 1)[:last]
+
+        return recursively_apply(once, accelerator.gather(data))
+
+    return gather
+
+
+def sequence_parallel_loss(engine: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    """(mean loss over the tokens of all ranks of the sequence-parallel group, the model's outputs).
+
+    Each rank's gradient is that of its own tokens' share: DeepSpeed takes the sum over the ranks of a group, and the
+    mean over the groups. transformers' own loss gathers those of the group differentiably, which makes the gradients
+    as many times too large as the group has ranks (and clips them so), and hangs over gloo when the group is a part
+    of the ranks.
+
+    Args:
+        engine: DeepSpeed's.
+        inputs: of `UlyssesSPDataLoaderAdapter`: this rank's tokens, with their labels as "shift_labels".
+    """
+    labels = inputs["shift_labels"]
+    outputs = engine(**{**inputs, "labels": labels})
+    group = engine.seq_parallel_group
+    number = (labels != -100).sum()
+    own = torch.where(number > 0, outputs.loss, 0.0) * number  # the mean over no tokens is NaN
+    sums = torch.stack([own.detach().float(), number.float()])
+    dist.all_reduce(sums, group=group)
+    tokens = sums[1].clamp(min=1)
+    share = own / tokens
+    return share + (sums[0] / tokens - share).detach(), outputs
+
+
+def consecutive(samples: Iterable[int], batch: int, mesh: tuple[int, int]) -> Iterator[int]:
+    """`samples` in the order in which a data loader must draw them, so that Ulysses trains on them in theirs.
+
+    Each rank loads batches of its own, as without sequence parallelism; then the ranks of a group go through all of
+    them together, one after another. So a step of several groups is of batches that lie a group apart, and a run that
+    goes on in between would train on some samples twice and on others never.
+
+    Args:
+        batch: samples of a micro-batch.
+        mesh: (groups, ranks of a group).
+    """
+    groups, ranks = mesh
+    remaining = iter(samples)
+    while window := list(islice(remaining, batch * groups * ranks)):
+        window += window[-1:] * (batch * groups * ranks - len(window))  # after the last step: never trained on
+        for group in range(groups):
+            for rank in range(ranks):
+                first = (rank * groups + group) * batch
+                yield from window[first : first + batch]
+
+
+def sequence_parallelism(mesh: Parallel, attention: str) -> dict[str, Any]:
+    """Arguments of `TrainingArguments` for DeepSpeed's Ulysses, beside `deepspeed`.
+
+    Args:
+        attention: the model's `attn_implementation`.
+
+    Raises:
+        ConfigError: Ulysses does not know that.
+    """
+    try:
+        handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation=attention)
+    except ValueError as error:
+        raise ConfigError(f"model.attn_implementation with parallel.sp: {one_line(error)}") from error
     return {
         "parallelism_config": ParallelismConfig(
-            sp_size=mesh.sp, sp_backend="deepspeed", dp_shard_size=mesh.dp_shard, dp_replicate_size=mesh.dp_replicate
+            sp_size=mesh.sp, sp_backend="deepspeed", sp_handler=handler, dp_shard_size=mesh.dp_shard
         )
     }
 

@@ -21,7 +21,7 @@ from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
 from muon_dist.adapters.hf_checkpoint import CheckpointOptions, CheckpointTrainer, read_position
 from muon_dist.adapters.hf_guards import GuardedLoop, Guards
 from muon_dist.adapters.hf_norms import GradientNorms
-from muon_dist.adapters.hf_parallel import parallelism_on_cpu
+from muon_dist.adapters.hf_parallel import consecutive, gather_once, parallelism_on_cpu, sequence_parallel_loss
 from muon_dist.adapters.hf_records import SpectraLog, take_diagnostics
 from muon_dist.adapters.hf_settings import outlive_trackers
 from muon_dist.checkpoint import Checkpoint
@@ -179,6 +179,9 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
                 "sequence length or seed differ): go on with those, or start a new run"
             )
         self._order = order
+        sp = self.get_sp_size()
+        if sp > 1:
+            samples = consecutive(samples, self._train_batch_size, (self.args.world_size // sp, sp))
         return _Stream(samples, remaining, self.args.max_steps * self.samples_per_step)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -226,6 +229,13 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
 
     # ---- figures
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As Trainer's; under sequence parallelism without its hang over gloo."""
+        if self.get_sp_size() == 1 or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss, outputs = sequence_parallel_loss(model, inputs)
+        return (loss, outputs) if return_outputs else loss
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -238,6 +248,12 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
             self._seconds, self.train_seconds = self._seconds + seconds, self.train_seconds + seconds
             self._step_started = None
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, with each sample counted once, also where several ranks evaluate it together."""
+        if self._readers > 1:  # Trainer takes accelerate's again at the end
+            self.gather_function = gather_once(self.accelerator, self._readers)
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with our figures added to `logs`."""

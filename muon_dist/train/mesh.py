@@ -59,7 +59,9 @@ def trainer_settings(config: Config) -> dict[str, Any]:
         return {}
     from muon_dist.adapters.hf_parallel import context_parallelism, sequence_parallelism  # imports accelerate
 
-    return sequence_parallelism(mesh) if mesh.sp > 1 else context_parallelism(mesh)
+    if mesh.sp > 1:
+        return sequence_parallelism(mesh, config.model.get("attn_implementation", "sdpa"))
+    return context_parallelism(mesh)
 
 
 def shard(config: Config, model: Any) -> Any:

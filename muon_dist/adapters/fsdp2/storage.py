@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from muon_dist.errors import FrameworkError, LayoutError
@@ -31,6 +33,14 @@ def check_parameter(name: str, parameter: Any) -> None:
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor."""
     return isinstance(tensor, DTensor)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let `model.parameters()` be DTensors again after a forward pass that no backward pass followed (an evaluation):
+    `fully_shard` leaves the outermost module gathered then, with plain tensors that have no storage of their own."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()
