@@ -12,7 +12,7 @@ from accelerate import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType, recursively_apply
 from transformers import DistributedConfig, PreTrainedModel
 
-from muon_dist.errors import ConfigError
+from muon_dist.errors import ConfigError, FrameworkError
 from muon_dist.failures import known, one_line
 from muon_dist.model.parallel import Parallel
 
@@ -91,14 +91,16 @@ def gather_once(accelerator: Any, copies: int) -> Callable[..., Any]:
 def sequence_parallel_loss(engine: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
     """(mean loss over the tokens of all ranks of the sequence-parallel group, the model's outputs).
 
-    Each rank's gradient is that of its own tokens' share: DeepSpeed takes the sum over the ranks of a group, and the
-    mean over the groups. transformers' own loss gathers those of the group differentiably, which makes the gradients
-    as many times too large as the group has ranks (and clips them so), and hangs over gloo when the group is a part
-    of the ranks.
+    Each rank's gradient is that of its own tokens' share. transformers' own loss gathers those of the group
+    differentiably, which makes the gradients of ZeRO 0 to 2 as many times too large as the group has ranks (and clips
+    them so), and hangs over gloo when the group is a part of the ranks.
 
     Args:
         engine: DeepSpeed's.
         inputs: of `UlyssesSPDataLoaderAdapter`: this rank's tokens, with their labels as "shift_labels".
+
+    Raises:
+        FrameworkError: ZeRO-3 without reduce_scatter, where DeepSpeed 0.19.8 scales gradients by the size of a bucket.
     """
     labels = inputs["shift_labels"]
     outputs = engine(**{**inputs, "labels": labels})
@@ -108,7 +110,14 @@ def sequence_parallel_loss(engine: Any, inputs: dict[str, Any]) -> tuple[torch.T
     sums = torch.stack([own.detach().float(), number.float()])
     dist.all_reduce(sums, group=group)
     tokens = sums[1].clamp(min=1)
-    share = own / tokens
+    # DeepSpeed takes the mean over the groups, and the sum over the ranks of each; but ZeRO-3 the mean over all ranks.
+    ranks = dist.get_world_size(group) if engine.zero_optimization_stage() == 3 else 1
+    if ranks > 1 and not engine.zero_reduce_scatter():
+        raise FrameworkError(
+            "zero_optimization.reduce_scatter: is false, and with sequence parallelism DeepSpeed's ZeRO-3 then scales "
+            "the gradients of large parameters otherwise than those of small ones: set it to true"
+        )
+    share = own * ranks / tokens
     return share + (sums[0] / tokens - share).detach(), outputs
 
 
