@@ -12,16 +12,16 @@ from accelerate import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType, recursively_apply
 from transformers import DistributedConfig, PreTrainedModel
 
+from muon_dist.config.parallel import Parallel
 from muon_dist.errors import ConfigError, FrameworkError
 from muon_dist.failures import known, one_line
-from muon_dist.model.parallel import Parallel
 
 
 class OnCpu(ParallelismConfig):
     """A `ParallelismConfig` for processes on CPUs, which accelerate 1.15 refuses for no reason of its own.
 
     Its mesh, its data loaders and its wrappers work there as on GPUs. `_validate_accelerator` is private, and all that
-    is replaced; tests/adapters/test_parallel.py fails when accelerate no longer calls it.
+    is replaced; tests/train/test_parallel.py fails when accelerate no longer calls it.
     """
 
     def _validate_accelerator(self, accelerator: Any) -> None:
@@ -102,8 +102,8 @@ def sequence_parallel_loss(engine: Any, inputs: dict[str, Any]) -> tuple[torch.T
     Raises:
         FrameworkError: ZeRO-3 without reduce_scatter, where DeepSpeed 0.19.8 scales gradients by the size of a bucket.
     """
-    labels = inputs["shift_labels"]
-    outputs = engine(**{**inputs, "labels": labels})
+    labels = inputs["shift_labels"].contiguous()  # a slice on CPUs, which transformers' loss cannot view
+    outputs = engine(**{**inputs, "labels": labels, "shift_labels": labels})
     group = engine.seq_parallel_group
     number = (labels != -100).sum()
     own = torch.where(number > 0, outputs.loss, 0.0) * number  # the mean over no tokens is NaN

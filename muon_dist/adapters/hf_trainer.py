@@ -229,7 +229,9 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
 
     # ---- figures
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         """As Trainer's; under sequence parallelism without its hang over gloo."""
         if self.get_sp_size() == 1 or not model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)

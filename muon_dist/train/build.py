@@ -179,20 +179,21 @@ def check_settings(config: Config, folder: RunFolder) -> None:
         ConfigError: a framework refuses a setting.
         RoutingError: as `routing_table`.
     """
+    known = load_text_tokenizer(config.tokenizer.path) if config.tokenizer.path is not None else None
+    vocabulary = len(known) if known is not None else config.tokenizer.vocab_size
+    # Before the arguments: while there are some with ZeRO-3, transformers partitions every model.
+    with torch.device("meta"):
+        model = build_model(config.model, vocab_size=max(vocabulary or 0, 1), seed=config.seed)
+    check_sequence_length(model.config, config.data.sequence_length)
+    mesh.check(config, model)
     args = training_arguments(config, folder, 1)
     check_frameworks(args)
     if config.deepspeed is not None:
         from muon_dist.adapters.deepspeed import check_zero_settings  # imports DeepSpeed, so only where it is used
 
         check_zero_settings(args.hf_deepspeed_config.config)
-    del args  # while there are some with ZeRO-3, transformers partitions every model
+    del args
     leave_deepspeed()
-    known = load_text_tokenizer(config.tokenizer.path) if config.tokenizer.path is not None else None
-    vocabulary = len(known) if known is not None else config.tokenizer.vocab_size
-    with torch.device("meta"):
-        model = build_model(config.model, vocab_size=max(vocabulary or 0, 1), seed=config.seed)
-    check_sequence_length(model.config, config.data.sequence_length)
-    mesh.check(config, model)
     routing_table(config, model)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from muon_dist.config import Config
+from muon_dist.config.parallel import AXES, Parallel
 from muon_dist.errors import ConfigError
-from muon_dist.model.parallel import AXES, Parallel, architecture, misfits
+from muon_dist.model.parallel import architecture, misfits
 from muon_dist.train import distributed
 
 

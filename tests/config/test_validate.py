@@ -96,7 +96,11 @@ optimizer:
         (["deepspeed=7"], "deepspeed: ", "a path, a mapping or null"),
         (["deepspeed=ds.json", "trainer.fsdp=full_shard"], "trainer.fsdp: ", "and deepspeed are both set"),
         (["parallel.tp=2", "trainer.fsdp=full_shard"], "trainer.fsdp: and parallel", "parallel.dp_shard"),
-        (["parallel.tp=2", "deepspeed=ds.json"], "parallel.tp: is 2 and deepspeed", "deepspeed.tensor_parallel.autotp"),
+        (
+            ["parallel.tp=2", "deepspeed=ds.json"],
+            "parallel.tp: is 2 and deepspeed",
+            "deepspeed.tensor_parallel.autotp",
+        ),
         (["parallel.ep=2", "deepspeed=ds.json"], "parallel.ep: is 2 and deepspeed", "remove one of them"),
         (["parallel.sp=2"], "parallel.sp: is 2 and deepspeed is null", "configs/deepspeed/zero1.json"),
         (
