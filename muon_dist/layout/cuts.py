@@ -137,7 +137,7 @@ def _in_order(name: str, cuts: list[tuple[int, int]]) -> list[int]:
 
 
 def _chunk(index: np.ndarray, parts: int, number: int) -> np.ndarray:
-    """The part of that number of `torch.chunk`, whose last parts are empty where there are more parts than elements."""
+    """Part `number` of `torch.chunk`: the last ones are empty where there are more parts than elements."""
     size = -(-len(index) // parts)
     return index[number * size : (number + 1) * size]
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from muon_dist.routing import RoutingTable
 
 app = typer.Typer()
+_Ranks = Optional[int]  # noqa: UP045  (typer reads it on Python 3.10 too)
 
 
 @app.command()
@@ -39,23 +40,13 @@ def plan(
         Optional[str],  # noqa: UP045
         typer.Option(help="ddp, zero1, zero2, zero3, fsdp2 or hsdp; that of the configuration unless given."),
     ] = None,
-    tp: Annotated[Optional[int], typer.Option(help="Ranks of tensor parallelism.")] = None,  # noqa: UP045
-    cp: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Ranks of context parallelism (ring attention)."),
-    ] = None,
-    sp: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Ranks of sequence parallelism (Ulysses)."),
-    ] = None,
-    ep: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Ranks that share the experts of a layer, within dp_shard x cp x tp."),
-    ] = None,
+    tp: Annotated[_Ranks, typer.Option(help="Ranks of tensor parallelism.")] = None,
+    cp: Annotated[_Ranks, typer.Option(help="Ranks of context parallelism (ring attention).")] = None,
+    sp: Annotated[_Ranks, typer.Option(help="Ranks of sequence parallelism (Ulysses).")] = None,
+    ep: Annotated[_Ranks, typer.Option(help="Ranks that share a layer's experts, within dp_shard x cp x tp.")] = None,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
     dp_replicate: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Copies of the model under hsdp; one a node unless given."),
+        _Ranks, typer.Option(help="Copies of the model under hsdp; one a node by default.")
     ] = None,
     order: Annotated[
         bool, typer.Option(help="Under ZeRO-1/2, order Muon's group so that slices begin between matrices.")

@@ -60,8 +60,8 @@ def assert_same(found: dict[str, list[float]], wanted: dict[str, list[float]], n
 
 
 def test_four_ranks(workspace: Path, tmp_path: Path, alone: tuple[Path, Curves]) -> None:
-    """Copies of shards, tensor parallelism under FSDP2 and under copies, experts over all ranks. Validation counts each
-    sample once, although two ranks evaluate it together, and its last batch is smaller."""
+    """Copies of shards, tensor parallelism under FSDP2 and under copies, experts over all ranks. Validation counts
+    each sample once, although two ranks evaluate it together, and its last batch is smaller."""
     runs = {
         "hsdp": ("parallel.dp_replicate=2",),
         "tp-fsdp": ("parallel.tp=2",),
@@ -113,7 +113,7 @@ def test_ulysses(workspace: Path, tmp_path: Path, alone: tuple[Path, Curves], ra
     assert_same(found, alone[1]["dense"], "sp")
 
 
-# What is refused ------------------------------------------------------------------------------------------------------
+# What is refused ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
