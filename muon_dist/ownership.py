@@ -185,6 +185,10 @@ class _Balance:
         self.ends = np.zeros(layout.world_size)
         self.owner: dict[int, int] = {}
         self.owned: list[set[int]] = [set() for _ in range(layout.world_size)]
+        # Largest first, then by name: positions, since `improve` sorts by them again and again.
+        names = sorted(members, key=lambda i: (-self.seconds[i], layout.matrices[i].matrix.name))
+        self.order = {i: position for position, i in enumerate(names)}
+        self._whole: dict[int, bool] = {}
 
     def cost(self, i: int) -> np.ndarray:
         """Seconds that matrix `i` takes of each rank if that rank owns it."""
@@ -195,9 +199,14 @@ class _Balance:
         self.owner[i] = rank
         self.owned[rank].add(i)
         self.ends[rank] += seconds
+        self._whole.pop(i, None)
 
-    def _order(self, i: int) -> tuple[float, str]:
-        return -self.seconds[i], self.layout.matrices[i].matrix.name
+    def _lies_whole(self, i: int) -> bool:
+        """Whether its owner holds all of matrix `i`."""
+        if i not in self._whole:
+            m = self.layout.matrices[i]
+            self._whole[i] = m.held(self.owner[i]) == m.matrix.numel
+        return self._whole[i]
 
     def place(self) -> None:
         """Matrices that lie mostly on one rank there, then the others, largest first."""
@@ -211,7 +220,7 @@ class _Balance:
                 self.give(i, home, self.seconds[i] + (m.matrix.numel - int(held[home])) * self.round_trip)
             else:
                 loose.append(i)
-        for i in sorted(loose, key=self._order):
+        for i in sorted(loose, key=self.order.__getitem__):
             cost = self.cost(i)
             rank = int((self.ends + cost).argmin())
             self.give(i, rank, float(cost[rank]))
@@ -223,10 +232,10 @@ class _Balance:
             before = self.ends[busiest]
             best: tuple[float, int, int, float, float] | None = None
             seen = set()
-            for i in sorted(self.owned[busiest], key=self._order):
-                m = self.layout.matrices[i]
+            for i in sorted(self.owned[busiest], key=self.order.__getitem__):
                 # Alike for this purpose: the same arithmetic, and lying wholly on this rank.
-                alike = (self.seconds[i], m.matrix.numel) if m.held(busiest) == m.matrix.numel else (i,)
+                numel = self.layout.matrices[i].matrix.numel
+                alike = (self.seconds[i], numel) if self._lies_whole(i) else (i,)
                 if alike in seen:
                     continue
                 seen.add(alike)

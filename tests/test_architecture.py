@@ -50,7 +50,7 @@ SIDEWAYS = {
 # A framework is imported in its own adapter alone. The longest matching prefix decides.
 HOMES: dict[str, tuple[str, ...]] = {
     "deepspeed": ("adapters.deepspeed", "bench.peers_deepspeed", "fuzz.engines"),
-    "accelerate": ("adapters.hf_trainer", "adapters.deepspeed"),
+    "accelerate": ("adapters.hf_parallel", "adapters.deepspeed"),
     "transformers": ("adapters", "model", "data.tokenizer", "routing", "config"),
     "transformers.Trainer": ("adapters.hf_trainer", "adapters.hf_checkpoint"),
     "transformers.TrainingArguments": ("adapters.hf_trainer", "adapters.hf_checkpoint", "config"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,20 @@ class CheckpointOptions:
     begin: Callable[[], None] = lambda: None
 
 
+@contextlib.contextmanager
+def _sharded_at_load(args: TrainingArguments | None, model: Any) -> Iterator[None]:
+    """While a Trainer is made: Trainer refuses to save the optimizer of a model that transformers sharded at load time
+    (`DistributedConfig`), unless it saves the model only. Its checkpoints cannot, ours can."""
+    if args is None or args.save_only_model or not getattr(model, "is_distributed_loading_by_transformers", False):
+        yield
+        return
+    args.save_only_model = True
+    try:
+        yield
+    finally:
+        args.save_only_model = False
+
+
 class CheckpointTrainer(Trainer):
     """A `Trainer` that saves and resumes through `muon_dist.checkpoint`.
 
@@ -87,7 +102,8 @@ class CheckpointTrainer(Trainer):
                 f"hub_strategy={args.hub_strategy.value} would push checkpoints while they are written: use "
                 "hub_strategy='end', or push what `muon-dist checkpoint export` makes of one"
             )
-        super().__init__(model, args, *rest, **kwargs)
+        with _sharded_at_load(args, model):
+            super().__init__(model, args, *rest, **kwargs)
         self.checkpoint_options = checkpoint or CheckpointOptions()
         self.providers: dict[str, Provider] = {}
         self._random = RandomState()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from muon_dist.adapters.fsdp2.storage import is_sharded, local_part, replica_groups
+from muon_dist.adapters.fsdp2.storage import is_sharded, local_part, replica_groups, reshard
 from muon_dist.errors import ConfigError, NonFiniteError, PeerError
 from muon_dist.exchange.progress import Progress, place
 from muon_dist.exchange.transport import is_network_error
@@ -363,6 +363,7 @@ def replica_checks(model: torch.nn.Module, device: torch.device) -> Iterator[Rep
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
+    reshard(model)
     whole: list[tuple[str, torch.Tensor]] = []
     shards: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[tuple[str, torch.Tensor]]]] = {}
     for name, p in model.named_parameters():

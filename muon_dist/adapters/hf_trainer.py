@@ -20,6 +20,8 @@ from muon_dist.adapters.factory import MuonFactory, check_trainer, split_kwargs
 from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
 from muon_dist.adapters.hf_checkpoint import CheckpointOptions, CheckpointTrainer, read_position
 from muon_dist.adapters.hf_guards import GuardedLoop, Guards
+from muon_dist.adapters.hf_norms import GradientNorms
+from muon_dist.adapters.hf_parallel import consecutive, gather_once, parallelism_on_cpu, sequence_parallel_loss
 from muon_dist.adapters.hf_records import SpectraLog, take_diagnostics
 from muon_dist.adapters.hf_settings import outlive_trackers
 from muon_dist.checkpoint import Checkpoint
@@ -85,6 +87,7 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
         _check(args, muon, clip_muon, train_sampler, kwargs)
         if args.deepspeed is None:
             args.max_grad_norm = 0.0
+        args.parallelism_config = parallelism_on_cpu(args, model) or args.parallelism_config
         if train_sampler is not None:
             args.ignore_data_skip = True
         own = kwargs.get("optimizer_cls_and_kwargs") is None and kwargs.get("optimizers", (None, None))[0] is None
@@ -125,6 +128,11 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
     def samples_per_step(self) -> int:
         """Samples of one optimizer step over all ranks and micro-batches."""
         return int(self.get_total_train_batch_size(self.args))
+
+    @property
+    def _readers(self) -> int:
+        """Ranks that are given the same tokens in a step: those of tensor and context parallelism."""
+        return int(self.get_tp_size() * self.get_cp_size())
 
     @property
     def consumed_samples(self) -> int:
@@ -171,6 +179,9 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
                 "sequence length or seed differ): go on with those, or start a new run"
             )
         self._order = order
+        sp = self.get_sp_size()
+        if sp > 1:
+            samples = consecutive(samples, self._train_batch_size, (self.args.world_size // sp, sp))
         return _Stream(samples, remaining, self.args.max_steps * self.samples_per_step)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,26 +205,16 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._get_grad_norm(model, grad_norm)
         self.accelerator.unscale_gradients()
-        gradients: dict[str, list[torch.Tensor]] = {}
-        for group in self.optimizer.param_groups:
-            kept = [p.grad for p in group["params"] if p.grad is not None]
-            gradients.setdefault(group.get("algorithm", "adamw"), []).extend(kept)
-        # in fp32: the norm of fp16 gradients overflows
-        self._grad_norms = {
-            algorithm: torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in kept])
-            )
-            for algorithm, kept in gradients.items()
-            if kept
-        }
+        gradients = GradientNorms(self.optimizer.param_groups)
+        self._grad_norms = gradients.norms
         if not self._grad_norms:
             return None
-        total = torch.linalg.vector_norm(torch.stack(list(self._grad_norms.values())))
+        total = gradients.total
         for algorithm in self._grad_norms:
             bound = self.clip.get(algorithm)
             if bound is not None:
                 # torch.nn.utils.clip_grad_norm_ with the same 1e-6, on a norm that is already known
-                torch._foreach_mul_(gradients[algorithm], (bound / (total + 1e-6)).clamp(max=1.0))
+                gradients.scale(algorithm, (bound / (total + 1e-6)).clamp(max=1.0))
         return total
 
     def _get_learning_rate(self) -> float:
@@ -228,10 +229,19 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
 
     # ---- figures
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As Trainer's; under sequence parallelism without its hang over gloo."""
+        if self.get_sp_size() == 1 or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss, outputs = sequence_parallel_loss(model, inputs)
+        return (loss, outputs) if return_outputs else loss
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._tokens += 0 if main is None else main.numel() * self.args.world_size
+        self._tokens += 0 if main is None else main.numel() * self.args.world_size // self._readers
         return cast(torch.Tensor, loss)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -240,6 +250,12 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
             self._seconds, self.train_seconds = self._seconds + seconds, self.train_seconds + seconds
             self._step_started = None
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, with each sample counted once, also where several ranks evaluate it together."""
+        if self._readers > 1:  # Trainer takes accelerate's again at the end
+            self.gather_function = gather_once(self.accelerator, self._readers)
+        return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with our figures added to `logs`."""

@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from muon_dist.adapters.fsdp2.storage import check_parameter, is_sharded, local_part, placed_over, sharded
+from muon_dist.adapters.fsdp2.storage import (
+    check_parameter,
+    is_sharded,
+    local_part,
+    placed_over,
+    reshard,
+    sharded,
+)
 from muon_dist.adapters.muon_state import kept_by_all, muon_pieces
 from muon_dist.checkpoint import BUFFER, WEIGHT, Checkpoint, Holding, Piece
 from muon_dist.checkpoint.piece import MOMENTUM as MOMENTUM_KIND
@@ -51,6 +58,7 @@ def holding(
         FrameworkError: parameters flattened by FSDP1, or a DTensor that is a sum not yet taken.
         CheckpointError: state that cannot be saved by parameter.
     """
+    reshard(model)
     pieces: list[Piece] = []
     masters = optimizer.master_weights() if isinstance(optimizer, Muon) else {}
     tensors = list(named_tensors(model))

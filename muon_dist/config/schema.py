@@ -303,6 +303,25 @@ class GuardsConfig(Block):
     signals: bool = Field(default=True, description="on SIGTERM and SIGUSR1 commit a checkpoint and leave with 75")
 
 
+class ParallelConfig(Block):
+    """How many ranks along each axis of the mesh; their product is the number of ranks of the run.
+
+    The ranks share the model (dp_shard, tp, ep), its copies (dp_replicate) and the tokens of a sample (cp, sp).
+    """
+
+    dp_replicate: PositiveInt = Field(default=1, description="copies of the model")
+    dp_shard: PositiveInt | None = Field(
+        default=None, description="ranks with batches of their own that share a copy (FSDP2); null: all that are left"
+    )
+    tp: PositiveInt = Field(default=1, description="ranks of tensor parallelism, inside a node")
+    cp: PositiveInt = Field(default=1, description="ranks of context parallelism (ring attention), on GPUs")
+    sp: PositiveInt = Field(default=1, description="ranks of sequence parallelism (Ulysses), with deepspeed")
+    sp_backend: Literal["deepspeed"] = "deepspeed"
+    ep: PositiveInt = Field(
+        default=1, description="ranks that share the experts of a layer, of the dp_shard x tp ranks of a copy"
+    )
+
+
 class Config(Block):
     """One run."""
 
@@ -340,6 +359,9 @@ class Config(Block):
             }
         ),
     ] = None
+    parallel: ParallelConfig | None = Field(
+        default=None, description="mesh of the ranks; null: data parallelism, or what deepspeed and trainer.fsdp say"
+    )
     evaluation: EvaluationConfig = EvaluationConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     guards: GuardsConfig = GuardsConfig()

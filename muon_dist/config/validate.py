@@ -37,6 +37,7 @@ _DECIDED_ELSEWHERE = {
     "optim_target_modules": "optimizer.routing",
     "max_grad_norm": "optimizer.clip.muon and optimizer.clip.adamw",
     "deepspeed": "deepspeed",
+    "parallelism_config": "parallel",
 }
 # Names that the model types give to the longest sequence (GPT-2: n_positions).
 _LONGEST = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
@@ -143,6 +144,7 @@ def contradictions(config: Config) -> Found:
     yield from _optimizer(config)
     yield from _trainer(config)
     yield from _deepspeed(config)
+    yield from _parallel(config)
     yield from _guards(config)
 
 
@@ -340,3 +342,35 @@ def _deepspeed(config: Config) -> Found:
                     f"is {str(enabled).lower()}, but trainer.{half} is "
                     f"{str(bool(config.trainer.get(half, False))).lower()}: set both alike, or enabled to auto",
                 )
+
+
+def _parallel(config: Config) -> Found:
+    """What no number of ranks makes right; the ranks and the model are checked where they are known."""
+    block, deepspeed = config.parallel, config.deepspeed
+    if block is None:
+        return
+    if config.trainer.get("fsdp"):
+        yield ("trainer", "fsdp"), "and parallel both shard the model: remove trainer.fsdp, and set parallel.dp_shard"
+    if deepspeed is not None:
+        instead = {
+            "tp": "set deepspeed.tensor_parallel.autotp_size instead",
+            "cp": "set parallel.sp instead, DeepSpeed's sequence parallelism",
+            "ep": "remove one of them: transformers' expert parallelism is not DeepSpeed's",
+            "dp_replicate": "remove it: the ZeRO stage says what each rank holds",
+        }
+        for name in (name for name in instead if getattr(block, name) > 1):
+            yield ("parallel", name), f"is {getattr(block, name)} and deepspeed is set: {instead[name]}"
+        size = deepspeed.get("sequence_parallel_size", block.sp) if isinstance(deepspeed, dict) else block.sp
+        if size != block.sp:
+            yield ("parallel", "sp"), f"is {block.sp}, but deepspeed.sequence_parallel_size is {size}: set both alike"
+    elif block.sp > 1:
+        yield (
+            ("parallel", "sp"),
+            f"is {block.sp} and deepspeed is null: Ulysses is DeepSpeed's: set deepspeed, for instance to "
+            "configs/deepspeed/zero1.json, or set parallel.cp instead, on GPUs",
+        )
+    for first, second in (("cp", "sp"), ("cp", "tp"), ("cp", "ep")):
+        if getattr(block, first) > 1 and getattr(block, second) > 1:
+            yield ("parallel", first), f"and parallel.{second} are both above 1: no library has both; keep one of them"
+    if config.model.get("partitioned_init") and deepspeed is None:
+        yield ("model", "partitioned_init"), "is ZeRO-3's, and parallel is set without deepspeed: remove it"

@@ -63,11 +63,18 @@ class ShardedParameter:
 
     def shards(self) -> tuple[tuple[int, ...], ...]:
         """For each shard, in the order of the mesh, the ranks that hold a copy of it."""
+        return tuple(tuple(row) for row in self._holders().tolist())
+
+    @property
+    def number_of_shards(self) -> int:
+        return math.prod(n for n, cut in zip(self.mesh_shape, self.cuts, strict=True) if cut is not None)
+
+    def _holders(self) -> np.ndarray:
+        """`shards` as numbers, (shards, copies)."""
         grid = np.asarray(self.ranks).reshape(self.mesh_shape)
         cutting = [i for i, cut in enumerate(self.cuts) if cut is not None]
         copying = [i for i, cut in enumerate(self.cuts) if cut is None]
-        number = math.prod(self.mesh_shape[i] for i in cutting)
-        return tuple(tuple(row) for row in grid.transpose(*cutting, *copying).reshape(number, -1).tolist())
+        return grid.transpose(*cutting, *copying).reshape(self.number_of_shards, -1)
 
     def copies(self) -> tuple[int, ...]:
         """For each rank of the mesh, in its order, which copy of the parameter it belongs to."""
@@ -78,7 +85,7 @@ class ShardedParameter:
     def fragments(self, buffer: int) -> Fragments:
         """What every rank holds of the flattened parameter, shard after shard, in its buffer number `buffer`."""
         shard, start, rows, cols, stride, local, step = _blocks(self.shape, self.mesh_shape, self.cuts)
-        holders = np.asarray(self.shards())
+        holders = self._holders()
         copies = holders.shape[1]
         start, rows, cols, stride, local, step = (
             np.repeat(c, copies) for c in (start, rows, cols, stride, local, step)
@@ -96,8 +103,8 @@ def dtensor_layout(parameters: Sequence[ShardedParameter], world_size: int) -> L
     The domains are the copies of the parameter with the most shards, the columns its shards.
     """
     matrices = matrix_layouts(p.stored(buffer) for buffer, p in enumerate(parameters))
-    widest = max(parameters, key=lambda p: len(p.shards()), default=None)
-    if widest is None or len(widest.shards()) == len(widest.ranks):
+    widest = max(parameters, key=lambda p: p.number_of_shards, default=None)
+    if widest is None or widest.number_of_shards == len(widest.ranks):
         return Layout("dtensor", world_size, matrices)
     domains, columns = [0] * world_size, [0] * world_size
     for rank, copy in zip(widest.ranks, widest.copies(), strict=True):
@@ -129,10 +136,10 @@ def _in_order(name: str, cuts: list[tuple[int, int]]) -> list[int]:
     return [*range(1, len(cuts)), 0]
 
 
-def _chunks(index: np.ndarray, parts: int) -> list[np.ndarray]:
-    """As `torch.chunk`, with empty parts at the end."""
+def _chunk(index: np.ndarray, parts: int, number: int) -> np.ndarray:
+    """Part `number` of `torch.chunk`: the last ones are empty where there are more parts than elements."""
     size = -(-len(index) // parts)
-    return [index[i * size : (i + 1) * size] for i in range(parts)]
+    return index[number * size : (number + 1) * size]
 
 
 def _held(length: int, cuts: Sequence[tuple[int, int]], at: Sequence[int]) -> list[Interval]:
@@ -140,7 +147,7 @@ def _held(length: int, cuts: Sequence[tuple[int, int]], at: Sequence[int]) -> li
     index = np.arange(length)
     for i in _in_order("", list(cuts)):
         factor, parts = cuts[i] if len(cuts) == 1 else (1, cuts[i][1])
-        index = np.concatenate([_chunks(piece, parts)[at[i]] for piece in _chunks(index, factor)])
+        index = np.concatenate([_chunk(_chunk(index, factor, k), parts, at[i]) for k in range(factor)])
     ends = np.flatnonzero(np.diff(index) != 1) + 1
     return [
         (int(part[0]), len(part), int(position))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from muon_dist.config.parallel import Parallel
 from muon_dist.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from muon_dist.routing import RoutingTable
 
 app = typer.Typer()
+_Ranks = Optional[int]  # noqa: UP045  (typer reads it on Python 3.10 too)
 
 
 @app.command()
@@ -37,17 +40,13 @@ def plan(
         Optional[str],  # noqa: UP045
         typer.Option(help="ddp, zero1, zero2, zero3, fsdp2 or hsdp; that of the configuration unless given."),
     ] = None,
-    tp: Annotated[int, typer.Option(help="Ranks of tensor parallelism.")] = 1,
-    cp: Annotated[int, typer.Option(help="Ranks of context parallelism (ring attention).")] = 1,
-    sp: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Ranks of sequence parallelism (Ulysses); DeepSpeed's sequence_parallel_size unless given."),
-    ] = None,
-    ep: Annotated[int, typer.Option(help="Ranks that share the experts of a layer, within dp_shard x cp x tp.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    tp: Annotated[_Ranks, typer.Option(help="Ranks of tensor parallelism.")] = None,
+    cp: Annotated[_Ranks, typer.Option(help="Ranks of context parallelism (ring attention).")] = None,
+    sp: Annotated[_Ranks, typer.Option(help="Ranks of sequence parallelism (Ulysses).")] = None,
+    ep: Annotated[_Ranks, typer.Option(help="Ranks that share a layer's experts, within dp_shard x cp x tp.")] = None,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
     dp_replicate: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Copies of the model under hsdp; one a node unless given."),
+        _Ranks, typer.Option(help="Copies of the model under hsdp; one a node by default.")
     ] = None,
     order: Annotated[
         bool, typer.Option(help="Under ZeRO-1/2, order Muon's group so that slices begin between matrices.")
@@ -55,7 +54,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.")] = False,
     advice: Annotated[bool, typer.Option(help="Plan with other settings too, and say which are better.")] = True,
 ) -> None:
-    """Memory, bytes by link, Newton-Schulz balance and overhead of a run on any number of machines; needs no GPU."""
+    """Memory, bytes by link, Newton-Schulz balance and overhead of a run on any number of machines; needs no GPU.
+
+    The mesh is that of the configuration (parallel:, deepspeed) where no option says otherwise.
+    """
     from muon_dist.config import load_config
 
     given = load_config(config, overrides or [])  # first: what is wrong with the file is said before torch is imported
@@ -68,9 +70,9 @@ def plan(
     kind = layout or layout_of(given)
     workload, settings = unpack(given)
     settings = replace(settings, ordered=order and settings.ordered)
-    axes = {"tp": tp, "cp": cp, "ep": ep, "pp": pp, "sp": sequence_parallel(given, kind) if sp is None else sp}
-    if dp_replicate is not None:
-        axes["dp_replicate"] = dp_replicate
+    given_axes = {"tp": tp, "cp": cp, "sp": sp, "ep": ep, "pp": pp, "dp_replicate": dp_replicate}
+    axes = axes_of(given, kind) | {name: size for name, size in given_axes.items() if size is not None}
+    check_ranks(given, axes, layout is None, nodes * gpus_per_node)
     made = make_plan(workload, settings, chosen, layout=kind, nodes=nodes, per_node=gpus_per_node, axes=axes)
     if advice:
         made = advise(made, workload, settings, chosen)
@@ -152,25 +154,53 @@ def _vocabulary(config: Config) -> int:
 
 
 def layout_of(config: Config) -> str:
-    """The layout that the configuration asks for: its ZeRO stage, FSDP2, or DDP."""
+    """The layout that the configuration asks for: its ZeRO stage, FSDP2, HSDP, or DDP."""
     stage = (_deepspeed(config).get("zero_optimization") or {}).get("stage", 0)
     if stage:
         return f"zero{stage}"
+    block = config.parallel
+    if block is not None and config.deepspeed is None:
+        alone = block.dp_shard == 1 and block.tp * block.cp * block.ep == 1
+        return "ddp" if alone else "fsdp2" if block.dp_replicate == 1 else "hsdp"
     return "fsdp2" if config.trainer.get("fsdp") else "ddp"
 
 
-def sequence_parallel(config: Config, layout: str) -> int:
-    """Ranks of DeepSpeed's Ulysses in the configuration. Raises ConfigError for its AutoTP, which Muon refuses."""
+def axes_of(config: Config, layout: str) -> dict[str, int]:
+    """Ranks by axis that the configuration asks for under `layout`: its `parallel:` block, or DeepSpeed's keys.
+
+    Raises:
+        ConfigError: DeepSpeed's AutoTP, whose layout is not planned.
+    """
+    block = config.parallel
+    axes = {} if block is None else {name: getattr(block, name) for name in ("tp", "cp", "sp", "ep")}
+    if block is not None and layout == "hsdp":
+        axes["dp_replicate"] = block.dp_replicate
     if layout in ("fsdp2", "hsdp"):
-        return 1
-    tensor = _deepspeed(config).get("tensor_parallel") or {}
+        return {**axes, "sp": 1}
+    settings = _deepspeed(config)
+    tensor = settings.get("tensor_parallel") or {}
     size = int(tensor.get("autotp_size", (tensor.get("tp") or {}).get("tp_size", 0)) or 0)
     if size > 1:
         raise ConfigError(
-            f"deepspeed.tensor_parallel.autotp_size: {size}: Muon refuses DeepSpeed's AutoTP, so there is nothing to "
-            f"plan: remove tensor_parallel, or plan --layout fsdp2 --tp {size}"
+            f"deepspeed.tensor_parallel.autotp_size: {size}: the layout of DeepSpeed's AutoTP is not planned: remove "
+            f"tensor_parallel, or plan the same sizes as --layout fsdp2 --tp {size}"
         )
-    return int(_deepspeed(config).get("sequence_parallel_size", 1))
+    return {**axes, "sp": max(axes.get("sp", 1), int(settings.get("sequence_parallel_size", 1)))}
+
+
+def check_ranks(config: Config, axes: Mapping[str, int], own_layout: bool, ranks: int) -> None:
+    """Raises ConfigError where `parallel.dp_shard` is a number other than that of the planned ranks.
+
+    Args:
+        axes: what is planned; an option may differ from the block, which then says nothing of the ranks.
+        own_layout: the layout is the configuration's.
+    """
+    block = config.parallel
+    if block is None or block.dp_shard is None or not own_layout:
+        return
+    names = ("tp", "cp", "sp", "ep", "dp_replicate")
+    if all(axes.get(name, getattr(block, name)) == getattr(block, name) for name in names) and axes.get("pp", 1) == 1:
+        Parallel.of(block.model_dump(exclude={"sp_backend"}), ranks)
 
 
 def _deepspeed(config: Config) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from muon_dist.errors import ConfigError
+from muon_dist.model.parallel import misfits
 from muon_dist.planner.model import Settings, Workload
 
 LAYOUTS = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp")
@@ -183,30 +184,9 @@ def check_model(mesh: Mesh, workload: Workload, settings: Settings) -> None:
 
 def problems(mesh: Mesh, workload: Workload, settings: Settings) -> Iterator[str]:
     """What of `mesh` does not fit the model, each by its option."""
-    a = workload.architecture
-    if mesh.tp > 1:
-        if not a.tp_plan:
-            yield f"--tp {mesh.tp}: transformers has no tensor-parallel plan for {a.name}"
-        if a.heads % mesh.tp:
-            yield f"--tp {mesh.tp}: does not divide the {a.heads} attention heads"
-        if a.keys_are_cut and a.kv_heads % mesh.tp:
-            yield f"--tp {mesh.tp}: does not divide the {a.kv_heads} key and value heads"
-    if mesh.sp > 1:
-        if a.heads % mesh.sp:
-            yield f"--sp {mesh.sp}: does not divide the {a.heads} attention heads"
-        if a.kv_heads % mesh.sp and mesh.sp % a.kv_heads:
-            yield f"--sp {mesh.sp}: neither divides the {a.kv_heads} key and value heads nor is a multiple of them"
-        if settings.sequence_length % mesh.sp:
-            yield f"--sp {mesh.sp}: does not divide the {settings.sequence_length} tokens of a sample"
-    if mesh.cp > 1 and settings.sequence_length % (2 * mesh.cp):  # two pieces a rank, to balance the causal mask
-        yield f"--cp {mesh.cp}: {settings.sequence_length} tokens of a sample are not a multiple of {2 * mesh.cp}"
-    if mesh.ep > 1:
-        if not a.experts:
-            yield f"--ep {mesh.ep}: {a.name} has no experts"
-        elif not a.ep_plan:
-            yield f"--ep {mesh.ep}: transformers has no expert-parallel plan for {a.name}"
-        elif a.experts % mesh.ep:
-            yield f"--ep {mesh.ep}: does not divide the {a.experts} experts of a layer"
+    sizes = {name: getattr(mesh, name) for name in ("tp", "cp", "sp", "ep")}
+    for axis, problem in misfits(sizes, workload.architecture, settings.sequence_length):
+        yield f"--{axis} {sizes[axis]}: {problem}"
     if mesh.pp > workload.layers:
         yield f"--pp {mesh.pp}: more stages than the {workload.layers} layers of the model"
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from muon_dist.layout import Matrix, cut_parameter
 from muon_dist.model import build_model, count_parameters, flops_per_token
-from muon_dist.model.build import number_of_experts
+from muon_dist.model.parallel import Architecture, architecture
 from muon_dist.numerics import get_schedule
 from muon_dist.routing import GroupRule, Override, RoutedGroup, SplitRule, route, routed_groups
 
@@ -34,29 +34,6 @@ class PlannedParameter:
     tp: str | None = None
     ep: str | None = None
     layer: int = 0
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What the axes of a mesh must divide, and what they move.
-
-    Attributes:
-        name: class of the model, for messages.
-        heads, kv_heads, head_dim: of attention.
-        experts, experts_per_token: routed experts of a layer; 0 in a dense model.
-        tp_plan, ep_plan: whether transformers has such a plan for the class.
-        keys_are_cut: the tensor-parallel plan cuts the key projection, so that tp must divide kv_heads as well.
-    """
-
-    name: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-    experts: int
-    experts_per_token: int
-    tp_plan: bool
-    ep_plan: bool
-    keys_are_cut: bool
 
 
 @dataclass(frozen=True)
@@ -218,26 +195,7 @@ def describe_model(
         layers=layers,
         hidden=int(config.hidden_size),
         vocabulary=vocabulary,
-        architecture=_architecture(built),
-    )
-
-
-def _architecture(model: Any) -> Architecture:
-    """Heads, experts and parallel plans of a transformers model."""
-    config = model.config
-    heads = int(config.num_attention_heads)
-    tp = model.tp_plan or {}
-    keys = ("k_proj", "qkv_proj", "query_key_value")
-    return Architecture(
-        name=type(model).__name__,
-        heads=heads,
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        experts=number_of_experts(config) or 0,
-        experts_per_token=int(getattr(config, "num_experts_per_tok", None) or 0),
-        tp_plan=bool(tp),
-        ep_plan=bool(model.ep_plan),
-        keys_are_cut=any(k.rsplit(".", 1)[-1] in keys and style == "colwise" for k, style in tp.items()),
+        architecture=architecture(built),
     )
 
 

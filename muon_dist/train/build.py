@@ -31,7 +31,7 @@ from muon_dist.model import DTYPES, build_model, check_sequence_length, flops_pe
 from muon_dist.model.load import load_text_tokenizer
 from muon_dist.optim.groups import param_groups
 from muon_dist.routing import RoutingTable, route
-from muon_dist.train import distributed
+from muon_dist.train import mesh
 from muon_dist.train.batch import share_batch
 from muon_dist.train.folder import RunFolder
 
@@ -137,6 +137,7 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "deepspeed": config.deepspeed,
+        **mesh.trainer_settings(config),
     }
     if config.deepspeed is not None:
         from muon_dist.adapters.deepspeed import prepare_process  # imports DeepSpeed, so only where it is used
@@ -144,7 +145,7 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         prepare_process(cuda)
     if config.data.global_batch_size is not None:
         most = int(settings.get("per_device_train_batch_size", TrainingArguments.per_device_train_batch_size))
-        micro, accumulation = share_batch(config.data.global_batch_size, most, distributed.world_size())
+        micro, accumulation = share_batch(config.data.global_batch_size, most, mesh.batches(config))
         settings.update(per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
     try:
         args = TrainingArguments(**settings)
@@ -158,7 +159,7 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         )
         args._n_gpu = 1
     if args.max_steps <= 0:
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batch = args.train_batch_size * args.gradient_accumulation_steps * mesh.batches(config)
         args.max_steps = math.ceil(args.num_train_epochs * train_samples / batch)
     return args
 
@@ -178,19 +179,21 @@ def check_settings(config: Config, folder: RunFolder) -> None:
         ConfigError: a framework refuses a setting.
         RoutingError: as `routing_table`.
     """
+    known = load_text_tokenizer(config.tokenizer.path) if config.tokenizer.path is not None else None
+    vocabulary = len(known) if known is not None else config.tokenizer.vocab_size
+    # Before the arguments: while there are some with ZeRO-3, transformers partitions every model.
+    with torch.device("meta"):
+        model = build_model(config.model, vocab_size=max(vocabulary or 0, 1), seed=config.seed)
+    check_sequence_length(model.config, config.data.sequence_length)
+    mesh.check(config, model)
     args = training_arguments(config, folder, 1)
     check_frameworks(args)
     if config.deepspeed is not None:
         from muon_dist.adapters.deepspeed import check_zero_settings  # imports DeepSpeed, so only where it is used
 
         check_zero_settings(args.hf_deepspeed_config.config)
-    del args  # while there are some with ZeRO-3, transformers partitions every model
+    del args
     leave_deepspeed()
-    known = load_text_tokenizer(config.tokenizer.path) if config.tokenizer.path is not None else None
-    vocabulary = len(known) if known is not None else config.tokenizer.vocab_size
-    with torch.device("meta"):
-        model = build_model(config.model, vocab_size=max(vocabulary or 0, 1), seed=config.seed)
-    check_sequence_length(model.config, config.data.sequence_length)
     routing_table(config, model)
 
 
@@ -236,6 +239,12 @@ def stack(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tens
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
+def stack_with_positions(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """`stack`, with the position of each token in its sample, which Ulysses wants when it cuts samples."""
+    batch = stack(samples)
+    return {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])}
+
+
 def make_trainer(
     config: Config,
     folder: RunFolder,
@@ -255,7 +264,7 @@ def make_trainer(
 
     sampler: (samples consumed, samples in all) -> indices into `train_dataset`. begin: see `CheckpointOptions`.
     """
-    total = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    total = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * mesh.batches(config)
     clip = config.optimizer.clip
     trainer = MuonTrainer(
         model,
@@ -274,7 +283,7 @@ def make_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        data_collator=stack,
+        data_collator=stack_with_positions if mesh.cuts_samples(config) else stack,
     )
     trainer.show_with(Console())
     return trainer

@@ -25,7 +25,7 @@ from muon_dist.model import count_parameters
 from muon_dist.model.load import load_model, load_text_tokenizer
 from muon_dist.ranks import Ranks
 from muon_dist.routing import RoutingTable
-from muon_dist.train import build, corpus, distributed, environment, summary
+from muon_dist.train import build, corpus, distributed, environment, mesh, summary
 from muon_dist.train.folder import AUTO, RunFolder, Start, changed_settings, write_json
 from muon_dist.train.generation import generate
 from muon_dist.train.signals import StopSignals
@@ -130,7 +130,8 @@ def _trainer(
     _say(
         f"model {config.model['model_type']}, {count.total:,} parameters, {count.non_embedding:,} outside embeddings; "
         f"data {len(datasets.train):,} samples of {config.data.sequence_length} tokens, {train_bytes:.3f} bytes per "
-        f"token, ready in {preparation:.1f} s; {distributed.world_size()} processes; {config.optimizer.name}"
+        f"token, ready in {preparation:.1f} s; {distributed.world_size()} processes{mesh.describe(config)}; "
+        f"{config.optimizer.name}"
     )
     return ranks.everywhere(
         lambda: build.make_trainer(
@@ -164,7 +165,7 @@ def _parts(config: Config, folder: RunFolder) -> tuple[Any, corpus.Datasets, Any
         model = build.make_model(config, tokenizer)
         build.check_partitioned_model(model, args)
     else:
-        model = build.make_model(config, tokenizer)
+        model = mesh.shard(config, build.make_model(config, tokenizer))
         args = arguments()
     return tokenizer, datasets, args, model, build.routing_table(config, model)
 
@@ -215,8 +216,8 @@ def _sample(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str
     block = config.evaluation
     try:
         speaker = trainer.model
-        if trainer.is_deepspeed_enabled:
-            # Under ZeRO-3 this rank holds a part of the model alone, so the saved one speaks.
+        if trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers:
+            # This rank may hold a part of the model alone, so the saved one speaks.
             leave_deepspeed()
             speaker = load_model(folder.model)
         text = generate(

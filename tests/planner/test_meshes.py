@@ -248,3 +248,37 @@ def test_the_best_mesh_is_kept_with_its_rival_named() -> None:
     lines = [advise(plan, model, settings, fast).advice[-1] for plan in plans]
     assert all("next: --layout " in line for line in lines)
     assert not any("nothing" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "layout", "axes"),
+    [
+        (["parallel.tp=4"], [], "fsdp2", {"tp": 4, "dp_shard": 4, "dp_replicate": 1}),
+        (["parallel={tp: 4, dp_replicate: 2}"], [], "hsdp", {"tp": 4, "dp_shard": 2, "dp_replicate": 2}),
+        (["parallel={tp: 4, dp_replicate: 2}"], ["--tp", "2"], "hsdp", {"tp": 2, "dp_shard": 4, "dp_replicate": 2}),
+        (["parallel={dp_replicate: 16, dp_shard: 1}"], [], "ddp", {"tp": 1, "dp_shard": 1, "dp_replicate": 16}),
+        (["parallel.sp=2", "deepspeed=configs/deepspeed/zero3.json"], [], "zero3", {"sp": 2, "dp_shard": 8}),
+        (["parallel.tp=4"], ["--layout", "fsdp2", "--cp", "2"], "fsdp2", {"tp": 4, "cp": 2, "dp_shard": 2}),
+    ],
+)
+def test_the_mesh_is_that_of_the_configuration(
+    settings: list[str],
+    options: list[str],
+    layout: str,
+    axes: dict[str, int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "configs/llama-60m.yaml", *settings, "--nodes", "2", "--json", "--no-advice", *options])
+    planned = json.loads(capsys.readouterr().out)
+    assert stop.value.code in (0, None) and planned["layout"] == layout
+    assert {name: planned["mesh"][name] for name in axes} == axes
+
+
+def test_ranks_that_the_configuration_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", str(ROOT / "configs" / "llama-60m.yaml"), "parallel={tp: 2, dp_shard: 2}", "--nodes", "2"])
+    assert stop.value.code == 2
+    assert "parallel: dp_shard 2 x tp 2 = 4 ranks, and the run has 16" in capsys.readouterr().err

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from muon_dist.errors import FrameworkError, LayoutError
@@ -31,6 +33,14 @@ def check_parameter(name: str, parameter: Any) -> None:
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a DTensor."""
     return isinstance(tensor, DTensor)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let `model.parameters()` be DTensors again after a forward pass that no backward pass followed (an evaluation):
+    `fully_shard` leaves the outermost module gathered then, with plain tensors that have no storage of their own."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()
@@ -177,3 +187,15 @@ def replica_groups(tensor: Any) -> list[Any]:
         for axis, placement in enumerate(tensor.placements)
         if type(placement) is Replicate and mesh.size(axis) > 1
     ]
+
+
+def cutting_axes(tensor: Any) -> tuple[tuple[DeviceMesh, int], ...]:
+    """(mesh, axis) of the mesh axes with several ranks that cut a tensor; none for one that is whole on every rank."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    mesh = tensor.device_mesh
+    return tuple(
+        (mesh, axis)
+        for axis, placement in enumerate(tensor.placements)
+        if type(placement) is not Replicate and mesh.size(axis) > 1
+    )

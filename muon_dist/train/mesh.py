@@ -1,0 +1,89 @@
+"""The `parallel:` block of a run: what it makes of the ranks, the model and the trainer's settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from muon_dist.config import Config
+from muon_dist.config.parallel import AXES, Parallel
+from muon_dist.errors import ConfigError
+from muon_dist.model.parallel import architecture, misfits
+from muon_dist.train import distributed
+
+
+def mesh_of(config: Config) -> Parallel | None:
+    """The mesh of this run's ranks; None without a `parallel:` block. Raises ConfigError where the two do not fit."""
+    if config.parallel is None:
+        return None
+    return Parallel.of(config.parallel.model_dump(exclude={"sp_backend"}), distributed.world_size())
+
+
+def batches(config: Config) -> int:
+    """Ranks that read samples of their own: all of them, unless some share a sample."""
+    mesh = mesh_of(config)
+    return distributed.world_size() if mesh is None else mesh.data
+
+
+def cuts_samples(config: Config) -> bool:
+    """Whether Ulysses cuts each sample into parts, one for each rank of a group."""
+    return config.parallel is not None and config.parallel.sp > 1
+
+
+def check(config: Config, model: Any) -> None:
+    """Look at the mesh before data are prepared.
+
+    Args:
+        model: the model of the configuration; it may be on the meta device.
+
+    Raises:
+        ConfigError: an axis does not divide the model or the samples, or the libraries do not run it on this machine;
+            names the key.
+    """
+    mesh = mesh_of(config)
+    if mesh is None:
+        return
+    for axis, problem in misfits(vars(mesh), architecture(model), config.data.sequence_length):
+        raise ConfigError(f"parallel.{axis}: is {getattr(mesh, axis)}: {problem}")
+    if mesh.cp > 1 and not _on_gpus(config):
+        raise ConfigError(
+            f"parallel.cp: is {mesh.cp}, and torch's ring attention has no CPU kernel: train on GPUs, or set "
+            f"parallel.sp: {mesh.cp} with deepspeed, which runs on CPUs too"
+        )
+
+
+def trainer_settings(config: Config) -> dict[str, Any]:
+    """What `TrainingArguments` must say for sequence and context parallelism; the other axes are the model's own."""
+    mesh = mesh_of(config)
+    if mesh is None or mesh.cp * mesh.sp == 1:
+        return {}
+    from muon_dist.adapters.hf_parallel import context_parallelism, sequence_parallelism  # imports accelerate
+
+    if mesh.sp > 1:
+        return sequence_parallelism(mesh, config.model.get("attn_implementation", "sdpa"))
+    return context_parallelism(mesh)
+
+
+def shard(config: Config, model: Any) -> Any:
+    """The model, sharded over the mesh where transformers does that: without DeepSpeed and context parallelism."""
+    mesh = mesh_of(config)
+    if mesh is None or config.deepspeed is not None or mesh.cp > 1:
+        return model
+    from muon_dist.adapters.hf_parallel import shard as sharded
+
+    return sharded(model, mesh)
+
+
+def describe(config: Config) -> str:
+    """For the first line of a run: ": dp_shard 2 x tp 2"; nothing without a block."""
+    mesh = mesh_of(config)
+    if mesh is None:
+        return ""
+    sizes = [f"{name} {getattr(mesh, name)}" for name in AXES if getattr(mesh, name) > 1]
+    experts = f" (experts: ep {mesh.ep})" if mesh.ep > 1 else ""
+    return f": {' x '.join(sizes)}{experts}" if sizes else ""
+
+
+def _on_gpus(config: Config) -> bool:
+    return torch.cuda.is_available() and not config.trainer.get("use_cpu", False)
