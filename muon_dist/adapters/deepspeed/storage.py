@@ -244,7 +244,7 @@ def _over_all_ranks(storage: Storage, held: Mapping[str, Held], copies: dist.Pro
     of_tensors = {id(b.tensor): held[p.name] for b in storage.buffers for p in b.parameters}
     together = sorted({ranks for _, ranks in every})
     if len(together) == len(every):
-        return replace(united, held=of_tensors)
+        return replace(united, held=of_tensors, domains=(), columns=())
     columns = tuple(together.index(ranks) for _, ranks in every)
     domains = tuple(ranks.index(number) for number, (_, ranks) in enumerate(every))
     return replace(united, held=of_tensors, domains=domains, columns=columns, column=copies)
