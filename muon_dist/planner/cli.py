@@ -159,15 +159,15 @@ def layout_of(config: Config) -> str:
 
 
 def sequence_parallel(config: Config, layout: str) -> int:
-    """Ranks of DeepSpeed's Ulysses in the configuration. Raises ConfigError for its AutoTP, which Muon refuses."""
+    """Ranks of DeepSpeed's Ulysses in the configuration. Raises ConfigError for its AutoTP, which is not planned."""
     if layout in ("fsdp2", "hsdp"):
         return 1
     tensor = _deepspeed(config).get("tensor_parallel") or {}
     size = int(tensor.get("autotp_size", (tensor.get("tp") or {}).get("tp_size", 0)) or 0)
     if size > 1:
         raise ConfigError(
-            f"deepspeed.tensor_parallel.autotp_size: {size}: Muon refuses DeepSpeed's AutoTP, so there is nothing to "
-            f"plan: remove tensor_parallel, or plan --layout fsdp2 --tp {size}"
+            f"deepspeed.tensor_parallel.autotp_size: {size}: Muon runs under DeepSpeed's AutoTP, but the plan does not "
+            f"know how it cuts a model: remove tensor_parallel, or plan --layout fsdp2 --tp {size}"
         )
     return int(_deepspeed(config).get("sequence_parallel_size", 1))
 

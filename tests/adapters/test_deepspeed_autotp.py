@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import muon_dist
+from muon_dist.errors import ReplicaError
 from tests.distributed import run_ranks
 
 pytest.importorskip("deepspeed")
@@ -314,3 +315,29 @@ def test_a_checkpoint_goes_on_and_loads_under_other_layouts(stage: int, tmp_path
         [found] = run_ranks(state_in, 1, here, folder)
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
+# Evidence ------------------------------------------------------------------------------------------------------------
+
+
+def odd_copy(run: Run) -> str:
+    """The error of a first step where one tensor-parallel rank has other weights in a layer that is whole on each."""
+    made = Fused.__init__
+
+    def other(self: Fused) -> None:
+        made(self)
+        with torch.no_grad():
+            self.whole.weight.add_(dist.get_rank() % TP)
+
+    Fused.__init__ = other  # type: ignore[method-assign]
+    engine, _ = run.engine()
+    run.backward(engine, 0)
+    with pytest.raises(ReplicaError) as raised:
+        engine.step()
+    return str(raised.value)
+
+
+def test_whole_weights_that_differ_between_tensor_parallel_ranks_are_named() -> None:
+    for stage in (0, 1):
+        for said in run_ranks(odd_copy, 4, Run(Case(stage, model="fused"))):
+            assert "whole.weight" in said and "idle" not in said, said
