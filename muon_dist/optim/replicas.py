@@ -176,10 +176,12 @@ def check_copies(binding: Binding) -> None:
     layout, local = binding.layout, binding.local
     names = {m.buffer: m.matrix.parameter for m in layout.matrices}
     # Copies that lie across the columns: a plain tensor, or one on a part of the mesh, beside sharded ones.
+    models = max(len(set(layout.domains)), 1)
     across = {
         m.buffer
         for i, m in enumerate(layout.matrices)
-        if int(m.fragments.length.sum()) > m.matrix.numel and not layout.relayed(i)
+        if (held := int(m.fragments.length.sum())) > m.matrix.numel
+        and (held > models * m.matrix.numel or not layout.relayed(i))
     }
     found: dict[str, list[tuple[int, str, torch.Tensor | None]]] = {NEVER_EQUAL: [], NOT_AVERAGED: []}
     for i, p in enumerate(binding.buffers):

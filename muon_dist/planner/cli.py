@@ -166,7 +166,7 @@ def sequence_parallel(config: Config, layout: str) -> int:
     size = int(tensor.get("autotp_size", (tensor.get("tp") or {}).get("tp_size", 0)) or 0)
     if size > 1:
         raise ConfigError(
-            f"deepspeed.tensor_parallel.autotp_size: {size}: Muon runs under DeepSpeed's AutoTP, but the plan does not "
+            f"deepspeed.tensor_parallel.autotp_size: {size}: Muon runs under DeepSpeed's AutoTP, but plan does not "
             f"know how it cuts a model: remove tensor_parallel, or plan --layout fsdp2 --tp {size}"
         )
     return int(_deepspeed(config).get("sequence_parallel_size", 1))
