@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from muon_dist.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from muon_dist.adapters.deepspeed import attach
     from muon_dist.adapters.factory import MuonFactory, for_trainer
@@ -40,7 +42,6 @@ __all__ = [
     "param_groups",
     "routing_table",
 ]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

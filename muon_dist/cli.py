@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from muon_dist import failures, streams
+from muon_dist.arguments import existing_run
 from muon_dist.bench.cli import app as bench
 from muon_dist.doctor.cli import doctor
 from muon_dist.errors import MuonDistError
@@ -19,14 +21,16 @@ from muon_dist.fuzz.cli import fuzz
 from muon_dist.launcher.cli import app as launch
 from muon_dist.planner.cli import app as planner
 from muon_dist.train.checkpoint_cli import app as checkpoint
+from muon_dist.version import __version__
 
 app = typer.Typer(
     name="muon-dist",
     help="Pretrain language models with Muon, from one process to many machines.",
-    epilog="A run on two processes: bash launch/torchrun.sh --nproc-per-node 2 train configs/quickstart.yaml",
+    epilog="Start with: muon-dist init my-project. On two processes: bash launch/torchrun.sh --nproc-per-node 2 train "
+    "configs/quickstart.yaml",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(spectra)
 app.add_typer(checkpoint)
@@ -42,9 +46,41 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, for example optimizer.muon.lr=0.003."),
 ]
 RunPath = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart, a checkpoint or a model folder.")
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        callback=existing_run,
+        help="A run folder, such as runs/quickstart, a checkpoint or a model folder.",
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what other settings left in the folder.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"muon_dist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _general(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Pretrain language models with Muon, from one process to many machines."""
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the project; it is made if needed.")],
+) -> None:
+    """Write a project: configurations, launch files and a README with the first commands."""
+    from muon_dist import project
+
+    for path in project.init(folder):
+        typer.echo(str(path))
+    typer.echo(f"next: cd {shlex.quote(str(folder))} && muon-dist train configs/quickstart.yaml", err=True)
 
 
 @app.command()
@@ -79,9 +115,11 @@ def train(
 def tokenizer(config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Train the tokenizer on the configuration's text and save it for AutoTokenizer."""
     from muon_dist.config import load_config
-    from muon_dist.train import corpus
 
-    info = corpus.make_tokenizer(load_config(config, overrides or []), overwrite)
+    settings = load_config(config, overrides or [])
+    from muon_dist.train import corpus  # seconds, so after the configuration is known to be right
+
+    info = corpus.make_tokenizer(settings, overwrite)
     typer.echo(f"{info.path}: {info.vocab_size:,} tokens, sha256 {info.sha256}")
 
 
@@ -94,9 +132,10 @@ def prepare(
 ) -> None:
     """Turn the configuration's text into token shards. What is done already stays."""
     from muon_dist.config import load_config
-    from muon_dist.train import corpus
 
     settings = load_config(config, overrides or [])
+    from muon_dist.train import corpus  # seconds, so after the configuration is known to be right
+
     manifest = corpus.prepare(settings, overwrite, verify)
     for source in manifest.sources:
         for split, totals in source.splits.items():
@@ -185,7 +224,12 @@ def compare(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, also of a run that has not finished.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", callback=existing_run, help="A run folder, also of a run that has not finished."
+        ),
+    ],
     output: Annotated[
         Optional[Path], typer.Option(help="The page to write; report.html in the run folder unless given.")  # noqa: UP045
     ] = None,
@@ -198,7 +242,7 @@ def report(
 
 @spectra.command()
 def probe(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder with a checkpoint.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", callback=existing_run, help="A run folder with a checkpoint.")],
     step: Annotated[
         Optional[int], typer.Option(help="Of the checkpoint; the newest unless given.")  # noqa: UP045
     ] = None,
@@ -226,6 +270,15 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def _plain_switches(command: Any, context: Any) -> None:
+    """No `<bool>` behind switches in the help of a command and of those under it: a switch takes no value."""
+    for option in command.get_params(context):
+        if getattr(option, "is_flag", False):
+            option.metavar = ""
+    for name, child in getattr(command, "commands", {}).items():
+        _plain_switches(child, type(context)(child, info_name=name, parent=context))
+
+
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point: run the command; whatever fails is a message and an exit code, never a traceback.
 
@@ -233,8 +286,10 @@ def main(arguments: list[str] | None = None) -> Any:
     says where its traceback lies.
     """
     streams.make_safe()
+    command = typer.main.get_command(app)
+    _plain_switches(command, typer.Context(command, **command.context_settings))
     try:
-        return app(args=arguments)
+        return command(args=arguments)
     except Exception as error:
         found = failures.as_error(error)
         if not found.reported_elsewhere:

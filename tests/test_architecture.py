@@ -16,7 +16,7 @@ MAX_FUNCTION_LINES = 60
 
 # One row a floor; an import goes to a lower floor, or stays inside its own unit.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "failures", "frameworks", "numerics", "ranks", "streams"),
+    ("arguments", "errors", "failures", "frameworks", "numerics", "project", "ranks", "streams", "version"),
     ("routing", "layout"),
     ("cost", "measured_cost", "ownership", "partition_order", "optim.rules"),
     ("config", "exchange", "checkpoint"),
@@ -30,7 +30,9 @@ FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 # costs, the command line is a thin face of train/, `muon-dist spectra report` writes a page, and `bench host` places a
 # model as a plan does.
 SIDEWAYS = {
+    ("arguments", "errors"),
     ("numerics", "errors"),
+    ("project", "errors"),
     ("failures", "errors"),
     ("ranks", "errors"),
     ("ranks", "failures"),

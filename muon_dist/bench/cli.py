@@ -103,9 +103,10 @@ def host(
     from muon_dist.config import load_config
     from muon_dist.errors import ConfigError
     from muon_dist.planner.cli import routed, unpack
+    from muon_dist.project import packaged
 
     path = Path(model)
-    path = path if path.suffix in (".yaml", ".yml") else Path("configs") / f"{model}.yaml"
+    path = path if path.suffix in (".yaml", ".yml") else packaged(f"configs/{model}.yaml")
     if rank >= ranks:
         raise ConfigError(f"--rank {rank}: it must be below --ranks {ranks}")
     config = load_config(path)

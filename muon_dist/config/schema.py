@@ -15,7 +15,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 
 from muon_dist.config.redact import redact
 from muon_dist.config.source import ConfigDumper
-from muon_dist.numerics.schedules import SCHEDULES, get_schedule
 
 DType = Literal["float32", "bfloat16", "float16"]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -26,6 +25,8 @@ Scale = Literal["match_rms_adamw", "spectral", "none"]
 
 
 def _known_schedule(name: str) -> str:
+    from muon_dist.numerics import get_schedule  # imports torch: seconds, which a file that is missing should not cost
+
     get_schedule(name)  # a ConfigError that names the closest schedule, and a ValueError as pydantic needs it
     return name
 
@@ -40,9 +41,15 @@ def _local_path(text: str) -> str:
 
 
 LocalPath = Annotated[str, AfterValidator(_local_path)]
-ScheduleName = Annotated[
-    str, AfterValidator(_known_schedule), WithJsonSchema({"type": "string", "enum": list(SCHEDULES)})
-]
+
+
+def _schedule_names(json_schema: dict[str, Any]) -> None:
+    from muon_dist.numerics import SCHEDULES  # imports torch
+
+    json_schema["enum"] = list(SCHEDULES)
+
+
+ScheduleName = Annotated[str, AfterValidator(_known_schedule), Field(json_schema_extra=_schedule_names)]
 
 
 class Block(BaseModel):

@@ -19,7 +19,6 @@ from muon_dist.config.redact import redact
 from muon_dist.config.schema import Config, GroupConfig, MuonConfig, SourceConfig
 from muon_dist.config.source import Keys
 from muon_dist.errors import ConfigError, RoutingError
-from muon_dist.numerics.schedules import get_schedule
 
 Found = Iterator[tuple[Keys, str]]
 
@@ -222,6 +221,8 @@ def _model(config: Config) -> Found:
 
 
 def _optimizer(config: Config) -> Found:
+    from muon_dist.numerics import get_schedule  # imports torch: seconds, which a file that is missing should not cost
+
     muon, routing = config.optimizer.muon, config.optimizer.routing
     schedule = get_schedule(muon.ns_schedule)
     try:

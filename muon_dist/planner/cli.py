@@ -57,13 +57,14 @@ def plan(
 ) -> None:
     """Memory, bytes by link, Newton-Schulz balance and overhead of a run on any number of machines; needs no GPU."""
     from muon_dist.config import load_config
+
+    given = load_config(config, overrides or [])  # first: what is wrong with the file is said before torch is imported
     from muon_dist.planner.advice import advise
     from muon_dist.planner.devices import find_device
     from muon_dist.planner.plan import make_plan
     from muon_dist.planner.report import show
 
     chosen = find_device(device)
-    given = load_config(config, overrides or [])
     kind = layout or layout_of(given)
     workload, settings = unpack(given)
     settings = replace(settings, ordered=order and settings.ordered)

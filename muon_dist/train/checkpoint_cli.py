@@ -10,12 +10,16 @@ from typing import Annotated, Optional
 
 import typer
 
+from muon_dist.arguments import existing_run
 from muon_dist.errors import CheckpointError
 
 app = typer.Typer(name="checkpoint", help="Look at, verify and convert checkpoints.", no_args_is_help=True)
 
 Source = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A run folder, a folder of checkpoints, or one checkpoint.")
+    Path,
+    typer.Argument(
+        metavar="PATH", callback=existing_run, help="A run folder, a folder of checkpoints, or one checkpoint."
+    ),
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")]
 

@@ -1,0 +1,14 @@
+"""Checks of command-line arguments that need neither torch nor transformers, so that a typo is said at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from muon_dist.errors import CheckpointError
+
+
+def existing_run(path: Path) -> Path:
+    """`path`, if there is such a file or folder; CheckpointError otherwise."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder; name a run folder, such as runs/quickstart, or a checkpoint")
+    return path

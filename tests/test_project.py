@@ -1,0 +1,84 @@
+"""`muon-dist init` and what comes with the package."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from muon_dist.config import load_config
+from muon_dist.errors import FileError
+from muon_dist.project import init, packaged
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_project_holds_every_configuration_and_can_be_read(tmp_path: Path) -> None:
+    written = init(tmp_path / "new" / "project")
+    assert written == sorted(written) and all(path.is_file() for path in written)
+    ours = {p.relative_to(ROOT) for kind in ("*.yaml", "*.json") for p in (ROOT / "configs").rglob(kind)}
+    found = {p.relative_to(tmp_path / "new" / "project") for p in written}
+    assert ours <= found
+    for path in sorted((tmp_path / "new" / "project" / "configs").glob("*.yaml")):
+        if not path.name.startswith("_"):
+            load_config(path)
+
+
+def test_launch_files_of_a_project_start_without_the_checkout(tmp_path: Path) -> None:
+    init(tmp_path)
+    command = ["bash", "launch/torchrun.sh", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--nproc-per-node" in done.stdout, done.stderr
+
+
+def test_nothing_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(FileError, match=r"README\.md exists already"):
+        init(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_packaged_files_are_found() -> None:
+    assert packaged("configs/quickstart.yaml").is_file()
+    assert packaged("launch/torchrun.sh").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "no.yaml"], "no.yaml: no such file"),
+        (["plan", "no.yaml"], "no.yaml: no such file"),
+        (["prepare", "no.yaml"], "no.yaml: no such file"),
+        (["eval", "nowhere"], "nowhere: no such folder"),
+        (["export", "nowhere", "out"], "nowhere: no such folder"),
+        (["checkpoint", "list", "nowhere"], "nowhere: no such folder"),
+        (["generate", "nowhere", "--tokens", "0"], "--tokens"),
+    ],
+)
+def test_a_mistyped_path_does_not_wait_for_torch(tmp_path: Path, arguments: list[str], message: str) -> None:
+    script = (
+        "import sys\nfrom muon_dist.cli import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
+        "    print('imported:', [n for n in ('torch', 'transformers', 'deepspeed') if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0 and message in done.stderr, done.stderr
+    assert "imported: []" in done.stdout
+
+
+def test_help_version_and_completion(tmp_path: Path) -> None:
+    def printed(*arguments: str) -> str:
+        script = "import sys; from muon_dist.cli import main; main(sys.argv[1:])"
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert printed("--version").startswith("muon_dist ")
+    for command in (["-h"], ["train", "-h"], ["bench", "step", "--help"]):
+        shown = printed(*command)
+        assert "Usage" in shown and "<bool>" not in shown
+    assert "--install-completion" in printed("--help")
