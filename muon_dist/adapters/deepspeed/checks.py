@@ -32,11 +32,14 @@ _ONE_RATE = {
 }
 
 
+_AUTO_EP = "AutoEP (expert_parallel): use deepspeed.moe.layer.MoE, or the experts of the model as they are"
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse a DeepSpeed configuration under which accelerate or the Trainer would replace our optimizer or its rates.
 
     Raises FrameworkError: an "optimizer" block; a "scheduler" block that gives all groups one rate; optimizer offload
-        without `zero_force_ds_cpu_optimizer: false`.
+        without `zero_force_ds_cpu_optimizer: false`; AutoEP, which replaces the experts.
     """
     if "optimizer" in config:
         raise FrameworkError(
@@ -44,6 +47,8 @@ def check_config(config: Mapping[str, Any]) -> None:
             'block, and Muon is never made. Remove the "optimizer" block'
         )
     check_scheduler(config)
+    if (config.get("expert_parallel") or {}).get("enabled"):
+        raise FrameworkError(f"muon_dist under DeepSpeed {deepspeed.__version__} cannot be exact with {_AUTO_EP}")
     offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         raise FrameworkError(
@@ -150,7 +155,7 @@ def _of_model_parallelism(engine: DeepSpeedEngine) -> Iterator[str]:
         )
     expert_config = engine._config.expert_parallel_config
     if expert_config is not None and expert_config.enabled:
-        yield "AutoEP (expert_parallel): use deepspeed.moe.layer.MoE, or the experts of the model as they are"
+        yield _AUTO_EP
     others = {
         "AutoTP (tensor_parallel)": tensor,
         "DeepSpeed's MoE layers": experts,
