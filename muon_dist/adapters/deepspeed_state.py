@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,54 +13,65 @@ from muon_dist.adapters import module_state
 from muon_dist.adapters.muon_state import kept_by_all, muon_pieces
 from muon_dist.checkpoint import BUFFER, WEIGHT, Checkpoint, Holding, Piece
 from muon_dist.checkpoint.piece import MOMENTUM as MOMENTUM_KIND
-from muon_dist.checkpoint.piece import clean_name, run, shaped, whole
+from muon_dist.checkpoint.piece import clean_name, shaped, whole
 from muon_dist.errors import CheckpointError
-from muon_dist.layout import StoredParameter
+from muon_dist.layout import Fragment, StoredParameter
 from muon_dist.optim.binding import ParameterSpec
 from muon_dist.optim.muon import Muon
 from muon_dist.optim.state import MOMENTUM, is_own
 from muon_dist.routing import logical_shape
+
+if TYPE_CHECKING:
+    from muon_dist.adapters.deepspeed.parallel import Held, Parallelism
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 
 
 def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
-    """What this rank holds of an engine; a collective when its Muon has not planned yet. See `module_state.holding`.
+    """What this rank holds of an engine. See `module_state.holding`.
+
+    A collective when its Muon has not planned yet, and under AutoTP and with experts.
 
     Raises:
         FrameworkError: an optimizer wrapper of which the layout is not known; names it.
     """
     # Here, so that importing this module does not import DeepSpeed.
+    from muon_dist.adapters.deepspeed.parallel import Parallelism
     from muon_dist.adapters.deepspeed.storage import read
 
-    optimizer = engine.basic_optimizer
-    if engine.optimizer is optimizer:
+    optimizer, parallelism = engine.basic_optimizer, Parallelism(engine)
+    if engine.optimizer is optimizer and not parallelism.sharded:
         return module_state.holding(engine.module, optimizer, dist.get_world_size(), source=source)
-    specs = {id(p): ParameterSpec(clean_name(name), logical_shape(p)) for name, p in engine.module.named_parameters()}
-    storage = read(engine, specs)
+    named = list(engine.module.named_parameters())
+    held = {id(p): parallelism.held(name, p) for name, p in named} if parallelism.sharded else {}
+    shapes = {id(p): held[id(p)].shard.shape if held else logical_shape(p) for _, p in named}
+    specs = {id(p): ParameterSpec(clean_name(name), shapes[id(p)]) for name, p in named}
+    storage = read(engine, specs, parallelism)
     stored = {p.name for b in storage.buffers for p in b.parameters}
-    pieces = _outside(engine, stored)
+    places = _HeldPlaces(storage.held) if storage.held else module_state.Places([], dist.get_world_size())
+    pieces = _outside(engine, parallelism, stored, source is not None)
     copied: set[int] = set()
     if isinstance(optimizer, Muon):
         pieces += muon_pieces(optimizer, source)
         copied = kept_by_all(optimizer)
-    everyone = tuple(range(dist.get_world_size())) if storage.kind == "replicated" else ()
     checks: list[Callable[[], None]] = []
-    places = module_state.Places([], dist.get_world_size())
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for buffer in storage.buffers:
-        pieces += _parts(buffer.parameters, WEIGHT, buffer.tensor, everyone)
-        if storage.kind == "replicated":
-            (parameter,) = buffer.parameters
+        tensor = buffer.tensor
+        if storage.by_tensor:
+            name = storage.held[id(tensor)].name if storage.held else buffer.parameters[0].name
             if source is not None:
-                module_state.make_state(optimizer, buffer.tensor, parameter.name, source, groups[id(buffer.tensor)])
-            pieces += module_state.state_pieces(optimizer, parameter.name, buffer.tensor, places)
-            if id(buffer.tensor) in copied:
-                momentum = optimizer.state[buffer.tensor][MOMENTUM]
-                pieces += whole(parameter.name, MOMENTUM_KIND, parameter.shape, momentum, everyone)
-        else:
-            pieces += _buffer_state(optimizer, buffer.tensor, buffer.parameters, source, checks)
+                module_state.make_state(optimizer, tensor, name, source, groups[id(tensor)])
+            pieces += places.pieces(name, WEIGHT, tensor, tensor)
+            pieces += module_state.state_pieces(optimizer, name, tensor, places)
+            if id(tensor) in copied:
+                pieces += places.pieces(name, MOMENTUM_KIND, optimizer.state[tensor][MOMENTUM], tensor)
+            continue
+        pieces += _parts(buffer.parameters, WEIGHT, tensor, source is not None)
+        pieces += _buffer_state(optimizer, tensor, buffer.parameters, source, checks)
+        if id(tensor) in copied:
+            pieces += _parts(buffer.parameters, MOMENTUM_KIND, optimizer.state[tensor][MOMENTUM], source is not None)
 
     def finish() -> None:
         for check in checks:
@@ -70,16 +82,51 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
     return Holding(storage.kind, pieces, finish)
 
 
-def _parts(
-    parameters: list[StoredParameter], kind: str, tensor: torch.Tensor, holders: tuple[int, ...] = ()
-) -> list[Piece]:
-    """What this rank holds of some parameters in one of its flat tensors."""
-    rank = dist.get_rank()
+class _HeldPlaces(module_state.Places):
+    """Where the tensors of stage 0 lie of which ranks hold different parts. held: by `id()` of the tensors."""
+
+    def __init__(self, held: Mapping[int, Held]) -> None:
+        super().__init__([], dist.get_world_size())
+        self._held = held
+
+    def ranks(self, parameter: torch.Tensor) -> tuple[int, ...]:
+        return self._held[id(parameter)].holders
+
+    def pieces(self, name: str, kind: str, tensor: Any, like: Any) -> list[Piece]:
+        return _of(self._held[id(like)], kind, tensor)
+
+
+def _of(held: Held, kind: str, tensor: torch.Tensor) -> list[Piece]:
+    """The pieces of a tensor that lies as `held` says."""
     return [
-        Piece(p.name, kind, p.shape, f.block, shaped(tensor.data, f.local), holders)
-        for p in parameters
-        for f in p.fragments.on(rank)
+        Piece(held.name, kind, held.shard.shape, block, shaped(tensor, place), held.holders)
+        for block, place in held.shard.blocks
     ]
+
+
+def _parts(parameters: list[StoredParameter], kind: str, tensor: torch.Tensor, loads: bool) -> list[Piece]:
+    """What this rank holds of some parameters in one of its flat tensors, or, to save, what it is to write of them."""
+    return [
+        Piece(p.name, kind, p.shape, f.block, shaped(tensor.data, f.local))
+        for p in parameters
+        for f in (p.fragments.on(dist.get_rank()) if loads else _written(p))
+    ]
+
+
+def _written(p: StoredParameter) -> list[Fragment]:
+    """The fragments of a parameter that this rank writes: all that it holds, or its part of one copy.
+
+    AutoTP leaves some parameters whole. Then each of its ranks has a copy, which ZeRO may cut at other places.
+    """
+    rank = dist.get_rank()
+    if int(p.fragments.length.sum()) == math.prod(p.shape):
+        return list(p.fragments.on(rank))
+    found, at = [], 0
+    for f in sorted(p.fragments, key=lambda f: (f.block.start, f.rank)):
+        if f.block.start == at:
+            found.append(f)
+            at = f.block.stop
+    return [f for f in found if f.rank == rank]
 
 
 def _buffer_state(
@@ -106,10 +153,10 @@ def _buffer_state(
         if not isinstance(value, torch.Tensor):
             raise CheckpointError(f"{type(optimizer).__name__} keeps {kind} as a {type(value).__name__}, not a tensor")
         if value.numel() == tensor.numel() and value.dim() > 0:
-            pieces += _parts(held, kind, value)
+            pieces += _parts(held, kind, value, source is not None)
         elif source is None:
             # one number for all parameters of the buffer, told by the rank that holds the first element of each
-            first = (p for p in held if any(f.block.start == 0 for f in p.fragments.on(dist.get_rank())))
+            first = (p for p in held if any(f.block.start == 0 for f in _written(p)))
             pieces += [piece for p in first for piece in whole(p.name, kind, (), value)]
         else:
             pieces += _one_number([p.name for p in held], kind, value, checks)
@@ -133,23 +180,29 @@ def _one_number(names: list[str], kind: str, value: torch.Tensor, checks: list[C
     return [p for name, number in found.items() for p in whole(name, kind, (), number)]
 
 
-def _outside(engine: Any, held: set[str]) -> list[Piece]:
-    """Frozen parameters and buffers, which no optimizer holds."""
-    everyone = tuple(range(dist.get_world_size()))
+def _outside(engine: Any, parallelism: Parallelism, stored: set[str], loads: bool) -> list[Piece]:
+    """Frozen parameters and buffers, which no optimizer holds. stored: the names of those that one holds. loads: list
+    every copy; to save, one."""
     pieces: list[Piece] = []
     tensor: Any
-    for kind, name, tensor in module_state.named_tensors(engine.module):
-        if kind == WEIGHT and name in held:
+    for kind, fqn, tensor in module_state.named_tensors(engine.module):
+        held = parallelism.held(fqn, tensor)
+        if kind == WEIGHT and held.name in stored:
             continue
         if kind == WEIGHT and hasattr(tensor, "ds_tensor"):
             local = tensor.ds_tensor.data
             start = local.numel() * dist.get_rank(tensor.ds_process_group)
             length = min(local.numel(), int(tensor.ds_numel) - start)
-            if length > 0:
-                pieces += run(name, kind, logical_shape(tensor), start, local.view(-1)[:length])
+            first = held.holders[0] == dist.get_process_group_ranks(tensor.ds_process_group)[0]
+            if length > 0 and (loads or first):
+                flat = local.view(-1)[:length]
+                pieces += [
+                    Piece(held.name, kind, held.shard.shape, block, shaped(flat, place))
+                    for block, place in held.shard.run(start, length)
+                ]
         else:
             assert kind in (WEIGHT, BUFFER)
-            pieces += whole(name, kind, tuple(tensor.shape), tensor, everyone)
+            pieces += _of(held, kind, tensor)
     return pieces
 
 

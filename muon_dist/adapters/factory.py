@@ -161,7 +161,10 @@ def _partitions(config: Mapping[str, Any] | None) -> int | None:
     zero = (config or {}).get("zero_optimization") or {}
     if zero.get("stage") not in (1, 2) or zero.get("round_robin_gradients", False):
         return None
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else None
+    if not torch.distributed.is_initialized():
+        return None
+    tensor = int((config.get("tensor_parallel") or {}).get("autotp_size", 1) or 1) if config else 1
+    return torch.distributed.get_world_size() // max(tensor, 1)
 
 
 def _keywords(function: Callable[..., Any], skip: str) -> set[str]:

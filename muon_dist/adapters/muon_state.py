@@ -35,7 +35,8 @@ def muon_pieces(optimizer: Muon, source: Checkpoint | None = None) -> list[Piece
     if source is not None:
         runtime.unmoved.clear()  # as far as anybody knows
     kept = kept_by_all(optimizer)
-    shapes = {spec.name: spec.shape for specs in optimizer.specs for spec in specs}
+    every = optimizer.specs if runtime.binding.specs is None else runtime.binding.specs
+    shapes = {spec.name: spec.shape for specs in every for spec in specs}
     pieces: list[Piece] = []
     for buffer in range(len(runtime.binding.buffers)):
         if id(runtime.binding.buffers[buffer]) not in kept:

@@ -9,6 +9,7 @@ from muon_dist.layout.matrix import Matrix, cut_parameter
 from muon_dist.layout.parameter import StoredParameter, matrix_layouts
 from muon_dist.layout.per_parameter import per_parameter_layout
 from muon_dist.layout.replicated import replicated_layout
+from muon_dist.layout.shard import Shard
 
 __all__ = [
     "Block",
@@ -19,6 +20,7 @@ __all__ = [
     "Matrix",
     "MatrixLayout",
     "PlacedParameter",
+    "Shard",
     "ShardedParameter",
     "StoredParameter",
     "cut_parameter",

@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from muon_dist.errors import LayoutError
+from muon_dist.layout.block import Block
 from muon_dist.layout.fragments import Fragments
 from muon_dist.layout.layout import Layout
 from muon_dist.layout.matrix import Matrix
@@ -178,6 +179,15 @@ def _blocks(
         ]
         found += ((shard, *block) for block in _product(shape, intervals) if block[1] * block[2])
     return tuple(np.array(found, dtype=np.int64).reshape(-1, 7).T)
+
+
+def blocks_of(shape: tuple[int, ...], intervals: list[list[Interval]]) -> list[tuple[Block, Block]]:
+    """The blocks of a flattened tensor of `shape` that `intervals` of each axis make, and where each lies in the
+    flattened local tensor of these intervals."""
+    found = _product(shape, intervals)
+    return [
+        (Block(a, rows, cols, b), Block(at, rows, cols, step)) for a, rows, cols, b, at, step in found if rows * cols
+    ]
 
 
 def _product(shape: tuple[int, ...], intervals: list[list[Interval]]) -> list[tuple[int, ...]]:

@@ -50,6 +50,7 @@ class Binding:
         stored_rows: as `stored`, of what the owner of a matrix keeps for its output features, a 1-D tensor; given the
             number of the matrix in the layout.
         fragments: given name and tensor of any parameter, which elements of it this rank's part is.
+        specs: the parameters that all ranks step, where these step different ones (experts); None: the optimizer's.
         before_step: raises FrameworkError where the framework is in a mode that the step cannot follow.
     """
 
@@ -70,6 +71,7 @@ class Binding:
         default=lambda plan, matrix, rows: rows
     )
     fragments: Callable[[str, torch.Tensor], Sequence[Fragment]] = field(default=_all_of)
+    specs: Sequence[Sequence[ParameterSpec]] | None = None
     before_step: Callable[[], None] = field(default=lambda: None)
 
 

@@ -16,7 +16,7 @@ from muon_dist.optim.rules.choice import closest
 from muon_dist.optim.rules.entries import ALGORITHMS, check_not_negative, check_number, refuse_unknown
 from muon_dist.optim.rules.scale import update_scale
 
-_OWN = {"params", "param_names", "name", "algorithm", "cuts", "rule", "rule_options"}
+_OWN = {"params", "param_names", "name", "algorithm", "cuts", "rule", "rule_options", "moe"}
 # What schedulers of torch write into groups, also before the optimizer is made anew.
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 # Keys of other optimizers, and the line to write here.

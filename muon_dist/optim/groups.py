@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,7 @@ from muon_dist.routing import (
     RoutingTable,
     SplitRule,
     announce,
+    expert_group,
     fold,
     route,
     routed_groups,
@@ -81,7 +83,22 @@ def param_groups(
     adamw_lr = lr if adamw_lr is None else adamw_lr
     adamw_weight_decay = weight_decay if adamw_weight_decay is None else adamw_weight_decay
     rates = {"muon": (lr, weight_decay), "adamw": (adamw_lr, adamw_weight_decay)}
-    return [_group(g, parameters, *rates[g.algorithm], partitions) for g in routed_groups(table)]
+    return [
+        _group(part, parameters, *rates[g.algorithm], partitions)
+        for g in routed_groups(table)
+        for part in _by_experts(g, parameters)
+    ]
+
+
+def _by_experts(group: RoutedGroup, parameters: Mapping[str, nn.Parameter]) -> list[RoutedGroup]:
+    """The group, without the experts of DeepSpeed's MoE layers, and those: ZeRO cuts them over other ranks."""
+    members: dict[str | None, list[Route]] = {}
+    for r in group.routes:
+        members.setdefault(expert_group(parameters[r.fqn]), []).append(r)
+    return [
+        replace(group, routes=tuple(routes), name=group.name if ranks is None else ranks)
+        for ranks, routes in sorted(members.items(), key=lambda entry: entry[0] or "")
+    ]
 
 
 def _group(
@@ -92,7 +109,9 @@ def _group(
     partitions: int | None,
 ) -> dict[str, Any]:
     """A group for `Muon`. parameters: by name. lr, weight_decay: where the group has none of its own."""
-    routes = group.routes if group.algorithm != "muon" else _in_partition_order(group.routes, partitions)
+    experts = expert_group(parameters[group.routes[0].fqn]) is not None
+    ordered = group.algorithm == "muon" and not experts  # `partitions` are the ranks of the other groups
+    routes = _in_partition_order(group.routes, partitions) if ordered else group.routes
     made: dict[str, Any] = {
         "params": [parameters[r.fqn] for r in routes],
         "param_names": [r.fqn for r in routes],
@@ -101,6 +120,8 @@ def _group(
     }
     if group.algorithm == "muon":
         made["cuts"] = [_cut(r) for r in routes]
+    if experts:
+        made["moe"] = True  # DeepSpeed looks for it, and for the name of the ranks in `name`
     rates = {"lr": lr, "weight_decay": _decay(group, weight_decay)}
     made.update((key, value) for key, value in rates.items() if value is not None)
     return {**made, **copy.deepcopy(dict(group.options))}

@@ -37,7 +37,7 @@ def agreed_plan(
     cost = agreed_cost(options.cost, binding, groups, group_of)
 
     def made() -> tuple[OwnershipPlan, list[tuple[str, object]]]:
-        check_covers(specs, binding)
+        check_covers(specs if binding.specs is None else binding.specs, binding)
         plan = owners_for(binding, groups, group_of, options, cost)
         if options.ns_compile:
             check_compiler(binding.device)

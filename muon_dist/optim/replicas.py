@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from muon_dist.errors import ReplicaError
 from muon_dist.exchange.transport import Transport
+from muon_dist.layout import view
 from muon_dist.optim.binding import Binding
 from muon_dist.ranks import Ranks
 
@@ -175,10 +176,12 @@ def check_copies(binding: Binding) -> None:
     layout, local = binding.layout, binding.local
     names = {m.buffer: m.matrix.parameter for m in layout.matrices}
     # Copies that lie across the columns: a plain tensor, or one on a part of the mesh, beside sharded ones.
+    models = max(len(set(layout.domains)), 1)
     across = {
         m.buffer
         for i, m in enumerate(layout.matrices)
-        if int(m.fragments.length.sum()) > m.matrix.numel and not layout.relayed(i)
+        if (held := int(m.fragments.length.sum())) > m.matrix.numel
+        and (held > models * m.matrix.numel or not layout.relayed(i))
     }
     found: dict[str, list[tuple[int, str, torch.Tensor | None]]] = {NEVER_EQUAL: [], NOT_AVERAGED: []}
     for i, p in enumerate(binding.buffers):
@@ -200,24 +203,42 @@ def check_copies(binding: Binding) -> None:
 
 
 def _check_across(binding: Binding, some: Sequence[tuple[int, str, torch.Tensor | None]], message: str) -> None:
-    """Compare tensors over all ranks that hold the same elements of them, whichever these are. A collective."""
+    """Compare fragments over all ranks that hold the same elements, whichever these are. A collective.
+
+    By fragments, because a flat buffer of ZeRO holds copies beside what only this rank has.
+    """
     ranks = Ranks(binding.group)
-    every = ranks.gather([None if t is None else int(checksum(t)) for _, _, t in some])
+    every = ranks.gather([_sums(binding, ranks.rank, buffer, tensor) for buffer, _, tensor in some])
     globally = dist.get_process_group_ranks(binding.group) if binding.group is not None else list(range(len(every)))
-    parts = []
-    for place, (buffer, name, _) in enumerate(some):
-        fragments = [m.fragments for m in binding.layout.matrices if m.buffer == buffer]
-        holders: dict[int, dict[int, int]] = {}
+    found: dict[str, str] = {}
+    for place in range(len(some)):
+        holders: dict[_Elements, dict[int, int]] = {}
         for rank, sums in enumerate(every):
-            total = sums[place]
-            if total is not None:
-                held = hash(tuple((f.start.tobytes(), f.cols.tobytes()) for f in (f.on(rank) for f in fragments)))
-                holders.setdefault(held, {})[rank] = total
-        for values in holders.values():
+            for elements, total in sums[place].items():
+                holders.setdefault(elements, {})[rank] = total
+        for elements, values in holders.items():
             if len({*values.values()}) > 1:
-                parts.append(f"{name}: {_odd(values, [globally[r] for r in values])}")
-    if parts:
-        raise ReplicaError(message.format(found="; ".join(parts[:3]), world=len(every)))
+                name = binding.layout.matrices[elements[0]].matrix.parameter
+                found.setdefault(name, f"{name}: {_odd(values, [globally[r] for r in values])}")
+    if found:
+        raise ReplicaError(message.format(found="; ".join([*found.values()][:3]), world=len(every)))
+
+
+_Elements = tuple[int, int, int, int]
+"""Index of a matrix in the layout; first element, rows and columns of a block of it."""
+
+
+def _sums(binding: Binding, rank: int, buffer: int, tensor: torch.Tensor | None) -> dict[_Elements, int]:
+    """Checksums of what `rank` holds in `tensor`, laid out as buffer number `buffer`, of matrices that have copies."""
+    if tensor is None:
+        return {}
+    flat = tensor.contiguous().view(-1)
+    return {
+        (i, f.block.start, f.block.rows, f.block.cols): int(checksum(view(flat, f.local)))
+        for i, m in enumerate(binding.layout.matrices)
+        if m.buffer == buffer and int(m.fragments.length.sum()) > m.matrix.numel
+        for f in m.on(rank)
+    }
 
 
 def _odd(values: Mapping[int, int], names: Sequence[int]) -> str:

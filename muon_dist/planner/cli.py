@@ -182,8 +182,8 @@ def axes_of(config: Config, layout: str) -> dict[str, int]:
     size = int(tensor.get("autotp_size", (tensor.get("tp") or {}).get("tp_size", 0)) or 0)
     if size > 1:
         raise ConfigError(
-            f"deepspeed.tensor_parallel.autotp_size: {size}: the layout of DeepSpeed's AutoTP is not planned: remove "
-            f"tensor_parallel, or plan the same sizes as --layout fsdp2 --tp {size}"
+            f"deepspeed.tensor_parallel.autotp_size: {size}: Muon runs under DeepSpeed's AutoTP, but plan does not "
+            f"know how it cuts a model: remove tensor_parallel, or plan --layout fsdp2 --tp {size}"
         )
     return {**axes, "sp": max(axes.get("sp", 1), int(settings.get("sequence_parallel_size", 1)))}
 

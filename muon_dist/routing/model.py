@@ -30,6 +30,14 @@ def logical_shape(p: torch.Tensor) -> tuple[int, ...]:
     return tuple(int(n) for n in getattr(p, "ds_shape", p.shape))
 
 
+def expert_group(p: torch.Tensor) -> str | None:
+    """The name of the ranks over which a MoE layer of DeepSpeed copies an expert; None for what is no such expert's.
+
+    `deepspeed.moe.layer.MoE` marks the parameters of its experts so: no others average their gradients over all ranks.
+    """
+    return None if getattr(p, "allreduce", True) else getattr(p, "group_name", None)
+
+
 @dataclass(frozen=True)
 class Use:
     """One place in the module tree where a parameter is registered.

@@ -413,6 +413,7 @@ def test_attach_takes_an_engine():
     [
         ({"optimizer": {"type": "AdamW"}}, 'has an "optimizer" block'),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "zero_force_ds_cpu_optimizer"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "AutoEP"),
     ],
 )
 def test_a_configuration_that_would_replace_muon_is_refused(config, message):

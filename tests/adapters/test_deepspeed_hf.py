@@ -57,7 +57,16 @@ class _InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def _train(config: str | None, folder: str, save: bool = False, resume: bool = False) -> dict[str, Any]:
+def _configuration(name: str, tensor: int) -> Any:
+    path = ROOT / "configs" / "deepspeed" / name
+    if tensor == 1:
+        return str(path)
+    return {**json.loads(path.read_text()), "tensor_parallel": {"autotp_size": tensor}}
+
+
+def _train(
+    config: str | None, folder: str, save: bool = False, resume: bool = False, tensor: int = 1
+) -> dict[str, Any]:
     _environment()
     deepspeed.init_distributed("gloo", verbose=False)
     if config is not None:
@@ -68,7 +77,7 @@ def _train(config: str | None, folder: str, save: bool = False, resume: bool = F
     args = TrainingArguments(
         output_dir=folder,
         max_steps=STEPS,
-        per_device_train_batch_size=GLOBAL_BATCH // (2 * dist.get_world_size()),
+        per_device_train_batch_size=GLOBAL_BATCH * tensor // (2 * dist.get_world_size()),
         gradient_accumulation_steps=2,
         learning_rate=0.02,
         lr_scheduler_type="linear",
@@ -79,7 +88,7 @@ def _train(config: str | None, folder: str, save: bool = False, resume: bool = F
         use_cpu=config is None,  # accelerate leaves DeepSpeed out when told to use the CPU
         accelerator_config={"use_configured_state": config is not None},
         disable_tqdm=True,
-        deepspeed=None if config is None else str(ROOT / "configs" / "deepspeed" / config),
+        deepspeed=None if config is None else _configuration(config, tensor),
         max_grad_norm=0.0,
     )
     watch = _Watch()
@@ -117,6 +126,15 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The same Trainer on one process without DeepSpeed."""
     (result,) = run_ranks(_train, 1, None, str(tmp_path_factory.mktemp("plain")), timeout=200.0)
     return result
+
+
+@pytest.mark.slow
+def test_stock_trainer_trains_the_same_under_tensor_parallelism(plain, tmp_path):
+    """Two ranks hold a layer together and get the same samples; two copies of each."""
+    by_rank = run_ranks(_train, 4, "zero1.json", str(tmp_path), False, False, 2, timeout=200.0)
+    for result in by_rank:
+        assert result["layout"] == "flat" and result["losses"] == pytest.approx(plain["losses"], abs=2e-5)
+    assert sum(result["calls"] for result in by_rank) == STEPS * plain["matrices"]
 
 
 MORE = ("zero1.json", "zero2.json", "zero3_offload.json")

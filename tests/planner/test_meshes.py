@@ -197,7 +197,7 @@ def test_a_model_without_a_plan_of_transformers() -> None:
 
 
 def test_a_deepspeed_configuration_with_parallelism(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ulysses is planned, AutoTP refused: Muon refuses it too."""
+    """Ulysses is planned, AutoTP is not."""
     file = tmp_path / "zero.json"
     config = ["plan", str(ROOT / "configs" / "llama-7b.yaml"), f"deepspeed={file}", "--json", "--no-advice"]
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "sequence_parallel_size": 2}))

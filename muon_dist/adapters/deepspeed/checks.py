@@ -9,13 +9,16 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.module_inject.layers import Conv_LinearALlreduce, conv_LinearLayer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
+from muon_dist.adapters.deepspeed.storage import model_parameters
 from muon_dist.errors import ConfigError, FrameworkError
 from muon_dist.failures import one_line
 from muon_dist.optim.muon import Muon
+from muon_dist.routing import expert_group
 
 # Schedulers that set one rate for every parameter group, and the setting that holds it: DeepSpeed's own, then torch's.
 # All others multiply the rate of each group.
@@ -29,11 +32,14 @@ _ONE_RATE = {
 }
 
 
+_AUTO_EP = "AutoEP (expert_parallel): use deepspeed.moe.layer.MoE, or the experts of the model as they are"
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """Refuse a DeepSpeed configuration under which accelerate or the Trainer would replace our optimizer or its rates.
 
     Raises FrameworkError: an "optimizer" block; a "scheduler" block that gives all groups one rate; optimizer offload
-        without `zero_force_ds_cpu_optimizer: false`.
+        without `zero_force_ds_cpu_optimizer: false`; AutoEP, which replaces the experts.
     """
     if "optimizer" in config:
         raise FrameworkError(
@@ -41,6 +47,8 @@ def check_config(config: Mapping[str, Any]) -> None:
             'block, and Muon is never made. Remove the "optimizer" block'
         )
     check_scheduler(config)
+    if (config.get("expert_parallel") or {}).get("enabled"):
+        raise FrameworkError(f"muon_dist under DeepSpeed {deepspeed.__version__} cannot be exact with {_AUTO_EP}")
     offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
     if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
         raise FrameworkError(
@@ -128,17 +136,56 @@ def _refusals(engine: DeepSpeedEngine) -> Iterator[str]:
         yield "torch_autocast in float16, whose scaler may skip a step on one rank alone: use bfloat16"
     if engine.pipeline_parallelism and stage > 1:
         yield "pipeline parallelism above ZeRO stage 1, which DeepSpeed's own engine does not run: use stage 0 or 1"
-    # What DeepSpeed calls model parallelism are the stages of a pipeline as well.
-    sliced = getattr(wrapper, "model_parallel_group", None) is not None
-    if engine.pipeline_parallelism:
-        sliced = engine.mpu.get_slice_parallel_world_size() > 1
-    if engine.autotp_size() > 1 or sliced:
-        yield "tensor parallelism"
-    if engine.has_moe_layers:
-        yield "DeepSpeed's own MoE layers and their expert-parallel groups: use the model's own experts"
+    yield from _of_model_parallelism(engine)
     marked = [name for name, p in engine.module.named_parameters() if getattr(p, "use_muon", False)]
     if marked:
         yield f"a `use_muon` attribute on {marked[0]}, which turns on DeepSpeed's own Muon as well: remove it"
+
+
+def _of_model_parallelism(engine: DeepSpeedEngine) -> Iterator[str]:
+    """What DeepSpeed calls model parallelism are the stages of a pipeline as well."""
+    tensor, experts = engine.autotp_size() > 1, engine.has_moe_layers
+    sliced = getattr(engine.optimizer, "model_parallel_group", None) is not None
+    if engine.pipeline_parallelism:
+        sliced = engine.mpu.get_slice_parallel_world_size() > 1
+    if sliced and not tensor:
+        yield (
+            "tensor parallelism of an mpu, which does not say how it has cut the weights: use DeepSpeed's AutoTP "
+            '("tensor_parallel": {"autotp_size": N})'
+        )
+    expert_config = engine._config.expert_parallel_config
+    if expert_config is not None and expert_config.enabled:
+        yield _AUTO_EP
+    others = {
+        "AutoTP (tensor_parallel)": tensor,
+        "DeepSpeed's MoE layers": experts,
+        "a PipelineModule": engine.pipeline_parallelism,
+        "sequence parallelism": engine.sequence_parallel_size > 1,
+    }
+    together = [name for name, there in others.items() if there]
+    if (tensor or experts) and len(together) > 1:
+        yield f"{' and '.join(together)} together, which was not tried: leave one of them out"
+    if tensor:
+        for name, module in engine.module.named_modules():
+            if isinstance(module, (conv_LinearLayer, Conv_LinearALlreduce)):
+                yield f"AutoTP of {name}, a Conv1D, of which it describes another cut than it makes: leave it out"
+
+
+def check_expert_groups(engine: DeepSpeedEngine) -> None:
+    """Raise FrameworkError for parameters that ZeRO has cut over other ranks than hold copies of them."""
+    wrapper: Any = engine.optimizer
+    for index, group in enumerate(model_parameters(wrapper) or []):
+        names = {expert_group(p) for p in group}
+        over = dist.get_process_group_ranks(wrapper.real_dp_process_group[index])
+        for name in names:
+            copies = wrapper.dp_process_group if name is None else engine.expert_data_parallel_group[name]
+            if dist.get_process_group_ranks(copies) != over:
+                raise FrameworkError(
+                    f"group {index} of Muon is cut over ranks {over}, and holds parameters of which ranks "
+                    f"{dist.get_process_group_ranks(copies)} hold copies: the experts of each ep_size of DeepSpeed's "
+                    'MoE layers need groups of their own, with "moe": True and the name of their ranks '
+                    '("ep_size_2"): make Muon of muon_dist.param_groups(model), which makes such groups'
+                )
 
 
 def check_engine(engine: DeepSpeedEngine, optimizer: Muon) -> None:

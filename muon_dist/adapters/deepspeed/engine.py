@@ -16,12 +16,13 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from muon_dist.adapters.deepspeed.checks import check_engine, one_group
+from muon_dist.adapters.deepspeed.checks import check_engine, check_expert_groups, one_group
 from muon_dist.adapters.deepspeed.gradients import Clip, is_finite
 from muon_dist.adapters.deepspeed.layouts import parts
+from muon_dist.adapters.deepspeed.parallel import Parallelism
 from muon_dist.errors import FrameworkError
 from muon_dist.optim.adamw import adamw_state
-from muon_dist.optim.binding import Binding, Bound, NotReady
+from muon_dist.optim.binding import Binding, Bound, NotReady, holders_of_copies
 from muon_dist.optim.muon import Muon
 
 WRAPPERS = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer, FP16_UnfusedOptimizer)
@@ -119,10 +120,13 @@ def _with_subclasses(classes: Iterable[type]) -> Iterator[type]:
 def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
     check_engine(engine, optimizer)
     wrapper: Any = engine.optimizer
+    parallelism = Parallelism(engine)
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         one_group(wrapper.dp_process_group, wrapper.sub_group_process_groups)
     elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
-        one_group(wrapper.dp_process_group, wrapper.real_dp_process_group)
+        check_expert_groups(engine)
+    elif parallelism.sharded and isinstance(wrapper, (FP16_UnfusedOptimizer, Muon)):
+        pass  # every rank that saves has all of its momentum: see `everywhere` below
     elif isinstance(wrapper, (FP16_UnfusedOptimizer, Muon)):
         # DeepSpeed saves the optimizer of rank 0 alone, while momentum lives on its owners. It calls this hook on all
         # ranks before a save.
@@ -131,13 +135,26 @@ def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
         hooked.checkpoint_event_epilogue = optimizer.release_state
     else:
         raise FrameworkError(f"Muon is inside a {type(wrapper).__name__}, of which muon_dist does not know the layout")
-    layout, buffers, groups, others, group = parts(engine, optimizer)
-    for tensor in (*buffers, *others):
+    found = parts(engine, optimizer, parallelism)
+    for tensor in (*found.buffers, *found.others):
         if tensor.dtype != torch.float32 and not isinstance(wrapper, Muon):
             raise FrameworkError(f"master weights in {tensor.dtype}: leave out *_master_weights_and_grads")
     # DeepSpeed links the state of all groups after the first group's step: what is not there by then, it never sees.
-    for tensor in others:
+    for tensor in found.others:
         if "exp_avg" not in optimizer.state[tensor]:
             optimizer.state[tensor].update(adamw_state(tensor))
-    binding = Binding(layout, tuple(buffers), group, engine.device, clip, finite=lambda: is_finite(wrapper))
-    return binding, groups
+    storage = found.storage
+    by_the_wrapper = not (parallelism.sharded and storage.by_tensor)  # else its norm lacks the experts'
+    binding = Binding(
+        found.layout,
+        tuple(found.buffers),
+        storage.ranks,
+        engine.device,
+        clip,
+        finite=lambda: is_finite(wrapper) if by_the_wrapper else None,
+        column=storage.column,
+        # DeepSpeed saves what each rank's tensors are stepped with: momentum that lies on another rank it would lose.
+        everywhere=lambda plan, wanted: holders_of_copies(plan, wanted or parallelism.sharded),
+        specs=found.specs,
+    )
+    return binding, found.group_of

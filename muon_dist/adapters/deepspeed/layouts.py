@@ -2,55 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from muon_dist.adapters.deepspeed.parallel import Parallelism
 from muon_dist.adapters.deepspeed.storage import Buffer, Storage, model_parameters, read
+from muon_dist.checkpoint.piece import clean_name
 from muon_dist.errors import LayoutError
 from muon_dist.layout import Layout, StoredParameter, matrix_layouts
-from muon_dist.layout.replicated import copies_on_all
 from muon_dist.optim.binding import ParameterSpec
 from muon_dist.optim.muon import Muon
 from muon_dist.routing import logical_shape
 
-Tensors = list[torch.Tensor]
-Parts = tuple[Layout, Tensors, dict[int, int], Tensors, dist.ProcessGroup | None]
-"""layout, Muon's buffers, the parameter group of each, AdamW's tensors, the ranks of the layout"""
 
-
-def parts(engine: Any, optimizer: Muon) -> Parts:
+@dataclass(frozen=True)
+class Parts:
     """What Muon steps of an engine.
+
+    Attributes:
+        layout: of the buffers.
+        buffers: Muon's.
+        group_of: index of the parameter group of each.
+        others: AdamW's tensors.
+        storage: from which they come.
+        specs: what all ranks step, where they step different parameters; None: this optimizer's.
+    """
+
+    layout: Layout
+    buffers: list[torch.Tensor]
+    group_of: dict[int, int]
+    others: list[torch.Tensor]
+    storage: Storage
+    specs: list[list[ParameterSpec]] | None
+
+
+def parts(engine: Any, optimizer: Muon, parallelism: Parallelism) -> Parts:
+    """What Muon steps of an engine. A collective where the ranks hold different parts of the model.
 
     Raises:
         LayoutError: DeepSpeed holds other parameters than the optimizer was given.
         FrameworkError: see `storage.read`.
     """
     given = model_parameters(engine.optimizer) or [group["params"] for group in optimizer.param_groups]
+    match = _by_name(engine, parallelism) if parallelism.sharded else _by_order
     specs = {
         id(p): spec
         for index, (parameters, of_group) in enumerate(zip(given, optimizer.specs, strict=True))
-        for p, spec in _matched(parameters, of_group, index)
+        for p, spec in match(parameters, of_group, index)
     }
-    storage = read(engine, specs)
+    storage = read(engine, specs, parallelism)
     muon = [b for b in storage.buffers if _is_muon(b, optimizer)]
     others = [b.tensor for b in storage.buffers if not _is_muon(b, optimizer)]
     world = dist.get_world_size(storage.ranks)
     stored = [_renumbered(p, number) for number, b in enumerate(muon) for p in b.parameters]
-    domains, columns = copies_on_all(world) if storage.kind == "replicated" else ((), ())
     layout = Layout(
         storage.kind,
         world,
         matrix_layouts(stored),
         _phases(storage, len(muon)),
-        complete_gradients=storage.kind != "replicated",
-        domains=domains,
-        columns=columns,
+        complete_gradients=not storage.by_tensor,
+        domains=storage.domains,
+        columns=storage.columns,
     )
-    return layout, [b.tensor for b in muon], {n: b.group for n, b in enumerate(muon)}, others, storage.ranks
+    every = [[ParameterSpec(p.name, p.shape, p.matrices) for p in stored]] if parallelism.sharded else None
+    return Parts(layout, [b.tensor for b in muon], {n: b.group for n, b in enumerate(muon)}, others, storage, every)
 
 
 def _is_muon(buffer: Buffer, optimizer: Muon) -> bool:
@@ -63,12 +82,41 @@ def _renumbered(parameter: StoredParameter, number: int) -> StoredParameter:
 
 
 def _phases(storage: Storage, buffers: int) -> tuple[tuple[int, ...], ...]:
-    if storage.kind == "replicated":
+    if storage.by_tensor:
         return ()
     return (tuple(range(buffers)),) if storage.together else tuple((number,) for number in range(buffers))
 
 
-def _matched(parameters: Sequence[Any], specs: Sequence[ParameterSpec], group: int) -> list[tuple[Any, ParameterSpec]]:
+_Pairs = list[tuple[Any, ParameterSpec]]
+
+
+def _by_name(engine: Any, parallelism: Parallelism) -> Callable[[Sequence[Any], Sequence[ParameterSpec], int], _Pairs]:
+    """Pairs DeepSpeed's parameters with what the optimizer was given, where AutoTP may have replaced some and moved
+    them to the end of their group."""
+    names = {id(p): clean_name(name) for name, p in engine.module.named_parameters()}
+
+    def match(parameters: Sequence[Any], specs: Sequence[ParameterSpec], group: int) -> _Pairs:
+        by_name = {clean_name(spec.name): replace(spec, name=clean_name(spec.name)) for spec in specs}
+        found: _Pairs = []
+        for p in parameters:
+            name = names.get(id(p), f"a parameter of shape {tuple(p.shape)} that is not in the engine's module")
+            spec = by_name.pop(name, None)
+            shape = parallelism.held(name, p).shard.shape if spec is not None else None
+            if spec is None or spec.shape != shape:
+                raise LayoutError(
+                    f"group {group}: DeepSpeed steps {name} of shape {shape or tuple(p.shape)}, Muon was given "
+                    f"{spec.shape if spec is not None else 'no such name'}: make Muon of "
+                    "muon_dist.param_groups(model), with the model as deepspeed.initialize gets it, before that call"
+                )
+            found.append((p, spec))
+        if by_name:
+            raise LayoutError(f"group {group}: DeepSpeed does not step {sorted(by_name)[:3]}, which Muon was given")
+        return found
+
+    return match
+
+
+def _by_order(parameters: Sequence[Any], specs: Sequence[ParameterSpec], group: int) -> _Pairs:
     """Pair DeepSpeed's parameters with what the optimizer was given, checked by shape."""
     shapes = [logical_shape(p) for p in parameters]
     wrong = [s.name for s, shape in zip(specs, shapes, strict=False) if s.shape != shape]

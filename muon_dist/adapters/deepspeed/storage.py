@@ -6,17 +6,19 @@ Attributes by DeepSpeed 0.19.8.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from muon_dist.errors import FrameworkError
-from muon_dist.layout import FlatGroup, PlacedParameter, StoredParameter
+from muon_dist.adapters.deepspeed.parallel import Held, Parallelism
+from muon_dist.errors import FrameworkError, LayoutError
+from muon_dist.layout import FlatGroup, Fragments, PlacedParameter, StoredParameter
 from muon_dist.layout.per_parameter import slice_length, sub_group
-from muon_dist.layout.replicated import whole_on_all
+from muon_dist.layout.replicated import copies_on_all, whole_on_all
 from muon_dist.optim.binding import ParameterSpec
+from muon_dist.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class Buffer:
         tensor: of this rank, in fp32.
         group: index of its parameter group.
         parameters: what lies in it, on all ranks.
+        ranks: those over which ZeRO has cut it, where these are not all of `Storage.ranks`.
     """
 
     tensor: torch.Tensor
     group: int
     parameters: list[StoredParameter]
+    ranks: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,15 @@ class Storage:
     """Everything that a wrapper of DeepSpeed's steps.
 
     Attributes:
-        kind: "replicated", "flat" or "per_parameter", as of a `Layout`.
+        kind: "replicated", "sharded" (stage 0, where ranks hold different parts), "flat" or "per_parameter", as of a
+            `Layout`.
         ranks: the process group over which it is cut or copied.
         buffers: in the order in which they are stepped.
         together: all are stepped in one call; else one call for each.
         refresh: brings the model's weights up to date after the buffers were written. May be a collective.
+        domains, columns: as of a `Layout`.
+        column: the process group of the ranks with the same of `columns`; None: all.
+        held: by `id()` of the model's parameters and of the buffers of stage 0, where ranks hold different parts.
     """
 
     kind: str
@@ -51,6 +59,15 @@ class Storage:
     buffers: list[Buffer]
     together: bool = True
     refresh: Callable[[], None] = field(default=lambda: None)
+    domains: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
+    column: dist.ProcessGroup | None = None
+    held: Mapping[int, Held] = field(default_factory=dict)
+
+    @property
+    def by_tensor(self) -> bool:
+        """Every buffer is one parameter's own tensor (stage 0)."""
+        return self.kind in ("replicated", "sharded")
 
 
 def model_parameters(wrapper: Any) -> list[list[Any]] | None:
@@ -66,15 +83,26 @@ def model_parameters(wrapper: Any) -> list[list[Any]] | None:
     return None
 
 
-def read(engine: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
-    """The storage of an engine.
+def read(engine: Any, specs: Mapping[int, ParameterSpec], parallelism: Parallelism) -> Storage:
+    """The storage of an engine. A collective where the ranks hold different parts of the model.
 
     Args:
-        specs: by `id()` of the model's parameters, what they are.
+        specs: by `id()` of the model's parameters, what they are; by the names that this rank's module gives them.
+        parallelism: of the engine.
 
     Raises:
-        FrameworkError: a wrapper of which the layout is not known, or slices that are not those of plain ZeRO-3.
+        FrameworkError: a wrapper of which the layout is not known, slices that are not those of plain ZeRO-3, or a
+            parameter that AutoTP has cut in a way that it does not describe.
     """
+    storage = _read(engine, specs)
+    if not parallelism.sharded:
+        return storage
+    held = {id(p): parallelism.held(name, p) for name, p in engine.module.named_parameters() if id(p) in specs}
+    return _over_all_ranks(storage, {specs[i].name: one for i, one in held.items()}, parallelism.copies)
+
+
+def _read(engine: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
+    """The storage, as if the parameters of this rank's module were the model's."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return _stage3(wrapper, specs)
@@ -97,7 +125,8 @@ def _whole(engine: Any, model: list[Any], kept: list[Any], specs: Mapping[int, P
             spec = specs[id(given)]
             stored = whole_on_all(spec.name, tuple(tensor.shape), len(buffers), world, spec.matrices)
             buffers.append(Buffer(tensor, index, [stored]))
-    return Storage("replicated", engine.seq_data_parallel_group, buffers)
+    domains, columns = copies_on_all(world)
+    return Storage("replicated", engine.seq_data_parallel_group, buffers, domains=domains, columns=columns)
 
 
 def _masters(engine: Any, wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
@@ -110,7 +139,7 @@ def _masters(engine: Any, wrapper: Any, specs: Mapping[int, ParameterSpec]) -> S
                     given.copy_(master)
 
     whole = _whole(engine, wrapper.fp16_groups, wrapper.fp32_groups, specs)
-    return Storage(whole.kind, whole.ranks, whole.buffers, refresh=refresh)
+    return replace(whole, refresh=refresh)
 
 
 def _stage12(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
@@ -123,7 +152,6 @@ def _stage12(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
     else:
         slices = wrapper.single_partition_of_fp32_groups
         laid_out = list(zip(wrapper.round_robin_bit16_groups, wrapper.round_robin_bit16_offsets, strict=True))
-    world = dist.get_world_size(wrapper.dp_process_group)
     buffers = []
     for index, (tensor, (parameters, offsets)) in enumerate(zip(slices, laid_out, strict=True)):
         at = {id(p): offset for p, offset in zip(parameters, offsets, strict=True)}
@@ -131,7 +159,9 @@ def _stage12(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
         group = model_parameters(wrapper)
         assert group is not None
         placed = tuple(_placed(p, at[id(p)], specs) for p in group[index])
-        buffers.append(Buffer(tensor, index, FlatGroup(placed, tensor.numel()).stored(index, world)))
+        ranks = wrapper.real_dp_process_group[index]  # experts have one of their own
+        stored = FlatGroup(placed, tensor.numel()).stored(index, dist.get_world_size(ranks))
+        buffers.append(Buffer(tensor, index, stored, ranks))
     return Storage("flat", wrapper.dp_process_group, buffers, together, wrapper.update_lp_params)
 
 
@@ -177,3 +207,67 @@ def _stage3(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
             persistent[0].all_gather(persistent)
 
     return Storage("per_parameter", wrapper.dp_process_group, buffers, together=False, refresh=refresh)
+
+
+def _over_all_ranks(storage: Storage, held: Mapping[str, Held], copies: dist.ProcessGroup) -> Storage:
+    """The storage of the whole model, of which the ranks hold different parts; a collective.
+
+    Each rank knows what ZeRO has left to it of its own tensors, and where these stand in the whole parameters. The
+    layout is what all ranks say.
+
+    Args:
+        storage: of this rank's module.
+        held: by the names of that module.
+        copies: the ranks that hold the same parts as this one.
+
+    Raises:
+        LayoutError: ranks describe a parameter differently.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    rank = dist.get_rank()
+    own: list[list[tuple[ParameterSpec, Fragments]]] = []
+    for buffer in storage.buffers:
+        place = dist.get_rank(buffer.ranks if buffer.ranks is not None else storage.ranks)
+        own.append([_told(p, held[p.name], rank, place) for p in buffer.parameters])
+    every = Ranks(world).gather((own, tuple(dist.get_process_group_ranks(copies))))
+    if len({len(buffers) for buffers, _ in every}) > 1:
+        raise LayoutError(f"the ranks step {[len(buffers) for buffers, _ in every]} buffers: give all the same groups")
+    buffers = [
+        replace(buffer, parameters=_united([said[number] for said, _ in every]))
+        for number, buffer in enumerate(storage.buffers)
+    ]
+    kind = "sharded" if storage.by_tensor else storage.kind
+    united = replace(storage, kind=kind, ranks=world, buffers=buffers)
+    if not storage.by_tensor:
+        return united
+    of_tensors = {id(b.tensor): held[p.name] for b in storage.buffers for p in b.parameters}
+    together = sorted({ranks for _, ranks in every})
+    if len(together) == len(every):
+        return replace(united, held=of_tensors, domains=(), columns=())
+    columns = tuple(together.index(ranks) for _, ranks in every)
+    domains = tuple(ranks.index(number) for number, (_, ranks) in enumerate(every))
+    return replace(united, held=of_tensors, domains=domains, columns=columns, column=copies)
+
+
+def _told(p: StoredParameter, held: Held, rank: int, place: int) -> tuple[ParameterSpec, Fragments]:
+    """What this rank holds of a parameter, by its name in the whole model. place: of this rank in `p`."""
+    matrices = tuple(replace(m, name=held.name + m.name[len(p.name) :]) for m in p.matrices)
+    return ParameterSpec(held.name, held.shard.shape, matrices), held.shard.fragments(rank, p.fragments.on(place))
+
+
+def _united(told: list[list[tuple[ParameterSpec, Fragments]]]) -> list[StoredParameter]:
+    """The parameters of a buffer on all ranks, in the order of the ranks. told: by each of them."""
+    found: dict[str, list[tuple[ParameterSpec, Fragments]]] = {}
+    for of_rank in told:
+        for spec, fragments in of_rank:
+            found.setdefault(spec.name, []).append((spec, fragments))
+    united = []
+    for name, parts in found.items():
+        spec = parts[0][0]
+        other = next((s for s, _ in parts if s != spec), spec)
+        if other != spec:
+            raise LayoutError(f"{name} is {spec.shape} on one rank and {other.shape} on another, or cut differently")
+        fragments = Fragments.of(f for _, of_rank in parts for f in of_rank)
+        united.append(StoredParameter(name, spec.shape, fragments, spec.matrices))
+    return united

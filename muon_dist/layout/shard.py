@@ -1,0 +1,88 @@
+"""The part of a parameter that one local tensor holds, before a framework cuts that tensor once more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from muon_dist.errors import LayoutError
+from muon_dist.layout.block import Block
+from muon_dist.layout.cuts import Interval, blocks_of
+from muon_dist.layout.fragments import Fragment, Fragments
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Blocks of a parameter in a contiguous local tensor.
+
+    Attributes:
+        shape: of the whole parameter.
+        blocks: pairs of a block of the flattened parameter and its place in the flattened local tensor; the two have
+            as many rows and columns.
+    """
+
+    shape: tuple[int, ...]
+    blocks: tuple[tuple[Block, Block], ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Shard:
+        """The local tensor is the parameter."""
+        run = Block.run(0, math.prod(shape))
+        return cls(tuple(shape), ((run, run),))
+
+    @classmethod
+    def cut(cls, shape: Sequence[int], axis: int, widths: Sequence[Sequence[int]], part: int) -> Shard:
+        """Part number `part` of a parameter that is cut along `axis`.
+
+        Args:
+            widths: for each sub-parameter along the axis (query, key and value of a fused weight), the length of every
+                part. The local tensor holds its part of each, one after another.
+
+        Raises:
+            LayoutError: the widths do not add up to the axis.
+        """
+        held: list[Interval] = []
+        first = position = 0
+        for of_sub in widths:
+            if of_sub[part]:
+                held.append((first + sum(of_sub[:part]), of_sub[part], position))
+            first, position = first + sum(of_sub), position + of_sub[part]
+        if first != shape[axis]:
+            raise LayoutError(f"the widths {widths} do not add up to axis {axis} of the shape {tuple(shape)}")
+        intervals = [held if i == axis else [(0, n, 0)] for i, n in enumerate(shape)]
+        return cls(tuple(shape), tuple(blocks_of(tuple(shape), intervals)))
+
+    @property
+    def numel(self) -> int:
+        """Elements of the local tensor."""
+        return sum(whole.numel for whole, _ in self.blocks)
+
+    def run(self, start: int, length: int) -> Iterator[tuple[Block, Block]]:
+        """What the run `[start, start + length)` of the flattened local tensor holds, as `blocks`; the places are
+        counted from `start`.
+
+        Of each block at most a part of a row, whole rows, and a part of a row.
+        """
+        for whole, local in self.blocks:
+            for part in local.part_of_run(start, start + length):
+                row, column = local.place(part)
+                position = part.start - start
+                if part.rows > 1:  # the rows of several blocks in turn
+                    first = whole.start + row * whole.stride + column
+                    yield (
+                        Block(first, part.rows, part.cols, whole.stride),
+                        Block(position, part.rows, part.cols, part.stride),
+                    )
+                    continue
+                for block in whole.inside(Block.run(row * local.cols + column, part.cols)):
+                    yield block, Block(position, block.rows, block.cols, block.cols)
+                    position += block.numel
+
+    def fragments(self, rank: int, runs: Fragments) -> Fragments:
+        """The fragments of the parameter that `rank` holds, where `runs` are runs of the flattened local tensor."""
+        return Fragments.of(
+            Fragment(rank, block, f.buffer, place.moved(f.local.start))
+            for f in runs
+            for block, place in self.run(f.block.start, f.length)
+        )
