@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 
+from tests import distributed
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -46,7 +48,13 @@ def root() -> Path:
     return ROOT
 
 
+def pytest_sessionfinish() -> None:
+    distributed.end_tests()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    fixtures = getattr(item, "fixturenames", ())
+    distributed.begin_test(fixtures, {marker.name for marker in item.iter_markers()})
     if item.get_closest_marker("fp16") is not None:
         from tests.adapters.deepspeed_ranks import why_no_fp16
 

@@ -83,7 +83,7 @@ def launch(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pids: dict[int, int] = {}
-        # The ranks' garbage collector would touch every object of this process, and so copy every page: 1 s per launch.
+        # A rank's garbage collector touches what is not frozen, and so copies every page: 1 s per launch.
         gc.freeze()
         for rank in range(world):
             pid = os.fork()
