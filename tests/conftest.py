@@ -48,6 +48,29 @@ def root() -> Path:
     return ROOT
 
 
+LONGEST = (
+    "faults/test_bar.py",
+    "train/test_launch.py",
+    "adapters/test_deepspeed.py",
+    "adapters/test_deepspeed_checkpoint.py",
+    "optim/test_runtime.py",
+    "adapters/test_fsdp2.py",
+    "optim/test_rules.py",
+    "adapters/test_deepspeed_failures.py",
+    "optim/test_at_rest.py",
+    "train/test_run.py",
+    "optim/test_touched_state.py",
+    "test_fuzz.py",
+    "bench/test_fake_cuda.py",
+)
+"""Files that take more than 20 s. They start first, so that no process is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 def pytest_sessionfinish() -> None:
     distributed.end_tests()
 
