@@ -13,4 +13,5 @@ fi
 muon_env test
 # One thread a process: the tests start several processes on few cores. The others keep DeepSpeed on the CPU build-free.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
-exec python -m pytest -n "${MUON_TEST_WORKERS:-2}" --dist loadfile "$@"
+# The order is that of tests/conftest.py: the longest files first.
+exec python -m pytest -n "${MUON_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

@@ -113,6 +113,14 @@ fi
 [[ "$node_rank" =~ ^[0-9]+$ ]] || muon_die "--node-rank (NODE_RANK) must be a number, not '$node_rank'"
 [[ "$port" =~ ^[0-9]+$ ]] || muon_die "--master-port (MASTER_PORT) must be a number, not '$port'"
 [[ "$restarts" =~ ^[0-9]+$ ]] || muon_die "--max-restarts (MAX_RESTARTS) must be a number, not '$restarts'"
+if [[ "$nnodes" != 1 ]]; then
+    case "$rdzv" in
+        static) ((node_rank < most)) || muon_die "--node-rank $node_rank must be below --nnodes $nnodes" ;;
+        c10d) ;;
+        *) muon_die "--rdzv (RDZV_BACKEND) must be static or c10d, not '$rdzv'" ;;
+    esac
+fi
+# The arguments are right: what follows imports torch, which takes seconds.
 python="${VIRTUAL_ENV:-$MUON_ROOT/.venv}/bin/python"
 [[ -x "$python" ]] || python="$(command -v python3)"
 "$python" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None or i.find_spec("muon_dist") is None)' \
@@ -148,7 +156,6 @@ else
     esac
     case "$rdzv" in
         static)
-            ((node_rank < most)) || muon_die "--node-rank $node_rank must be below --nnodes $nnodes"
             options+=(--node-rank "$node_rank" --master-addr "$addr" --master-port "$port")
             ;;
         c10d)
@@ -158,7 +165,6 @@ else
             export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
             [[ -z "$rdzv_conf" ]] || options+=(--rdzv-conf "$rdzv_conf")
             ;;
-        *) muon_die "--rdzv (RDZV_BACKEND) must be static or c10d, not '$rdzv'" ;;
     esac
 fi
 

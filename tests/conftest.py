@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 
+from tests import distributed
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -46,7 +48,36 @@ def root() -> Path:
     return ROOT
 
 
+LONGEST = (
+    "faults/test_bar.py",
+    "train/test_launch.py",
+    "adapters/test_deepspeed.py",
+    "adapters/test_deepspeed_checkpoint.py",
+    "optim/test_runtime.py",
+    "adapters/test_fsdp2.py",
+    "optim/test_rules.py",
+    "adapters/test_deepspeed_failures.py",
+    "optim/test_at_rest.py",
+    "train/test_run.py",
+    "optim/test_touched_state.py",
+    "test_fuzz.py",
+    "bench/test_fake_cuda.py",
+)
+"""Files that take more than 20 s. They start first, so that no process is left alone with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_sessionfinish() -> None:
+    distributed.end_tests()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    fixtures = getattr(item, "fixturenames", ())
+    distributed.begin_test(fixtures, {marker.name for marker in item.iter_markers()})
     if item.get_closest_marker("fp16") is not None:
         from tests.adapters.deepspeed_ranks import why_no_fp16
 

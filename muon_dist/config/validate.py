@@ -124,7 +124,8 @@ def _number_problem(name: str, value: Any) -> str | None:
 
 
 def _is_enum(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, enum.Enum)
+    # Python 3.10 takes list[str] for a type, of which issubclass then fails.
+    return isinstance(kind, type) and typing.get_origin(kind) is None and issubclass(kind, enum.Enum)
 
 
 _TYPE_WORDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number", type(None): "null"}

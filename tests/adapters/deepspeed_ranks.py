@@ -78,7 +78,7 @@ class Case:
     dtype: str = "fp32"
     accumulation: int = 1
     model: str = "llama"
-    steps: int = 5
+    steps: int = 3
     lr: float = 0.02
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)

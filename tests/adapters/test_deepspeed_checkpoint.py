@@ -57,22 +57,22 @@ def _state(optimizer: Any) -> list[torch.Tensor]:
 
 def _resume(case: Case, folder: str, after_a_step: bool) -> None:
     engine, optimizer = make_engine(case)
-    _steps(engine, case, 0, 3)
-    engine.save_checkpoint(folder, tag="three")
+    _steps(engine, case, 0, 2)
+    engine.save_checkpoint(folder, tag="two")
     saved = _state(optimizer)
-    _steps(engine, case, 3, 6)
+    _steps(engine, case, 2, 4)
     wanted, wanted_state = whole_model(engine), _state(optimizer)
     engine.destroy()
 
     resumed, again = make_engine(case)
     if after_a_step:
         _steps(resumed, case, 7, 8)
-    resumed.load_checkpoint(folder, tag="three")
+    resumed.load_checkpoint(folder, tag="two")
     if not after_a_step:
         assert again.runtime is None, "the load must precede the plan"
         muon_dist.attach(resumed)
     assert all(torch.equal(a, b) for a, b in zip(saved, _state(again), strict=True))
-    _steps(resumed, case, 3, 6)
+    _steps(resumed, case, 2, 4)
     found = whole_model(resumed)
     assert all(torch.equal(found[n], wanted[n]) for n in wanted)
     assert all(torch.equal(a, b) for a, b in zip(wanted_state, _state(again), strict=True))
@@ -90,11 +90,27 @@ def test_resume_continues_exactly(tmp_path, after_a_step):
     run_ranks(_resume_all, 2, cases, str(tmp_path), after_a_step, timeout=400.0)
 
 
-@pytest.mark.parametrize("rule", ["normuon", "hyperball", "namo"])
-def test_resume_brings_back_what_a_rule_remembers(tmp_path, rule):
+RULES = ["normuon", "hyperball", "namo"]
+
+
+def _of_rule(rule: str) -> list[Case]:
     muon = {"rule": rule}
-    cases = [Case(0, muon=muon), Case(1, muon=muon), Case(2, "bf16", muon=muon),
-             Case(3, "bf16", zero={"sub_group_size": 400}, muon=muon)]  # fmt: skip
+    return [Case(0, muon=muon), Case(1, muon=muon), Case(2, "bf16", muon=muon),
+            Case(3, "bf16", zero={"sub_group_size": 400}, muon=muon)]  # fmt: skip
+
+
+def test_resume_brings_back_what_a_rule_remembers(tmp_path):
+    """Every rule at one stage and the stages in turn; `test_every_rule_at_every_stage` is the product."""
+    cases = [_of_rule(rule)[stage] for stage, rule in enumerate([*RULES, RULES[0]])]
+    run_ranks(_resume_all, 2, cases, str(tmp_path), False, timeout=400.0)
+    cases = [_of_rule(rule)[stage] for stage, rule in ((1, "namo"), (3, "hyperball"))]
+    run_ranks(_resume_all, 2, cases, str(tmp_path), True, timeout=400.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_at_every_stage(tmp_path, rule):
+    cases = _of_rule(rule)
     run_ranks(_resume_all, 2, cases, str(tmp_path), False, timeout=400.0)
     run_ranks(_resume_all, 2, cases[1:2] + cases[3:], str(tmp_path), True, timeout=400.0)
 

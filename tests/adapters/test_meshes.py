@@ -85,7 +85,7 @@ def stepped(folder: Path, mesh: dict[str, int], rank_batches: bool) -> tuple[flo
         ("qwen3_moe", 2, {"tp_size": 2, "ep_size": 2}),
         ("mixtral", 4, {"tp_size": 2, "fsdp_size": 2}),
         ("qwen3_moe", 4, {"tp_size": 2, "fsdp_size": 2, "ep_size": 4}),
-        ("llama", 8, {"tp_size": 2, "fsdp_size": 2, "dp_replicate_size": 2}),
+        pytest.param("llama", 8, {"tp_size": 2, "fsdp_size": 2, "dp_replicate_size": 2}, marks=pytest.mark.slow),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

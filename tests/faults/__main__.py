@@ -1,4 +1,4 @@
-"""`python -m tests.faults --profile ci|full --json FILE`: the bar of docs/reliability.md, and its table."""
+"""`python -m tests.faults --profile ci|slow|full --json FILE`: the bar of docs/reliability.md, and its table."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
-from tests.faults.bar import BAR, measure
+from tests.faults.bar import BAR, PROFILES, measure
 from tests.faults.table import render
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the points; 0 when all held."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--profile", choices=("ci", "full"), default="ci")
+    parser.add_argument("--profile", choices=PROFILES, default="ci")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--points", type=int, nargs="*", help="numbers of points; all unless given")
     parser.add_argument("--update", action="store_true", help="keep the points that the file has and these are not")

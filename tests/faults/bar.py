@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tests.faults import points_rest, points_runs, points_saves
@@ -17,7 +18,7 @@ class Point:
     """One point.
 
     Attributes:
-        run: by profile ("ci", "full"): what is run.
+        run: by profile ("ci", "slow", "full"): what is run. The suite runs "ci", its slow tests "slow".
         wanted: by profile: cases that there must be at least.
     """
 
@@ -27,21 +28,26 @@ class Point:
     wanted: dict[str, int]
 
 
-def _sweep(number: int, name: str, run: Callable[[int], Count], full: int, ci: int = 10) -> Point:
-    return Point(number, name, {"ci": lambda: run(ci), "full": lambda: run(full)}, {"ci": min(ci, full), "full": full})
+PROFILES = ("ci", "slow", "full")
+
+
+def _sweep(number: int, name: str, run: Callable[[int], Count], full: int, slow: int = 10, ci: int = 3) -> Point:
+    """`run(count)`, by profile."""
+    counts = dict(zip(PROFILES, (ci, min(slow, full), full), strict=True))
+    return Point(number, name, {profile: partial(run, count) for profile, count in counts.items()}, counts)
 
 
 def _tests(number: int, name: str, names: tuple[str, ...], more: Callable[[str], Count] | None = None) -> Point:
-    """In CI the suite runs these tests anyway, so there they are only looked up."""
+    """Below "full" they are only looked up, for the suite itself runs these tests."""
 
     def run(profile: str) -> Count:
-        count = look_up(names) if profile == "ci" else run_tests(names)
+        count = run_tests(names) if profile == "full" else look_up(names)
         if more is not None:
             count += more(profile)
         return count
 
     return Point(
-        number, name, {"ci": lambda: run("ci"), "full": lambda: run("full")}, dict.fromkeys(("ci", "full"), len(names))
+        number, name, {profile: partial(run, profile) for profile in PROFILES}, dict.fromkeys(PROFILES, len(names))
     )
 
 
@@ -53,19 +59,27 @@ def _terminations() -> Count:
 
 
 BAR = (
-    _sweep(1, "kill -9 in a step: peers end, the resumed run is bit-identical", points_runs.kills, 50, ci=5),
+    _sweep(1, "kill -9 in a step: peers end, the resumed run is bit-identical", points_runs.kills, 50, slow=5, ci=2),
     Point(
         2,
         "kill -9 at the boundaries of a save: always a whole commit",
-        {"ci": lambda: points_saves.boundaries(10), "full": lambda: points_saves.boundaries(None)},
-        {"ci": 10, "full": 30},
+        {
+            "ci": lambda: points_saves.boundaries(4),
+            "slow": lambda: points_saves.boundaries(10),
+            "full": lambda: points_saves.boundaries(None),
+        },
+        {"ci": 4, "slow": 10, "full": 30},
     ),
     _sweep(3, "a save of the same step killed: old or new", points_saves.resaves, 20),
     Point(
         4,
         "flipped bytes, truncations, missing files: found and named",
-        {"ci": lambda: points_saves.damage(10, 10), "full": lambda: points_saves.damage(200, 50)},
-        {"ci": 20, "full": 250},
+        {
+            "ci": lambda: points_saves.damage(10, 10),
+            "slow": lambda: points_saves.damage(10, 10),
+            "full": lambda: points_saves.damage(200, 50),
+        },
+        {"ci": 20, "slow": 20, "full": 250},
     ),
     _sweep(5, "disk full: the commit before stays, the policy decides", points_saves.full_disks, 10),
     Point(
@@ -73,27 +87,36 @@ BAR = (
         "reshard: any layout and number of ranks to any other",
         {
             "ci": lambda: look_up(points_rest.RESHARD_POINTS),
+            "slow": lambda: look_up(points_rest.RESHARD_POINTS),
             "full": lambda: run_tests(points_rest.RESHARD_SWEEP, "-m", "slow"),
         },
-        {"ci": 1, "full": 20},
+        {"ci": 1, "slow": 1, "full": 20},
     ),
     _tests(7, "every layout equals one process; Newton-Schulz counted", points_rest.REFERENCE),
     _sweep(8, "NaN or inf on one rank: nothing changes anywhere", points_rest.not_finite, 20),
-    _sweep(9, "a finite loss spike: one decision, also after resume", points_runs.spikes, 10, ci=3),
+    _sweep(9, "a finite loss spike: one decision, also after resume", points_runs.spikes, 10, slow=3, ci=2),
     Point(
         10,
         "a rank made differently: refused, the field named",
-        {"ci": points_rest.mutations, "full": points_rest.mutations},
-        {"ci": 12, "full": 12},
+        {
+            "ci": lambda: points_rest.mutations(points_rest.ONE_OF_EACH_FIELD),
+            "slow": points_rest.mutations,
+            "full": points_rest.mutations,
+        },
+        {"ci": 7, "slow": 12, "full": 12},
     ),
-    _sweep(11, "a flipped bit in a copy: parameter and rank named", points_runs.flips, 100, ci=20),
+    _sweep(11, "a flipped bit in a copy: parameter and rank named", points_runs.flips, 100, slow=20, ci=6),
     _tests(12, "gradients missing: no hang, equal to the reference", points_rest.MISSING),
-    _sweep(13, "SIGSTOP: rank, operation, bucket, step named in time", points_runs.stops, 10, ci=2),
+    _sweep(13, "SIGSTOP: rank, operation, bucket, step named in time", points_runs.stops, 10, slow=2, ci=1),
     Point(
         14,
         "SIGTERM to one rank: all commit one step, exact resume",
-        {"ci": lambda: points_runs.terminations(5), "full": _terminations},
-        {"ci": 5, "full": 21},
+        {
+            "ci": lambda: points_runs.terminations(2),
+            "slow": lambda: points_runs.terminations(5),
+            "full": _terminations,
+        },
+        {"ci": 2, "slow": 5, "full": 21},
     ),
     _tests(
         15,
@@ -101,7 +124,7 @@ BAR = (
         points_rest.DATA,
         lambda profile: points_rest.data_positions(20),
     ),
-    _sweep(16, "a slow rank is named; no false alarm", points_runs.stragglers, 5, ci=1),
+    _sweep(16, "a slow rank is named; no false alarm", points_runs.stragglers, 5, slow=1, ci=1),
     _tests(17, "bad input: message and exit code", points_rest.bad_input()),
     _tests(18, "hostile files: nothing executed, escaped, leaked", points_rest.HOSTILE),
 )

@@ -1,4 +1,4 @@
-"""The bar in its short profile; `python -m tests.faults --profile full` is the whole of it."""
+"""The bar in its two short profiles; `python -m tests.faults --profile full` is the whole of it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,32 @@ from tests.faults.points_rest import ROOT
 from tests.faults.table import Count, as_json, render
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
-    """The short profile, by the command: its process is smaller than this one, and it forks hundreds of times."""
-    path = tmp_path_factory.mktemp("faults") / "ci.json"
-    command = [sys.executable, "-m", "tests.faults", "--profile", "ci", "--json", str(path)]
+def run_profile(profile: str, folder: Path) -> dict[int, dict[str, Any]]:
+    """All points by the command: its process is smaller than this one, and it forks hundreds of times."""
+    path = folder / f"{profile}.json"
+    command = [sys.executable, "-m", "tests.faults", "--profile", profile, "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert path.exists(), done.stderr[-3000:]
     return {row["number"]: row for row in json.loads(path.read_text())["points"]}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    """A few cases of each point."""
+    return run_profile("ci", tmp_path_factory.mktemp("faults"))
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [point.number for point in BAR])
 def test_point(rows: dict[int, dict[str, Any]], number: int) -> None:
     assert rows[number]["passed"], rows[number]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_more_cases_of_each_point(tmp_path: Path) -> None:
+    rows = run_profile("slow", tmp_path)
+    assert [row["number"] for row in rows.values() if row["passed"]] == [point.number for point in BAR], rows
 
 
 def test_there_are_eighteen() -> None:

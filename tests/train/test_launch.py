@@ -157,6 +157,7 @@ def test_train_on_two_processes(root: Path, workspace: Path, tmp_path: Path) -> 
     assert sum(kind == "momentum" for kind, _ in checkpoint.manifest.tensors) == 14, "the momentum of all owners"
 
 
+@pytest.mark.slow  # two ranks import everything; tests/test_cli.py has the same without torchrun
 def test_an_error_is_said_once(root: Path, workspace: Path) -> None:
     code, _, err = finish(
         start(root, "--nproc-per-node", 2, "train", workspace / "tiny.yaml", "--overwrite", "model.hiden_size=33")

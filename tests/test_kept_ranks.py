@@ -1,0 +1,103 @@
+"""Ranks that are kept between calls are as good as new, or they are replaced."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import muon_dist.ownership
+from tests import distributed
+from tests.conftest import LONGEST, ROOT
+from tests.distributed import RankFailure, run_ranks
+
+
+def process() -> int:
+    return os.getpid()
+
+
+def sees() -> tuple[str | None, float, str, int]:
+    """(a variable, a random number, the folder, ranks that add up in this call's own process group)."""
+    one = torch.ones(1)
+    dist.all_reduce(one)
+    return os.environ.get("MUON_DIST_TEST_SEES"), float(torch.rand(())), os.getcwd(), int(one)
+
+
+def patches() -> int:
+    muon_dist.ownership.digest = None
+    return os.getpid()
+
+
+def sets_dtype() -> int:
+    torch.set_default_dtype(torch.float64)
+    return os.getpid()
+
+
+def fails_on_one() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank 1 has failed")
+    dist.barrier()
+
+
+def dies() -> None:
+    os._exit(3)
+
+
+def is_patched() -> bool:
+    return muon_dist.ownership.digest is None
+
+
+def test_ranks_are_kept_and_begin_as_after_a_fork() -> None:
+    before = run_ranks(process, 2)
+    os.environ["MUON_DIST_TEST_SEES"] = "yes"
+    try:
+        torch.manual_seed(7)
+        found = run_ranks(sees, 2)
+        torch.manual_seed(7)
+        assert found == [("yes", float(torch.rand(())), os.getcwd(), 2)] * 2
+    finally:
+        del os.environ["MUON_DIST_TEST_SEES"]
+    assert run_ranks(sees, 2)[0][0] is None
+    assert run_ranks(process, 2) == before != run_ranks(process, 2, fresh=True)
+
+
+@pytest.mark.parametrize("change", [patches, sets_dtype])
+def test_a_changed_rank_is_replaced_and_its_function_forks_from_then_on(change) -> None:
+    before = run_ranks(change, 2)
+    assert not any(run_ranks(is_patched, 2)) and run_ranks(process, 2) != before
+    kept = run_ranks(process, 2)
+    assert run_ranks(change, 2) != kept and run_ranks(process, 2) == kept
+
+
+def test_failures_and_deaths_are_reported_and_leave_good_ranks() -> None:
+    with pytest.raises(RankFailure, match=r"--- rank 1\n[^-]*ValueError: rank 1 has failed"):
+        run_ranks(fails_on_one, 2)
+    with pytest.raises(RankFailure, match=r"rank 0 died without a result \(exit 3\)"):
+        run_ranks(dies, 2)
+    assert run_ranks(sees, 2)[0][3] == 2
+
+
+def test_a_process_that_was_changed_since_forks_its_own() -> None:
+    kept = run_ranks(process, 2)
+    original = muon_dist.ownership.digest
+    muon_dist.ownership.digest = None
+    try:
+        assert run_ranks(is_patched, 2) == [True, True]
+    finally:
+        muon_dist.ownership.digest = original
+    assert run_ranks(is_patched, 2) == [False, False] and run_ranks(process, 2) == kept
+
+
+def test_fixtures_that_patch_and_deepspeed_fork_their_own() -> None:
+    kept = run_ranks(process, 2)
+    for fixtures, markers in (({"monkeypatch"}, ()), ((), {"deepspeed"})):
+        distributed.begin_test(fixtures, markers)
+        assert run_ranks(process, 2) != kept
+    distributed.begin_test((), ())
+    assert run_ranks(process, 2) == kept
+
+
+def test_the_longest_files_are_there() -> None:
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []
