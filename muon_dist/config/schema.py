@@ -6,13 +6,13 @@ these objects: they are unpacked there into plain arguments.
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from muon_dist.config.paths import expand_path, expand_trainer_paths
 from muon_dist.config.redact import redact
 from muon_dist.config.source import ConfigDumper
 from muon_dist.numerics.schedules import SCHEDULES, get_schedule
@@ -31,15 +31,33 @@ def _known_schedule(name: str) -> str:
 
 
 def _local_path(text: str) -> str:
-    """A path on a mounted file system, `~` expanded; for what is written by rename, which no object store has."""
+    """A path on a mounted file system, expanded; for what is written by rename, which no object store has."""
     if not text:
         raise ValueError("is empty: name a folder")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
         raise ValueError(f"{text!r} is a URL: name a folder on a mounted file system")
-    return os.path.expanduser(text)
+    return expand_path(text)
 
 
+SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
+
+
+def switch(value: Any) -> Any:
+    """`on`, `yes`, `off` and `no`, as people write them, which YAML 1.2 reads as text."""
+    return SWITCHES.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _text_path(text: str) -> str:
+    """A path or URL, expanded."""
+    if not text:
+        raise ValueError("is empty: name a file or a folder")
+    return expand_path(text)
+
+
+Flag = Annotated[bool, BeforeValidator(switch)]
 LocalPath = Annotated[str, AfterValidator(_local_path)]
+DataPath = Annotated[str, AfterValidator(_text_path)]
+OnBadRecord = Literal["stop", "skip"]
 ScheduleName = Annotated[
     str, AfterValidator(_known_schedule), WithJsonSchema({"type": "string", "enum": list(SCHEDULES)})
 ]
@@ -66,6 +84,11 @@ class TokenizerConfig(Block):
     sample_bytes: PositiveInt = Field(
         default=50_000_000, description="UTF-8 bytes of text that the training reads at most"
     )
+    special_tokens: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
+    ] = Field(default=(), description="tokens of their own wherever a text holds them, for instance <|user|>")
+    split_digits: Flag = Field(default=False, description="each digit is a token")
 
     @model_validator(mode="before")
     @classmethod
@@ -79,22 +102,51 @@ class SourceConfig(Block):
     """One source of text: exactly one of builtin, path and dataset."""
 
     builtin: Literal["stdlib"] | None = Field(default=None, description="English text of the Python standard library")
-    path: str | None = Field(default=None, description="a file, or a folder that is read recursively")
-    dataset: str | None = Field(default=None, description="name of a dataset for datasets.load_dataset")
+    path: DataPath | tuple[DataPath, ...] | None = Field(
+        default=None,
+        description="a file, a folder that is read recursively, a glob, a URL that fsspec opens (s3://), or a list",
+    )
+    dataset: DataPath | None = Field(default=None, description="name of a dataset for datasets.load_dataset")
     weight: Positive = Field(default=1.0, description="share of the training samples, relative to the other sources")
-    format: Literal["auto", "text", "jsonl", "parquet"] = Field(default="auto", description="of the files of path")
-    text_field: str = Field(default="text", description="column with the text, in jsonl, parquet and datasets")
+    format: Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "megatron", "datatrove"] = (
+        Field(default="auto", description="of the files of path; auto: known by their content")
+    )
+    text_field: str | None = Field(default=None, description="the field with the text; null: data.text_field")
     config: str | None = Field(default=None, description="configuration name of the dataset")
     split: str = Field(default="train", description="split of the dataset")
-    streaming: bool = Field(default=True, description="read the dataset without downloading all of it")
+    streaming: Flag = Field(default=True, description="read the dataset without downloading all of it")
     revision: str | None = Field(default=None, description="branch, tag or commit of the dataset")
     max_documents: PositiveInt | None = Field(default=None, description="stop after this many documents")
+    document_bytes: Annotated[int, Field(ge=64)] = Field(
+        default=16384, description="plain text is cut into documents at the first blank line after so many bytes"
+    )
+    separator: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="text between two documents of a plain text file; a newline: one document per line"
+    )
+    on_bad_record: OnBadRecord | None = Field(default=None, description="null: data.on_bad_record")
+    max_bad_records: Annotated[int, Field(ge=0)] | None = Field(default=None, description="null: data.max_bad_records")
 
 
 class DataConfig(Block):
     """What is read, and how it is cut into samples."""
 
+    path: DataPath | tuple[DataPath, ...] | None = Field(
+        default=None, description="your own text: short for one source with this path, in the place of sources"
+    )
     sources: tuple[SourceConfig, ...] = (SourceConfig(builtin="stdlib"),)
+    text_field: str = Field(
+        default="text", description="field with the text, of records of any kind; a.b for one inside another"
+    )
+    on_bad_record: OnBadRecord = Field(
+        default="stop", description="a record that cannot be read ends the preparation, or is skipped and counted"
+    )
+    max_bad_records: Annotated[int, Field(ge=0)] = Field(
+        default=1000, description="with skip: more bad records than this in a source end the preparation"
+    )
+    add_bos: Flag | None = Field(
+        default=None,
+        description="begin each document with the beginning-of-sequence token; null: as the tokenizer does it",
+    )
     dir: LocalPath = Field(default="data", description="folder of the tokenizer and the token shards")
     sequence_length: Annotated[int, Field(ge=2)] = Field(default=1024, description="tokens in a sample")
     validation_fraction: BelowOne = Field(default=0.02, description="share of the documents kept for validation")
@@ -105,6 +157,11 @@ class DataConfig(Block):
         description="samples of one optimizer step over all processes, kept at any number of them: accumulation "
         "follows, and trainer.per_device_train_batch_size is the most that a process takes at a time",
     )
+
+    @property
+    def chosen(self) -> tuple[SourceConfig, ...]:
+        """The sources that are read: that of `path`, else `sources`."""
+        return self.sources if self.path is None else (SourceConfig(path=self.path),)
 
 
 class MuonConfig(Block):
@@ -133,8 +190,8 @@ class MuonConfig(Block):
     bucket_mb: Positive = Field(
         default=128.0, description="a step allocates at most twice this, in MiB; a larger matrix goes alone"
     )
-    overlap: bool = Field(default=True, description="move buckets while one is orthogonalized; exact either way")
-    ns_compile: bool = Field(default=False, description="Newton-Schulz through torch.compile")
+    overlap: Flag = Field(default=True, description="move buckets while one is orthogonalized; exact either way")
+    ns_compile: Flag = Field(default=False, description="Newton-Schulz through torch.compile")
     wire_dtype: DType | None = Field(
         default=None, description="dtype in which momentum and updates travel; null: nothing is lost"
     )
@@ -145,14 +202,14 @@ class MuonConfig(Block):
         default="analytic",
         description="what balanced owners are balanced by; measured: timed once, and kept in a file",
     )
-    master_weights: bool = Field(
+    master_weights: Flag = Field(
         default=False, description="fp32 masters of 16-bit parameters, of AdamW's as well: 4 bytes more an element"
     )
-    stochastic_rounding: bool = Field(
+    stochastic_rounding: Flag = Field(
         default=False,
         description="random rounding of bfloat16 parameters, of AdamW's as well, whose mean is exact; drawn from seed",
     )
-    momentum_everywhere: bool = Field(
+    momentum_everywhere: Flag = Field(
         default=False,
         description="momentum on every rank that holds a copy of a weight, so that any library saves it all: 4 bytes "
         "an element on each",
@@ -255,7 +312,7 @@ class DiagnosticsConfig(Block):
 class CheckpointConfig(Block):
     """How a run is saved and continued. When: trainer.save_strategy and trainer.save_steps."""
 
-    background: bool = Field(
+    background: Flag = Field(
         default=True, alias="async", description="hold training for the copy to host memory only, write beside it"
     )
     keep_last: PositiveInt | None = Field(default=None, description="newest checkpoints to keep; null: all")
@@ -293,7 +350,7 @@ class GuardsConfig(Block):
     straggler_seconds: NonNegative = Field(
         default=0.1, description="name a rank that is slower by this, step after step; 0: never"
     )
-    signals: bool = Field(default=True, description="on SIGTERM and SIGUSR1 commit a checkpoint and leave with 75")
+    signals: Flag = Field(default=True, description="on SIGTERM and SIGUSR1 commit a checkpoint and leave with 75")
 
 
 class Config(Block):
@@ -323,9 +380,12 @@ class Config(Block):
         ),
     ]
     optimizer: OptimizerConfig
-    trainer: dict[str, Any] = Field(default_factory=dict, description="arguments of transformers.TrainingArguments")
+    trainer: Annotated[dict[str, Any], BeforeValidator(expand_trainer_paths)] = Field(
+        default_factory=dict, description="arguments of transformers.TrainingArguments"
+    )
     deepspeed: Annotated[
         Any,
+        AfterValidator(lambda value: expand_path(value) if isinstance(value, str) else value),
         WithJsonSchema(
             {
                 "anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}],

@@ -136,7 +136,7 @@ optimizer:
 data: {sequence_length: 256, sources: [{builtin: stdlib, wieght: 2}]}
 trainer:
   max_step: 10
-  bf16: yes
+  bf16: maybe
   lr_scheduler_type: cosin
 evaluaton: {}
 """
@@ -151,7 +151,7 @@ evaluaton: {}
         "run.yaml:10: optimizer.adamw.betas.1: should be less than 1, not 1.5",
         "run.yaml:11: data.sources.0.wieght: unknown key; did you mean weight?",
         "run.yaml:13: trainer.max_step: unknown TrainingArguments name; did you mean max_steps?",
-        "run.yaml:14: trainer.bf16: needs true or false, not 'yes'",
+        "run.yaml:14: trainer.bf16: needs true or false, not 'maybe'",
         "run.yaml:15: trainer.lr_scheduler_type: 'cosin' is not one of linear, cosine,",
         "run.yaml:16: evaluaton: unknown key; did you mean evaluation?",
     ]
