@@ -97,7 +97,7 @@ def prepare(
         int, typer.Option(min=0, help="Print so many training samples of each source, decoded, with document ends.")
     ] = 0,
 ) -> None:
-    """Turn the configuration's text into token shards. What is done already stays, unless what makes it has changed."""
+    """Turn the configuration's text into token shards. What is done stays, unless what makes it has changed."""
     from muon_dist.config import load_config
     from muon_dist.train import corpus
 
@@ -120,7 +120,7 @@ def export_tokens(
         str, typer.Option(help="megatron (.bin, .idx) or datatrove (.ds, .ds.index; nanotron).")
     ] = "megatron",
 ) -> None:
-    """Write prepared tokens as files for Megatron or nanotron. Import needs no command: name them as a source's path."""
+    """Write prepared tokens as files for Megatron or nanotron. Such files are read when a source's path names them."""
     _quiet()
     from muon_dist.config import load_config
     from muon_dist.data.token_files import export_tokens as export

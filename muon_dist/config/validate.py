@@ -15,8 +15,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from muon_dist.config.kinds import SWITCHES, switch
 from muon_dist.config.redact import redact
-from muon_dist.config.schema import SWITCHES, Config, GroupConfig, MuonConfig, SourceConfig, switch
+from muon_dist.config.schema import Config, GroupConfig, MuonConfig, SourceConfig
 from muon_dist.config.source import Keys
 from muon_dist.errors import ConfigError, RoutingError
 from muon_dist.numerics.schedules import get_schedule
