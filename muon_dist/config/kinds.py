@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from muon_dist.config.paths import expand_path
 from muon_dist.numerics.schedules import SCHEDULES, get_schedule
@@ -48,9 +48,19 @@ def _text_path(text: str) -> str:
 
 
 Flag = Annotated[bool, BeforeValidator(switch)]
-LocalPath = Annotated[str, AfterValidator(_local_path)]
-DataPath = Annotated[str, AfterValidator(_text_path)]
+# written with its dollar signs doubled, so that it is the same path when it is read again
+_AsWritten = PlainSerializer(lambda path: path.replace("$", "$$"), when_used="json")
+LocalPath = Annotated[str, AfterValidator(_local_path), _AsWritten]
+DataPath = Annotated[str, AfterValidator(_text_path), _AsWritten]
 OnBadRecord = Literal["stop", "skip"]
 ScheduleName = Annotated[
     str, AfterValidator(_known_schedule), WithJsonSchema({"type": "string", "enum": list(SCHEDULES)})
 ]
+
+
+class Block(BaseModel):
+    """Base of every block: immutable, no unknown keys, no conversion of types, no NaN or infinity."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
+    )

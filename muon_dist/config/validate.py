@@ -190,6 +190,8 @@ def _tokenizer_and_data(config: Config) -> Found:
         )
     if tokenizer.path is None and tokenizer.vocab_size is None:
         yield ("tokenizer", "vocab_size"), "is null and so is tokenizer.path: set one of them"
+    if data.path is None and data.text_field != "text":
+        yield ("data", "text_field"), "is of data.path, which is not set: set data.sources.0.text_field"
     if not data.chosen:
         yield ("data", "sources"), "is empty: name a source, for instance {builtin: stdlib}"
     if tokenizer.path is not None:

@@ -12,9 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from muon_dist.data.document import say
-from muon_dist.data.files import sha256_json
 from muon_dist.errors import DataError
-from muon_dist.failures import one_line
 
 _CHECKED_BYTES = 1 << 18  # text of a source on which a tokenizer is tried
 
@@ -106,35 +104,7 @@ class Encoder:
                 return
 
 
-def load_tokenizer(path: str | Path, add_bos: bool | None = None) -> Encoder:
-    """Any tokenizer folder that ``AutoTokenizer`` loads from disk with a ``tokenizers`` backend and an end-of-sequence
-    token. Nothing is downloaded and no code of the folder is run. Raises DataError otherwise.
-
-    ``add_bos``: whether documents begin with the beginning-of-sequence token; None: as the tokenizer does it.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(path)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such tokenizer folder.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds on a damaged or incomplete folder
-        raise DataError(
-            f"{folder}: AutoTokenizer cannot load this folder ({type(error).__name__}: {one_line(error)})."
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{folder}: the tokenizer has no end-of-sequence token, with which documents end.")
-    if not hasattr(tokenizer, "backend_tokenizer"):
-        raise DataError(f"{folder}: the tokenizer has no tokenizer.json; save it in the fast format first.")
-    definition = _definition(tokenizer, folder)
-    digest = sha256_json({**definition, "post_processor": None})
-    bos = bos_ids(tokenizer, add_bos)
-    info = TokenizerInfo(folder, vocabulary_size(tokenizer), tokenizer.eos_token_id, digest, bos)
-    return Encoder(info, json.dumps(definition))
-
-
-def _definition(tokenizer: Any, folder: Path) -> dict[str, Any]:
+def definition(tokenizer: Any, folder: Path) -> dict[str, Any]:
     """What the ``tokenizers`` library needs to encode: without truncation, padding and dropout, and with the
     tokenizer's own markers found in text. The tokens that frame a text (BOS, EOS, PAD, UNK) stay special: a text
     cannot spell them."""

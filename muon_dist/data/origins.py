@@ -10,17 +10,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from muon_dist.data import stdlib
-from muon_dist.data.document import Item, SourceGoneError, row_document, say
+from muon_dist.data import readers
+from muon_dist.data.document import Item, SourceGoneError, say
 from muon_dist.data.formats import FORMATS, Format, Head, Options, Text
-from muon_dist.data.storage import DataFile, find_files, is_url
+from muon_dist.data.source import Source
+from muon_dist.data.storage import DataFile, find_files
 from muon_dist.errors import DataError
-from muon_dist.failures import one_line
-
-if TYPE_CHECKING:
-    from muon_dist.data.corpus import Source
 
 # What is no text at all: first bytes -> (what it is, what to do).
 _FOREIGN = (
@@ -72,16 +69,16 @@ class Stdlib(Origin):
         return source.builtin is not None
 
     def items(self) -> Iterator[Item]:
-        yield from stdlib.read_stdlib()
+        yield from readers.read_stdlib()
 
     def state(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        root = stdlib.stdlib_root()
+        root = readers.stdlib_root()
         return _files_state(
-            [DataFile(str(path), path.relative_to(root).as_posix()) for path in stdlib.stdlib_files()], known
+            [DataFile(str(path), path.relative_to(root).as_posix()) for path in readers.stdlib_files()], known
         )
 
     def size(self) -> int | None:
-        return sum(len(document.data) for document in stdlib.read_stdlib())
+        return sum(len(document.data) for document in readers.read_stdlib())
 
 
 def _files_state(files: Sequence[DataFile], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,103 +87,34 @@ def _files_state(files: Sequence[DataFile], known: Mapping[str, Any]) -> dict[st
 
 
 class Rows(Origin):
-    """Rows of ``datasets``: a name of the hub, a local folder, or a folder that ``save_to_disk`` wrote.
-
-    Code of a dataset is never run: ``trust_remote_code`` is not passed, and datasets >= 4 has no loading scripts.
-    """
+    """Rows of ``datasets``: a name of the hub, a local folder, or a folder that ``save_to_disk`` wrote."""
 
     @staticmethod
     def takes(source: Source) -> bool:
-        return source.dataset is not None or any(_is_saved(path) for path in source.paths)
+        return source.dataset is not None or any(readers.is_saved(path) for path in source.paths)
 
     @property
     def _name(self) -> str:
         return self.source.dataset if self.source.dataset is not None else str(self.source.paths[0])
 
     def items(self) -> Iterator[Item]:
-        field = self.source.text_field
-        for number, record in enumerate(self._rows()):
-            origin = f"dataset {self._name!r} row {number}"
-            if not isinstance(record, dict):
-                raise DataError(f"{origin}: is {type(record).__name__}, and a split holds rows: set split.")
-            yield row_document(record, field, origin)
-
-    def _rows(self) -> Iterator[Any]:
-        """The rows; what `datasets` raises between two of them (it reads lazily) as a DataError that says where."""
-        number = 0
-        try:
-            for row in self._opened():
-                yield row
-                number += 1
-        except DataError:
-            raise
-        except Exception as error:  # datasets raises its own, fsspec's, the hub's and the network's errors here
-            cause = error.__cause__ or error  # its own messages say little: "An error occurred while generating"
-            raise DataError(
-                f"dataset {self._name!r} (split {self.source.split!r}) cannot be read after row {number - 1}: "
-                f"{type(cause).__name__}: {one_line(cause)}"
-            ) from error
-
-    def _opened(self) -> Any:
-        import datasets
-
-        name, split = self._name, self.source.split
-        if not _is_saved(name):
-            try:
-                return datasets.load_dataset(
-                    name,
-                    self.source.config,
-                    split=split,
-                    streaming=self.source.streaming,
-                    revision=self.source.revision,
-                )
-            except Exception as error:  # as in `_rows`
-                raise DataError(
-                    f"dataset {name!r} (split {split!r}) cannot be loaded: {type(error).__name__}: {one_line(error)}"
-                ) from error
-        try:
-            loaded = datasets.load_from_disk(name)
-        except Exception as error:  # a damaged folder: errors of arrow, JSON, files
-            raise DataError(
-                f"{name}: datasets cannot load this folder ({type(error).__name__}: {one_line(error)})"
-            ) from error
-        if isinstance(loaded, dict):
-            if split not in loaded:
-                raise DataError(f"{name}: there is no split {split!r}; there is: {', '.join(loaded)}. Set split.")
-            loaded = loaded[split]
-        return loaded
+        source = self.source
+        if len(source.paths) > 1:
+            raise DataError(f"{source.label}: a folder that datasets saved is a source of its own: list it alone.")
+        return readers.read_dataset(
+            self._name, source.config, source.split, source.streaming, source.revision, source.text_field
+        )
 
     def state(self, known: Mapping[str, Any]) -> dict[str, Any]:
         name = self._name
         if Path(name).exists():
             files = find_files([name])
-            if _is_saved(name):  # state.json holds a number that each save draws anew
+            if readers.is_saved(name):  # state.json holds a number that each save draws anew
                 files = [file for file in files if file.suffix == ".arrow"]
             return _files_state(files, known)
         if self.source.dataset is None or name.startswith((".", "/", "~")):
             raise SourceGoneError(f"{name}: no such folder.")
-        return {"commit": self._commit()}
-
-    def _commit(self) -> str:
-        from huggingface_hub import HfApi
-
-        try:
-            return str(HfApi().dataset_info(self._name, revision=self.source.revision, timeout=30).sha)
-        except Exception as error:  # no network, no such name, no permission
-            raise SourceGoneError(
-                f"dataset {self._name!r} cannot be loaded (split {self.source.split!r}): the hub cannot be asked for "
-                f"it ({type(error).__name__}: {one_line(error)})"
-            ) from error
-
-
-def _is_saved(path: str | Path) -> bool:
-    """Whether ``datasets`` saved this folder by ``save_to_disk``."""
-    if is_url(path):
-        return False
-    root = Path(path)
-    return (root / "dataset_dict.json").is_file() or (
-        (root / "state.json").is_file() and (root / "dataset_info.json").is_file()
-    )
+        return {"commit": readers.hub_commit(name, self.source.split, self.source.revision)}
 
 
 class Files(Origin):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from muon_dist.data.corpus import Source, documents, same_source, size_hint, source_record
 from muon_dist.data.document import say
-from muon_dist.data.encoder import Encoder, load_tokenizer
+from muon_dist.data.encoder import Encoder
 from muon_dist.data.files import folder_lock, new_folder
 from muon_dist.data.shards import (
     MANIFEST_FILE,
@@ -35,6 +35,7 @@ from muon_dist.data.shards import (
     check_folder,
     token_dtype,
 )
+from muon_dist.data.tokenizer import load_tokenizer
 from muon_dist.errors import DataError
 
 _BATCH_BYTES = 1 << 20  # text that one task of a worker holds
@@ -83,11 +84,9 @@ def prepare(
         if known is not None:
             trouble = _difference(known, encoder, settings, sources, records)
             if trouble is None:
-                try:
-                    check_folder(out, known, hashes=verify)
+                trouble = _damage(out, known, verify)
+                if trouble is None:
                     return known
-                except DataError as error:
-                    trouble = str(error)
             elif rebuild:
                 say(f"{out}: {trouble} It is prepared again.")
                 overwrite = True
@@ -127,6 +126,14 @@ def _existing(out: Path, overwrite: bool) -> tuple[Manifest | None, str | None]:
         if not overwrite:
             raise
         return None, str(error)
+
+
+def _damage(out: Path, known: Manifest, verify: bool) -> str | None:
+    try:
+        check_folder(out, known, hashes=verify)
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _difference(

@@ -1,4 +1,4 @@
-"""Training a sentencepiece tokenizer on a corpus.
+"""Training a sentencepiece tokenizer on a corpus, and loading any tokenizer for the preparation of shards.
 
 The model is trained by sentencepiece and saved as a ``tokenizers`` file (``tokenizer.json``), which is what
 ``AutoTokenizer`` loads and what encodes the corpus. Both give the same ids, and both give every text back exactly,
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,9 +20,10 @@ from typing import Any
 
 from muon_dist.data.corpus import Source, documents, same_source, size_hint, source_record
 from muon_dist.data.document import say
-from muon_dist.data.encoder import TokenizerInfo, load_tokenizer
+from muon_dist.data.encoder import Encoder, TokenizerInfo, bos_ids, definition, vocabulary_size
 from muon_dist.data.files import folder_lock, new_folder, read_json, sha256_file, sha256_json, write_json
 from muon_dist.errors import DataError
+from muon_dist.failures import one_line
 
 MODEL_TYPES = ("bpe", "unigram")
 UNK, BOS, EOS, PAD = "<unk>", "<|bos|>", "<|eos|>", "<|pad|>"  # ids 0 to 3; not <s>, which HTML pages contain
@@ -78,16 +80,8 @@ def train_tokenizer(
         # only where they are used, so that tokenizers trained before these settings existed stay
         settings |= {"special_tokens": list(special_tokens)} if special_tokens else {}
         settings |= {"split_digits": True} if split_digits else {}
-        difference = _difference(out, known, settings, sources, records) if out.exists() else None
-        if difference is None and out.exists() and any(out.iterdir()) and _is_whole(out, known, overwrite):
+        if _is_done(out, known, settings, sources, records, overwrite, rebuild):
             return load_tokenizer(out).info
-        if difference is not None and not overwrite:
-            if not rebuild:
-                raise DataError(
-                    f"{out}: holds a tokenizer trained with other inputs (different: {difference}). "
-                    "Choose another folder, or overwrite it."
-                )
-            say(f"{out}: other inputs than before ({difference}): the tokenizer is trained again.")
         sample = list(_sample(sources, sample_bytes, seed))
         model = _train(sample, model_type, vocab_size, threads, special_tokens, split_digits)
         with new_folder(out) as folder:
@@ -103,15 +97,39 @@ def _pairs(sources: Sequence[Source], known: Sequence[Any]) -> Iterator[tuple[So
     return ((source, known[k] if k < len(known) else None) for k, source in enumerate(sources))
 
 
+def _is_done(
+    out: Path,
+    known: dict[str, Any],
+    settings: dict[str, Any],
+    sources: Sequence[Source],
+    records: list[Any],
+    overwrite: bool,
+    rebuild: bool,
+) -> bool:
+    """Whether ``out`` holds the tokenizer of these inputs. DataError on one that is damaged or of others."""
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    difference = _difference(out, known, settings, sources, records)
+    if difference is None:
+        return _is_whole(out, known, overwrite)
+    if overwrite:
+        return False
+    if not rebuild:
+        raise DataError(
+            f"{out}: holds a tokenizer trained with other inputs (different: {difference}). "
+            "Choose another folder, or overwrite it."
+        )
+    say(f"{out}: other inputs than before ({difference}): the tokenizer is trained again.")
+    return False
+
+
 def _difference(
     out: Path, known: dict[str, Any], settings: dict[str, Any], sources: Sequence[Source], records: list[Any]
 ) -> str | None:
     """What differs from the inputs of the tokenizer in ``out``, or None. Where files differ, the sample is drawn
     again, by the weights of then: its text counts."""
     if not known:
-        if any(out.iterdir()):
-            raise DataError(f"{out}: holds something other than a tokenizer trained here; choose another folder.")
-        return None
+        raise DataError(f"{out}: holds something other than a tokenizer trained here; choose another folder.")
     before = {name: value for name, value in known["settings"].items() if name != "weights"}
     changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if changed:
@@ -329,3 +347,31 @@ def _check(folder: Path, sample: Sequence[str]) -> None:
         checked += len(text)
         if checked >= _CHECK_BYTES:
             return
+
+
+def load_tokenizer(path: str | Path, add_bos: bool | None = None) -> Encoder:
+    """Any tokenizer folder that ``AutoTokenizer`` loads from disk with a ``tokenizers`` backend and an end-of-sequence
+    token. Nothing is downloaded and no code of the folder is run. Raises DataError otherwise.
+
+    ``add_bos``: whether documents begin with the beginning-of-sequence token; None: as the tokenizer does it.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such tokenizer folder.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds on a damaged or incomplete folder
+        raise DataError(
+            f"{folder}: AutoTokenizer cannot load this folder ({type(error).__name__}: {one_line(error)})."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{folder}: the tokenizer has no end-of-sequence token, with which documents end.")
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise DataError(f"{folder}: the tokenizer has no tokenizer.json; save it in the fast format first.")
+    made = definition(tokenizer, folder)
+    digest = sha256_json({**made, "post_processor": None})
+    bos = bos_ids(tokenizer, add_bos)
+    info = TokenizerInfo(folder, vocabulary_size(tokenizer), tokenizer.eos_token_id, digest, bos)
+    return Encoder(info, json.dumps(made))

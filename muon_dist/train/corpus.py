@@ -25,7 +25,7 @@ _DATA_SEED = 0
 def sources(config: Config) -> list[Source]:
     """The sources of text in the configuration."""
     data = config.data
-    shared = {name: getattr(data, name) for name in ("text_field", "on_bad_record", "max_bad_records")}
+    shared = {name: getattr(data, name) for name in ("on_bad_record", "max_bad_records")}
     return [Source(**shared | source.model_dump(exclude_none=True)) for source in data.chosen]
 
 

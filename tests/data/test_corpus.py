@@ -80,7 +80,7 @@ def test_format_overrides_the_suffix(jsonl: Path, tmp_path: Path, texts: list[st
 def test_stdlib_holds_the_topics_and_docstrings_and_runs_nothing() -> None:
     """Read twice, in this process and in a fresh one that also looks at what was imported meanwhile."""
     program = (
-        "import sys, hashlib; from muon_dist.data.stdlib import read_stdlib, stdlib_root;"
+        "import sys, hashlib; from muon_dist.data.readers import read_stdlib, stdlib_root;"
         "stdlib_root(); before = set(sys.modules);"
         "found = read_stdlib(); assert set(sys.modules) == before, set(sys.modules) - before;"
         "print(len(found), hashlib.sha256(b''.join(one.data for one in found)).hexdigest())"

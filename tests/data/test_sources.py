@@ -17,7 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from muon_dist.config.schema import SourceConfig
+from muon_dist.config.data import SourceConfig
 from muon_dist.data import Source, document
 from muon_dist.data.corpus import FORMATS, documents
 
