@@ -15,9 +15,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from muon_dist.config.data import SourceConfig
 from muon_dist.config.kinds import SWITCHES, switch
 from muon_dist.config.redact import redact
-from muon_dist.config.schema import Config, GroupConfig, MuonConfig, SourceConfig
+from muon_dist.config.schema import Config, GroupConfig, MuonConfig
 from muon_dist.config.source import Keys
 from muon_dist.errors import ConfigError, RoutingError
 from muon_dist.numerics.schedules import get_schedule

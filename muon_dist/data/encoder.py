@@ -127,10 +127,15 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
+def text_ids(tokenizer: Any, text: str, framed: bool) -> list[int]:
+    """The ids of a text by a transformers tokenizer, with what it puts before and behind a text or without."""
+    ids = tokenizer(text, add_special_tokens=framed, return_token_type_ids=False)["input_ids"]
+    return [int(one) for one in np.asarray(ids).reshape(-1)]
+
+
 def frame(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(ids that a transformers tokenizer puts before a text, ids that it puts behind it)."""
-    bare = tokenizer.encode("a", add_special_tokens=False)
-    full = tokenizer.encode("a")
+    bare, full = text_ids(tokenizer, "a", False), text_ids(tokenizer, "a", True)
     for start in range(len(full) - len(bare) + 1):
         if bare and full[start : start + len(bare)] == bare:
             return tuple(full[:start]), tuple(full[start + len(bare) :])

@@ -176,9 +176,12 @@ class JsonLines(Format):
     suffixes = (".jsonl", ".ndjson", ".json")
 
     def matches(self, head: Head, options: Options) -> bool:
-        if head.lines:
-            return _is_object(head.lines[0])
-        return re.match(r'\s*\{\s*"[^"\\\n]*"\s*:', head.text) is not None  # a first line longer than the head
+        if head.lines and _is_object(head.lines[0]):
+            return True
+        if head.lines and head.file.suffix not in (".jsonl", ".ndjson"):
+            return False
+        # a first line that is longer than the head, or damaged
+        return re.match(r'\s*\{\s*"[^"\\\n]*"\s*:', head.text) is not None
 
     def read(self, file: DataFile, options: Options) -> Iterator[Item]:
         offset = 0
@@ -221,7 +224,7 @@ class Json(Format):
             return True
         if not re.match(r'\[\s*[{"]', text):
             return False
-        start = re.compile(r"\s*").match(text, 1).end()  # type: ignore[union-attr]
+        start = len(text) - len(text[1:].lstrip())
         try:
             _, end = json.JSONDecoder().raw_decode(text, start)
         except json.JSONDecodeError as error:

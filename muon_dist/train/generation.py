@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from muon_dist.data.encoder import frame
+from muon_dist.data.encoder import frame, text_ids
 from muon_dist.errors import ConfigError, NonFiniteError
 
 
@@ -60,7 +60,7 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
     An empty prompt is what comes before a document: that, or the end of the one before.
     """
-    ids = [*frame(tokenizer)[0], *tokenizer.encode(prompt, add_special_tokens=False)]
+    ids = [*frame(tokenizer)[0], *text_ids(tokenizer, prompt, False)]
     if ids:
         return ids
     return [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id]
