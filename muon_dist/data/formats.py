@@ -216,7 +216,7 @@ class Json(Format):
     """A JSON array of objects or texts, or objects one after the other over several lines each."""
 
     name = "json"
-    suffixes = ()
+    suffixes = (".json",)
 
     def matches(self, head: Head, options: Options) -> bool:
         text = head.text.lstrip()

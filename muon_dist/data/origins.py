@@ -158,7 +158,7 @@ class Files(Origin):
             found = [(file, kind) for file, kind in found if kind.records or file.path in named]
         if not found:
             raise DataError(f"{self.source.label}: holds no data, only {', '.join(left_out[:5]) or 'empty files'}.")
-        if several or found[0][1].name != "text":
+        if left_out or (self.source.format == "auto" and not all(map(_as_named, *zip(*found, strict=True)))):
             self._tell(Counter(kind.name for _, kind in found), left_out)
         return found
 
@@ -192,6 +192,13 @@ class Files(Origin):
                 "format to csv or tsv, and text_field to the column with the text"
             )
         return by_content
+
+
+def _as_named(file: DataFile, kind: Format) -> bool:
+    """Whether a file is read as its name promises."""
+    if file.suffix in kind.suffixes:
+        return True
+    return isinstance(kind, Text) and not any(file.suffix in one.suffixes for one in FORMATS)
 
 
 def _refuse_foreign(head: Head) -> None:
