@@ -53,7 +53,9 @@ RunPath = Annotated[
         help="A run folder, such as runs/quickstart, a checkpoint or a model folder.",
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what other settings left in the folder.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Make it again in any case that would be refused, such as damaged files.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -129,8 +131,11 @@ def prepare(
     overrides: Overrides = None,
     overwrite: Overwrite = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte of data prepared before.")] = False,
+    show: Annotated[
+        int, typer.Option(min=0, help="Print so many training samples of each source, decoded, with document ends.")
+    ] = 0,
 ) -> None:
-    """Turn the configuration's text into token shards. What is done already stays."""
+    """Turn the configuration's text into token shards. What is done stays, unless what makes it has changed."""
     from muon_dist.config import load_config
 
     settings = load_config(config, overrides or [])
@@ -140,7 +145,28 @@ def prepare(
     for source in manifest.sources:
         for split, totals in source.splits.items():
             typer.echo(f"{source.folder} {split}: {totals.documents:,} documents, {totals.tokens:,} tokens")
+    for line in corpus.shown(settings, show) if show else ():
+        typer.echo(line)
     typer.echo(str(corpus.tokens_folder(settings)))
+
+
+@app.command(name="export-tokens")
+def export_tokens(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet.")],
+    overrides: Overrides = None,
+    to: Annotated[
+        str, typer.Option(help="megatron (.bin, .idx) or datatrove (.ds, .ds.index; nanotron).")
+    ] = "megatron",
+) -> None:
+    """Write prepared tokens as files for Megatron or nanotron. Such files are read when a source's path names them."""
+    _quiet()
+    from muon_dist.config import load_config
+    from muon_dist.data.token_files import export_tokens as export
+    from muon_dist.train import corpus
+
+    for path in export(corpus.tokens_folder(load_config(config, overrides or [])), out, to):
+        typer.echo(str(path))
 
 
 @app.command(name="eval")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from muon_dist.config.paths import expand_path
 from muon_dist.config.redact import is_secret, redact
 from muon_dist.config.schema import Config
 from muon_dist.config.source import Document, Keys, Place, Problem, comment_after_value, parse, read
-from muon_dist.config.validate import closest, contradictions, trainer_problems
+from muon_dist.config.validate import closest, contradictions, trainer_problems, with_switches
 from muon_dist.errors import ConfigError
 
 
@@ -41,6 +41,7 @@ def _check(document: Document) -> Config:
         raise _error(problems)
     found: list[tuple[Keys, str]] = []
     if isinstance(data.get("trainer"), dict):
+        data["trainer"] = with_switches(data["trainer"])
         found += trainer_problems(data["trainer"])
     try:
         config: Config | None = _validated(data)
@@ -97,7 +98,10 @@ def _with_bases(path: Path, below: tuple[Path, ...]) -> Document:
     chain = (*below, path.resolve())
     if not isinstance(base, str) or not base:
         return _no_base(document, "needs the path of a file")
-    target = path.parent / os.path.expanduser(base)
+    try:
+        target = path.parent / expand_path(base)
+    except ValueError as error:
+        return _no_base(document, str(error))
     try:
         circle = target.resolve() in chain
         found = target.is_file()

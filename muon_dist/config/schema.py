@@ -6,112 +6,27 @@ these objects: they are unpacked there into plain arguments.
 
 from __future__ import annotations
 
-import os
-import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
+from muon_dist.config.data import DataConfig, TokenizerConfig
+from muon_dist.config.kinds import (
+    BelowOne,
+    Block,
+    DType,
+    Flag,
+    LocalPath,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Scale,
+    ScheduleName,
+)
+from muon_dist.config.paths import expand_path, expand_trainer_paths
 from muon_dist.config.redact import redact
 from muon_dist.config.source import ConfigDumper
-
-DType = Literal["float32", "bfloat16", "float16"]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Scale = Literal["match_rms_adamw", "spectral", "none"]
-
-
-def _known_schedule(name: str) -> str:
-    from muon_dist.numerics import get_schedule  # imports torch: seconds, which a file that is missing should not cost
-
-    get_schedule(name)  # a ConfigError that names the closest schedule, and a ValueError as pydantic needs it
-    return name
-
-
-def _local_path(text: str) -> str:
-    """A path on a mounted file system, `~` expanded; for what is written by rename, which no object store has."""
-    if not text:
-        raise ValueError("is empty: name a folder")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
-        raise ValueError(f"{text!r} is a URL: name a folder on a mounted file system")
-    return os.path.expanduser(text)
-
-
-LocalPath = Annotated[str, AfterValidator(_local_path)]
-
-
-def _schedule_names(json_schema: dict[str, Any]) -> None:
-    from muon_dist.numerics import SCHEDULES  # imports torch
-
-    json_schema["enum"] = list(SCHEDULES)
-
-
-ScheduleName = Annotated[str, AfterValidator(_known_schedule), Field(json_schema_extra=_schedule_names)]
-
-
-class Block(BaseModel):
-    """Base of every block: immutable, no unknown keys, no conversion of types, no NaN or infinity."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
-    )
-
-
-class TokenizerConfig(Block):
-    """A tokenizer to load (`path`), or one to train on the sources."""
-
-    path: LocalPath | None = Field(default=None, description="folder of an existing tokenizer, for AutoTokenizer")
-    model_type: Literal["bpe", "unigram"] = Field(
-        default="bpe", description="sentencepiece model to train when path is null"
-    )
-    vocab_size: PositiveInt | None = Field(
-        default=None, description="size of the vocabulary to train (4096 unless given); null when path is given"
-    )
-    sample_bytes: PositiveInt = Field(
-        default=50_000_000, description="UTF-8 bytes of text that the training reads at most"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_vocabulary(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("path") is None and "vocab_size" not in data:
-            return {**data, "vocab_size": 4096}
-        return data
-
-
-class SourceConfig(Block):
-    """One source of text: exactly one of builtin, path and dataset."""
-
-    builtin: Literal["stdlib"] | None = Field(default=None, description="English text of the Python standard library")
-    path: str | None = Field(default=None, description="a file, or a folder that is read recursively")
-    dataset: str | None = Field(default=None, description="name of a dataset for datasets.load_dataset")
-    weight: Positive = Field(default=1.0, description="share of the training samples, relative to the other sources")
-    format: Literal["auto", "text", "jsonl", "parquet"] = Field(default="auto", description="of the files of path")
-    text_field: str = Field(default="text", description="column with the text, in jsonl, parquet and datasets")
-    config: str | None = Field(default=None, description="configuration name of the dataset")
-    split: str = Field(default="train", description="split of the dataset")
-    streaming: bool = Field(default=True, description="read the dataset without downloading all of it")
-    revision: str | None = Field(default=None, description="branch, tag or commit of the dataset")
-    max_documents: PositiveInt | None = Field(default=None, description="stop after this many documents")
-
-
-class DataConfig(Block):
-    """What is read, and how it is cut into samples."""
-
-    sources: tuple[SourceConfig, ...] = (SourceConfig(builtin="stdlib"),)
-    dir: LocalPath = Field(default="data", description="folder of the tokenizer and the token shards")
-    sequence_length: Annotated[int, Field(ge=2)] = Field(default=1024, description="tokens in a sample")
-    validation_fraction: BelowOne = Field(default=0.02, description="share of the documents kept for validation")
-    shard_tokens: PositiveInt = Field(default=10_000_000, description="tokens in one shard file")
-    workers: PositiveInt = Field(default=2, description="processes that tokenize")
-    global_batch_size: PositiveInt | None = Field(
-        default=None,
-        description="samples of one optimizer step over all processes, kept at any number of them: accumulation "
-        "follows, and trainer.per_device_train_batch_size is the most that a process takes at a time",
-    )
 
 
 class MuonConfig(Block):
@@ -140,8 +55,8 @@ class MuonConfig(Block):
     bucket_mb: Positive = Field(
         default=128.0, description="a step allocates at most twice this, in MiB; a larger matrix goes alone"
     )
-    overlap: bool = Field(default=True, description="move buckets while one is orthogonalized; exact either way")
-    ns_compile: bool = Field(default=False, description="Newton-Schulz through torch.compile")
+    overlap: Flag = Field(default=True, description="move buckets while one is orthogonalized; exact either way")
+    ns_compile: Flag = Field(default=False, description="Newton-Schulz through torch.compile")
     wire_dtype: DType | None = Field(
         default=None, description="dtype in which momentum and updates travel; null: nothing is lost"
     )
@@ -152,14 +67,14 @@ class MuonConfig(Block):
         default="analytic",
         description="what balanced owners are balanced by; measured: timed once, and kept in a file",
     )
-    master_weights: bool = Field(
+    master_weights: Flag = Field(
         default=False, description="fp32 masters of 16-bit parameters, of AdamW's as well: 4 bytes more an element"
     )
-    stochastic_rounding: bool = Field(
+    stochastic_rounding: Flag = Field(
         default=False,
         description="random rounding of bfloat16 parameters, of AdamW's as well, whose mean is exact; drawn from seed",
     )
-    momentum_everywhere: bool = Field(
+    momentum_everywhere: Flag = Field(
         default=False,
         description="momentum on every rank that holds a copy of a weight, so that any library saves it all: 4 bytes "
         "an element on each",
@@ -262,7 +177,7 @@ class DiagnosticsConfig(Block):
 class CheckpointConfig(Block):
     """How a run is saved and continued. When: trainer.save_strategy and trainer.save_steps."""
 
-    background: bool = Field(
+    background: Flag = Field(
         default=True, alias="async", description="hold training for the copy to host memory only, write beside it"
     )
     keep_last: PositiveInt | None = Field(default=None, description="newest checkpoints to keep; null: all")
@@ -300,7 +215,7 @@ class GuardsConfig(Block):
     straggler_seconds: NonNegative = Field(
         default=0.1, description="name a rank that is slower by this, step after step; 0: never"
     )
-    signals: bool = Field(default=True, description="on SIGTERM and SIGUSR1 commit a checkpoint and leave with 75")
+    signals: Flag = Field(default=True, description="on SIGTERM and SIGUSR1 commit a checkpoint and leave with 75")
 
 
 class ParallelConfig(Block):
@@ -349,9 +264,12 @@ class Config(Block):
         ),
     ]
     optimizer: OptimizerConfig
-    trainer: dict[str, Any] = Field(default_factory=dict, description="arguments of transformers.TrainingArguments")
+    trainer: Annotated[dict[str, Any], BeforeValidator(expand_trainer_paths)] = Field(
+        default_factory=dict, description="arguments of transformers.TrainingArguments"
+    )
     deepspeed: Annotated[
         Any,
+        AfterValidator(lambda value: expand_path(value) if isinstance(value, str) else value),
         WithJsonSchema(
             {
                 "anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}],

@@ -122,7 +122,10 @@ def parse(text: str, name: str, numbered: bool = True) -> Document:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark is not None else 1
         where = Place(name, line if numbered else None)
-        return _failed(where, f"not valid YAML: {error.problem or error.context}")
+        problem = str(error.problem or error.context)
+        if "'\\t'" in problem:
+            problem = f"a tab where YAML takes spaces alone: indent with spaces ({problem})"
+        return _failed(where, f"not valid YAML: {problem}")
     except RecursionError:
         return _failed(Place(name), "nested too deeply")
     finally:

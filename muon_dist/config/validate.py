@@ -15,8 +15,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from muon_dist.config.data import SourceConfig
+from muon_dist.config.kinds import SWITCHES, switch
 from muon_dist.config.redact import redact
-from muon_dist.config.schema import Config, GroupConfig, MuonConfig, SourceConfig
+from muon_dist.config.schema import Config, GroupConfig, MuonConfig
 from muon_dist.config.source import Keys
 from muon_dist.errors import ConfigError, RoutingError
 
@@ -59,6 +61,22 @@ def training_arguments() -> dict[str, Any]:
 
     hints = typing.get_type_hints(TrainingArguments)
     return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+
+
+def with_switches(trainer: dict[str, Any]) -> dict[str, Any]:
+    """The trainer block with `on`, `yes`, `off` and `no` as booleans where an argument takes those, and no text."""
+    if not any(isinstance(value, str) and value.lower() in SWITCHES for value in trainer.values()):
+        return trainer
+    known = training_arguments()
+
+    def kinds(name: str) -> tuple[Any, ...]:
+        kind = known.get(name)
+        return typing.get_args(kind) or (kind,)
+
+    return {
+        name: switch(value) if bool in kinds(name) and str not in kinds(name) else value
+        for name, value in trainer.items()
+    }
 
 
 def trainer_problems(trainer: dict[str, Any]) -> Found:
@@ -175,9 +193,17 @@ def _tokenizer_and_data(config: Config) -> Found:
         )
     if tokenizer.path is None and tokenizer.vocab_size is None:
         yield ("tokenizer", "vocab_size"), "is null and so is tokenizer.path: set one of them"
-    if not data.sources:
+    if data.path is None and data.text_field != "text":
+        yield ("data", "text_field"), "is of data.path, which is not set: set data.sources.0.text_field"
+    if not data.chosen:
         yield ("data", "sources"), "is empty: name a source, for instance {builtin: stdlib}"
-    for index, source in enumerate(data.sources):
+    if tokenizer.path is not None:
+        for name in sorted(n for n in ("special_tokens", "split_digits") if getattr(tokenizer, n)):
+            yield (
+                ("tokenizer", name),
+                f"is for a tokenizer that is trained, and tokenizer.path is {tokenizer.path}: remove one of them",
+            )
+    for index, source in enumerate(data.sources if data.path is None else ()):
         yield from _source(("data", "sources", index), source)
     if data.validation_fraction == 0 and config.trainer.get("eval_strategy", "no") != "no":
         yield (
@@ -193,8 +219,10 @@ def _source(keys: Keys, source: SourceConfig) -> Found:
         given = " and ".join(kinds) if kinds else "none of them"
         yield keys, f"needs exactly one of builtin, path and dataset, and has {given}"
         return
-    of_dataset = {"config", "split", "streaming", "revision"}
-    misplaced = {"builtin": of_dataset | {"format", "text_field"}, "path": of_dataset, "dataset": {"format"}}[kinds[0]]
+    of_dataset = {"config", "streaming", "revision"}
+    of_text = {"format", "document_bytes", "separator"}
+    builtin = of_dataset | of_text | {"split", "text_field", "on_bad_record", "max_bad_records"}
+    misplaced = {"builtin": builtin, "path": of_dataset, "dataset": of_text}[kinds[0]]
     for name in sorted(n for n in misplaced if getattr(source, n) != SourceConfig.model_fields[n].default):
         yield (*keys, name), f"has no meaning for a source with {kinds[0]}: remove {name}"
 
@@ -208,11 +236,11 @@ def _model(config: Config) -> Found:
     if not isinstance(model.get("partitioned_init", False), bool):
         yield ("model", "partitioned_init"), f"{model['partitioned_init']!r} is not true or false"
     vocabulary = model.get("vocab_size")
-    if vocabulary is not None and tokenizer.vocab_size is not None and vocabulary != tokenizer.vocab_size:
+    if isinstance(vocabulary, int) and tokenizer.vocab_size is not None and vocabulary < tokenizer.vocab_size:
         yield (
             ("model", "vocab_size"),
             f"is {vocabulary}, but tokenizer.vocab_size is {tokenizer.vocab_size}: remove model.vocab_size, "
-            "which is filled in from the tokenizer",
+            "which is filled in from the tokenizer, or make it larger (a padded vocabulary)",
         )
     for name in _LONGEST:
         longest = model.get(name)

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from muon_dist.data.shards import Manifest, damages
+from muon_dist.data.files import sha256_file
+from muon_dist.data.shards import INDEX_FILE, Manifest, damages
 from muon_dist.errors import DataError
 
 Sample = dict[str, torch.Tensor]
@@ -25,7 +26,8 @@ class TokenDataset(Dataset[Sample]):
 
     ``dir`` is a prepared folder; ``source`` its source folder, needed when it holds several. Item i is
     ``{"input_ids", "labels"}``, both int64 (sequence_length,) and equal (Hugging Face models shift labels themselves).
-    Files are mapped on first use and not carried along when pickled to a DataLoader's workers.
+    Files are mapped at once, so that a folder that is prepared again does not change what this reads; not carried
+    along when pickled to a DataLoader's workers, which map them again.
 
     Raises DataError, naming the file, when the folder is not prepared or a shard's size is wrong, when the split is
     shorter than one sample, and when ``vocab_size`` (the model's) is too small for the tokens.
@@ -48,7 +50,8 @@ class TokenDataset(Dataset[Sample]):
         for damage in damages(self.folder, self.index, hashes=False):
             raise DataError(damage)
         self._starts = list(accumulate((shard.tokens for shard in self.index.shards), initial=0))
-        self._maps: dict[int, npt.NDArray[np.integer[Any]]] = {}
+        self._index_sha256 = sha256_file(self.folder / INDEX_FILE)
+        self._maps = {number: self._mapped(number) for number in range(len(self.index.shards))}
         if len(self) == 0:
             raise DataError(
                 f"{self.folder}: too short: {self.index.tokens} tokens, one sample has {sequence_length}. "
@@ -89,12 +92,15 @@ class TokenDataset(Dataset[Sample]):
         return out
 
     def _map(self, number: int) -> npt.NDArray[np.integer[Any]]:
-        if number not in self._maps:
-            shard = self.index.shards[number]
-            self._maps[number] = np.memmap(
-                self.folder / shard.file, dtype=self.index.dtype, mode="r", shape=(shard.tokens,)
-            )
+        if not self._maps:  # in a worker process
+            if sha256_file(self.folder / INDEX_FILE) != self._index_sha256:
+                raise DataError(f"{self.folder}: was prepared again while this run reads it: start the run again.")
+            self._maps = {number: self._mapped(number) for number in range(len(self.index.shards))}
         return self._maps[number]
+
+    def _mapped(self, number: int) -> npt.NDArray[np.integer[Any]]:
+        shard = self.index.shards[number]
+        return np.memmap(self.folder / shard.file, dtype=self.index.dtype, mode="r", shape=(shard.tokens,))
 
     def _refuse(self, number: int, position: int, vocab_size: int) -> None:
         ids = self._map(number)

@@ -3,43 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from muon_dist.errors import DataError
 
 BLOCK_BYTES = 1 << 20  # unit in which damage is located
 
 
+def sha256_stream(stream: BinaryIO) -> str:
+    """SHA-256 of what is left of a stream, read in blocks."""
+    digest = hashlib.sha256()
+    while block := stream.read(BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_stream(stream)
 
 
 def sha256_json(value: Any) -> str:
     """SHA-256 of a JSON value in canonical form."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def file_record(path: Path, name: str, known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Name, size, modification time and SHA-256; the hash is taken from ``known`` where size and time agree."""
-    stat = path.stat()
-    if known and known["size"] == stat.st_size and known["mtime_ns"] == stat.st_mtime_ns:
-        digest = known["sha256"]
-    else:
-        digest = sha256_file(path)
-    return {"path": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -71,9 +67,19 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def folder_lock(out: Path) -> Iterator[None]:
-    """Hold the right to build ``out``; a second process waits. What a killed builder left behind is removed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (out.parent / f".{out.name}.lock").open("w") as lock:
+    """Hold the right to build ``out``; a second process waits. What a killed builder left behind is removed.
+
+    Where nothing can be written and ``out`` exists, nobody builds it, and it is used as it is.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = (out.parent / f".{out.name}.lock").open("w")
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM) or not out.is_dir():
+            raise
+        yield
+        return
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for stale in (*out.parent.glob(f".{out.name}.tmp-*"), *out.parent.glob(f".{out.name}.old-*")):
             shutil.rmtree(stale)

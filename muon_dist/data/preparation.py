@@ -23,6 +23,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from muon_dist.data.corpus import Source, documents, same_source, size_hint, source_record
+from muon_dist.data.document import say
+from muon_dist.data.encoder import Encoder
 from muon_dist.data.files import folder_lock, new_folder
 from muon_dist.data.shards import (
     MANIFEST_FILE,
@@ -33,7 +35,7 @@ from muon_dist.data.shards import (
     check_folder,
     token_dtype,
 )
-from muon_dist.data.tokenizer import Encoder, load_tokenizer
+from muon_dist.data.tokenizer import load_tokenizer
 from muon_dist.errors import DataError
 
 _BATCH_BYTES = 1 << 20  # text that one task of a worker holds
@@ -53,6 +55,8 @@ def prepare(
     progress: bool = True,
     overwrite: bool = False,
     verify: bool = False,
+    rebuild: bool = False,
+    add_bos: bool | None = None,
 ) -> Manifest:
     """Tokenize the sources into ``out_dir`` and return its manifest.
 
@@ -62,25 +66,30 @@ def prepare(
     ``workers``.
 
     A folder prepared before from the same inputs is returned as it is, after a check of its file sizes (``verify``: of
-    every SHA-256). A damaged one, or one of other inputs, is named in a DataError, or rebuilt with ``overwrite``. The
-    folder appears by one rename when all is on disk. DataError also on bad sources (see ``documents``).
+    every SHA-256). Inputs are the same when tokenizer, settings and the documents themselves are: paths, times, names,
+    compression and weights do not count, and a source that is gone is taken for unchanged. A folder of other inputs is
+    named in a DataError, or built again with ``rebuild``; a damaged one only with ``overwrite``. The folder appears by
+    one rename when all is on disk. DataError also on bad sources (see ``documents``).
+
+    ``add_bos``: begin documents with the beginning-of-sequence token; None: as the tokenizer does it.
     """
     _check_settings(sources, validation_fraction, shard_tokens, workers)
     out = Path(out_dir)
-    encoder = load_tokenizer(tokenizer_dir)
+    encoder = load_tokenizer(tokenizer_dir, add_bos)
     settings = {"validation_fraction": validation_fraction, "shard_tokens": shard_tokens, "seed": seed}
     with folder_lock(out):
         known, trouble = _existing(out, overwrite)
         old = [one.record for one in known.sources] if known else []
         records = [source_record(s, old[k] if k < len(old) else None) for k, s in enumerate(sources)]
         if known is not None:
-            trouble = _difference(known, encoder, settings, records)
+            trouble = _difference(known, encoder, settings, sources, records)
             if trouble is None:
-                try:
-                    check_folder(out, known, hashes=verify)
+                trouble = _damage(out, known, verify)
+                if trouble is None:
                     return known
-                except DataError as error:
-                    trouble = str(error)
+            elif rebuild:
+                say(f"{out}: {trouble} It is prepared again.")
+                overwrite = True
         if trouble is not None and not overwrite:
             raise DataError(f"{trouble} Choose another folder, or prepare again with overwrite.")
         with new_folder(out) as folder:
@@ -91,7 +100,7 @@ def prepare(
                     for k, (source, record) in enumerate(zip(sources, records, strict=True))
                 ]
             info = encoder.info
-            manifest = Manifest(info.vocab_size, info.eos_id, info.sha256, settings, tuple(prepared))
+            manifest = Manifest(info.vocab_size, info.eos_id, info.sha256, settings, tuple(prepared), info.bos_ids)
             manifest.write(folder)
         return manifest
 
@@ -119,10 +128,24 @@ def _existing(out: Path, overwrite: bool) -> tuple[Manifest | None, str | None]:
         return None, str(error)
 
 
-def _difference(known: Manifest, encoder: Encoder, settings: dict[str, Any], records: list[Any]) -> str | None:
+def _damage(out: Path, known: Manifest, verify: bool) -> str | None:
+    try:
+        check_folder(out, known, hashes=verify)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _difference(
+    known: Manifest, encoder: Encoder, settings: dict[str, Any], sources: Sequence[Source], records: list[Any]
+) -> str | None:
+    """What differs from the inputs of before, or None. A source whose files differ is read: its documents count."""
     start = "was prepared from other inputs: "
-    if known.tokenizer_sha256 != encoder.info.sha256:
+    info = encoder.info
+    if (known.tokenizer_sha256, known.eos_id) != (info.sha256, info.eos_id):
         return f"The data folder {start}another tokenizer."
+    if known.bos_ids != info.bos_ids:
+        return f"The data folder {start}token ids {known.bos_ids} before each document (now {info.bos_ids})."
     if known.settings != settings:
         changed = [
             f"{k} {known.settings.get(k)} (now {settings[k]})"
@@ -132,10 +155,18 @@ def _difference(known: Manifest, encoder: Encoder, settings: dict[str, Any], rec
         return f"The data folder {start}{', '.join(changed)}."
     if len(known.sources) != len(records):
         return f"The data folder {start}{len(known.sources)} sources (now {len(records)})."
-    for one, record in zip(known.sources, records, strict=True):
-        if not same_source(one.record, record):
+    for one, source, record in zip(known.sources, sources, records, strict=True):
+        if not same_source(one.record, record) and ("commit" in record or _content(source) != one.content_sha256):
             return f"The data folder {start}the content or description of source {record['label']} has changed."
     return None
+
+
+def _content(source: Source) -> str:
+    """The digest of a source's documents, as `_batches` takes it."""
+    digest = hashlib.sha256()
+    for _ in _batches(source, digest):
+        pass
+    return digest.hexdigest()
 
 
 def _bar(progress: bool, sources: Sequence[Source]) -> Any:
@@ -144,6 +175,14 @@ def _bar(progress: bool, sources: Sequence[Source]) -> Any:
     hints = [size_hint(source) for source in sources] if shown else []
     total = sum(hint for hint in hints if hint is not None) if None not in hints else None
     return tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=not shown)
+
+
+class _Batch(NamedTuple):
+    """Documents of one kind: UTF-8 text, or with ``tokens`` ids as in ``Document``; where the first comes from."""
+
+    data: list[bytes]
+    tokens: bool
+    origin: str
 
 
 class _Encoded(NamedTuple):
@@ -156,14 +195,21 @@ class _Encoded(NamedTuple):
     keys: list[int]
 
 
-def _encode(encoder: Encoder, seed: int, batch: list[bytes]) -> _Encoded:
-    eos = np.array([encoder.info.eos_id])
-    found = encoder.encode([data.decode("utf-8") for data in batch])
-    ids = np.concatenate([part for one in found for part in (one, eos)])
+def _encode(encoder: Encoder, seed: int, batch: _Batch) -> _Encoded:
+    """The batch as tokens. Documents of tokens are decoded: their bytes and their split are those of the text."""
+    info = encoder.info
+    bos, eos = np.array(info.bos_ids, dtype=np.int64), np.array([info.eos_id])
+    if batch.tokens:
+        found = [encoder.bare(np.frombuffer(data, dtype="<i4"), batch.origin) for data in batch.data]
+        texts = [encoder.decode(ids.tolist()).encode("utf-8") for ids in found]
+    else:
+        texts = batch.data
+        found = encoder.encode([data.decode("utf-8") for data in texts])
+    ids = np.concatenate([part for one in found for part in (bos, one, eos)])
     salt = seed.to_bytes(16, "little", signed=True)
-    keys = [int.from_bytes(blake2b(data, digest_size=8, key=salt).digest(), "little") for data in batch]
-    narrow = ids.astype(token_dtype(encoder.info.vocab_size))
-    return _Encoded(narrow, [len(one) + 1 for one in found], [len(data) for data in batch], keys)
+    keys = [int.from_bytes(blake2b(data, digest_size=8, key=salt).digest(), "little") for data in texts]
+    narrow = ids.astype(token_dtype(info.vocab_size))
+    return _Encoded(narrow, [len(bos) + len(one) + 1 for one in found], [len(data) for data in texts], keys)
 
 
 _worker: tuple[Encoder, int] | None = None
@@ -183,7 +229,7 @@ def _start_worker(encoder: Encoder, seed: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _encode_in_worker(batch: list[bytes]) -> _Encoded:
+def _encode_in_worker(batch: _Batch) -> _Encoded:
     assert _worker is not None
     return _encode(*_worker, batch)
 
@@ -196,7 +242,7 @@ class _Encoding:
         self.pool: ProcessPoolExecutor | None = None
         self._inline = _INLINE_BATCHES
 
-    def run(self, batches: Iterator[list[bytes]]) -> Iterator[_Encoded]:
+    def run(self, batches: Iterator[_Batch]) -> Iterator[_Encoded]:
         """Results in the order of the batches, at most two tasks a worker under way."""
         here = batches if self.workers == 1 else itertools.islice(batches, self._inline)
         for batch in here:
@@ -231,19 +277,20 @@ def _encoding(encoder: Encoder, seed: int, workers: int) -> Iterator[_Encoding]:
             encoding.pool.shutdown(cancel_futures=True)
 
 
-def _batches(source: Source, digest: Any) -> Iterator[list[bytes]]:
+def _batches(source: Source, digest: Any) -> Iterator[_Batch]:
     """Documents in batches of about _BATCH_BYTES; ``digest`` takes in every document and its length."""
-    batch: list[bytes] = []
-    size = 0
-    for document in documents(source):
-        digest.update(len(document.data).to_bytes(8, "little"))
-        digest.update(document.data)
-        batch.append(document.data)
-        size += len(document.data)
-        if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
+    batch, size = _Batch([], False, ""), 0
+    for data, place, tokens in documents(source):
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+        if batch.data and (size >= _BATCH_BYTES or len(batch.data) >= _BATCH_DOCUMENTS or tokens != batch.tokens):
             yield batch
-            batch, size = [], 0
-    if batch:
+            batch, size = _Batch([], tokens, place), 0
+        elif not batch.data:
+            batch = _Batch([], tokens, place)
+        batch.data.append(data)
+        size += len(data)
+    if batch.data:
         yield batch
 
 
@@ -283,7 +330,7 @@ class _Splitter:
             raise DataError(
                 f"{label}: too short to be split: {count} document(s) of "
                 f"{self.train.bytes + self.validation.bytes} bytes in all. "
-                "Add text, lower document_bytes, or set validation_fraction to 0."
+                "Add text, lower the source's document_bytes, or set data.validation_fraction to 0."
             )
         return {"train": self.train.finish(), "validation": self.validation.finish()}
 
@@ -304,7 +351,11 @@ def _prepare_source(
     )
     splitter = _Splitter(train, validation, settings["validation_fraction"])
     digest = hashlib.sha256()
-    for batch in encoding.run(_batches(source, digest)):
+    batches = _batches(source, digest)
+    first = next(batches, None)
+    if first is not None and not first.tokens:
+        encoder.check([data.decode("utf-8") for data in first.data], source.label)
+    for batch in encoding.run(itertools.chain([first] if first is not None else [], batches)):
         starts = itertools.accumulate(batch.lengths, initial=0)
         for start, length, size, key in zip(starts, batch.lengths, batch.sizes, batch.keys, strict=False):
             splitter.add(key, batch.ids[start : start + length], size)

@@ -1,157 +1,63 @@
-"""Readers: a file, a ``datasets`` name or the standard library in, documents out, in a fixed order."""
+"""Documents that lie in no text files: rows of ``datasets``, and the text of the running Python's standard library."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import gc
-import json
 import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from muon_dist.data.document import Document, Item, SourceGoneError, row_document
+from muon_dist.data.storage import is_url
 from muon_dist.errors import DataError
+from muon_dist.failures import one_line
 
-_BLOCK = 1 << 20
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _STDLIB_SKIP = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "turtledemo"})
 
 
-class Document(NamedTuple):
-    """A document: its text as UTF-8 bytes, and where it came from, for messages."""
-
-    data: bytes
-    origin: str
-
-
-def _utf8(text: object, origin: str, field: str) -> bytes:
-    if not isinstance(text, str):
-        raise DataError(f"{origin}: field {field!r} is {type(text).__name__}, not text.")
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON may spell half a surrogate pair, which no UTF-8 text can hold
-        raise DataError(
-            f"{origin}: field {field!r} is not Unicode text (a lone surrogate at character {error.start})."
-        ) from None
-
-
-def _check_utf8(data: bytes, path: Path, start: int) -> None:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 at byte offset {start + error.start} "
-            f"(byte 0x{data[error.start]:02x}: {error.reason}). Convert the file to UTF-8."
-        ) from None
-
-
-def read_text(path: Path, document_bytes: int) -> Iterator[Document]:
-    """A text file, cut at the first blank line after ``document_bytes`` (else at a line end, else at a character,
-    before twice as many). The documents joined are the file, byte for byte, less a UTF-8 byte order mark.
-    """
-    with path.open("rb") as stream:
-        buffer, position, offset = b"", 0, 0
-        ended = False
-        while True:
-            while not ended and len(buffer) - position < 2 * document_bytes + 4:
-                block = stream.read(max(_BLOCK, document_bytes))
-                ended = not block
-                buffer, position = buffer[position:] + block, 0
-            if position == len(buffer):
-                return
-            end = _cut(buffer, position, document_bytes)
-            data = buffer[position:end]
-            _check_utf8(data, path, offset)
-            yield Document(data.removeprefix(b"\xef\xbb\xbf") if offset == 0 else data, f"{path} at byte {offset}")
-            offset += end - position
-            position = end
-
-
-def _cut(buffer: bytes, start: int, size: int) -> int:
-    """End of the document that begins at ``start``."""
-    limit = min(start + 2 * size, len(buffer))
-    if len(buffer) - start <= size:
-        return len(buffer)
-    for mark in (b"\n\n", b"\n"):
-        found = buffer.find(mark, start + size - 1, limit)
-        if found >= 0:
-            return found + len(mark)
-    end = limit
-    while start < end < len(buffer) and buffer[end] & 0xC0 == 0x80 and limit - end < 4:
-        end -= 1
-    return end
-
-
-def read_jsonl(path: Path, field: str) -> Iterator[Document]:
-    """JSON lines, one document each, its text under ``field``. Blank lines are passed over."""
-    offset = 0
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            _check_utf8(line, path, offset)
-            offset += len(line)
-            if not line.strip():
-                continue
-            origin = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{origin}: not a JSON object ({error.msg}, column {error.colno}).") from None
-            except (ValueError, RecursionError) as error:  # a number of 10,000 digits, 100,000 brackets
-                raise DataError(f"{origin}: a JSON object that cannot be read ({error}).") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{origin}: a JSON object is needed, this is {type(record).__name__}.")
-            if field not in record:
-                raise DataError(f"{origin}: field {field!r} is missing; there is: {_names(record)}. Set text_field.")
-            yield Document(_utf8(record[field], origin, field), origin)
-
-
-def _names(names: Any) -> str:
-    return ", ".join(map(repr, names)) or "nothing"
-
-
-def read_parquet(path: Path, field: str) -> Iterator[Document]:
-    """The text column of a parquet file, one row a document, read in small batches."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                names = _names(file.schema_arrow.names)
-                raise DataError(f"{path}: column {field!r} is missing; there is: {names}. Set text_field.")
-            row = 0
-            for batch in file.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0):
-                    yield Document(_utf8(value.as_py(), f"{path} row {row}", field), f"{path} row {row}")
-                    row += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error}).") from None
-
-
 def read_dataset(
     name: str, config: str | None, split: str, streaming: bool, revision: str | None, field: str
-) -> Iterator[Document]:
-    """A ``datasets`` name (of the hub, or a local folder), streaming or downloaded. Code of a dataset is never run:
-    ``trust_remote_code`` is not passed, and datasets >= 4 has no loading scripts.
+) -> Iterator[Item]:
+    """Rows of a ``datasets`` name of the hub, of a local folder, or of a folder that ``save_to_disk`` wrote. Code of a
+    dataset is never run: ``trust_remote_code`` is not passed, and datasets >= 4 has no loading scripts.
     """
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=streaming, revision=revision)
-    except Exception as error:  # datasets raises its own, fsspec's, the hub's and the network's errors here
-        raise DataError(
-            f"dataset {name!r} (split {split!r}) cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+    rows = _saved_rows(name, split) if is_saved(name) else _loaded_rows(name, config, split, streaming, revision)
     for number, record in enumerate(_rows(rows, name, split)):
         origin = f"dataset {name!r} row {number}"
         if not isinstance(record, dict):
             raise DataError(f"{origin}: is {type(record).__name__}, and a split holds rows: set split.")
-        if field not in record:
-            raise DataError(f"{origin}: field {field!r} is missing; there is: {_names(record)}. Set text_field.")
-        yield Document(_utf8(record[field], origin, field), origin)
+        yield row_document(record, field, origin)
+
+
+def _loaded_rows(name: str, config: str | None, split: str, streaming: bool, revision: str | None) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split, streaming=streaming, revision=revision)
+    except Exception as error:  # datasets raises its own, fsspec's, the hub's and the network's errors here
+        raise DataError(
+            f"dataset {name!r} (split {split!r}) cannot be loaded: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _saved_rows(name: str, split: str) -> Any:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(name)
+    except Exception as error:  # a damaged folder: errors of arrow, JSON, files
+        raise DataError(
+            f"{name}: datasets cannot load this folder ({type(error).__name__}: {one_line(error)})"
+        ) from error
+    if isinstance(loaded, dict) and split not in loaded:
+        raise DataError(f"{name}: there is no split {split!r}; there is: {', '.join(loaded)}. Set split.")
+    return loaded[split] if isinstance(loaded, dict) else loaded
 
 
 def _rows(rows: Any, name: str, split: str) -> Iterator[Any]:
@@ -161,11 +67,34 @@ def _rows(rows: Any, name: str, split: str) -> Iterator[Any]:
         for row in rows:
             yield row
             number += 1
-    except Exception as error:  # as in `read_dataset`; what our reader raises does not come through here
+    except Exception as error:  # as in `_loaded_rows`; what our reader raises does not come through here
         cause = error.__cause__ or error  # its own messages say little: "An error occurred while generating"
         raise DataError(
             f"dataset {name!r} (split {split!r}) cannot be read after row {number - 1}: "
-            f"{type(cause).__name__}: {cause}"
+            f"{type(cause).__name__}: {one_line(cause)}"
+        ) from error
+
+
+def is_saved(path: str | Path) -> bool:
+    """Whether ``datasets`` saved this folder by ``save_to_disk``."""
+    if is_url(path):
+        return False
+    root = Path(path)
+    return (root / "dataset_dict.json").is_file() or (
+        (root / "state.json").is_file() and (root / "dataset_info.json").is_file()
+    )
+
+
+def hub_commit(name: str, split: str, revision: str | None) -> str:
+    """The commit that a dataset of the hub stands at. Raises SourceGoneError when the hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name, revision=revision, timeout=30).sha)
+    except Exception as error:  # no network, no such name, no permission
+        raise SourceGoneError(
+            f"dataset {name!r} cannot be loaded (split {split!r}): the hub cannot be asked for it "
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error
 
 

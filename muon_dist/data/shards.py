@@ -112,6 +112,8 @@ class Manifest:
     tokenizer_sha256: str
     settings: dict[str, Any]
     sources: tuple[PreparedSource, ...]
+    bos_ids: tuple[int, ...] = ()
+    """Token ids with which each document begins."""
 
     def totals(self, split: str) -> tuple[int, int]:
         """(tokens, UTF-8 bytes) of a split over all sources."""
@@ -145,7 +147,7 @@ class Manifest:
             PreparedSource(**{**s, "splits": {name: SplitTotals(**totals) for name, totals in s["splits"].items()}})
             for s in value.pop("sources")
         )
-        return cls(sources=sources, **value)
+        return cls(sources=sources, bos_ids=tuple(value.pop("bos_ids", ())), **value)
 
     def find(self, folder: str | Path, split: str, source: str | None) -> tuple[Path, SplitIndex]:
         """The folder and index of one source's split. ``source`` may be left out when there is only one.

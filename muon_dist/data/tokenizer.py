@@ -8,20 +8,22 @@ a space is a space, and U+2581 goes through its bytes.
 
 from __future__ import annotations
 
+import heapq
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from muon_dist.data.corpus import Source, documents, same_source, size_hint, source_record
-from muon_dist.data.files import folder_lock, new_folder, read_json, sha256_file, write_json
+from muon_dist.data.document import say
+from muon_dist.data.encoder import Encoder, TokenizerInfo, bos_ids, definition, vocabulary_size
+from muon_dist.data.files import folder_lock, new_folder, read_json, sha256_file, sha256_json, write_json
 from muon_dist.errors import DataError
+from muon_dist.failures import one_line
 
 MODEL_TYPES = ("bpe", "unigram")
 UNK, BOS, EOS, PAD = "<unk>", "<|bos|>", "<|eos|>", "<|pad|>"  # ids 0 to 3; not <s>, which HTML pages contain
@@ -36,16 +38,6 @@ _USER = 4  # USER_DEFINED
 _UNIGRAM = 1  # TrainerSpec.ModelType.UNIGRAM
 
 
-@dataclass(frozen=True)
-class TokenizerInfo:
-    """What a trained or loaded tokenizer folder is."""
-
-    path: Path
-    vocab_size: int
-    eos_id: int
-    sha256: str
-
-
 def train_tokenizer(
     sources: Sequence[Source],
     out_dir: str | Path,
@@ -56,12 +48,17 @@ def train_tokenizer(
     seed: int = 0,
     threads: int = 1,
     overwrite: bool = False,
+    special_tokens: Sequence[str] = (),
+    split_digits: bool = False,
+    rebuild: bool = False,
 ) -> TokenizerInfo:
     """Train a tokenizer on a sample of the sources and save it as a folder for ``AutoTokenizer``.
 
     Byte fallback, no normalization, the newline a symbol of its own, runs of spaces may be one piece. The sample takes
-    whole documents up to ``sample_bytes`` in all, each source its share by weight. A folder that already holds a
-    tokenizer of the same inputs is left as it is; one of other inputs is replaced only with ``overwrite``.
+    whole documents up to ``sample_bytes`` in all, each source its share by weight. ``special_tokens`` are tokens of
+    their own wherever a text holds them. ``split_digits``: each digit is a token. A folder that already holds a
+    tokenizer of the same inputs is left as it is, whatever the weights are now; one of other inputs is replaced only
+    with ``rebuild`` or ``overwrite``.
 
     Raises DataError when a source is bad, the corpus is too small for the vocabulary (the largest possible one is
     named), or a text of the corpus does not come back exactly.
@@ -79,17 +76,20 @@ def train_tokenizer(
             "vocab_size": vocab_size,
             "sample_bytes": sample_bytes,
             "seed": seed,
-            "weights": [source.weight for source in sources],
         }
-        if _is_done(out, known, settings, records, overwrite):
+        # only where they are used, so that tokenizers trained before these settings existed stay
+        settings |= {"special_tokens": list(special_tokens)} if special_tokens else {}
+        settings |= {"split_digits": True} if split_digits else {}
+        if _is_done(out, known, settings, sources, records, overwrite, rebuild):
             return load_tokenizer(out).info
         sample = list(_sample(sources, sample_bytes, seed))
-        model = _train(sample, model_type, vocab_size, threads)
+        model = _train(sample, model_type, vocab_size, threads, special_tokens, split_digits)
         with new_folder(out) as folder:
-            _save(model, folder)
+            _save(model, folder, special_tokens)
             _check(folder, sample)
             files = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
-            write_json(folder / TRAINING_FILE, {"settings": settings, "files": files, "sources": records})
+            about = {"weights": [source.weight for source in sources], "sample_sha256": sha256_json(sample)}
+            write_json(folder / TRAINING_FILE, {"settings": settings, "files": files, "sources": records, **about})
         return load_tokenizer(out).info
 
 
@@ -98,28 +98,59 @@ def _pairs(sources: Sequence[Source], known: Sequence[Any]) -> Iterator[tuple[So
 
 
 def _is_done(
-    out: Path, known: dict[str, Any], settings: dict[str, Any], records: list[dict[str, Any]], overwrite: bool
+    out: Path,
+    known: dict[str, Any],
+    settings: dict[str, Any],
+    sources: Sequence[Source],
+    records: list[Any],
+    overwrite: bool,
+    rebuild: bool,
 ) -> bool:
+    """Whether ``out`` holds the tokenizer of these inputs. DataError on one that is damaged or of others."""
     if not out.exists() or not any(out.iterdir()):
         return False
-    if not known:
-        raise DataError(f"{out}: holds something other than a tokenizer trained here; choose another folder.")
-    old = known.get("sources", [])
-    same = len(old) == len(records) and all(same_source(a, b) for a, b in zip(old, records, strict=True))
-    if same and known.get("settings") == settings:
-        damaged = [name for name, digest in known["files"].items() if _differs(out / name, digest)]
-        if damaged and not overwrite:
-            raise DataError(
-                f"{out / damaged[0]}: damaged (its SHA-256 is not the recorded one). Overwrite the tokenizer."
-            )
-        return not damaged
-    if not overwrite:
-        what = "sources" if not same else ", ".join(k for k in settings if settings[k] != known["settings"].get(k))
+    difference = _difference(out, known, settings, sources, records)
+    if difference is None:
+        return _is_whole(out, known, overwrite)
+    if overwrite:
+        return False
+    if not rebuild:
         raise DataError(
-            f"{out}: holds a tokenizer trained with other inputs (different: {what}). "
+            f"{out}: holds a tokenizer trained with other inputs (different: {difference}). "
             "Choose another folder, or overwrite it."
         )
+    say(f"{out}: other inputs than before ({difference}): the tokenizer is trained again.")
     return False
+
+
+def _difference(
+    out: Path, known: dict[str, Any], settings: dict[str, Any], sources: Sequence[Source], records: list[Any]
+) -> str | None:
+    """What differs from the inputs of the tokenizer in ``out``, or None. Where files differ, the sample is drawn
+    again, by the weights of then: its text counts."""
+    if not known:
+        raise DataError(f"{out}: holds something other than a tokenizer trained here; choose another folder.")
+    before = {name: value for name, value in known["settings"].items() if name != "weights"}
+    changed = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+    if changed:
+        return ", ".join(changed)
+    old = known.get("sources", [])
+    if len(old) == len(records) and all(same_source(a, b) for a, b in zip(old, records, strict=True)):
+        return None
+    weights = known.get("weights", [])
+    if len(weights) == len(sources):
+        then = [replace(source, weight=weight) for source, weight in zip(sources, weights, strict=True)]
+        sample = list(_sample(then, settings["sample_bytes"], settings["seed"]))
+        if sha256_json(sample) == known.get("sample_sha256"):
+            return None
+    return "sources"
+
+
+def _is_whole(out: Path, known: dict[str, Any], overwrite: bool) -> bool:
+    damaged = [name for name, digest in known["files"].items() if _differs(out / name, digest)]
+    if damaged and not overwrite:
+        raise DataError(f"{out / damaged[0]}: damaged (its SHA-256 is not the recorded one). Overwrite the tokenizer.")
+    return not damaged
 
 
 def _differs(file: Path, digest: str) -> bool:
@@ -127,24 +158,46 @@ def _differs(file: Path, digest: str) -> bool:
 
 
 def _sample(sources: Sequence[Source], sample_bytes: int, seed: int) -> Iterator[str]:
-    """Documents up to ``sample_bytes`` in all. Where a source's size is known, they are picked evenly over it by a
-    hash; of a stream, the first ones are taken."""
+    """Documents up to ``sample_bytes`` in all, each source its share by weight. Where a source's size is known, those
+    with the lowest hashes of their numbers are taken, all over it; of a stream, the first ones."""
     total = sum(source.weight for source in sources)
     for source in sources:
         share = sample_bytes * source.weight / total
-        size = size_hint(source)
-        keep = 1.0 if size is None else min(1.0, 1.05 * share / max(size, 1))
-        taken = 0
-        for number, document in enumerate(documents(source)):
-            digest = blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
-            if int.from_bytes(digest, "little") >= keep * 2.0**64:
-                continue
-            yield document.data.decode("utf-8")
-            taken += len(document.data)
-            if taken >= share:
-                break
+        taken = list(_lowest(source, share, seed) if size_hint(source) is not None else _first(source, share))
         if not taken:
             raise DataError(f"{source.label}: no text for the tokenizer's sample; raise tokenizer.sample_bytes.")
+        yield from taken
+
+
+def _texts(source: Source) -> Iterator[bytes]:
+    for document in documents(source):
+        if document.tokens:
+            raise DataError(
+                f"{source.label}: holds tokens, not text, from which no tokenizer can be trained: set tokenizer.path "
+                "to the tokenizer that made them."
+            )
+        yield document.data
+
+
+def _first(source: Source, share: float) -> Iterator[str]:
+    size = 0
+    for data in _texts(source):
+        yield data.decode("utf-8")
+        size += len(data)
+        if size >= share:
+            return
+
+
+def _lowest(source: Source, share: float, seed: int) -> Iterator[str]:
+    chosen: list[tuple[int, int, bytes]] = []  # a heap, the highest hash first
+    size = 0
+    for number, data in enumerate(_texts(source)):
+        digest = blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+        heapq.heappush(chosen, (-int.from_bytes(digest, "little"), number, data))
+        size += len(data)
+        while size > share and len(chosen) > 1:
+            size -= len(heapq.heappop(chosen)[2])
+    return (data.decode("utf-8") for _, _, data in sorted(chosen, key=lambda one: one[1]))
 
 
 def _sentences(sample: Sequence[str]) -> Iterator[str]:
@@ -155,7 +208,9 @@ def _sentences(sample: Sequence[str]) -> Iterator[str]:
                 yield line[start : start + _MAX_LINE]
 
 
-def _train(sample: Sequence[str], model_type: str, vocab_size: int, threads: int) -> bytes:
+def _train(
+    sample: Sequence[str], model_type: str, vocab_size: int, threads: int, special: Sequence[str], split_digits: bool
+) -> bytes:
     """The serialized sentencepiece model."""
     import sentencepiece
 
@@ -171,7 +226,8 @@ def _train(sample: Sequence[str], model_type: str, vocab_size: int, threads: int
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n"],
+            user_defined_symbols=["\n", *special],
+            split_digits=split_digits,
             # letters with which a text can spell a special or byte piece: so that it never needs to match one
             required_chars="".join(sorted({*"<0x123456789ABCDEF>", *UNK, *BOS, *EOS, *PAD})),
             character_coverage=0.9999,
@@ -224,7 +280,7 @@ def _rounded(model: bytes) -> bytes:
     return bytes(proto.SerializeToString())
 
 
-def _save(model: bytes, folder: Path) -> None:
+def _save(model: bytes, folder: Path, special: Sequence[str]) -> None:
     """Write the folder: tokenizer.json and its configuration, and the sentencepiece model beside them."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -236,6 +292,7 @@ def _save(model: bytes, folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (UNK, BOS, EOS, PAD)])
+    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in special])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=UNK,
@@ -292,40 +349,12 @@ def _check(folder: Path, sample: Sequence[str]) -> None:
             return
 
 
-class Encoder:
-    """Text to ids with the tokenizer of a folder. Pickles as the folder's own definition, so that worker processes
-    encode exactly as this one does."""
-
-    def __init__(self, info: TokenizerInfo, definition: str) -> None:
-        from tokenizers import Tokenizer
-
-        self.info = info
-        self._definition = definition
-        self._tokenizer = Tokenizer.from_str(definition)
-        # a text that spells a special token is text: it must not end a document
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Encoder, (self.info, self._definition)
-
-    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
-        """Token ids of each text, shape (tokens,), nothing added."""
-        try:
-            found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # all that the Rust library raises is a bare Exception
-            raise DataError(f"{self.info.path}: the tokenizer cannot encode text ({error}).") from error
-        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in found]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens by name."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
-
-
-def load_tokenizer(path: str | Path) -> Encoder:
+def load_tokenizer(path: str | Path, add_bos: bool | None = None) -> Encoder:
     """Any tokenizer folder that ``AutoTokenizer`` loads from disk with a ``tokenizers`` backend and an end-of-sequence
-    token. Nothing is downloaded and no code of the folder is run. Raises DataError otherwise."""
+    token. Nothing is downloaded and no code of the folder is run. Raises DataError otherwise.
+
+    ``add_bos``: whether documents begin with the beginning-of-sequence token; None: as the tokenizer does it.
+    """
     from transformers import AutoTokenizer
 
     folder = Path(path)
@@ -335,14 +364,14 @@ def load_tokenizer(path: str | Path) -> Encoder:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds on a damaged or incomplete folder
         raise DataError(
-            f"{folder}: AutoTokenizer cannot load this folder ({type(error).__name__}: {error})."
+            f"{folder}: AutoTokenizer cannot load this folder ({type(error).__name__}: {one_line(error)})."
         ) from error
     if tokenizer.eos_token_id is None:
         raise DataError(f"{folder}: the tokenizer has no end-of-sequence token, with which documents end.")
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise DataError(f"{folder}: the tokenizer has no tokenizer.json; save it in the fast format first.")
-    definition = folder / "tokenizer.json"
-    if not definition.exists():  # made by transformers on the fly from another format: keep what it was made from
-        definition = min(file for file in folder.iterdir() if file.suffix in {".model", ".json"})
-    info = TokenizerInfo(folder, len(tokenizer), tokenizer.eos_token_id, sha256_file(definition))
-    return Encoder(info, tokenizer.backend_tokenizer.to_str())
+    made = definition(tokenizer, folder)
+    digest = sha256_json({**made, "post_processor": None})
+    bos = bos_ids(tokenizer, add_bos)
+    info = TokenizerInfo(folder, vocabulary_size(tokenizer), tokenizer.eos_token_id, digest, bos)
+    return Encoder(info, json.dumps(made))

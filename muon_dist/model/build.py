@@ -45,11 +45,12 @@ def build_config(
     """The transformers configuration of the `model` block of a run.
 
     model: `model_type`, and keyword arguments of its configuration class by their exact names; `dtype` and
-    `partitioned_init` are for whoever builds the model. The vocabulary and the special tokens come from the tokenizer.
+    `partitioned_init` are for whoever builds the model. The vocabulary and the special tokens come from the tokenizer;
+    a larger `vocab_size` pads the vocabulary.
 
     Raises ConfigError that names the key: an unknown model type or keyword argument (with the closest one), a value
-    that the configuration class refuses, dimensions that do not fit, a vocabulary or token id other than the
-    tokenizer's.
+    that the configuration class refuses, dimensions that do not fit, a vocabulary smaller than the
+    tokenizer's, another token id.
     """
     arguments = {k: v for k, v in model.items() if k not in _NOT_OF_THE_CLASS}
     kind = model.get("model_type")
@@ -72,6 +73,9 @@ def build_config(
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
     }
+    padded = arguments.get("vocab_size")
+    if isinstance(padded, int) and not isinstance(padded, bool) and padded > vocab_size:
+        given["vocab_size"] = padded  # a padded vocabulary: rows of the embedding that no token has
     for name, value in given.items():
         if arguments.get(name, value) != value:
             raise ConfigError(f"model.{name} is {arguments[name]}, but the tokenizer has {value}: remove model.{name}")

@@ -25,6 +25,7 @@ from muon_dist.adapters.hf_trainer import (
 from muon_dist.config import Config
 from muon_dist.config.redact import redact
 from muon_dist.config.routing import routing_rules
+from muon_dist.data.encoder import vocabulary_size
 from muon_dist.errors import ConfigError
 from muon_dist.failures import one_line
 from muon_dist.model import DTYPES, build_model, check_sequence_length, flops_per_token
@@ -70,7 +71,7 @@ def make_model(config: Config, tokenizer: Any) -> Any:
     """The model with fresh weights from `config.seed`, its vocabulary and special tokens from the tokenizer."""
     model = build_model(
         config.model,
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         seed=config.seed,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -180,7 +181,7 @@ def check_settings(config: Config, folder: RunFolder) -> None:
         RoutingError: as `routing_table`.
     """
     known = load_text_tokenizer(config.tokenizer.path) if config.tokenizer.path is not None else None
-    vocabulary = len(known) if known is not None else config.tokenizer.vocab_size
+    vocabulary = vocabulary_size(known) if known is not None else config.tokenizer.vocab_size
     # Before the arguments: while there are some with ZeRO-3, transformers partitions every model.
     with torch.device("meta"):
         model = build_model(config.model, vocab_size=max(vocabulary or 0, 1), seed=config.seed)

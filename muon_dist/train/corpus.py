@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from muon_dist.data import Manifest, Source, TokenizerInfo, load_tokenizer
 from muon_dist.data import prepare as prepare_shards
 from muon_dist.data import train_tokenizer as train_tokenizer_folder
 from muon_dist.data.dataset import MixtureDataset
+from muon_dist.data.encoder import frame_as_documents
 from muon_dist.data.sampler import MixtureSampler
+from muon_dist.data.show import show_samples
+from muon_dist.model.load import load_text_tokenizer
 
 # Of the tokenizer's sample and of the split by document. Not the seed of the run: runs with several seeds are compared
 # on the same data.
@@ -20,7 +24,9 @@ _DATA_SEED = 0
 
 def sources(config: Config) -> list[Source]:
     """The sources of text in the configuration."""
-    return [Source(**source.model_dump()) for source in config.data.sources]
+    data = config.data
+    shared = {name: getattr(data, name) for name in ("on_bad_record", "max_bad_records")}
+    return [Source(**shared | source.model_dump(exclude_none=True)) for source in data.chosen]
 
 
 def tokenizer_folder(config: Config) -> Path:
@@ -33,8 +39,11 @@ def tokens_folder(config: Config) -> Path:
     return Path(config.data.dir) / "tokens"
 
 
-def make_tokenizer(config: Config, overwrite: bool = False) -> TokenizerInfo:
-    """Load the tokenizer of the configuration, or train it; one trained before on the same text stays."""
+def make_tokenizer(config: Config, overwrite: bool = False, rebuild: bool = True) -> TokenizerInfo:
+    """Load the tokenizer of the configuration, or train it; one trained before on the same text stays.
+
+    One trained on other text is trained again, unless `rebuild` is off, which makes it a DataError.
+    """
     block = config.tokenizer
     if block.path is not None:
         return load_tokenizer(block.path).info
@@ -48,12 +57,25 @@ def make_tokenizer(config: Config, overwrite: bool = False) -> TokenizerInfo:
         seed=_DATA_SEED,
         threads=config.data.workers,
         overwrite=overwrite,
+        special_tokens=block.special_tokens,
+        split_digits=block.split_digits,
+        rebuild=rebuild,
     )
 
 
-def prepare(config: Config, overwrite: bool = False, verify: bool = False) -> Manifest:
-    """Tokenizer and token shards of the configuration; what is done already stays."""
-    make_tokenizer(config, overwrite)
+def text_tokenizer(config: Config) -> Any:
+    """The tokenizer of the configuration for transformers, which encodes a text as the shards hold it."""
+    tokenizer = load_text_tokenizer(tokenizer_folder(config))
+    frame_as_documents(tokenizer, config.data.add_bos)
+    return tokenizer
+
+
+def prepare(config: Config, overwrite: bool = False, verify: bool = False, rebuild: bool = True) -> Manifest:
+    """Tokenizer and token shards of the configuration; what is done already stays.
+
+    Both are made again when what makes them has changed, unless `rebuild` is off, which makes it a DataError.
+    """
+    make_tokenizer(config, overwrite, rebuild)
     data = config.data
     return prepare_shards(
         sources(config),
@@ -65,7 +87,15 @@ def prepare(config: Config, overwrite: bool = False, verify: bool = False) -> Ma
         seed=_DATA_SEED,
         overwrite=overwrite,
         verify=verify,
+        rebuild=rebuild,
+        add_bos=data.add_bos,
     )
+
+
+def shown(config: Config, count: int) -> Iterator[str]:
+    """`count` prepared training samples of each source as lines of text; see `show_samples`."""
+    encoder = load_tokenizer(tokenizer_folder(config), config.data.add_bos)
+    return show_samples(tokens_folder(config), encoder, config.data.sequence_length, count)
 
 
 @dataclass(frozen=True)
@@ -102,4 +132,4 @@ def open_datasets(config: Config, vocab_size: int) -> Datasets:
     if config.data.validation_fraction > 0:
         validation = MixtureDataset.open(folder, "validation", **data)
     train = MixtureDataset.open(folder, "train", **data)
-    return Datasets(train, validation, tuple(s.weight for s in config.data.sources), config.seed)
+    return Datasets(train, validation, tuple(s.weight for s in config.data.chosen), config.seed)

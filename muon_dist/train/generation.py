@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from muon_dist.data.encoder import frame, text_ids
 from muon_dist.errors import ConfigError, NonFiniteError
 
 
@@ -32,11 +33,8 @@ def generate(
     """
     if not math.isfinite(temperature):
         raise ConfigError(f"temperature {temperature}: use a finite number; 0 takes the most probable token always")
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        ids = torch.tensor([[start]], device=model.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ids = torch.tensor([_prompt_ids(tokenizer, prompt)], device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     tokens = min(tokens, _room(model, inputs["input_ids"].shape[1]))
     choice: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -55,6 +53,17 @@ def generate(
         model.train(was_training)
         model.config.use_cache = used_cache
     return str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The prompt as a document begins: with what the tokenizer puts before a text, and never an end behind it.
+
+    An empty prompt is what comes before a document: that, or the end of the one before.
+    """
+    ids = [*frame(tokenizer)[0], *text_ids(tokenizer, prompt, False)]
+    if ids:
+        return ids
+    return [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.bos_token_id]
 
 
 def _room(model: Any, prompt: int) -> int:

@@ -19,10 +19,11 @@ from muon_dist.checkpoint import Checkpoint, newest_good, open_checkpoint
 from muon_dist.checkpoint import Ranks as CheckpointRanks
 from muon_dist.checkpoint.weights import record_step
 from muon_dist.config import Config
+from muon_dist.data.encoder import vocabulary_size
 from muon_dist.errors import Stopped
 from muon_dist.failures import one_line
 from muon_dist.model import count_parameters
-from muon_dist.model.load import load_model, load_text_tokenizer
+from muon_dist.model.load import load_model
 from muon_dist.ranks import Ranks
 from muon_dist.routing import RoutingTable
 from muon_dist.train import build, corpus, distributed, environment, mesh, summary
@@ -56,7 +57,8 @@ def train(
         _say(f"run folder {folder.root}" + (f", resuming from {checkpoint.path}" if checkpoint else ""))
         ranks.everywhere(lambda: build.check_settings(config, folder))
         started = time.perf_counter()
-        ranks.first_of_each_node(lambda: corpus.prepare(config), distributed.local_rank())
+        # a run that goes on must find the tokens that it began with
+        ranks.first_of_each_node(lambda: corpus.prepare(config, rebuild=checkpoint is None), distributed.local_rank())
         with StopSignals() if config.guards.signals else nullcontext() as signals:
             trainer = _trainer(config, folder, start, time.perf_counter() - started, ranks, signals)
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -153,8 +155,8 @@ def _trainer(
 
 def _parts(config: Config, folder: RunFolder) -> tuple[Any, corpus.Datasets, Any, Any, RoutingTable]:
     """Tokenizer, datasets, training arguments, model, routing table."""
-    tokenizer = load_text_tokenizer(corpus.tokenizer_folder(config))
-    datasets = corpus.open_datasets(config, len(tokenizer))
+    tokenizer = corpus.text_tokenizer(config)
+    datasets = corpus.open_datasets(config, vocabulary_size(tokenizer))
 
     def arguments() -> Any:
         return build.training_arguments(config, folder, len(datasets.train))

@@ -136,7 +136,7 @@ optimizer:
 data: {sequence_length: 256, sources: [{builtin: stdlib, wieght: 2}]}
 trainer:
   max_step: 10
-  bf16: yes
+  bf16: maybe
   lr_scheduler_type: cosin
 evaluaton: {}
 """
@@ -151,7 +151,7 @@ evaluaton: {}
         "run.yaml:10: optimizer.adamw.betas.1: should be less than 1, not 1.5",
         "run.yaml:11: data.sources.0.wieght: unknown key; did you mean weight?",
         "run.yaml:13: trainer.max_step: unknown TrainingArguments name; did you mean max_steps?",
-        "run.yaml:14: trainer.bf16: needs true or false, not 'yes'",
+        "run.yaml:14: trainer.bf16: needs true or false, not 'maybe'",
         "run.yaml:15: trainer.lr_scheduler_type: 'cosin' is not one of linear, cosine,",
         "run.yaml:16: evaluaton: unknown key; did you mean evaluation?",
     ]
@@ -246,3 +246,82 @@ def test_json_schema_knows_every_key() -> None:
     muon = schema["$defs"]["MuonConfig"]
     assert "keller" in muon["properties"]["ns_schedule"]["enum"] and muon["additionalProperties"] is False
     assert set(schema["required"]) == {"name", "model", "optimizer"}
+
+
+PATHS = [
+    "run_dir",
+    "data.dir",
+    "data.path",
+    "tokenizer.path",
+    "deepspeed",
+    "trainer.resume_from_checkpoint",
+    "data.sources.0.path",
+    "data.sources.0.dataset",
+]
+
+
+def setting(key: str, value: str) -> list[str]:
+    """Overrides that set a path key, whatever else it needs."""
+    if key.startswith("data.sources.0."):
+        return [f"data.sources=[{{{key.rpartition('.')[2]}: '{value}'}}]"]
+    return [f"{key}={value}"]
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_home_and_variables_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("CORPUS", "/data/corpus")
+    monkeypatch.delenv("MISSING", raising=False)
+    path = write(tmp_path, MINIMAL)
+
+    def found(value: str) -> object:
+        at: object = load_config(path, setting(key, value)).model_dump()
+        for part in key.split("."):
+            at = at[int(part)] if isinstance(at, (list, tuple)) else at[part]  # type: ignore[index]
+        return at
+
+    assert found("~/x") == "/home/me/x"
+    assert found("${CORPUS}/x") == "/data/corpus/x" and found("a/$CORPUS") == "a//data/corpus"
+    assert found("cost$$x") == "cost$x"
+    for value, parts in {
+        "${MISSING}/x": ["MISSING is not set", "${MISSING}/x"],
+        "~nosuchuser/x": ["nosuchuser", "no home folder"],
+        "${not a name}": ["is not the name of a variable"],
+    }.items():
+        lines = "\n".join(errors(path, *setting(key, value)))
+        assert key.rpartition(".")[2] in lines and all(part in lines for part in parts), lines
+
+
+def test_variables_in_base_and_lists_of_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BASES", str(tmp_path))
+    write(tmp_path, MINIMAL, "low.yaml")
+    config = load_config(write(tmp_path, "base: ${BASES}/low.yaml\ndata: {path: [a, '${BASES}/b', 's3://x/y']}\n"))
+    assert config.data.chosen[0].path == ("a", f"{tmp_path}/b", "s3://x/y")
+    (line,) = errors(write(tmp_path, "base: ${NO_BASES}/low.yaml\n"))
+    assert line.startswith("run.yaml:1: base: ") and "NO_BASES is not set" in line
+
+
+def test_own_text_takes_the_place_of_the_sources_and_comes_back(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL + "data: {sources: [{builtin: stdlib}]}\n")
+    config = load_config(path, ["data.path=mine/$$", "data.text_field=a.b", "data.on_bad_record=skip"])
+    assert [(source.path, source.text_field) for source in config.data.chosen] == [("mine/$", "a.b")]
+    assert load_config(write(tmp_path, config.to_yaml(), "again.yaml")) == config
+    (line,) = errors(path, "data.text_field=body")
+    assert "data.text_field: is of data.path" in line and "data.sources.0.text_field" in line
+
+
+def test_yaml_as_people_write_it(tmp_path: Path) -> None:
+    text = MINIMAL + "trainer: {bf16: off, use_cpu: ON, eval_strategy: no, max_steps: 1_000, warmup_steps: 1e1}\n"
+    config = load_config(
+        write(tmp_path, text), ["optimizer.muon.overlap=off", "tokenizer.split_digits=yes", "optimizer.muon.lr=1E-3"]
+    )
+    assert config.trainer["bf16"] is False and config.trainer["use_cpu"] is True
+    assert config.trainer["eval_strategy"] == "no" and config.trainer["max_steps"] == 1000
+    assert config.optimizer.muon.overlap is False and config.tokenizer.split_digits is True
+    assert config.optimizer.muon.lr == 1e-3
+    (line,) = errors(write(tmp_path, "name: x\nmodel:\n\tmodel_type: llama\n"))
+    assert line.startswith("run.yaml:3: ") and "tab" in line and "spaces" in line
+    (line,) = errors(write(tmp_path, MINIMAL), "trainer.max_steps=0")
+    assert "trainer.max_steps: is 0, and must be at least 1" in line
+    config = load_config(write(tmp_path, MINIMAL), ["evaluation.generate_prompt=a # b"])
+    assert config.evaluation.generate_prompt == "a # b"

@@ -101,7 +101,7 @@ def test_stdlib_holds_the_topics_and_docstrings_and_runs_nothing() -> None:
         ({}, ["exactly one of builtin, path and dataset"]),
         ({"builtin": "stdlib", "path": "x"}, ["exactly one"]),
         ({"builtin": "wikipedia"}, ["wikipedia", "stdlib"]),
-        ({"path": "x", "format": "csv"}, ["format", "csv", "jsonl"]),
+        ({"path": "x", "format": "xml"}, ["format", "xml", "jsonl"]),
         ({"path": "x", "weight": 0}, ["weight", "0", "x"]),
         ({"path": "x", "weight": float("nan")}, ["weight", "nan"]),
         ({"path": "x", "max_documents": 0}, ["max_documents", "0"]),

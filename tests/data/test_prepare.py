@@ -122,21 +122,22 @@ def test_workers_write_the_same_bytes(
 def test_several_sources_keep_their_own_shards(
     tmp_path: Path, corpus: Path, texts: list[str], tokenizer: TokenizerInfo
 ) -> None:
-    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts[:20]))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "t.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts[:20]))
     sources = [
-        Source(path=tmp_path / "t.jsonl", weight=3),
+        Source(path=tmp_path / "set" / "t.jsonl", weight=3),
         Source(path=corpus),
-        Source(dataset=str(tmp_path), weight=2),
+        Source(dataset=str(tmp_path / "set"), weight=2),
     ]
     manifest = prepare(sources, tokenizer.path, tmp_path / "out", validation_fraction=0.1)
     assert [one.folder for one in manifest.sources] == [
         "00-t.jsonl",
         "01-topics",
-        f"02-{str(tmp_path).strip('/').replace('/', '-')}",
+        f"02-{str(tmp_path / 'set').strip('/').replace('/', '-')}",
     ]
     first, _, third = (one.splits["train"] for one in manifest.sources)
     assert first == third and first.documents < 20
-    reweighted = [Source(path=tmp_path / "t.jsonl", weight=1), *sources[1:]]
+    reweighted = [Source(path=tmp_path / "set" / "t.jsonl", weight=1), *sources[1:]]
     assert prepare(reweighted, tokenizer.path, tmp_path / "out", validation_fraction=0.1) == manifest
 
 

@@ -1,0 +1,48 @@
+"""Paths as people write them: `~`, `~user` and `${VARIABLE}`."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+_VARIABLE = re.compile(r"\$\{([^}]*)\}|\$([A-Za-z_][A-Za-z0-9_]*)")
+# Keys of the trainer block that are paths, or may be.
+TRAINER_PATHS = ("resume_from_checkpoint", "fsdp_config", "accelerator_config", "logging_dir")
+
+
+def expand_path(text: str) -> str:
+    """The path with `~` and `${VARIABLE}` replaced, `$$` as a dollar sign.
+
+    Raises ValueError that names a variable that is not set, or a user without a home.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] if found[1] is not None else found[2]
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{text!r}: {found[0]} is not the name of a variable: write ${{NAME}}")
+        if name not in os.environ:
+            raise ValueError(f"{text!r}: the environment variable {name} is not set: set it, or write the path out")
+        return os.environ[name]
+
+    expanded = "$".join(_VARIABLE.sub(value, part) for part in text.split("$$"))
+    if not expanded.startswith("~"):
+        return expanded
+    home = os.path.expanduser(expanded)
+    if home.startswith("~"):
+        raise ValueError(f"{text!r}: the user {expanded[1:].split('/')[0]!r} has no home folder here")
+    return home
+
+
+def expand_trainer_paths(trainer: Any) -> Any:
+    """The trainer block with its paths expanded. Raises ValueError as `expand_path`, with the key before it."""
+    if not isinstance(trainer, dict):
+        return trainer
+    found = dict(trainer)
+    for name in TRAINER_PATHS:
+        if isinstance(trainer.get(name), str):
+            try:
+                found[name] = expand_path(trainer[name])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    return found
