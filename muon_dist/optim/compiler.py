@@ -33,6 +33,7 @@ from muon_dist.optim.program import (
     Pieces,
     Program,
     Rebroadcast,
+    Sent,
     Stack,
     Views,
 )
@@ -82,7 +83,8 @@ class ProgramCompiler:
                 places[i] = Place(group, update_scale(groups[group]["scale"], layouts[i].matrix), p.device)
         iteration = _iteration_dtypes(groups.values(), self.device)
         widest = max((d.itemsize for d in iteration), default=4)
-        elements = bucket_elements(self.options.bucket_bytes, widest, moves(self.plan, places))
+        also = max(len(self.rules[index].sends) for index in groups)
+        elements = bucket_elements(self.options.bucket_bytes, widest, moves(self.plan, places), also)
         smallest = smallest_bucket(self.device.type)
         buckets = make_buckets(self.plan, sorted(places), elements, self.options.overlap, smallest)
         updates = _update_dtype(iteration)
@@ -97,6 +99,7 @@ class ProgramCompiler:
             self.device,
             elements,
             groups,
+            self.rules,
             self.options.ns_compile,
         )
         of_groups = [self._group(index, weights, sources, gradients) for index in groups]
@@ -164,7 +167,7 @@ class BucketCompiler:
         wire: dtypes of the messages to the owners and back.
         device: of the exchange.
         bucket_elements: bound on what may be under way.
-        groups: options of each parameter group.
+        groups, rules: options and rule of each parameter group.
         ns_compile: see `Options`.
     """
 
@@ -178,6 +181,7 @@ class BucketCompiler:
     device: torch.device
     bucket_elements: int
     groups: Mapping[int, Group]
+    rules: Mapping[int, MuonRule]
     ns_compile: bool
 
     def compile(self, bucket: Bucket, number: int) -> BucketProgram:
@@ -210,12 +214,49 @@ class BucketCompiler:
             own_updates=self._updates(kept, in_stacks(self.weights)),
             received_updates=self._updates(awaited, _in_message(_received(scatter), self.weights)),
             rebroadcast=self._rebroadcast(bucket, stacked, scatter, kept, awaited, starts),
+            also=[self._sent(name, bucket, stacks) for name in self._sends(bucket)],
         )
         program.stacked.allocated = False
         for envelope in filter(None, (gather, scatter)):
             envelope.sent.allocated = False
             envelope.received.allocated = False
         return program
+
+    def _sends(self, bucket: Bucket) -> list[str]:
+        """What the rules of the bucket's matrices have sent beside the momentum; the same on all ranks."""
+        return sorted({name for i in bucket.matrices for name in self.rules[self.places[i].group].sends})
+
+    def _sent(self, name: str, bucket: Bucket, stacks: list[Stack]) -> Sent:
+        """The gather of tensor `name`; gives the stacks of this rank their part of it."""
+        plan, rank = self.plan, self.rank
+        members = tuple(i for i in bucket.matrices if name in self.rules[self.places[i].group].sends)
+        owned = [i for i in members if plan.owners[i] == rank]
+        sent, asked = gather_parts(plan, replace(bucket, matrices=members), rank)
+        used = any(bool((plan.sources[i].rank != plan.owners[i]).any()) for i in members)
+        gather = self._envelope(self.wire[0], self._to_owners(sent), self._to_holders(asked), used)
+        region = Region(sum(plan.layout.matrices[i].matrix.numel for i in owned), torch.float32, self.device)
+        starts: dict[int, int] = {}
+        at = 0
+        for s in stacks:
+            if name in self.rules[s.group].sends:
+                s.sent[name] = region.run(at, s.view.numel(), tuple(s.view.shape))
+                starts.update({i: at + b * s.view[0].numel() for b, i in enumerate(s.numbers)})
+                at += s.view.numel()
+        own = [(i, f) for i in owned for f in plan.sources[i].on(rank)]
+        to_stacks = _in_stacks(region, asked, starts, None)
+        found = Sent(
+            name=name,
+            gather=gather,
+            sent_sources=self._sources(sent, _in_message(_sent(gather), self.sources), self.wire[0]),
+            own_sources=self._sources(
+                own, lambda parts: _in_stacks(region, parts, starts, self.sources), torch.float32
+            ),
+            arrivals=Copies(to_stacks, _in_message(_received(gather), None)(asked)),
+            stacked=region,
+        )
+        for memory in filter(None, (region, _sent(gather), _received(gather))):
+            memory.allocated = False
+        return found
 
     def _order(self, i: int) -> tuple[int, int, int, int, bool, int]:
         """Owner after owner; what makes one stack, side by side. The same on all ranks."""
