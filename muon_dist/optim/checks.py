@@ -70,7 +70,10 @@ def check_group(group: Group, where: str) -> None:
         raise ConfigError(f"{where}: momentum is {group['momentum']}: it must be in [0, 1)")
     if not isinstance(group["ns_steps"], int) or isinstance(group["ns_steps"], bool):
         raise ConfigError(f"{where}: ns_steps is {group['ns_steps']!r}: it must be a whole number")
-    get_schedule(group["ns_schedule"]).coefficients(group["ns_steps"])
+    schedule = get_schedule(group["ns_schedule"])
+    schedule.coefficients(group["ns_steps"])
+    if not isinstance(group["ns_schedule"], str):
+        group["ns_schedule"] = schedule.rows  # tuples, by which programs are known
     compute_dtype(group["ns_dtype"], torch.device("cpu"), group["ns_schedule"])
     update_scale(group["scale"], cut_parameter("", (1, 1))[0])
 

@@ -20,7 +20,9 @@ _ROUNDING = 1e-7
 
 
 class Part(MuonRule):
-    """A part is a class in front of a rule's own: `super()` is the rule, or the next part.
+    """A part is a class in front of a rule's own: `super()` is the next part, or the rule.
+
+    It reads its value as `group["rule_options"][ItsOwnName.option]`: `self.option` would be that of the first part.
 
     Attributes:
         option: its name among `rule_options`.
@@ -73,7 +75,7 @@ class Cautious(_Late):
     ) -> None:
         if updates is None or not group["weight_decay"]:
             return
-        before = [w.clone() for w in weights] if group["rule_options"][self.option] else []
+        before = [w.clone() for w in weights] if group["rule_options"][Cautious.option] else []
         super().decay(weights, factors, positions, lr, group, updates)
         for weight, was, update in zip(weights, before, updates, strict=bool(before)):
             # Signs, since the product of two small numbers may be zero.
@@ -100,7 +102,7 @@ class RowFloor(_Late):
     def direction(self, owned: Owned, group: Group) -> None:
         super().direction(owned, group)
         inputs = -2 if owned.matrices[0].transposed else -1
-        floor = group["rule_options"][self.option] / update_scale(group["scale"], owned.matrices[0])
+        floor = group["rule_options"][RowFloor.option] / update_scale(group["scale"], owned.matrices[0])
         wanted = torch.linalg.vector_norm(owned.sent[WEIGHT], dim=inputs, keepdim=True).mul_(floor)
         found = torch.linalg.vector_norm(owned.stack, dim=inputs, keepdim=True)
         owned.stack.mul_(torch.where(found > 0, wanted / found, 1.0).clamp_min_(1.0))
@@ -128,33 +130,13 @@ class RadialBrake(Part):
         self, norms: Mapping[str, Tensor], before: Mapping[str, Tensor], memory: Mapping[str, Tensor], group: Group
     ) -> Tensor | None:
         was, now = before[WEIGHT], norms[WEIGHT]
-        factor = (was + group["rule_options"][self.option] * (now - was)) / now
+        factor = (was + group["rule_options"][RadialBrake.option] * (now - was)) / now
         factor = torch.where((now > was) & ((factor - 1).abs() > _ROUNDING), factor, 1.0)
         others = super().end(norms, before, memory, group)
         return factor if others is None else factor * others
 
 
-class _Around(Part):
-    """A part that changes what is orthogonalized, or the result."""
-
-    def before(self, stack: Tensor, owned: Owned) -> None:
-        """Change in place what is orthogonalized, (B, rows, cols)."""
-
-    def after(self, stack: Tensor) -> None:
-        """Change the result in place."""
-
-    def direction(self, owned: Owned, group: Group) -> None:
-        if group["rule_options"][self.option]:
-            owned.orthogonalize = partial(self._around, owned, owned.orthogonalize)
-        super().direction(owned, group)
-
-    def _around(self, owned: Owned, orthogonalize: Callable[[Tensor], None], stack: Tensor) -> None:
-        self.before(stack, owned)
-        orthogonalize(stack)
-        self.after(stack)
-
-
-class MuonEq(_Around):
+class MuonEq(Part):
     """MuonEq-R: output features have equal norms before they are orthogonalized (arXiv 2603.28254).
 
     Features that are zero stay zero. How long the rows become does not matter to Newton-Schulz.
@@ -162,15 +144,22 @@ class MuonEq(_Around):
 
     option: ClassVar[str] = "muoneq"
 
-    def before(self, stack: Tensor, owned: Owned) -> None:
-        inputs = -2 if owned.matrices[0].transposed else -1
-        largest = stack.abs().amax(dim=(-2, -1), keepdim=True)
-        stack.div_(torch.where(largest > 0, largest, 1.0))  # no square of it is lost below
-        norms = torch.linalg.vector_norm(stack, dim=inputs, keepdim=True)
-        stack.div_(torch.where(norms > 0, norms, 1.0))
+    def direction(self, owned: Owned, group: Group) -> None:
+        if group["rule_options"][MuonEq.option]:
+            inputs = -2 if owned.matrices[0].transposed else -1
+            owned.orthogonalize = partial(_equalized, owned.orthogonalize, inputs)
+        super().direction(owned, group)
 
 
-class MuonPlus(_Around):
+def _equalized(orthogonalize: Callable[[Tensor], None], inputs: int, stack: Tensor) -> None:
+    largest = stack.abs().amax(dim=(-2, -1), keepdim=True)
+    stack.div_(torch.where(largest > 0, largest, 1.0))  # so that no square is lost below
+    norms = torch.linalg.vector_norm(stack, dim=inputs, keepdim=True)
+    stack.div_(torch.where(norms > 0, norms, 1.0))
+    orthogonalize(stack)
+
+
+class MuonPlus(Part):
     """Muon+: the orthogonalized matrix gets the norm of a matrix with orthonormal rows or columns (arXiv 2602.21545,
     as in nanochat).
 
@@ -179,9 +168,16 @@ class MuonPlus(_Around):
 
     option: ClassVar[str] = "muon_plus"
 
-    def after(self, stack: Tensor) -> None:
-        norms = stack_norms(stack)
-        stack.mul_(torch.where(norms > 0, math.sqrt(min(stack.shape[-2:])) / norms, 1.0))
+    def direction(self, owned: Owned, group: Group) -> None:
+        if group["rule_options"][MuonPlus.option]:
+            owned.orthogonalize = partial(_renormed, owned.orthogonalize)
+        super().direction(owned, group)
+
+
+def _renormed(orthogonalize: Callable[[Tensor], None], stack: Tensor) -> None:
+    orthogonalize(stack)
+    norms = stack_norms(stack)
+    stack.mul_(torch.where(norms > 0, math.sqrt(min(stack.shape[-2:])) / norms, 1.0))
 
 
 PARTS: Mapping[str, type[Part]] = {part.option: part for part in (Cautious, RowFloor, RadialBrake, MuonEq, MuonPlus)}
