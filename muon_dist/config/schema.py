@@ -6,6 +6,7 @@ these objects: they are unpacked there into plain arguments.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from typing import Annotated, Any, Literal
@@ -22,12 +23,18 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Scale = Literal["match_rms_adamw", "spectral", "none"]
+Scale = Literal["match_rms_adamw", "spectral", "unit_rms", "none"]
 
 
-def _known_schedule(name: str) -> str:
-    get_schedule(name)  # a ConfigError that names the closest schedule, and a ValueError as pydantic needs it
-    return name
+def _known_schedule(schedule: Any) -> Any:
+    found = get_schedule(schedule)  # a ConfigError that names the closest, and a ValueError as pydantic needs it
+    return schedule if isinstance(schedule, str) else found.rows
+
+
+def _number_or_switch(value: Any) -> Any:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError("should be a finite number, true or false")
+    return value
 
 
 def _local_path(text: str) -> str:
@@ -40,8 +47,17 @@ def _local_path(text: str) -> str:
 
 
 LocalPath = Annotated[str, AfterValidator(_local_path)]
-ScheduleName = Annotated[
-    str, AfterValidator(_known_schedule), WithJsonSchema({"type": "string", "enum": list(SCHEDULES)})
+_NUMBERS = {"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3}
+Schedule = Annotated[
+    Any,
+    AfterValidator(_known_schedule),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string", "enum": list(SCHEDULES)}, {"type": "array", "items": _NUMBERS, "minItems": 1}]}
+    ),
+]
+"""Of the Newton-Schulz iteration: a name, or own rows."""
+RuleOptions = dict[
+    str, Annotated[Any, AfterValidator(_number_or_switch), WithJsonSchema({"type": ["number", "boolean"]})]
 ]
 
 
@@ -111,24 +127,29 @@ class MuonConfig(Block):
     """Settings of the Muon groups. What is null has the default of the rule."""
 
     lr: NonNegative
-    rule: str = Field(default="muon", description="update rule: muon, normuon, hyperball or namo")
-    rule_options: dict[str, float] = Field(
-        default_factory=dict, description="what the rule has beside these settings, such as beta2 of normuon"
+    rule: str = Field(
+        default="muon", description="update rule: muon, normuon, adamuon, soap_muon, hyperball or namo"
+    )
+    rule_options: RuleOptions = Field(
+        default_factory=dict,
+        description="what the rule has beside these settings, such as beta2 of normuon, and parts: cautious, "
+        "row_floor, radial_brake, muoneq, muon_plus",
     )
     weight_decay: NonNegative | None = Field(default=None, description="decoupled; null: 0.1, or 0 under hyperball")
     momentum: BelowOne = 0.95
     nesterov: bool | None = Field(default=None, description="null: true, or false under namo")
     ns_steps: PositiveInt = Field(default=5, description="Newton-Schulz steps")
-    ns_schedule: ScheduleName = Field(
-        default="keller", description="coefficient schedule of the Newton-Schulz iteration"
+    ns_schedule: Schedule = Field(
+        default="keller",
+        description="coefficients of the Newton-Schulz iteration: a name, or [[a, b, c], ...], a row for each step",
     )
     ns_dtype: DType | None = Field(
         default=None, description="dtype of the iteration; null: float16 on GPUs, float32 elsewhere"
     )
     scale: Scale | None = Field(
         default=None,
-        description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); or 1; "
-        "null: the first, or the last under hyperball and namo",
+        description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); "
+        "sqrt(m/n) of m outputs and n inputs; or 1; null: the first, or the last under hyperball and namo",
     )
     bucket_mb: Positive = Field(
         default=128.0, description="a step allocates at most twice this, in MiB; a larger matrix goes alone"
@@ -211,7 +232,7 @@ class GroupConfig(Block):
     lr: NonNegative | None = Field(default=None, description="absolute; the schedule multiplies it as every other")
     weight_decay: NonNegative | None = Field(default=None, description="of all that match, biases and norms too")
     rule: str | None = Field(default=None, description="update rule; null: optimizer.muon.rule")
-    rule_options: dict[str, float] | None = None
+    rule_options: RuleOptions | None = None
     scale: Scale | None = None
     split: CutConfig | None = Field(default=None, description="how Muon's matrices are cut")
 

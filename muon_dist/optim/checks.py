@@ -11,7 +11,7 @@ import torch
 from muon_dist.errors import ConfigError, LayoutError
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import compute_dtype, get_schedule
-from muon_dist.optim.rules import Group
+from muon_dist.optim.rules import PARTS, Group
 from muon_dist.optim.rules.choice import closest
 from muon_dist.optim.rules.entries import ALGORITHMS, check_not_negative, check_number, refuse_unknown
 from muon_dist.optim.rules.scale import update_scale
@@ -30,7 +30,7 @@ _FOREIGN = {
     "use_muon": 'write "algorithm": "muon" or "adamw" in each group, or param_groups(model)',
     "num_heads": 'write "cuts": [{"heads": N}, ...], one for each parameter; or param_groups(model, splits=[...])',
     "split_sizes": 'write "cuts": [{"sizes": [...]}, ...], one for each parameter; or param_groups(model, splits=...)',
-    "adjust_lr": 'write "scale": "match_rms_adamw", "spectral" or "none"',
+    "adjust_lr": 'write "scale": "match_rms_adamw", "spectral", "unit_rms" or "none"',
     "adjust_lr_fn": 'write "scale": "match_rms_adamw" for "match_rms_adamw", and "spectral" for "original"',
     "rms_scale": 'write "scale": "match_rms_adamw"',
     "wd": 'write "weight_decay"',
@@ -39,6 +39,7 @@ _FOREIGN = {
     "adamw_betas": 'write "betas" in the group whose algorithm is "adamw"',
     "adamw_eps": 'write "eps" in the group whose algorithm is "adamw"',
     "adamw_lr": 'write "lr" in the group whose algorithm is "adamw"',
+    **{part: f'write "rule_options": {{"{part}": ...}}' for part in PARTS},
 }
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from muon_dist.layout import Matrix, cut_parameter
 from muon_dist.model import build_model, count_parameters, flops_per_token
 from muon_dist.model.build import number_of_experts
-from muon_dist.numerics import get_schedule
+from muon_dist.numerics import ScheduleLike, get_schedule
 from muon_dist.routing import GroupRule, Override, RoutedGroup, SplitRule, route, routed_groups
 
 
@@ -69,7 +69,7 @@ class Settings:
     """
 
     ns_steps: int = 5
-    ns_schedule: str = "keller"
+    ns_schedule: ScheduleLike = "keller"
     ns_dtype: torch.dtype | None = None
     wire_dtype: torch.dtype | None = None
     bucket_mb: float = 32.0

@@ -11,6 +11,7 @@ import torch
 
 from muon_dist.errors import ConfigError
 from muon_dist.layout import cut_parameter
+from muon_dist.optim.rules import PARTS
 from muon_dist.optim.rules.choice import check_options, closest
 from muon_dist.optim.rules.scale import update_scale
 from muon_dist.routing import GroupRule, Override, Split, SplitRule
@@ -26,7 +27,7 @@ FOREIGN = {
     "heads": "write split: {heads: N}",
     "sizes": "write split: {sizes: [...]}",
     "split_sizes": "write split: {sizes: [...]}",
-    "adjust_lr": 'write scale: "match_rms_adamw", "spectral" or "none"',
+    "adjust_lr": 'write scale: "match_rms_adamw", "spectral", "unit_rms" or "none"',
     "adjust_lr_fn": 'write scale: "match_rms_adamw" for "match_rms_adamw", and "spectral" for "original"',
     "rms_scale": 'write scale: "match_rms_adamw"',
     "wd": "write weight_decay",
@@ -36,6 +37,7 @@ FOREIGN = {
     "lr_mult": "write lr, which is absolute: schedulers multiply each group's own",
     "lr_scale": "write lr, which is absolute: schedulers multiply each group's own",
     "decay_mult": "write weight_decay, which is absolute",
+    **{part: f"write rule_options: {{{part}: ...}}" for part in PARTS},
 }
 
 
