@@ -12,7 +12,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from muon_dist.config.redact import redact
 from muon_dist.config.source import ConfigDumper
@@ -127,9 +127,7 @@ class MuonConfig(Block):
     """Settings of the Muon groups. What is null has the default of the rule."""
 
     lr: NonNegative
-    rule: str = Field(
-        default="muon", description="update rule: muon, normuon, adamuon, soap_muon, hyperball or namo"
-    )
+    rule: str = Field(default="muon", description="update rule: muon, normuon, adamuon, soap_muon, hyperball or namo")
     rule_options: RuleOptions = Field(
         default_factory=dict,
         description="what the rule has beside these settings, such as beta2 of normuon, and parts: cautious, "
@@ -207,16 +205,33 @@ class OverrideConfig(Block):
 
 
 class CutConfig(Block):
-    """Where matrices are cut along the output axis: exactly one of heads and sizes."""
+    """Where matrices are cut: exactly one of heads, sizes and from_model."""
 
     heads: PositiveInt | None = Field(default=None, description="number of blocks of one size")
     sizes: tuple[PositiveInt, ...] | None = Field(default=None, description="rows of each block")
+    axis: Literal["outputs", "inputs"] = Field(
+        default="outputs", description="what is cut; the heads of an attention's output projection are its inputs"
+    )
+    from_model: bool = Field(default=False, description="as the model's attention is made; short: split: heads")
+
+    @property
+    def one_way(self) -> bool:
+        """Whether exactly one of the three is given."""
+        return (self.heads is not None) + bool(self.sizes) + self.from_model == 1
 
 
 class SplitConfig(CutConfig):
-    """Cut the matching Muon parameters along the output axis: exactly one of heads and sizes."""
+    """Cut the matching Muon parameters: exactly one of heads, sizes and from_model."""
 
     pattern: str
+
+
+def _heads_of_entry(given: Any) -> Any:
+    return {"from_model": True} if given == "heads" else given
+
+
+def _heads_of_all(given: Any) -> Any:
+    return ({"pattern": ".*", "from_model": True},) if given == "heads" else given
 
 
 class GroupConfig(Block):
@@ -234,14 +249,18 @@ class GroupConfig(Block):
     rule: str | None = Field(default=None, description="update rule; null: optimizer.muon.rule")
     rule_options: RuleOptions | None = None
     scale: Scale | None = None
-    split: CutConfig | None = Field(default=None, description="how Muon's matrices are cut")
+    split: Annotated[CutConfig | None, BeforeValidator(_heads_of_entry)] = Field(
+        default=None, description="how Muon's matrices are cut; heads: as the model's attention is made"
+    )
 
 
 class RoutingConfig(Block):
     """Corrections to which parameter goes where: short forms of entries of groups with algorithm or split alone."""
 
     overrides: tuple[OverrideConfig, ...] = ()
-    split: tuple[SplitConfig, ...] = ()
+    split: Annotated[tuple[SplitConfig, ...], BeforeValidator(_heads_of_all)] = Field(
+        default=(), description="how Muon's matrices are cut; heads: each head of the model's attention by itself"
+    )
 
 
 class OptimizerConfig(Block):

@@ -91,7 +91,7 @@ def check_cuts(cuts: Any, count: int, where: str) -> list[dict[str, Any] | None]
     """The cuts of a group of `count` parameters.
 
     Raises:
-        ConfigError: they are not None or a dict of heads, sizes and transposed for each parameter.
+        ConfigError: they are not None or a dict of heads, sizes, transposed and axis for each parameter.
     """
     if cuts is None:
         return [None] * count
@@ -100,7 +100,7 @@ def check_cuts(cuts: Any, count: int, where: str) -> list[dict[str, Any] | None]
             f"{where}: cuts is {cuts!r}: give a list of {count}, for each parameter None or a dict such as "
             '{"heads": 8}'
         )
-    known: Set[str] = {"heads", "sizes", "transposed"}
+    known: Set[str] = {"heads", "sizes", "transposed", "axis"}
     for n, cut in enumerate(cuts):
         if cut is None:
             continue

@@ -55,7 +55,8 @@ class Muon(StateDicts):
         lr: learning rate of groups that do not set their own.
         weight_decay: decoupled, times lr.
         momentum, nesterov: of Muon groups. Schedulers that cycle AdamW's beta1 cycle momentum as well.
-        ns_steps, ns_schedule, ns_dtype: see `numerics.newton_schulz`; `ns_schedule` is a name or own rows [[a, b, c], ...].
+        ns_steps, ns_schedule, ns_dtype: see `numerics.newton_schulz`. `ns_schedule` is a name, or own rows
+            [[a, b, c], ...].
         scale: "match_rms_adamw", "spectral", "unit_rms" or "none"; see `update_scale`.
         betas, eps: of AdamW groups.
         process_group: ranks that share the work: by default all, with torch.distributed initialised; None: one.

@@ -271,7 +271,7 @@ def parameters_of(group: RoutedGroup) -> tuple[PlannedParameter, ...]:
     for r in group.routes:
         cut: dict[str, Any] = {"transposed": r.transposed}
         if r.split is not None:
-            cut |= {"heads": r.split.heads, "sizes": r.split.sizes}
+            cut |= r.split.cut()
         matrices = cut_parameter(r.fqn, r.shape, **cut) if group.algorithm == "muon" else ()
         found.append(PlannedParameter(r.fqn, r.shape, r.elements, matrices))
     return tuple(found)
