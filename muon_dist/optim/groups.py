@@ -62,9 +62,9 @@ def param_groups(
             in which its slices begin between matrices as far as possible (`partition_order`; docs/plan.md).
         groups: what holds for parameters by name, as dicts: `pattern` (a regular expression for the whole name, or
             the whole name without `.weight`), and any of `algorithm`, `lr`, `weight_decay`, `rule`, `rule_options`,
-            `scale` and `split` ({"heads": N}, {"sizes": [...]} or "heads"). The first that matches a parameter decides;
-            what it leaves out is as without an entry. `lr` and `weight_decay` hold for all parameters that it takes, Muon's
-            and AdamW's, biases and norms too; `rule`, `scale` and `split` for Muon's alone.
+            `scale` and `split` ({"heads": N}, {"sizes": [...]} or "heads"). The first that matches a parameter
+            decides; what it leaves out is as without an entry. `lr` and `weight_decay` hold for all parameters that it
+            takes, Muon's and AdamW's, biases and norms too; `rule`, `scale` and `split` for Muon's alone.
 
     Returns:
         Dicts with `params`, `param_names` (FQNs), `name`, `algorithm`, for Muon `cuts`, and the options given.

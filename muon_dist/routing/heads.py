@@ -99,15 +99,16 @@ def _output(linear: dict[str, nn.Module], reading: Reading) -> str | None:
 
 def _latent(module: nn.Module, projection: nn.Module, found: Found, is_output: bool) -> None:
     """Multi-head latent attention, as in DeepSeek-V2 and V3: sizes are those of the configuration."""
-    nope, rope = getattr(module, "qk_nope_head_dim", 0), getattr(module, "qk_rope_head_dim", 0)
-    value, rank = getattr(module, "v_head_dim", 0), getattr(module, "kv_lora_rank", 0)
+    names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
+    nope, rope, value, rank = (int(getattr(module, name, None) or 0) for name in names)
     weight = projection.weight
     if is_output:
         _cut(found, projection, value, "inputs")
         return
     assert isinstance(weight, nn.Parameter)
     outputs, inputs = _axes(projection, weight)
-    heads = getattr(module, "num_heads", None) or getattr(getattr(module, "config", None), "num_attention_heads", 0)
+    config = getattr(module, "config", None)
+    heads: int = getattr(module, "num_heads", None) or getattr(config, "num_attention_heads", None) or 0
     if outputs == rank + rope and inputs != rank:  # the latent, and the key part that all heads share
         found[id(weight)] = Split(sizes=(rank, rope))
     elif inputs == rank and outputs == heads * (nope + value):  # keys without position, and values

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from muon_dist import Muon
+from muon_dist import Muon, register_rule, register_scale, register_schedule
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.optim import Binding
 from muon_dist.optim.reference import plain_newton_schulz
-from muon_dist.optim.rules import PARTS, RULES
+from muon_dist.optim.rules import PARTS, RULES, MuonRule
 from tests.distributed import RankFailure, run_ranks
 from tests.optim.plain_rules import PlainRule
 from tests.optim.test_distributed import flat_binding
@@ -338,12 +339,12 @@ def test_torchs_checkpoints_reshard_what_a_rule_remembers(tmp_path):
 
 
 def all_at_rest(layout: str) -> list[str]:
-    """The rules under which weights whose gradients were always zero have moved; without decay."""
-    return [rule for rule in RULES if not at_rest(layout, rule)]
+    """The cases in which weights whose gradients were always zero have moved; without decay."""
+    return [case for case, of_case in CASES.items() if not at_rest(layout, *of_case)]
 
 
-def at_rest(layout: str, rule: str) -> bool:
-    run = Run(layout, rule, **({} if rule == "hyperball" else {"weight_decay": 0.0}))
+def at_rest(layout: str, rule: str, options: dict[str, Any]) -> bool:
+    run = Run(layout, rule, **{**options, **({} if rule == "hyperball" else {"weight_decay": 0.0})})
     before = run.weights()
     for _ in range(3):
         run.step({n: torch.zeros_like(g) for n, g in gradients(0).items()})
@@ -386,6 +387,18 @@ def test_the_decay_of_16_bit_weights_rounds_the_product_alone(rule):
         ({"rule": "namo", "rule_options": {"mu1": 0.9}}, "'mu1' of rule 'namo' is the option momentum"),
         ({"rule": "hyperball", "scale": "match_rms_adamw"}, "scale.*hyperball.*no scale"),
         ({"rule": "hyperball", "weight_decay": 0.1}, "weight_decay.*hyperball.*no weight_decay"),
+        ({"rule": "hyperball", "rule_options": {"cautious": True}}, "hyperball.*no cautious.*no weight decay"),
+        ({"rule": "hyperball", "rule_options": {"radial_brake": 0.5}}, "hyperball.*no radial_brake"),
+        ({"rule": "muon", "rule_options": {"cautius": True}}, r"no option 'cautius' \(did you mean cautious"),
+        ({"rule": "muon", "rule_options": {"cautious": 0.5}}, "cautious.*True or False"),
+        ({"rule": "muon", "rule_options": {"row_floor": True}}, "row_floor.*must be a number"),
+        ({"rule": "muon", "rule_options": {"radial_brake": 1.5}}, r"radial_brake.*\[0, 1\]"),
+        ({"rule": "adamuon", "rule_options": {"eps": 0.0}}, "eps is 0.0"),
+        ({"rule": "soap_muon", "rule_options": {"frequency": 2.5}}, "frequency is 2.5: it must be a whole number"),
+        ({"ns_schedule": []}, "ns_schedule is an empty list"),
+        ({"ns_schedule": [[1.0, 2.0]]}, r"ns_schedule\[0\] is \[1.0, 2.0\]: give three finite numbers"),
+        ({"ns_schedule": [[1.5, -0.5, 0.0], [9.0, 9.0, 9.0]]}, r"ns_schedule\[1\].*grows without bound"),
+        ({"ns_schedule": [[1.5, -0.5, 0.0]] * 3, "ns_steps": 7}, "ns_steps=7 does not fit"),
     ],
 )
 def test_what_a_rule_does_not_have_is_refused_by_name(options, words):
@@ -446,3 +459,45 @@ def unequal(options: list[dict[str, Any]]) -> None:
 def test_ranks_with_other_options_of_a_rule_are_told():
     with pytest.raises(RankFailure, match="rule"):
         run_ranks(unequal, 2, [{}, {"rule_options": {"beta2": 0.9}}])
+
+
+# From outside -------------------------------------------------------------------------------------------------------
+
+
+def example_of_the_docs() -> str:
+    """The Python of docs/rules.md under "Your own"."""
+    text = (Path(__file__).parents[2] / "docs" / "rules.md").read_text()
+    return text.split("## Your own")[1].split("```python\n")[1].split("```")[0]
+
+
+def own_rule(layout: str) -> Tensors:
+    exec(compile(example_of_the_docs(), "docs/rules.md", "exec"), {"__name__": "example"})
+    run = Run(layout, "averaged", scale="quarter", ns_schedule="gentle", rule_options={"beta": 0.8, "cautious": True})
+    for step in range(STEPS):
+        run.step(gradients(step))
+        run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    return run.weights()
+
+
+def test_the_example_of_a_rule_of_ones_own_is_exact_on_every_layout():
+    one, *_ = run_ranks(own_rule, 1, "copies")
+    for layout, world in (("flat", 3), ("fsdp2", 2)):
+        for found in run_ranks(own_rule, world, layout):
+            assert_close(found, {n: w.double() for n, w in one.items()}, 1e-6)
+
+
+def test_names_that_are_taken_are_refused():
+    class Other(MuonRule):
+        name = "normuon"
+
+    class Memory(MuonRule):
+        name = "other"
+        owner_memory: ClassVar[Any] = {"exp_avg": lambda matrix: 1}
+
+    for rule, words in ((Other(), "'normuon' exists already"), (Memory(), "'exp_avg' in its memory is taken")):
+        with pytest.raises(ConfigError, match=words):
+            register_rule(rule)
+    with pytest.raises(ConfigError, match="exists already"):
+        register_scale("spectral", lambda out, fan_in: 1.0)
+    with pytest.raises(ConfigError, match="exists already"):
+        register_schedule("keller", [[1.5, -0.5, 0.0]])

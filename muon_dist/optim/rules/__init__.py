@@ -37,7 +37,8 @@ def register_rule(rule: MuonRule) -> None:
     if not isinstance(rule, MuonRule):
         raise ConfigError(f"{rule!r} is no rule: give an object of a subclass of muon_dist.optim.rules.MuonRule")
     known = RULES.get(rule.name)
-    if type(known) is type(rule):
+    if known is not None and _origin(known) == _origin(rule):  # registered again, as a notebook's cell is
+        RULES[rule.name] = rule
         return
     if known is not None:
         raise ConfigError(f"rule '{rule.name}' exists already: choose another name")
@@ -48,6 +49,10 @@ def register_rule(rule: MuonRule) -> None:
         if name in PARTS:
             raise ConfigError(f"rule '{rule.name}': its option '{name}' has the name of a part: choose another")
     RULES[rule.name] = rule
+
+
+def _origin(rule: MuonRule) -> tuple[str, str]:
+    return type(rule).__module__, type(rule).__qualname__
 
 
 def memory_names() -> set[str]:

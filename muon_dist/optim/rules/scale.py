@@ -34,7 +34,8 @@ def register_scale(name: str, factor: Scale) -> None:
     Raises:
         ConfigError: another scale has the name.
     """
-    if SCALES.get(name, factor) is not factor:
+    known = SCALES.get(name, factor)
+    if getattr(known, "__code__", known) != getattr(factor, "__code__", factor):
         raise ConfigError(f"scale '{name}' exists already: choose another name")
     SCALES[name] = factor
 
