@@ -232,22 +232,22 @@ def checked_rows(rows: Sequence[Sequence[float]]) -> tuple[Row, ...]:
     return tuple(made)
 
 
-def get_schedule(schedule: ScheduleLike) -> Schedule:
+def get_schedule(name: ScheduleLike) -> Schedule:
     """The schedule of a name, or of own rows [[a, b, c], ...], which always runs whole.
 
     Raises:
         ConfigError: there is none of the name, and the message names the closest; or the rows cannot be used
             (`checked_rows`).
     """
-    if isinstance(schedule, str):
-        if schedule in SCHEDULES:
-            return SCHEDULES[schedule]
-    elif isinstance(schedule, (list, tuple)):
-        return _own(checked_rows(schedule))
-    close = difflib.get_close_matches(str(schedule).lower(), SCHEDULES, n=1, cutoff=0.4)
+    if isinstance(name, str):
+        if name in SCHEDULES:
+            return SCHEDULES[name]
+    elif isinstance(name, (list, tuple)):
+        return _own(checked_rows(name))
+    close = difflib.get_close_matches(str(name).lower(), SCHEDULES, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ConfigError(
-        f"unknown ns_schedule {schedule!r}{hint} (one of: {', '.join(SCHEDULES)}; or own rows [[a, b, c], ...])"
+        f"unknown ns_schedule {name!r}{hint} (one of: {', '.join(SCHEDULES)}; or own rows [[a, b, c], ...])"
     )
 
 
