@@ -226,12 +226,19 @@ class SplitConfig(CutConfig):
     pattern: str
 
 
+def _tuples(given: Any) -> Any:
+    """With tuples for lists: behind a validator of ours pydantic no longer takes the one for the other."""
+    if isinstance(given, list):
+        return tuple(_tuples(item) for item in given)
+    return {key: _tuples(value) for key, value in given.items()} if isinstance(given, dict) else given
+
+
 def _heads_of_entry(given: Any) -> Any:
-    return {"from_model": True} if given == "heads" else given
+    return {"from_model": True} if given == "heads" else _tuples(given)
 
 
 def _heads_of_all(given: Any) -> Any:
-    return ({"pattern": ".*", "from_model": True},) if given == "heads" else given
+    return ({"pattern": ".*", "from_model": True},) if given == "heads" else _tuples(given)
 
 
 class GroupConfig(Block):

@@ -244,5 +244,5 @@ def test_json_schema_knows_every_key() -> None:
     schema = json_schema()
     assert {"name", "base", "optimizer", "trainer"} <= set(schema["properties"])
     muon = schema["$defs"]["MuonConfig"]
-    assert "keller" in muon["properties"]["ns_schedule"]["enum"] and muon["additionalProperties"] is False
+    assert "keller" in muon["properties"]["ns_schedule"]["anyOf"][0]["enum"] and muon["additionalProperties"] is False
     assert set(schema["required"]) == {"name", "model", "optimizer"}
