@@ -12,17 +12,17 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from muon_dist.config.redact import redact
 from muon_dist.config.source import ConfigDumper
+from muon_dist.config.splits import Block, CutConfig, PositiveInt, SplitConfig, heads_of_all, heads_of_entry
 from muon_dist.numerics.schedules import SCHEDULES, get_schedule
 
 DType = Literal["float32", "bfloat16", "float16"]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
 Scale = Literal["match_rms_adamw", "spectral", "unit_rms", "none"]
 
 
@@ -59,14 +59,6 @@ Schedule = Annotated[
 RuleOptions = dict[
     str, Annotated[Any, AfterValidator(_number_or_switch), WithJsonSchema({"type": ["number", "boolean"]})]
 ]
-
-
-class Block(BaseModel):
-    """Base of every block: immutable, no unknown keys, no conversion of types, no NaN or infinity."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
-    )
 
 
 class TokenizerConfig(Block):
@@ -204,43 +196,6 @@ class OverrideConfig(Block):
     algorithm: Literal["muon", "adamw"]
 
 
-class CutConfig(Block):
-    """Where matrices are cut: exactly one of heads, sizes and from_model."""
-
-    heads: PositiveInt | None = Field(default=None, description="number of blocks of one size")
-    sizes: tuple[PositiveInt, ...] | None = Field(default=None, description="rows of each block")
-    axis: Literal["outputs", "inputs"] = Field(
-        default="outputs", description="what is cut; the heads of an attention's output projection are its inputs"
-    )
-    from_model: bool = Field(default=False, description="as the model's attention is made; short: split: heads")
-
-    @property
-    def one_way(self) -> bool:
-        """Whether exactly one of the three is given."""
-        return (self.heads is not None) + bool(self.sizes) + self.from_model == 1
-
-
-class SplitConfig(CutConfig):
-    """Cut the matching Muon parameters: exactly one of heads, sizes and from_model."""
-
-    pattern: str
-
-
-def _tuples(given: Any) -> Any:
-    """With tuples for lists: behind a validator of ours pydantic no longer takes the one for the other."""
-    if isinstance(given, list):
-        return tuple(_tuples(item) for item in given)
-    return {key: _tuples(value) for key, value in given.items()} if isinstance(given, dict) else given
-
-
-def _heads_of_entry(given: Any) -> Any:
-    return {"from_model": True} if given == "heads" else _tuples(given)
-
-
-def _heads_of_all(given: Any) -> Any:
-    return ({"pattern": ".*", "from_model": True},) if given == "heads" else _tuples(given)
-
-
 class GroupConfig(Block):
     """What holds for the parameters that a pattern matches; what is null is as without the entry.
 
@@ -256,7 +211,7 @@ class GroupConfig(Block):
     rule: str | None = Field(default=None, description="update rule; null: optimizer.muon.rule")
     rule_options: RuleOptions | None = None
     scale: Scale | None = None
-    split: Annotated[CutConfig | None, BeforeValidator(_heads_of_entry)] = Field(
+    split: Annotated[CutConfig | None, BeforeValidator(heads_of_entry)] = Field(
         default=None, description="how Muon's matrices are cut; heads: as the model's attention is made"
     )
 
@@ -265,7 +220,7 @@ class RoutingConfig(Block):
     """Corrections to which parameter goes where: short forms of entries of groups with algorithm or split alone."""
 
     overrides: tuple[OverrideConfig, ...] = ()
-    split: Annotated[tuple[SplitConfig, ...], BeforeValidator(_heads_of_all)] = Field(
+    split: Annotated[tuple[SplitConfig, ...], BeforeValidator(heads_of_all)] = Field(
         default=(), description="how Muon's matrices are cut; heads: each head of the model's attention by itself"
     )
 
