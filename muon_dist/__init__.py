@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from muon_dist.adapters.hf_guards import Guards
     from muon_dist.adapters.hf_trainer import MuonTrainer
     from muon_dist.numerics.newton_schulz import newton_schulz
+    from muon_dist.numerics.schedules import register_schedule
     from muon_dist.optim.groups import param_groups, routing_table
     from muon_dist.optim.muon import Muon
+    from muon_dist.optim.rules import register_rule, register_scale
 
 _HOMES = {
     "Guards": "muon_dist.adapters.hf_guards",
@@ -28,6 +30,9 @@ _HOMES = {
     "for_trainer": "muon_dist.adapters.factory",
     "newton_schulz": "muon_dist.numerics.newton_schulz",
     "param_groups": "muon_dist.optim.groups",
+    "register_rule": "muon_dist.optim.rules",
+    "register_scale": "muon_dist.optim.rules",
+    "register_schedule": "muon_dist.numerics.schedules",
     "routing_table": "muon_dist.optim.groups",
 }
 
@@ -40,6 +45,9 @@ __all__ = [
     "for_trainer",
     "newton_schulz",
     "param_groups",
+    "register_rule",
+    "register_scale",
+    "register_schedule",
     "routing_table",
 ]
 

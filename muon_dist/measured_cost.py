@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from muon_dist.cost import CostModel
-from muon_dist.numerics import newton_schulz
+from muon_dist.numerics import ScheduleLike, newton_schulz
 from muon_dist.numerics.products import products_for
 
 _SECONDS = 0.05  # each stack is timed until it has run this long, and three times at least
@@ -82,7 +82,7 @@ def measure(
     stacks: Iterable[Stack],
     *,
     steps: int,
-    schedule: str,
+    schedule: ScheduleLike,
     dtype: torch.dtype,
     device: torch.device,
     flops_per_second: float = CostModel.flops_per_second,
@@ -149,7 +149,7 @@ def _write(path: Path, seconds: Mapping[str, float]) -> None:
         return
 
 
-def _time(stack: Stack, steps: int, schedule: str, dtype: torch.dtype, device: torch.device) -> float:
+def _time(stack: Stack, steps: int, schedule: ScheduleLike, dtype: torch.dtype, device: torch.device) -> float:
     """Median seconds of one call."""
     short, long, count = stack
     timed = max(1, min(count, _MOST_BYTES // (4 * short * long)))

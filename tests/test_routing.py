@@ -262,7 +262,7 @@ def test_table_as_json_and_text() -> None:
     plain = json.loads(json.dumps(table.to_json()))
     assert plain == table.to_json()
     first = next(r for r in plain["routes"] if r["fqn"].endswith("0.self_attn.q_proj.weight"))
-    assert first["split"] == {"heads": 4, "sizes": None}
+    assert first["split"] == {"heads": 4, "sizes": None, "axis": "outputs", "from_model": False}
     assert first["matrices"] == [{"count": 4, "rows": 8, "columns": WIDTH}]
     elements = sum(p.numel() for p in model.parameters())
     assert plain["totals"]["muon"]["elements"] + plain["totals"]["adamw"]["elements"] == elements

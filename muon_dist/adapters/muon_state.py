@@ -75,7 +75,7 @@ def _momentum(runtime: Runtime, buffer: int, shapes: dict[str, tuple[int, ...]])
 
 
 def _memory(runtime: Runtime, buffer: int) -> Iterator[Piece]:
-    """Of a parameter: numbers of its matrices, on all ranks; numbers of their output features, on the owners."""
+    """Of a parameter: numbers of its matrices, on all ranks; what the owners keep, on them."""
     memory, layouts = runtime.memory, runtime.plan.layout.matrices
     everyone = _everyone(runtime)
     parameters: dict[str, list[int]] = {}
@@ -86,16 +86,16 @@ def _memory(runtime: Runtime, buffer: int) -> Iterator[Piece]:
         for kind, numbers in memory.numbers[buffer].items():
             yield from whole(clean_name(name), kind, (len(members),), numbers[at : at + len(members)], everyone)
         at += len(members)
-        for kind in memory.row_names[buffer]:
-            parts = [(memory.features(i), memory.rows[kind].get(i)) for i in members]
-            yield from _rows(clean_name(name), kind, parts, everyone if memory.every_row else ())
+        for kind in memory.owner_names[buffer]:
+            parts = [(memory.size(kind, i), memory.owners[kind].get(i)) for i in members]
+            yield from _by_owner(clean_name(name), kind, parts, everyone if memory.everywhere else ())
 
 
-def _rows(
+def _by_owner(
     name: str, kind: str, parts: list[tuple[int, torch.Tensor | None]], holders: tuple[int, ...]
 ) -> Iterator[Piece]:
-    total, at = sum(features for features, _ in parts), 0
-    for features, rows in parts:
-        if rows is not None:
-            yield from run(name, kind, (total,), at, rows, holders)
-        at += features
+    total, at = sum(size for size, _ in parts), 0
+    for size, kept in parts:
+        if kept is not None:
+            yield from run(name, kind, (total,), at, kept, holders)
+        at += size

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from muon_dist.config.paths import expand_path
 
@@ -14,14 +15,20 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Scale = Literal["match_rms_adamw", "spectral", "none"]
+Scale = Literal["match_rms_adamw", "spectral", "unit_rms", "none"]
 
 
-def _known_schedule(name: str) -> str:
+def _known_schedule(schedule: Any) -> Any:
     from muon_dist.numerics import get_schedule  # imports torch: seconds, which a file that is missing should not cost
 
-    get_schedule(name)  # a ConfigError that names the closest schedule, and a ValueError as pydantic needs it
-    return name
+    found = get_schedule(schedule)  # a ConfigError that names the closest, and a ValueError as pydantic needs it
+    return schedule if isinstance(schedule, str) else found.rows
+
+
+def _number_or_switch(value: Any) -> Any:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError("should be a finite number, true or false")
+    return value
 
 
 def _local_path(text: str) -> str:
@@ -54,15 +61,21 @@ _AsWritten = PlainSerializer(lambda path: path.replace("$", "$$"), when_used="js
 LocalPath = Annotated[str, AfterValidator(_local_path), _AsWritten]
 DataPath = Annotated[str, AfterValidator(_text_path), _AsWritten]
 OnBadRecord = Literal["stop", "skip"]
+_NUMBERS = {"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3}
 
 
 def _schedule_names(json_schema: dict[str, Any]) -> None:
     from muon_dist.numerics import SCHEDULES  # imports torch
 
-    json_schema["enum"] = list(SCHEDULES)
+    names = {"type": "string", "enum": list(SCHEDULES)}
+    json_schema["anyOf"] = [names, {"type": "array", "items": _NUMBERS, "minItems": 1}]
 
 
-ScheduleName = Annotated[str, AfterValidator(_known_schedule), Field(json_schema_extra=_schedule_names)]
+Schedule = Annotated[Any, AfterValidator(_known_schedule), Field(json_schema_extra=_schedule_names)]
+"""Of the Newton-Schulz iteration: a name, or own rows."""
+RuleOptions = dict[
+    str, Annotated[Any, AfterValidator(_number_or_switch), WithJsonSchema({"type": ["number", "boolean"]})]
+]
 
 
 class Block(BaseModel):

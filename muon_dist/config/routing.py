@@ -19,6 +19,6 @@ def routing_rules(optimizer: OptimizerConfig) -> dict[str, Any]:
     entries = [entry.model_dump(exclude_none=True) for entry in optimizer.groups]
     return {
         "overrides": [Override(r.pattern, r.algorithm) for r in routing.overrides],
-        "splits": [SplitRule(r.pattern, heads=r.heads, sizes=r.sizes) for r in routing.split],
+        "splits": [SplitRule(r.pattern, r.heads, r.sizes, r.axis, r.from_model) for r in routing.split],
         "groups": group_rules(entries, optimizer.muon.rule, where="optimizer.groups"),
     }

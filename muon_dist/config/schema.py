@@ -21,36 +21,41 @@ from muon_dist.config.kinds import (
     NonNegative,
     Positive,
     PositiveInt,
+    RuleOptions,
     Scale,
-    ScheduleName,
+    Schedule,
 )
 from muon_dist.config.paths import expand_path, expand_trainer_paths
 from muon_dist.config.redact import redact
 from muon_dist.config.source import ConfigDumper
+from muon_dist.config.splits import CutConfig, SplitConfig, heads_of_all, heads_of_entry
 
 
 class MuonConfig(Block):
     """Settings of the Muon groups. What is null has the default of the rule."""
 
     lr: NonNegative
-    rule: str = Field(default="muon", description="update rule: muon, normuon, hyperball or namo")
-    rule_options: dict[str, float] = Field(
-        default_factory=dict, description="what the rule has beside these settings, such as beta2 of normuon"
+    rule: str = Field(default="muon", description="update rule: muon, normuon, adamuon, soap_muon, hyperball or namo")
+    rule_options: RuleOptions = Field(
+        default_factory=dict,
+        description="what the rule has beside these settings, such as beta2 of normuon, and parts: cautious, "
+        "row_floor, radial_brake, muoneq, muon_plus",
     )
     weight_decay: NonNegative | None = Field(default=None, description="decoupled; null: 0.1, or 0 under hyperball")
     momentum: BelowOne = 0.95
     nesterov: bool | None = Field(default=None, description="null: true, or false under namo")
     ns_steps: PositiveInt = Field(default=5, description="Newton-Schulz steps")
-    ns_schedule: ScheduleName = Field(
-        default="keller", description="coefficient schedule of the Newton-Schulz iteration"
+    ns_schedule: Schedule = Field(
+        default="keller",
+        description="coefficients of the Newton-Schulz iteration: a name, or [[a, b, c], ...], a row for each step",
     )
     ns_dtype: DType | None = Field(
         default=None, description="dtype of the iteration; null: float16 on GPUs, float32 elsewhere"
     )
     scale: Scale | None = Field(
         default=None,
-        description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); or 1; "
-        "null: the first, or the last under hyperball and namo",
+        description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); "
+        "sqrt(m/n) of m outputs and n inputs; or 1; null: the first, or the last under hyperball and namo",
     )
     bucket_mb: Positive = Field(
         default=128.0, description="a step allocates at most twice this, in MiB; a larger matrix goes alone"
@@ -107,19 +112,6 @@ class OverrideConfig(Block):
     algorithm: Literal["muon", "adamw"]
 
 
-class CutConfig(Block):
-    """Where matrices are cut along the output axis: exactly one of heads and sizes."""
-
-    heads: PositiveInt | None = Field(default=None, description="number of blocks of one size")
-    sizes: tuple[PositiveInt, ...] | None = Field(default=None, description="rows of each block")
-
-
-class SplitConfig(CutConfig):
-    """Cut the matching Muon parameters along the output axis: exactly one of heads and sizes."""
-
-    pattern: str
-
-
 class GroupConfig(Block):
     """What holds for the parameters that a pattern matches; what is null is as without the entry.
 
@@ -133,16 +125,20 @@ class GroupConfig(Block):
     lr: NonNegative | None = Field(default=None, description="absolute; the schedule multiplies it as every other")
     weight_decay: NonNegative | None = Field(default=None, description="of all that match, biases and norms too")
     rule: str | None = Field(default=None, description="update rule; null: optimizer.muon.rule")
-    rule_options: dict[str, float] | None = None
+    rule_options: RuleOptions | None = None
     scale: Scale | None = None
-    split: CutConfig | None = Field(default=None, description="how Muon's matrices are cut")
+    split: Annotated[CutConfig | None, BeforeValidator(heads_of_entry)] = Field(
+        default=None, description="how Muon's matrices are cut; heads: as the model's attention is made"
+    )
 
 
 class RoutingConfig(Block):
     """Corrections to which parameter goes where: short forms of entries of groups with algorithm or split alone."""
 
     overrides: tuple[OverrideConfig, ...] = ()
-    split: tuple[SplitConfig, ...] = ()
+    split: Annotated[tuple[SplitConfig, ...], BeforeValidator(heads_of_all)] = Field(
+        default=(), description="how Muon's matrices are cut; heads: each head of the model's attention by itself"
+    )
 
 
 class OptimizerConfig(Block):

@@ -272,7 +272,7 @@ def _optimizer(config: Config) -> Found:
         yield from _pattern(("optimizer", "routing", "overrides", index, "pattern"), override.pattern)
     for index, split in enumerate(routing.split):
         yield from _pattern(("optimizer", "routing", "split", index, "pattern"), split.pattern)
-        if (split.heads is None) == (not split.sizes):
+        if not split.one_way:
             yield ("optimizer", "routing", "split", index), "needs exactly one of heads and sizes"
     for index, group in enumerate(config.optimizer.groups):
         yield from _group(("optimizer", "groups", index), group, muon)
@@ -301,7 +301,7 @@ def _rule(muon: MuonConfig) -> Found:
 
 
 def _group(keys: Keys, group: GroupConfig, muon: MuonConfig) -> Found:
-    if group.split is not None and (group.split.heads is None) == (not group.split.sizes):
+    if group.split is not None and not group.split.one_way:
         yield (*keys, "split"), "needs exactly one of heads and sizes"
         return
     from muon_dist.optim.rules.entries import check_entry  # imports torch: seconds

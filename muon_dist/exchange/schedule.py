@@ -43,23 +43,25 @@ def moves(plan: OwnershipPlan, matrices: Iterable[int]) -> bool:
     return any(bool((plan.layout.matrices[i].fragments.rank != plan.owners[i]).any()) for i in matrices)
 
 
-def bytes_of_two_buckets(itemsize: int = 4, messages: bool = True) -> int:
+def bytes_of_two_buckets(itemsize: int = 4, messages: bool = True, also: int = 0) -> int:
     """What a pipelined step allocates at most, for each element of the bound of `make_buckets`.
 
     Args:
         itemsize: of the widest dtype of Newton-Schulz; in fp64 it takes more than is said here.
         messages: whether anything is sent (`moves`).
+        also: tensors that sources send beside the momentum.
     """
-    return _STACKS + _WORKSPACE[2 if itemsize == 2 else 4] + (_MESSAGES if messages else 0)
+    gathered = also * (_STACKS + (_MESSAGES // 2 if messages else 0))
+    return _STACKS + _WORKSPACE[2 if itemsize == 2 else 4] + (_MESSAGES if messages else 0) + gathered
 
 
-def bucket_elements(bucket_bytes: int, itemsize: int = 4, messages: bool = True) -> int:
+def bucket_elements(bucket_bytes: int, itemsize: int = 4, messages: bool = True, also: int = 0) -> int:
     """The bound of `make_buckets` with which a pipelined step allocates at most `2 * bucket_bytes`.
 
     A matrix that alone exceeds the bound has a bucket of its own, of its own size. Arguments of
     `bytes_of_two_buckets`.
     """
-    return max(1, 2 * bucket_bytes // bytes_of_two_buckets(itemsize, messages))
+    return max(1, 2 * bucket_bytes // bytes_of_two_buckets(itemsize, messages, also))
 
 
 # With fewer buckets than this the first gather and the last scatter, which nothing hides, are a large share of the

@@ -55,18 +55,20 @@ def cut_parameter(
     heads: int | None = None,
     sizes: Sequence[int] | None = None,
     transposed: bool = False,
+    axis: str = "outputs",
 ) -> tuple[Matrix, ...]:
     """The matrices of one parameter.
 
     Args:
         name: FQN.
         shape: (M, N); (E, M, N) is a batch of E matrices; more axes are flattened to (M, -1), as for convolutions.
-        heads: cut the output axis into this many equal blocks.
+        heads: cut the axis into this many equal blocks.
         sizes: or into blocks of these sizes, as for fused QKV.
         transposed: stored (in, out), so that the output axis is the columns.
+        axis: what is cut, "outputs" or "inputs".
 
     Raises:
-        LayoutError: fewer than two axes, or a cut that does not fit the output axis.
+        LayoutError: fewer than two axes, another axis, or a cut that does not fit the axis.
     """
     if len(shape) < 2:
         raise LayoutError(f"{name} has shape {tuple(shape)}: only matrices can be orthogonalized; send it to adamw")
@@ -76,21 +78,24 @@ def cut_parameter(
     else:
         for s in shape[1:]:
             n *= int(s)
-    out = n if transposed else m
+    if axis not in ("outputs", "inputs"):
+        raise LayoutError(f"{name}: axis is {axis!r}: use outputs or inputs")
+    columns = transposed == (axis == "outputs")
+    length, word = n if columns else m, axis.removesuffix("s")
     if heads is not None:
-        if heads < 1 or out % heads:
-            raise LayoutError(f"{name}: {heads} heads do not divide its output axis of {out}")
-        sizes = [out // heads] * heads
-    blocks = [int(s) for s in sizes] if sizes is not None else [out]
-    if sum(blocks) != out or min(blocks) < 1:
-        raise LayoutError(f"{name}: the split {blocks} does not add up to its output axis of {out}")
+        if heads < 1 or length % heads:
+            raise LayoutError(f"{name}: {heads} heads do not divide its {word} axis of {length}")
+        sizes = [length // heads] * heads
+    blocks = [int(s) for s in sizes] if sizes is not None else [length]
+    if sum(blocks) != length or min(blocks) < 1:
+        raise LayoutError(f"{name}: the split {blocks} does not add up to its {word} axis of {length}")
     matrices: list[Matrix] = []
     single = batch == 1 and len(blocks) == 1
     for b in range(batch):
         at = 0
         for block in blocks:
-            rows, cols = (m, block) if transposed else (block, n)
-            start = b * m * n + (at if transposed else at * n)
+            rows, cols = (m, block) if columns else (block, n)
+            start = b * m * n + (at if columns else at * n)
             label = name if single else f"{name}[{len(matrices)}]"
             matrices.append(Matrix(label, Block(start, rows, cols, n), transposed))
             at += block

@@ -10,12 +10,20 @@ from muon_dist.numerics.newton_schulz import (
     newton_schulz_flops,
     segment_length,
 )
-from muon_dist.numerics.schedules import SCHEDULES, Schedule, coefficients, get_schedule
+from muon_dist.numerics.schedules import (
+    SCHEDULES,
+    Schedule,
+    ScheduleLike,
+    coefficients,
+    get_schedule,
+    register_schedule,
+)
 from muon_dist.numerics.spectral import SpectralStats, polar_factor, spectral_stats, spectral_stats_batch
 
 __all__ = [
     "SCHEDULES",
     "Schedule",
+    "ScheduleLike",
     "SpectralStats",
     "coefficients",
     "compute_dtype",
@@ -25,6 +33,7 @@ __all__ = [
     "newton_schulz_",
     "newton_schulz_flops",
     "polar_factor",
+    "register_schedule",
     "segment_length",
     "spectral_stats",
     "spectral_stats_batch",

@@ -12,12 +12,12 @@ from muon_dist.errors import ConfigError
 from muon_dist.numerics.compiled import orthogonalize_compiled
 from muon_dist.numerics.iteration import Form, buffers, matrices_at_once, orthogonalize
 from muon_dist.numerics.products import products_for
-from muon_dist.numerics.schedules import DEFAULT_STEPS, get_schedule
+from muon_dist.numerics.schedules import DEFAULT_STEPS, ScheduleLike, get_schedule
 
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def compute_dtype(dtype: torch.dtype | None, device: torch.device, schedule: str = "keller") -> torch.dtype:
+def compute_dtype(dtype: torch.dtype | None, device: torch.device, schedule: ScheduleLike = "keller") -> torch.dtype:
     """The dtype in which the iteration runs.
 
     None stands for the policy: fp16 on a GPU that has fp16 matrix units (CUDA of compute capability 7.0 or newer,
@@ -51,7 +51,7 @@ def _has_fp16_units(device: torch.device) -> bool:
 def newton_schulz(
     x: Tensor,
     steps: int = DEFAULT_STEPS,
-    schedule: str = "keller",
+    schedule: ScheduleLike = "keller",
     dtype: torch.dtype | None = None,
     *,
     compiled: bool = False,
@@ -66,7 +66,7 @@ def newton_schulz(
     Args:
         x: (M, N) or (B, M, N), any real floating dtype. Not modified.
         steps: number of iterations; see `schedules.coefficients`.
-        schedule: one of `schedules.SCHEDULES`.
+        schedule: one of `schedules.SCHEDULES`, or own rows [[a, b, c], ...].
         dtype: compute dtype; None for the policy of `compute_dtype`.
         compiled: through `torch.compile`, once for each shape of a stack; see `compiled.check_compiler`.
 
@@ -97,7 +97,7 @@ def newton_schulz(
 def newton_schulz_(
     stack: Tensor,
     steps: int = DEFAULT_STEPS,
-    schedule: str = "keller",
+    schedule: ScheduleLike = "keller",
     dtype: torch.dtype | None = None,
     *,
     compiled: bool = False,
@@ -116,7 +116,7 @@ def orthogonalizer(
     n: int,
     device: torch.device,
     steps: int = DEFAULT_STEPS,
-    schedule: str = "keller",
+    schedule: ScheduleLike = "keller",
     dtype: torch.dtype | None = None,
     *,
     compiled: bool = False,

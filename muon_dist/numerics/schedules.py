@@ -8,7 +8,9 @@ beside it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -16,6 +18,8 @@ from typing import Literal
 from muon_dist.errors import ConfigError
 
 Row = tuple[float, float, float]
+ScheduleLike = str | Sequence[Sequence[float]]
+"""The name of a schedule, or its own rows [[a, b, c], ...], one for each step."""
 Normalization = Literal["frobenius", "aol"]
 
 DEFAULT_STEPS = 5
@@ -145,52 +149,120 @@ _AOL: tuple[Row, ...] = (
 _CLASSICAL_SOURCE = "Bjorck and Bowie (1971); Higham, Functions of Matrices (2008), chapter 8"
 _POLAR_EXPRESS_SOURCE = "arXiv 2505.16932, Algorithm 1"
 
-SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
-    {
-        schedule.name: schedule
-        for schedule in (
-            Schedule("keller", (_KELLER,), _KELLER, "Keller Jordan, Muon (2024)"),
-            Schedule("polar_express", _POLAR_EXPRESS, _PADE, _POLAR_EXPRESS_SOURCE, safety=_POLAR_EXPRESS_SAFETY),
-            # Past their tables the singular values lie in [.88, 1.15], where the Pade quintic converges to 1;
-            # repeating the last row would only keep them in that band.
-            Schedule("cans", _CANS, _PADE, "arXiv 2506.10935", safety=_CANS_SAFETY),
-            Schedule("you", _YOU, _PADE, "leloykun.github.io/ponder/muon-opt-coeffs"),
-            Schedule("aol", _AOL, None, "arXiv 2512.04632", safety=_AOL_SAFETY, normalization="aol"),
-            Schedule("cubic", (_CUBIC,), _CUBIC, _CLASSICAL_SOURCE),
-            Schedule("pade", (_PADE,), _PADE, _CLASSICAL_SOURCE),
-            Schedule("deepseek_v4", (_KELLER,) * 8 + (_DEEPSEEK_CLOSING,) * 2, None, "DeepSeek-V4 report (2026)"),
-            Schedule(
-                "strict",
-                _POLAR_EXPRESS[:6],
-                None,
-                f"{_POLAR_EXPRESS_SOURCE}, 6 steps in fp32",
-                safety=_POLAR_EXPRESS_SAFETY,
-                fp32_only=True,
-            ),
-        )
-    }
-)
+_SCHEDULES: dict[str, Schedule] = {
+    schedule.name: schedule
+    for schedule in (
+        Schedule("keller", (_KELLER,), _KELLER, "Keller Jordan, Muon (2024)"),
+        Schedule("polar_express", _POLAR_EXPRESS, _PADE, _POLAR_EXPRESS_SOURCE, safety=_POLAR_EXPRESS_SAFETY),
+        # Past their tables the singular values lie in [.88, 1.15], where the Pade quintic converges to 1;
+        # repeating the last row would only keep them in that band.
+        Schedule("cans", _CANS, _PADE, "arXiv 2506.10935", safety=_CANS_SAFETY),
+        Schedule("you", _YOU, _PADE, "leloykun.github.io/ponder/muon-opt-coeffs"),
+        Schedule("aol", _AOL, None, "arXiv 2512.04632", safety=_AOL_SAFETY, normalization="aol"),
+        Schedule("cubic", (_CUBIC,), _CUBIC, _CLASSICAL_SOURCE),
+        Schedule("pade", (_PADE,), _PADE, _CLASSICAL_SOURCE),
+        Schedule("deepseek_v4", (_KELLER,) * 8 + (_DEEPSEEK_CLOSING,) * 2, None, "DeepSeek-V4 report (2026)"),
+        Schedule(
+            "strict",
+            _POLAR_EXPRESS[:6],
+            None,
+            f"{_POLAR_EXPRESS_SOURCE}, 6 steps in fp32",
+            safety=_POLAR_EXPRESS_SAFETY,
+            fp32_only=True,
+        ),
+    )
+}
+
+SCHEDULES: Mapping[str, Schedule] = MappingProxyType(_SCHEDULES)
+"""By name; `register_schedule` adds to them."""
 
 
-def get_schedule(name: str) -> Schedule:
-    """The schedule called `name`.
+def register_schedule(
+    name: str, rows: Sequence[Sequence[float]], *, repeat_last: bool = False, source: str = ""
+) -> Schedule:
+    """Make `ns_schedule=name` mean these coefficients.
+
+    Args:
+        rows: (a, b, c) of each step.
+        repeat_last: `ns_steps` chooses the number of steps, and the last row is used for all beyond `rows`. Otherwise
+            the schedule always runs whole.
+        source: where the rows are from, for readers.
 
     Raises:
-        ConfigError: there is none; the message names the closest.
+        ConfigError: another schedule has the name, or the rows cannot be used; see `get_schedule`.
     """
-    if isinstance(name, str) and name in SCHEDULES:
-        return SCHEDULES[name]
+    checked = checked_rows(rows)
+    made = Schedule(name, checked, checked[-1] if repeat_last else None, source)
+    if SCHEDULES.get(name, made) != made:
+        raise ConfigError(f"ns_schedule {name!r} exists already, with other coefficients: choose another name")
+    _SCHEDULES[name] = made
+    return made
+
+
+_GRID = tuple(10 ** (-3 * i / 64) for i in range(65))
+"""Singular values after normalization, from .001 to 1."""
+_WORST = 4.0
+"""No published schedule leaves [0, 2]. What leaves [0, 4] diverges a step later or points uphill."""
+
+
+def checked_rows(rows: Sequence[Sequence[float]]) -> tuple[Row, ...]:
+    """Coefficients that a user gave, as tuples.
+
+    Raises:
+        ConfigError: they are not rows of three finite numbers, or the polynomials do not keep singular values of
+            (0, 1] positive and below 4.
+    """
+    made: list[Row] = []
+    for i, row in enumerate(rows):
+        numbers = isinstance(row, Sequence) and not isinstance(row, str) and len(row) == 3
+        if not numbers or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in row):
+            raise ConfigError(f"ns_schedule[{i}] is {row!r}: give three finite numbers a, b, c for each step")
+        made.append((float(row[0]), float(row[1]), float(row[2])))
+    if not made:
+        raise ConfigError("ns_schedule is an empty list: give [[a, b, c], ...], a row for each step")
+    values = _GRID
+    for i, (a, b, c) in enumerate(made):
+        values = tuple(x * (a + b * x * x + c * x**4) for x in values)
+        worst = max(values, key=lambda x: abs(x) if x > 0 else math.inf)
+        if not 0 < worst <= _WORST:
+            raise ConfigError(
+                f"ns_schedule[{i}] = {list(made[i])} makes a singular value of [.001, 1] {worst:.3g}: every step must "
+                f"keep them above 0 and below {_WORST:g}, else the update points uphill or grows without bound"
+            )
+    return tuple(made)
+
+
+def get_schedule(name: ScheduleLike) -> Schedule:
+    """The schedule of a name, or of own rows [[a, b, c], ...], which always runs whole.
+
+    Raises:
+        ConfigError: there is none of the name, and the message names the closest; or the rows cannot be used
+            (`checked_rows`).
+    """
+    if isinstance(name, str):
+        if name in SCHEDULES:
+            return SCHEDULES[name]
+    elif isinstance(name, (list, tuple)):
+        return _own(checked_rows(name))
     close = difflib.get_close_matches(str(name).lower(), SCHEDULES, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"unknown ns_schedule {name!r}{hint} (one of: {', '.join(SCHEDULES)})")
+    raise ConfigError(
+        f"unknown ns_schedule {name!r}{hint} (one of: {', '.join(SCHEDULES)}; or own rows [[a, b, c], ...])"
+    )
 
 
-def coefficients(schedule: str, steps: int = DEFAULT_STEPS) -> tuple[Row, ...]:
+@functools.lru_cache(maxsize=64)
+def _own(rows: tuple[Row, ...]) -> Schedule:
+    return Schedule(f"own ({len(rows)} steps)", rows, None, "given by the user")
+
+
+def coefficients(schedule: ScheduleLike, steps: int = DEFAULT_STEPS) -> tuple[Row, ...]:
     """The (a, b, c) of every step of `schedule` run for `steps` steps.
 
     Open-ended schedules (keller, cubic, pade, polar_express, cans, you) run exactly `steps` steps: the first rows of
     their table, and the Pade quintic past its end (keller and cubic repeat their one row). Schedules of fixed length
-    (aol 4, deepseek_v4 10, strict 6) always run whole. `len()` of the result is the number of steps that run.
+    (aol 4, deepseek_v4 10, strict 6) and own rows always run whole. `len()` of the result is the number of steps that
+    run.
 
     Raises:
         ConfigError: unknown schedule; `steps` not a positive integer; or a `steps` that a fixed length does not allow.

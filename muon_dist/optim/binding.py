@@ -47,8 +47,8 @@ class Binding:
         stored: the momentum of a buffer as it stands in the optimizer's `state`, of this rank's part (None where it
             keeps none); None to store nothing.
         parts: this rank's part of a buffer and of its gradient, the same elements; None where those are plain tensors.
-        stored_rows: as `stored`, of what the owner of a matrix keeps for its output features, a 1-D tensor; given the
-            number of the matrix in the layout.
+        stored_by_owner: as `stored`, of what the owner of a matrix keeps, a 1-D tensor (None on other ranks); given
+            the number of the matrix in the layout, and at the end the length of that tensor.
         fragments: given name and tensor of any parameter, which elements of it this rank's part is.
         specs: the parameters that all ranks step, where these step different ones (experts); None: the optimizer's.
         before_step: raises FrameworkError where the framework is in a mode that the step cannot follow.
@@ -67,8 +67,8 @@ class Binding:
         default=lambda plan, buffer, momentum: momentum
     )
     parts: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]] | None = None
-    stored_rows: Callable[[OwnershipPlan, int, torch.Tensor | None], torch.Tensor | None] = field(
-        default=lambda plan, matrix, rows: rows
+    stored_by_owner: Callable[[OwnershipPlan, int, torch.Tensor | None, int], torch.Tensor | None] = field(
+        default=lambda plan, matrix, kept, length: kept
     )
     fragments: Callable[[str, torch.Tensor], Sequence[Fragment]] = field(default=_all_of)
     specs: Sequence[Sequence[ParameterSpec]] | None = None

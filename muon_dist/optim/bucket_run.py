@@ -16,6 +16,7 @@ from muon_dist.layout import Matrix
 from muon_dist.optim.program import BucketProgram, Pieces, index_on
 from muon_dist.optim.rounding import MuonRounding
 from muon_dist.optim.rules import Group, MuonRule, Owned
+from muon_dist.optim.rules.muon import GRADIENT
 
 Observer = Callable[[Matrix, Tensor, Tensor], None]
 """Called on the owner with a matrix, what the sources sent of it and its update, both (rows, cols)."""
@@ -48,8 +49,10 @@ class StepContext:
     Attributes:
         groups: by index of the parameter group.
         weights, gradients, momentum: this rank's fragments, by their numbers in the program's listings.
+        matrices: of each fragment in `weights`, its matrix.
+        source_weights: the weights by the numbers of the gradients; empty if no rule sends them.
         gradient_factor: multiplies every gradient.
-        rows: by name of `row_memory` and matrix, what this rank keeps as an owner.
+        owners: by name of `owner_memory` and matrix, what this rank keeps as an owner.
         orthogonalize: in place of Newton-Schulz, if it is not None.
         rest: by matrix whose gradient is zero, what its update is multiplied by.
         rounding: how bfloat16 weights are written; None for torch's own rounding, to the nearest.
@@ -60,10 +63,12 @@ class StepContext:
     progress: Progress
     groups: Mapping[int, GroupStep]
     weights: list[Tensor]
+    matrices: Sequence[int]
     gradients: list[Tensor]
     momentum: list[Tensor]
+    source_weights: list[Tensor]
     gradient_factor: float
-    rows: Mapping[str, Mapping[int, Tensor]]
+    owners: Mapping[str, Mapping[int, Tensor]]
     orthogonalize: Orthogonalize | None
     observer: Observer | None
     rounded: torch.dtype | None
@@ -94,6 +99,14 @@ class BucketRun:
         envelope.received.allocated = True
         sent, received = envelope.sent.flat, envelope.received.flat
         self._works = step.transport.all_to_all(sent, envelope.sends, received, envelope.receives)
+        for also in program.also:
+            if also.gather is not None:
+                also.gather.sent.allocated = True
+                self._copy(also.sent_sources, also.name)
+                also.gather.received.allocated = True
+                sent, received = also.gather.sent.flat, also.gather.received.flat
+                works = step.transport.all_to_all(sent, also.gather.sends, received, also.gather.receives)
+                self._works = [*self._works, *works]
 
     def stack(self) -> None:
         """Wait for what this rank owns, and stack it."""
@@ -109,6 +122,14 @@ class BucketRun:
             if program.arrivals.targets:
                 torch._foreach_copy_(program.arrivals.targets, program.arrivals.origins)
             envelope.received.allocated = False
+        for also in program.also:
+            also.stacked.allocated = True
+            self._copy(also.own_sources, also.name)
+            if also.gather is not None:
+                also.gather.sent.allocated = False
+                if also.arrivals.targets:
+                    torch._foreach_copy_(also.arrivals.targets, also.arrivals.origins)
+                also.gather.received.allocated = False
 
     def orthogonalize(self) -> None:
         """Replace the stacks by their updates."""
@@ -117,10 +138,10 @@ class BucketRun:
         for s in self.program.stacks:
             before = s.view.clone() if step.observer is not None else None
             of_group = step.groups[s.group]
-            owned = Owned(s.view, s.matrices, s.newton_schulz)
+            owned = Owned(s.view, s.matrices, s.newton_schulz, sent=s.sent)
             if step.orthogonalize is not None:
                 owned.orthogonalize = partial(_replaced, step.orthogonalize, of_group.group)
-            owned.rows = {name: [step.rows[name][i] for i in s.numbers] for name in of_group.rule.row_memory}
+            owned.memory = {name: [step.owners[name][i] for i in s.numbers] for name in of_group.rule.owner_memory}
             if of_group.factors is not None:
                 places = tuple(of_group.position[i] for i in s.numbers)
                 owned.factors = of_group.factors[index_on(of_group.factors.device, places)]
@@ -133,6 +154,8 @@ class BucketRun:
                     step.observer(matrix, sent, update)
             if step.rounded is not None:
                 s.view.copy_(s.view.to(step.rounded))
+        for also in self.program.also:
+            also.stacked.allocated = False
 
     def scatter(self) -> None:
         """Start to send the updates back, and apply those that stay on this rank."""
@@ -206,6 +229,22 @@ class BucketRun:
                     torch._foreach_copy_(p.views, out)
                 p.scratch.allocated = False
 
+    def _copy(self, sources: list[Pieces], name: str) -> None:
+        """Write a tensor of these fragments into the memory of the exchange."""
+        step = self.step
+        for p in sources:
+            given = step.gradients if name == GRADIENT else step.source_weights
+            out = p.views
+            if p.scratch is not None:
+                p.scratch.allocated = True
+                out = p.scratch_views
+            torch._foreach_copy_(out, [given[n] for n in p.numbers])
+            if name == GRADIENT and step.gradient_factor != 1.0:
+                torch._foreach_mul_(out, step.gradient_factor)
+            if p.scratch is not None:
+                torch._foreach_copy_(p.views, out)
+                p.scratch.allocated = False
+
     def _apply(self, updates: list[Pieces]) -> None:
         """Change the weights of these fragments."""
         for p in updates:
@@ -222,19 +261,27 @@ class BucketRun:
             if weights[0].dtype == given[0].dtype != torch.float32:
                 given = [u.to(torch.float32) for u in given]  # lr times scale is rounded to fp32, never to 16 bits
             if self.step.rounding is None:
+                if of_group.rule.decays_late:
+                    self._decay_late(p, weights, given)
                 of_group.rule.apply(weights, given, of_group.lr * p.scale)
             else:
                 self._apply_rounded(self.step.rounding, p, weights, given)
             if p.scratch is not None:
                 p.scratch.allocated = False
 
+    def _decay_late(self, p: Pieces, weights: list[Tensor], given: list[Tensor]) -> None:
+        g = self.step.groups[p.group]
+        positions = [g.position[self.step.matrices[n]] for n in p.numbers]
+        g.rule.decay(weights, g.factors, positions, g.lr, g.group, given)
+
     def _apply_rounded(self, rounding: MuonRounding, p: Pieces, weights: list[Tensor], given: list[Tensor]) -> None:
         """Decay and change these weights in fp32, so that each is rounded once."""
         g = self.step.groups[p.group]
         for some in rounding.opened(p.numbers, weights):
             of_members = [rounding.listing.matrices[p.numbers[n]] for n in some.members]
-            g.rule.decay(some.wide, g.factors, [g.position[i] for i in of_members], g.lr, g.group)
             updates = [given[n][rows] for n, rows in zip(some.members, some.slices, strict=True)]
+            late = updates if g.rule.decays_late else None
+            g.rule.decay(some.wide, g.factors, [g.position[i] for i in of_members], g.lr, g.group, late)
             g.rule.apply(some.wide, updates, g.lr * p.scale)
 
 

@@ -11,7 +11,7 @@ import torch
 from muon_dist.errors import ConfigError, LayoutError
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import compute_dtype, get_schedule
-from muon_dist.optim.rules import Group
+from muon_dist.optim.rules import PARTS, Group
 from muon_dist.optim.rules.choice import closest
 from muon_dist.optim.rules.entries import ALGORITHMS, check_not_negative, check_number, refuse_unknown
 from muon_dist.optim.rules.scale import update_scale
@@ -30,7 +30,7 @@ _FOREIGN = {
     "use_muon": 'write "algorithm": "muon" or "adamw" in each group, or param_groups(model)',
     "num_heads": 'write "cuts": [{"heads": N}, ...], one for each parameter; or param_groups(model, splits=[...])',
     "split_sizes": 'write "cuts": [{"sizes": [...]}, ...], one for each parameter; or param_groups(model, splits=...)',
-    "adjust_lr": 'write "scale": "match_rms_adamw", "spectral" or "none"',
+    "adjust_lr": 'write "scale": "match_rms_adamw", "spectral", "unit_rms" or "none"',
     "adjust_lr_fn": 'write "scale": "match_rms_adamw" for "match_rms_adamw", and "spectral" for "original"',
     "rms_scale": 'write "scale": "match_rms_adamw"',
     "wd": 'write "weight_decay"',
@@ -39,6 +39,7 @@ _FOREIGN = {
     "adamw_betas": 'write "betas" in the group whose algorithm is "adamw"',
     "adamw_eps": 'write "eps" in the group whose algorithm is "adamw"',
     "adamw_lr": 'write "lr" in the group whose algorithm is "adamw"',
+    **{part: f'write "rule_options": {{"{part}": ...}}' for part in PARTS},
 }
 
 
@@ -70,7 +71,10 @@ def check_group(group: Group, where: str) -> None:
         raise ConfigError(f"{where}: momentum is {group['momentum']}: it must be in [0, 1)")
     if not isinstance(group["ns_steps"], int) or isinstance(group["ns_steps"], bool):
         raise ConfigError(f"{where}: ns_steps is {group['ns_steps']!r}: it must be a whole number")
-    get_schedule(group["ns_schedule"]).coefficients(group["ns_steps"])
+    schedule = get_schedule(group["ns_schedule"])
+    schedule.coefficients(group["ns_steps"])
+    if not isinstance(group["ns_schedule"], str):
+        group["ns_schedule"] = schedule.rows  # tuples, by which programs are known
     compute_dtype(group["ns_dtype"], torch.device("cpu"), group["ns_schedule"])
     update_scale(group["scale"], cut_parameter("", (1, 1))[0])
 
@@ -87,7 +91,7 @@ def check_cuts(cuts: Any, count: int, where: str) -> list[dict[str, Any] | None]
     """The cuts of a group of `count` parameters.
 
     Raises:
-        ConfigError: they are not None or a dict of heads, sizes and transposed for each parameter.
+        ConfigError: they are not None or a dict of heads, sizes, transposed and axis for each parameter.
     """
     if cuts is None:
         return [None] * count
@@ -96,7 +100,7 @@ def check_cuts(cuts: Any, count: int, where: str) -> list[dict[str, Any] | None]
             f"{where}: cuts is {cuts!r}: give a list of {count}, for each parameter None or a dict such as "
             '{"heads": 8}'
         )
-    known: Set[str] = {"heads", "sizes", "transposed"}
+    known: Set[str] = {"heads", "sizes", "transposed", "axis"}
     for n, cut in enumerate(cuts):
         if cut is None:
             continue

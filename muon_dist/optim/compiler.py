@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from muon_dist.exchange.readers import Listing, Part, Shape, parts_on
+from muon_dist.exchange.readers import Listing, Part, parts_on
 from muon_dist.exchange.schedule import (
     Bucket,
     bucket_elements,
@@ -25,6 +25,7 @@ from muon_dist.exchange.transport import Region, Transport
 from muon_dist.numerics import compute_dtype
 from muon_dist.numerics.newton_schulz import orthogonalizer
 from muon_dist.optim.options import Options
+from muon_dist.optim.places import in_message, in_stacks, key, laid_out, one_run, received_of, sent_of
 from muon_dist.optim.program import (
     BucketProgram,
     Copies,
@@ -33,6 +34,7 @@ from muon_dist.optim.program import (
     Pieces,
     Program,
     Rebroadcast,
+    Sent,
     Stack,
     Views,
 )
@@ -82,7 +84,8 @@ class ProgramCompiler:
                 places[i] = Place(group, update_scale(groups[group]["scale"], layouts[i].matrix), p.device)
         iteration = _iteration_dtypes(groups.values(), self.device)
         widest = max((d.itemsize for d in iteration), default=4)
-        elements = bucket_elements(self.options.bucket_bytes, widest, moves(self.plan, places))
+        also = max(len(self.rules[index].sends) for index in groups)
+        elements = bucket_elements(self.options.bucket_bytes, widest, moves(self.plan, places), also)
         smallest = smallest_bucket(self.device.type)
         buckets = make_buckets(self.plan, sorted(places), elements, self.options.overlap, smallest)
         updates = _update_dtype(iteration)
@@ -97,6 +100,7 @@ class ProgramCompiler:
             self.device,
             elements,
             groups,
+            self.rules,
             self.options.ns_compile,
         )
         of_groups = [self._group(index, weights, sources, gradients) for index in groups]
@@ -164,7 +168,7 @@ class BucketCompiler:
         wire: dtypes of the messages to the owners and back.
         device: of the exchange.
         bucket_elements: bound on what may be under way.
-        groups: options of each parameter group.
+        groups, rules: options and rule of each parameter group.
         ns_compile: see `Options`.
     """
 
@@ -178,6 +182,7 @@ class BucketCompiler:
     device: torch.device
     bucket_elements: int
     groups: Mapping[int, Group]
+    rules: Mapping[int, MuonRule]
     ns_compile: bool
 
     def compile(self, bucket: Bucket, number: int) -> BucketProgram:
@@ -193,29 +198,66 @@ class BucketCompiler:
         own = [(i, f) for i in owned for f in plan.sources[i].on(rank)]
         kept = [(i, f) for i in owned for f in plan.layout.matrices[i].on(rank)]
 
-        def in_stacks(listing: Listing | None) -> Callable[[list[Part]], Views]:
-            return lambda parts: _in_stacks(stacked, parts, starts, listing)
+        def stacked_views(listing: Listing | None) -> Callable[[list[Part]], Views]:
+            return lambda parts: in_stacks(stacked, parts, starts, listing)
 
         program = BucketProgram(
             number=number,
             gather=gather,
             scatter=scatter,
-            sent_sources=self._sources(momentum, _in_message(_sent(gather), self.sources), self.wire[0]),
-            own_sources=self._sources(own, in_stacks(self.sources), torch.float32),
-            arrivals=Copies(in_stacks(None)(asked), _in_message(_received(gather), None)(asked)),
+            sent_sources=self._sources(momentum, in_message(sent_of(gather), self.sources), self.wire[0]),
+            own_sources=self._sources(own, stacked_views(self.sources), torch.float32),
+            arrivals=Copies(stacked_views(None)(asked), in_message(received_of(gather), None)(asked)),
             stacked=stacked,
             stacks=stacks,
             owned=len(owned),
-            sent_updates=Copies(_in_message(_sent(scatter), None)(updates), in_stacks(None)(updates)),
-            own_updates=self._updates(kept, in_stacks(self.weights)),
-            received_updates=self._updates(awaited, _in_message(_received(scatter), self.weights)),
+            sent_updates=Copies(in_message(sent_of(scatter), None)(updates), stacked_views(None)(updates)),
+            own_updates=self._updates(kept, stacked_views(self.weights)),
+            received_updates=self._updates(awaited, in_message(received_of(scatter), self.weights)),
             rebroadcast=self._rebroadcast(bucket, stacked, scatter, kept, awaited, starts),
+            also=[self._sent(name, bucket, stacks) for name in self._sends(bucket)],
         )
         program.stacked.allocated = False
         for envelope in filter(None, (gather, scatter)):
             envelope.sent.allocated = False
             envelope.received.allocated = False
         return program
+
+    def _sends(self, bucket: Bucket) -> list[str]:
+        """What the rules of the bucket's matrices have sent beside the momentum; the same on all ranks."""
+        return sorted({name for i in bucket.matrices for name in self.rules[self.places[i].group].sends})
+
+    def _sent(self, name: str, bucket: Bucket, stacks: list[Stack]) -> Sent:
+        """The gather of tensor `name`; gives the stacks of this rank their part of it."""
+        plan, rank = self.plan, self.rank
+        members = tuple(i for i in bucket.matrices if name in self.rules[self.places[i].group].sends)
+        owned = [i for i in members if plan.owners[i] == rank]
+        sent, asked = gather_parts(plan, replace(bucket, matrices=members), rank)
+        used = any(bool((plan.sources[i].rank != plan.owners[i]).any()) for i in members)
+        gather = self._envelope(self.wire[0], self._to_owners(sent), self._to_holders(asked), used)
+        region = Region(sum(plan.layout.matrices[i].matrix.numel for i in owned), torch.float32, self.device)
+        starts: dict[int, int] = {}
+        at = 0
+        for s in stacks:
+            if name in self.rules[s.group].sends:
+                s.sent[name] = region.run(at, s.view.numel(), tuple(s.view.shape))
+                starts.update({i: at + b * s.view[0].numel() for b, i in enumerate(s.numbers)})
+                at += s.view.numel()
+        own = [(i, f) for i in owned for f in plan.sources[i].on(rank)]
+        to_stacks = in_stacks(region, asked, starts, None)
+        found = Sent(
+            name=name,
+            gather=gather,
+            sent_sources=self._sources(sent, in_message(sent_of(gather), self.sources), self.wire[0]),
+            own_sources=self._sources(
+                own, lambda parts: in_stacks(region, parts, starts, self.sources), torch.float32
+            ),
+            arrivals=Copies(to_stacks, in_message(received_of(gather), None)(asked)),
+            stacked=region,
+        )
+        for memory in filter(None, (region, sent_of(gather), received_of(gather))):
+            memory.allocated = False
+        return found
 
     def _order(self, i: int) -> tuple[int, int, int, int, bool, int]:
         """Owner after owner; what makes one stack, side by side. The same on all ranks."""
@@ -285,8 +327,8 @@ class BucketCompiler:
             if elsewhere(place):
                 scratch = Region(sum(v.numel() for v in of_group), torch.float32, place.device)
             chosen = [numbers[n] for n in members]
-            scratch_views = _laid_out(scratch, of_group)
-            run = _one_run(of_group) if scratch is not None else None
+            scratch_views = laid_out(scratch, of_group)
+            run = one_run(of_group) if scratch is not None else None
             found.append(Pieces(place.group, place.scale, chosen, of_group, scratch, scratch_views, run))
         return found
 
@@ -312,9 +354,9 @@ class BucketCompiler:
         if awaited or dtype != torch.float32 or not as_it_is:
             made = sorted([*kept, *awaited], key=lambda part: self.plan.owners[part[0]])
             sent = Region(sum(f.length for _, f in made), dtype, self.device)
-            own = dict(zip(map(_key, kept), _in_stacks(stacked, kept, starts, None), strict=True))
-            others = dict(zip(map(_key, awaited), _in_message(_received(scatter), None)(awaited), strict=True))
-            packing = Copies(_in_message(sent, None)(made), [(own | others)[_key(part)] for part in made])
+            own = dict(zip(map(key, kept), in_stacks(stacked, kept, starts, None), strict=True))
+            others = dict(zip(map(key, awaited), in_message(received_of(scatter), None)(awaited), strict=True))
+            packing = Copies(in_message(sent, None)(made), [(own | others)[key(part)] for part in made])
             sent.allocated = False
         received, updates = {}, {}
         for place, r in enumerate(column):
@@ -322,71 +364,9 @@ class BucketCompiler:
                 continue
             copies = relayed_parts(self.plan, bucket, self.rank, [r])
             received[place] = Region(counts[place], dtype, self.device)
-            updates[place] = self._updates(copies, _in_message(received[place], self.weights))
+            updates[place] = self._updates(copies, in_message(received[place], self.weights))
             received[place].allocated = False
         # Under DDP nothing is gathered, so the gather's memory can hold a second broadcast.
         times = 1 if bucket.gathers else 2
         room = times * max(self.bucket_elements, *bucket.relay.values())
         return Rebroadcast(counts, room, sent, packing, received, updates)
-
-
-def _sent(envelope: Envelope | None) -> Region | None:
-    return envelope.sent if envelope is not None else None
-
-
-def _received(envelope: Envelope | None) -> Region | None:
-    return envelope.received if envelope is not None else None
-
-
-def _key(part: Part) -> tuple[int, int]:
-    return part[0], part[1].block.start
-
-
-def _shape(part: Part, listing: Listing | None) -> Shape:
-    """Of the view of a fragment: that of a listing's view, or its own rows and columns."""
-    block = part[1].block
-    return (block.rows, block.cols) if listing is None else listing.shapes[listing.numbers([part])[0]]
-
-
-def _in_message(region: Region | None, listing: Listing | None) -> Callable[[list[Part]], Views]:
-    """Views of fragments that are laid end to end in a message."""
-
-    def views(parts: list[Part]) -> Views:
-        found: Views = []
-        at = 0
-        for part in parts:
-            assert region is not None
-            found.append(region.run(at, part[1].length, _shape(part, listing)))
-            at += part[1].length
-        return found
-
-    return views
-
-
-def _in_stacks(region: Region, parts: list[Part], starts: Mapping[int, int], listing: Listing | None) -> Views:
-    """Views of fragments inside the stacks."""
-    return [region.block(part[1].block.moved(starts[part[0]]), _shape(part, listing)) for part in parts]
-
-
-def _one_run(views: Views) -> Tensor | None:
-    """All views as one flat tensor, if they follow each other without a gap; else None."""
-    at = views[0].storage_offset()
-    for v in views:
-        if not v.is_contiguous() or v.storage_offset() != at:
-            return None
-        at += v.numel()
-    start = views[0].storage_offset()
-    return views[0].as_strided((at - start,), (1,), start)
-
-
-def _laid_out(region: Region | None, like: Views) -> Views:
-    """Views of the shapes of `like`, end to end in `region`, which is freed."""
-    if region is None:
-        return []
-    views: Views = []
-    at = 0
-    for v in like:
-        views.append(region.run(at, v.numel(), tuple(v.shape)))
-        at += v.numel()
-    region.allocated = False
-    return views

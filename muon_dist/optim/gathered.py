@@ -25,10 +25,10 @@ def carried(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> 
     """
     layout, transport = runtime.plan.layout, runtime.transport
     everywhere = layout.kind == "replicated"
-    rows = any(runtime.memory.row_names.values())
-    if not everywhere and (layout.kind != "dtensor" or layout.columns or rows):
+    owners = any(runtime.memory.owner_names.values())
+    if not everywhere and (layout.kind != "dtensor" or layout.columns or owners):
         kind = (
-            "HSDP" if layout.columns else f"the {layout.kind} layout" if not rows else "a rule with memory on owners"
+            "HSDP" if layout.columns else f"the {layout.kind} layout" if not owners else "a rule with memory on owners"
         )
         raise ConfigError(
             f"a parameter group cannot be added after the first step under {kind}: save a checkpoint, make the "
@@ -84,10 +84,10 @@ def _padded(runtime: Runtime, buffer: int, parameter: Tensor) -> dict[str, Tenso
         for _, f, piece in runtime.momentum_pieces(buffer):
             view(momentum.view(-1), f.local).copy_(piece)
     found = {MOMENTUM: momentum}
-    for name in memory.row_names[buffer]:
-        sizes = [memory.features(i) for i in memory.matrices[buffer]]
+    for name in memory.owner_names[buffer]:
+        sizes = [memory.size(name, i) for i in memory.matrices[buffer]]
         found[name] = torch.zeros(sum(sizes), dtype=torch.float32, device=runtime.binding.device)
         for i, part in zip(memory.matrices[buffer], found[name].split(sizes), strict=True):
             if i in memory.owned[buffer]:
-                part.copy_(memory.rows[name][i])
+                part.copy_(memory.owners[name][i])
     return found

@@ -13,7 +13,7 @@ from muon_dist.errors import ConfigError
 from muon_dist.frameworks import loaded_checks
 from muon_dist.layout import cut_parameter
 from muon_dist.optim.rules import RULES
-from muon_dist.optim.rules.entries import group_rules, override_rules, split_rules
+from muon_dist.optim.rules.entries import Splits, group_rules, override_rules, split_rules
 from muon_dist.partition_order import partition_order
 from muon_dist.routing import (
     FoldedTable,
@@ -22,7 +22,6 @@ from muon_dist.routing import (
     Route,
     RoutedGroup,
     RoutingTable,
-    SplitRule,
     announce,
     expert_group,
     fold,
@@ -43,7 +42,7 @@ def param_groups(
     adamw_lr: float | None = None,
     adamw_weight_decay: float | None = None,
     overrides: Sequence[Override] = (),
-    splits: Sequence[SplitRule] = (),
+    splits: Splits = (),
     table: RoutingTable | None = None,
     partitions: int | None = None,
     groups: Entries = (),
@@ -58,15 +57,16 @@ def param_groups(
         lr, weight_decay: of the Muon group; None leaves them to the optimizer's arguments.
         adamw_lr, adamw_weight_decay: of the AdamW groups; None means those of the Muon group.
         overrides, splits: short forms of entries of `groups`; see `routing.route`. Plain dicts or their classes.
+            `splits="heads"` makes each head of the model's attention a matrix of its own; see docs/groups.md.
         table: a routing table made for this model, in place of `overrides`, `splits` and `groups`; without one it is
             printed.
         partitions: ranks over which ZeRO stage 1 or 2 will cut each Muon group: its parameters are put into the order
             in which its slices begin between matrices as far as possible (`partition_order`; docs/plan.md).
         groups: what holds for parameters by name, as dicts: `pattern` (a regular expression for the whole name, or
             the whole name without `.weight`), and any of `algorithm`, `lr`, `weight_decay`, `rule`, `rule_options`,
-            `scale` and `split` ({"heads": N} or {"sizes": [...]}). The first that matches a parameter decides; what it
-            leaves out is as without an entry. `lr` and `weight_decay` hold for all parameters that it takes, Muon's
-            and AdamW's, biases and norms too; `rule`, `scale` and `split` for Muon's alone.
+            `scale` and `split` ({"heads": N}, {"sizes": [...]} or "heads"). The first that matches a parameter
+            decides; what it leaves out is as without an entry. `lr` and `weight_decay` hold for all parameters that it
+            takes, Muon's and AdamW's, biases and norms too; `rule`, `scale` and `split` for Muon's alone.
 
     Returns:
         Dicts with `params`, `param_names` (FQNs), `name`, `algorithm`, for Muon `cuts`, and the options given.
@@ -130,7 +130,7 @@ def _group(
 def routing_for(
     model: nn.Module,
     overrides: Sequence[Override | Mapping[str, Any]],
-    splits: Sequence[SplitRule | Mapping[str, Any]],
+    splits: Splits,
     groups: Entries,
     table: RoutingTable | None = None,
     rule: str | None = None,
@@ -151,7 +151,7 @@ def routing_for(
 def routing_table(
     model: nn.Module,
     overrides: Sequence[Override | Mapping[str, Any]] = (),
-    splits: Sequence[SplitRule | Mapping[str, Any]] = (),
+    splits: Splits = (),
     groups: Entries = (),
 ) -> FoldedTable:
     """Where each parameter of `model` goes and why: one row for all layers that are alike, doubtful rows first.
@@ -216,5 +216,5 @@ def _in_partition_order(routes: tuple[Route, ...], partitions: int | None) -> tu
 def _cut(route: Route) -> dict[str, Any]:
     cut: dict[str, Any] = {"transposed": route.transposed}
     if route.split is not None:
-        cut |= {"heads": route.split.heads, "sizes": route.split.sizes}
+        cut |= route.split.cut()
     return cut

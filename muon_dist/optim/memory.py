@@ -1,4 +1,4 @@
-"""What rules keep beside momentum: numbers for the output features of a matrix, and numbers for a matrix."""
+"""What rules keep beside momentum: numbers on the owner of a matrix, and a number for each matrix on all ranks."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class RuleMemory:
         device: of the exchange.
         rules: by buffer.
         rounded: buffers that are rounded stochastically.
-        every_row: keep `rows` of all matrices, not of owned ones alone; see `share`.
+        everywhere: keep `owners` of all matrices, not of owned ones alone; see `share`.
 
     Attributes:
         matrices: of each buffer.
         owned: of each buffer, the matrices that this rank owns.
         numbers: by buffer and name of `matrix_memory`, one fp64 number for each matrix of the buffer.
-        row_names: by buffer, the names of `row_memory`.
-        rows: by name of `row_memory` and matrix that this rank owns, one fp32 number for each output feature.
-        every_row: `rows` has all matrices.
+        owner_names: by buffer, the names of `owner_memory`.
+        owners: by name of `owner_memory` and matrix that this rank owns, its fp32 numbers, 1-D.
+        everywhere: `owners` has all matrices.
         started: buffers of which `MuonRule.start` has seen the memory.
     """
 
@@ -42,7 +42,7 @@ class RuleMemory:
         device: torch.device,
         rules: Mapping[int, MuonRule],
         rounded: Set[int] = frozenset(),
-        every_row: bool = False,
+        everywhere: bool = False,
     ) -> None:
         self._layouts = plan.layout.matrices
         self.matrices: dict[int, list[int]] = {b: [] for b in rules}
@@ -50,10 +50,11 @@ class RuleMemory:
             self.matrices[m.buffer].append(i)
         self.owned = {b: [i for i in members if plan.owners[i] == rank] for b, members in self.matrices.items()}
         self.numbers: dict[int, dict[str, Tensor]] = {}
-        self.row_names = {b: rule.row_memory for b, rule in rules.items()}
-        self.rows: dict[str, dict[int, Tensor]] = {}
+        self.owner_names = {b: tuple(rule.owner_memory) for b, rule in rules.items()}
+        self.owners: dict[str, dict[int, Tensor]] = {}
+        self._sizes = {name: size for rule in rules.values() for name, size in rule.owner_memory.items()}
         self.started: set[int] = set()
-        self.every_row = every_row
+        self.everywhere = everywhere
         for buffer, rule in rules.items():
             count = len(self.matrices[buffer])
             self.numbers[buffer] = {
@@ -61,14 +62,14 @@ class RuleMemory:
             }
             if buffer in rounded:
                 self.numbers[buffer][ROUNDINGS] = torch.zeros(count, dtype=torch.float64)
-            for name in rule.row_memory:
-                of_name = self.rows.setdefault(name, {})
-                for i in self.matrices[buffer] if every_row else self.owned[buffer]:
-                    of_name[i] = torch.zeros(self.features(i), dtype=torch.float32, device=device)
+            for name in rule.owner_memory:
+                of_name = self.owners.setdefault(name, {})
+                for i in self.matrices[buffer] if everywhere else self.owned[buffer]:
+                    of_name[i] = torch.zeros(self.size(name, i), dtype=torch.float32, device=device)
 
-    def features(self, i: int) -> int:
-        """Output features of a matrix."""
-        return self._layouts[i].matrix.fan[0]
+    def size(self, name: str, i: int) -> int:
+        """How many numbers of `owner_memory` the owner of a matrix keeps."""
+        return self._sizes[name](self._layouts[i].matrix)
 
     def vector(self, name: str, buffers: Sequence[int]) -> Tensor:
         """A copy of the numbers of all matrices of some buffers, one buffer after another."""
@@ -80,17 +81,17 @@ class RuleMemory:
         torch._foreach_copy_(kept, list(vector.split([len(t) for t in kept])))
 
     def share(self, buffers: Sequence[int], transport: Transport) -> None:
-        """Give all ranks the owners' `rows` of some buffers; one small all-reduce if there are any."""
+        """Give all ranks the memory of the owners of some buffers; one all-reduce of it if there is any."""
         kept = [
-            (rows[i], i in self.owned[b])
-            for rows in self.rows.values()
+            (of_name[i], i in self.owned[b])
+            for of_name in self.owners.values()
             for b in buffers
             for i in self.matrices[b]
-            if i in rows
+            if i in of_name
         ]
         if kept:
-            whole = transport.sum(torch.cat([rows if own else torch.zeros_like(rows) for rows, own in kept]))
-            torch._foreach_copy_([rows for rows, _ in kept], list(whole.split([len(rows) for rows, _ in kept])))
+            whole = transport.sum(torch.cat([part if own else torch.zeros_like(part) for part, own in kept]))
+            torch._foreach_copy_([part for part, _ in kept], list(whole.split([len(part) for part, _ in kept])))
 
     def count(self, buffers: Sequence[int]) -> dict[int, int]:
         """By matrix of the buffers that are rounded, how often it was stepped, this step included."""
@@ -103,8 +104,8 @@ class RuleMemory:
 
     def clear(self, buffer: int) -> None:
         """Back to the beginning, for one buffer."""
-        kept = [self.rows[name] for name in self.row_names[buffer]]
-        rows = [of_name[i] for of_name in kept for i in self.matrices[buffer] if i in of_name]
-        for tensor in (*self.numbers[buffer].values(), *rows):
+        kept = [self.owners[name] for name in self.owner_names[buffer]]
+        of_owner = [of_name[i] for of_name in kept for i in self.matrices[buffer] if i in of_name]
+        for tensor in (*self.numbers[buffer].values(), *of_owner):
             tensor.zero_()
         self.started.discard(buffer)

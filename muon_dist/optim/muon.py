@@ -14,6 +14,7 @@ from muon_dist.errors import ConfigError, FrameworkError, RoutingError
 from muon_dist.exchange.progress import Progress
 from muon_dist.exchange.transport import Transport
 from muon_dist.frameworks import loaded_binders
+from muon_dist.numerics import ScheduleLike
 from muon_dist.optim.adamw import AdamWork, adamw_step
 from muon_dist.optim.binding import Binding, Group, NotReady, ParameterSpec
 from muon_dist.optim.checks import Kind, check_changed, check_keys, kind_of, unplanned
@@ -54,8 +55,9 @@ class Muon(StateDicts):
         lr: learning rate of groups that do not set their own.
         weight_decay: decoupled, times lr.
         momentum, nesterov: of Muon groups. Schedulers that cycle AdamW's beta1 cycle momentum as well.
-        ns_steps, ns_schedule, ns_dtype: see `numerics.newton_schulz`.
-        scale: "match_rms_adamw", "spectral" or "none"; see `update_scale`.
+        ns_steps, ns_schedule, ns_dtype: see `numerics.newton_schulz`. `ns_schedule` is a name, or own rows
+            [[a, b, c], ...].
+        scale: "match_rms_adamw", "spectral", "unit_rms" or "none"; see `update_scale`.
         betas, eps: of AdamW groups.
         process_group: ranks that share the work: by default all, with torch.distributed initialised; None: one.
         owner_policy: "balanced", "local" or "round_robin"; see `ownership.assign_owners`.
@@ -67,8 +69,9 @@ class Muon(StateDicts):
         wire_dtype: dtype in which momentum and updates travel; None loses nothing, bfloat16 rounds what is gathered.
         max_nonfinite: a step with a NaN or infinite gradient on any rank changes nothing; so many in a row: an error.
         diagnostics: a `Diagnostics`, or its arguments: spectral measures of each matrix, taken on its owner.
-        rule, rule_options: update rule of Muon groups ("muon", "normuon", "hyperball" or "namo"; see `optim.rules`),
-            and what it has beside the options above, such as `beta2` of "normuon".
+        rule, rule_options: update rule of Muon groups ("muon", "normuon", "adamuon", "soap_muon", "hyperball" or
+            "namo"; see docs/rules.md), and what it has beside the options above, such as `beta2` of "normuon", and
+            parts such as `cautious`.
         master_weights: keep an fp32 master of every 16-bit parameter, 4 bytes for each element; see
             docs/low-precision.md.
         stochastic_rounding: write bfloat16 parameters of both algorithms with random rounding whose mean is exact.
@@ -95,7 +98,7 @@ class Muon(StateDicts):
         momentum: float = 0.95,
         nesterov: bool = DefaultFlag(True),  # type: ignore[assignment]
         ns_steps: int = 5,
-        ns_schedule: str = "keller",
+        ns_schedule: ScheduleLike = "keller",
         ns_dtype: torch.dtype | None = None,
         scale: str = DefaultText("match_rms_adamw"),
         *,
@@ -111,7 +114,7 @@ class Muon(StateDicts):
         max_nonfinite: int = 5,
         diagnostics: Diagnostics | Mapping[str, Any] | None = None,
         rule: str = "muon",
-        rule_options: Mapping[str, float] | None = None,
+        rule_options: Mapping[str, float | bool] | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -63,11 +63,13 @@ class RuleSums:
     transport: Transport
     fragments: Mapping[str, list[Tensor]]
     factor: float
+    _before: dict[GroupProgram, dict[str, Tensor]] = field(default_factory=dict)
 
     def begin(self) -> dict[int, Tensor]:
         """By group, the factors of its matrices before weights are changed, where its rule has any."""
         new = {p.index for p in self.programs if not self.memory.started.issuperset(p.buffers)}
         norms = self._norms(lambda p: {*p.rule.norms_before, *(p.rule.norms_first if p.index in new else ())})
+        self._before.update(norms)
         found = {}
         for p in self.programs:
             memory = self._memory_of(p)
@@ -85,7 +87,7 @@ class RuleSums:
         """The factors of the weights of each group after they were changed, where its rule has any."""
         norms = self._norms(lambda p: set(p.rule.norms_after))
         for p in self.programs:
-            factors = p.rule.end(norms[p], self._memory_of(p), self.groups[p.index])
+            factors = p.rule.end(norms[p], self._before[p], self._memory_of(p), self.groups[p.index])
             if factors is not None:
                 yield p, factors
 

@@ -17,6 +17,7 @@ from muon_dist.exchange.readers import Listing
 from muon_dist.exchange.transport import Region
 from muon_dist.layout import Matrix
 from muon_dist.optim.rules import MuonRule
+from muon_dist.optim.rules.muon import WEIGHT
 
 Views = list[Tensor]
 
@@ -69,6 +70,25 @@ class Envelope:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """A tensor that the sources of some matrices send beside the momentum (`MuonRule.sends`).
+
+    Attributes:
+        name: of the tensor.
+        gather: None if no rank sends anything.
+        sent_sources, own_sources, arrivals: as of a `BucketProgram`.
+        stacked: where the owner stacks it.
+    """
+
+    name: str
+    gather: Envelope | None
+    sent_sources: list[Pieces]
+    own_sources: list[Pieces]
+    arrivals: Copies
+    stacked: Region
+
+
+@dataclass(frozen=True)
 class Stack:
     """Owned matrices of one shape, parameter group and orientation.
 
@@ -77,6 +97,7 @@ class Stack:
         group: index of the parameter group.
         view: (B, rows, cols), in the memory of all stacks.
         newton_schulz: replaces the stack by its orthogonalized update.
+        sent: by name of `MuonRule.sends`, that tensor of the matrices, (B, rows, cols).
     """
 
     matrices: list[Matrix]
@@ -84,6 +105,7 @@ class Stack:
     group: int
     view: Tensor
     newton_schulz: Callable[[Tensor], None]
+    sent: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,6 +143,7 @@ class BucketProgram:
         sent_updates: from the stacks into the messages.
         own_updates, received_updates: what this rank applies.
         rebroadcast: None if there are no copies to serve.
+        also: what the rules of the bucket have sent beside the momentum.
     """
 
     number: int
@@ -136,6 +159,7 @@ class BucketProgram:
     own_updates: list[Pieces]
     received_updates: list[Pieces]
     rebroadcast: Rebroadcast | None
+    also: list[Sent]
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,3 +209,8 @@ class Program:
     groups: list[GroupProgram]
     summed: list[GroupProgram]
     buckets: list[BucketProgram]
+
+    @functools.cached_property
+    def looks_at_weights(self) -> bool:
+        """Whether some rule looks at norms, or has weights sent."""
+        return bool(self.summed) or any(WEIGHT in p.rule.sends for p in self.groups)

@@ -99,8 +99,8 @@ class Runtime:
         self._rounds = options.stochastic_rounding
         self._names = [clean_name(m.name) for m in self._matrices]
         rounded = {b for b, tensor in enumerate(binding.buffers) if self._rounds and is_rounded(tensor)}
-        every_row = options.momentum_everywhere and plan.layout.kind == "replicated" and transport.world_size > 1
-        self.memory = RuleMemory(plan, transport.rank, binding.device, of_buffers, rounded, every_row)
+        on_all = options.momentum_everywhere and plan.layout.kind == "replicated" and transport.world_size > 1
+        self.memory = RuleMemory(plan, transport.rank, binding.device, of_buffers, rounded, on_all)
         self._compiler = ProgramCompiler(
             plan, transport, options, binding.device, self.memory.matrices, group_of, self._rules, everywhere
         )
@@ -196,7 +196,7 @@ class Runtime:
                     continue
                 for some in step.rounding.opened(p.weights, held, 1):
                     scale_weights(some.wide, [p.weight_positions[n] for n in some.members], factors)
-        if self.memory.every_row:
+        if self.memory.everywhere:
             self.memory.share(sorted(work), self.transport)
         for w, parameter in strided:
             parameter.copy_(w.parameter)
@@ -228,9 +228,11 @@ class Runtime:
             for of_part in [(kept, new)] if p.fp32 and factor == 1.0 else _fp32(kept, new, factor, self._elements):
                 if of_part[0]:
                     p.rule.remember(*of_part, groups[p.index])
-        sums, factors = None, {}
+        sums, factors, source_weights = None, {}, list[Tensor]()
+        if program.looks_at_weights:
+            source_weights = _views(program.sources.readers, parameters)
         if program.summed:
-            lists = {MOMENTUM: momentum, GRADIENT: sent, WEIGHT: _views(program.sources.readers, parameters)}
+            lists = {MOMENTUM: momentum, GRADIENT: sent, WEIGHT: source_weights}
             sums = RuleSums(program.summed, groups, self.memory, self._matrices, self.transport, lists, factor)
             factors = sums.begin()
         of_groups, rest = {}, {}
@@ -252,8 +254,9 @@ class Runtime:
             steps = self.memory.count(list(parameters))
             rounding = MuonRounding(self.options.rounding_seed, program.weights, self._names, steps)
         step = StepContext(
-            self.transport, self.transport.progress, of_groups, weights, sent, momentum, factor, self.memory.rows,
-            self.orthogonalize, self.observer, self.options.wire_dtype, rest, rounding,
+            self.transport, self.transport.progress, of_groups, weights, program.weights.matrices, sent, momentum,
+            source_weights, factor, self.memory.owners, self.orthogonalize, self.observer, self.options.wire_dtype,
+            rest, rounding,
         )  # fmt: skip
         return step, program, sums
 

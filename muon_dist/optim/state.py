@@ -15,7 +15,7 @@ from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.layout import view
 from muon_dist.optim.low_precision import MASTER
 from muon_dist.optim.memory import ROUNDINGS
-from muon_dist.optim.rules import RULES
+from muon_dist.optim.rules import memory_names
 from muon_dist.optim.runtime import Runtime
 
 logger = logging.getLogger("muon_dist")
@@ -24,8 +24,6 @@ PARTIAL = "partial_momentum"
 """Key of a rank's own state dict: for each parameter whose momentum the rank holds in part, the matrices it holds."""
 RESTING = "zero_gradient_steps"
 """Of each matrix of a parameter, the steps in a row in which its gradient was exactly zero; kept if there are any."""
-RULE_MEMORY = frozenset(name for rule in RULES.values() for name in (*rule.row_memory, *rule.matrix_memory))
-"""What rules keep beside momentum, by the names in the state."""
 
 
 def indexed_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -36,7 +34,7 @@ def indexed_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 # In the state -------------------------------------------------------------------------------------------------------
 
 
-def rows_key(runtime: Runtime, name: str, i: int) -> str:
+def owner_key(runtime: Runtime, name: str, i: int) -> str:
     """The key in the state of what the owner of matrix `i` keeps: `name`, and the matrix unless its buffer is it."""
     m = runtime.plan.layout.matrices[i]
     alone = len(runtime.memory.matrices[m.buffer]) == 1
@@ -50,9 +48,11 @@ def entries(runtime: Runtime, buffer: int) -> dict[str, Tensor]:
         MOMENTUM: binding.stored(plan, buffer, runtime.momentum.get(buffer)),
         **memory.numbers[buffer],
     }
-    for name in memory.row_names[buffer]:
+    for name in memory.owner_names[buffer]:
         for i in memory.matrices[buffer]:
-            found[rows_key(runtime, name, i)] = binding.stored_rows(plan, i, memory.rows[name].get(i))
+            found[owner_key(runtime, name, i)] = binding.stored_by_owner(
+                plan, i, memory.owners[name].get(i), memory.size(name, i)
+            )
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -157,7 +157,7 @@ def split_state(
 
 def is_own(key: str) -> bool:
     """Whether a key of the state is of a Muon group: momentum, or what a rule keeps."""
-    return key in (MOMENTUM, RESTING, ROUNDINGS, MASTER) or key.partition(":")[0] in RULE_MEMORY
+    return key in (MOMENTUM, RESTING, ROUNDINGS, MASTER) or key.partition(":")[0] in memory_names()
 
 
 def _planned(key: str) -> bool:
@@ -345,14 +345,15 @@ def _adopt_memory(runtime: Runtime, buffer: int, given: Loaded, strict: bool = T
     memory, matrices = runtime.memory, runtime.plan.layout.matrices
     wanted = dict(memory.numbers[buffer])
     whole: dict[str, Tensor] = {}
-    for name in memory.row_names[buffer]:
+    for name in memory.owner_names[buffer]:
         if name in given.memory and len(memory.matrices[buffer]) > 1:  # of all matrices, from full_state_dict
-            sizes = [memory.features(i) for i in memory.matrices[buffer]]
+            sizes = [memory.size(name, i) for i in memory.matrices[buffer]]
             if len(given.memory[name]) == sum(sizes):
                 parts = given.memory[name].split(sizes)
                 members = zip(memory.matrices[buffer], parts, strict=True)
                 whole.update({f"{name}:{matrices[i].matrix.name}": part for i, part in members})
-        wanted.update({rows_key(runtime, name, i): rows for i, rows in _kept_rows(runtime, buffer, name)})
+        of_name = memory.owners[name]
+        wanted.update({owner_key(runtime, name, i): of_name[i] for i in memory.matrices[buffer] if i in of_name})
     for key, kept in wanted.items():
         value = given.memory.get(key, whole.get(key))
         if value is None and not strict:
@@ -365,11 +366,6 @@ def _adopt_memory(runtime: Runtime, buffer: int, given: Loaded, strict: bool = T
         if value.shape != kept.shape:
             raise CheckpointError(f"{key} has shape {tuple(value.shape)} in the state dict, here {tuple(kept.shape)}")
         kept.copy_(value)
-
-
-def _kept_rows(runtime: Runtime, buffer: int, name: str) -> list[tuple[int, Tensor]]:
-    rows = runtime.memory.rows[name]
-    return [(i, rows[i]) for i in runtime.memory.matrices[buffer] if i in rows]
 
 
 def _missing(runtime: Runtime, what: str) -> str:

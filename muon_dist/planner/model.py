@@ -15,7 +15,7 @@ from torch import nn
 from muon_dist.layout import Matrix, cut_parameter
 from muon_dist.model import build_model, count_parameters, flops_per_token
 from muon_dist.model.parallel import Architecture, architecture
-from muon_dist.numerics import get_schedule
+from muon_dist.numerics import ScheduleLike, get_schedule
 from muon_dist.routing import GroupRule, Override, RoutedGroup, SplitRule, route, routed_groups
 
 
@@ -46,7 +46,7 @@ class Settings:
     """
 
     ns_steps: int = 5
-    ns_schedule: str = "keller"
+    ns_schedule: ScheduleLike = "keller"
     ns_dtype: torch.dtype | None = None
     wire_dtype: torch.dtype | None = None
     bucket_mb: float = 32.0
@@ -229,7 +229,7 @@ def parameters_of(group: RoutedGroup) -> tuple[PlannedParameter, ...]:
     for r in group.routes:
         cut: dict[str, Any] = {"transposed": r.transposed}
         if r.split is not None:
-            cut |= {"heads": r.split.heads, "sizes": r.split.sizes}
+            cut |= r.split.cut()
         matrices = cut_parameter(r.fqn, r.shape, **cut) if group.algorithm == "muon" else ()
         found.append(PlannedParameter(r.fqn, r.shape, r.elements, matrices))
     return tuple(found)

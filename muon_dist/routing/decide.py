@@ -14,6 +14,7 @@ from torch import nn
 
 from muon_dist.errors import RoutingError
 from muon_dist.routing.evidence import gather
+from muon_dist.routing.heads import blocks_of
 from muon_dist.routing.model import CONVOLUTIONS, Use, is_transposed, logical_shape, offered
 from muon_dist.routing.roles import decide
 from muon_dist.routing.rules import GroupRule, Override, Rules, SplitRule, make_split
@@ -82,6 +83,7 @@ def table_of(
     """`route` of a model that may have nothing for Muon."""
     rules = Rules(groups, overrides, splits)
     evidence = gather(model)
+    blocks = blocks_of(model) if rules.asks_model else {}
 
     routes: list[Route] = []
     refused: list[str] = []
@@ -104,7 +106,8 @@ def table_of(
             algorithm, reason = "adamw", f"REFUSED: {reason} to muon"
         transposed = default.transposed or is_transposed(uses[0], shape)
         cutter = chosen.cutter if algorithm == "muon" else None
-        split = None if cutter is None else make_split(cutter, names[0], shape, transposed)
+        own = blocks.get(id(parameter))
+        split = None if cutter is None else make_split(cutter, names[0], shape, transposed, own)
         frozen, aliases = not parameter.requires_grad, tuple(names[1:])
         group = None if chosen.group is None else GroupOptions(chosen.group.pattern, chosen.group.options)
         routes.append(

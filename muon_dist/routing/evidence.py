@@ -94,6 +94,17 @@ class _Readings:
             evidence.low_rank |= _low_rank_factors(module, reading)
 
 
+def projections(module: nn.Module) -> dict[str, nn.Module]:
+    """The submodules right below a module that are one matrix, by name."""
+    found = {}
+    for name, child in module.named_children():
+        weight = getattr(child, "weight", None)
+        if isinstance(weight, nn.Parameter) and len(logical_shape(weight)) == 2:
+            if kind_of(Use(name, child, "weight", child, "weight")) == "matrix":
+                found[name] = child
+    return found
+
+
 def _parameter_ids(module: nn.Module, path: Path) -> set[int]:
     """The parameter at `path`, the original ones behind a parametrized weight, or the weight of a projection there."""
     return {id(p) for p in _parameters_at(module, path)}

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from muon_dist.errors import RoutingError
-from muon_dist.routing.table import Algorithm, Route, Split, logical_matrix, shape_text
+from muon_dist.routing.table import Algorithm, Axis, Route, Split, logical_matrix, shape_text
 
+_BY_HAND = "Give the cut by pattern: split {heads: N}, with axis: inputs for an output projection, or {sizes: [...]}"
 MUON_OPTIONS = ("rule", "rule_options", "scale")
 """Options of a group that only Muon's parameters have."""
 
@@ -34,6 +35,11 @@ class GroupRule:
     split: Split | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     kind: str = "group"
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether its split is the model's own."""
+        return self.split is not None and self.split.from_model
 
     @property
     def needs_muon(self) -> bool:
@@ -61,7 +67,7 @@ class Override:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Short form of a `GroupRule` with a split alone: into `heads` blocks, or into blocks of `sizes`.
+    """Short form of a `GroupRule` with a split alone; see `Split`.
 
     When several split rules match, the last one decides. An entry of `groups` with a split decides before them.
     """
@@ -69,10 +75,12 @@ class SplitRule:
     pattern: str
     heads: int | None = None
     sizes: tuple[int, ...] | None = None
+    axis: Axis = "outputs"
+    from_model: bool = False
 
     def rule(self) -> GroupRule:
         """The entry that it stands for."""
-        return GroupRule(self.pattern, split=Split(self.heads, self.sizes), kind="split")
+        return GroupRule(self.pattern, split=Split(self.heads, self.sizes, self.axis, self.from_model), kind="split")
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,11 @@ class Rules:
         cutter = next((r for r in matching if r.split is not None), None)
         return Choice(sender, cutter, found[0] if found[0] is not None and found[0].options else None)
 
+    @property
+    def asks_model(self) -> bool:
+        """Whether some entry asks for the model's own split."""
+        return any(rule.asks_model for rules in self._lists for rule, _ in rules)
+
     def check_all_used(self, routes: Sequence[Route]) -> None:
         """Raise RoutingError for the first entry that decides nothing."""
         names = [n for r in routes for n in (r.fqn, *r.aliases)]
@@ -125,6 +138,11 @@ class Rules:
                     raise RoutingError(
                         f"{rule} decides about no parameter: the first match wins, and {taken[0]}, which stands "
                         f"before it, takes {_some(matching)}. Put the narrower pattern first"
+                    )
+                if rule.asks_model and all(r.split is None for r in left):
+                    raise RoutingError(
+                        f"{rule}: no attention is known among {_some(left)}, so there are no heads to be found. "
+                        f"{_BY_HAND}"
                     )
                 if rule.needs_muon and all(r.algorithm != "muon" for r in left):
                     raise RoutingError(f"{rule} matches only parameters that go to AdamW: {_some(left)}")
@@ -148,24 +166,42 @@ def check_rule(rule: GroupRule) -> None:
     if rule.split is None:
         return
     heads, sizes = rule.split.heads, rule.split.sizes
-    if (heads is None) == (sizes is None):
-        raise RoutingError(f"{rule} needs exactly one of heads and sizes")
+    if (heads is not None) + (sizes is not None) + rule.split.from_model != 1:
+        raise RoutingError(f"{rule} needs exactly one of heads and sizes, or split 'heads' for the model's own")
+    if rule.split.axis not in ("outputs", "inputs"):
+        raise RoutingError(f"{rule}: axis is {rule.split.axis!r}: use outputs or inputs")
+    if rule.split.from_model:
+        return
     numbers = [heads] if heads is not None else list(sizes or ())
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
         raise RoutingError(f"{rule}: heads and sizes are whole numbers of at least 1")
 
 
-def make_split(rule: GroupRule, fqn: str, shape: tuple[int, ...], transposed: bool) -> Split:
-    """The split of `rule` for one parameter. Raises RoutingError if its output axis cannot be cut so."""
+def make_split(
+    rule: GroupRule, fqn: str, shape: tuple[int, ...], transposed: bool, own: Split | str | None
+) -> Split | None:
+    """The split of `rule` for one parameter; None if it stays whole.
+
+    Args:
+        own: that of the model; None if it is one block, a sentence if it is not clear.
+
+    Raises:
+        RoutingError: the axis cannot be cut so, or the model does not show how.
+    """
     assert rule.split is not None
-    heads, sizes = rule.split.heads, rule.split.sizes
-    outputs = logical_matrix(shape, transposed)[1]
-    axis = f"the output axis of {fqn} {shape_text(shape)}, which has {outputs} rows"
-    if heads is not None and outputs % heads:
-        raise RoutingError(f"{rule}: heads = {heads} does not divide {axis}")
-    if sizes is not None and sum(sizes) != outputs:
-        raise RoutingError(f"{rule}: the sizes add up to {sum(sizes)}, unlike {axis}")
-    return Split(heads, None if sizes is None else tuple(sizes))
+    if rule.split.from_model and isinstance(own, str):
+        raise RoutingError(f"{rule}: {own}. {_BY_HAND}, for {fqn} {shape_text(shape)} and the others there")
+    split = rule.split if not rule.split.from_model or isinstance(own, str) else own
+    if split is None:
+        return None
+    _, outputs, inputs = logical_matrix(shape, transposed)
+    word, length = ("output", outputs) if split.axis == "outputs" else ("input", inputs)
+    axis = f"the {word} axis of {fqn} {shape_text(shape)}, which has {length} rows"
+    if split.heads is not None and length % split.heads:
+        raise RoutingError(f"{rule}: heads = {split.heads} does not divide {axis}")
+    if split.sizes is not None and sum(split.sizes) != length:
+        raise RoutingError(f"{rule}: the sizes add up to {sum(split.sizes)}, unlike {axis}")
+    return Split(split.heads, None if split.sizes is None else tuple(split.sizes), split.axis)
 
 
 def _hit(pattern: re.Pattern[str], names: Sequence[str]) -> bool:

@@ -10,17 +10,26 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Algorithm = Literal["muon", "adamw"]
+Axis = Literal["outputs", "inputs"]
 
 
 @dataclass(frozen=True)
 class Split:
-    """How one parameter is cut into matrices along its output axis; exactly one of the two fields is set.
+    """How one parameter is cut into matrices; exactly one of heads, sizes and from_model is set.
 
     heads: into this many blocks of equal size. sizes: into blocks of these sizes (fused QKV, fused gate and up).
+    axis: which axis is cut; the heads of an attention's output projection are its inputs. from_model: as the model's
+    attention is made (`heads.blocks_of`); a route never has it.
     """
 
     heads: int | None = None
     sizes: tuple[int, ...] | None = None
+    axis: Axis = "outputs"
+    from_model: bool = False
+
+    def cut(self) -> dict[str, Any]:
+        """The arguments of `layout.cut_parameter`."""
+        return {"heads": self.heads, "sizes": self.sizes, "axis": self.axis}
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class Route:
         return math.prod(self.shape)
 
     def matrices(self) -> tuple[MatrixGroup, ...]:
-        """The matrices that Muon orthogonalizes one by one, blocks in order of the output axis; () under AdamW.
+        """The matrices that Muon orthogonalizes one by one, blocks in order of the axis that is cut; () under AdamW.
 
         (M, N) is one matrix, (E, M, N) a batch of E, and four axes or more are read as (out, everything else).
         """
@@ -80,8 +89,10 @@ class Route:
             return ()
         batch, outputs, inputs = logical_matrix(self.shape, self.transposed)
         split = self.split or Split(heads=1)
-        sizes = split.sizes or (outputs // (split.heads or 1),) * (split.heads or 1)
-        return tuple(MatrixGroup(batch * len(list(run)), rows, inputs) for rows, run in itertools.groupby(sizes))
+        length = outputs if split.axis == "outputs" else inputs
+        sizes = split.sizes or (length // (split.heads or 1),) * (split.heads or 1)
+        shapes = [(size, inputs) if split.axis == "outputs" else (outputs, size) for size in sizes]
+        return tuple(MatrixGroup(batch * len(list(run)), *shape) for shape, run in itertools.groupby(shapes))
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def _state(optimizer: Any) -> list[torch.Tensor]:
     runtime = optimizer.runtime
     held = [runtime.momentum[b] for b in sorted(runtime.momentum)]
     held += [t for numbers in runtime.memory.numbers.values() for t in numbers.values()]
-    held += [t for rows in runtime.memory.rows.values() for t in rows.values()]
+    held += [t for of_name in runtime.memory.owners.values() for t in of_name.values()]
     buffers = {id(b) for b in runtime.binding.buffers}
     for p, state in optimizer.state.items():
         if id(p) not in buffers:

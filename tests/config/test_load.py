@@ -147,7 +147,7 @@ evaluaton: {}
         "run.yaml:3: lr: unknown key; did you mean optimizer.muon.lr or optimizer.adamw.lr?",
         "run.yaml:7: optimizer.muon.lr: should be a valid number, not 'fast'",
         "run.yaml:8: optimizer.muon.ns_schedule: unknown ns_schedule 'kellr'; did you mean 'keller'?",
-        "run.yaml:9: optimizer.muon.scale: 'spectra' is not one of match_rms_adamw, spectral, none; did you mean",
+        "run.yaml:9: optimizer.muon.scale: 'spectra' is not one of match_rms_adamw, spectral, unit_rms, none; did you",
         "run.yaml:10: optimizer.adamw.betas.1: should be less than 1, not 1.5",
         "run.yaml:11: data.sources.0.wieght: unknown key; did you mean weight?",
         "run.yaml:13: trainer.max_step: unknown TrainingArguments name; did you mean max_steps?",
@@ -244,7 +244,7 @@ def test_json_schema_knows_every_key() -> None:
     schema = json_schema()
     assert {"name", "base", "optimizer", "trainer"} <= set(schema["properties"])
     muon = schema["$defs"]["MuonConfig"]
-    assert "keller" in muon["properties"]["ns_schedule"]["enum"] and muon["additionalProperties"] is False
+    assert "keller" in muon["properties"]["ns_schedule"]["anyOf"][0]["enum"] and muon["additionalProperties"] is False
     assert set(schema["required"]) == {"name", "model", "optimizer"}
 
 

@@ -183,7 +183,7 @@ Q = {"pattern": ".*q_proj"}
     ({**Q, "rule": "normuon", "rule_options": 3}, "rule_options is 3: it must be a dict"),
     ({**Q, "rule_options": 3}, "rule_options is 3: it must be a dict"),
     ({**Q, "rule": "hyperball", "weight_decay": 0.1}, "weight_decay is 0.1, but rule 'hyperball' has no weight_decay"),
-    ({**Q, "scale": "rms"}, "scale 'rms' is unknown: use match_rms_adamw, spectral or none"),
+    ({**Q, "scale": "rms"}, "scale 'rms' is unknown: use match_rms_adamw, spectral, unit_rms or none"),
     ({**Q, "algorithm": "adamw", "scale": "none"}, "'scale' is an option of Muon, but algorithm is 'adamw'"),
     ({**Q, "algorithm": "adamw", "rule": "namo"}, "'rule' is an option of Muon, but algorithm is 'adamw'"),
     ({**Q, "algorithm": "adamw", "split": {"heads": 2}}, "'split' is an option of Muon"),

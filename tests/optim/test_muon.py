@@ -257,7 +257,7 @@ def test_empty_state_round_trip_before_the_first_step():
         ({"lr": -1.0}, "lr is -1.0: it must be at least 0"),
         ({"momentum": 1.0}, "momentum is 1.0"),
         ({"weight_decay": float("nan")}, "weight_decay is nan"),
-        ({"scale": "big"}, "scale 'big' is unknown: use match_rms_adamw, spectral or none"),
+        ({"scale": "big"}, "scale 'big' is unknown: use match_rms_adamw, spectral, unit_rms or none"),
         ({"ns_schedule": "kellr"}, "keller"),
         ({"ns_dtype": torch.int8}, "ns_dtype must be"),
         ({"bucket_mb": 0}, "bucket_mb is 0"),

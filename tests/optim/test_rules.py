@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,26 +14,46 @@ import torch.distributed.fsdp  # 2 s that every forked rank would pay again
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from muon_dist import Muon
+from muon_dist import Muon, register_rule, register_scale, register_schedule
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.optim import Binding
-from muon_dist.optim.rules import RULES
+from muon_dist.optim.reference import plain_newton_schulz
+from muon_dist.optim.rules import PARTS, RULES, MuonRule
 from tests.distributed import RankFailure, run_ranks
 from tests.optim.plain_rules import PlainRule
 from tests.optim.test_distributed import flat_binding
 from tests.optim.test_muon import CUTS, gradients, make_groups, make_parameters
 
-NEW = ("normuon", "hyperball", "namo")
-LAYOUTS = [("copies", 1), ("copies", 3), ("flat", 1), ("flat", 3), ("fsdp2", 3)]
+WITH_MEMORY = ("normuon", "adamuon", "soap_muon", "hyperball", "namo")
+LAYOUTS = [("copies", 1), ("copies", 3), ("flat", 1), ("flat", 3), ("fsdp2", 3), ("fsdp2 and tp", 4)]
 STEPS, TOLERANCE = 6, 2e-5
+OF_TP = {"square": 1, "tall": 0, "wide": 1, "row": 1, "column": 0, "experts": 2, "heads": 1, "fused": 0}
+"""The axis that tensor parallelism cuts."""
 Tensors = dict[str, torch.Tensor]
+PARTS_ALONE: dict[str, dict[str, Any]] = {
+    "cautious": {"rule_options": {"cautious": True}, "weight_decay": 5.0},
+    "row_floor": {"rule_options": {"row_floor": 0.5}},
+    "radial_brake": {"rule_options": {"radial_brake": 0.3}, "weight_decay": 0.0, "lr": 0.2},
+    "muoneq": {"rule_options": {"muoneq": True}},
+    "muon_plus": {"rule_options": {"muon_plus": True}},
+}
+ALL_PARTS = {"cautious": True, "row_floor": 0.5, "radial_brake": 0.3, "muoneq": True, "muon_plus": True}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{rule: (rule, {}) for rule in RULES},
+    "muon with parts": ("muon", {"rule_options": ALL_PARTS, "lr": 0.2, "scale": "unit_rms"}),
+    "namo with parts": (
+        "namo",
+        {"rule_options": {"cautious": True, "radial_brake": 0.3, "row_floor": 0.1}, "lr": 0.2},
+    ),
+}
 
 
 def options_of(rule: str) -> dict[str, Any]:
     decay = {} if rule == "hyperball" else {"weight_decay": 0.1}
-    return {"lr": 0.02, "rule": rule, **decay}
+    often = {"rule_options": {"frequency": 2}} if rule == "soap_muon" else {}
+    return {"lr": 0.02, "rule": rule, **decay, **often}
 
 
 class Held(torch.nn.Module):
@@ -42,6 +63,12 @@ class Held(torch.nn.Module):
         super().__init__()
         for name, p in make_parameters().items():
             self.register_parameter(name, p)
+
+    def cut(self, mesh: Any) -> None:
+        """Tensor parallelism over `mesh`."""
+        for name, p in make_parameters().items():
+            cut = distribute_tensor(p.detach(), mesh, [Shard(OF_TP[name])])
+            self.register_parameter(name, torch.nn.Parameter(cut))
 
 
 class Run:
@@ -56,6 +83,10 @@ class Run:
         self.model = Held()
         if layout == "fsdp2":
             fully_shard(self.model, mesh=init_device_mesh("cpu", (self.world,)))
+        if layout == "fsdp2 and tp":
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+            self.model.cut(mesh["tp"])
+            fully_shard(self.model, mesh=mesh["dp"])
         self.parameters: dict[str, Any] = dict(self.model.named_parameters())
         groups = make_groups(self.parameters)
         self.optimizer = Muon(groups, bucket_mb=0.01, **{**options_of(rule), **options})
@@ -70,8 +101,9 @@ class Run:
             self.shard.grad = whole[self.cuts[self.rank] : self.cuts[self.rank + 1]].clone()
         for name, p in self.parameters.items() if self.layout != "flat" else ():
             p.grad = grads[name].clone()
-            if self.layout == "fsdp2":
-                given = DTensor.from_local(p.grad, p.device_mesh, [Replicate()], run_check=False)
+            if self.layout.startswith("fsdp2"):
+                whole = [Replicate()] * p.device_mesh.ndim
+                given = DTensor.from_local(p.grad, p.device_mesh, whole, run_check=False)
                 p.grad = given.redistribute(placements=p.placements)
         self.optimizer.step()
 
@@ -84,7 +116,7 @@ class Run:
                 p.copy_(q)
 
     def weights(self) -> Tensors:
-        if self.layout == "fsdp2":
+        if self.layout.startswith("fsdp2"):
             return {n: p.full_tensor().detach() for n, p in self.parameters.items()}
         if self.layout == "copies":
             return {n: p.detach().clone() for n, p in self.parameters.items()}
@@ -118,17 +150,65 @@ def train(layout: str, rule: str, options: dict[str, Any]) -> tuple[Tensors, int
 
 
 def train_all(layout: str) -> dict[str, tuple[Tensors, int]]:
-    return {rule: train(layout, rule, {}) for rule in RULES}
+    return {case: train(layout, *of_case) for case, of_case in CASES.items()}
 
 
 @pytest.mark.parametrize(("layout", "world"), LAYOUTS)
 def test_every_rule_is_the_formula_of_its_paper(layout, world):
+    """2e-5 of the weights; on the layouts together, and each the same as on one rank."""
     results = run_ranks(train_all, world, layout)
-    for rule in RULES:
-        expected = plain(rule, STEPS).weights
+    for case, (rule, options) in CASES.items():
+        expected = plain(rule, STEPS, **options).weights
         for of_rank in results:
-            assert_close(of_rank[rule][0], expected, TOLERANCE)
-        assert sum(of_rank[rule][1] for of_rank in results) == STEPS * (5 + 4 + 4 + 3), rule
+            assert_close(of_rank[case][0], expected, TOLERANCE)
+        assert sum(of_rank[case][1] for of_rank in results) == STEPS * (5 + 4 + 4 + 3), case
+
+
+def alone(rule: str, options: dict[str, Any]) -> Tensors:
+    """Weights after some steps in this process."""
+    parameters = make_parameters()
+    optimizer = Muon(make_groups(parameters), **{**options_of(rule), **options})
+    for step in range(STEPS):
+        for name, g in gradients(step).items():
+            parameters[name].grad = g
+        optimizer.step()
+    return {n: p.detach() for n, p in parameters.items()}
+
+
+def way(found: Tensors, expected: Tensors) -> float:
+    """The largest difference of two runs, as a share of the way of a weight."""
+    start = make_parameters()
+    return max(
+        float((found[n].double() - w).norm() / (w - start[n].detach().double()).norm()) for n, w in expected.items()
+    )
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("rule", ["muon", "adamuon"])
+def test_a_part_is_its_formula_and_changes_something(rule, part):
+    options = PARTS_ALONE[part]
+    expected = plain(rule, STEPS, **options).weights
+    assert way(alone(rule, options), expected) <= TOLERANCE
+    without = plain(rule, STEPS, **{**options, "rule_options": {}}).weights
+    nothing = rule == "adamuon" and part in ("muoneq", "muon_plus")  # all rows of a sign are alike; it sets the norm
+    assert (way(without, expected) > 0.01) != nothing
+
+
+@pytest.mark.parametrize("scale", ["match_rms_adamw", "spectral", "unit_rms", "none"])
+def test_a_scale_goes_by_what_a_matrix_computes(scale):
+    """`fused` is stored (in, out)."""
+    assert way(alone("muon", {"scale": scale}), plain("muon", STEPS, scale=scale).weights) <= TOLERANCE
+
+
+def test_own_rows_are_the_iteration():
+    rows = [[2.0, -1.5, 0.5]] * 12
+
+    def iterated(x: torch.Tensor) -> torch.Tensor:
+        return plain_newton_schulz(x, schedule=rows)
+
+    expected = plain("muon", STEPS, orthogonalize=iterated).weights
+    assert way(alone("muon", {"ns_schedule": rows}), expected) <= TOLERANCE
+    assert way(alone("muon", {}), expected) > 0.01
 
 
 @pytest.mark.parametrize(
@@ -137,6 +217,8 @@ def test_every_rule_is_the_formula_of_its_paper(layout, world):
         ("normuon", {"rule_options": {"beta2": 0.5, "eps": 1e-3}, "momentum": 0.8, "scale": "none"}),
         ("namo", {"rule_options": {"mu2": 0.5, "eps": 10.0}, "momentum": 0.8, "scale": "match_rms_adamw"}),
         ("hyperball", {"momentum": 0.5}),
+        ("adamuon", {"rule_options": {"beta2": 0.5, "eps": 0.1}, "momentum": 0.8, "scale": "none"}),
+        ("soap_muon", {"rule_options": {"beta2": 0.5, "frequency": 1}, "momentum": 0.8, "nesterov": False}),
     ],
 )
 def test_options_of_a_rule_have_the_meaning_of_its_paper(rule, options):
@@ -148,7 +230,7 @@ def test_options_of_a_rule_have_the_meaning_of_its_paper(rule, options):
 
 
 def all_saved_and_loaded(layout: str, how: str) -> dict[str, tuple[bool, bool]]:
-    return {rule: saved_and_loaded(layout, rule, how) for rule in NEW}
+    return {rule: saved_and_loaded(layout, rule, how) for rule in WITH_MEMORY}
 
 
 def saved_and_loaded(layout: str, rule: str, how: str) -> tuple[bool, bool]:
@@ -184,7 +266,7 @@ def saved_and_loaded(layout: str, rule: str, how: str) -> tuple[bool, bool]:
 )  # fmt: skip
 def test_a_state_dict_brings_back_what_a_rule_remembers(layout, world, how):
     results = run_ranks(all_saved_and_loaded, world, layout, how)
-    for rule in NEW:
+    for rule in WITH_MEMORY:
         assert all(of_rank[rule][0] for of_rank in results), rule
         assert any(of_rank[rule][1] for of_rank in results), rule
 
@@ -194,6 +276,10 @@ def full_of(rule: str, steps: int) -> tuple[dict[str, Any], Tensors]:
     for step in range(steps):
         run.step(gradients(step))
     return run.optimizer.full_state_dict(), run.weights()
+
+
+def full_of_all() -> dict[str, tuple[dict[str, Any], Tensors]]:
+    return {rule: full_of(rule, 3) for rule in WITH_MEMORY}
 
 
 def continued(rule: str, state: dict[str, Any], weights: Tensors) -> Tensors:
@@ -207,51 +293,58 @@ def continued(rule: str, state: dict[str, Any], weights: Tensors) -> Tensors:
     return run.weights()
 
 
-@pytest.mark.parametrize("rule", NEW)
+def all_continued(saved: dict[str, tuple[dict[str, Any], Tensors]]) -> dict[str, Tensors]:
+    return {rule: continued(rule, *of_rule) for rule, of_rule in saved.items()}
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2)])
-def test_a_full_state_dict_loads_on_any_number_of_ranks(before, after, rule):
-    (state, weights), *_ = run_ranks(full_of, before, rule, 3)
-    for found in run_ranks(continued, after, rule, state, weights):
-        assert_close(found, plain(rule, STEPS).weights, TOLERANCE)
+def test_a_full_state_dict_loads_on_any_number_of_ranks(before, after):
+    saved, *_ = run_ranks(full_of_all, before)
+    for found in run_ranks(all_continued, after, saved):
+        for rule in WITH_MEMORY:
+            assert_close(found[rule], plain(rule, STEPS).weights, TOLERANCE)
 
 
-def written_by_dcp(rule: str, folder: str) -> None:
-    run = Run("fsdp2", rule)
-    for step in range(3):
-        run.step(gradients(step))
-    state = {"weights": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
-    dcp.save(state, checkpoint_id=folder)
+def written_by_dcp(layout: str, folder: str) -> None:
+    for rule in WITH_MEMORY:
+        run = Run(layout, rule)
+        for step in range(3):
+            run.step(gradients(step))
+        state = {"weights": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
+        dcp.save(state, checkpoint_id=f"{folder}/{rule}")
 
 
-def read_by_dcp(rule: str, folder: str) -> Tensors:
-    run = Run("fsdp2", rule)
-    run.optimizer.bound_runtime()
-    state = {"weights": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
-    dcp.load(state, checkpoint_id=folder)
-    set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
-    for step in range(3, STEPS):
-        run.step(gradients(step))
-    return run.weights()
+def read_by_dcp(layout: str, folder: str) -> dict[str, Tensors]:
+    found = {}
+    for rule in WITH_MEMORY:
+        run = Run(layout, rule)
+        run.optimizer.bound_runtime()
+        state = {"weights": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
+        dcp.load(state, checkpoint_id=f"{folder}/{rule}")
+        set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+        for step in range(3, STEPS):
+            run.step(gradients(step))
+        found[rule] = run.weights()
+    return found
 
 
-@pytest.mark.parametrize("rule", NEW)
-@pytest.mark.parametrize(("before", "after"), [(3, 2)])
-def test_torchs_checkpoints_reshard_what_a_rule_remembers(tmp_path, before, after, rule):
-    run_ranks(written_by_dcp, before, rule, str(tmp_path))
-    for found in run_ranks(read_by_dcp, after, rule, str(tmp_path)):
-        assert_close(found, plain(rule, STEPS).weights, TOLERANCE)
+def test_torchs_checkpoints_reshard_what_a_rule_remembers(tmp_path):
+    run_ranks(written_by_dcp, 3, "fsdp2", str(tmp_path))
+    for found in run_ranks(read_by_dcp, 4, "fsdp2 and tp", str(tmp_path)):
+        for rule in WITH_MEMORY:
+            assert_close(found[rule], plain(rule, STEPS).weights, TOLERANCE)
 
 
 # At rest ------------------------------------------------------------------------------------------------------------
 
 
 def all_at_rest(layout: str) -> list[str]:
-    """The rules under which weights whose gradients were always zero have moved; without decay."""
-    return [rule for rule in RULES if not at_rest(layout, rule)]
+    """The cases in which weights whose gradients were always zero have moved; without decay."""
+    return [case for case, of_case in CASES.items() if not at_rest(layout, *of_case)]
 
 
-def at_rest(layout: str, rule: str) -> bool:
-    run = Run(layout, rule, **({} if rule == "hyperball" else {"weight_decay": 0.0}))
+def at_rest(layout: str, rule: str, options: dict[str, Any]) -> bool:
+    run = Run(layout, rule, **{**options, **({} if rule == "hyperball" else {"weight_decay": 0.0})})
     before = run.weights()
     for _ in range(3):
         run.step({n: torch.zeros_like(g) for n, g in gradients(0).items()})
@@ -294,6 +387,18 @@ def test_the_decay_of_16_bit_weights_rounds_the_product_alone(rule):
         ({"rule": "namo", "rule_options": {"mu1": 0.9}}, "'mu1' of rule 'namo' is the option momentum"),
         ({"rule": "hyperball", "scale": "match_rms_adamw"}, "scale.*hyperball.*no scale"),
         ({"rule": "hyperball", "weight_decay": 0.1}, "weight_decay.*hyperball.*no weight_decay"),
+        ({"rule": "hyperball", "rule_options": {"cautious": True}}, "hyperball.*no cautious.*no weight decay"),
+        ({"rule": "hyperball", "rule_options": {"radial_brake": 0.5}}, "hyperball.*no radial_brake"),
+        ({"rule": "muon", "rule_options": {"cautius": True}}, r"no option 'cautius' \(did you mean cautious"),
+        ({"rule": "muon", "rule_options": {"cautious": 0.5}}, "cautious.*True or False"),
+        ({"rule": "muon", "rule_options": {"row_floor": True}}, "row_floor.*must be a number"),
+        ({"rule": "muon", "rule_options": {"radial_brake": 1.5}}, r"radial_brake.*\[0, 1\]"),
+        ({"rule": "adamuon", "rule_options": {"eps": 0.0}}, "eps is 0.0"),
+        ({"rule": "soap_muon", "rule_options": {"frequency": 2.5}}, "frequency is 2.5: it must be a whole number"),
+        ({"ns_schedule": []}, "ns_schedule is an empty list"),
+        ({"ns_schedule": [[1.0, 2.0]]}, r"ns_schedule\[0\] is \[1.0, 2.0\]: give three finite numbers"),
+        ({"ns_schedule": [[1.5, -0.5, 0.0], [9.0, 9.0, 9.0]]}, r"ns_schedule\[1\].*grows without bound"),
+        ({"ns_schedule": [[1.5, -0.5, 0.0]] * 3, "ns_steps": 7}, "ns_steps=7 does not fit"),
     ],
 )
 def test_what_a_rule_does_not_have_is_refused_by_name(options, words):
@@ -354,3 +459,45 @@ def unequal(options: list[dict[str, Any]]) -> None:
 def test_ranks_with_other_options_of_a_rule_are_told():
     with pytest.raises(RankFailure, match="rule"):
         run_ranks(unequal, 2, [{}, {"rule_options": {"beta2": 0.9}}])
+
+
+# From outside -------------------------------------------------------------------------------------------------------
+
+
+def example_of_the_docs() -> str:
+    """The Python of docs/rules.md under "Your own"."""
+    text = (Path(__file__).parents[2] / "docs" / "rules.md").read_text()
+    return text.split("## Your own")[1].split("```python\n")[1].split("```")[0]
+
+
+def own_rule(layout: str) -> Tensors:
+    exec(compile(example_of_the_docs(), "docs/rules.md", "exec"), {"__name__": "example"})
+    run = Run(layout, "averaged", scale="quarter", ns_schedule="gentle", rule_options={"beta": 0.8, "cautious": True})
+    for step in range(STEPS):
+        run.step(gradients(step))
+        run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    return run.weights()
+
+
+def test_the_example_of_a_rule_of_ones_own_is_exact_on_every_layout():
+    one, *_ = run_ranks(own_rule, 1, "copies")
+    for layout, world in (("flat", 3), ("fsdp2", 2)):
+        for found in run_ranks(own_rule, world, layout):
+            assert_close(found, {n: w.double() for n, w in one.items()}, 1e-6)
+
+
+def test_names_that_are_taken_are_refused():
+    class Other(MuonRule):
+        name = "normuon"
+
+    class Memory(MuonRule):
+        name = "other"
+        owner_memory: ClassVar[Any] = {"exp_avg": lambda matrix: 1}
+
+    for rule, words in ((Other(), "'normuon' exists already"), (Memory(), "'exp_avg' in its memory is taken")):
+        with pytest.raises(ConfigError, match=words):
+            register_rule(rule)
+    with pytest.raises(ConfigError, match="exists already"):
+        register_scale("spectral", lambda out, fan_in: 1.0)
+    with pytest.raises(ConfigError, match="exists already"):
+        register_schedule("keller", [[1.5, -0.5, 0.0]])

@@ -159,7 +159,7 @@ def test_a_rule_is_one_line_away_and_resumes(workspace: Path, tmp_path: Path, ru
     (tmp_path / "tiny" / "checkpoints" / "checkpoint-4" / "manifest.json").unlink()
     kinds = set(Checkpoint.look(tmp_path / "tiny" / "checkpoints" / "checkpoint-2").manifest.kinds())
     assert kinds > {"weight", "momentum", "exp_avg"}
-    assert {*RULES[rule].row_memory, *RULES[rule].matrix_memory} <= kinds
+    assert {*RULES[rule].owner_memory, *RULES[rule].matrix_memory} <= kinds
     (tmp_path / "tiny" / "summary.json").unlink()
     assert same(weights(train(workspace / "tiny.yaml", halted, resume="auto")["model"]), whole)
     with pytest.raises(CheckpointError, match="trained by another algorithm or rule"):

@@ -63,7 +63,7 @@ def bind(optimizer: Muon) -> Bound | None:
         column=_column(layout, [mesh for _, mesh in on_meshes], group),
         everywhere=state.everywhere,
         stored=state.momentum,
-        stored_rows=state.rows,
+        stored_by_owner=state.by_owner,
         fragments=fragments,
     )
     return binding, {buffer: index for buffer, (index, *_) in enumerate(ours)}

@@ -94,13 +94,11 @@ class DTensorState:
             momentum = torch.empty(0, dtype=torch.float32, device=local_part(p).device)
         return DTensor.from_local(momentum, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
 
-    def rows(self, plan: OwnershipPlan, matrix: int, rows: torch.Tensor | None) -> torch.Tensor:
-        """What the owner of a matrix keeps for its output features, as a DTensor; an empty part on the others."""
-        layout = plan.layout.matrices[matrix]
-        p = self._parameters[layout.buffer]
+    def by_owner(self, plan: OwnershipPlan, matrix: int, kept: torch.Tensor | None, length: int) -> torch.Tensor:
+        """What the owner of a matrix keeps, `length` numbers, as a DTensor; an empty part on the others."""
+        p = self._parameters[plan.layout.matrices[matrix].buffer]
         device_type = p.device_mesh.device_type if isinstance(p, DTensor) else p.device.type
         mesh = self._mesh(device_type, (plan.owners[matrix],), (1,))
-        if rows is None:
-            rows = torch.empty(0, dtype=torch.float32, device=local_part(p).device)
-        shape = torch.Size((layout.matrix.fan[0],))
-        return DTensor.from_local(rows, mesh, (Shard(0),), run_check=False, shape=shape, stride=(1,))
+        if kept is None:
+            kept = torch.empty(0, dtype=torch.float32, device=local_part(p).device)
+        return DTensor.from_local(kept, mesh, (Shard(0),), run_check=False, shape=torch.Size((length,)), stride=(1,))

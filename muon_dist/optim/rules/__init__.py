@@ -1,11 +1,30 @@
 """Update rules: one file for each. The exchange knows none of them; see `MuonRule` for the seam."""
 
+from muon_dist.optim.rules.adamuon import AdaMuonRule
 from muon_dist.optim.rules.hyperball import HyperballRule
 from muon_dist.optim.rules.muon import Group, MuonRule, Owned
 from muon_dist.optim.rules.namo import NamoRule
 from muon_dist.optim.rules.normuon import NorMuonRule
+from muon_dist.optim.rules.parts import PARTS, Part, with_parts
+from muon_dist.optim.rules.registry import RULES, memory_names, register_rule
+from muon_dist.optim.rules.scale import SCALES, register_scale
+from muon_dist.optim.rules.soap_muon import SoapMuonRule
 
-RULES: dict[str, MuonRule] = {rule.name: rule for rule in (MuonRule(), NorMuonRule(), HyperballRule(), NamoRule())}
-"""By the value of the option `rule`."""
-
-__all__ = ["RULES", "Group", "HyperballRule", "MuonRule", "NamoRule", "NorMuonRule", "Owned"]
+__all__ = [
+    "PARTS",
+    "RULES",
+    "SCALES",
+    "AdaMuonRule",
+    "Group",
+    "HyperballRule",
+    "MuonRule",
+    "NamoRule",
+    "NorMuonRule",
+    "Owned",
+    "Part",
+    "SoapMuonRule",
+    "memory_names",
+    "register_rule",
+    "register_scale",
+    "with_parts",
+]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from muon_dist.errors import ConfigError
-from muon_dist.optim.rules import RULES
+from muon_dist.optim.rules import PARTS, RULES, with_parts
 from muon_dist.optim.rules.muon import Group, MuonRule
 
 
@@ -86,7 +86,7 @@ def _chosen(group: Group, given: Set[str], by_default: Set[str]) -> MuonRule:
     problem = rule.problem(group)
     if problem is not None:
         raise ConfigError(f"rule_options of rule '{rule.name}': {problem}")
-    return rule
+    return with_parts(rule, tuple(name for name in PARTS if name in group["rule_options"]))
 
 
 def _options(rule: MuonRule, given: Any) -> dict[str, float]:
@@ -96,12 +96,37 @@ def _options(rule: MuonRule, given: Any) -> dict[str, float]:
         if name in rule.elsewhere:
             meant = rule.elsewhere[name]
             raise ConfigError(f"'{name}' of rule '{rule.name}' is the option {meant} of the group: give it there")
+        if name in PARTS:
+            _check_part(rule, name, value)
+            continue
         if name not in rule.options:
             has = f"it has {', '.join(rule.options)}" if rule.options else "it has none"
-            raise ConfigError(f"rule '{rule.name}' has no option '{name}'{_did_you_mean(name, rule.options)}: {has}")
+            close = _did_you_mean(name, [*rule.options, *PARTS])
+            raise ConfigError(
+                f"rule '{rule.name}' has no option '{name}'{close}: {has}, and every rule has the parts "
+                f"{', '.join(part for part in PARTS if part not in rule.refused)}"
+            )
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: it must be a number")
-    return {**rule.options, **{name: float(value) for name, value in given.items()}}
+    chosen = {name: bool(value) if _is_switch(name) else float(value) for name, value in given.items()}
+    return {**rule.options, **{name: value for name, value in chosen.items() if value is not False}}
+
+
+def _is_switch(name: str) -> bool:
+    return name in PARTS and PARTS[name].switch
+
+
+def _check_part(rule: MuonRule, name: str, value: Any) -> None:
+    if name in rule.refused:
+        raise ConfigError(f"rule '{rule.name}' has no {name}: {rule.refused[name]}. Leave {name} out")
+    part = PARTS[name]
+    if part.switch and not isinstance(value, bool):
+        raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: it must be True or False")
+    if not part.switch and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: it must be a number")
+    wrong = part.wrong(float(value))
+    if wrong is not None:
+        raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: {wrong}")
 
 
 def closest(name: object, known: Iterable[str]) -> str | None:

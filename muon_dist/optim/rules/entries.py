@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from muon_dist.errors import ConfigError
 from muon_dist.layout import cut_parameter
+from muon_dist.optim.rules import PARTS
 from muon_dist.optim.rules.choice import check_options, closest
 from muon_dist.optim.rules.scale import update_scale
 from muon_dist.routing import GroupRule, Override, Split, SplitRule
 from muon_dist.routing.rules import MUON_OPTIONS, check_rule, compiled
 
 ALGORITHMS = ("muon", "adamw")
+Splits = Literal["heads"] | Sequence[SplitRule | Mapping[str, Any]]
+HEADS = "heads"
+"""As a split: the blocks of the model's own attention, and of its fused gate and up projections."""
 KEYS = ("pattern", "algorithm", "lr", "weight_decay", "rule", "rule_options", "scale", "split")
 """Of an entry. Only `pattern` must be there; None is the same as nothing."""
 # Keys of other Muons and of other libraries' groups, and the line to write here.
@@ -26,7 +30,7 @@ FOREIGN = {
     "heads": "write split: {heads: N}",
     "sizes": "write split: {sizes: [...]}",
     "split_sizes": "write split: {sizes: [...]}",
-    "adjust_lr": 'write scale: "match_rms_adamw", "spectral" or "none"',
+    "adjust_lr": 'write scale: "match_rms_adamw", "spectral", "unit_rms" or "none"',
     "adjust_lr_fn": 'write scale: "match_rms_adamw" for "match_rms_adamw", and "spectral" for "original"',
     "rms_scale": 'write scale: "match_rms_adamw"',
     "wd": "write weight_decay",
@@ -36,6 +40,7 @@ FOREIGN = {
     "lr_mult": "write lr, which is absolute: schedulers multiply each group's own",
     "lr_scale": "write lr, which is absolute: schedulers multiply each group's own",
     "decay_mult": "write weight_decay, which is absolute",
+    **{part: f"write rule_options: {{{part}: ...}}" for part in PARTS},
 }
 
 
@@ -66,7 +71,10 @@ def override_rules(overrides: Any, where: str = "overrides") -> tuple[Override, 
 
 
 def split_rules(splits: Any, where: str = "splits") -> tuple[SplitRule, ...]:
-    """Split rules, from plain dicts too. Raises ConfigError, as `group_rules` does."""
+    """Split rules, from plain dicts too; "heads" cuts what the model's attention has. Raises ConfigError, as
+    `group_rules` does."""
+    if splits == HEADS:
+        return (SplitRule(".*", from_model=True),)
     entries = _each(splits, where, '{"pattern": ".*q_proj", "heads": 8}')
     return tuple(
         e if isinstance(e, SplitRule) else SplitRule(**_short(e, SplitRule, f"{where}[{i}]")) for i, e in entries
@@ -168,15 +176,24 @@ def _split(entry: Mapping[str, Any], where: str) -> Split | None:
     given = entry.get("split")
     if given is None or isinstance(given, Split):
         return given
+    if given == HEADS:
+        return Split(from_model=True)
     if not isinstance(given, Mapping):
-        raise ConfigError(f'{where}: split is {given!r}: give {{"heads": N}} or {{"sizes": [...]}}')
+        raise ConfigError(
+            f'{where}: split is {given!r}: give {{"heads": N}}, {{"sizes": [...]}}, or "heads" for those of the model'
+        )
     refuse_unknown(
-        given, ("heads", "sizes"), f"{where}: split", {"num_heads": "write heads", "split_sizes": "write sizes"}
+        given,
+        ("heads", "sizes", "axis"),
+        f"{where}: split",
+        {"num_heads": "write heads", "split_sizes": "write sizes"},
+        silent={"from_model"},
     )
     sizes = given.get("sizes")
     if sizes is not None and (isinstance(sizes, str) or not isinstance(sizes, Sequence)):
         raise ConfigError(f"{where}: sizes of split is {sizes!r}: give a list of whole numbers")
-    return Split(given.get("heads"), None if sizes is None else tuple(sizes))
+    own = given.get("from_model") or False
+    return Split(given.get("heads"), None if sizes is None else tuple(sizes), given.get("axis") or "outputs", own)
 
 
 def _short(entry: Any, form: Any, where: str) -> dict[str, Any]:

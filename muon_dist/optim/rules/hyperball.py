@@ -31,6 +31,9 @@ class HyperballRule(MuonRule):
     refused: ClassVar[Mapping[str, str]] = {
         "scale": "the length of its step is lr times the norm of the weight",
         "weight_decay": "it keeps the norm of the weight, so nothing can decay",
+        "cautious": "it has no weight decay",
+        "radial_brake": "it keeps the norm of the weight already",
+        "row_floor": "its whole step has the length lr times the norm of the weight",
     }
     matrix_memory: ClassVar[tuple[str, ...]] = (RADIUS,)
     norms_first: ClassVar[tuple[str, ...]] = (WEIGHT,)
@@ -58,6 +61,8 @@ class HyperballRule(MuonRule):
         share = torch.where(length > 0, owned.factors.view(-1, 1, 1) / length, 0.0)
         owned.stack.mul_(share.to(owned.stack.dtype))
 
-    def end(self, norms: Mapping[str, Tensor], memory: Mapping[str, Tensor], group: Group) -> Tensor | None:
+    def end(
+        self, norms: Mapping[str, Tensor], before: Mapping[str, Tensor], memory: Mapping[str, Tensor], group: Group
+    ) -> Tensor | None:
         factor = memory[RADIUS] / norms[WEIGHT]
         return torch.where((factor - 1).abs() > _ROUNDING, factor, 1.0)

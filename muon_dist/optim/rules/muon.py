@@ -15,7 +15,10 @@ Group = dict[str, Any]
 """A parameter group of torch.optim."""
 
 GRADIENT, MOMENTUM, WEIGHT = "gradient", "momentum", "weight"
-"""The tensors of which a rule may ask the norms."""
+"""The tensors of which a rule may ask the norms, or which it may send to the owners (`sends`)."""
+
+Size = Callable[[Matrix], int]
+"""How many numbers of something there are for a matrix."""
 
 
 @dataclass
@@ -26,14 +29,16 @@ class Owned:
         stack: (B, rows, cols) in fp32: what the sources sent; a rule writes the update over it.
         matrices: the B matrices; all of them are stored (out, in), or all (in, out).
         orthogonalize: replaces a stack (B, rows, cols) by its orthogonalized update.
-        rows: by name of `row_memory`, for each of the B matrices the numbers of its output features.
+        memory: by name of `owner_memory`, for each of the B matrices its numbers, 1-D in fp32; written in place.
+        sent: by name of `sends`, that tensor of the B matrices, (B, rows, cols) in fp32.
         factors: (B,) in fp64: what `begin` returned for these matrices; None if it returned None.
     """
 
     stack: Tensor
     matrices: Sequence[Matrix]
     orthogonalize: Callable[[Tensor], None]
-    rows: Mapping[str, list[Tensor]] = field(default_factory=dict)
+    memory: Mapping[str, list[Tensor]] = field(default_factory=dict)
+    sent: Mapping[str, Tensor] = field(default_factory=dict)
     factors: Tensor | None = None
 
 
@@ -64,7 +69,11 @@ class MuonRule:
         elsewhere: names of the paper that are not among `rule_options`, and the option of the group that they are.
         shrinks_with_momentum: the update becomes small with the momentum. Otherwise the step makes it smaller while
             the gradient of a matrix is exactly zero, since Newton-Schulz brings any momentum back to full size.
-        row_memory: what the owner keeps: one fp32 number for each output feature of a matrix.
+        owner_memory: what the owner of a matrix keeps, and how many fp32 numbers of it; all are zero at first.
+        sends: what the owner gets of the whole matrix beside what `send` writes: "gradient" (times the clip that an
+            adapter takes back) or "weight", before this step's decay if the rule `decays_late`. Costs the bytes of
+            another gather.
+        decays_late: `decay` depends on the update: it is called once more, with it, right before `apply`.
         matrix_memory: what every rank keeps: one fp64 number for each matrix.
         norms_first: tensors of which `start` gets the norms.
         norms_before: tensors of which `begin` gets the norms.
@@ -78,7 +87,9 @@ class MuonRule:
     refused: ClassVar[Mapping[str, str]] = {}
     elsewhere: ClassVar[Mapping[str, str]] = {}
     shrinks_with_momentum: ClassVar[bool] = False
-    row_memory: ClassVar[tuple[str, ...]] = ()
+    owner_memory: ClassVar[Mapping[str, Size]] = {}
+    sends: ClassVar[tuple[str, ...]] = ()
+    decays_late: ClassVar[bool] = False
     matrix_memory: ClassVar[tuple[str, ...]] = ()
     norms_first: ClassVar[tuple[str, ...]] = ()
     norms_before: ClassVar[tuple[str, ...]] = ()
@@ -116,9 +127,21 @@ class MuonRule:
         return None
 
     def decay(
-        self, weights: list[Tensor], factors: Tensor | None, positions: Sequence[int], lr: float, group: Group
+        self,
+        weights: list[Tensor],
+        factors: Tensor | None,
+        positions: Sequence[int],
+        lr: float,
+        group: Group,
+        updates: Sequence[Tensor] | None = None,
     ) -> None:
-        """Decay the weights in place; `factors[positions[i]]` is the factor of `begin` for `weights[i]`."""
+        """Decay the weights in place.
+
+        Args:
+            factors: what `begin` returned; `factors[positions[i]]` is that of `weights[i]`.
+            updates: what `apply` will subtract, of the shapes of `weights`, where it is known already: for rules that
+                `decays_late`.
+        """
         factor = 1 - lr * group["weight_decay"]
         if factor == 1.0:
             return
@@ -144,6 +167,13 @@ class MuonRule:
         """Subtract `rate` times the updates from the weights, in place."""
         torch._foreach_add_(weights, updates, alpha=-rate)
 
-    def end(self, norms: Mapping[str, Tensor], memory: Mapping[str, Tensor], group: Group) -> Tensor | None:
-        """A factor for the weights of each matrix after `apply`; as `begin`, with the norms of `norms_after`."""
+    def end(
+        self, norms: Mapping[str, Tensor], before: Mapping[str, Tensor], memory: Mapping[str, Tensor], group: Group
+    ) -> Tensor | None:
+        """A factor for the weights of each matrix after `apply`; as `begin`.
+
+        Args:
+            norms: of `norms_after`.
+            before: what `begin` got.
+        """
         return None

@@ -49,7 +49,13 @@ class NamoRule(MuonRule):
         return correction * norms[MOMENTUM] / (moment.sqrt() + eps)
 
     def decay(
-        self, weights: list[Tensor], factors: Tensor | None, positions: Sequence[int], lr: float, group: Group
+        self,
+        weights: list[Tensor],
+        factors: Tensor | None,
+        positions: Sequence[int],
+        lr: float,
+        group: Group,
+        updates: Sequence[Tensor] | None = None,
     ) -> None:
         if group["weight_decay"]:
             assert factors is not None

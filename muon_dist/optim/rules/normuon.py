@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from muon_dist.optim.rules.factors import stack_norms
-from muon_dist.optim.rules.muon import Group, MuonRule, Owned
+from muon_dist.optim.rules.muon import Group, MuonRule, Owned, Size
 
 SECOND_MOMENT = "row_second_moment"
 
@@ -29,7 +29,7 @@ class NorMuonRule(MuonRule):
     # beta2: section 4.1 of the paper, and the default of normuon.py. eps: the constant in normuon.py.
     options: ClassVar[Mapping[str, float]] = {"beta2": 0.95, "eps": 1e-10}
     elsewhere: ClassVar[Mapping[str, str]] = {"beta1": "momentum"}
-    row_memory: ClassVar[tuple[str, ...]] = (SECOND_MOMENT,)
+    owner_memory: ClassVar[Mapping[str, Size]] = {SECOND_MOMENT: lambda matrix: matrix.fan[0]}
 
     def problem(self, group: Group) -> str | None:
         beta2, eps = group["rule_options"]["beta2"], group["rule_options"]["eps"]
@@ -38,7 +38,7 @@ class NorMuonRule(MuonRule):
         return None if eps > 0 else f"eps is {eps}: it must be above 0, since an output feature may be zero"
 
     def direction(self, owned: Owned, group: Group) -> None:
-        stack, moments = owned.stack, owned.rows[SECOND_MOMENT]
+        stack, moments = owned.stack, owned.memory[SECOND_MOMENT]
         beta2, eps = group["rule_options"]["beta2"], group["rule_options"]["eps"]
         inputs = -2 if owned.matrices[0].transposed else -1
         owned.orthogonalize(stack)

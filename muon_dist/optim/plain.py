@@ -1,0 +1,181 @@
+"""Every update rule and part as its source writes it: one matrix, whole, fp64. Nothing here is shared with `rules`.
+
+Tests, the fuzzer and the audit compare the optimizer with this. A matrix is (out, in), as in the papers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muon_dist.optim.reference import plain_newton_schulz
+
+Memory = dict[str, Any]
+"""What a rule remembers of a matrix, by the names in the optimizer's state; empty before the first step."""
+Orthogonalize = Callable[[Tensor], Tensor]
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "muon": {"scale": "match_rms_adamw"},
+    "normuon": {"scale": "match_rms_adamw", "beta2": 0.95, "eps": 1e-10},
+    "adamuon": {"scale": "match_rms_adamw", "beta2": 0.95, "eps": 1e-8},
+    "soap_muon": {"scale": "match_rms_adamw", "beta2": 0.9, "frequency": 10},
+    "hyperball": {"scale": "none"},
+    "namo": {"scale": "none", "nesterov": False, "mu2": 0.99, "eps": 1e-8},
+}
+"""Of each rule, the options whose defaults are its own."""
+
+
+def plain_step(
+    weight: Tensor,
+    gradient: Tensor,
+    memory: Memory,
+    rule: str,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.95,
+    rest: float = 1.0,
+    orthogonalize: Orthogonalize = plain_newton_schulz,
+    **options: Any,
+) -> None:
+    """One step of one matrix, in place.
+
+    Args:
+        weight, gradient: (out, in), fp64.
+        memory: changed in place.
+        rule: of `DEFAULTS`.
+        rest: what an update is multiplied by while the gradient is exactly zero (momentum ** steps); 1 otherwise.
+        orthogonalize: of (out, in); by default five of Keller Jordan's steps.
+        options: `scale`, `nesterov`, and what may stand in `rule_options`, parts included.
+    """
+    o = {"nesterov": True, **DEFAULTS[rule], **options}
+    start = weight.clone()
+    m = memory["momentum_buffer"] = momentum * memory.get("momentum_buffer", 0.0) + (1 - momentum) * gradient
+    look_ahead = (1 - momentum) * gradient + momentum * m if o["nesterov"] else m
+    ns = _with_parts(orthogonalize, o)
+    strength = 1.0
+    if rule == "muon":
+        update = ns(look_ahead)
+    elif rule == "normuon":
+        update = _normuon(ns(look_ahead), memory, o)
+    elif rule == "adamuon":
+        update = _adamuon(ns(look_ahead.sign()), memory, o)
+    elif rule == "soap_muon":
+        update = ns(_soap(look_ahead, gradient, memory, o))
+    elif rule == "namo":
+        strength = _namo(gradient, m, momentum, memory, o)
+        update = strength * ns(m)
+        rest = 1.0  # the update is as large as the momentum
+    else:
+        _hyperball(weight, ns(look_ahead), lr * rest, memory)
+        return
+    step = plain_scale(o["scale"], *weight.shape) * update
+    if "row_floor" in o:
+        step = _row_floor(step, start, o["row_floor"])
+    step = rest * step
+    decay = lr * strength * weight_decay * start
+    if o.get("cautious"):
+        decay = torch.where(step * start >= 0, decay, 0.0)
+    weight.sub_(decay + lr * step)
+    if "radial_brake" in o:
+        was, now = start.norm(), weight.norm()
+        if now > was:
+            weight.mul_((was + o["radial_brake"] * (now - was)) / now)
+
+
+def plain_scale(scale: str, out: int, fan_in: int) -> float:
+    """The factor of the option `scale`."""
+    return {
+        "match_rms_adamw": 0.2 * math.sqrt(max(out, fan_in)),
+        "spectral": math.sqrt(max(1.0, out / fan_in)),
+        "unit_rms": math.sqrt(out / fan_in),
+        "none": 1.0,
+    }[scale]
+
+
+def _with_parts(orthogonalize: Orthogonalize, o: Mapping[str, Any]) -> Orthogonalize:
+    def ns(u: Tensor) -> Tensor:
+        if o.get("muoneq"):
+            norms = u.norm(dim=1, keepdim=True)
+            u = torch.where(norms > 0, u / norms, 0.0)
+        x = orthogonalize(u)
+        if o.get("muon_plus") and x.norm() > 0:
+            x = x * math.sqrt(min(x.shape)) / x.norm()
+        return x
+
+    return ns
+
+
+def _row_floor(step: Tensor, weight: Tensor, floor: float) -> Tensor:
+    norms, wanted = step.norm(dim=1, keepdim=True), floor * weight.norm(dim=1, keepdim=True)
+    return torch.where((norms > 0) & (norms < wanted), step * wanted / norms, step)
+
+
+def _normuon(x: Tensor, memory: Memory, o: Mapping[str, Any]) -> Tensor:
+    v = o["beta2"] * memory.get("row_second_moment", 0.0) + (1 - o["beta2"]) * (x * x).mean(dim=1, keepdim=True)
+    memory["row_second_moment"] = v
+    n = x / (v.sqrt() + o["eps"])
+    return n * x.norm() / (n.norm() + o["eps"])
+
+
+def _adamuon(x: Tensor, memory: Memory, o: Mapping[str, Any]) -> Tensor:
+    v = o["beta2"] * memory.get("update_second_moment", 0.0) + (1 - o["beta2"]) * x * x
+    memory["update_second_moment"] = v
+    n = x / (v.sqrt() + o["eps"])
+    return math.sqrt(min(x.shape)) * n / (n.norm() + o["eps"])
+
+
+def _namo(gradient: Tensor, m: Tensor, mu1: float, memory: Memory, o: Mapping[str, Any]) -> float:
+    t = memory["gradient_steps"] = memory.get("gradient_steps", 0) + 1
+    v = o["mu2"] * memory.get("gradient_second_moment", 0.0) + (1 - o["mu2"]) * float(gradient.norm()) ** 2
+    memory["gradient_second_moment"] = v
+    return math.sqrt(1 - o["mu2"] ** t) / (1 - mu1**t) * float(m.norm()) / (math.sqrt(v) + o["eps"])
+
+
+def _hyperball(weight: Tensor, u: Tensor, lr: float, memory: Memory) -> None:
+    radius = memory.setdefault("radius", weight.norm().clone())
+    if u.norm() > 0:
+        moved = weight - lr * radius * u / u.norm()
+        weight.copy_(radius * moved / moved.norm())
+
+
+def _soap(u: Tensor, gradient: Tensor, memory: Memory, o: Mapping[str, Any]) -> Tensor:
+    """The preconditioned look-ahead, and the basis of the next step.
+
+    Covariances and bases are in fp32, as the state keeps them: the eigenvectors of a singular covariance depend on its
+    last bit, so nothing else could be compared.
+    """
+    beta2, steps = o["beta2"], memory.get("basis_steps", 0)
+    x = u
+    if steps:
+        left, right = memory["row_basis"].double(), memory["column_basis"].double()
+        p = left.T @ u @ right
+        v = beta2 * memory.get("projected_second_moment", 0.0) + (1 - beta2) * p * p
+        memory["projected_second_moment"] = v
+        x = left @ (p / (v.sqrt() + 1e-8)) @ right.T
+        x = x * u.norm() / max(float(x.norm()), 1e-8)
+    elif not gradient.any():
+        return x
+    g = gradient.float()
+    for name, basis, outer in (
+        ("row_covariance", "row_basis", g @ g.T), ("column_covariance", "column_basis", g.T @ g)
+    ):  # fmt: skip
+        covariance = memory.setdefault(name, torch.zeros_like(outer))
+        covariance.lerp_(outer, 1 - beta2)
+        if not steps:
+            memory[basis] = torch.linalg.eigh(covariance.double())[1].flip(1).float()
+        elif steps % o["frequency"] == 0:
+            _turn_basis(memory, covariance, basis, rows=basis == "row_basis")
+    memory["basis_steps"] = steps + 1
+    return x
+
+
+def _turn_basis(memory: Memory, covariance: Tensor, basis: str, rows: bool) -> None:
+    q, v = memory[basis], memory["projected_second_moment"]
+    order = torch.einsum("ij,ij->j", q, covariance @ q).argsort(descending=True)
+    memory["projected_second_moment"] = v[order] if rows else v[:, order]
+    memory[basis] = torch.linalg.qr((covariance @ q[:, order]).double())[0].float()

@@ -1,0 +1,199 @@
+"""Parts: small changes of a rule, which go with any rule that allows them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from muon_dist.optim.rules.factors import stack_norms
+from muon_dist.optim.rules.muon import WEIGHT, Group, MuonRule, Owned
+from muon_dist.optim.rules.scale import update_scale
+
+# fp32 rounds each element by a relative 6e-8. A norm within this of the wanted one is left alone.
+_ROUNDING = 1e-7
+
+
+class Part(MuonRule):
+    """A part is a class in front of a rule's own: `super()` is the next part, or the rule.
+
+    It reads its value as `group["rule_options"][ItsOwnName.option]`: `self.option` would be that of the first part.
+
+    Attributes:
+        option: its name among `rule_options`.
+        switch: the option is True or False; otherwise it is a number.
+    """
+
+    option: ClassVar[str]
+    switch: ClassVar[bool] = True
+
+    @staticmethod
+    def wrong(value: float) -> str | None:
+        """What is wrong with a value of the option; None if nothing is."""
+        return None
+
+
+class _Late(Part):
+    """Decay and update in one place, so that both see the weight as it was before the step."""
+
+    decays_late: ClassVar[bool] = True
+
+    def decay(
+        self,
+        weights: list[Tensor],
+        factors: Tensor | None,
+        positions: Sequence[int],
+        lr: float,
+        group: Group,
+        updates: Sequence[Tensor] | None = None,
+    ) -> None:
+        if updates is not None:
+            super().decay(weights, factors, positions, lr, group, updates)
+
+
+class Cautious(_Late):
+    """Cautious weight decay: only where update and weight do not disagree in sign (arXiv 2510.12402, algorithm 1).
+
+    W <- W - lr weight_decay W [u W >= 0];  W <- W - lr u
+    """
+
+    option: ClassVar[str] = "cautious"
+
+    def decay(
+        self,
+        weights: list[Tensor],
+        factors: Tensor | None,
+        positions: Sequence[int],
+        lr: float,
+        group: Group,
+        updates: Sequence[Tensor] | None = None,
+    ) -> None:
+        if updates is None or not group["weight_decay"]:
+            return
+        before = [w.clone() for w in weights] if group["rule_options"][Cautious.option] else []
+        super().decay(weights, factors, positions, lr, group, updates)
+        for weight, was, update in zip(weights, before, updates, strict=bool(before)):
+            # Signs, since the product of two small numbers may be zero.
+            weight.copy_(torch.where(was.sign() * update.sign() < 0, was, weight))
+
+
+class RowFloor(_Late):
+    """Output features whose update is small beside their weights are lifted (modded-nanogpt, track 3, #46).
+
+        u_i <- u_i max(1, row_floor ||w_i|| / ||u_i||)
+
+    u is what the learning rate multiplies: the update with its `scale`. The record has .3825, and scale `spectral`. A
+    feature without an update stays without one. The record's radius pin is not part of it: see `hyperball`.
+    """
+
+    option: ClassVar[str] = "row_floor"
+    switch: ClassVar[bool] = False
+    sends: ClassVar[tuple[str, ...]] = (WEIGHT,)
+
+    @staticmethod
+    def wrong(value: float) -> str | None:
+        return None if value >= 0 else "it must be at least 0"
+
+    def direction(self, owned: Owned, group: Group) -> None:
+        super().direction(owned, group)
+        inputs = -2 if owned.matrices[0].transposed else -1
+        floor = group["rule_options"][RowFloor.option] / update_scale(group["scale"], owned.matrices[0])
+        wanted = torch.linalg.vector_norm(owned.sent[WEIGHT], dim=inputs, keepdim=True).mul_(floor)
+        found = torch.linalg.vector_norm(owned.stack, dim=inputs, keepdim=True)
+        owned.stack.mul_(torch.where(found > 0, wanted / found, 1.0).clamp_min_(1.0))
+
+
+class RadialBrake(Part):
+    """Keeps only a share of what a step adds to the norm of a weight (modded-nanogpt, track 3, #29; `RadialBrakeHook`
+    of NVIDIA's Emerging-Optimizers with inward_scale 1).
+
+        W1 = W after the step;  if ||W1|| > ||W||: W <- W1 (||W|| + radial_brake (||W1|| - ||W||)) / ||W1||
+
+    Both have .5. 1 changes nothing.
+    """
+
+    option: ClassVar[str] = "radial_brake"
+    switch: ClassVar[bool] = False
+    norms_before: ClassVar[tuple[str, ...]] = (WEIGHT,)
+    norms_after: ClassVar[tuple[str, ...]] = (WEIGHT,)
+
+    @staticmethod
+    def wrong(value: float) -> str | None:
+        return None if 0 <= value <= 1 else "it must be in [0, 1]"
+
+    def end(
+        self, norms: Mapping[str, Tensor], before: Mapping[str, Tensor], memory: Mapping[str, Tensor], group: Group
+    ) -> Tensor | None:
+        was, now = before[WEIGHT], norms[WEIGHT]
+        factor = (was + group["rule_options"][RadialBrake.option] * (now - was)) / now
+        factor = torch.where((now > was) & ((factor - 1).abs() > _ROUNDING), factor, 1.0)
+        others = super().end(norms, before, memory, group)
+        return factor if others is None else factor * others
+
+
+class MuonEq(Part):
+    """MuonEq-R: output features have equal norms before they are orthogonalized (arXiv 2603.28254).
+
+    Features that are zero stay zero. How long the rows become does not matter to Newton-Schulz.
+    """
+
+    option: ClassVar[str] = "muoneq"
+
+    def direction(self, owned: Owned, group: Group) -> None:
+        if group["rule_options"][MuonEq.option]:
+            inputs = -2 if owned.matrices[0].transposed else -1
+            owned.orthogonalize = partial(_equalized, owned.orthogonalize, inputs)
+        super().direction(owned, group)
+
+
+def _equalized(orthogonalize: Callable[[Tensor], None], inputs: int, stack: Tensor) -> None:
+    largest = stack.abs().amax(dim=(-2, -1), keepdim=True)
+    stack.div_(torch.where(largest > 0, largest, 1.0))  # so that no square is lost below
+    norms = torch.linalg.vector_norm(stack, dim=inputs, keepdim=True)
+    stack.div_(torch.where(norms > 0, norms, 1.0))
+    orthogonalize(stack)
+
+
+class MuonPlus(Part):
+    """Muon+: the orthogonalized matrix gets the norm of a matrix with orthonormal rows or columns (arXiv 2602.21545,
+    as in nanochat).
+
+        O <- O sqrt(min(rows, cols)) / ||O||
+    """
+
+    option: ClassVar[str] = "muon_plus"
+
+    def direction(self, owned: Owned, group: Group) -> None:
+        if group["rule_options"][MuonPlus.option]:
+            owned.orthogonalize = partial(_renormed, owned.orthogonalize)
+        super().direction(owned, group)
+
+
+def _renormed(orthogonalize: Callable[[Tensor], None], stack: Tensor) -> None:
+    orthogonalize(stack)
+    norms = stack_norms(stack)
+    stack.mul_(torch.where(norms > 0, math.sqrt(min(stack.shape[-2:])) / norms, 1.0))
+
+
+PARTS: Mapping[str, type[Part]] = {part.option: part for part in (Cautious, RowFloor, RadialBrake, MuonEq, MuonPlus)}
+"""By the name of the option, in the order in which they stand before a rule."""
+
+
+@functools.lru_cache(maxsize=256)
+def with_parts(rule: MuonRule, parts: tuple[str, ...]) -> MuonRule:
+    """The rule with some parts, by their options; the same object for the same ones."""
+    chosen = tuple(part for option, part in PARTS.items() if option in parts)
+    if not chosen:
+        return rule
+    of_all: dict[str, Any] = {
+        # A class would hide what the next one asks for.
+        name: tuple(dict.fromkeys(wanted for part in (*chosen, rule) for wanted in getattr(part, name)))
+        for name in ("sends", "norms_first", "norms_before", "norms_after")
+    }
+    made = type(" ".join((*parts, rule.name)), (*chosen, type(rule)), of_all)
+    return cast(MuonRule, made())

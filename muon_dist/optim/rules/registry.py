@@ -1,0 +1,59 @@
+"""Which rules there are, and how others are added."""
+
+from __future__ import annotations
+
+from muon_dist.errors import ConfigError
+from muon_dist.optim.rules.adamuon import AdaMuonRule
+from muon_dist.optim.rules.hyperball import HyperballRule
+from muon_dist.optim.rules.muon import MuonRule
+from muon_dist.optim.rules.namo import NamoRule
+from muon_dist.optim.rules.normuon import NorMuonRule
+from muon_dist.optim.rules.parts import PARTS
+from muon_dist.optim.rules.soap_muon import SoapMuonRule
+
+RULES: dict[str, MuonRule] = {
+    rule.name: rule for rule in (MuonRule(), NorMuonRule(), AdaMuonRule(), HyperballRule(), NamoRule(), SoapMuonRule())
+}
+"""By the value of the option `rule`; `register_rule` adds to them."""
+
+# Other entries of a parameter's state.
+_TAKEN = frozenset(
+    {"momentum_buffer", "zero_gradient_steps", "rounding_steps", "master", "step", "exp_avg", "exp_avg_sq"}
+)
+
+
+def register_rule(rule: MuonRule) -> None:
+    """Make `rule=rule.name` mean this rule, on every rank and before an optimizer is made.
+
+    It has state dicts, checkpoints, layouts, groups and parts as the rules of the package have.
+
+    Args:
+        rule: an object of a subclass of `MuonRule` that can be made without arguments and keeps nothing itself.
+
+    Raises:
+        ConfigError: a rule, or an entry of the state, has one of its names.
+    """
+    if not isinstance(rule, MuonRule):
+        raise ConfigError(f"{rule!r} is no rule: give an object of a subclass of muon_dist.optim.rules.MuonRule")
+    known = RULES.get(rule.name)
+    if known is not None and _origin(known) == _origin(rule):  # registered again, as a notebook's cell is
+        RULES[rule.name] = rule
+        return
+    if known is not None:
+        raise ConfigError(f"rule '{rule.name}' exists already: choose another name")
+    for name in (*rule.owner_memory, *rule.matrix_memory):
+        if name in _TAKEN or name in memory_names() or ":" in name:
+            raise ConfigError(f"rule '{rule.name}': '{name}' in its memory is taken: choose another name, without ':'")
+    for name in rule.options:
+        if name in PARTS:
+            raise ConfigError(f"rule '{rule.name}': its option '{name}' has the name of a part: choose another")
+    RULES[rule.name] = rule
+
+
+def _origin(rule: MuonRule) -> tuple[str, str]:
+    return type(rule).__module__, type(rule).__qualname__
+
+
+def memory_names() -> set[str]:
+    """What rules keep beside momentum, by the names in the state."""
+    return {name for rule in RULES.values() for name in (*rule.owner_memory, *rule.matrix_memory)}
