@@ -79,9 +79,9 @@ class Step:
         momentum: after the step.
         direction: (rows, cols); the rule's update, before learning rate and scale.
         scale: factor of `scale` on the direction.
-        rate: the weight moves by `rate * direction` in all: learning rate times scale.
-        decay: the weight is first multiplied by this.
-        weight: after the step.
+        rate: learning rate times scale. decay: of the old weight. Of hyperball both with the factor that brings the
+            weight back to its norm.
+        weight: after the step, `decay * weight - rate * direction`.
         memory: after the step, under the names of `Before.memory`.
     """
 
@@ -109,17 +109,25 @@ def scale_factor(kind: str, rows: int, cols: int, transposed: bool = False) -> f
     }[kind]
 
 
-def plain_step(before: Before, asked: Hyperparameters, iteration: Iteration | None = None) -> Step:
+def plain_step(
+    before: Before,
+    asked: Hyperparameters,
+    iteration: Iteration | None = None,
+    momentum: Tensor | None = None,
+    memory: Mapping[str, Tensor] | None = None,
+) -> Step:
     """The step of one matrix or, with rule "adamw", of one tensor of any shape.
 
     Args:
         iteration: what orthogonalizes; by default `plain_newton_schulz` in the dtype of the tensors.
+        momentum, memory: what the update is made of, in place of what is computed here. With those that the optimizer
+            has computed, an error in them does not show again in the update. Of `memory` AdamW's "exp_avg_sq" counts.
 
     Raises:
         KeyError: an unknown rule or scale, or memory that the rule needs and `before` lacks.
     """
     if asked.rule == "adamw":
-        return _adamw(before, asked)
+        return _adamw(before, asked, momentum, memory or {})
 
     def orthogonalized(x: Tensor) -> Tensor:
         if iteration is not None:
@@ -127,7 +135,8 @@ def plain_step(before: Before, asked: Hyperparameters, iteration: Iteration | No
         return plain_newton_schulz(x, asked.ns_steps, asked.ns_schedule)
 
     gradient = before.gradient * asked.gradient_factor
-    momentum = asked.momentum * before.momentum + (1 - asked.momentum) * gradient
+    if momentum is None:
+        momentum = asked.momentum * before.momentum + (1 - asked.momentum) * gradient
     return _RULES[asked.rule](before, asked, gradient, momentum, orthogonalized)
 
 
@@ -163,7 +172,8 @@ def _hyperball(before: Before, asked: Hyperparameters, gradient: Tensor, momentu
     length = o.norm()
     direction = asked.rest * radius * o / length if length > 0 else torch.zeros_like(o)
     moved = before.weight - asked.lr * direction
-    return Step(momentum, direction, 1.0, asked.lr, 1.0, moved * (radius / moved.norm()), {"radius": radius})
+    back = float(radius / moved.norm())
+    return Step(momentum, direction, 1.0, back * asked.lr, back, back * moved, {"radius": radius})
 
 
 def _namo(before: Before, asked: Hyperparameters, gradient: Tensor, momentum: Tensor, ns: Iteration) -> Step:
@@ -192,19 +202,21 @@ def _applied(
     return Step(momentum, direction, scale, asked.lr * scale, decay, weight, memory)
 
 
-def _adamw(before: Before, asked: Hyperparameters) -> Step:
+def _adamw(before: Before, asked: Hyperparameters, momentum: Tensor | None, memory: Mapping[str, Tensor]) -> Step:
     """Loshchilov and Hutter (arXiv 1711.05101), with the bias corrections of Adam (arXiv 1412.6980, algorithm 1)."""
     beta1, beta2 = asked.betas
     steps = float(before.memory["step"]) + 1
     gradient = before.gradient * asked.gradient_factor
-    first = beta1 * before.momentum + (1 - beta1) * gradient
-    second = beta2 * before.memory["exp_avg_sq"] + (1 - beta2) * gradient * gradient
+    first = beta1 * before.momentum + (1 - beta1) * gradient if momentum is None else momentum
+    second = memory.get("exp_avg_sq")
+    if second is None:
+        second = beta2 * before.memory["exp_avg_sq"] + (1 - beta2) * gradient * gradient
     corrected = (second / (1 - beta2**steps)).sqrt() + asked.eps
     direction = first / (1 - beta1**steps) / corrected
     decay = 1 - asked.lr * asked.weight_decay
     weight = decay * before.weight - asked.lr * direction
-    memory = {"exp_avg_sq": second, "step": torch.as_tensor(steps)}
-    return Step(first, direction, 1.0, asked.lr, decay, weight, memory)
+    after = {"exp_avg_sq": second, "step": torch.as_tensor(steps)}
+    return Step(first, direction, 1.0, asked.lr, decay, weight, after)
 
 
 _RULES = {"muon": _muon, "normuon": _normuon, "hyperball": _hyperball, "namo": _namo}
