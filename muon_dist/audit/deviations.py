@@ -16,14 +16,14 @@ from muon_dist.numerics import SCHEDULES
 
 _SCALES = ("match_rms_adamw", "spectral", "none")
 FLIPPED = Cause("bit_flipped", "one element of what the owner gathered differs in one bit")
+BIAS = "bias_correction"
 SWAPPED = Cause("swapped", "the direction of another matrix, or of other inputs: a swapped result or a stale stack")
 
 
-def factors(asked: Hyperparameters, rows: int, cols: int, earlier: Sequence[float], world_size: int) -> list[Factor]:
+def factors(asked: Hyperparameters, before: Before, earlier: Sequence[float], world_size: int) -> list[Factor]:
     """Numbers that may stand before an update.
 
     Args:
-        rows, cols: of the matrix.
         earlier: rates of the group in the steps before.
         world_size: ranks that share the work.
     """
@@ -32,7 +32,10 @@ def factors(asked: Hyperparameters, rows: int, cols: int, earlier: Sequence[floa
         if asked.lr and lr != asked.lr:
             sentence = f"rate {lr:g} of a step before, asked {asked.lr:g}"
             found.append(Factor(Cause("old_rate", sentence), lr / asked.lr))
+    if asked.rule == "adamw":
+        found += _corrections(asked, float(before.memory["step"]) + 1)
     if asked.rule in ("muon", "normuon", "namo"):
+        rows, cols = before.weight.shape
         own = scale_factor(asked.scale, rows, cols, asked.transposed)
         for kind in _SCALES:
             if kind != asked.scale:
@@ -43,6 +46,22 @@ def factors(asked: Hyperparameters, rows: int, cols: int, earlier: Sequence[floa
         found.append(Factor(Cause("averaged_twice", f"divided by {ranks} ranks once too often"), 1 / ranks))
     found.append(Factor(Cause("twice", "applied twice"), 2.0))
     return found
+
+
+def _corrections(asked: Hyperparameters, steps: float) -> list[Factor]:
+    """Where eps does not count, a wrong bias correction of AdamW is a factor: c1 / sqrt(c2), or a part of it."""
+    beta1, beta2 = asked.betas
+    c1, root = 1 - beta1**steps, math.sqrt(1 - beta2**steps)
+    ways = [
+        ("computed without bias correction", c1 / root),
+        ("the first moment has no bias correction", c1),
+        ("the second moment has no bias correction", 1 / root),
+    ]
+    for other in (steps - 1, steps + 1):
+        if other > 0:
+            value = c1 / (1 - beta1**other) * math.sqrt(1 - beta2**other) / root
+            ways.append((f"bias correction of step {other:.0f}, asked {steps:.0f}", value))
+    return [Factor(Cause(BIAS, sentence), value) for sentence, value in ways]
 
 
 def gradient_factors(asked: Hyperparameters, world_size: int) -> list[Factor]:
@@ -107,12 +126,12 @@ def _of_adamw(
         return lambda: momentum / first / ((second / of_second).sqrt() + eps)
 
     c1, c2 = 1 - beta1**steps, 1 - beta2**steps
-    yield Direction(Cause("bias_correction", "computed without bias correction"), of(1.0, 1.0))
-    yield Direction(Cause("bias_correction", "the first moment has no bias correction"), of(1.0, c2))
-    yield Direction(Cause("bias_correction", "the second moment has no bias correction"), of(c1, 1.0))
+    yield Direction(Cause(BIAS, "computed without bias correction"), of(1.0, 1.0))
+    yield Direction(Cause(BIAS, "the first moment has no bias correction"), of(1.0, c2))
+    yield Direction(Cause(BIAS, "the second moment has no bias correction"), of(c1, 1.0))
     for other in (steps - 1, steps + 1):
         if other > 0:
-            cause = Cause("bias_correction", f"bias correction of step {other:.0f}, asked {steps:.0f}")
+            cause = Cause(BIAS, f"bias correction of step {other:.0f}, asked {steps:.0f}")
             yield Direction(cause, of(1 - beta1**other, 1 - beta2**other))
     for other_eps in (1e-6, 1e-8, 1e-10, 1e-15):
         if other_eps != asked.eps:

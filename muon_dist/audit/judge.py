@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from muon_dist.audit.cause import Difference, explain, match_factor
-from muon_dist.audit.deviations import FLIPPED, SWAPPED, directions, factors, flipped, gradient_factors, swapped
+from muon_dist.audit.deviations import BIAS, FLIPPED, SWAPPED, directions, factors, flipped, gradient_factors, swapped
 from muon_dist.audit.recompute import Before, Hyperparameters, Step, plain_step
 from muon_dist.audit.tolerance import Precision, Tolerance, tolerance_of
 from muon_dist.optim.reference import plain_newton_schulz
@@ -128,8 +128,9 @@ def _reference(
     written = Written.of(seen.before.weight, seen.weight, step, asked, precision, limit)
     if asked.rule == "adamw" or not written.wrong or not math.isfinite(written.error):
         return step, limit
-    wide = Before(*(t.double() for t in (seen.before.weight, seen.before.gradient, seen.before.momentum)), {
-        k: v.double() for k, v in seen.before.memory.items()})  # fmt: skip
+    b = seen.before
+    memory = {name: value.double() for name, value in b.memory.items()}
+    wide = Before(b.weight.double(), b.gradient.double(), b.momentum.double(), memory)
     given: list[tuple[Tensor, Tensor]] = []
 
     def iteration(x: Tensor) -> Tensor:
@@ -289,8 +290,7 @@ class Written:
 def _update(w: Written, seen: Observed, asked: Hyperparameters, around: Circumstances) -> Alarm | None:
     if not w.wrong:
         return None
-    rows, cols = w.update.shape if w.update.dim() == 2 else (1, w.update.numel())
-    lengths = factors(asked, rows, cols, around.earlier, around.world_size)
+    lengths = factors(asked, seen.before, around.earlier, around.world_size)
     if not math.isfinite(w.error):
         return Alarm("direction", "the weight is not finite", ("not_finite",), math.nan, math.nan)
     alarm = length_alarm(w, asked, lengths)
@@ -334,6 +334,8 @@ def length_alarm(w: Written, asked: Hyperparameters, lengths: Sequence[Any]) -> 
     cause = match_factor(f, lengths, max(2 * w.bound_b, 0.002))
     said = f"the update is {f:.4g} times what was asked" + (f": {cause.sentence}" if cause else "")
     names = (cause.name,) if cause else ("wrong_factor",)
+    if names == (BIAS,):
+        return Alarm("direction", said, names, *numbers)
     with_decay = abs(w.a + w.b * lost) <= max(w.bound_a, 0.2 * abs(w.b) * lost)
     if lost * abs(w.b) > 2 * w.bound_a:  # a wrong rate would show in the decay too
         if with_decay:
