@@ -205,7 +205,9 @@ def rate_at(step: int) -> float:
     return 0.02 * (1 - step / 40)
 
 
-def watched(fault: Fault | None, steps: int = STEPS, **options: Any) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
+def watched(
+    fault: Fault | None, steps: int = STEPS, **options: Any
+) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
     """All lines of a run with a fault from step `FIRST` on, and the weights after it; on each rank."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape) * 0.2) for shape in SHAPES]

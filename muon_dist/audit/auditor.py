@@ -65,13 +65,14 @@ class Audit:
 
     def __init__(self, settings: AuditSettings | Mapping[str, Any]) -> None:
         self.settings = settings if isinstance(settings, AuditSettings) else AuditSettings.of(settings)
-        self.step = self._first = self.undone = self.bytes_sent = 0
+        self.step = self.undone = self.bytes_sent = 0
         self.seconds = 0.0
         self.latest: dict[str, dict[str, Any]] = {}
         self.alarms: list[dict[str, Any]] = []
         self.follow = Follow()
         self.chain = Chain()
         self._begun = False
+        self._offset: int | None = None
         self._resumed: tuple[str, int] | None = None
         self._undo: Undo | None = None
         self._rates: deque[dict[int, float]] = deque(maxlen=_RATES_KEPT)
@@ -91,7 +92,7 @@ class Audit:
         """
         began = time.perf_counter()
         runtime, call = optimizer.runtime, Call(work, adamw, present, zero)
-        step = self._first + runtime.transport.progress.step + 1
+        step = self._step_of(runtime)
         if step != self.step:
             self.step = step
             self._undo = Undo() if self._due and self.settings.on_alarm == "undo" else None
@@ -127,6 +128,13 @@ class Audit:
             self.follow.forget()
         else:
             self.follow.after(runtime, call.work, self._next_matrix(runtime))
+
+    def _step_of(self, runtime: Runtime) -> int:
+        """Number of the step that is being made. Steps that are left out for their gradients count as well."""
+        made = runtime.transport.progress.step
+        if self._offset is None:
+            self._offset = self.step - made
+        return self._offset + made + 1
 
     @property
     def _due(self) -> bool:
@@ -178,17 +186,16 @@ class Audit:
     # Result ---------------------------------------------------------------------------------------------------------
 
     def _begin(self, runtime: Runtime) -> None:
-        """The first line of this process."""
+        """Write the first line of this process."""
         if self._begun:
             return
         self._begun = True
         self.chain = Chain(self.settings.path, writes=runtime.transport.rank == 0)
-        if self._resumed is not None:
-            self.chain.go_on_from(*self._resumed, step=self.step)
         names = [m.matrix.name for m in runtime.plan.layout.matrices]
         settings = {"every": self.settings.every, "matrices": self.settings.matrices, "seed": self.settings.seed}
         layout = {"layout": runtime.plan.layout.kind, "world_size": runtime.transport.world_size}
-        self.chain.append({"kind": "start", "step": self.step, **settings, **layout, "names": names})
+        first = {"step": self.step, **settings, **layout, "names": names}
+        self.chain.start(first, *(self._resumed or ()))
 
     def _note(self, runtime: Runtime, lines: Sequence[dict[str, Any]]) -> bool:
         """Write the lines, and do what an alarm asks for. Whether the step was taken back."""
@@ -219,9 +226,8 @@ class Audit:
     # State ----------------------------------------------------------------------------------------------------------
 
     def begin_at(self, step: int) -> None:
-        """The next optimizer step is `step + 1`, if no saved state says otherwise."""
-        if self.step == 0:
-            self.step = self._first = step
+        """The next optimizer step is `step + 1`."""
+        self.step, self._offset = step, None
 
     def forget(self) -> None:
         """The optimizer's state was loaded: expect nothing of it in the next step."""
@@ -235,7 +241,7 @@ class Audit:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the chain of a saved run."""
-        self.step = self._first = int(state["step"])
+        self.begin_at(int(state["step"]))
         self._begun = False
         self._resumed = (str(state["head"]), int(state["lines"]))
 

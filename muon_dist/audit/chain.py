@@ -51,17 +51,17 @@ class Chain:
                 self._path = None
         return dict(plain)
 
-    def go_on_from(self, head: str, lines: int, step: int) -> None:
-        """Continue behind the line with digest `head`, the `lines`-th, with a line that says so.
+    def start(self, record: Mapping[str, Any], head: str = BEGINNING, lines: int = 0) -> None:
+        """Begin, or continue behind the line with digest `head`, the `lines`-th, with a line that says so.
 
-        What the file holds behind it belongs to an abandoned branch of the run and stays there.
+        What the file holds behind that line belongs to an abandoned branch of the run, or to an older run, and stays.
         """
         self.head, self.lines = head, lines
         if self._path is not None and self._path.is_file():
             whole, end, rest = self._path.read_bytes().rpartition(b"\n")
             if rest:  # a process that was killed may leave half of its last line
                 self._path.write_bytes(whole + end)
-        self.append({"kind": "resume", "step": step, "previous": head})
+        self.append({"kind": "start", "previous": head, **record})
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Read:
     Attributes:
         records: of all lines that could be read, with their line numbers.
         problems: "line 12: ..." of what is damaged, changed or missing.
-        abandoned: line numbers behind which a resumed run did not go on.
+        abandoned: numbers of lines that no later start goes on from: a branch that was left, or an older run.
         digests: of all lines.
         head: digest of the last line.
     """
@@ -112,7 +112,7 @@ def read_chain(path: Path) -> Read:
 
 def _link(found: Read, number: int, record: dict[str, Any], claimed: str) -> None:
     previous = found.head
-    if record.get("kind") == "resume":
+    if record.get("kind") == "start":
         previous = str(record.get("previous"))
         if previous not in {BEGINNING, *found.digests}:
             found.problems.append(f"line {number}: goes on from a line that is missing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -45,7 +46,7 @@ class Verified:
         problems: of the chain and of checkpoints: empty if everything is whole.
         audits: records of audited tensors that belong to the run.
         abandoned: lines of branches on which a resumed run did not go on.
-        resumes: lines that say that a run goes on.
+        starts: processes of the run, resumed ones included.
         heads: checkpoints whose head was found in the chain.
         names: all Muon matrices, from the newest start.
         settings: of the audit, from the newest start.
@@ -57,7 +58,7 @@ class Verified:
     problems: list[str] = field(default_factory=list)
     audits: list[dict[str, Any]] = field(default_factory=list)
     abandoned: int = 0
-    resumes: int = 0
+    starts: int = 0
     heads: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +90,7 @@ class Verified:
         """The run in up to five parts of about as many audits."""
         count = len(self.audits)
         borders = sorted({count * n // _PARTS for n in range(_PARTS + 1)})
-        return [_period(self.audits[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+        return [_period(self.audits[a:b]) for a, b in itertools.pairwise(borders)]
 
     def raise_if_bad(self) -> None:
         """Raise AuditError, which says what is wrong."""
@@ -128,7 +129,7 @@ def verify(run: Path) -> Verified:
     if starts:
         found.settings = {key: starts[-1].get(key) for key in ("every", "matrices", "seed", "layout", "world_size")}
         found.names = list(starts[-1].get("names", []))
-    found.resumes = sum(r.get("kind") == "resume" for _, r in chain.records)
+    found.starts = len(starts)
     found.gaps = list(_gaps([r["step"] for r in found.audits], found.settings.get("every")))
     _check_heads(found, chain, run)
     return found
@@ -138,15 +139,15 @@ def _gaps(steps: Iterable[int], every: int | None) -> Iterable[tuple[int, int]]:
     if not every:
         return
     ordered = sorted(set(steps))
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in itertools.pairwise(ordered):
         if after - before > every:
             yield before + every, after - every
 
 
 def _check_heads(found: Verified, chain: Read, run: Path) -> None:
     """Every checkpoint must know a line of this chain: a chain that was cut or written anew does not have it."""
-    folder = run / "checkpoints"
-    for path in commits(folder) if run.is_dir() and folder.is_dir() else ():
+    folders = [f for f in (run / "checkpoints", run) if f.is_dir()]
+    for path in (path for folder in folders for path in commits(folder)):
         try:
             checkpoint = open_checkpoint(path)
             state = checkpoint.state().get(STATE)
@@ -154,7 +155,7 @@ def _check_heads(found: Verified, chain: Read, run: Path) -> None:
         except MuonDistError as error:
             found.problems.append(f"{path.name}: {error}")
             continue
-        if state is None:
+        if state is None:  # saved without an audit
             continue
         if state["lines"] and state["head"] not in chain.digests:
             found.problems.append(f"{path.name}: line {state['lines']}, which it names, is not in the chain")
