@@ -60,7 +60,7 @@ class Audit:
         undone: steps that were taken back since this process began.
         chain: what was written.
         bytes_sent: by this rank, for the audit, since this process began.
-        seconds: spent in audited steps beside the step itself.
+        seconds: that the host has spent on the audit, waiting for other ranks included.
     """
 
     def __init__(self, settings: AuditSettings | Mapping[str, Any]) -> None:
@@ -103,7 +103,7 @@ class Audit:
             if self._undo is not None:
                 self._undo.keep(runtime, work, adamw, optimizer.state)
             call.audited = [*self._matrices(runtime, call), *self._parameter(optimizer, call)]
-            self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - began
         return call
 
     def after(self, optimizer: Any, call: Call) -> None:
@@ -112,9 +112,9 @@ class Audit:
         Raises:
             AuditError: with `on_alarm="stop"`, on all ranks.
         """
+        began = time.perf_counter()
         runtime, taken_back = optimizer.runtime, False
         if call.audited:
-            began = time.perf_counter()
             self._begin(runtime)
             sent = runtime.transport.bytes_sent
             earlier = [[of_step[g] for of_step in list(self._rates)[-2::-1] if g in of_step]
@@ -122,12 +122,12 @@ class Audit:
             lines = proceed(runtime, call.audited, self.settings, self.follow.changed(), earlier)
             self.bytes_sent += runtime.transport.bytes_sent - sent
             taken_back = self._note(runtime, lines)
-            self.seconds += time.perf_counter() - began
         if taken_back:
             optimizer.guard.applied = False  # what a framework still steps of this step is left out as well
             self.follow.forget()
         else:
             self.follow.after(runtime, call.work, self._next_matrix(runtime))
+        self.seconds += time.perf_counter() - began
 
     def _step_of(self, runtime: Runtime) -> int:
         """Number of the step that is being made. Steps that are left out for their gradients count as well."""

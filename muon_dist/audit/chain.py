@@ -13,6 +13,8 @@ from typing import Any
 BEGINNING = "0" * 64
 """What stands for the digest of the line before the first."""
 FILE = "audit.jsonl"
+_AUDIT = ("step", "matrix", "algorithm", "owner", "auditor", "errors", "tolerance", "alarms")
+_NEEDED = {"start": ("previous", "step"), "audit": _AUDIT}
 
 
 def digest_of(previous: str, record: Mapping[str, Any]) -> str:
@@ -101,7 +103,9 @@ def read_chain(path: Path) -> Read:
             found.problems.append(f"line {number}: cut off: it has no end")
         try:
             record = json.loads(line)
-            claimed = record["digest"]
+            claimed = str(record["digest"])
+            if any(key not in record for key in _NEEDED[record["kind"]]):
+                raise KeyError
         except (ValueError, KeyError, TypeError):
             found.problems.append(f"line {number}: not a record with a digest")
             found.head = ""

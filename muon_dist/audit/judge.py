@@ -126,7 +126,8 @@ def _reference(
     step = plain_step(seen.before, asked, momentum=seen.momentum, memory=seen.memory)
     limit = tolerance_of(precision, wanted=around.wanted)
     written = Written.of(seen.before.weight, seen.weight, step, asked, precision, limit)
-    if asked.rule == "adamw" or not written.wrong or not math.isfinite(written.error):
+    doubt = written.wrong or (asked.rule != "adamw" and bool(_off(seen, step, limit)))
+    if asked.rule == "adamw" or not doubt or not math.isfinite(written.error):
         return step, limit
     b = seen.before
     memory = {name: value.double() for name, value in b.memory.items()}
@@ -146,16 +147,22 @@ def _reference(
     return step, tolerance_of(precision, spread, around.wanted)
 
 
-def fit(rest: Tensor, x: Tensor, y: Tensor) -> tuple[float, float, float]:
-    """(a, b, norm of what is left) of the least squares rest = a x + b y, in fp64; 0 for a vector that is zero."""
+def fit(rest: Tensor, x: Tensor, y: Tensor) -> tuple[float, float, float, float]:
+    """(a, b, norm of what is left, condition) of the least squares rest = a x + b y, in fp64.
+
+    The number for a vector that is zero is 0. Errors of `a` and `b` are `condition` times as large as they would be if
+    x and y were at right angles.
+    """
     rest, x, y = (t.detach().double().flatten() for t in (rest, x, y))
     xx, yy, xy, xr, yr = (float(p @ q) for p, q in ((x, x), (y, y), (x, y), (x, rest), (y, rest)))
     determinant = xx * yy - xy * xy
-    if determinant > 1e-10 * xx * yy:
+    condition = 1.0
+    if determinant > 1e-6 * xx * yy:
         a, b = (yy * xr - xy * yr) / determinant, (xx * yr - xy * xr) / determinant
+        condition = math.sqrt(xx * yy / determinant)
     else:  # one of them is zero, or they are parallel
         a, b = (0.0, yr / yy) if yy > 0 else (xr / xx if xx > 0 else 0.0, 0.0)
-    return a, b, float((rest - a * x - b * y).norm())
+    return a, b, float((rest - a * x - b * y).norm()), condition
 
 
 def _added(
@@ -172,7 +179,7 @@ def _added(
     turn = difference.factor, difference.angle
     if not math.isfinite(error):
         return error, Alarm("momentum", f"{what} is not finite", ("not_finite",), *turn)
-    p, q, left = fit(got, old, new)
+    p, q, left, _ = fit(got, old, new)
     close = 20 * limit + 1e-4
     if left / size > max(limit, 0.02 * error):
         wrong = (got - want).abs()
@@ -201,12 +208,16 @@ def _memory(
         square = (seen.before.gradient * asked.gradient_factor).square()
         args = (seen.memory["exp_avg_sq"], seen.before.memory["exp_avg_sq"], square, asked.betas[1])
         return _added(*args, limit.momentum, asked, around, "the second moment")[1]
-    for name, value in seen.memory.items():
-        difference = Difference.between(value, step.memory[name])
-        if difference.error > 2 * limit.direction:
-            return Alarm("momentum", f"{name} is {100 * difference.error:.2g}% off", ("stale_memory",),
-                         difference.factor, difference.angle)  # fmt: skip
+    for name, difference in _off(seen, step, limit).items():
+        said = f"{name} is {100 * difference.error:.2g}% off"
+        return Alarm("momentum", said, ("stale_memory",), difference.factor, difference.angle)
     return None
+
+
+def _off(seen: Observed, step: Step, limit: Tolerance) -> dict[str, Difference]:
+    """What of a rule's memory is wrong. It holds squares of directions, with twice their error and some rows more."""
+    found = {name: Difference.between(value, step.memory[name]) for name, value in seen.memory.items()}
+    return {name: difference for name, difference in found.items() if difference.error > 4 * limit.direction}
 
 
 @dataclass(frozen=True)
@@ -257,7 +268,7 @@ class Written:
             want = ((decay * old).to(precision.weight).double() - update).to(precision.weight).double()
         rest = got - want
         size, weight, n = float(update.norm()), float(old.norm()), max(update.numel(), 1)
-        a, b, left = fit(rest, old, -update)
+        a, b, left, condition = fit(rest, old, -update)
         noise = limit.written * weight
         root = math.sqrt(n)
         if size == 0.0:
@@ -267,8 +278,12 @@ class Written:
         bound_b = limit.direction + 6 * noise / (size * root)
         bound_a = math.inf
         if weight > 0:
-            bound_a = 6 * limit.written / root + limit.direction * size / weight * max(10 / root, 0.02)
+            share, rounding = max(10 / root, 0.02), 6 / root
+            if asked.rule == "hyperball":  # its factor on the old weight follows from the weight that was written
+                share = rounding = 1.0
+            bound_a = rounding * limit.written + limit.direction * size / weight * share
         error = float(rest.norm()) / size
+        bound_a, bound_b = condition * bound_a, condition * bound_b
         return cls(old, got, want, update, decay, a, b, left / size, error, bound, bound_a, bound_b)
 
     @property
