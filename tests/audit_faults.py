@@ -54,7 +54,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was found: the step, the first line with an alarm, all lines with one; None and nothing without."""
+    """What was found: step and first line with an alarm (None without), and how many lines have one."""
 
     step: int | None
     line: dict[str, Any] | None
@@ -208,7 +208,7 @@ def rate_at(step: int) -> float:
 def watched(
     fault: Fault | None, steps: int = STEPS, **options: Any
 ) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
-    """All lines of a run with a fault from step `FIRST` on, and the weights after it; on each rank."""
+    """All lines of a run, and its last weights; on each rank. With a fault from step `FIRST` on, until an alarm."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(shape) * 0.2) for shape in SHAPES]
     parameters += [torch.nn.Parameter(torch.randn(n)) for n in (40, 9)]
@@ -235,6 +235,8 @@ def watched(
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(step)
             optimizer.step()
+            if fault is not None and any(line.get("alarms") for line in lines):
+                break  # on all ranks: they know the same
     return lines, [p.detach() for p in parameters]
 
 
