@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from muon_dist.optim import Muon, param_groups
 from tests.distributed import run_ranks
 
-TOKENS = 2048
+TOKENS = 1024
 
 
 def cost(steps: int, every: int) -> dict[str, float]:
@@ -37,7 +37,7 @@ def cost(steps: int, every: int) -> dict[str, float]:
     optimizer = Muon(param_groups(plain, lr=1e-3), lr=1e-3, audit={"every": every})
     audit, total, seconds = optimizer.audit, 0.0, 0.0
     for step in range(steps + 1):
-        ids = torch.randint(0, 2048, (TOKENS // 512, 512))
+        ids = torch.randint(0, 2048, (TOKENS // 256, 256))
         began = time.perf_counter()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()

@@ -133,11 +133,7 @@ class Muon(StateDicts):
         self.guard = StepGuard(max_nonfinite)
         self.progress = Progress()
         self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
-        if isinstance(audit, Mapping):
-            from muon_dist.audit.auditor import Audit  # it imports modules of this package
-
-            audit = Audit(audit)
-        self.audit: Audit | None = audit
+        self.audit = _audit(audit)
         self.specs: list[list[ParameterSpec]] = []
         self.algorithms: list[str] = []
         self._kinds: list[Kind] = []
@@ -293,8 +289,7 @@ class Muon(StateDicts):
         binding, progress = runtime.binding, runtime.transport.progress
         binding.before_step()
         # What is another object in `state` than was put there comes from others: it counts.
-        put = ((p, key, value) for p, of_p in runtime.in_state.items() for key, value in of_p.items())
-        if any(self.state.get(p, {}).get(key) is not value for p, key, value in put):
+        if any(self.state.get(p, {}).get(k) is not v for p, kept in runtime.in_state.items() for k, v in kept.items()):
             follow(runtime, self.state)
         if any(all(group is not known for known in self._groups) for group in self.param_groups):
             self._groups = replaced_groups(self._groups, self.param_groups)
@@ -343,11 +338,19 @@ class Muon(StateDicts):
             work[buffer] = Work(local, gradient, self._groups[index])
         call = self.audit.before(self, work, adamw, present, allowed.zero, rates) if self.audit is not None else None
         progress.enter("adamw")
-        for index, of_group in adamw.items():
-            size = self._options.bucket_bytes
-            adamw_step(self._groups[index], self.state, of_group, binding.local, size, self._rounding)
+        for i, items in adamw.items():
+            adamw_step(self._groups[i], self.state, items, binding.local, self._options.bucket_bytes, self._rounding)
         runtime.step(work, allowed.zero)
         if call is not None and self.audit is not None:
             self.audit.after(self, call)
         if self._masters is not None:
             self._masters.close()
+
+
+def _audit(given: Audit | Mapping[str, Any] | None) -> Audit | None:
+    """The argument `audit` as an object. Raises ConfigError for a setting that cannot be used."""
+    if not isinstance(given, Mapping):
+        return given
+    from muon_dist.audit.auditor import Audit  # it imports modules of this package
+
+    return Audit(given)
