@@ -258,8 +258,9 @@ class BucketRun:
                     torch._foreach_copy_(p.scratch_views, given)
                 given = p.scratch_views
             weights = [self.step.weights[n] for n in p.numbers]
-            if weights[0].dtype == given[0].dtype != torch.float32:
-                given = [u.to(torch.float32) for u in given]  # lr times scale is rounded to fp32, never to 16 bits
+            # lr times scale is rounded to fp32, never to 16 bits. fp64 messages hold fp32 numbers.
+            if given[0].dtype == torch.float64 or weights[0].dtype == given[0].dtype != torch.float32:
+                given = [u.to(torch.float32) for u in given]
             if self.step.rounding is None:
                 if of_group.rule.decays_late:
                     self._decay_late(p, weights, given)

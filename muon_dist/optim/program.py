@@ -202,6 +202,7 @@ class Program:
         groups: the parameter groups.
         summed: those whose rule looks at the norms of whole matrices.
         buckets: in the order in which they are stepped.
+        updates: dtype of the messages to the holders.
     """
 
     weights: Listing
@@ -209,6 +210,7 @@ class Program:
     groups: list[GroupProgram]
     summed: list[GroupProgram]
     buckets: list[BucketProgram]
+    updates: torch.dtype
 
     @functools.cached_property
     def looks_at_weights(self) -> bool:

@@ -1,0 +1,83 @@
+"""The audit of a `MuonTrainer`: its head in checkpoints, a chain that goes on after a resume, stale momentum."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from muon_dist import MuonTrainer
+from muon_dist.adapters.hf_trainer import CheckpointOptions
+from muon_dist.audit.verify import STATE, verify
+from muon_dist.checkpoint import Checkpoint
+from muon_dist.errors import ConfigError
+from tests.adapters.test_hf_trainer import Order, Words, arguments, losses, make_model
+
+
+def trainer_for(folder: Path, audit: dict[str, Any] | None, *callbacks: TrainerCallback) -> MuonTrainer:
+    args = arguments(folder, save_strategy="steps", save_steps=2, per_device_train_batch_size=4)
+    muon = {"adamw_lr": 1e-3, "print_routing": False, "ns_dtype": torch.float32, "audit": audit}
+    options = CheckpointOptions(say=lambda text: None)
+    return MuonTrainer(
+        make_model(), args, muon=muon, train_dataset=Words(), train_sampler=Order, checkpoint=options,
+        callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+class Zero(TrainerCallback):
+    """Loses the momentum that was loaded."""
+
+    trainer: MuonTrainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            for momentum in self.trainer._bare_optimizer().runtime.momentum.values():
+                momentum.zero_()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
+    folder = tmp_path_factory.mktemp("audited")
+    trainer = trainer_for(folder, {"every": 1})
+    trainer.train()
+    return folder, losses(trainer)
+
+
+def test_a_run_is_audited_and_unchanged(run: tuple[Path, list[float]], tmp_path: Path):
+    folder, figures = run
+    off = trainer_for(tmp_path, None)
+    off.train()
+    assert losses(off) == figures, "bit for bit"
+    found = verify(folder)
+    assert found.good and {r["step"] for r in found.audits} == set(range(1, 7))
+    assert found.heads == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_a_resumed_run_goes_on_with_the_chain(run: tuple[Path, list[float]]):
+    folder, figures = run
+    state = Checkpoint.look(folder / "checkpoint-2").state()[STATE]
+    trainer = trainer_for(folder, {"every": 1})
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert losses(trainer) == figures
+    found = verify(folder)
+    assert found.good and found.starts == 2 and found.abandoned > 0 and state["step"] == 2
+    assert sorted({r["step"] for r in found.audits}) == list(range(1, 7))
+
+
+def test_momentum_that_was_lost_in_a_resume_is_named(run: tuple[Path, list[float]]):
+    folder, _ = run
+    zero = Zero()
+    zero.trainer = trainer = trainer_for(folder, {"every": 1}, zero)
+    with pytest.warns(RuntimeWarning, match="momentum is not what the saved run had: stale after a load"):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    found = verify(folder)
+    assert not found.good and found.alarms[0]["step"] == 3
+    assert found.alarms[0]["alarms"][0]["causes"] == ["stale_momentum"]
+
+
+def test_wrong_settings_are_refused_when_the_trainer_is_made(tmp_path: Path):
+    with pytest.raises(ConfigError, match="audit: every is 0"):
+        trainer_for(tmp_path, {"every": 0})
