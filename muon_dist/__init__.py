@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from muon_dist.adapters.factory import MuonFactory, for_trainer
     from muon_dist.adapters.hf_guards import Guards
     from muon_dist.adapters.hf_trainer import MuonTrainer
+    from muon_dist.audit.witness import witness
     from muon_dist.numerics.newton_schulz import newton_schulz
     from muon_dist.optim.groups import param_groups, routing_table
     from muon_dist.optim.muon import Muon
@@ -27,6 +28,7 @@ _HOMES = {
     "newton_schulz": "muon_dist.numerics.newton_schulz",
     "param_groups": "muon_dist.optim.groups",
     "routing_table": "muon_dist.optim.groups",
+    "witness": "muon_dist.audit.witness",
 }
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "newton_schulz",
     "param_groups",
     "routing_table",
+    "witness",
 ]
 __version__ = "0.1.0"
 
