@@ -115,7 +115,10 @@ class DeepSpeedSource:
     def weight(self, name: str) -> Tensor:
         p = self._parameters[name]
         found = safe_get_full_fp32_param(p) if self._has_masters(p) else _master_of_stage_0(self.engine, p)
-        return self._joined(name, (p.detach() if found is None else found.detach().view(p.shape)).double())
+        return self._joined(
+            name,
+            (p.detach() if found is None else found.detach().view(tuple(getattr(p, "ds_shape", p.shape)))).double(),
+        )
 
     def weight_eps(self, name: str) -> float:
         p = self._parameters[name]

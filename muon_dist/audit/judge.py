@@ -335,7 +335,7 @@ Explained = tuple[Deviation, Iteration, Fit]
 
 
 def _best(judging: Judge, deviations: Sequence[Deviation], asked: Iteration) -> Explained | None:
-    """The direction that leaves least, where each further cause must pay for itself by a quarter.
+    """The direction that leaves least, where a further cause must pay for itself.
 
     16-bit precision is tried where fp64 comes near, since it is the dearer one.
     """
@@ -354,7 +354,7 @@ def _best(judging: Judge, deviations: Sequence[Deviation], asked: Iteration) -> 
                 left = min(left, fitted.left)
                 if fits:
                     causes = (not base) + (len(_choices(one, judging.asked.iteration)) if deviation.iterates else 0)
-                    found.append(((fitted.left + 1e-4) * (1 + 0.25 * causes), (deviation, one, fitted)))
+                    found.append(((fitted.left + 1e-4) * (1 + causes), (deviation, one, fitted)))
                 if fitted.left < 1e-5:
                     return deviation, one, fitted
     return min(found, key=lambda f: f[0])[1] if found else None

@@ -91,6 +91,19 @@ def _prepare(case: Case) -> None:
     prepare_process(gpu=case.device == "cuda")
 
 
+def initialize(model: nn.Module, optimizer: Any, config: dict[str, Any]) -> Any:
+    """An engine; ours is attached, and without an optimizer DeepSpeed makes the one that `config` names."""
+    logger.setLevel("ERROR")
+    prepare_process(gpu=False)
+    given: dict[str, Any] = {"optimizer": optimizer}
+    if optimizer is None:
+        given = {"model_parameters": [p for p in model.parameters() if p.requires_grad]}
+    engine, *_ = deepspeed.initialize(model=model, config=config, **given)
+    if isinstance(optimizer, Muon):
+        attach(engine)
+    return engine
+
+
 def make(model: nn.Module, case: Case, build: Builder) -> EngineSide:
     """An engine around an optimizer of torch's kind."""
     _prepare(case)
