@@ -33,6 +33,7 @@ class Length:
     judgement: Judgement
     factors: tuple[Factor, ...]
     zeros: int
+    weight_eps: float
 
     @property
     def ratio(self) -> float:
@@ -146,6 +147,9 @@ class Decay:
         ratio = length.ratio / SCALES[scale.name](*length.shape)
         if abs(decay - asked) <= doubt or abs(decay - asked * ratio) <= doubt:
             return None
+        if asked < length.weight_eps and length.weight_eps > 1e-4:
+            lost = f"decay of {asked:.3g} in a step is below the rounding of the weight's dtype"
+            return Cause("decay_rounded", lost, "choice")
         if abs(decay) <= doubt:
             return Cause("no_decay", f"decay missing: {asked:.3g} of the weight was asked in a step")
         if asked == 0:

@@ -37,9 +37,16 @@ _OPTIONS = (
 
 
 class Followed:
-    """What the witness keeps of one matrix."""
+    """What the witness keeps of one matrix.
 
-    def __init__(self, name: str, shape: tuple[int, int], device: torch.device, pieces: Sequence[int]) -> None:
+    Attributes:
+        late: it is followed from a later step on than the optimizer's first, so its momentum must be taken in first.
+        written: somebody wrote the weight between two steps, and no save that was seen has it.
+    """
+
+    def __init__(
+        self, name: str, shape: tuple[int, int], device: torch.device, pieces: Sequence[int], late: bool
+    ) -> None:
         self.name = name
         self.shape = shape
         self.pieces = tuple(pieces)
@@ -47,6 +54,8 @@ class Followed:
         self.habit: Habit | None = None
         self.decay = Decay()
         self.searches = 0
+        self.late = late
+        self.written = False
         self.gradients: dict[str, Tensor] | None = None
         self.before: Tensor | None = None
         self.after: Tensor | None = None
@@ -163,15 +172,14 @@ class Witness:
             names.sort(key=lambda n: rank[n])
         device = torch.device("cpu")
         self._followed = {
-            n: Followed(n, self._source.matrices[n], device, self._pieces.get(n, ())) for n in sorted(names[:count])
+            n: Followed(n, self._source.matrices[n], device, self._pieces.get(n, ()), self.steps > 0)
+            for n in sorted(names[:count])
         }
         self._since = self.steps
         self._source.follow(list(self._followed))
 
     def _warm(self, asked: Asked) -> int:
         """Steps after which a momentum that began later than the optimizer's is as good as its own."""
-        if self._since == 0:
-            return 0
         slowest = max(asked.betas) if self.wanted.rule == "adamw" else asked.momentum
         return math.ceil(math.log(1e-4) / math.log(slowest)) if slowest > 0 else 1
 
@@ -204,6 +212,8 @@ class Witness:
                 f.memory.after_load(kept)
                 f.searches = 0
                 return
+        f.written = True
+        f.memory.after_load(None)
         cause = Cause("written", "the weight changed between two steps: a load, or another writer", "choice")
         change = Difference.between(f.before, f.after)  # type: ignore[arg-type]
         self._note(f.name, cause, change, cause.sentence)
@@ -248,7 +258,7 @@ class Witness:
             if self.wanted.rule == "adamw":
                 labels[BASE] = labels[CLIPPED]
         f.memory.take(labels, asked.momentum, tuple({asked.betas, *ADAM_BETAS}))
-        if self.steps % self._every or f.memory.steps <= self._warm(asked) or not f.memory.moved:
+        if self.steps % self._every or (f.late and f.memory.steps <= self._warm(asked)) or not f.memory.moved:
             return None
         length = self._look(f, asked, change, said)
         if self.wanted.rule == "normuon" and f.habit is not None:
@@ -273,9 +283,16 @@ class Witness:
             self._source.shards(f.name), said.factors, self._source.weight_eps(f.name), self._source.gradient_eps
         )
         found = judge(Step(f.before, f.after, f.memory, asked, facts), f.habit, search=f.searches < SEARCHES)
+        if not found.known and f.written:
+            # What was loaded may be any momentum: it is followed from now on, and judged once it is known.
+            cause = Cause("momentum_unknown", "momentum is unknown after the weight was written", "choice")
+            self._note(f.name, cause, found.difference, cause.sentence)
+            f.memory, f.late, f.written = Memory(f.shape, f.before.device), True, False
+            return None
+        f.written = False
         f.searches += not found.known
         f.habit = found.habit
-        return Length(f.name, f.shape, asked, found, said.factors, f.memory.zeros)
+        return Length(f.name, f.shape, asked, found, said.factors, f.memory.zeros, facts.weight_eps)
 
     def _conclude(self, judged: Sequence[tuple[Followed, Length]]) -> None:
         """Name what the directions and lengths of one step show."""
@@ -295,6 +312,8 @@ class Witness:
                 causes.append(decay)
             if not found.known:
                 causes.append(Cause("unknown", "no known cause"))
+            if any(c.name == "rests" for c in causes):
+                difference = difference.against(e.asked.momentum**e.zeros)
             self.seen.append(Seen(self.steps, e.name, difference, found.noise, tuple(c.name for c in causes)))
             if scale.settled and e.asked.scale is None and self.wanted.rule != "adamw" and scale.name != "none":
                 causes.append(Cause("scale", f"factor of the shape: {scale.name}", "choice"))

@@ -174,4 +174,4 @@ def _engine(case: Case) -> Training:
     def load(folder: str, saved: Any) -> None:
         engine.load_checkpoint(folder)
 
-    return Training(engine, engine.module, backward, step, engine.save_checkpoint, load)
+    return Training(engine, engine.module, backward, step, lambda folder: engine.save_checkpoint(folder), load)
