@@ -19,7 +19,7 @@ from torch import Tensor
 from muon_dist.audit.asked import is_muon_group
 from muon_dist.audit.cause import Cause, Factor
 from muon_dist.audit.follow import Circumstances, Names, shared_factors, size_of_group
-from muon_dist.audit.memory import BASE, LOCAL, SCALED
+from muon_dist.audit.memory import BASE, LOCAL, SCALED, TWICE
 from muon_dist.errors import FrameworkError
 
 
@@ -107,7 +107,7 @@ class DeepSpeedSource:
             mean /= ranks
         labels = {BASE: mean / self._scale}
         if self._scale != 1.0:
-            labels[SCALED] = mean
+            labels |= {SCALED: mean, TWICE: mean / self._scale**2}
         if ranks > 1:
             labels[LOCAL] = local / self._scale
         return labels

@@ -15,19 +15,22 @@ import torch
 from torch import Tensor
 
 from muon_dist.audit.asked import Asked
-from muon_dist.audit.cause import Cause, Difference, Factor
+from muon_dist.audit.cause import Cause, Difference, Factor, Kind
 from muon_dist.audit.convention import HALVES, Iteration, known_iterations, named
-from muon_dist.audit.memory import BASE, BF16, CLIPPED, LOCAL, RESET, SCALED, STALE, Memory
+from muon_dist.audit.memory import BASE, BF16, CLIPPED, LOCAL, RESET, SCALED, STALE, TWICE, Memory
 
 # What fp32 arithmetic leaves of a well-conditioned step, with room for one order of magnitude.
 TIGHT = 2e-3
 # An update that its dtypes blur by more than this share of its length cannot be judged.
 BLURRED = 0.5
+# What most implementations add to the Frobenius norm, and the norm below which that is felt.
+EPSILON, FAINT = 1e-7, 1e-4
 ADAM_BETAS = ((0.9, 0.95), (0.9, 0.999))
 
 MEMORY_CAUSES = {
     BF16: Cause("momentum_bf16", "momentum is stored in bf16", "choice"),
     SCALED: Cause("momentum_scaled", "momentum is kept in loss-scaled units"),
+    TWICE: Cause("divided_gradient", "the gradient arrives divided by the loss scale once more"),
     CLIPPED: Cause("clipped_gradient", "the gradient was clipped before the momentum", "choice"),
     LOCAL: Cause("local_gradient", "only one rank's own gradient was used"),
     STALE: Cause("momentum_stale", "momentum is stale: it is the one from before the load"),
@@ -162,7 +165,14 @@ class Judge:
         self.asked = step.asked
         self.memory = step.memory
         self.change = step.after - step.before
-        self._noise: dict[tuple[str, str, str], float] = {}
+        self._directions: dict[tuple[str, Iteration | None], Tensor] = {}
+
+    def direction(self, deviation: Deviation, iteration: Iteration) -> Tensor:
+        """Of a deviation; computed once."""
+        key = deviation.name, iteration if deviation.iterates else None
+        if key not in self._directions:
+            self._directions[key] = deviation.direction(iteration)
+        return self._directions[key]
 
     def _ahead(self, label: str = BASE, nesterov: bool | None = None) -> Tensor:
         asked = True if self.asked.nesterov is None else self.asked.nesterov
@@ -176,6 +186,10 @@ class Judge:
         if not self.asked.pieces:
             return iteration(u)
         return torch.cat([iteration(part) for part in u.split(list(self.asked.pieces))])
+
+    def smallest(self) -> float:
+        """Norm of the smallest running mean that may be orthogonalized."""
+        return min(float(mean.norm()) for mean in self.memory.means.values())
 
     def base(self) -> Deviation:
         if self.asked.rule == "adamw":
@@ -221,10 +235,6 @@ class Judge:
             "no_momentum", Cause("no_momentum", "the momentum is not used"), lambda it: self._orthogonal(it, raw)
         )
         yield from self._by_blocks()
-        norm = float(self._ahead().norm())
-        if 0 < norm < 1e-4:
-            cause = Cause("epsilon", f"gradient (norm {norm:.1g}) below the iteration's epsilon of 1e-7")
-            yield Deviation("epsilon", cause, lambda it: it_with_epsilon(it)(self._ahead()))
 
     def _by_blocks(self) -> Iterator[Deviation]:
         rows, columns = self.change.shape
@@ -258,8 +268,8 @@ class Judge:
         """Error of the iteration's dtype against fp64, for this step's matrix."""
         if iteration.dtype not in HALVES or not deviation.iterates:
             return 0.0
-        exact = deviation.direction(iteration.in_dtype("fp64"))
-        return Difference.between(deviation.direction(iteration), exact).error
+        exact = self.direction(deviation, iteration.in_dtype("fp64"))
+        return Difference.between(self.direction(deviation, iteration), exact).error
 
     def _gradient_blur(self, deviation: Deviation, direction: Tensor) -> float:
         eps = self.step.facts.gradient_eps
@@ -272,17 +282,13 @@ class Judge:
 
     def attempt(self, deviation: Deviation, iteration: Iteration) -> tuple[Fit, float, bool]:
         """The fit of a direction, the blur of its dtypes, and whether it explains the step."""
-        direction = deviation.direction(iteration)
+        direction = self.direction(deviation, iteration)
         found = fit(self.change, self.step.before, direction)
         if found.left <= TIGHT:
             return found, TIGHT, True
         size = float((self.change + found.decay * self.step.before).norm())
         blur = self.blur(deviation, iteration, direction, size)
         return found, blur, found.left <= min(blur, BLURRED)
-
-
-def it_with_epsilon(iteration: Iteration) -> Iteration:
-    return replace(iteration, epsilon=1e-7)
 
 
 def judge(step: Step, habit: Habit | None = None, *, search: bool = True) -> Judgement:
@@ -322,11 +328,11 @@ def judge(step: Step, habit: Habit | None = None, *, search: bool = True) -> Jud
 
 def _judgement(judging: Judge, deviation: Deviation, iteration: Iteration, found: Fit, habit: Habit) -> Judgement:
     step = judging.step
-    wanted = step.asked.lr * judging.base().direction(iteration.in_dtype("fp64"))
+    wanted = step.asked.lr * judging.direction(judging.base(), replace(iteration, dtype="fp64", epsilon=0.0))
     update = -(judging.change + found.decay * step.before)
     causes = [deviation.cause] if deviation.cause is not None else []
     if deviation.iterates:
-        causes += _choices(iteration, step.asked.iteration)
+        causes += _choices(iteration, step.asked.iteration, judging.smallest())
     noise = judging.precision(deviation, iteration)
     return Judgement(tuple(causes), True, found, Difference.between(update, wanted), habit, noise)
 
@@ -344,6 +350,9 @@ def _best(judging: Judge, deviations: Sequence[Deviation], asked: Iteration) -> 
         base = deviation.cause is None
         common = (named("keller"), named("polar_express_102"))
         iterations = (asked, *(known_iterations() if base else common)) if deviation.iterates else (asked,)
+        small = deviation.iterates and 0 < judging.smallest() < FAINT
+        if small:
+            iterations = (*iterations, *(replace(i, epsilon=EPSILON) for i in (asked, *common)))
         for iteration in dict.fromkeys(iterations):
             left = 1.0
             for dtype in ("fp64", "fp16", "bf16") if deviation.iterates else ("fp64",):
@@ -353,19 +362,25 @@ def _best(judging: Judge, deviations: Sequence[Deviation], asked: Iteration) -> 
                 fitted, _, fits = judging.attempt(deviation, one)
                 left = min(left, fitted.left)
                 if fits:
-                    causes = (not base) + (len(_choices(one, judging.asked.iteration)) if deviation.iterates else 0)
+                    causes = (not base) + (
+                        len(_choices(one, judging.asked.iteration, judging.smallest())) if deviation.iterates else 0
+                    )
                     found.append(((fitted.left + 1e-4) * (1 + causes), (deviation, one, fitted)))
                 if fitted.left < 1e-5:
                     return deviation, one, fitted
     return min(found, key=lambda f: f[0])[1] if found else None
 
 
-def _choices(iteration: Iteration, asked: Iteration | None) -> list[Cause]:
+def _choices(iteration: Iteration, asked: Iteration | None, norm: float) -> list[Cause]:
     """What an iteration does differently from what was asked, or from Keller Jordan's if nothing was."""
     found = []
     expected = asked or named("keller")
     if iteration.rows != expected.rows:
         found.append(Cause("coefficients", f"coefficients: {iteration.name}", "choice"))
+    if iteration.epsilon:
+        kind: Kind = "fault" if norm < 20 * iteration.epsilon else "choice"
+        what = f"a gradient of norm {norm:.1g} is shortened by the iteration's epsilon of {iteration.epsilon:.0e}"
+        found.append(Cause("epsilon", what, kind))
     if iteration.dtype in HALVES:
         found.append(Cause("precision", f"Newton-Schulz runs in {iteration.dtype}", "choice"))
     return found

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BASE, BF16, SCALED, CLIPPED, LOCAL, STALE, RESET = "base", "bf16", "scaled", "clipped", "local", "stale", "reset"
+BASE, BF16, SCALED, CLIPPED, LOCAL, STALE, RESET, TWICE = (
+    "base", "bf16", "scaled", "clipped", "local", "stale", "reset", "twice"
+)  # fmt: skip
 
 
 class Memory:
@@ -16,7 +18,8 @@ class Memory:
         zeros: how many of the last gradients were exactly zero.
         moved: a gradient was not zero before.
         means: label -> running mean. "base" is right; "bf16" is stored in bf16; "scaled" holds loss-scaled gradients,
-            "clipped" clipped ones, "local" those of this rank; "stale" and "reset" exist after a load.
+            "twice" gradients divided by the loss scale once too often, "clipped" clipped ones, "local" those of this
+            rank; "stale" and "reset" exist after a load.
         gradients: label -> gradient of this step; labels without one of their own use the base's.
         adam: running means of the gradient and of its square, for `betas`, without bias correction.
     """

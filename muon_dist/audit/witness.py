@@ -30,7 +30,7 @@ logger = logging.getLogger("muon_dist.witness")
 
 RULES = ("muon", "normuon", "adamw")
 # How many steps that nothing explains are searched for a cause: a search tries a hundred directions.
-SEARCHES = 6
+SEARCHES = 4
 _OPTIONS = (
     "lr", "weight_decay", "momentum", "nesterov", "scale", "ns_schedule", "ns_steps", "ns_coefficients", "betas", "eps"
 )  # fmt: skip
