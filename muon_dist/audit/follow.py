@@ -50,8 +50,12 @@ class Source(Protocol):
         gradient_eps: relative rounding between the gradient that is read here and the one that the optimizer uses.
     """
 
-    matrices: Mapping[str, tuple[int, int]]
-    claimed: Sequence[str]
+    @property
+    def matrices(self) -> Mapping[str, tuple[int, int]]: ...
+
+    @property
+    def claimed(self) -> Sequence[str]: ...
+
     group: dist.ProcessGroup | None
     gradient_eps: float
 
@@ -96,7 +100,7 @@ def size_of_group(group: dist.ProcessGroup | None) -> int:
 
 def whole(tensor: Tensor) -> Tensor:
     """A copy of a tensor, gathered if it is a DTensor."""
-    return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).clone()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def shared_factors(ranks: int, accumulation: int = 1, scale: float = 1.0) -> tuple[Factor, ...]:

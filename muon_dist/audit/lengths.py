@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from muon_dist.audit.asked import Asked
 from muon_dist.audit.cause import Cause, Factor, match_factor
 from muon_dist.audit.convention import SCALES
-from muon_dist.audit.judge import BLURRED, TIGHT, Judgement
+from muon_dist.audit.directions import BLURRED, TIGHT, Judgement
 
 # A gradient may be zero by accident once or twice.
 ZEROS = 3
 # Under these another rule altogether trains the matrix: its length and decay say nothing more.
 OTHER_RULES = ("sgd", "adamw", "sign", "muon", "blurred")
+# Under these each block has the factor of its own shape.
+BLOCKS = ("by_shards", "by_blocks")
 # Steps over which decay is averaged where the direction is blurred.
 DECAY_STEPS = 4
 
@@ -56,7 +58,7 @@ class Scale:
 
 def tells_rate(judgement: Judgement) -> bool:
     """Whether a length of this judgement tells a rate."""
-    return judgement.known and not any(c.name in OTHER_RULES for c in judgement.causes)
+    return judgement.known and not any(c.name in (*OTHER_RULES, *BLOCKS) for c in judgement.causes)
 
 
 def find_scale(lengths: Sequence[Length], before: Scale | None) -> Scale:

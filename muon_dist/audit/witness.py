@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from muon_dist.audit.asked import Asked, Wanted, read
 from muon_dist.audit.cause import Cause, Difference
 from muon_dist.audit.convention import SCALES
+from muon_dist.audit.directions import ADAM_BETAS, Facts, Habit, Step, judge
 from muon_dist.audit.follow import Circumstances, Source, TorchSource, size_of_group
-from muon_dist.audit.judge import ADAM_BETAS, Facts, Habit, Step, judge
 from muon_dist.audit.lengths import Decay, Length, Scale, causes_of, find_scale, tells_rate
 from muon_dist.audit.memory import BASE, CLIPPED, Memory
 from muon_dist.audit.record import Finding, Findings, Seen
@@ -206,8 +206,11 @@ class Witness:
     def _jumped(self, f: Followed) -> None:
         """The weight changed since the last step: a load, or somebody else who writes it."""
         for save in reversed(self._saves):
-            memory, weight = save.get(f.name, (None, None))
-            if memory is not None and torch.equal(weight, f.before):
+            if f.name not in save:
+                continue
+            memory, weight = save[f.name]
+            assert f.before is not None
+            if torch.equal(weight, f.before):
                 kept, f.memory = f.memory, memory.copy()
                 f.memory.after_load(kept)
                 f.searches = 0

@@ -1,4 +1,4 @@
-"""Which optimizers are examined, under what, and how one case is made: all options as their documentation sets them."""
+"""Which optimizers are examined, and under what: their options are set as their documentation says."""
 
 from __future__ import annotations
 
@@ -116,9 +116,9 @@ def _muon_fsdp2(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def _dtensor_muon(model: nn.Module) -> list[torch.optim.Optimizer]:
-    theirs = importlib.import_module("dtensor_muon.optim.optim")
+    theirs: Any = importlib.import_module("dtensor_muon.optim.optim")
     if not torch.cuda.is_available():  # its kernel is Triton's
-        iteration = importlib.import_module("dtensor_muon.orthogonalize.orthogonalize")
+        iteration: Any = importlib.import_module("dtensor_muon.orthogonalize.orthogonalize")
         theirs.zeropower = functools.partial(iteration.zeropower, use_triton=False)
     matrices, others = hidden(model)
     groups = [{"params": matrices, "algorithm": "muon"}, {"params": others, "algorithm": "adamw"}]

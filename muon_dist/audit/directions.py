@@ -214,7 +214,7 @@ class Judge:
             cause = Cause("adamw", "this matrix is trained by AdamW, not Muon")
             for betas in self.memory.adam:
                 update = functools.partial(self.memory.adam_update, betas, self.asked.eps)
-                yield Deviation(f"adamw {betas}", cause, lambda _, update=update: update(), False)
+                yield Deviation(f"adamw {betas}", cause, functools.partial(_ignoring, update), False)
         else:
             cause = Cause("muon", "this parameter is trained by Muon, not AdamW")
             yield Deviation("muon", cause, lambda it: it(self._ahead()))
@@ -227,14 +227,21 @@ class Judge:
         yield Deviation("nesterov", cause, lambda it: self._finish(self._orthogonal(it, self._ahead(nesterov=other))))
         for label, why in MEMORY_CAUSES.items():
             if label in self.memory.means:
-                yield Deviation(
-                    label, why, lambda it, label=label: self._finish(self._orthogonal(it, self._ahead(label)))
-                )
+                yield Deviation(label, why, functools.partial(self._of_label, label))
         raw = self.memory.gradients[BASE]
         yield Deviation(
             "no_momentum", Cause("no_momentum", "the momentum is not used"), lambda it: self._orthogonal(it, raw)
         )
         yield from self._by_blocks()
+
+    def _of_label(self, label: str, iteration: Iteration) -> Tensor:
+        return self._finish(self._orthogonal(iteration, self._ahead(label)))
+
+    def _of_blocks(self, run: Callable[[Iteration], Tensor], iteration: Iteration) -> Tensor:
+        return self._finish(run(iteration))
+
+    def _rescaled(self, cut: int, iteration: Iteration) -> Tensor:
+        return self._finish(iteration(self._ahead()), cut)
 
     def _by_blocks(self) -> Iterator[Deviation]:
         rows, columns = self.change.shape
@@ -250,10 +257,10 @@ class Judge:
                 else:
                     cause = Cause("by_blocks", f"orthogonalized by {cut} blocks of {word}, such as heads", "choice")
                 run = functools.partial(blocks, cut, axis, self._ahead())
-                yield Deviation(f"{cut} {word}", cause, lambda it, run=run: self._finish(run(it)))
+                yield Deviation(f"{cut} {word}", cause, functools.partial(self._of_blocks, run))
                 if self.asked.rule == "normuon" and axis == 0 and cut in shards:
                     why = Cause("rescaled_by_shards", f"NorMuon's norm was restored by shards ({cut} blocks of rows)")
-                    yield Deviation(f"rescale {cut}", why, lambda it, cut=cut: self._finish(it(self._ahead()), cut))
+                    yield Deviation(f"rescale {cut}", why, functools.partial(self._rescaled, cut))
 
     def blur(self, deviation: Deviation, iteration: Iteration, direction: Tensor, size: float) -> float:
         """How far the dtypes may turn the update, as a share of its length.
@@ -289,6 +296,10 @@ class Judge:
         size = float((self.change + found.decay * self.step.before).norm())
         blur = self.blur(deviation, iteration, direction, size)
         return found, blur, found.left <= min(blur, BLURRED)
+
+
+def _ignoring(update: Callable[[], Tensor], _: Iteration) -> Tensor:
+    return update()
 
 
 def judge(step: Step, habit: Habit | None = None, *, search: bool = True) -> Judgement:
