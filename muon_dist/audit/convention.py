@@ -54,9 +54,10 @@ class Iteration:
         if x.size(0) > x.size(1):
             return self(x.mT).mT
         norm = float(x.norm())
-        x = x.double() / (norm * self.safety + self.epsilon) if norm > 0 else x.double()
+        x = x.double() / (norm + self.epsilon) if norm > 0 else x.double()
         if self.aol:
             x = x / (x @ x.mT).abs().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-300)
+        x = x / self.safety
         half = HALVES.get(self.dtype)
 
         def rounded(t: Tensor) -> Tensor:

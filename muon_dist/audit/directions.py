@@ -256,8 +256,9 @@ class Judge:
                     continue
                 else:
                     cause = Cause("by_blocks", f"orthogonalized by {cut} blocks of {word}, such as heads", "choice")
-                run = functools.partial(blocks, cut, axis, self._ahead())
-                yield Deviation(f"{cut} {word}", cause, functools.partial(self._of_blocks, run))
+                for label in (BASE, CLIPPED) if CLIPPED in self.memory.means and cut in shards else (BASE,):
+                    run = functools.partial(blocks, cut, axis, self._ahead(label))
+                    yield Deviation(f"{cut} {word} {label}", cause, functools.partial(self._of_blocks, run))
                 if self.asked.rule == "normuon" and axis == 0 and cut in shards:
                     why = Cause("rescaled_by_shards", f"NorMuon's norm was restored by shards ({cut} blocks of rows)")
                     yield Deviation(f"rescale {cut}", why, functools.partial(self._rescaled, cut))

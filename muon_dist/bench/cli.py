@@ -93,10 +93,9 @@ def conformance(
         typer.Option(help="A part of the names of the rows to run, such as 'DeepSpeed Muon, zero1'; repeat it."),
     ] = None,
 ) -> None:
-    """Every Muon that is installed under a witness: frameworks, clipping, precision, offload, resume, zero gradients."""
-    for name, value in (
-        {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"} | _QUIET
-    ).items():
+    """Every installed Muon under a witness: frameworks, clipping, precision, offload, resume, zero gradients."""
+    defaults = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    for name, value in (defaults | _QUIET).items():
         os.environ.setdefault(name, value)
     from muon_dist.bench import conformance as bench
 

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def select(only: Sequence[str]) -> list[Case]:
-    """The cases whose names have one of `only`; all without one. Raises ConfigError for a word that selects nothing."""
+    """The cases with one of `only` in their names; all without one. ConfigError for a word that selects nothing."""
     found = list(cases())
     for word in only:
         if not any(word in c.name for c in found):

@@ -48,7 +48,7 @@ def run(case: Case) -> dict[str, Any]:
     """On each rank: errors, findings and choices of a case; plain data."""
     engine = case.framework.startswith("zero") or case.framework == "autotp"
     training = _engine(case) if engine else _loop(case)
-    names = [r"model\.layers\..*_proj\.weight"]
+    names = [r"model\.layers\.0\..*(q|up|down)_proj\.weight"]
     matrices: Any = FOLLOWED if case.framework != "autotp" else names
     if case.condition == "zero gradients":
         matrices = [STILL]
