@@ -18,13 +18,13 @@ from torch import Tensor
 
 from muon_dist.audit.asked import is_muon_group
 from muon_dist.audit.cause import Cause, Factor
-from muon_dist.audit.follow import Circumstances, Names, shared_factors, size_of_group
 from muon_dist.audit.memory import BASE, LOCAL, SCALED, TWICE
+from muon_dist.audit.sources import Circumstances, Names, shared_factors, size_of_group
 from muon_dist.errors import FrameworkError
 
 
 class DeepSpeedSource:
-    """See `audit.follow.Source`. clip: overrides the engine's `gradient_clipping`."""
+    """See `audit.sources.Source`. clip: overrides the engine's `gradient_clipping`."""
 
     def __init__(self, engine: DeepSpeedEngine, clip: float | None = None) -> None:
         self.engine = engine

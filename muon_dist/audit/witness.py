@@ -19,10 +19,10 @@ from muon_dist.audit.asked import Asked, Wanted, read
 from muon_dist.audit.cause import Cause, Difference
 from muon_dist.audit.convention import SCALES
 from muon_dist.audit.directions import ADAM_BETAS, Facts, Habit, Step, judge
-from muon_dist.audit.follow import Circumstances, Source, TorchSource, size_of_group
 from muon_dist.audit.lengths import Decay, Length, Scale, causes_of, find_scale, tells_rate
 from muon_dist.audit.memory import BASE, CLIPPED, Memory
 from muon_dist.audit.record import Finding, Findings, Seen
+from muon_dist.audit.sources import Circumstances, Source, TorchSource, size_of_group
 from muon_dist.errors import ConfigError, InexactError, RoutingError
 from muon_dist.routing import table_of
 
