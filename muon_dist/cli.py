@@ -11,6 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from muon_dist import failures, streams
+from muon_dist.audit.cli import verify as verify_run
 from muon_dist.bench.cli import app as bench
 from muon_dist.doctor.cli import doctor
 from muon_dist.errors import MuonDistError
@@ -34,6 +35,7 @@ app.add_typer(bench)
 app.add_typer(launch)
 app.command()(doctor)
 app.command()(fuzz)
+app.command(name="verify")(verify_run)
 app.add_typer(planner)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]

@@ -82,6 +82,12 @@ class InexactError(MuonDistError):
     exit_code = 12
 
 
+class AuditError(MuonDistError, RuntimeError):
+    """An audited step is not the one that was asked for."""
+
+    exit_code = 13
+
+
 class UnexpectedError(MuonDistError):
     """An error that nobody foresaw: a bug, here or in a library. The message names the file with its traceback.
 

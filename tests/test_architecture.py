@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("routing", "layout"),
     ("cost", "measured_cost", "ownership", "partition_order", "optim.rules"),
     ("config", "exchange", "checkpoint"),
-    ("optim",),
+    ("optim", "audit"),
     ("adapters", "data", "model"),
     ("planner", "bench", "experiments", "report", "launcher", "fuzz"),
     ("train", "doctor", "cli"),
@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 # Neighbours on one floor do not import each other, but for these: everybody raises typed errors, a plan is made from
 # costs, the command line is a thin face of train/, `muon-dist spectra report` writes a page, and `bench host` places a
-# model as a plan does.
+# model as a plan does. An audit reads the optimizer that it is an option of.
 SIDEWAYS = {
     ("numerics", "errors"),
     ("failures", "errors"),
@@ -43,6 +43,8 @@ SIDEWAYS = {
     ("doctor", "train"),
     ("experiments", "report"),
     ("bench", "planner"),
+    ("audit", "optim"),
+    ("optim", "audit"),
 }
 
 # A framework is imported in its own adapter alone. The longest matching prefix decides.
@@ -73,6 +75,7 @@ HOMES: dict[str, tuple[str, ...]] = {
         "launcher.cli",
         "doctor.cli",
         "fuzz.cli",
+        "audit.cli",
         "train.checkpoint_cli",
     ),
 }

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from muon_dist.audit.auditor import Audit
+from muon_dist.audit.chain import FILE as AUDIT_FILE
 from muon_dist.numerics import newton_schulz_flops
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.muon import Muon
@@ -126,13 +128,31 @@ class SpectraLog(TrainerCallback):
             logs.update({f"spectra/{name}": value for name, value in self.diagnostics.means().items()})
 
 
-def take_diagnostics(optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None) -> tuple[Any, Diagnostics | None]:
-    """The arguments of a factory with its `diagnostics` made one object, and that object."""
+class AuditStart(TrainerCallback):
+    """Tells an `Audit` which step the run begins at."""
+
+    def __init__(self, audit: Audit) -> None:
+        self.audit = audit
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.audit.begin_at(state.global_step)
+
+
+def take_watchers(
+    optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None, folder: str | Path
+) -> tuple[Any, Diagnostics | None, Audit | None]:
+    """The arguments of a factory with its `diagnostics` and its `audit` made one object each, and those.
+
+    folder: where the audit's file goes by default.
+    """
     if optimizer_cls_and_kwargs is None:
-        return None, None
+        return None, None, None
     factory, chosen = optimizer_cls_and_kwargs
-    diagnostics = chosen.get("diagnostics")
+    diagnostics, audit = chosen.get("diagnostics"), chosen.get("audit")
     if isinstance(diagnostics, Mapping):
         diagnostics = Diagnostics(**diagnostics)
         chosen = {**chosen, "diagnostics": diagnostics}
-    return (factory, chosen), diagnostics
+    if isinstance(audit, Mapping):
+        audit = Audit({"path": Path(folder) / AUDIT_FILE, **audit})
+        chosen = {**chosen, "audit": audit}
+    return (factory, chosen), diagnostics, audit

@@ -20,7 +20,7 @@ from muon_dist.adapters.factory import MuonFactory, check_trainer, split_kwargs
 from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
 from muon_dist.adapters.hf_checkpoint import CheckpointOptions, CheckpointTrainer, read_position
 from muon_dist.adapters.hf_guards import GuardedLoop, Guards
-from muon_dist.adapters.hf_records import SpectraLog, take_diagnostics
+from muon_dist.adapters.hf_records import AuditStart, SpectraLog, take_watchers
 from muon_dist.adapters.hf_settings import outlive_trackers
 from muon_dist.checkpoint import Checkpoint
 from muon_dist.errors import CheckpointError, ConfigError
@@ -93,7 +93,8 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
             # Asked when the optimizer is made: a hyper-parameter search sets rates later, and args may be replaced.
             chosen = {**(muon or {}), "training_arguments": lambda: self.args}
             kwargs["optimizer_cls_and_kwargs"] = (MuonFactory, chosen)
-        factory, diagnostics = take_diagnostics(kwargs.pop("optimizer_cls_and_kwargs", None))
+        given = kwargs.pop("optimizer_cls_and_kwargs", None)
+        factory, diagnostics, self.audit = take_watchers(given, args.output_dir or ".")
         super().__init__(model, args, optimizer_cls_and_kwargs=factory, **kwargs)
         outlive_trackers(self.callback_handler.callbacks)
         self.clip = {"muon": clip_muon, "adamw": clip_adamw}
@@ -111,6 +112,9 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
         self._step_started: float | None = None
         if diagnostics is not None:
             self.add_callback(SpectraLog(diagnostics))  # before the file, which takes the log as it finds it
+        if self.audit is not None:
+            self.add_callback(AuditStart(self.audit))
+            self.providers["audit"], self.rank_providers["audit"] = self.audit, self.audit.follow
         if factory is not None and factory[0] is MuonFactory:
             self.add_callback(AttachDeepSpeed(self))
         if metrics_path is not None:
@@ -141,6 +145,11 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
             "world_size": self.args.world_size,
             "order": self._order,
         }
+
+    def _fill(self, source: Checkpoint) -> None:
+        super()._fill(source)
+        if self.audit is not None:
+            self.audit.forget()
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._resumed_from, self._order = self._source, None

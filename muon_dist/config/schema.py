@@ -223,6 +223,19 @@ class RoutingConfig(Block):
     split: tuple[SplitConfig, ...] = ()
 
 
+class AuditConfig(Block):
+    """Other ranks recompute a share of the optimizer's steps; see docs/audit.md."""
+
+    every: Annotated[int, Field(ge=0)] = Field(default=0, description="steps between two audited steps; 0: no audit")
+    matrices: PositiveInt = Field(default=1, description="Muon matrices that an audited step recomputes")
+    tolerance: Positive | None = Field(
+        default=None, description="largest relative error of an update; null: what the dtypes explain"
+    )
+    on_alarm: Literal["warn", "stop", "undo"] = Field(
+        default="warn", description="stop: end with exit code 13; undo: take the step back"
+    )
+
+
 class OptimizerConfig(Block):
     """Muon with AdamW for the rest, or AdamW alone."""
 
@@ -232,6 +245,7 @@ class OptimizerConfig(Block):
     clip: ClipConfig = ClipConfig()
     routing: RoutingConfig = RoutingConfig()
     groups: tuple[GroupConfig, ...] = Field(default=(), description="options of parameters by name")
+    audit: AuditConfig = AuditConfig()
 
 
 class EvaluationConfig(Block):

@@ -85,7 +85,7 @@ class ProgramCompiler:
         elements = bucket_elements(self.options.bucket_bytes, widest, moves(self.plan, places))
         smallest = smallest_bucket(self.device.type)
         buckets = make_buckets(self.plan, sorted(places), elements, self.options.overlap, smallest)
-        updates = _update_dtype(iteration)
+        updates = self.options.wire_dtype or _update_dtype(iteration, {self.rules[g] for g in groups})
         compiler = BucketCompiler(
             self.plan,
             rank,
@@ -93,7 +93,7 @@ class ProgramCompiler:
             weights,
             sources,
             places,
-            (self.options.wire_dtype or torch.float32, self.options.wire_dtype or updates),
+            (self.options.wire_dtype or torch.float32, updates),
             self.device,
             elements,
             groups,
@@ -106,6 +106,7 @@ class ProgramCompiler:
             of_groups,
             [p for p in of_groups if p.rule.looks_at_norms],
             [compiler.compile(bucket, number) for number, bucket in enumerate(buckets)],
+            updates,
         )
 
     def _group(self, index: int, weights: Listing, sources: Listing, gradients: Mapping[int, Tensor]) -> GroupProgram:
@@ -137,8 +138,10 @@ def _iteration_dtypes(groups: Iterable[Group], device: torch.device) -> set[torc
     return {compute_dtype(g["ns_dtype"], device, g["ns_schedule"]) for g in groups}
 
 
-def _update_dtype(iteration: Set[torch.dtype]) -> torch.dtype:
-    """The narrowest dtype that loses nothing of any update of Newton-Schulz; the same on all ranks."""
+def _update_dtype(iteration: Set[torch.dtype], rules: Set[MuonRule]) -> torch.dtype:
+    """The narrowest dtype that loses nothing of any update; the same on all ranks."""
+    if not all(rule.sends_iteration for rule in rules):
+        return torch.float32
     only = next(iter(iteration)) if len(iteration) == 1 else torch.float32
     return only if only.itemsize < torch.float32.itemsize else torch.float32
 

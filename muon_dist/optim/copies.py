@@ -33,7 +33,7 @@ _AS_THEY_ARE = ("process_group", "_options", "specs", "algorithms", "_kinds", "_
 def packed(optimizer: Any) -> dict[str, Any]:
     """What a copy of a Muon is made of: groups, state, options. It plans for itself, at its own first step.
 
-    The plan, `diagnostics`, and what others have hung on `guard` and `progress` stay with the original.
+    The plan, `diagnostics`, `audit`, and what others have hung on `guard` and `progress` stay with the original.
 
     Raises:
         ConfigError: the optimizer has a process group of its own, which cannot be copied.
@@ -61,7 +61,7 @@ def unpack(optimizer: Any, state: dict[str, Any]) -> None:
     most, counters = mine["guard"]
     optimizer.guard = StepGuard(most)
     optimizer.guard.load_state_dict(counters)
-    optimizer.progress, optimizer.diagnostics = Progress(), None
+    optimizer.progress, optimizer.diagnostics, optimizer.audit = Progress(), None, None
     optimizer._groups = list(optimizer.param_groups)
     optimizer._runtime = optimizer._gathered = None
     optimizer._copies_compared = optimizer._warned_of_partial_state = False
@@ -103,6 +103,8 @@ def load(optimizer: Any, state_dict: dict[str, Any], torchs: Callable[[dict[str,
             put(optimizer.state, p, of_p.entries())
         for p, kept in wide.items():
             optimizer.state[p].update(kept)
+        if optimizer.audit is not None:
+            optimizer.audit.forget()
         if optimizer.runtime is not None:
             install(optimizer.runtime, optimizer.state, optimizer._loaded)
             optimizer._loaded = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,13 +25,16 @@ from muon_dist.optim.guard import StepGuard, parameter_names
 from muon_dist.optim.low_precision import prepare
 from muon_dist.optim.options import DEFAULT_GROUP, Options, check_process_group, read_group
 from muon_dist.optim.planning import agreed_plan, plain_binding, replaced_groups
-from muon_dist.optim.replicas import check_copies, check_rates
+from muon_dist.optim.replicas import check_alike
 from muon_dist.optim.rules import MuonRule
 from muon_dist.optim.rules.choice import DefaultFlag, DefaultNumber, DefaultText
 from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import Loaded, follow, install, say_bytes
 from muon_dist.optim.state_dicts import StateDicts
 from muon_dist.ownership import OwnershipPlan
+
+if TYPE_CHECKING:
+    from muon_dist.audit.auditor import Audit
 
 
 class Muon(StateDicts):
@@ -76,6 +79,8 @@ class Muon(StateDicts):
         rounding_seed: see `stochastic_rounding`; the same on all ranks.
         momentum_everywhere: every rank that holds a copy of a weight keeps its momentum too (DDP, ZeRO-0, HSDP), 4
             bytes for each element, so that whatever saves `state_dict()` of one rank saves everything.
+        audit: an `audit.Audit`, or its settings such as {"every": 20}: other ranks recompute a share of the steps; see
+            docs/audit.md.
         groups: options by name, where `params` is a model: as of `param_groups`.
 
     Attributes:
@@ -116,6 +121,7 @@ class Muon(StateDicts):
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
         momentum_everywhere: bool = False,
+        audit: Audit | Mapping[str, Any] | None = None,
         groups: Entries = (),
     ) -> None:
         check_process_group(process_group)
@@ -127,6 +133,11 @@ class Muon(StateDicts):
         self.guard = StepGuard(max_nonfinite)
         self.progress = Progress()
         self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
+        if isinstance(audit, Mapping):
+            from muon_dist.audit.auditor import Audit  # it imports modules of this package
+
+            audit = Audit(audit)
+        self.audit: Audit | None = audit
         self.specs: list[list[ParameterSpec]] = []
         self.algorithms: list[str] = []
         self._kinds: list[Kind] = []
@@ -310,8 +321,7 @@ class Muon(StateDicts):
                 progress.finish_step()
             return
         if not self._copies_compared or not allowed.alike:
-            check_rates(runtime.transport, self.param_groups, rates)
-            check_copies(binding)
+            check_alike(binding, runtime.transport, self.param_groups, rates)
             self._copies_compared = True
         work: dict[int, Work] = {}
         adamw: dict[int, list[AdamWork]] = {}
@@ -331,10 +341,13 @@ class Muon(StateDicts):
             if buffer is None:
                 raise unplanned(p, index)
             work[buffer] = Work(local, gradient, self._groups[index])
+        call = self.audit.before(self, work, adamw, present, allowed.zero, rates) if self.audit is not None else None
         progress.enter("adamw")
         for index, of_group in adamw.items():
-            group, size = self._groups[index], self._options.bucket_bytes
-            adamw_step(group, self.state, of_group, binding.local, size, self._rounding)
+            size = self._options.bucket_bytes
+            adamw_step(self._groups[index], self.state, of_group, binding.local, size, self._rounding)
         runtime.step(work, allowed.zero)
+        if call is not None and self.audit is not None:
+            self.audit.after(self, call)
         if self._masters is not None:
             self._masters.close()

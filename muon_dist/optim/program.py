@@ -178,6 +178,7 @@ class Program:
         groups: the parameter groups.
         summed: those whose rule looks at the norms of whole matrices.
         buckets: in the order in which they are stepped.
+        updates: dtype of the messages to the holders.
     """
 
     weights: Listing
@@ -185,3 +186,4 @@ class Program:
     groups: list[GroupProgram]
     summed: list[GroupProgram]
     buckets: list[BucketProgram]
+    updates: torch.dtype

@@ -143,6 +143,14 @@ def check_everywhere(checks: Iterable[ReplicaCheck], group: dist.ProcessGroup | 
     Ranks(group).everywhere(every)
 
 
+def check_alike(
+    binding: Binding, transport: Transport, groups: Sequence[Mapping[str, Any]], rates: Sequence[float]
+) -> None:
+    """`check_rates` and `check_copies`."""
+    check_rates(transport, groups, rates)
+    check_copies(binding)
+
+
 def check_rates(transport: Transport, groups: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> None:
     """Compare the rates of the parameter groups over the ranks; a collective.
 

@@ -251,9 +251,10 @@ class Runtime:
         if self._rounds:
             steps = self.memory.count(list(parameters))
             rounding = MuonRounding(self.options.rounding_seed, program.weights, self._names, steps)
+        rounded = program.updates if rest else self.options.wire_dtype
         step = StepContext(
             self.transport, self.transport.progress, of_groups, weights, sent, momentum, factor, self.memory.rows,
-            self.orthogonalize, self.observer, self.options.wire_dtype, rest, rounding,
+            self.orthogonalize, self.observer, rounded, rest, rounding,
         )  # fmt: skip
         return step, program, sums
 

@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from muon_dist.audit.page import summary as audit_rows
 from muon_dist.errors import DataError
 from muon_dist.optim.diagnostics import place
 from muon_dist.report import figures
@@ -66,6 +67,7 @@ def render(record: RunRecord) -> str:
         spectra=spectra_curves(record),
         latest=latest_spectra(record),
         timeline=timeline(record),
+        audit=audit_rows(record.audit) if record.audit is not None else [],
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from muon_dist.audit.chain import FILE as AUDIT_FILE
+from muon_dist.audit.verify import Verified, verify
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.checkpoint.weights import Weights, newest_weights
 from muon_dist.config import redact
@@ -28,6 +30,7 @@ class RunRecord:
     Attributes:
         metrics, events, spectra, sharpness: the lines of the files, in order; spectra of all ranks, by step.
         weights: the newest weights in the folder.
+        audit: what `muon-dist verify` finds; None without an audit.
         problems: one sentence for each missing file and each damaged line.
     """
 
@@ -43,6 +46,7 @@ class RunRecord:
     sharpness: list[Record] = field(default_factory=list)
     checkpoints: list[Record] = field(default_factory=list)
     weights: Weights | None = None
+    audit: Verified | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -111,6 +115,9 @@ def read_run(folder: str | Path) -> RunRecord:
         record.spectra = _spectra(root / "spectra", problems, record.ownership, bool(wanted))
     if (root / "spectra" / "sharpness.jsonl").exists():
         record.sharpness = _lines(root / "spectra" / "sharpness.jsonl", problems, "", ("step", "matrices"))
+    if (root / AUDIT_FILE).is_file():
+        record.audit = verify(root)
+        problems += [f"{AUDIT_FILE}: {problem}." for problem in record.audit.problems]
     record.summary = _whole(root / "summary.json", json.loads, problems, "the run has not finished")
     return record
 

@@ -85,14 +85,20 @@ def routing_table(config: Config, model: nn.Module) -> RoutingTable:
     return route(model, **routing_rules(config.optimizer))
 
 
-def optimizer_factory(config: Config, table: RoutingTable, spectra: Path | None = None) -> tuple[type, dict[str, Any]]:
-    """What Trainer takes as `optimizer_cls_and_kwargs`. spectra: the folder of the measures, if there are any."""
+def optimizer_factory(
+    config: Config, table: RoutingTable, spectra: Path | None = None, audit: Path | None = None
+) -> tuple[type, dict[str, Any]]:
+    """What Trainer takes as `optimizer_cls_and_kwargs`.
+
+    spectra: the folder of the measures, if there are any. audit: the file of the audit, if there is one.
+    """
     muon, adamw = config.optimizer.muon, config.optimizer.adamw
     shared: dict[str, Any] = {"table": table, "betas": tuple(adamw.betas), "eps": adamw.eps}
     if config.optimizer.name == "adamw":
         return AdamWFactory, {**shared, "lr": adamw.lr, "weight_decay": adamw.weight_decay}
     dtypes = {"ns_dtype": muon.ns_dtype, "wire_dtype": muon.wire_dtype}
     rest = muon.model_dump(exclude=set(dtypes), exclude_none=True)
+    of_audit = config.optimizer.audit.model_dump()
     return MuonFactory, {
         **shared,
         **rest,
@@ -103,6 +109,7 @@ def optimizer_factory(config: Config, table: RoutingTable, spectra: Path | None 
         "rounding_seed": config.seed,
         "max_nonfinite": config.guards.max_nonfinite,
         "diagnostics": {**config.diagnostics.model_dump(), "folder": spectra} if config.diagnostics.every else None,
+        "audit": {**of_audit, "seed": config.seed, "path": audit} if of_audit["every"] else None,
     }
 
 
@@ -260,7 +267,7 @@ def make_trainer(
     trainer = MuonTrainer(
         model,
         args,
-        optimizer_cls_and_kwargs=optimizer_factory(config, table, folder.spectra),
+        optimizer_cls_and_kwargs=optimizer_factory(config, table, folder.spectra, folder.audit),
         callbacks=[EventsFile(folder.events), OwnershipFile(folder.ownership)],
         clip_muon=clip.muon,
         clip_adamw=clip.adamw,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from muon_dist.audit.chain import FILE as AUDIT_FILE
 from muon_dist.checkpoint import commits
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.errors import CheckpointError, ConfigError
@@ -71,6 +72,11 @@ class RunFolder:
     def spectra(self) -> Path:
         """Spectral measures, a file a rank."""
         return self.root / "spectra"
+
+    @property
+    def audit(self) -> Path:
+        """What other ranks have recomputed of the optimizer's steps, one JSON object a line."""
+        return self.root / AUDIT_FILE
 
     @property
     def checkpoints(self) -> Path:
@@ -150,7 +156,7 @@ class RunFolder:
         if start.replaces:
             for path in (self.checkpoints, self.model, self.spectra):
                 shutil.rmtree(path, ignore_errors=True)
-            for path in (self.metrics, self.summary, self.events, self.ownership):
+            for path in (self.metrics, self.summary, self.events, self.ownership, self.audit):
                 path.unlink(missing_ok=True)
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(self.launch, {"names": launch_names()})

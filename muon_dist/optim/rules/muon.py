@@ -89,6 +89,11 @@ class MuonRule:
         """Whether `start`, `begin` or `end` does anything."""
         return bool(self.matrix_memory or self.norms_before or self.norms_after)
 
+    @property
+    def sends_iteration(self) -> bool:
+        """Whether the update is what Newton-Schulz has returned, so that the dtype of the iteration holds it."""
+        return type(self).direction is MuonRule.direction
+
     def problem(self, group: Group) -> str | None:
         """What is wrong with the values of `rule_options`, for a ConfigError; None if nothing is."""
         return None

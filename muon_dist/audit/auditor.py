@@ -1,0 +1,253 @@
+"""`Audit`: follows an optimizer, and lets another rank recompute one matrix of it every few steps."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from muon_dist.audit.chain import Chain
+from muon_dist.audit.collect import MatrixParts, SliceParts
+from muon_dist.audit.follow import Follow
+from muon_dist.audit.judge import Alarm
+from muon_dist.audit.proceed import Audited, MatrixAudit, SliceAudit, proceed
+from muon_dist.audit.settings import AuditSettings, in_rotation, number_of, other_rank
+from muon_dist.audit.undo import Undo
+from muon_dist.errors import AuditError
+from muon_dist.optim.adamw import AdamWork
+from muon_dist.optim.runtime import Runtime, Work
+
+_RATES_KEPT = 4
+
+
+@dataclass
+class Call:
+    """What one call of the optimizer's step does.
+
+    Attributes:
+        work: by buffer, of Muon.
+        adamw: by group, of AdamW.
+        present: all parameters of this call with their group's index, with or without a gradient.
+        zero: matrices whose gradient is exactly zero.
+        audited: what is audited.
+    """
+
+    work: dict[int, Work]
+    adamw: dict[int, list[AdamWork]]
+    present: Sequence[tuple[int, Tensor]]
+    zero: Set[int]
+    audited: list[Audited] = field(default_factory=list)
+
+
+class Audit:
+    """Recomputes a share of an optimizer's steps on other ranks, and keeps a chain of what was found.
+
+    It changes nothing of a step. Between audited steps it costs a few operations on 64 elements; an audited step sends
+    the parts of one matrix to one rank.
+
+    Args:
+        settings: see `AuditSettings`; or its fields as a mapping.
+
+    Attributes:
+        step: optimizer steps since the beginning of the run.
+        latest: the newest line of each matrix, by name.
+        alarms: lines with an alarm since this process began.
+        undone: steps that were taken back since this process began.
+        chain: what was written.
+        bytes_sent: by this rank, for the audit, since this process began.
+        seconds: that the host has spent on the audit, waiting for other ranks included.
+    """
+
+    def __init__(self, settings: AuditSettings | Mapping[str, Any]) -> None:
+        self.settings = settings if isinstance(settings, AuditSettings) else AuditSettings.of(settings)
+        self.step = self.undone = self.bytes_sent = 0
+        self.seconds = 0.0
+        self.latest: dict[str, dict[str, Any]] = {}
+        self.alarms: list[dict[str, Any]] = []
+        self.follow = Follow()
+        self.chain = Chain()
+        self._begun = False
+        self._offset: int | None = None
+        self._resumed: tuple[str, int] | None = None
+        self._undo: Undo | None = None
+        self._rates: deque[dict[int, float]] = deque(maxlen=_RATES_KEPT)
+
+    def before(
+        self,
+        optimizer: Any,
+        work: dict[int, Work],
+        adamw: dict[int, list[AdamWork]],
+        present: Sequence[tuple[int, Tensor]],
+        zero: Set[int],
+        rates: Sequence[float],
+    ) -> Call:
+        """At the beginning of a call of the optimizer's step; what `after` needs. See `Call`.
+
+        rates: lr, weight decay and momentum of each group of this call.
+        """
+        began = time.perf_counter()
+        runtime, call = optimizer.runtime, Call(work, adamw, present, zero)
+        step = self._step_of(runtime)
+        if step != self.step:
+            self.step = step
+            self._undo = Undo() if self._due and self.settings.on_alarm == "undo" else None
+            self._rates.append({})
+        self._rates[-1].update(zip(dict.fromkeys(index for index, _ in present), rates[::3], strict=False))
+        self.follow.before(runtime, work)
+        if self._due:
+            if self._undo is not None:
+                self._undo.keep(runtime, work, adamw, optimizer.state)
+            call.audited = [*self._matrices(runtime, call), *self._parameter(optimizer, call)]
+        self.seconds += time.perf_counter() - began
+        return call
+
+    def after(self, optimizer: Any, call: Call) -> None:
+        """At the end of a call; a collective if anything is audited.
+
+        Raises:
+            AuditError: with `on_alarm="stop"`, on all ranks.
+        """
+        began = time.perf_counter()
+        runtime, taken_back = optimizer.runtime, False
+        if call.audited:
+            self._begin(runtime)
+            sent = runtime.transport.bytes_sent
+            earlier = [[of_step[g] for of_step in list(self._rates)[-2::-1] if g in of_step]
+                       for g in range(len(optimizer._groups))]  # fmt: skip
+            lines = proceed(runtime, call.audited, self.settings, self.follow.changed(), earlier)
+            self.bytes_sent += runtime.transport.bytes_sent - sent
+            taken_back = self._note(runtime, lines)
+        if taken_back:
+            optimizer.guard.applied = False  # what a framework still steps of this step is left out as well
+            self.follow.forget()
+        else:
+            self.follow.after(runtime, call.work, self._next_matrix(runtime))
+        self.seconds += time.perf_counter() - began
+
+    def _step_of(self, runtime: Runtime) -> int:
+        """Number of the step that is being made. Steps that are left out for their gradients count as well."""
+        made = runtime.transport.progress.step
+        if self._offset is None:
+            self._offset = self.step - made
+        return self._offset + made + 1
+
+    @property
+    def _due(self) -> bool:
+        return self.step % self.settings.every == 0
+
+    # Choice ---------------------------------------------------------------------------------------------------------
+
+    def _turn(self, step: int) -> int:
+        return (step // self.settings.every - 1) * self.settings.matrices
+
+    def _next_matrix(self, runtime: Runtime) -> int:
+        step = (self.step // self.settings.every + 1) * self.settings.every
+        return in_rotation(self.settings.seed, len(runtime.plan.layout.matrices), self._turn(step))[0]
+
+    def _matrices(self, runtime: Runtime, call: Call) -> list[Audited]:
+        layouts, world, seed = runtime.plan.layout.matrices, runtime.transport.world_size, self.settings.seed
+        found: list[Audited] = []
+        for turn in range(self._turn(self.step), self._turn(self.step) + self.settings.matrices):
+            number, rotation = in_rotation(seed, len(layouts), turn)
+            held = layouts[number]
+            if held.buffer not in call.work or any(a.name == held.matrix.name for a in found):
+                continue
+            owner = int(runtime.plan.owners[number])
+            auditor = other_rank(owner, world, seed, held.matrix.name, rotation=rotation)
+            w = call.work[held.buffer]
+            parts = MatrixParts(runtime, number, auditor, w.parameter, w.gradient)
+            found.append(MatrixAudit(held.matrix.name, parts, w.group, number in call.zero))
+        return found
+
+    def _parameter(self, optimizer: Any, call: Call) -> list[Audited]:
+        """One AdamW parameter, if it is stepped in this call; the same one on all ranks."""
+        named = [(name, p) for name, p, algorithm in optimizer._named() if algorithm == "adamw"]
+        named = [(name, p) for name, p in named if p.is_floating_point()]
+        if not named:
+            return []
+        turn = self.step // self.settings.every - 1
+        index, rotation = in_rotation(number_of(self.settings.seed, "adamw"), len(named), turn)
+        name, parameter = named[index]
+        groups = [g for g, p in call.present if p is parameter]
+        if not groups:
+            return []
+        place = number_of(self.settings.seed, self.step, name)
+        binding, state = optimizer.runtime.binding, optimizer.state
+        work = next((item for item in call.adamw.get(groups[0], ()) if item[0] is parameter), None)
+        parts = SliceParts(work, state.get(parameter, {}), binding.local, lambda n: place % n, binding.device)
+        group = optimizer._groups[groups[0]]
+        return [SliceAudit(name, parts, group, lambda: state.get(parameter, {}), rotation)]
+
+    # Result ---------------------------------------------------------------------------------------------------------
+
+    def _begin(self, runtime: Runtime) -> None:
+        """Write the first line of this process."""
+        if self._begun:
+            return
+        self._begun = True
+        self.chain = Chain(self.settings.path, writes=runtime.transport.rank == 0)
+        names = [m.matrix.name for m in runtime.plan.layout.matrices]
+        settings = {"every": self.settings.every, "matrices": self.settings.matrices, "seed": self.settings.seed}
+        layout = {"layout": runtime.plan.layout.kind, "world_size": runtime.transport.world_size}
+        first = {"step": self.step, **settings, **layout, "names": names}
+        self.chain.start(first, *(self._resumed or ()))
+
+    def _note(self, runtime: Runtime, lines: Sequence[dict[str, Any]]) -> bool:
+        """Write the lines, and do what an alarm asks for. Whether the step was taken back."""
+        texts = []
+        for line in lines:
+            undone = bool(line["alarms"]) and self._undo is not None
+            record = {"kind": "audit", "step": self.step, **line, **({"undone": True} if undone else {})}
+            written = self.chain.append(record)
+            self.latest[line["matrix"]] = written
+            if line["alarms"]:
+                self.alarms.append(written)
+                texts.append(f"{line['matrix']}: {sentence(line['alarms'])}")
+        if not texts:
+            return False
+        text = f"audit of step {self.step}: {'; '.join(texts)}"
+        if self.settings.on_alarm == "stop":
+            error = AuditError(f"{text}. The step is in the weights: go on from the last checkpoint before it")
+            error.reported_elsewhere = runtime.transport.rank != 0
+            raise error
+        if self._undo is not None:
+            self._undo.restore()
+            self.undone += 1
+            text += ". The step was taken back"
+        if runtime.transport.rank == 0:
+            warnings.warn(text, RuntimeWarning, stacklevel=5)
+        return self._undo is not None
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    def begin_at(self, step: int) -> None:
+        """The next optimizer step is `step + 1`."""
+        self.step, self._offset = step, None
+
+    def forget(self) -> None:
+        """The optimizer's state was loaded: expect nothing of it in the next step."""
+        self.follow.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: step, and head and length of the chain; the same on all ranks."""
+        if not self._begun and self._resumed is not None:
+            return {"step": self.step, "head": self._resumed[0], "lines": self._resumed[1]}
+        return {"step": self.step, "head": self.chain.head, "lines": self.chain.lines}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the chain of a saved run."""
+        self.begin_at(int(state["step"]))
+        self._begun = False
+        self._resumed = (str(state["head"]), int(state["lines"]))
+
+
+def sentence(alarms: Sequence[Mapping[str, Any] | Alarm]) -> str:
+    """ "decay: weight decay was not applied; also rate: ...": all alarms of one matrix, the earliest stage first."""
+    plain = [a.plain() if isinstance(a, Alarm) else a for a in alarms]
+    said = [f"{a['stage']}: {a['sentence']}" for a in plain]
+    return "; also ".join(said)

@@ -1,0 +1,138 @@
+"""`audit.jsonl`: one line for each audited matrix, each with a digest of itself and of all lines before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BEGINNING = "0" * 64
+"""What stands for the digest of the line before the first."""
+FILE = "audit.jsonl"
+_AUDIT = ("step", "matrix", "algorithm", "owner", "auditor", "errors", "tolerance", "alarms")
+_NEEDED = {"start": ("previous", "step"), "audit": _AUDIT}
+
+
+def digest_of(previous: str, record: Mapping[str, Any]) -> str:
+    """SHA-256 of the digest before and of the record as JSON with sorted keys, in hexadecimal."""
+    text = json.dumps({k: v for k, v in record.items() if k != "digest"}, sort_keys=True)
+    return hashlib.sha256(f"{previous}{text}".encode()).hexdigest()
+
+
+class Chain:
+    """Appends lines. Every rank keeps the head, one rank writes the file.
+
+    Attributes:
+        head: digest of the newest line.
+        lines: written since the beginning of the run, those before a resume included.
+    """
+
+    def __init__(self, path: Path | None = None, writes: bool = False) -> None:
+        self.head = BEGINNING
+        self.lines = 0
+        self._path = path if writes else None
+
+    def append(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a record; it as written, with its digest."""
+        # Once through JSON, so that what is hashed is what a reader gets.
+        self.lines += 1
+        plain = json.loads(json.dumps({"line": self.lines, **record}))
+        plain["digest"] = self.head = digest_of(self.head, plain)
+        if self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(plain, sort_keys=True) + "\n")
+            except OSError as error:
+                # Raising on this rank alone would leave the others waiting in a collective.
+                print(f"audit: cannot write {self._path}: {error}; the audit goes on without it", file=sys.stderr)
+                self._path = None
+        return dict(plain)
+
+    def start(self, record: Mapping[str, Any], head: str = BEGINNING, lines: int = 0) -> None:
+        """Begin, or continue behind the line with digest `head`, the `lines`-th, with a line that says so.
+
+        What the file holds behind that line belongs to an abandoned branch of the run, or to an older run, and stays.
+        """
+        self.head, self.lines = head, lines
+        if self._path is not None and self._path.is_file():
+            whole, end, rest = self._path.read_bytes().rpartition(b"\n")
+            if rest:  # a process that was killed may leave half of its last line
+                self._path.write_bytes(whole + end)
+        self.append({"kind": "start", "previous": head, **record})
+
+
+@dataclass
+class Read:
+    """A chain as it stands in its file.
+
+    Attributes:
+        records: of all lines that could be read, with their line numbers.
+        problems: "line 12: ..." of what is damaged, changed or missing.
+        abandoned: numbers of lines that no later start goes on from: a branch that was left, or an older run.
+        digests: of all lines.
+        head: digest of the last line.
+    """
+
+    records: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    abandoned: set[int] = field(default_factory=set)
+    digests: dict[str, int] = field(default_factory=dict)
+    head: str = BEGINNING
+
+    @property
+    def audits(self) -> list[dict[str, Any]]:
+        """The records of audited matrices that belong to the run as it stands, oldest first."""
+        return [r for n, r in self.records if r.get("kind") == "audit" and n not in self.abandoned]
+
+
+def read_chain(path: Path) -> Read:
+    """Read and check a file; see `Read`. A problem is reported once: lines behind it are checked from it on."""
+    found = Read()
+    text = path.read_bytes()
+    lines = text.split(b"\n")
+    ends = lines.pop() == b""
+    if not ends:
+        lines = text.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and not ends:
+            found.problems.append(f"line {number}: cut off: it has no end")
+        try:
+            record = json.loads(line)
+            claimed = str(record["digest"])
+            if any(key not in record for key in _NEEDED[record["kind"]]):
+                raise KeyError
+        except (ValueError, KeyError, TypeError):
+            found.problems.append(f"line {number}: not a record with a digest")
+            found.head = ""
+            continue
+        _link(found, number, record, claimed)
+    return found
+
+
+def _link(found: Read, number: int, record: dict[str, Any], claimed: str) -> None:
+    previous = found.head
+    if record.get("kind") == "start":
+        previous = str(record.get("previous"))
+        if previous not in {BEGINNING, *found.digests}:
+            found.problems.append(f"line {number}: goes on from a line that is missing")
+        kept = found.digests.get(previous, 0)
+        found.abandoned |= {n for n, _ in found.records if n > kept}
+    if previous and digest_of(previous, record) != claimed:
+        found.problems.append(_broken(found, number, record))
+    found.records.append((number, record))
+    found.digests[claimed] = number
+    found.head = claimed
+
+
+def _broken(found: Read, number: int, record: dict[str, Any]) -> str:
+    """Whether lines before this one are missing, or it was changed."""
+    last = max((r.get("line", 0) for n, r in found.records if n not in found.abandoned), default=0)
+    missing = record.get("line", 0) - last - 1
+    if missing > 0:
+        return f"line {number}: {missing} line{'s' if missing > 1 else ''} missing before it"
+    return f"line {number}: changed, or the digest of the line before it was"

@@ -1,0 +1,27 @@
+"""``muon-dist verify``: whether a run's steps were what they should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its audit.jsonl.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Check the audit of a run: whether its chain is whole, what was recomputed, and how large the errors were.
+
+    Exit code 0 when all is well; 13 when a line is missing or was changed, or when there was an alarm.
+    """
+    from muon_dist.audit.page import show, to_json
+    from muon_dist.audit.verify import verify as check
+
+    found = check(run)
+    if as_json:
+        typer.echo(to_json(found))
+    else:
+        show(found)
+    found.raise_if_bad()

@@ -1,0 +1,171 @@
+"""Known ways in which a step can be wrong: the updates that they would make, and the factors that they leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from muon_dist.audit.cause import Cause, Difference, Direction, Factor
+from muon_dist.audit.recompute import Before, Hyperparameters, plain_step, scale_factor
+from muon_dist.errors import ConfigError
+from muon_dist.numerics import SCHEDULES
+
+_SCALES = ("match_rms_adamw", "spectral", "none")
+FLIPPED = Cause("bit_flipped", "one element of what the owner gathered differs in one bit")
+BIAS = "bias_correction"
+SWAPPED = Cause("swapped", "the direction of another matrix, or of other inputs: a swapped result or a stale stack")
+
+
+def factors(asked: Hyperparameters, before: Before, earlier: Sequence[float], world_size: int) -> list[Factor]:
+    """Numbers that may stand before an update.
+
+    Args:
+        earlier: rates of the group in the steps before.
+        world_size: ranks that share the work.
+    """
+    found = []
+    for lr in dict.fromkeys(earlier):
+        if asked.lr and lr != asked.lr:
+            sentence = f"rate {lr:g} of a step before, asked {asked.lr:g}"
+            found.append(Factor(Cause("old_rate", sentence), lr / asked.lr))
+    if asked.rule == "adamw":
+        found += _corrections(asked, float(before.memory["step"]) + 1)
+    if asked.rule in ("muon", "normuon", "namo"):
+        rows, cols = before.weight.shape
+        own = scale_factor(asked.scale, rows, cols, asked.transposed)
+        for kind in _SCALES:
+            if kind != asked.scale:
+                value = scale_factor(kind, rows, cols, asked.transposed) / own
+                found.append(Factor(Cause("wrong_scale", f"scale '{kind}', asked '{asked.scale}'"), value))
+    for ranks in {world_size} - {1}:
+        found.append(Factor(Cause("summed", f"summed over {ranks} ranks, not averaged"), float(ranks)))
+        found.append(Factor(Cause("averaged_twice", f"divided by {ranks} ranks once too often"), 1 / ranks))
+    found.append(Factor(Cause("twice", "applied twice"), 2.0))
+    return found
+
+
+def _corrections(asked: Hyperparameters, steps: float) -> list[Factor]:
+    """Where eps does not count, a wrong bias correction of AdamW is a factor: c1 / sqrt(c2), or a part of it."""
+    beta1, beta2 = asked.betas
+    c1, root = 1 - beta1**steps, math.sqrt(1 - beta2**steps)
+    ways = [
+        ("computed without bias correction", c1 / root),
+        ("the first moment has no bias correction", c1),
+        ("the second moment has no bias correction", 1 / root),
+    ]
+    for other in (steps - 1, steps + 1):
+        if other > 0:
+            value = c1 / (1 - beta1**other) * math.sqrt(1 - beta2**other) / root
+            ways.append((f"bias correction of step {other:.0f}, asked {steps:.0f}", value))
+    return [Factor(Cause(BIAS, sentence), value) for sentence, value in ways]
+
+
+def gradient_factors(asked: Hyperparameters, world_size: int) -> list[Factor]:
+    """Numbers that may stand before the gradient in momentum."""
+    found = []
+    if asked.gradient_factor != 1.0:
+        f = asked.gradient_factor
+        found.append(Factor(Cause("clipped_twice", f"its factor {f:g} was applied twice"), f))
+        found.append(Factor(Cause("not_clipped", f"its factor {f:g} was not applied"), 1 / f))
+    for ranks in {world_size} - {1}:
+        found.append(Factor(Cause("summed", f"summed over {ranks} ranks, not averaged"), float(ranks)))
+        found.append(Factor(Cause("averaged_twice", f"divided by {ranks} ranks once too often"), 1 / ranks))
+    return found
+
+
+def directions(before: Before, asked: Hyperparameters, momentum: Tensor, memory: dict[str, Tensor]) -> list[Direction]:
+    """Updates of known deviations, likelier ones first. momentum, memory: after the step."""
+    if asked.rule == "adamw":
+        return list(_of_adamw(before, asked, momentum, memory))
+    return list(_of_muon(before, asked, momentum))
+
+
+def _of_muon(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterator[Direction]:
+    def of(changed: Hyperparameters, sent: Tensor = momentum, start: Before = before) -> Callable[[], Tensor]:
+        return lambda: plain_step(start, changed, momentum=sent).direction
+
+    gradient = before.gradient * asked.gradient_factor
+    without = replace(asked, nesterov=False)
+    if asked.rule != "namo":
+        said = "without" if asked.nesterov else "with"
+        yield Direction(Cause("nesterov", f"computed {said} the Nesterov look-ahead"), of(
+            replace(asked, nesterov=not asked.nesterov)))  # fmt: skip
+    if bool(before.momentum.any()):
+        yield Direction(Cause("stale_momentum", "made of the momentum before this step"), of(without, before.momentum))
+    yield Direction(Cause("no_momentum", "made of the gradient alone"), of(without, gradient))
+    for steps in (asked.ns_steps - 1, asked.ns_steps + 1):
+        if steps > 0 and _known(asked.ns_schedule, steps):
+            sentence = f"{steps} Newton-Schulz steps, asked {asked.ns_steps}"
+            yield Direction(Cause("ns_steps", sentence), of(replace(asked, ns_steps=steps)))
+    for schedule in SCHEDULES:
+        if schedule != asked.ns_schedule and _known(schedule, asked.ns_steps):
+            sentence = f"coefficients '{schedule}', asked '{asked.ns_schedule}'"
+            yield Direction(Cause("ns_schedule", sentence), of(replace(asked, ns_schedule=schedule)))
+    if asked.rule != "muon":
+        yield Direction(Cause("wrong_rule", f"rule 'muon', asked '{asked.rule}'"), of(replace(asked, rule="muon")))
+
+
+def _known(schedule: str, steps: int) -> bool:
+    try:
+        return bool(SCHEDULES[schedule].coefficients(steps))
+    except ConfigError:
+        return False
+
+
+def _of_adamw(
+    before: Before, asked: Hyperparameters, momentum: Tensor, memory: dict[str, Tensor]
+) -> Iterator[Direction]:
+    second, steps = memory["exp_avg_sq"], float(before.memory["step"]) + 1
+    beta1, beta2 = asked.betas
+
+    def of(first: float, of_second: float, eps: float = asked.eps) -> Callable[[], Tensor]:
+        return lambda: momentum / first / ((second / of_second).sqrt() + eps)
+
+    c1, c2 = 1 - beta1**steps, 1 - beta2**steps
+    yield Direction(Cause(BIAS, "computed without bias correction"), of(1.0, 1.0))
+    yield Direction(Cause(BIAS, "the first moment has no bias correction"), of(1.0, c2))
+    yield Direction(Cause(BIAS, "the second moment has no bias correction"), of(c1, 1.0))
+    for other in (steps - 1, steps + 1):
+        if other > 0:
+            cause = Cause(BIAS, f"bias correction of step {other:.0f}, asked {steps:.0f}")
+            yield Direction(cause, of(1 - beta1**other, 1 - beta2**other))
+    for other_eps in (1e-6, 1e-8, 1e-10, 1e-15):
+        if other_eps != asked.eps:
+            cause = Cause("eps", f"eps {other_eps:g}, asked {asked.eps:g}")
+            yield Direction(cause, of(c1, c2, other_eps))
+
+
+def swapped(difference: Difference) -> bool:
+    """Whether an update has about the length and nothing of the direction that it should have."""
+    return math.isfinite(difference.error) and abs(difference.factor) < 0.3 and 0.5 < difference.error < 3.0
+
+
+def flipped(before: Before, asked: Hyperparameters, momentum: Tensor, got: Tensor, want: Tensor, limit: float) -> str:
+    """Which bit of which element of the gathered matrix explains the update `got`; "" for none.
+
+    Every bit of the elements at which the difference of the updates is largest is tried.
+    """
+    mu = asked.momentum
+    sent = momentum.float()
+    if asked.nesterov:
+        sent = mu * sent + (1 - mu) * (before.gradient * asked.gradient_factor).float()
+    rest = (got - want).float()
+    rows, cols = rest.norm(dim=1), rest.norm(dim=0)
+    places = {(int(rows.argmax()), int(cols.argmax())), divmod(int(rest.abs().argmax()), rest.size(1))}
+    places.add(divmod(int(got.abs().argmax()), rest.size(1)))
+    plain = replace(asked, nesterov=False)
+    for i, j in places:
+        for bit in reversed(range(16, 32)):
+            wrong = sent.clone()
+            word = wrong.view(torch.int32)[i, j]
+            wrong.view(torch.int32)[i, j] = word ^ (-(2**31) if bit == 31 else 2**bit)
+            if not bool(torch.isfinite(wrong[i, j])):
+                continue
+            made = plain_step(before, plain, momentum=wrong.to(momentum.dtype)).direction
+            if Difference.between(got, made).turn <= limit:
+                return f"bit {bit} of element ({i}, {j}) of what the owner gathered is flipped"
+    return ""

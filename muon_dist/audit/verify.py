@@ -1,0 +1,163 @@
+"""What `muon-dist verify` finds in a run folder: is the chain whole, what was covered, how large were the errors."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from muon_dist.audit.chain import FILE, Read, read_chain
+from muon_dist.checkpoint import commits, open_checkpoint
+from muon_dist.errors import AuditError, ConfigError, MuonDistError
+
+_PARTS = 5
+STATE = "audit"
+"""Name of an audit's state in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Period:
+    """Errors in a part of the run.
+
+    Attributes:
+        first, last: steps.
+        audits: audited tensors.
+        errors: by stage the largest share of its tolerance; 1 is the bound.
+        alarms: lines with an alarm.
+    """
+
+    first: int
+    last: int
+    audits: int
+    errors: dict[str, float]
+    alarms: int
+
+
+@dataclass
+class Verified:
+    """What was found.
+
+    Attributes:
+        path: of the chain.
+        lines: in the file.
+        problems: of the chain and of checkpoints: empty if everything is whole.
+        audits: records of audited tensors that belong to the run.
+        abandoned: lines of branches on which a resumed run did not go on.
+        starts: processes of the run, resumed ones included.
+        heads: checkpoints whose head was found in the chain.
+        names: all Muon matrices, from the newest start.
+        settings: of the audit, from the newest start.
+        gaps: audited steps that are missing, first and last of each gap.
+    """
+
+    path: Path
+    lines: int = 0
+    problems: list[str] = field(default_factory=list)
+    audits: list[dict[str, Any]] = field(default_factory=list)
+    abandoned: int = 0
+    starts: int = 0
+    heads: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    gaps: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        """Records with an alarm."""
+        return [r for r in self.audits if r["alarms"]]
+
+    @property
+    def good(self) -> bool:
+        """The chain is whole, and nothing was wrong."""
+        return not self.problems and not self.alarms
+
+    def counts(self) -> Counter[str]:
+        """Audits of each Muon matrix; 0 for one that was never audited."""
+        found = Counter(dict.fromkeys(self.names, 0))
+        found.update(r["matrix"] for r in self.audits if r["algorithm"] == "muon")
+        return found
+
+    def ranks(self) -> dict[int, tuple[int, int]]:
+        """By rank, how often its work was audited and how often it audited others."""
+        owners, auditors = Counter(r["owner"] for r in self.audits), Counter(r["auditor"] for r in self.audits)
+        world = range(int(self.settings.get("world_size", 1)))
+        return {rank: (owners[rank], auditors[rank]) for rank in sorted({*world, *owners, *auditors})}
+
+    def periods(self) -> list[Period]:
+        """The run in up to five parts of about as many audits."""
+        count = len(self.audits)
+        borders = sorted({count * n // _PARTS for n in range(_PARTS + 1)})
+        return [_period(self.audits[a:b]) for a, b in itertools.pairwise(borders)]
+
+    def raise_if_bad(self) -> None:
+        """Raise AuditError, which says what is wrong."""
+        if self.problems:
+            raise AuditError(f"{self.path} is not whole: {self.problems[0]}")
+        if self.alarms:
+            steps = ", ".join(str(r["step"]) for r in self.alarms[:5])
+            raise AuditError(f"{len(self.alarms)} audited steps are not what was asked for: step {steps}")
+
+
+def _period(audits: list[dict[str, Any]]) -> Period:
+    shares: dict[str, float] = {}
+    for r in audits:
+        for stage, bound in r["tolerance"].items():
+            error = r["errors"].get(stage)
+            share = error / bound if error is not None and bound else float("inf")
+            shares[stage] = max(shares.get(stage, 0.0), share)
+    steps = [r["step"] for r in audits]
+    return Period(min(steps), max(steps), len(audits), shares, sum(bool(r["alarms"]) for r in audits))
+
+
+def verify(run: Path) -> Verified:
+    """Check the chain of a run folder, or of a file.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = run / FILE if run.is_dir() else run
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} does not exist: the run was not audited. Set optimizer.audit.every in its configuration"
+        )
+    chain = read_chain(path)
+    found = Verified(path, len(chain.records), list(chain.problems), chain.audits, len(chain.abandoned))
+    starts = [r for n, r in chain.records if r.get("kind") == "start"]
+    if starts:
+        found.settings = {key: starts[-1].get(key) for key in ("every", "matrices", "seed", "layout", "world_size")}
+        found.names = list(starts[-1].get("names", []))
+    found.starts = len(starts)
+    found.gaps = list(_gaps([r["step"] for r in found.audits], found.settings.get("every")))
+    _check_heads(found, chain, run)
+    return found
+
+
+def _gaps(steps: Iterable[int], every: int | None) -> Iterable[tuple[int, int]]:
+    if not every:
+        return
+    ordered = sorted(set(steps))
+    for before, after in itertools.pairwise(ordered):
+        if after - before > every:
+            yield before + every, after - every
+
+
+def _check_heads(found: Verified, chain: Read, run: Path) -> None:
+    """Every checkpoint must know a line of this chain: a chain that was cut or written anew does not have it."""
+    folders = [f for f in (run / "checkpoints", run) if f.is_dir()]
+    for path in (path for folder in folders for path in commits(folder)):
+        try:
+            checkpoint = open_checkpoint(path)
+            state = checkpoint.state().get(STATE)
+            checkpoint.close()
+        except MuonDistError as error:
+            found.problems.append(f"{path.name}: {error}")
+            continue
+        if state is None:  # saved without an audit
+            continue
+        if state["lines"] and state["head"] not in chain.digests:
+            found.problems.append(f"{path.name}: line {state['lines']}, which it names, is not in the chain")
+        else:
+            found.heads.append(path.name)
