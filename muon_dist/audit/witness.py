@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import random
-import re
-import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,13 +15,13 @@ from torch import Tensor, nn
 from muon_dist.audit.asked import Asked, Wanted, read
 from muon_dist.audit.cause import Cause, Difference
 from muon_dist.audit.convention import SCALES
-from muon_dist.audit.directions import ADAM_BETAS, Facts, Habit, Step, judge
-from muon_dist.audit.lengths import Decay, Length, Scale, causes_of, find_scale, tells_rate
+from muon_dist.audit.directions import ADAM_BETAS, Facts, Step, judge
+from muon_dist.audit.followed import Followed, candidates, digest, draw, source_of
+from muon_dist.audit.lengths import Length, Scale, causes_of, find_scale, tells_rate
 from muon_dist.audit.memory import BASE, CLIPPED, Memory
 from muon_dist.audit.record import Finding, Findings, Seen
-from muon_dist.audit.sources import Circumstances, Source, TorchSource, size_of_group
-from muon_dist.errors import ConfigError, InexactError, RoutingError
-from muon_dist.routing import table_of
+from muon_dist.audit.sources import Circumstances, Source, size_of_group
+from muon_dist.errors import ConfigError, InexactError
 
 logger = logging.getLogger("muon_dist.witness")
 
@@ -34,31 +31,6 @@ SEARCHES = 4
 _OPTIONS = (
     "lr", "weight_decay", "momentum", "nesterov", "scale", "ns_schedule", "ns_steps", "ns_coefficients", "betas", "eps"
 )  # fmt: skip
-
-
-class Followed:
-    """What the witness keeps of one matrix.
-
-    Attributes:
-        late: it is followed from a later step on than the optimizer's first, so its momentum must be taken in first.
-        written: somebody wrote the weight between two steps, and no save that was seen has it.
-    """
-
-    def __init__(
-        self, name: str, shape: tuple[int, int], device: torch.device, pieces: Sequence[int], late: bool
-    ) -> None:
-        self.name = name
-        self.shape = shape
-        self.pieces = tuple(pieces)
-        self.memory = Memory(shape, device)
-        self.habit: Habit | None = None
-        self.decay = Decay()
-        self.searches = 0
-        self.late = late
-        self.written = False
-        self.gradients: dict[str, Tensor] | None = None
-        self.before: Tensor | None = None
-        self.after: Tensor | None = None
 
 
 class Witness:
@@ -131,49 +103,19 @@ class Witness:
     def attach(self, source: Source, model: nn.Module | None) -> None:
         """Begin to follow; called by `witness`."""
         self._source = source
-        self._names = sorted(self._candidates(source, model))
+        self._names = sorted(candidates(source, model, self.wanted, self._matrices))
         self._choose()
         source.on_save(self._saved)
         source.listen(self._before, self._after)
 
-    def _candidates(self, source: Source, model: nn.Module | None) -> set[str]:
-        chosen = self._matrices
-        if not isinstance(chosen, (int, str)):
-            found = {n for n in source.matrices for pattern in chosen if re.fullmatch(pattern, n)}
-            if not found:
-                raise ConfigError(f"matrices={list(chosen)!r} match none of {', '.join(source.matrices)}")
-            return found
-        if self.wanted.rule == "adamw":
-            return set(source.matrices) - set(source.claimed)
-        try:
-            routed = {r.fqn for r in table_of(model).select("muon")} if model is not None else set()
-        except RoutingError:
-            routed = set()
-        found = (routed | set(source.claimed)) & set(source.matrices)
-        if not found:
-            raise ConfigError(
-                "the witness found no matrix that Muon should train: no group says so, and none is a hidden matrix of "
-                f"the model; name them, as matrices=[...], of {', '.join(source.matrices)}"
-            )
-        return found
-
     def _choose(self) -> None:
-        """The next followed set: seeded; different shapes first, since several tell a factor from a rate."""
+        """Begin with the next followed set."""
         assert self._source is not None
-        names, count = list(self._names), len(self._names)
+        names = self._names
         if isinstance(self._matrices, int):
-            count = min(count, self._matrices)
-            random.Random(f"{self._seed} {self.steps}").shuffle(names)
-            shapes: dict[tuple[int, int], int] = {}
-            rank = {n: shapes.setdefault(s, -1) for n in names if (s := self._source.matrices[n])}
-            for n in names:
-                shapes[self._source.matrices[n]] += 1
-                rank[n] = shapes[self._source.matrices[n]]
-            names.sort(key=lambda n: rank[n])
-        device = torch.device("cpu")
+            names = draw(names, self._source.matrices, self._matrices, f"{self._seed} {self.steps}")
         self._followed = {
-            n: Followed(n, self._source.matrices[n], device, self._pieces.get(n, ()), self.steps > 0)
-            for n in sorted(names[:count])
+            n: Followed(n, self._source.matrices[n], self._pieces.get(n, ()), self.steps > 0) for n in sorted(names)
         }
         self._since = self.steps
         self._source.follow(list(self._followed))
@@ -332,7 +274,7 @@ class Witness:
         rows = []
         for f in own:
             gradient = f.gradients[BASE] if f.gradients is not None else None
-            rows.append([_digest(f.after), 0 if gradient is None else _digest(gradient)])
+            rows.append([digest(f.after), 0 if gradient is None else digest(gradient)])
         mine = torch.tensor(rows, dtype=torch.int64)
         if dist.get_backend(self._source.group) == "nccl":
             mine = mine.cuda()
@@ -356,14 +298,6 @@ class Witness:
             logger.warning("step %d, %s: %s", self.steps, matrix, new.sentence)
         if self._raises:
             raise InexactError(f"step {self.steps}, {matrix}: {new.sentence}")
-
-
-def _digest(tensor: Tensor | None) -> int:
-    """Equal for equal bits, in whatever order a device adds."""
-    if tensor is None:
-        return 0
-    bits = tensor.contiguous().view(torch.int64).flatten()
-    return int((bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum())
 
 
 def witness(
@@ -432,23 +366,3 @@ def witness(
     engine_model = getattr(optimizer, "module", None) if model is None else model
     made.attach(source_of(optimizer, engine_model, clip), engine_model)
     return made
-
-
-def source_of(optimizer: Any, model: nn.Module | None, clip: float | None) -> Source:
-    """What reads the tensors of an optimizer, a list of them, or an engine."""
-    if "deepspeed" in sys.modules:
-        from deepspeed.runtime.engine import DeepSpeedEngine
-
-        from muon_dist.audit.follow_deepspeed import DeepSpeedSource
-
-        if isinstance(optimizer, DeepSpeedEngine):
-            return DeepSpeedSource(optimizer, clip)
-    several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    plain = []
-    for one in several:
-        while not hasattr(type(one), "register_step_pre_hook") or type(one).__name__ == "AcceleratedOptimizer":
-            if not hasattr(one, "optimizer"):
-                raise ConfigError(f"{type(one).__name__} is no torch optimizer, DeepSpeed engine or Trainer")
-            one = one.optimizer
-        plain.append(one)
-    return TorchSource(plain, model, clip)
