@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 import muon_dist
 from muon_dist.audit.convention import named
+from muon_dist.bench.conformance_cases import make_model
 from muon_dist.errors import ConfigError, InexactError
 from muon_dist.optim.reference import plain_newton_schulz
 
@@ -226,3 +229,20 @@ def test_known_iterations_are_what_they_are_called() -> None:
     x = torch.randn(12, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for name in ("keller", "you", "aol", "polar_express"):
         torch.testing.assert_close(named(name)(x), plain_newton_schulz(x, 5, name))
+
+
+def test_a_trainer_is_followed_from_its_first_step(tmp_path: Path) -> None:
+    """The stock Trainer makes its optimizer when training begins; the witness finds AdamW in Muon's place."""
+    model = make_model()
+    rows = [{"input_ids": (t := torch.arange(i, i + 12) % 64), "labels": t} for i in range(12)]
+    args = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+                             save_strategy="no", learning_rate=1e-3, lr_scheduler_type="constant")  # fmt: skip
+    trainer = Trainer(model=model, args=args, train_dataset=rows)
+    found = muon_dist.witness(trainer, matrices=2)
+    trainer.train()
+    assert found.steps == 3 and causes(found) == {"adamw"}, found.table()
+    ours = Trainer(model=make_model(), args=args, train_dataset=rows,
+                   optimizer_cls_and_kwargs=muon_dist.for_trainer(args, ns_dtype=torch.float32))  # fmt: skip
+    found = muon_dist.witness(ours, matrices=2)
+    ours.train()
+    assert found.steps == 3 and not found.findings, found.table()
