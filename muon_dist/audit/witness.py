@@ -300,6 +300,24 @@ class Witness:
             raise InexactError(f"step {self.steps}, {matrix}: {new.sentence}")
 
 
+def checked(
+    rule: str, matrices: int | str | Sequence[str], every: int, on_finding: str, asked: Mapping[str, Any]
+) -> int | str | Sequence[str]:
+    """`matrices`, a lone pattern as a list. Raises ConfigError for arguments of `witness` that cannot be used."""
+    if rule not in RULES:
+        raise ConfigError(f"rule={rule!r}: use {', '.join(RULES)}")
+    unknown = set(asked) - set(_OPTIONS)
+    if unknown:
+        raise ConfigError(f"witness does not know {', '.join(sorted(unknown))}: use {', '.join(_OPTIONS)}")
+    if on_finding not in ("warn", "raise"):
+        raise ConfigError(f"on_finding={on_finding!r}: use warn or raise")
+    if isinstance(matrices, str) and matrices != "all":
+        matrices = [matrices]
+    if every < 1 or (isinstance(matrices, int) and matrices < 1):
+        raise ConfigError(f"every={every}, matrices={matrices}: both must be at least 1")
+    return matrices
+
+
 def witness(
     optimizer: Any,
     *,
@@ -344,17 +362,7 @@ def witness(
         ConfigError: an unknown argument, or no matrix to follow.
         FrameworkError: the parameters are kept in a form that cannot be read whole.
     """
-    if rule not in RULES:
-        raise ConfigError(f"rule={rule!r}: use {', '.join(RULES)}")
-    unknown = set(asked) - set(_OPTIONS)
-    if unknown:
-        raise ConfigError(f"witness does not know {', '.join(sorted(unknown))}: use {', '.join(_OPTIONS)}")
-    if on_finding not in ("warn", "raise"):
-        raise ConfigError(f"on_finding={on_finding!r}: use warn or raise")
-    if isinstance(matrices, str) and matrices != "all":
-        matrices = [matrices]
-    if every < 1 or (isinstance(matrices, int) and matrices < 1):
-        raise ConfigError(f"every={every}, matrices={matrices}: both must be at least 1")
+    matrices = checked(rule, matrices, every, on_finding, asked)
     made = Witness(
         Wanted(rule, asked), matrices, every=every, rotate=rotate, seed=seed, pieces=pieces, on_finding=on_finding
     )
