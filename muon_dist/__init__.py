@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from muon_dist.adapters.factory import MuonFactory, for_trainer
     from muon_dist.adapters.hf_guards import Guards
     from muon_dist.adapters.hf_trainer import MuonTrainer
+    from muon_dist.audit.witness import witness
     from muon_dist.numerics.newton_schulz import newton_schulz
     from muon_dist.numerics.schedules import register_schedule
     from muon_dist.optim.groups import param_groups, routing_table
@@ -34,6 +35,7 @@ _HOMES = {
     "register_scale": "muon_dist.optim.rules",
     "register_schedule": "muon_dist.numerics.schedules",
     "routing_table": "muon_dist.optim.groups",
+    "witness": "muon_dist.audit.witness",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "register_scale",
     "register_schedule",
     "routing_table",
+    "witness",
 ]
 
 

@@ -51,9 +51,15 @@ SIDEWAYS = {
 
 # A framework is imported in its own adapter alone. The longest matching prefix decides.
 HOMES: dict[str, tuple[str, ...]] = {
-    "deepspeed": ("adapters.deepspeed", "bench.peers_deepspeed", "fuzz.engines"),
+    "deepspeed": (
+        "adapters.deepspeed",
+        "audit.follow_deepspeed",
+        "audit.followed",
+        "bench.peers_deepspeed",
+        "fuzz.engines",
+    ),
     "accelerate": ("adapters.hf_parallel", "adapters.deepspeed"),
-    "transformers": ("adapters", "model", "data.tokenizer", "routing", "config"),
+    "transformers": ("adapters", "audit.follow_trainer", "model", "data.tokenizer", "routing", "config"),
     "transformers.Trainer": ("adapters.hf_trainer", "adapters.hf_checkpoint"),
     "transformers.TrainingArguments": ("adapters.hf_trainer", "adapters.hf_checkpoint", "config"),
     "transformers.trainer": ("adapters.hf_trainer", "adapters.hf_checkpoint"),

@@ -52,6 +52,14 @@ class Difference:
         factor = norm_got / norm_want * math.cos(angle)
         return cls(float((got - want).norm()) / norm_want, factor, angle)
 
+    def against(self, scale: float) -> Difference:
+        """The same update against `scale` times what was wanted."""
+        if not math.isfinite(self.error) or scale == 1.0:
+            return self
+        cosine = math.cos(self.angle)
+        ratio = self.factor / cosine / scale if abs(cosine) > 1e-12 else 0.0
+        return Difference(math.sqrt(max(0.0, 1 + ratio**2 - 2 * ratio * cosine)), self.factor / scale, self.angle)
+
     @property
     def turn(self) -> float:
         """Relative error that is left after the best positive factor: sin(angle), and 1 beyond a right angle."""

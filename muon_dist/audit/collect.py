@@ -113,8 +113,9 @@ class MatrixParts:
                 _place(found[name], fragments, rank, part)
             for rows, part in zip(memory, (parts[2], parts[4]), strict=True):
                 if rank == self.owner:
-                    kept = part[_count(self.sources, rank) :].split(self.matrix.fan[0])
-                    rows.update(zip(self.rows, kept, strict=True) if self.rows else ())
+                    sizes = [self.runtime.memory.size(name, self.number) for name in self.rows]
+                    kept = part[_count(self.sources, rank) :].split(sizes) if sizes else ()
+                    rows.update(zip(self.rows, kept, strict=True))
         shape = (self.matrix.rows, self.matrix.cols)
         whole = {name: tensor.view(shape) for name, tensor in found.items()}
         before = Before(whole["weight"], whole["gradient"], whole["momentum"], {**self.numbers, **memory[0]})

@@ -86,6 +86,23 @@ def step(
 
 
 @app.command()
+def conformance(
+    output: Annotated[Path, typer.Option(help="Folder for conformance.json and conformance.md.")] = Path("bench"),
+    only: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A part of the names of the rows to run, such as 'DeepSpeed Muon, zero1'; repeat it."),
+    ] = None,
+) -> None:
+    """Every installed Muon under a witness: frameworks, clipping, precision, offload, resume, zero gradients."""
+    defaults = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    for name, value in (defaults | _QUIET).items():
+        os.environ.setdefault(name, value)
+    from muon_dist.bench import conformance as bench
+
+    bench.command(output, only or [], typer.echo)
+
+
+@app.command()
 def host(
     model: Annotated[str, typer.Option(help="A YAML file, or the name of one in configs/, such as llama-7b.")],
     layout: Annotated[str, typer.Option(help="fsdp2, hsdp, zero1, zero2, zero3 or ddp.")] = "fsdp2",

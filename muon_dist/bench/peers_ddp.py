@@ -11,6 +11,11 @@ from muon_dist.bench.cases import Case
 from muon_dist.bench.sides import Builder, PlainSide
 
 
+def wrap(model: nn.Module) -> DistributedDataParallel:
+    """`model` under DDP as it comes."""
+    return DistributedDataParallel(model)
+
+
 def make(model: nn.Module, case: Case, build: Builder) -> PlainSide:
     """`model` under DDP, its all-reduces made by the Python hook, where the byte counter sees them."""
     built = build(model, case)

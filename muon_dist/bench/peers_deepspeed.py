@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 import deepspeed.runtime.zero.muon.original_muon as theirs
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger, safe_get_full_fp32_param
 from torch import nn
 
@@ -89,6 +90,22 @@ def configuration(case: Case) -> dict[str, Any]:
 def _prepare(case: Case) -> None:
     logger.setLevel("ERROR")
     prepare_process(gpu=case.device == "cuda")
+
+
+def initialize(model: nn.Module, optimizer: Any, config: dict[str, Any]) -> Any:
+    """An engine; ours is attached, and without an optimizer DeepSpeed makes the one that `config` names."""
+    logger.setLevel("ERROR")
+    prepare_process(gpu=False)
+    if config.get("fp16", {}).get("enabled"):
+        # DeepSpeed refuses fp16 on most processors; torch computes it in software.
+        get_accelerator().is_fp16_supported = lambda: True
+    given: dict[str, Any] = {"optimizer": optimizer}
+    if optimizer is None:
+        given = {"model_parameters": [p for p in model.parameters() if p.requires_grad]}
+    engine, *_ = deepspeed.initialize(model=model, config=config, **given)
+    if isinstance(optimizer, Muon):
+        attach(engine)
+    return engine
 
 
 def make(model: nn.Module, case: Case, build: Builder) -> EngineSide:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from muon_dist.bench.cases import Case
@@ -27,8 +28,12 @@ class ShardedSide(PlainSide):
 
 def make(model: Any, case: Case, build: Builder) -> ShardedSide:
     """A Llama of transformers under fully_shard; the optimizer is made afterwards, on its DTensors."""
-    mesh = on_mesh(case.device)
+    shard(model, on_mesh(case.device))
+    return ShardedSide(model, model, build(model, case))
+
+
+def shard(model: Any, mesh: DeviceMesh) -> Any:
+    """`model`, every layer of it and then the whole under `fully_shard`."""
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return ShardedSide(model, model, build(model, case))
+    return fully_shard(model, mesh=mesh)

@@ -1,0 +1,97 @@
+"""What the Muons of the field do differently on purpose: coefficients, precision, factors of the update.
+
+None of these is a fault. The witness finds out which of them an optimizer follows, and measures how far that is from
+the same rule in fp64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from muon_dist.numerics.schedules import SCHEDULES, Row
+
+# Polar Express with another safety factor (1.02, five rows, no limit row): nanochat, modded-nanogpt, dion.
+_POLAR_EXPRESS_102 = (
+    (8.156555, -22.483293, 15.878770),
+    (4.042930, -2.808917, 0.500018),
+    (3.891668, -2.772484, 0.506065),
+    (3.285754, -2.368129, 0.464490),
+    (2.346541, -1.709783, 0.423236),
+)
+HALVES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """A Newton-Schulz iteration.
+
+    Attributes:
+        name: of its coefficients.
+        rows: (a, b, c) of every step.
+        safety: the input is divided by this as well, after its Frobenius norm.
+        aol: the rows are scaled by the sums of the Gram matrix first (arXiv 2512.04632).
+        dtype: "fp64" stands for fp32 and better; or "bf16", "fp16".
+        epsilon: added to the Frobenius norm.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    safety: float = 1.0
+    aol: bool = False
+    dtype: str = "fp64"
+    epsilon: float = 0.0
+
+    def in_dtype(self, dtype: str) -> Iteration:
+        return replace(self, dtype=dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The orthogonalized (rows, columns) matrix, in fp64. 16-bit products add in fp32, as hardware does."""
+        if x.size(0) > x.size(1):
+            return self(x.mT).mT
+        norm = float(x.norm())
+        x = x.double() / (norm + self.epsilon) if norm > 0 else x.double()
+        if self.aol:
+            x = x / (x @ x.mT).abs().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-300)
+        x = x / self.safety
+        half = HALVES.get(self.dtype)
+
+        def rounded(t: Tensor) -> Tensor:
+            return t if half is None else t.to(half).float()
+
+        x = rounded(x)
+        for a, b, c in self.rows:
+            gram = rounded(x @ x.mT)
+            x = rounded(a * x + rounded(b * gram + c * (gram @ gram)) @ x)
+        return x.double()
+
+
+def named(name: str, steps: int = 5) -> Iteration:
+    """The iteration of a schedule of `numerics.SCHEDULES`; "polar_express_102" as well. A fixed length runs whole."""
+    if name == "polar_express_102":
+        return Iteration(name, _POLAR_EXPRESS_102[:steps], safety=1.02)
+    schedule = SCHEDULES[name]
+    rows = schedule.rows if schedule.tail is None else schedule.coefficients(steps)
+    return Iteration(name, rows, schedule.safety, schedule.normalization == "aol")
+
+
+def known_iterations() -> tuple[Iteration, ...]:
+    """Every known set of coefficients with five steps, then Keller Jordan's with other numbers of steps."""
+    names = ("keller", "polar_express_102", *(n for n in SCHEDULES if n not in ("keller", "strict")))
+    others = (6, 4, 8, 3, 10)
+    return (*(named(n) for n in names), *(replace(named("keller", s), name=f"keller, {s} steps") for s in others))
+
+
+SCALES: Mapping[str, Callable[[int, int], float]] = {
+    "match_rms_adamw": lambda out, fan_in: 0.2 * math.sqrt(max(out, fan_in)),
+    "spectral": lambda out, fan_in: math.sqrt(max(1.0, out / fan_in)),
+    "none": lambda out, fan_in: 1.0,
+    "rms_to_rms": lambda out, fan_in: math.sqrt(out / fan_in),
+    "max": lambda out, fan_in: math.sqrt(max(out, fan_in)),
+}
+"""Factors of an (out, in) update by name. match_rms_adamw: Moonlight (arXiv 2502.16982). spectral: Keller Jordan's.
+rms_to_rms: modular norm theory, dion's "spectral_norm". max: Megatron's "spectral"."""

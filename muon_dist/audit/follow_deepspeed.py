@@ -1,0 +1,218 @@
+"""DeepSpeed: engines of stages 0 to 3 and AutoTP, around their own Muon or any client optimizer.
+
+The gradient is taken by hooks on the parameters, before DeepSpeed reduces it: at stages 1 to 3 its own Muon leaves the
+orthogonalized update where the gradient was. Ranks are averaged here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, SubParamColumnParallel, TensorParallel_Layer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor
+
+from muon_dist.audit.asked import is_muon_group
+from muon_dist.audit.cause import Cause, Factor
+from muon_dist.audit.memory import BASE, LOCAL, SCALED, TWICE
+from muon_dist.audit.sources import Circumstances, Names, shared_factors, size_of_group
+from muon_dist.errors import FrameworkError
+
+
+class DeepSpeedSource:
+    """See `audit.sources.Source`. clip: overrides the engine's `gradient_clipping`."""
+
+    def __init__(self, engine: DeepSpeedEngine, clip: float | None = None) -> None:
+        self.engine = engine
+        self.clip = engine.gradient_clipping() if clip is None else clip
+        self.group: dist.ProcessGroup | None = engine.seq_data_parallel_group
+        self.matrices: dict[str, tuple[int, int]] = {}
+        self.claimed: list[str] = []
+        self._parameters: dict[str, Any] = {}
+        self._slices: dict[str, tuple[int, TensorParallel_Layer]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._scale = 1.0
+        self._step: Callable[..., Any] | None = None
+        self._save: Callable[..., Any] | None = None
+        self._homes = dict(_homes(engine))
+        slices = dict(_slices(engine.module))
+        kind = type(engine.basic_optimizer).__name__
+        for name, p in engine.module.named_parameters():
+            shape = tuple(getattr(p, "ds_shape", p.shape))
+            if len(shape) != 2 or not p.requires_grad or id(p) not in self._homes:
+                continue
+            if getattr(p, "tensor_model_parallel", False) and id(p) not in slices:
+                continue  # a fused layer: its slice is no contiguous part of the whole
+            self._parameters[name] = p
+            if id(p) in slices:
+                axis, layer = self._slices[name] = slices[id(p)]
+                sizes = list(shape)
+                sizes[axis] = sum(layer._partition_sizes)
+                shape = tuple(sizes)
+            self.matrices[name] = (int(shape[0]), int(shape[1]))
+            if is_muon_group(self.options(name), kind):
+                self.claimed.append(name)
+        if not self.matrices:
+            raise FrameworkError("the witness found no two-dimensional parameter in the engine's optimizer")
+        some = next(iter(self._parameters.values()))
+        self.gradient_eps = torch.finfo(some.dtype).eps
+
+    def listen(self, before: Callable[[Names], None], after: Callable[[Names], None]) -> None:
+        original = self._step = self.engine.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if not self.engine.is_gradient_accumulation_boundary():
+                return original(*args, **kwargs)
+            self._scale = self._loss_scale()
+            before(list(self.matrices))
+            result = original(*args, **kwargs)
+            after(list(self.matrices))
+            self._sums.clear()
+            return result
+
+        self.engine.step = step
+
+    def follow(self, names: Names) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._sums.clear()
+        self._hooks = [self._parameters[n].register_hook(lambda g, n=n: self._add(n, g)) for n in names]
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        found = gradient.detach().float()
+        self._sums[name] = self._sums[name] + found if name in self._sums else found.clone()
+
+    def on_save(self, call: Callable[[], None]) -> None:
+        original = self._save = self.engine.save_checkpoint
+
+        def save(*args: Any, **kwargs: Any) -> Any:
+            call()
+            return original(*args, **kwargs)
+
+        self.engine.save_checkpoint = save
+
+    def gradients(self, name: str) -> dict[str, Tensor] | None:
+        p = self._parameters[name]
+        found = self._sums.get(name)
+        if found is None:  # DeepSpeed steps a parameter without a gradient as if it were zero
+            found = torch.zeros(tuple(getattr(p, "ds_shape", p.shape)), device=p.device)
+        local = self._joined(name, found.double())
+        mean = local.clone()
+        ranks = size_of_group(self.group)
+        if ranks > 1:
+            dist.all_reduce(mean, group=self.group)
+            mean /= ranks
+        labels = {BASE: mean / self._scale}
+        if self._scale != 1.0:
+            labels |= {SCALED: mean, TWICE: mean / self._scale**2}
+        if ranks > 1:
+            labels[LOCAL] = local / self._scale
+        return labels
+
+    def weight(self, name: str) -> Tensor:
+        p = self._parameters[name]
+        found = safe_get_full_fp32_param(p) if self._has_masters(p) else _master_of_stage_0(self.engine, p)
+        return self._joined(
+            name,
+            (p.detach() if found is None else found.detach().view(tuple(getattr(p, "ds_shape", p.shape)))).double(),
+        )
+
+    def weight_eps(self, name: str) -> float:
+        p = self._parameters[name]
+        masters = self._has_masters(p) or _master_of_stage_0(self.engine, p) is not None
+        return torch.finfo(torch.float32 if masters else p.dtype).eps
+
+    def _has_masters(self, p: Any) -> bool:
+        """Whether `safe_get_full_fp32_param` reads this parameter rightly.
+
+        At stages 1 and 2 the parameters are whole after each step: in fp32 nothing else is needed. Under
+        `round_robin_gradients` DeepSpeed's own mapping finds the wrong fragments.
+        """
+        if hasattr(p, "ds_id"):
+            return True
+        config = self.engine._config.zero_config
+        return hasattr(p, "_hp_mapping") and p.dtype != torch.float32 and not config.round_robin_gradients
+
+    def options(self, name: str) -> Mapping[str, Any]:
+        groups = getattr(self.engine.optimizer, "param_groups", self.engine.basic_optimizer.param_groups)
+        return groups[self._homes[id(self._parameters[name])]]
+
+    def shards(self, name: str) -> tuple[int, ...]:
+        sizes = {size_of_group(self.group)}
+        if name in self._slices:
+            sizes.add(self._slices[name][1].tp_world_size)
+        return tuple(sorted(s for s in sizes if s > 1))
+
+    def circumstances(self) -> Circumstances:
+        norm = self.engine.get_global_grad_norm()
+        clip = 1.0
+        factors = shared_factors(size_of_group(self.group), self.engine.gradient_accumulation_steps(), self._scale)
+        if self.clip and norm is not None and float(norm) > self.clip:
+            clip = self.clip / (float(norm) + 1e-6)
+            cause = Cause("clipped_update", "clipped after orthogonalization")
+            factors = (Factor(cause, clip), *factors)
+        return Circumstances(self.engine.was_step_applied(), factors, clip, self._scale)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._step is not None:
+            self.engine.step = self._step
+        if self._save is not None:
+            self.engine.save_checkpoint = self._save
+
+    def _loss_scale(self) -> float:
+        if not self.engine.fp16_enabled():
+            return 1.0
+        return float(getattr(self.engine.optimizer, "cur_scale", 0) or self.engine.optimizer.loss_scale)
+
+    def _joined(self, name: str, tensor: Tensor) -> Tensor:
+        """The whole of a tensor that tensor parallelism slices."""
+        if name not in self._slices:
+            return tensor.clone()
+        axis, layer = self._slices[name]
+        sizes = list(layer._partition_sizes)
+        shape = list(tensor.shape)
+        shape[axis] = max(sizes)
+        padded = tensor.new_zeros(shape)
+        padded.narrow(axis, 0, tensor.size(axis)).copy_(tensor)
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=layer.mp_group)
+        return torch.cat([part.narrow(axis, 0, size) for part, size in zip(parts, sizes, strict=True)], dim=axis)
+
+
+def _homes(engine: DeepSpeedEngine) -> Iterator[tuple[int, int]]:
+    """(id of a parameter, index of its group) for all that the engine's optimizer steps."""
+    optimizer = engine.optimizer
+    lists = next(
+        (g for a in ("bit16_groups", "bf16_groups", "fp16_groups") if (g := getattr(optimizer, a, None))), None
+    )
+    index = getattr(optimizer, "sub_group_to_group_id", None)
+    for i, parameters in enumerate(lists if lists is not None else (g["params"] for g in optimizer.param_groups)):
+        yield from ((id(p), i if index is None else index[i]) for p in parameters)
+
+
+def _slices(module: torch.nn.Module) -> Iterator[tuple[int, tuple[int, TensorParallel_Layer]]]:
+    """(id of a weight, (axis along which AutoTP slices it, its layer)); layers of fused weights are left out."""
+    for layer in module.modules():
+        if not isinstance(layer, (LinearLayer, LinearAllreduce)) or isinstance(layer, SubParamColumnParallel):
+            continue
+        if layer.tp_world_size > 1 and hasattr(layer, "_partition_sizes"):
+            yield id(layer.weight), (0 if isinstance(layer, LinearLayer) else 1, layer)
+
+
+def _master_of_stage_0(engine: DeepSpeedEngine, p: Any) -> Tensor | None:
+    """The fp32 master that the 16-bit engine of stage 0 keeps; None without one."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization() or not hasattr(optimizer, "fp32_groups"):
+        return None
+    for halves, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for half, master in zip(halves, masters, strict=True):
+            if half is p:
+                return master
+    return None

@@ -1,0 +1,104 @@
+"""Which matrices a witness follows, where it reads them, and what it keeps of each."""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from muon_dist.audit.asked import Wanted
+from muon_dist.audit.directions import Habit
+from muon_dist.audit.lengths import Decay
+from muon_dist.audit.memory import Memory
+from muon_dist.audit.sources import Source, TorchSource
+from muon_dist.errors import ConfigError, RoutingError
+from muon_dist.routing import table_of
+
+
+class Followed:
+    """What the witness keeps of one matrix.
+
+    Attributes:
+        late: it is followed from a later step on than the optimizer's first, so its momentum must be taken in first.
+        written: somebody wrote the weight between two steps, and no save that was seen has it.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, int], pieces: Sequence[int], late: bool) -> None:
+        self.name = name
+        self.shape = shape
+        self.pieces = tuple(pieces)
+        self.memory = Memory(shape, torch.device("cpu"))
+        self.habit: Habit | None = None
+        self.decay = Decay()
+        self.searches = 0
+        self.late = late
+        self.written = False
+        self.gradients: dict[str, Tensor] | None = None
+        self.before: Tensor | None = None
+        self.after: Tensor | None = None
+
+
+def candidates(source: Source, model: nn.Module | None, wanted: Wanted, chosen: int | str | Sequence[str]) -> set[str]:
+    """Names of the matrices that may be followed: as chosen, or all that the rule should train."""
+    if not isinstance(chosen, (int, str)):
+        found = {n for n in source.matrices for pattern in chosen if re.fullmatch(pattern, n)}
+        if not found:
+            raise ConfigError(f"matrices={list(chosen)!r} match none of {', '.join(source.matrices)}")
+        return found
+    if wanted.rule == "adamw":
+        return set(source.matrices) - set(source.claimed)
+    try:
+        routed = {r.fqn for r in table_of(model).select("muon")} if model is not None else set()
+    except RoutingError:
+        routed = set()
+    found = (routed | set(source.claimed)) & set(source.matrices)
+    if not found:
+        raise ConfigError(
+            "the witness found no matrix that Muon should train: no group says so, and none is a hidden matrix of "
+            f"the model; name them, as matrices=[...], of {', '.join(source.matrices)}"
+        )
+    return found
+
+
+def draw(names: Sequence[str], shapes: Mapping[str, tuple[int, int]], count: int, seed: str) -> list[str]:
+    """`count` of the names, seeded; different shapes first, since several tell a factor of the shape from a rate."""
+    names = list(names)
+    random.Random(seed).shuffle(names)
+    seen: dict[tuple[int, int], int] = {}
+    rank = {}
+    for name in names:
+        rank[name] = seen[shapes[name]] = seen.get(shapes[name], -1) + 1
+    return sorted(names, key=lambda n: rank[n])[:count]
+
+
+def digest(tensor: Tensor | None) -> int:
+    """Equal for equal bits, in whatever order a device adds."""
+    if tensor is None:
+        return 0
+    bits = tensor.contiguous().view(torch.int64).flatten()
+    return int((bits * (2 * torch.arange(bits.numel(), device=bits.device) + 1)).sum())
+
+
+def source_of(optimizer: Any, model: nn.Module | None, clip: float | None) -> Source:
+    """What reads the tensors of an optimizer, a list of them, or an engine."""
+    if "deepspeed" in sys.modules:
+        from deepspeed.runtime.engine import DeepSpeedEngine
+
+        from muon_dist.audit.follow_deepspeed import DeepSpeedSource
+
+        if isinstance(optimizer, DeepSpeedEngine):
+            return DeepSpeedSource(optimizer, clip)
+    several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    plain = []
+    for one in several:
+        while not hasattr(type(one), "register_step_pre_hook") or type(one).__name__ == "AcceleratedOptimizer":
+            if not hasattr(one, "optimizer"):
+                raise ConfigError(f"{type(one).__name__} is no torch optimizer, DeepSpeed engine or Trainer")
+            one = one.optimizer
+        plain.append(one)
+    return TorchSource(plain, model, clip)

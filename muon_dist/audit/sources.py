@@ -1,0 +1,222 @@
+"""Where a followed matrix is read, whatever framework holds it.
+
+A source hands out whole tensors: the weight before and after a step, and the gradient that the optimizer is to use. It
+changes nothing, and hooks the step only. All ranks call it alike; reading is a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from muon_dist.audit.asked import is_muon_group
+from muon_dist.audit.cause import Cause, Factor
+from muon_dist.audit.memory import BASE
+from muon_dist.errors import FrameworkError
+
+Names = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a framework says about the step that it has just made.
+
+    Attributes:
+        applied: False if the step was skipped, such as after an overflow.
+        factors: numbers that a mistake may have put before an update.
+        clip: coefficient of the gradient clip, 1 without one.
+        scale: loss scale of this step's gradients.
+    """
+
+    applied: bool = True
+    factors: tuple[Factor, ...] = ()
+    clip: float = 1.0
+    scale: float = 1.0
+
+
+class Source(Protocol):
+    """One framework's optimizer and parameters.
+
+    Attributes:
+        matrices: name -> stored shape of every two-dimensional trained parameter.
+        claimed: names of the matrices that the optimizer's own groups give to Muon.
+        group: process group of the ranks that hold the same model; None without one.
+        gradient_eps: relative rounding between the gradient that is read here and the one that the optimizer uses.
+    """
+
+    @property
+    def matrices(self) -> Mapping[str, tuple[int, int]]: ...
+
+    @property
+    def claimed(self) -> Sequence[str]: ...
+
+    group: dist.ProcessGroup | None
+    gradient_eps: float
+
+    def listen(self, before: Callable[[Names], None], after: Callable[[Names], None]) -> None:
+        """Call `before` and `after` around every step with the names of the matrices that the step is about."""
+
+    def follow(self, names: Names) -> None:
+        """Start to keep what is needed of these matrices."""
+
+    def on_save(self, call: Callable[[], None]) -> None:
+        """Call when the optimizer's state is saved."""
+
+    def gradients(self, name: str) -> dict[str, Tensor] | None:
+        """Whole gradients by label of `audit.memory`, "base" among them; None without a gradient."""
+
+    def weight(self, name: str) -> Tensor:
+        """The whole weight in the best precision that is kept; a copy."""
+
+    def weight_eps(self, name: str) -> float:
+        """Machine epsilon of that precision."""
+
+    def options(self, name: str) -> Mapping[str, Any]:
+        """The parameter group of a matrix."""
+
+    def shards(self, name: str) -> tuple[int, ...]:
+        """Numbers of ranks over which the framework or the optimizer spreads the matrix."""
+
+    def circumstances(self) -> Circumstances:
+        """Of the step that was just made."""
+
+    def close(self) -> None:
+        """Take the hooks away."""
+
+
+def world_group() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def size_of_group(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a tensor, gathered if it is a DTensor."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def shared_factors(ranks: int, accumulation: int = 1, scale: float = 1.0) -> tuple[Factor, ...]:
+    """Factors of a world size, of gradient accumulation and of a loss scale."""
+    found = []
+    for value, what in ((ranks, f"the {ranks} ranks"), (accumulation, f"the {accumulation} micro-batches")):
+        if value > 1:
+            found.append(Factor(Cause("summed", f"multiplied by the number of {what}"), float(value)))
+            found.append(Factor(Cause("divided", f"divided by the number of {what}"), 1.0 / value))
+    if scale != 1.0:
+        found.append(Factor(Cause("loss_scale", f"multiplied by the loss scale, {scale:.6g}"), scale))
+        found.append(Factor(Cause("loss_scale", f"divided by the loss scale, {scale:.6g}"), 1.0 / scale))
+    return tuple(found)
+
+
+@dataclass
+class TorchSource:
+    """Optimizers of torch's kind: plain loops, DDP, and DTensors of FSDP2, HSDP or tensor parallelism.
+
+    The gradient is `p.grad` when the step begins, after the caller's clipping: the tensor that the optimizer reads.
+    """
+
+    optimizers: Sequence[torch.optim.Optimizer]
+    model: nn.Module | None = None
+    clip: float | None = None
+    gradient_eps: float = 0.0
+    matrices: dict[str, tuple[int, int]] = field(default_factory=dict)
+    claimed: list[str] = field(default_factory=list)
+    _parameters: dict[str, Tensor] = field(default_factory=dict)
+    _homes: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> optimizer, group
+    _hooks: list[Any] = field(default_factory=list)
+    _norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.group = world_group()
+        names = {id(p): _plain(n) for n, p in self.model.named_parameters()} if self.model is not None else {}
+        for i, optimizer in enumerate(self.optimizers):
+            for j, group in enumerate(optimizer.param_groups):
+                for k, p in enumerate(group["params"]):
+                    if p.ndim != 2 or not p.requires_grad or p.numel() == 0:
+                        continue
+                    known = group.get("param_names")
+                    name = names.get(id(p)) or (known[k] if known else f"optimizer {i}, group {j}, parameter {k}")
+                    self.matrices[name] = (p.size(0), p.size(1))
+                    self._parameters[name], self._homes[name] = p, (i, j)
+                    if is_muon_group(group, type(optimizer).__name__):
+                        self.claimed.append(name)
+        if not self.matrices:
+            raise FrameworkError(
+                "the witness found no two-dimensional parameter in the optimizer's groups: it reads plain tensors and "
+                "DTensors; under DeepSpeed give it the engine instead of the optimizer"
+            )
+
+    def listen(self, before: Callable[[Names], None], after: Callable[[Names], None]) -> None:
+        for i, optimizer in enumerate(self.optimizers):
+            own = [n for n, home in self._homes.items() if home[0] == i]
+
+            def enter(*_: Any, own: list[str] = own) -> None:
+                self._norm = self._gradient_norm()
+                before(own)
+
+            def leave(*_: Any, own: list[str] = own) -> None:
+                after(own)
+
+            self._hooks += [optimizer.register_step_pre_hook(enter), optimizer.register_step_post_hook(leave)]
+
+    def follow(self, names: Names) -> None:
+        """Nothing to keep: gradients are there when the step begins."""
+
+    def on_save(self, call: Callable[[], None]) -> None:
+        for optimizer in self.optimizers:
+            self._hooks.append(optimizer.register_state_dict_pre_hook(lambda _: call()))
+
+    def gradients(self, name: str) -> dict[str, Tensor] | None:
+        gradient = self._parameters[name].grad
+        return None if gradient is None else {BASE: whole(gradient).double()}
+
+    def weight(self, name: str) -> Tensor:
+        return whole(self._parameters[name]).double()
+
+    def weight_eps(self, name: str) -> float:
+        return torch.finfo(self._parameters[name].dtype).eps
+
+    def options(self, name: str) -> Mapping[str, Any]:
+        i, j = self._homes[name]
+        return self.optimizers[i].param_groups[j]
+
+    def shards(self, name: str) -> tuple[int, ...]:
+        p = self._parameters[name]
+        sizes = {size_of_group(self.group)}
+        if isinstance(p, DTensor):
+            sizes |= {p.device_mesh.size(d) for d, place in enumerate(p.placements) if place.is_shard()}
+        return tuple(sorted(s for s in sizes if s > 1))
+
+    def circumstances(self) -> Circumstances:
+        factors = shared_factors(size_of_group(self.group))
+        if self.clip is not None and self._norm > self.clip:
+            cause = Cause("clipped_update", "clipped after orthogonalization")
+            factors = (Factor(cause, self.clip / self._norm), *factors)
+        return Circumstances(factors=factors)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _gradient_norm(self) -> float:
+        """Of all gradients, if a clip was asked for."""
+        if self.clip is None:
+            return 0.0
+        found = [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
+        return float(torch.stack([whole(g.norm()).double() for g in found]).norm()) if found else 0.0
+
+
+def _plain(name: str) -> str:
+    """A name without what DDP, torch.compile and activation checkpointing put into it."""
+    for part in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        name = name.replace(part, "")
+    return name.removeprefix("module.")
