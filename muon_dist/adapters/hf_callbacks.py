@@ -14,8 +14,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from muon_dist.adapters.hf_flow import RunRecord
 
-class MetricsFile(TrainerCallback):
+
+class MetricsFile(RunRecord):
     """Appends what Trainer logs to a JSON-lines file, on the first rank: `step`, `time` (seconds since 1970), figures.
 
     On resume the lines after the checkpoint's step go, so that each step stands in the file once.
@@ -24,7 +26,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def begin_run(self, args: Any, state: Any) -> None:
         if not state.is_world_process_zero or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()

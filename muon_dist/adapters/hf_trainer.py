@@ -19,6 +19,8 @@ from muon_dist.adapters.device import peak_flops as device_peak_flops
 from muon_dist.adapters.factory import MuonFactory, check_trainer, split_kwargs
 from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
 from muon_dist.adapters.hf_checkpoint import CheckpointOptions, CheckpointTrainer, read_position
+from muon_dist.adapters.hf_evaluation import PlainLoss
+from muon_dist.adapters.hf_flow import Passes
 from muon_dist.adapters.hf_guards import GuardedLoop, Guards
 from muon_dist.adapters.hf_records import SpectraLog, take_diagnostics
 from muon_dist.adapters.hf_settings import outlive_trackers
@@ -43,7 +45,7 @@ class _Stream(Sampler[int]):
         return self.total
 
 
-class MuonTrainer(GuardedLoop, CheckpointTrainer):
+class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
     """A `Trainer` that trains with Muon and logs what pretraining is judged by.
 
     muon: keyword arguments of `MuonFactory`; `lr` and `weight_decay` default to those of `args`. Instead of it,
@@ -95,7 +97,6 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
             kwargs["optimizer_cls_and_kwargs"] = (MuonFactory, chosen)
         factory, diagnostics = take_diagnostics(kwargs.pop("optimizer_cls_and_kwargs", None))
         super().__init__(model, args, optimizer_cls_and_kwargs=factory, **kwargs)
-        outlive_trackers(self.callback_handler.callbacks)
         self.clip = {"muon": clip_muon, "adamw": clip_adamw}
         self.train_sampler = train_sampler
         self.bytes_per_token = bytes_per_token
@@ -113,8 +114,11 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
             self.add_callback(SpectraLog(diagnostics))  # before the file, which takes the log as it finds it
         if factory is not None and factory[0] is MuonFactory:
             self.add_callback(AttachDeepSpeed(self))
+        if train_sampler is not None:
+            self.add_callback(Passes(self))
         if metrics_path is not None:
             self.add_callback(MetricsFile(metrics_path))
+        outlive_trackers(self.callback_handler.callbacks)
         if guards is not None:
             self.watch_with(guards)
             self.providers["guards"] = guards
@@ -255,7 +259,7 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
     def _train_figures(self, loss: float) -> dict[str, float]:
         figures: dict[str, float] = dict(self._group_lrs)
         figures.update({f"grad_norm/{name}": norm.item() for name, norm in self._grad_norms.items()})
-        if self.bytes_per_token is not None:
+        if self.bytes_per_token is not None and self._trains_on_plain_loss():
             figures["bits_per_byte"] = bits_per_byte(loss, self.bytes_per_token[0])
         figures["tokens"] = self._tokens
         if self._seconds > 0:
@@ -266,6 +270,11 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
                 figures["mfu"] = mfu
         self._seconds, self._tokens_logged = 0.0, self._tokens
         return figures
+
+    def _trains_on_plain_loss(self) -> bool:
+        """The training loss is the cross entropy alone, so that it can be told in bits per byte."""
+        smoothed = self.args.label_smoothing_factor > 0 or self.compute_loss_func is not None
+        return not smoothed and not getattr(getattr(self.model, "config", None), "output_router_logits", False)
 
     def throughput(self) -> dict[str, float | None]:
         """Tokens and seconds of the training of this process group, their rate over all ranks, and MFU (0 to 1)."""

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from muon_dist.adapters.hf_trainer import bits_per_byte
 from muon_dist.errors import DataError
+from muon_dist.numerics.token_losses import token_losses
 
 
 def evaluate(
@@ -28,9 +29,8 @@ def evaluate(
     with torch.no_grad():
         for batch in batches:
             ids = batch["input_ids"].to(model.device)
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            predicted = ids.shape[0] * (ids.shape[1] - 1)
-            nats, predictions = nats + loss.item() * predicted, predictions + predicted
+            sums = token_losses(model(input_ids=ids, use_cache=False).logits, ids).double().sum(dim=0)
+            nats, predictions = nats + sums[0].item(), predictions + int(sums[1].item())
     mean = nats / predictions
     return {
         "loss": mean,

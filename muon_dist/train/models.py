@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from muon_dist.adapters.hf_callbacks import quiet_transformers
 from muon_dist.checkpoint import MODEL_FOLDER
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
-from muon_dist.checkpoint.weights import Weights, newest_weights, record_step, weights_at
+from muon_dist.checkpoint.weights import NEWEST, Choice, Weights, choose_weights, record_step, weights_at
 from muon_dist.config import Config, load_config
 from muon_dist.data.dataset import MixtureDataset
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.model import DTYPES
 from muon_dist.model.load import load_model, load_text_tokenizer
+from muon_dist.model.portable import make_portable
 from muon_dist.train import corpus
 from muon_dist.train.evaluation import evaluate
 from muon_dist.train.folder import RunFolder
 from muon_dist.train.generation import generate
 
 
-def find_weights(path: str | Path) -> Weights:
-    """The weights meant by a path: of a run folder the newest, of a checkpoint or a model folder its own.
+def find_weights(path: str | Path, choice: Choice = NEWEST) -> Weights:
+    """The weights meant by a path: of a run folder the newest unless `choice` says otherwise, of a checkpoint or a
+    model folder its own.
 
-    Raises CheckpointError when there are none.
+    Raises CheckpointError when there are none, or none of those that `choice` means.
     """
     root = Path(path)
     if (root / "config.json").is_file() or (root / MANIFEST).is_file():
-        return weights_at(root)
-    found = newest_weights(root)
+        own = weights_at(root)
+        if choice.best or choice.step not in (None, own.step):
+            raise CheckpointError(f"{own} is one state alone: --step and --best choose among those of a run folder")
+        return own
+    found = choose_weights(root, choice)
     if found is None:
         raise CheckpointError(f"{root}: neither a model (config.json) nor a run folder with a model/ or a checkpoint")
     return found
@@ -52,13 +58,14 @@ def evaluate_folder(
     sequence_length: int | None = None,
     batch_size: int = 8,
     max_samples: int | None = None,
+    choice: Choice = NEWEST,
 ) -> dict[str, Any]:
     """`evaluate` on the validation split of the run's data, or of other prepared `data` of the same tokenizer.
 
     The figures come with `model`, the folder of the weights, and `step`, theirs.
     """
     quiet_transformers()
-    weights = find_weights(path)
+    weights = find_weights(path, choice)
     config = run_config(path)
     if config is None and (data is None or sequence_length is None):
         raise ConfigError(f"{path} lies in no run folder: pass --data and --sequence-length")
@@ -74,16 +81,22 @@ def evaluate_folder(
     return {"model": str(weights.path), "step": weights.step, "data": str(data), **figures}
 
 
-def generate_from_folder(path: str | Path, prompt: str, tokens: int, **choice: Any) -> tuple[str, Weights]:
+def generate_from_folder(
+    path: str | Path, prompt: str, tokens: int, *, choice: Choice = NEWEST, **sampling: Any
+) -> tuple[str, Weights]:
     """`generate` with the model and the tokenizer of a folder: (text, the weights that wrote it)."""
     quiet_transformers()
-    weights = find_weights(path)
-    text = generate(load_model(weights.path), load_text_tokenizer(weights.path), prompt, tokens, **choice)
+    weights = find_weights(path, choice)
+    text = generate(load_model(weights.path), load_text_tokenizer(weights.path), prompt, tokens, **sampling)
     return text, weights
 
 
-def export_folder(path: str | Path, out: str | Path, dtype: str | None = None) -> Weights:
+def export_folder(
+    path: str | Path, out: str | Path, dtype: str | None = None, choice: Choice = NEWEST
+) -> Weights:
     """Save the model (in `dtype`, or as it is) and its tokenizer to the new folder `out`; the weights that it took.
+
+    transformers 4.57 and 5.x load it, see `muon_dist.model.portable`; what version 4 cannot express is a warning.
 
     Raises ConfigError when `out` exists or the dtype is unknown, CheckpointError when there is no model.
     """
@@ -93,7 +106,7 @@ def export_folder(path: str | Path, out: str | Path, dtype: str | None = None) -
         raise ConfigError(f"{target} exists already: choose another folder")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
-    weights = find_weights(path)
+    weights = find_weights(path, choice)
     folder = weights.path
     model = load_model(folder, DTYPES[dtype] if dtype is not None else None)
     within = folder / MODEL_FOLDER if (folder / MANIFEST).is_file() else folder
@@ -106,5 +119,7 @@ def export_folder(path: str | Path, out: str | Path, dtype: str | None = None) -
         tokenizer.save_pretrained(temporary)
     if weights.step is not None:
         record_step(temporary, weights.step)
+    for problem in make_portable(temporary):
+        print(f"warning: {problem}", file=sys.stderr, flush=True)
     temporary.rename(target)
     return weights

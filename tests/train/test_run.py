@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from muon_dist.checkpoint import Checkpoint
-from muon_dist.checkpoint.weights import Weights
+from muon_dist.checkpoint.weights import Choice, Weights
 from muon_dist.config import load_config
 from muon_dist.errors import CheckpointError, ConfigError, DataError
 from muon_dist.model.load import load_model, load_text_tokenizer
@@ -166,6 +166,28 @@ def test_a_rule_is_one_line_away_and_resumes(workspace: Path, tmp_path: Path, ru
         train(workspace / "tiny.yaml", [*halted[2:], "trainer.max_steps=6"], resume="auto")
 
 
+def test_an_epoch_is_a_pass_over_the_data(workspace: Path, tmp_path: Path) -> None:
+    """993 samples, 331 in a step: a pass ends at steps 3 and 6; also after a resume, with another batch."""
+    epochs = [f"trainer.{kind}_strategy=epoch" for kind in ("save", "eval", "logging")]
+    few = ["trainer.max_steps=-1", "trainer.num_train_epochs=2", "trainer.per_device_train_batch_size=331"]
+    out = train(workspace / "tiny.yaml", [*few, *epochs, "data.sequence_length=16"], run_dir=str(tmp_path))
+    root = Path(out["run"])
+    assert out["steps"] == 6 and [p.name for p in RunFolder(root).finished_checkpoints()] == [
+        "checkpoint-3",
+        "checkpoint-6",
+    ]
+
+    def logged(key: str) -> list[tuple[int, float]]:
+        lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["epoch"]) for line in lines if key in line]
+
+    assert logged("loss") == logged("eval_loss") == [(3, 1.0), (6, 2.0)]
+    other = [few[0], "trainer.num_train_epochs=3", "trainer.per_device_train_batch_size=662"]
+    train(workspace / "tiny.yaml", [*other, *epochs], run_dir=str(tmp_path), resume="auto")
+    # 1,986 samples at step 6; steps 7 and 8 of 662 more end in the fourth pass, where the run ends
+    assert logged("loss")[2:] == []
+
+
 def test_epochs_become_steps(workspace: Path, tmp_path: Path) -> None:
     from muon_dist.data.dataset import MixtureDataset
 
@@ -244,11 +266,34 @@ def test_figures_belong_to_the_weights_that_are_saved(workspace: Path, tmp_path:
         run_dir=str(tmp_path),
     )  # fmt: skip
     assert (out["steps"], out["weights_step"]) == (8, 4)
-    best, last = find_weights(out["model"]), find_weights(out["run"])
-    assert best.step == 4 and last == Weights(Path(out["checkpoint"]), 8), "the newest are those of the last step"
+    best, last = find_weights(out["run"]), Weights(Path(out["checkpoint"]), 8)
+    assert best == find_weights(out["model"]) == Weights(Path(out["model"]), 4), "what the run ended with"
+    assert find_weights(out["run"], Choice(step=8)) == last and find_weights(out["run"], Choice(best=True)) == last
+    assert find_weights(out["run"], Choice(best=True, greater=True)) == best
+    with pytest.raises(CheckpointError, match="no weights of step 5, but of 4, 8"):
+        find_weights(out["run"], Choice(step=5))
     assert evaluate_folder(best.path)["loss"] == pytest.approx(out["validation_loss"], rel=1e-5)
     assert evaluate_folder(last.path)["loss"] != pytest.approx(out["validation_loss"], rel=1e-5)
-    assert "validation loss at step 4" in dict(tiles(read_run(out["run"])))
+    shown = dict(tiles(read_run(out["run"])))
+    assert "validation loss at step 4" in shown and shown["newest weights"] == "step 4"
+
+
+def test_a_run_that_goes_on_from_an_earlier_step_sets_its_model_aside(workspace: Path, tmp_path: Path) -> None:
+    """What was trained after that step belongs to an abandoned branch: nothing speaks of it, also after a crash."""
+    train(workspace / "tiny.yaml", run_dir=str(tmp_path))
+    root = tmp_path / "tiny"
+    earlier = str(root / "checkpoints" / "checkpoint-4")
+    saved, run._finish = run._finish, lambda *arguments: pytest.fail("crashed")
+    try:
+        with pytest.raises(pytest.fail.Exception):
+            changed = ["trainer.max_steps=6", "checkpoint.async=false"]
+            train(workspace / "tiny.yaml", changed, run_dir=str(tmp_path), resume=earlier)
+    finally:
+        run._finish = saved
+    assert find_weights(root) == Weights(root / "checkpoints" / "checkpoint-6", 6)
+    record = read_run(root)
+    assert record.final is None and record.weights == find_weights(root)
+    assert len(list(root.glob("set-aside-*"))) == 2
 
 
 # ---- a start that is refused
