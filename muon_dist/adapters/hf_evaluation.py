@@ -18,7 +18,7 @@ _CAUSAL = frozenset(
 
 
 class PlainLoss:
-    """The loss of an evaluation is the sum of all losses over the number of all tokens; to be inherited before Trainer.
+    """The loss of an evaluation is the sum of all losses over the number of all tokens; inherit it before Trainer.
 
     Trainer averages means of batches, and fills up the last batches of the ranks with samples of the beginning, so
     that its figure depends on the number of processes. Its loss is also the one that is trained, with label smoothing

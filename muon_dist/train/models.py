@@ -91,9 +91,7 @@ def generate_from_folder(
     return text, weights
 
 
-def export_folder(
-    path: str | Path, out: str | Path, dtype: str | None = None, choice: Choice = NEWEST
-) -> Weights:
+def export_folder(path: str | Path, out: str | Path, dtype: str | None = None, choice: Choice = NEWEST) -> Weights:
     """Save the model (in `dtype`, or as it is) and its tokenizer to the new folder `out`; the weights that it took.
 
     transformers 4.57 and 5.x load it, see `muon_dist.model.portable`; what version 4 cannot express is a warning.

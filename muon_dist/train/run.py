@@ -61,6 +61,7 @@ def train(
         start = ranks.first(lambda: _decide(folder, config, resume, overwrite))
         checkpoint = _verified(folder, start.resume, float(config.trainer.get("ddp_timeout", 1800)))
         _say(f"run folder {folder.root}" + (f", resuming from {checkpoint.path}" if checkpoint else ""))
+
         def begin(table: RoutingTable) -> None:
             begun.append(0 if checkpoint is None or checkpoint.beginning else checkpoint.step)
             _begin(folder, start, config, table, begun[0])

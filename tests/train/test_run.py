@@ -166,26 +166,27 @@ def test_a_rule_is_one_line_away_and_resumes(workspace: Path, tmp_path: Path, ru
         train(workspace / "tiny.yaml", [*halted[2:], "trainer.max_steps=6"], resume="auto")
 
 
-def test_an_epoch_is_a_pass_over_the_data(workspace: Path, tmp_path: Path) -> None:
-    """993 samples, 331 in a step: a pass ends at steps 3 and 6; also after a resume, with another batch."""
+def test_an_epoch_is_a_pass_over_the_data(finished: dict[str, Any], workspace: Path, tmp_path: Path) -> None:
+    """A step takes a third of the samples: passes end at steps 3 and 6, and after a resume with other batches."""
+    from muon_dist.data.dataset import MixtureDataset
+
+    samples = len(MixtureDataset.open(workspace / "data" / "tokens", "train", 16))
+    third = -(-samples // 3)
     epochs = [f"trainer.{kind}_strategy=epoch" for kind in ("save", "eval", "logging")]
-    few = ["trainer.max_steps=-1", "trainer.num_train_epochs=2", "trainer.per_device_train_batch_size=331"]
-    out = train(workspace / "tiny.yaml", [*few, *epochs, "data.sequence_length=16"], run_dir=str(tmp_path))
+    few = ["trainer.max_steps=-1", "trainer.num_train_epochs=2", f"trainer.per_device_train_batch_size={third}"]
+    out = train(workspace / "tiny.yaml", [*few, *epochs], run_dir=str(tmp_path))
     root = Path(out["run"])
-    assert out["steps"] == 6 and [p.name for p in RunFolder(root).finished_checkpoints()] == [
-        "checkpoint-3",
-        "checkpoint-6",
-    ]
+    assert out["steps"] == 6
+    assert [p.name for p in RunFolder(root).finished_checkpoints()] == ["checkpoint-3", "checkpoint-6"]
 
     def logged(key: str) -> list[tuple[int, float]]:
         lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
         return [(line["step"], line["epoch"]) for line in lines if key in line]
 
-    assert logged("loss") == logged("eval_loss") == [(3, 1.0), (6, 2.0)]
-    other = [few[0], "trainer.num_train_epochs=3", "trainer.per_device_train_batch_size=662"]
+    assert logged("loss") == logged("eval_loss") == [(s, pytest.approx(s * third / samples)) for s in (3, 6)]
+    other = ["trainer.max_steps=8", f"trainer.per_device_train_batch_size={2 * third}"]
     train(workspace / "tiny.yaml", [*other, *epochs], run_dir=str(tmp_path), resume="auto")
-    # 1,986 samples at step 6; steps 7 and 8 of 662 more end in the fourth pass, where the run ends
-    assert logged("loss")[2:] == []
+    assert logged("loss")[2:] == logged("eval_loss")[2:] == [(8, pytest.approx(10 * third / samples))]
 
 
 def test_epochs_become_steps(workspace: Path, tmp_path: Path) -> None:
