@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from muon_dist.numerics.newton_schulz import newton_schulz
     from muon_dist.optim.groups import param_groups, routing_table
     from muon_dist.optim.muon import Muon
+    from muon_dist.report.log_table import metrics
 
 _HOMES = {
     "Guards": "muon_dist.adapters.hf_guards",
@@ -24,6 +25,7 @@ _HOMES = {
     "MuonFactory": "muon_dist.adapters.factory",
     "MuonTrainer": "muon_dist.adapters.hf_trainer",
     "for_trainer": "muon_dist.adapters.factory",
+    "metrics": "muon_dist.report.log_table",
     "newton_schulz": "muon_dist.numerics.newton_schulz",
     "param_groups": "muon_dist.optim.groups",
     "routing_table": "muon_dist.optim.groups",
@@ -36,6 +38,7 @@ __all__ = [
     "MuonTrainer",
     "attach",
     "for_trainer",
+    "metrics",
     "newton_schulz",
     "param_groups",
     "routing_table",

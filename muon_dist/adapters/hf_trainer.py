@@ -56,6 +56,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
     train_sampler: samples already consumed -> indices into `train_dataset` from there on. With it a resumed run goes
         on with the next sample, also at another world size; `max_steps` is needed.
     bytes_per_token: (train, eval) bytes of text for each token, for bits per byte; None leaves them out.
+    passes: samples consumed -> passes over each source of the data, by name, for the log (`passes/<source>`).
     flops_per_token: forward and backward, for MFU; default 6 x the parameters outside embeddings.
     peak_flops: of one rank's device; default from a table (GPU) or measured (CPU).
     metrics_path: a JSON-lines file for all that is logged.
@@ -77,6 +78,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
         clip_adamw: float | None = 1.0,
         train_sampler: Callable[[int], Iterable[int]] | None = None,
         bytes_per_token: tuple[float, float] | None = None,
+        passes: Callable[[int], Mapping[str, float]] | None = None,
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
         metrics_path: str | Path | None = None,
@@ -100,6 +102,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
         self.clip = {"muon": clip_muon, "adamw": clip_adamw}
         self.train_sampler = train_sampler
         self.bytes_per_token = bytes_per_token
+        self._passes = passes
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
         self._grad_norms: dict[str, torch.Tensor] = {}
@@ -262,6 +265,8 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
         if self.bytes_per_token is not None and self._trains_on_plain_loss():
             figures["bits_per_byte"] = bits_per_byte(loss, self.bytes_per_token[0])
         figures["tokens"] = self._tokens
+        if self._passes is not None:
+            figures.update({f"passes/{name}": value for name, value in self._passes(self.consumed_samples).items()})
         if self._seconds > 0:
             rate = (self._tokens - self._tokens_logged) / self._seconds
             figures["tokens_per_s"] = rate

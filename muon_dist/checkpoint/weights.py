@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from muon_dist.errors import CheckpointError
 
 RECORD = "muon_dist.json"
 """File in the folder of a final model that says of which optimizer step the weights are."""
+
+DATA = "data.json"
+"""File in a run folder that says what its weights were trained on."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,17 @@ class Choice:
 NEWEST = Choice()
 
 
-def record_step(folder: Path, step: int, reached: int | None = None) -> None:
+def record_step(folder: Path, step: int | None, reached: int | None = None, tokenizers: Collection[str] = ()) -> None:
     """Write into the model folder `folder` that its weights are those of optimizer step `step`.
 
     reached: the step that the run had reached when it wrote them, where that is a later one (the best weights).
+    tokenizers: SHA-256 of those whose tokens it was trained on; the saved tokenizer has other bytes.
     """
-    record = {"step": step} if reached in (None, step) else {"step": step, "reached": reached}
+    record: dict[str, Any] = {"step": step} if step is not None else {}
+    if reached not in (None, step):
+        record["reached"] = reached
+    if tokenizers:
+        record["tokenizers"] = sorted(tokenizers)
     (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
@@ -65,6 +73,13 @@ def weights_at(folder: Path) -> Weights:
     if (folder / MANIFEST).is_file():
         return Weights(folder, Checkpoint.look(folder).manifest.step)
     return Weights(folder, _number(folder / RECORD, "step"))
+
+
+def trained_with(folder: Path) -> set[str]:
+    """SHA-256 of the tokenizers whose tokens a model folder or a checkpoint was trained on, as far as it is recorded:
+    in the folder itself, or in the run folder that it lies in."""
+    records = (folder / RECORD, folder.parent / DATA, folder.parent.parent / DATA)
+    return {digest for file in records for digest in _value(file, "tokenizers", list) or () if isinstance(digest, str)}
 
 
 def newest_weights(root: Path) -> Weights | None:
@@ -166,9 +181,15 @@ def _logged(file: Path, name: str) -> Iterator[tuple[int, float]]:
 
 
 def _number(file: Path, key: str) -> int | None:
+    found = _value(file, key, int)
+    return found if isinstance(found, int) else None
+
+
+def _value(file: Path, key: str, kind: type) -> Any:
+    """What a JSON file holds under `key`; None where it is not there, or not of that kind."""
     try:
         value: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, int) else None
+    return found if isinstance(found, kind) else None

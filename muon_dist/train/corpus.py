@@ -84,6 +84,19 @@ class Datasets:
         train = sum(w / total * d.bytes_per_token for w, d in zip(self.weights, self.train.datasets, strict=True))
         return train, bytes_per_token(self.validation) if self.validation is not None else train
 
+    def describe(self, config: Config) -> dict[str, Any]:
+        """What a run is trained on, for its folder."""
+        splits = {"train": self.train, "validation": self.validation}
+        return {
+            "tokenizers": [Manifest.load(tokens_folder(config)).tokenizer_sha256],
+            "samples": {k: dict(zip(d.names, d.lengths, strict=True)) for k, d in splits.items() if d is not None},
+        }
+
+    def passes(self, consumed: int) -> dict[str, float]:
+        """Source -> passes over it after so many samples; nothing for a single source, whose passes are the epochs."""
+        names = self.train.names
+        return dict(zip(names, self.sampler(0, max(consumed, 1)).passes(consumed), strict=True)) if names[1:] else {}
+
     def sampler(self, consumed: int, total: int) -> MixtureSampler:
         """The order of training samples from `consumed` to `total`."""
         return MixtureSampler(self.train.lengths, self.weights, seed=self.seed, consumed=consumed, total=total)

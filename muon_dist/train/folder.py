@@ -13,7 +13,7 @@ from typing import Any
 
 from muon_dist.checkpoint import commits
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
-from muon_dist.checkpoint.weights import set_model_aside
+from muon_dist.checkpoint.weights import DATA, set_model_aside
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.train.restarts import is_restart, launch_names
 
@@ -42,6 +42,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved configuration."""
         return self.root / "config.yaml"
+
+    @property
+    def data(self) -> Path:
+        """What the run is trained on: the tokenizer's hash, samples of each source."""
+        return self.root / DATA
 
     @property
     def environment(self) -> Path:

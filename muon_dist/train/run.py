@@ -19,7 +19,7 @@ from muon_dist.adapters.hf_guards import stop_text
 from muon_dist.adapters.hf_trainer import MuonTrainer, leave_deepspeed
 from muon_dist.checkpoint import Checkpoint, newest_good, open_checkpoint
 from muon_dist.checkpoint import Ranks as CheckpointRanks
-from muon_dist.checkpoint.weights import record_step
+from muon_dist.checkpoint.weights import record_step, trained_with
 from muon_dist.config import Config
 from muon_dist.errors import PeerError, Stopped
 from muon_dist.failures import one_line
@@ -62,9 +62,10 @@ def train(
         checkpoint = _verified(folder, start.resume, float(config.trainer.get("ddp_timeout", 1800)))
         _say(f"run folder {folder.root}" + (f", resuming from {checkpoint.path}" if checkpoint else ""))
 
-        def begin(table: RoutingTable) -> None:
+        def begin(table: RoutingTable, data: dict[str, Any]) -> None:
             begun.append(0 if checkpoint is None or checkpoint.beginning else checkpoint.step)
             _begin(folder, start, config, table, begun[0])
+            write_json(folder.data, data)
             if start.replaces:
                 trackers.drop_old()
 
@@ -135,7 +136,7 @@ def _leave_if_stopped(trainer: MuonTrainer) -> None:
 def _trainer(
     config: Config,
     folder: RunFolder,
-    begin: Callable[[RoutingTable], None],
+    begin: Callable[[RoutingTable, dict[str, Any]], None],
     preparation: float,
     ranks: Ranks,
     signals: StopSignals | None = None,
@@ -161,8 +162,9 @@ def _trainer(
             eval_dataset=datasets.validation,
             sampler=datasets.sampler,
             bytes_per_token=datasets.bytes_per_token,
+            passes=datasets.passes,
             guards=build.make_guards(config, lambda: signals.requested if signals is not None else 0, _say),
-            begin=lambda: begin(table),
+            begin=lambda: begin(table, datasets.describe(config)),
         )
     )
 
@@ -215,7 +217,8 @@ def _save_model(folder: RunFolder, trainer: MuonTrainer) -> None:
     trainer.save_model(str(temporary))
     if distributed.rank() != 0:
         return
-    record_step(temporary, trainer.weights_step, trainer.state.global_step)
+    tokenizers = trained_with(folder.model)
+    record_step(temporary, trainer.weights_step, trainer.state.global_step, tokenizers)
     for problem in make_portable(temporary):
         _warn(problem)
     shutil.rmtree(folder.model, ignore_errors=True)

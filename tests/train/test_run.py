@@ -30,11 +30,6 @@ def train(path: Path, overrides: Sequence[str] = (), **options: Any) -> dict[str
     return run.train(load_config(path, overrides), **options)
 
 
-@pytest.fixture(scope="module")
-def finished(workspace: Path) -> dict[str, Any]:
-    return train(workspace / "tiny.yaml")
-
-
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
