@@ -16,7 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import transformers
+from transformers import AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from muon_dist.model.load import replaced
 
 Json = dict[str, Any]
 
@@ -51,7 +55,21 @@ def make_portable(folder: str | Path) -> list[str]:
     for path in root.iterdir():
         if path.is_file() and not path.is_symlink():
             path.chmod(0o666 & ~umask)
-    return lost
+    return lost + _other_tokenizer(root)
+
+
+def _other_tokenizer(root: Path) -> list[str]:
+    """What is to be said where AutoTokenizer of transformers 5 does not load what tokenizer.json holds."""
+    if not (root / "tokenizer_config.json").is_file():
+        return []
+    found = AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    if not replaced(root, found):
+        return []
+    return [
+        f"tokenizer.json: for this model_type AutoTokenizer of transformers {transformers.__version__} makes a "
+        f"{type(found).__name__} with rules of its own, so it encodes text otherwise than the model was trained: load "
+        "the tokenizer by PreTrainedTokenizerFast.from_pretrained, or train another model_type"
+    ]
 
 
 def _rewrite(file: Path, change: Callable[[Json], Any]) -> Any:

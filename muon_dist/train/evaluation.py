@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,7 +87,12 @@ def text_dataset(text: str | Path, folder: Path, sequence_length: int, vocab_siz
     """
     with tempfile.TemporaryDirectory(prefix="muon-dist-eval-") as temporary:
         out = Path(temporary) / "tokens"
+        tokenizer = shutil.copytree(
+            tokenizer_within(folder),
+            Path(temporary) / "tokenizer",
+            ignore=shutil.ignore_patterns("*.safetensors*", "config.json"),
+        )  # without the model's type, for which AutoTokenizer may choose another class
         source = Source(path=str(text))
-        manifest = prepare([source], tokenizer_within(folder), out, validation_fraction=0.0, progress=False)
+        manifest = prepare([source], tokenizer, out, validation_fraction=0.0, progress=False)
         length = min(sequence_length, manifest.totals("train")[0])
         yield MixtureDataset.open(out, "train", length, vocab_size=vocab_size)
