@@ -177,7 +177,13 @@ def _tokenizer_and_data(config: Config) -> Found:
         yield ("data", "sources"), "is empty: name a source, for instance {builtin: stdlib}"
     for index, source in enumerate(data.sources):
         yield from _source(("data", "sources", index), source)
-    if data.validation_fraction == 0 and config.trainer.get("eval_strategy", "no") != "no":
+    for index, source in enumerate(data.validation_sources):
+        yield from _source(("data", "validation_sources", index), source)
+    if (
+        data.validation_fraction == 0
+        and not data.validation_sources
+        and config.trainer.get("eval_strategy", "no") != "no"
+    ):
         yield (
             ("data", "validation_fraction"),
             f"is 0, so trainer.eval_strategy = {config.trainer['eval_strategy']} has nothing to evaluate: "

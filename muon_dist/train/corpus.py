@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from muon_dist.config import Config
+from muon_dist.config.schema import SourceConfig
 from muon_dist.data import Manifest, Source, TokenizerInfo, load_tokenizer
 from muon_dist.data import prepare as prepare_shards
 from muon_dist.data import train_tokenizer as train_tokenizer_folder
@@ -33,6 +35,13 @@ def tokens_folder(config: Config) -> Path:
     return Path(config.data.dir) / "tokens"
 
 
+def validation_data(config: Config) -> tuple[Path, str] | None:
+    """(prepared folder, split) of the text that is evaluated on; None where nothing is kept for it."""
+    if config.data.validation_sources:
+        return Path(config.data.dir) / "validation", "train"
+    return (tokens_folder(config), "validation") if config.data.validation_fraction > 0 else None
+
+
 def make_tokenizer(config: Config, overwrite: bool = False) -> TokenizerInfo:
     """Load the tokenizer of the configuration, or train it; one trained before on the same text stays."""
     block = config.tokenizer
@@ -55,17 +64,23 @@ def prepare(config: Config, overwrite: bool = False, verify: bool = False) -> Ma
     """Tokenizer and token shards of the configuration; what is done already stays."""
     make_tokenizer(config, overwrite)
     data = config.data
-    return prepare_shards(
-        sources(config),
-        tokenizer_folder(config),
-        tokens_folder(config),
-        validation_fraction=data.validation_fraction,
-        shard_tokens=data.shard_tokens,
-        workers=data.workers,
-        seed=_DATA_SEED,
-        overwrite=overwrite,
-        verify=verify,
-    )
+
+    def made(wanted: Sequence[SourceConfig], folder: Path, fraction: float) -> Manifest:
+        return prepare_shards(
+            [Source(**source.model_dump()) for source in wanted],
+            tokenizer_folder(config),
+            folder,
+            validation_fraction=fraction,
+            shard_tokens=data.shard_tokens,
+            workers=data.workers,
+            seed=_DATA_SEED,
+            overwrite=overwrite,
+            verify=verify,
+        )
+
+    if data.validation_sources:
+        made(data.validation_sources, Path(data.dir) / "validation", 0.0)
+    return made(data.sources, tokens_folder(config), 0.0 if data.validation_sources else data.validation_fraction)
 
 
 @dataclass(frozen=True)
@@ -111,8 +126,7 @@ def open_datasets(config: Config, vocab_size: int) -> Datasets:
     """The prepared data. DataError when it is missing, damaged or holds tokens beyond `vocab_size`."""
     data: dict[str, Any] = {"sequence_length": config.data.sequence_length, "vocab_size": vocab_size}
     folder = tokens_folder(config)
-    validation = None
-    if config.data.validation_fraction > 0:
-        validation = MixtureDataset.open(folder, "validation", **data)
+    found = validation_data(config)
+    validation = MixtureDataset.open(*found, **data) if found is not None else None
     train = MixtureDataset.open(folder, "train", **data)
     return Datasets(train, validation, tuple(s.weight for s in config.data.sources), config.seed)

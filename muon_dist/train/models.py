@@ -108,14 +108,13 @@ def evaluate_folder(
     if text is not None:
         opened = text_dataset(text, weights.path, sequence_length, model.config.vocab_size)
     else:
+        split = "validation"
         if data is None:
             assert config is not None
-            data = corpus.tokens_folder(config)
+            data, split = corpus.validation_data(config) or (corpus.tokens_folder(config), split)
         else:
             check_tokenizer(data, weights.path)
-        opened = nullcontext(
-            MixtureDataset.open(data, "validation", sequence_length, vocab_size=model.config.vocab_size)
-        )
+        opened = nullcontext(MixtureDataset.open(data, split, sequence_length, vocab_size=model.config.vocab_size))
     with opened as dataset:
         size = corpus.bytes_per_token(dataset)
         figures = evaluate(model, dataset, size, batch_size=batch_size, max_samples=max_samples)

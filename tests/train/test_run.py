@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -335,3 +337,31 @@ def test_a_refused_start_leaves_nothing_behind(workspace: Path, tmp_path: Path, 
     with pytest.raises(ConfigError):
         train(workspace / "tiny.yaml", ["trainer.fsdp=full_shard"], run_dir=str(tmp_path), overwrite=overwrite)
     assert contents(tmp_path) == before and (overwrite or not any(tmp_path.iterdir()))
+
+
+def test_a_tracker_that_cannot_begin_leaves_everything_as_it_was(
+    finished: dict[str, Any], workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes below the run folder before it fails; a start and a resume leave nothing of it."""
+    from transformers.integrations import integration_utils
+
+    class Tracker(integration_utils.TensorBoardCallback):
+        def __init__(self) -> None:
+            self.folder = Path(os.environ["TENSORBOARD_LOGGING_DIR"])
+
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            (self.folder / "events").write_text("x")
+            raise RuntimeError(f"cannot write to {self.folder}")
+
+    Tracker.__module__ = integration_utils.__name__
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    asked = ["trainer.report_to=tensorboard", "trainer.max_steps=12"]
+    with pytest.raises(ConfigError, match=f"cannot begin: cannot write to {tmp_path}/new/tiny/trackers/tensorboard"):
+        train(workspace / "tiny.yaml", asked, run_dir=str(tmp_path / "new"))
+    assert not list(tmp_path.rglob("*.json*")) and not (tmp_path / "new" / "tiny").exists()
+    shutil.copytree(finished["run"], tmp_path / "old" / "tiny")
+    before = contents(tmp_path / "old")
+    with pytest.raises(ConfigError, match="cannot begin"):
+        train(workspace / "tiny.yaml", asked, run_dir=str(tmp_path / "old"), resume="auto")
+    assert contents(tmp_path / "old") == before and not (tmp_path / "old" / "tiny" / "trackers").exists()
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ

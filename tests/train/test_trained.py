@@ -21,7 +21,7 @@ from muon_dist.config import load_config
 from muon_dist.errors import ConfigError, DataError
 from muon_dist.report.compare_page import write_compare_page
 from muon_dist.report.log_table import as_csv, as_text, read_log
-from muon_dist.train import corpus
+from muon_dist.train import corpus, run
 from muon_dist.train.models import evaluate_folder, export_folder
 from muon_dist.train.tasks import evaluate_tasks
 from tests.report.test_run_page import Page, make_run
@@ -146,3 +146,32 @@ def test_runs_on_one_page(finished: dict[str, Any], tmp_path: Path) -> None:
     assert "data.sequence_length" in page.words, "a setting that differs"
     with pytest.raises(ConfigError, match="named twice"):
         write_compare_page([other, other], tmp_path / "out.html")
+
+
+# ---- validation sources
+
+
+def test_own_validation_sources(workspace: Path, tmp_path: Path) -> None:
+    """All of them is evaluated on, each has its loss, nothing of the training text is kept back; passes are logged."""
+    for name, text in (("cats", "the cat sat by the mat. "), ("owls", "the owl hid by the tree. ")):
+        (tmp_path / f"{name}.txt").write_text(text * 40)
+    own = [f"{{path: {tmp_path}/{name}.txt}}" for name in ("cats", "owls")]
+    settings = [f"data.validation_sources=[{', '.join(own)}]", f"data.dir={tmp_path}/data", "trainer.max_steps=2"]
+    mixture = f"data.sources=[{{path: {workspace}/corpus}}, {{path: {tmp_path}/cats.txt, weight: 3.0}}]"
+    config = load_config(workspace / "tiny.yaml", [*settings, mixture])
+    out = run.train(config, run_dir=str(tmp_path / "runs"))
+    lines = [json.loads(line) for line in Path(out["metrics"]).read_text().splitlines()]
+    last = next(line for line in lines if "eval_loss" in line)
+    each = [evaluate_folder(out["run"], text=tmp_path / f"{name}.txt") for name in ("cats", "owls")]
+    for figures, source in zip(each, ("00-cats.txt", "01-owls.txt"), strict=True):
+        assert last[f"eval_loss/{source}"] == pytest.approx(figures["loss"], rel=1e-5)
+    tokens = [figures["predicted_tokens"] for figures in each]
+    mean = sum(f["loss"] * n for f, n in zip(each, tokens, strict=True)) / sum(tokens)
+    assert out["validation_loss"] == pytest.approx(mean, rel=1e-5)
+    assert evaluate_folder(out["run"])["loss"] == pytest.approx(mean, rel=1e-5)
+    samples = json.loads((Path(out["run"]) / "data.json").read_text())["samples"]
+    second = next(line for line in lines if "loss" in line and line["step"] == 2)
+    drawn = {name: round(second[f"passes/{name}"] * count) for name, count in samples["train"].items()}
+    assert sum(drawn.values()) == 8 and drawn["01-cats.txt"] == 6, "three of four samples"
+    manifest = json.loads((tmp_path / "data" / "tokens" / "manifest.json").read_text())
+    assert all(source["splits"]["validation"]["tokens"] == 0 for source in manifest["sources"])
