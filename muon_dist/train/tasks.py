@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,18 @@ def evaluate_tasks(
         DataError: it refuses a task or its data.
     """
     files = _files(Path(tasks))
-    if importlib.util.find_spec("lm_eval") is None:
+    try:
+        from lm_eval import simple_evaluate  # seconds, and an extra
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
         raise ConfigError(
-            "--tasks needs lm-evaluation-harness, which is not installed: pip install 'muon-dist[lm-eval]' (or "
-            "lm-eval)"
-        )
+            f"--tasks needs lm-evaluation-harness, which cannot be imported ({error}): pip install "
+            "'muon-dist[lm-eval]' (or lm-eval)"
+        ) from error
     quiet_transformers()
     weights = find_weights(path, choice)
     model, tokenizer = load_model(weights.path), load_text_tokenizer(weights.path)
-    from lm_eval import simple_evaluate  # seconds, and an extra
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
     longest = getattr(model.config, "max_position_embeddings", None)
     speaker = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
     try:
