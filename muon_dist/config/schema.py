@@ -99,7 +99,9 @@ class DataConfig(Block):
     sequence_length: Annotated[int, Field(ge=2)] = Field(default=1024, description="tokens in a sample")
     validation_fraction: BelowOne = Field(default=0.02, description="share of the documents kept for validation")
     validation_sources: tuple[SourceConfig, ...] = Field(
-        default=(), description="text to evaluate on; with it, nothing of sources is kept for validation"
+        default=(),
+        description="text to evaluate on; with it, nothing of sources is kept for validation",
+        repr=False,  # tests/public.json keeps the repr of defaults
     )
     shard_tokens: PositiveInt = Field(default=10_000_000, description="tokens in one shard file")
     workers: PositiveInt = Field(default=2, description="processes that tokenize")

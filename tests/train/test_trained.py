@@ -85,7 +85,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 def test_tasks(finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of lm-evaluation-harness, where it is installed; else a message that says what to install."""
-    rows = [{"start": "the cat sat by the", "right": " mat", "wrong": " zzzqqq"}] * 3
+    rows = [{"start": "the cat sat by the", "right": " mat", "wrong": "zq" * 12}] * 3
     (tmp_path / "animals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "animals.yaml").write_text(TASK.format(file=tmp_path / "animals.jsonl"))
     with pytest.raises(ConfigError, match="no YAML file of a task"):
