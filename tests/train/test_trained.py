@@ -77,7 +77,7 @@ dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
 output_type: multiple_choice
 doc_to_text: "{{{{start}}}}"
-doc_to_choice: ["{{{{right}}}}", "{{{{wrong}}}}"]
+doc_to_choice: "{{{{[right, wrong]}}}}"
 doc_to_target: 0
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
