@@ -141,6 +141,11 @@ class MixtureDataset(Dataset[Sample]):
         names = [source.folder for source in Manifest.load(dir).sources]
         return cls([TokenDataset(dir, split, sequence_length, source=n, vocab_size=vocab_size) for n in names])
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sources' folders, in order."""
+        return tuple(dataset.folder.parent.name for dataset in self.datasets)
+
     def __len__(self) -> int:
         return self._starts[-1]
 
