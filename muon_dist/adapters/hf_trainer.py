@@ -104,11 +104,9 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
         factory, diagnostics, self.audit = take_watchers(given, args.output_dir or ".")
         super().__init__(model, args, optimizer_cls_and_kwargs=factory, **kwargs)
         self.clip = {"muon": clip_muon, "adamw": clip_adamw}
-        self.train_sampler = train_sampler
+        self.train_sampler, self._passes = train_sampler, passes
         self.bytes_per_token = bytes_per_token
-        self._passes = passes
-        self._flops_per_token = flops_per_token
-        self._peak_flops = peak_flops
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._grad_norms: dict[str, torch.Tensor] = {}
         self._group_lrs: dict[str, float] = {}
         self._resumed_from: Checkpoint | None = None
