@@ -78,7 +78,8 @@ def fold(table: RoutingTable) -> FoldedTable:
     """The rows of a routing table, folded over the numbers in the names."""
     groups: dict[tuple[_Kind, tuple[str, ...]], list[tuple[int, Route]]] = defaultdict(list)
     for place, r in enumerate(table.routes):
-        kind = _Kind(r.shape, r.algorithm, r.role, r.reason, r.doubt, r.frozen, tuple(_blank(a) for a in r.aliases))
+        reason = r.reason if r.group is None else f"{r.reason}; {r.group}"
+        kind = _Kind(r.shape, r.algorithm, r.role, reason, r.doubt, r.frozen, tuple(_blank(a) for a in r.aliases))
         groups[kind, tuple(_blank(r.fqn).split("."))].append((place, r))
     rows: list[tuple[bool, int, FoldedRow]] = []
     for (kind, _), members in groups.items():

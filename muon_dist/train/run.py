@@ -29,6 +29,7 @@ from muon_dist.model.load import load_model
 from muon_dist.model.portable import make_portable
 from muon_dist.ranks import Ranks
 from muon_dist.routing import RoutingTable
+from muon_dist.routing.folded import fold
 from muon_dist.train import build, corpus, distributed, environment, mesh, summary
 from muon_dist.train.command import continuing
 from muon_dist.train.folder import AUTO, RunFolder, Start, changed_settings, write_json
@@ -146,7 +147,7 @@ def _trainer(
     signals: StopSignals | None = None,
 ) -> MuonTrainer:
     tokenizer, datasets, args, model, table = ranks.everywhere(lambda: _parts(config, folder))
-    _say(table.render())
+    _say(str(fold(table)))
     count = count_parameters(model)
     train_bytes, _ = datasets.bytes_per_token
     _say(
