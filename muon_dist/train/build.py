@@ -158,6 +158,7 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
     try:
         args = TrainingArguments(**settings)
     except Exception as error:  # it raises what it finds: of files, JSON, enums, other libraries
+        leave_deepspeed()  # a half-made DeepSpeed configuration stays registered, and breaks the next model
         raise ConfigError(f"{_blamed(config)}: transformers refuses these settings: {one_line(error)}") from error
     if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel
         print(
