@@ -137,7 +137,7 @@ def test_momentum_that_is_put_there_is_used(layout: str, world: int, before: int
     transposed = {m.name for cut in reference.matrices.values() for m in cut if m.transposed}
     for name, (rows, cols) in names.items():
         shape = (cols, rows) if name in transposed else (rows, cols)
-        reference.memory[name] = {"momentum": torch.ones(shape, dtype=torch.float64)}
+        reference.memory[name] = {"momentum_buffer": torch.ones(shape, dtype=torch.float64)}
     for step in (before, before + 1):
         reference.step(gradients(step))
     assert_close(run_ranks(given_momentum, world, layout, before)[0], reference.weights, 2e-5)
