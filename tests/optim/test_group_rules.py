@@ -187,7 +187,7 @@ Q = {"pattern": ".*q_proj"}
     ({**Q, "algorithm": "adamw", "scale": "none"}, "'scale' is an option of Muon, but algorithm is 'adamw'"),
     ({**Q, "algorithm": "adamw", "rule": "namo"}, "'rule' is an option of Muon, but algorithm is 'adamw'"),
     ({**Q, "algorithm": "adamw", "split": {"heads": 2}}, "'split' is an option of Muon"),
-    ({**Q, "split": 4}, r"split is 4: give \{\"heads\": N\} or"),
+    ({**Q, "split": 4}, r"split is 4: give \{\"heads\": N\}, \{\"sizes\": \[\.\.\.\]\}, or \"heads\""),
     ({**Q, "split": {"haeds": 4}}, "split: 'haeds' is unknown: did you mean 'heads'"),
     ({**Q, "split": {"num_heads": 4}}, "split: 'num_heads' is no key here: write heads"),
     ({**Q, "split": {"sizes": 4}}, "sizes of split is 4"),
