@@ -28,6 +28,7 @@ class TrackerFolder:
         self.wanted = list(_PLACES) if "all" in wanted else [name for name in wanted if name in _PLACES]
         self._lent: list[str] = []
         self._before: dict[Path, int] = {}
+        self._made: list[Path] = []
 
     def __enter__(self) -> TrackerFolder:
         self._before = self._files()
@@ -37,6 +38,7 @@ class TrackerFolder:
                 continue
             target = (self.folder / place).absolute()
             if self.first:
+                self._made += [path for path in (target, *target.parents) if not path.exists()]
                 target.mkdir(parents=True, exist_ok=True)  # wandb takes another folder unless this one exists
             os.environ[variable] = str(target)
             self._lent.append(variable)
@@ -59,6 +61,9 @@ class TrackerFolder:
             with contextlib.suppress(OSError):
                 path.unlink()
         self._drop_empty()
+        for path in self._made:  # the run folder and those above it, where this start made them
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
     def _files(self) -> dict[Path, int]:
         return {p: p.stat().st_mtime_ns for p in self.folder.rglob("*") if p.is_file()}

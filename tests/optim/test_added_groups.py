@@ -53,7 +53,8 @@ def unfrozen(layout: str, rule: str, mesh: tuple[int, ...] = ()) -> dict[str, to
 ])  # fmt: skip
 def test_a_group_that_is_added_in_mid_run(layout: str, world: int, rules: tuple[str, ...]) -> None:
     for rule in rules:
-        reference = PlainRule(dict(make_parameters()), CUTS, **{"weight_decay": 0.0, **options_of(rule)})
+        options = {"weight_decay": 0.0, **options_of(rule)}
+        reference = PlainRule(dict(make_parameters()), CUTS, **{**options, **options.pop("rule_options", {})})
         for step in range(6):
             given = gradients(step)
             reference.step({n: g for n, g in given.items() if step >= 3 or n not in LATE})
