@@ -18,7 +18,7 @@ LR, DECAY, ADAMW_LR = 0.02, 0.1, 0.01
 EPS = 1e-4  # AdamW would blow rounding up where the true gradient is zero, as that of a key's bias is
 _LLAMA: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.4,
+    "num_key_value_heads": 2, "initializer_range": 0.3,
 }  # fmt: skip
 _MLA: dict[str, Any] = {
     **_LLAMA, "num_key_value_heads": 4, "head_dim": 2, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "v_head_dim": 3,
@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "cohere": {**_LLAMA, "use_qk_norm": True},
     "phi3": _LLAMA,
     "gpt_neox": {**_LLAMA, "num_key_value_heads": 4, "hidden_dropout": 0.0},
-    "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 16, "initializer_range": 0.4,
+    "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 16, "initializer_range": 0.3,
              "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "deepseek_v3": {**_MLA, "q_lora_rank": 8},
     "deepseek_v2": {**_MLA, "q_lora_rank": None},
@@ -106,7 +106,7 @@ class Plain:
         for head in range(q.shape[1]):
             logits = torch.einsum("btd,bsd->bts", q[:, head], k[:, head // shared]) * scaling
             logits = torch.where(seen, logits, -math.inf)
-            largest.append(float(logits.max()))
+            largest.append(float(logits.detach().max()))
             weights = torch.softmax(logits.clamp(min=-1e30), dim=-1)  # finite for padding that sees no key
             outputs.append(weights @ v[:, head // shared])
         self.maxima[self.names[module]] = largest
