@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from muon_dist.checkpoint.piece import clean_name
 from muon_dist.errors import ConfigError, FrameworkError
@@ -86,7 +85,9 @@ def _around_sdpa() -> None:
     if getattr(inner, "looks_at_logits", False):
         return
 
-    def sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **options: Any) -> Any:
+    def sdpa(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **options: Any
+    ) -> Any:
         if module.training and module in _watched:
             _record(module, query, key, mask, options)
         return inner(module, query, key, value, mask, *args, **options)
@@ -233,10 +234,11 @@ def _fused_child(module: nn.Module) -> str | None:
 
 def _fused(name: str, module: Any, alpha: float) -> _Read:
     child, heads, size = _fused_child(module), _configured(module), _size(name, module)
-    assert child is not None
+    if child is None or heads is None:
+        raise _unknown(name, module, "its configuration does not say how many heads it has")
     out = _out(name, module, child)
     groups = module.config.num_key_value_heads if child == "qkv_proj" else heads
-    if heads is None or out != (heads + 2 * groups) * size:
+    if out != (heads + 2 * groups) * size:
         raise _unknown(name, module, f"{child} has {out} outputs, not those of queries, keys and values")
     if child == "query_key_value":  # head by head
         features = _heads(heads, heads, [(size, alpha), (size, 1 - alpha), (size, 0.0)])
@@ -257,14 +259,18 @@ def _size(name: str, module: nn.Module) -> int:
 def _configured(module: Any) -> int | None:
     """Query heads of the whole layer, as the configuration has them."""
     config = module.config
-    found = next((getattr(config, key) for key in ("num_attention_heads", "n_head", "n_heads") if hasattr(config, key)), None)
+    found = next(
+        (getattr(config, key) for key in ("num_attention_heads", "n_head", "n_heads") if hasattr(config, key)), None
+    )
     return int(found) if isinstance(found, int) else None
 
 
 def _out(name: str, module: nn.Module, child: str) -> int:
     """Outputs of a plain linear layer."""
     layer = getattr(module, child)
-    if type(layer).__name__.removeprefix("FSDP") not in ("Linear", "Conv1D") or not isinstance(layer.weight, nn.Parameter):
+    if type(layer).__name__.removeprefix("FSDP") not in ("Linear", "Conv1D") or not isinstance(
+        layer.weight, nn.Parameter
+    ):
         raise _unknown(name, module, f"its {child} is a {type(layer).__name__}, not a plain linear layer")
     return logical_shape(layer.weight)[1 if is_conv1d(layer) else 0]
 
@@ -274,7 +280,11 @@ def _of_child(name: str, module: nn.Module, child: str, axis: int, features: Fea
     sizes, groups, powers = zip(*features, strict=True)
     group, power = np.repeat(groups, sizes), np.repeat(powers, sizes)
     side = next((s for s in (0, 1) if any(child == pair[s] for pair in _PAIRS)), None)
-    norms = [] if side is None else [pair[side] for pair in _NORMS if isinstance(getattr(module, pair[side], None), nn.Module)]
+    norms = (
+        []
+        if side is None
+        else [pair[side] for pair in _NORMS if isinstance(getattr(module, pair[side], None), nn.Module)]
+    )
     norms = [norm for norm in norms if not isinstance(getattr(module, norm), nn.Identity)]
     if side is None and any(isinstance(getattr(module, norm, None), nn.Module) for pair in _NORMS for norm in pair):
         raise _unknown(name, module, f"its {child} is followed by norms of queries and keys")

@@ -129,8 +129,8 @@ def share_of_heads(trainer: Any) -> tuple[int, int]:
     """
     if trainer.get_cp_size() > 1:
         raise FrameworkError(
-            "qk_clip: under context parallelism (parallel.cp) no process sees the logits of all keys: use sp, or leave "
-            "qk_clip out"
+            "qk_clip: under context parallelism (parallel.cp) no process sees the logits of all keys: use sp, or "
+            "leave qk_clip out"
         )
     if trainer.get_sp_size() > 1:
         group = trainer.deepspeed.seq_parallel_group
