@@ -96,7 +96,7 @@ def _around_sdpa() -> None:
     AttentionInterface.register("sdpa", sdpa)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def _record(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> None:
     if torch._C._current_graph_task_id() != -1:
         return  # in a backward pass: gradient checkpointing computes again what has been seen
