@@ -121,6 +121,25 @@ def sequence_parallel_loss(engine: Any, inputs: dict[str, Any]) -> tuple[torch.T
     return share + (sums[0] / tokens - share).detach(), outputs
 
 
+def share_of_heads(trainer: Any) -> tuple[int, int]:
+    """(number, shares): which part of the heads of each layer this process computes, of how many, by the mesh.
+
+    Raises:
+        FrameworkError: context parallelism, where a process sees the keys of its own tokens alone.
+    """
+    if trainer.get_cp_size() > 1:
+        raise FrameworkError(
+            "qk_clip: under context parallelism (parallel.cp) no process sees the logits of all keys: use sp, or "
+            "leave qk_clip out"
+        )
+    if trainer.get_sp_size() > 1:
+        group = trainer.deepspeed.seq_parallel_group
+        return dist.get_rank(group), dist.get_world_size(group)
+    if trainer.get_tp_size() > 1:
+        return int(trainer.accelerator.tensor_parallel_rank), int(trainer.get_tp_size())
+    return 0, 1
+
+
 def consecutive(samples: Iterable[int], batch: int, mesh: tuple[int, int]) -> Iterator[int]:
     """`samples` in the order in which a data loader must draw them, so that Ulysses trains on them in theirs.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from muon_dist.adapters import hf_attention
 from muon_dist.adapters.device import peak_flops as device_peak_flops
 from muon_dist.adapters.factory import MuonFactory, check_trainer, split_kwargs
 from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
@@ -23,7 +25,13 @@ from muon_dist.adapters.hf_evaluation import PlainLoss
 from muon_dist.adapters.hf_flow import Passes
 from muon_dist.adapters.hf_guards import GuardedLoop, Guards
 from muon_dist.adapters.hf_norms import GradientNorms
-from muon_dist.adapters.hf_parallel import consecutive, gather_once, parallelism_on_cpu, sequence_parallel_loss
+from muon_dist.adapters.hf_parallel import (
+    consecutive,
+    gather_once,
+    parallelism_on_cpu,
+    sequence_parallel_loss,
+    share_of_heads,
+)
 from muon_dist.adapters.hf_records import AuditStart, SpectraLog, take_watchers
 from muon_dist.adapters.hf_settings import outlive_trackers
 from muon_dist.checkpoint import Checkpoint
@@ -64,10 +72,12 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
     metrics_path: a JSON-lines file for all that is logged.
     guards: what watches over the run; None: only Muon's own check that gradients are finite.
     checkpoint: how it saves; see `CheckpointOptions` and `CheckpointTrainer`.
+    qk_clip: clip attention logits after each step: a dict with `threshold` (100) and `alpha` (0.5), {} for both
+        defaults, None to leave it out; see docs/qk-clip.md.
 
     In the logs: `lr/<group>`, `grad_norm` (raw, all parameters), `grad_norm/muon`, `grad_norm/adamw`, `tokens_per_s`
     (all ranks, evaluation and saving left out), `tokens`, `mfu`, `bits_per_byte`, `eval_bits_per_byte`,
-    `eval_perplexity`.
+    `eval_perplexity`; with `qk_clip`, of the last step `qk_clip/max_logit` and `qk_clip/heads` (that were clipped).
     """
 
     def __init__(
@@ -85,8 +95,10 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
         peak_flops: float | None = None,
         metrics_path: str | Path | None = None,
         guards: Guards | None = None,
+        qk_clip: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
+        hf_attention.check_options(qk_clip or {})
         args = args if args is not None else TrainingArguments(output_dir="tmp_trainer")
         _check(args, muon, clip_muon, train_sampler, kwargs)
         if args.deepspeed is None:
@@ -104,6 +116,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
         factory, diagnostics, self.audit = take_watchers(given, args.output_dir or ".")
         super().__init__(model, args, optimizer_cls_and_kwargs=factory, **kwargs)
         self.clip = {"muon": clip_muon, "adamw": clip_adamw}
+        self.qk_clip, self._qk_clip_options = cast("hf_attention.QKClip | None", None), qk_clip
         self.train_sampler, self._passes = train_sampler, passes
         self.bytes_per_token = bytes_per_token
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
@@ -200,6 +213,8 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._step_started = time.perf_counter()
+        if self.qk_clip is not None:
+            self.qk_clip.maxima.clear()  # of a step that DeepSpeed has left out
         batch = super().get_batch_samples(*args, **kwargs)
         if self._resumed_from is not None and self.train_sampler is not None:
             # Making the iterator drew from the generator, as it did at the start of the run that we continue, before
@@ -207,6 +222,17 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
             self._load_rng_state(str(self._resumed_from.path))
         self._resumed_from = None
         return batch
+
+    # ---- the optimizer
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, with QK-clip behind its steps."""
+        made = super().create_optimizer(*args, **kwargs)
+        options, optimizer = self._qk_clip_options, getattr(made, "optimizer", made)
+        if options is not None and (self.qk_clip is None or self.qk_clip.optimizer is not optimizer):
+            share = partial(share_of_heads, self)
+            self.qk_clip = hf_attention.attach(self.model, optimizer, share=share, **options)
+        return made
 
     # ---- gradients and learning rates
 
@@ -285,6 +311,8 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
     def _train_figures(self, loss: float) -> dict[str, float]:
         figures: dict[str, float] = dict(self._group_lrs)
         figures.update({f"grad_norm/{name}": norm.item() for name, norm in self._grad_norms.items()})
+        if self.qk_clip is not None and self.qk_clip.max_logit is not None:
+            figures["qk_clip/max_logit"], figures["qk_clip/heads"] = self.qk_clip.max_logit, self.qk_clip.clipped
         if self.bytes_per_token is not None and self._trains_on_plain_loss():
             figures["bits_per_byte"] = bits_per_byte(loss, self.bytes_per_token[0])
         figures["tokens"] = self._tokens

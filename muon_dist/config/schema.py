@@ -105,6 +105,15 @@ class ClipConfig(Block):
     adamw: Positive | None = 1.0
 
 
+class QKClipConfig(Block):
+    """Scale the query and key weights of heads with large attention logits down after each step."""
+
+    threshold: Positive = Field(default=100.0, description="largest logit of a head that is left alone")
+    alpha: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.5, description="share of the exponent that the queries take; the keys take the rest"
+    )
+
+
 class OverrideConfig(Block):
     """Send the parameters whose whole name matches the regular expression to an algorithm."""
 
@@ -161,6 +170,7 @@ class OptimizerConfig(Block):
     muon: MuonConfig
     adamw: AdamWConfig
     clip: ClipConfig = ClipConfig()
+    qk_clip: QKClipConfig | None = Field(default=None, description="null: logits are not clipped")
     routing: RoutingConfig = RoutingConfig()
     groups: tuple[GroupConfig, ...] = Field(default=(), description="options of parameters by name")
     audit: AuditConfig = AuditConfig()

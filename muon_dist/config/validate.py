@@ -135,6 +135,7 @@ def _optimizer(config: Config) -> Found:
         )
     yield from _rule(muon)
     yield from _low_precision(config)
+    yield from _qk_clip(config)
     for index, override in enumerate(routing.overrides):
         yield from _pattern(("optimizer", "routing", "overrides", index, "pattern"), override.pattern)
     for index, split in enumerate(routing.split):
@@ -154,6 +155,11 @@ def _low_precision(config: Config) -> Found:
         if getattr(muon, name) and config.optimizer.name == "adamw":
             problem = "is on, but optimizer.name is adamw, which is torch.optim.AdamW and has no such option"
             yield ("optimizer", "muon", name), problem
+
+
+def _qk_clip(config: Config) -> Found:
+    if config.optimizer.qk_clip is not None and config.optimizer.name != "muon":
+        yield ("optimizer", "qk_clip"), f"belongs to Muon, and optimizer.name is {config.optimizer.name}: leave it out"
 
 
 def _rule(muon: MuonConfig) -> Found:

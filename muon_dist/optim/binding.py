@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from muon_dist.layout import Fragment, Layout, Matrix
+from muon_dist.layout import Fragment, Layout, Matrix, StoredParameter
 from muon_dist.optim.rules import Group
 from muon_dist.optim.rules.scale import update_scale
 from muon_dist.ownership import OwnershipPlan
@@ -51,6 +51,8 @@ class Binding:
             the number of the matrix in the layout, and at the end the length of that tensor.
         fragments: given name and tensor of any parameter, which elements of it this rank's part is.
         specs: the parameters that all ranks step, where these step different ones (experts); None: the optimizer's.
+        contents: what lies in a tensor that a framework has made of several parameters; None where every tensor is a
+            parameter.
         before_step: raises FrameworkError where the framework is in a mode that the step cannot follow.
     """
 
@@ -72,6 +74,7 @@ class Binding:
     )
     fragments: Callable[[str, torch.Tensor], Sequence[Fragment]] = field(default=_all_of)
     specs: Sequence[Sequence[ParameterSpec]] | None = None
+    contents: Callable[[torch.Tensor], Sequence[StoredParameter]] | None = None
     before_step: Callable[[], None] = field(default=lambda: None)
 
 

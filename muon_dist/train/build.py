@@ -290,6 +290,7 @@ def make_trainer(
         flops_per_token=flops_per_token(model, config.data.sequence_length),
         metrics_path=folder.metrics,
         guards=guards,
+        qk_clip=config.optimizer.qk_clip.model_dump() if config.optimizer.qk_clip is not None else None,
         checkpoint=checkpoint_options(config, begin),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

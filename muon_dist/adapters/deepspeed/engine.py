@@ -144,6 +144,7 @@ def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
         if "exp_avg" not in optimizer.state[tensor]:
             optimizer.state[tensor].update(adamw_state(tensor))
     storage = found.storage
+    in_tensor = {id(b.tensor): b.parameters for b in storage.buffers}
     by_the_wrapper = not (parallelism.sharded and storage.by_tensor)  # else its norm lacks the experts'
     binding = Binding(
         found.layout,
@@ -156,5 +157,6 @@ def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
         # DeepSpeed saves what each rank's tensors are stepped with: momentum that lies on another rank it would lose.
         everywhere=lambda plan, wanted: holders_of_copies(plan, wanted or parallelism.sharded),
         specs=found.specs,
+        contents=lambda tensor: in_tensor[id(tensor)],
     )
     return binding, found.group_of
