@@ -101,6 +101,12 @@ class DataConfig(Block):
     )
     dir: LocalPath = Field(default="data", description="folder of the tokenizer and the token shards")
     sequence_length: Annotated[int, Field(ge=2)] = Field(default=1024, description="tokens in a sample")
+    packing: Literal["concatenate", "document_mask", "best_fit"] = Field(
+        repr=False,
+        default="concatenate",
+        description="how documents share a sample: cut from one stream; cut so, with attention, positions and loss "
+        "inside each document; or so, and no document is cut that fits into a sample",
+    )
     validation_fraction: BelowOne = Field(default=0.02, description="share of the documents kept for validation")
     shard_tokens: PositiveInt = Field(default=10_000_000, description="tokens in one shard file")
     workers: PositiveInt = Field(default=2, description="processes that tokenize")

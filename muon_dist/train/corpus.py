@@ -95,7 +95,7 @@ def prepare(config: Config, overwrite: bool = False, verify: bool = False, rebui
 def shown(config: Config, count: int) -> Iterator[str]:
     """`count` prepared training samples of each source as lines of text; see `show_samples`."""
     encoder = load_tokenizer(tokenizer_folder(config), config.data.add_bos)
-    return show_samples(tokens_folder(config), encoder, config.data.sequence_length, count)
+    return show_samples(tokens_folder(config), encoder, config.data.sequence_length, count, config.data.packing)
 
 
 @dataclass(frozen=True)
