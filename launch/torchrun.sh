@@ -58,6 +58,9 @@ restarts="${MAX_RESTARTS:-${PET_MAX_RESTARTS:-}}"
 case "$nproc" in auto | gpu) nproc="" ;; cpu) nproc=1 ;; esac
 unset "${!PET_@}" # each is an option below
 
+printf -v started ' %q' "$@"
+export MUON_DIST_COMMAND="${MUON_DIST_COMMAND:-bash launch/torchrun.sh$started}" # for the message of a run that stops
+
 while (($#)); do
     # torchrun's own spellings: --nproc-per-node=2, --nproc_per_node 2
     if [[ "$1" == --?*=* ]]; then

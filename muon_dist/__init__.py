@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from muon_dist.optim.groups import param_groups, routing_table
     from muon_dist.optim.muon import Muon
     from muon_dist.optim.rules import register_rule, register_scale
+    from muon_dist.report.log_table import metrics
 
 _HOMES = {
     "Guards": "muon_dist.adapters.hf_guards",
@@ -29,6 +30,7 @@ _HOMES = {
     "MuonFactory": "muon_dist.adapters.factory",
     "MuonTrainer": "muon_dist.adapters.hf_trainer",
     "for_trainer": "muon_dist.adapters.factory",
+    "metrics": "muon_dist.report.log_table",
     "newton_schulz": "muon_dist.numerics.newton_schulz",
     "param_groups": "muon_dist.optim.groups",
     "register_rule": "muon_dist.optim.rules",
@@ -45,6 +47,7 @@ __all__ = [
     "MuonTrainer",
     "attach",
     "for_trainer",
+    "metrics",
     "newton_schulz",
     "param_groups",
     "register_rule",

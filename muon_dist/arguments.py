@@ -12,3 +12,8 @@ def existing_run(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder; name a run folder, such as runs/quickstart, or a checkpoint")
     return path
+
+
+def existing_runs(paths: list[Path]) -> list[Path]:
+    """As `existing_run`, for several."""
+    return [existing_run(path) for path in paths]

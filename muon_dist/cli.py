@@ -12,11 +12,11 @@ from typing import Annotated, Any, Optional
 import typer
 
 from muon_dist import failures, streams
-from muon_dist.arguments import existing_run
+from muon_dist.arguments import existing_run, existing_runs
 from muon_dist.audit.cli import verify as verify_run
 from muon_dist.bench.cli import app as bench
 from muon_dist.doctor.cli import doctor
-from muon_dist.errors import MuonDistError
+from muon_dist.errors import ConfigError, MuonDistError
 from muon_dist.experiments.cli import app as spectra
 from muon_dist.fuzz.cli import fuzz
 from muon_dist.launcher.cli import app as launch
@@ -55,6 +55,11 @@ RunPath = Annotated[
         help="A run folder, such as runs/quickstart, a checkpoint or a model folder.",
     ),
 ]
+Step = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=0, help="Of a run folder the weights of this optimizer step instead of the newest."),
+]
+Best = Annotated[bool, typer.Option("--best", help="Of a run folder the saved weights with the best figures.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Make it again in any case that would be refused, such as damaged files.")
 ]
@@ -184,14 +189,36 @@ def evaluate(
     max_samples: Annotated[
         Optional[int], typer.Option(min=1, help="Only the first so many samples.")  # noqa: UP045
     ] = None,
+    text: Annotated[
+        Optional[Path], typer.Option(help="Raw text (a file or a folder) in place of prepared data.")  # noqa: UP045
+    ] = None,
+    tasks: Annotated[
+        Optional[Path], typer.Option(help="Tasks of lm-evaluation-harness: a YAML file, or a folder of them.")  # noqa: UP045
+    ] = None,
+    step: Step = None,
+    best: Best = False,
 ) -> None:
-    """Loss, perplexity and bits per byte on the validation text, as one line of JSON."""
+    """Loss, perplexity and bits per byte on the validation text, as one line of JSON; or the scores of tasks."""
     _quiet()
-    from muon_dist.train.models import evaluate_folder
+    from muon_dist.train.models import choice_of, evaluate_folder
 
-    figures = evaluate_folder(
-        run, data=data, sequence_length=sequence_length, batch_size=batch_size, max_samples=max_samples
-    )
+    choice = choice_of(run, step, best)
+    if tasks is not None:
+        from muon_dist.train.tasks import evaluate_tasks
+
+        if data is not None or text is not None:
+            raise ConfigError("--tasks brings its own text: leave --data and --text out")
+        figures = evaluate_tasks(run, tasks, batch_size=batch_size, limit=max_samples, choice=choice)
+    else:
+        figures = evaluate_folder(
+            run,
+            data=data,
+            text=text,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            max_samples=max_samples,
+            choice=choice,
+        )
     typer.echo(json.dumps(figures))
 
 
@@ -203,12 +230,15 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the most probable token always.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=1, help="Choose among so many most probable tokens.")] = 40,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    step: Step = None,
+    best: Best = False,
 ) -> None:
     """Let a trained model continue a text."""
     _quiet()
-    from muon_dist.train.models import generate_from_folder
+    from muon_dist.train.models import choice_of, generate_from_folder
 
-    text, weights = generate_from_folder(run, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
+    sampling = {"temperature": temperature, "top_k": top_k, "seed": seed}
+    text, weights = generate_from_folder(run, prompt, tokens, choice=choice_of(run, step, best), **sampling)
     typer.echo(f"weights: {weights}", err=True)
     typer.echo(text)
 
@@ -220,12 +250,14 @@ def export(
     dtype: Annotated[
         Optional[str], typer.Option(help="float32, bfloat16 or float16; as trained unless given.")  # noqa: UP045
     ] = None,
+    step: Step = None,
+    best: Best = False,
 ) -> None:
-    """Write model and tokenizer to a folder for AutoModelForCausalLM and AutoTokenizer."""
+    """Write model and tokenizer to a folder for AutoModelForCausalLM and AutoTokenizer, of transformers 4.57 and 5."""
     _quiet()
-    from muon_dist.train.models import export_folder
+    from muon_dist.train.models import choice_of, export_folder
 
-    typer.echo(f"weights: {export_folder(run, out, dtype)}", err=True)
+    typer.echo(f"weights: {export_folder(run, out, dtype, choice_of(run, step, best))}", err=True)
     typer.echo(str(out))
 
 
@@ -252,20 +284,55 @@ def compare(
 
 @app.command()
 def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            callback=existing_runs,
+            help="A run folder, also of a run that has not finished; or many.",
+        ),
+    ],
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The page to write; unless given report.html in the run folder, of many compare.html here."),
+    ] = None,
+    step: Step = None,
+    best: Best = False,
+) -> None:
+    """One self-contained HTML page: curves, spectra, routing, checkpoints, settings of a run; or runs side by side."""
+    if len(runs) > 1:
+        from muon_dist.report.compare_page import write_compare_page
+
+        typer.echo(str(write_compare_page(runs, output)))
+        return
+    from muon_dist.report.run_page import write_run_page
+    from muon_dist.train.models import choice_of
+
+    chosen = choice_of(runs[0], step, best) if best or step is not None else None
+    typer.echo(str(write_run_page(runs[0], output, chosen)))
+
+
+@app.command()
+def metrics(
     run: Annotated[
         Path,
         typer.Argument(
             metavar="RUN", callback=existing_run, help="A run folder, also of a run that has not finished."
         ),
     ],
-    output: Annotated[
-        Optional[Path], typer.Option(help="The page to write; report.html in the run folder unless given.")  # noqa: UP045
-    ] = None,
+    csv: Annotated[bool, typer.Option("--csv", help="All columns, as comma-separated values.")] = False,
+    output: Annotated[Optional[Path], typer.Option(help="A file in place of the standard output.")] = None,  # noqa: UP045
 ) -> None:
-    """One self-contained HTML page of a run: curves, spectra, routing, ownership, checkpoints, settings."""
-    from muon_dist.report.run_page import write_run_page
+    """The log of a run as a table, one row a step; in Python: muon_dist.metrics(RUN), a DataFrame."""
+    from muon_dist.report.log_table import as_csv, as_text, read_log
 
-    typer.echo(str(write_run_page(run, output)))
+    rows = read_log(run)
+    text = as_csv(rows) if csv else as_text(rows)
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
+        typer.echo(str(output))
+    else:
+        typer.echo(text, nl=False)
 
 
 @spectra.command()

@@ -96,9 +96,10 @@ DISTRIBUTIONS = {
     "muon": "muon-optimizer",
     "muon_fsdp2": "muon-fsdp2",
     "dtensor_muon": "dtensor-muon",
+    "lm_eval": "lm-eval",
 }
 # in an extra, imported where it is used
-OPTIONAL = {"dtensor-muon", "muon-fsdp2", "muon-optimizer", "quack-kernels", "scikit-learn"}
+OPTIONAL = {"dtensor-muon", "lm-eval", "muon-fsdp2", "muon-optimizer", "quack-kernels", "scikit-learn"}
 # needed and not imported by name: the Trainer's engine, sentencepiece's model file, the format of saved models
 THROUGH_OTHERS = {"accelerate", "protobuf", "safetensors"}
 

@@ -93,7 +93,7 @@ def check_ours(words: list[str], where: str) -> None:
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         step = rest.pop(0)
         if step == "...":
-            break
+            return
         assert step in command.commands, f"{where}: no command {step}"
         command = command.commands[step]
     known = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help", "-h"}

@@ -285,7 +285,7 @@ def test_metrics_that_were_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (0, 1, 2, 3)]
     path.write_text("\n".join([*lines, '{"step": 4, "lo'[:-3]]))
-    MetricsFile(path).on_train_begin(None, SimpleNamespace(is_world_process_zero=True, global_step=2), None)
+    MetricsFile(path).begin_run(None, SimpleNamespace(is_world_process_zero=True, global_step=2))
     assert path.read_text().splitlines() == lines[:3]
 
 

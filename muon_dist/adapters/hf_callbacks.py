@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import sys
@@ -14,8 +15,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
+from muon_dist.adapters.hf_flow import RunRecord
 
-class MetricsFile(TrainerCallback):
+
+class MetricsFile(RunRecord):
     """Appends what Trainer logs to a JSON-lines file, on the first rank: `step`, `time` (seconds since 1970), figures.
 
     On resume the lines after the checkpoint's step go, so that each step stands in the file once.
@@ -24,7 +27,7 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def begin_run(self, args: Any, state: Any) -> None:
         if not state.is_world_process_zero or not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -72,12 +75,16 @@ class Console(TrainerCallback):
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._first: tuple[int, float] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first = None
         if state.is_world_process_zero and sys.stderr.isatty():
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", leave=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._first is None:  # the first step is slower than the others: memory, kernels, plans
+            self._first = state.global_step, time.perf_counter()
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
@@ -89,7 +96,7 @@ class Console(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        line = log_line(logs, state.global_step, state.max_steps)
+        line = log_line(logs, state.global_step, state.max_steps, self._left(state))
         if line is None:
             return
         if self._bar is not None:
@@ -97,9 +104,19 @@ class Console(TrainerCallback):
         else:
             print(line, flush=True)
 
+    def _left(self, state: Any) -> float | None:
+        """Seconds until the last step, at the pace of this process's steps with all that came between them."""
+        if self._first is None or state.global_step <= self._first[0]:
+            return None
+        pace = (time.perf_counter() - self._first[1]) / (state.global_step - self._first[0])
+        return pace * (state.max_steps - state.global_step)
 
-def log_line(logs: dict[str, Any], step: int, steps: int) -> str | None:
-    """What a person reads of one entry of the log; None for entries that only programs need."""
+
+def log_line(logs: dict[str, Any], step: int, steps: int, left: float | None = None) -> str | None:
+    """What a person reads of one entry of the log; None for entries that only programs need.
+
+    left: seconds until the last step.
+    """
     place = f"step {step:>{len(str(steps))}}/{steps}"
     if "loss" in logs:
         parts = [place, f"loss {logs['loss']:.4f}"]
@@ -109,6 +126,8 @@ def log_line(logs: dict[str, Any], step: int, steps: int) -> str | None:
         parts += ["lr " + " ".join(f"{name} {rate:.3g}" for name, rate in rates.items())] if rates else []
         _add(parts, logs, "tokens_per_s", "{:,.0f} tokens/s")
         _add(parts, logs, "mfu", "MFU {:.1%}")
+        if left is not None and step < steps:
+            parts.append(f"{100 * step // steps}%, {datetime.timedelta(seconds=round(left))} left")
         return "  ".join(parts)
     if "eval_loss" in logs:
         parts = [place, f"validation loss {logs['eval_loss']:.4f}"]

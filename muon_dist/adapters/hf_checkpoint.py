@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy
 
 from muon_dist.adapters import deepspeed_state, module_state
+from muon_dist.adapters.hf_flow import BeginRun
 from muon_dist.adapters.rates import GroupRates
 from muon_dist.checkpoint import (
     BUFFER,
@@ -54,8 +55,8 @@ class CheckpointOptions:
     background: hold training for the copy to host memory only. keep_last, keep_every: see `checkpoint.folder.retire`;
     `save_total_limit` is the default of the first. on_error: "stop" or "continue" when a save fails. config: the
     run's configuration, plain and without secrets, kept in every manifest. say: for messages; called on the first
-    rank. begin: called on the first rank before the run changes anything in its folder, when the checkpoint to go on
-    from is verified and loaded; its error ends the run on all ranks.
+    rank. begin: called on the first rank before the run changes anything in its folder, right before the first step;
+    its error ends the run on all ranks.
     """
 
     background: bool = False
@@ -112,6 +113,7 @@ class CheckpointTrainer(Trainer):
         self._source: Checkpoint | None = None
         self._documents: dict[str, bytes] | None = None
         self._best_step: int | None = None
+        self.add_callback(BeginRun(self))
 
     @property
     def weights_step(self) -> int:
@@ -264,6 +266,10 @@ class CheckpointTrainer(Trainer):
             raise CheckpointError(f"{self.args.output_dir} holds no finished checkpoint")
         return found
 
+    def begin_run(self) -> None:
+        """Make the folder ready for the first step; on every rank. Until then nothing in it is changed."""
+        self.saver.ranks.first(self._make_room)
+
     def _make_room(self) -> None:
         """On the first rank: begin the run, clear away what a killed process left, and set aside later checkpoints,
         which belong to an abandoned branch of the run."""
@@ -283,7 +289,6 @@ class CheckpointTrainer(Trainer):
             self._fill(self._source)
             if not self._source.beginning:
                 self._restore_states(self._source)
-        self.saver.ranks.first(self._make_room)
         return prepared
 
     def _fill(self, source: Checkpoint) -> None:

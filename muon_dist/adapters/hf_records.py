@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from muon_dist.adapters.hf_flow import RunRecord
 from muon_dist.audit.auditor import Audit
 from muon_dist.audit.chain import FILE as AUDIT_FILE
 from muon_dist.numerics import newton_schulz_flops
@@ -63,7 +64,7 @@ def ownership(muon: Muon) -> dict[str, Any] | None:
     }
 
 
-class OwnershipFile(TrainerCallback):
+class OwnershipFile(RunRecord):
     """Writes `ownership` to a JSON file after the first step, on the first rank."""
 
     def __init__(self, path: str | Path) -> None:
@@ -82,7 +83,7 @@ class OwnershipFile(TrainerCallback):
             temporary.replace(self.path)
 
 
-class EventsFile(TrainerCallback):
+class EventsFile(RunRecord):
     """Appends the start, each checkpoint and the end of a run to a JSON-lines file, on the first rank.
 
     Each line: `time` (seconds since 1970), `event` ("started", "resumed", "checkpoint", "ended"), `step`. Continuing a
@@ -100,7 +101,7 @@ class EventsFile(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def begin_run(self, args: Any, state: Any) -> None:
         if state.global_step == 0 and state.is_world_process_zero:
             self.path.unlink(missing_ok=True)
         event = "resumed" if state.global_step else "started"
@@ -113,14 +114,14 @@ class EventsFile(TrainerCallback):
         self._add(state, "ended")
 
 
-class SpectraLog(TrainerCallback):
+class SpectraLog(RunRecord):
     """Tells a `Diagnostics` which step the run begins at, and adds the means of the first rank's own matrices to the
     log as `spectra/flatness` and so on. They are of that rank alone: nothing is gathered for them."""
 
     def __init__(self, diagnostics: Diagnostics) -> None:
         self.diagnostics = diagnostics
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def begin_run(self, args: Any, state: Any) -> None:
         self.diagnostics.start(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.optimization import get_scheduler
 from transformers.utils import logging as transformers_logging
 
+from muon_dist.adapters.hf_flow import RunRecord
 from muon_dist.errors import ConfigError
 from muon_dist.failures import one_line
 
@@ -83,14 +84,17 @@ def _scheduler(args: Any) -> None:
 
 def outlive_trackers(callbacks: list[TrainerCallback]) -> None:
     """A tracker (wandb, mlflow, ...) that fails after it has begun no longer fails the training: it is named once, and
-    left out from then on. One that cannot begin is a ConfigError, since nothing is lost then.
+    left out from then on. One that cannot begin is a ConfigError, since nothing is lost then. Our own records
+    (metrics.jsonl, events.jsonl, ...) are tried again at the next event.
     """
     for callback in callbacks:
         if type(callback).__module__ == _TRACKERS:
             _guard(callback)
+        elif isinstance(callback, RunRecord):
+            _guard(callback, again=True)
 
 
-def _guard(callback: TrainerCallback) -> None:
+def _guard(callback: TrainerCallback, again: bool = False) -> None:
     name = type(callback).__name__
     failed = False
 
@@ -98,7 +102,7 @@ def _guard(callback: TrainerCallback) -> None:
         @functools.wraps(call)
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal failed
-            if failed:
+            if failed and not again:
                 return None
             try:
                 return call(*args, **kwargs)
@@ -108,13 +112,15 @@ def _guard(callback: TrainerCallback) -> None:
                         f"trainer.report_to: {name} cannot begin: {one_line(error)}. Set it up, or set "
                         "trainer.report_to to none"
                     ) from error
+                if not failed:
+                    rest = "tries again" if again else "goes on without it, and metrics.jsonl holds the figures"
+                    print(
+                        f"warning: {name} failed in {event} ({type(error).__name__}: {one_line(error)}); "
+                        f"the run {rest}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 failed = True
-                print(
-                    f"warning: {name} failed in {event} ({type(error).__name__}: {one_line(error)}); the run goes on "
-                    "without it, and metrics.jsonl holds the figures",
-                    file=sys.stderr,
-                    flush=True,
-                )
                 return None
 
         return run

@@ -19,6 +19,8 @@ from muon_dist.adapters.device import peak_flops as device_peak_flops
 from muon_dist.adapters.factory import MuonFactory, check_trainer, split_kwargs
 from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
 from muon_dist.adapters.hf_checkpoint import CheckpointOptions, CheckpointTrainer, read_position
+from muon_dist.adapters.hf_evaluation import PlainLoss
+from muon_dist.adapters.hf_flow import Passes
 from muon_dist.adapters.hf_guards import GuardedLoop, Guards
 from muon_dist.adapters.hf_norms import GradientNorms
 from muon_dist.adapters.hf_parallel import consecutive, gather_once, parallelism_on_cpu, sequence_parallel_loss
@@ -45,7 +47,7 @@ class _Stream(Sampler[int]):
         return self.total
 
 
-class MuonTrainer(GuardedLoop, CheckpointTrainer):
+class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
     """A `Trainer` that trains with Muon and logs what pretraining is judged by.
 
     muon: keyword arguments of `MuonFactory`; `lr` and `weight_decay` default to those of `args`. Instead of it,
@@ -56,6 +58,7 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
     train_sampler: samples already consumed -> indices into `train_dataset` from there on. With it a resumed run goes
         on with the next sample, also at another world size; `max_steps` is needed.
     bytes_per_token: (train, eval) bytes of text for each token, for bits per byte; None leaves them out.
+    passes: samples consumed -> passes over each source of the data, by name, for the log (`passes/<source>`).
     flops_per_token: forward and backward, for MFU; default 6 x the parameters outside embeddings.
     peak_flops: of one rank's device; default from a table (GPU) or measured (CPU).
     metrics_path: a JSON-lines file for all that is logged.
@@ -77,6 +80,7 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
         clip_adamw: float | None = 1.0,
         train_sampler: Callable[[int], Iterable[int]] | None = None,
         bytes_per_token: tuple[float, float] | None = None,
+        passes: Callable[[int], Mapping[str, float]] | None = None,
         flops_per_token: float | None = None,
         peak_flops: float | None = None,
         metrics_path: str | Path | None = None,
@@ -99,12 +103,10 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
         given = kwargs.pop("optimizer_cls_and_kwargs", None)
         factory, diagnostics, self.audit = take_watchers(given, args.output_dir or ".")
         super().__init__(model, args, optimizer_cls_and_kwargs=factory, **kwargs)
-        outlive_trackers(self.callback_handler.callbacks)
         self.clip = {"muon": clip_muon, "adamw": clip_adamw}
-        self.train_sampler = train_sampler
+        self.train_sampler, self._passes = train_sampler, passes
         self.bytes_per_token = bytes_per_token
-        self._flops_per_token = flops_per_token
-        self._peak_flops = peak_flops
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._grad_norms: dict[str, torch.Tensor] = {}
         self._group_lrs: dict[str, float] = {}
         self._resumed_from: Checkpoint | None = None
@@ -120,8 +122,11 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
             self.providers["audit"], self.rank_providers["audit"] = self.audit, self.audit.follow
         if factory is not None and factory[0] is MuonFactory:
             self.add_callback(AttachDeepSpeed(self))
+        if train_sampler is not None:
+            self.add_callback(Passes(self))
         if metrics_path is not None:
             self.add_callback(MetricsFile(metrics_path))
+        outlive_trackers(self.callback_handler.callbacks)
         if guards is not None:
             self.watch_with(guards)
             self.providers["guards"] = guards
@@ -280,9 +285,11 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
     def _train_figures(self, loss: float) -> dict[str, float]:
         figures: dict[str, float] = dict(self._group_lrs)
         figures.update({f"grad_norm/{name}": norm.item() for name, norm in self._grad_norms.items()})
-        if self.bytes_per_token is not None:
+        if self.bytes_per_token is not None and self._trains_on_plain_loss():
             figures["bits_per_byte"] = bits_per_byte(loss, self.bytes_per_token[0])
         figures["tokens"] = self._tokens
+        if self._passes is not None:
+            figures.update({f"passes/{name}": value for name, value in self._passes(self.consumed_samples).items()})
         if self._seconds > 0:
             rate = (self._tokens - self._tokens_logged) / self._seconds
             figures["tokens_per_s"] = rate
@@ -291,6 +298,11 @@ class MuonTrainer(GuardedLoop, CheckpointTrainer):
                 figures["mfu"] = mfu
         self._seconds, self._tokens_logged = 0.0, self._tokens
         return figures
+
+    def _trains_on_plain_loss(self) -> bool:
+        """The training loss is the cross entropy alone, so that it can be told in bits per byte."""
+        smoothed = self.args.label_smoothing_factor > 0 or self.compute_loss_func is not None
+        return not smoothed and not getattr(getattr(self.model, "config", None), "output_router_logits", False)
 
     def throughput(self) -> dict[str, float | None]:
         """Tokens and seconds of the training of this process group, their rate over all ranks, and MFU (0 to 1)."""

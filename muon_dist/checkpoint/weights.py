@@ -1,8 +1,11 @@
-"""The newest weights of a run: its final model, or a later checkpoint."""
+"""Which weights of a run are meant: the newest, those of a step, or the best. One rule for all commands."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,13 @@ from typing import Any
 from muon_dist.checkpoint.folder import commits, step_of
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.checkpoint.reader import Checkpoint
+from muon_dist.errors import CheckpointError
 
 RECORD = "muon_dist.json"
 """File in the folder of a final model that says of which optimizer step the weights are."""
+
+DATA = "data.json"
+"""File in a run folder that says what its weights were trained on."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +33,39 @@ class Weights:
         return f"{self.path} ({'step unknown' if self.step is None else f'step {self.step:,}'})"
 
 
-def record_step(folder: Path, step: int) -> None:
-    """Write into the model folder `folder` that its weights are those of optimizer step `step`."""
-    (folder / RECORD).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class Choice:
+    """Which weights of a run folder to take: the newest, unless `step` or `best` is given.
+
+    step: those of this optimizer step. best: those with the best value of `metric` in the log. metric, greater: the
+    name in metrics.jsonl, and whether more is better.
+    """
+
+    step: int | None = None
+    best: bool = False
+    metric: str = "eval_loss"
+    greater: bool = False
+
+    def __post_init__(self) -> None:
+        if self.best and self.step is not None:
+            raise CheckpointError("--step and --best both choose the weights: give one of them")
+
+
+NEWEST = Choice()
+
+
+def record_step(folder: Path, step: int | None, reached: int | None = None, tokenizers: Collection[str] = ()) -> None:
+    """Write into the model folder `folder` that its weights are those of optimizer step `step`.
+
+    reached: the step that the run had reached when it wrote them, where that is a later one (the best weights).
+    tokenizers: SHA-256 of those whose tokens it was trained on; the saved tokenizer has other bytes.
+    """
+    record: dict[str, Any] = {"step": step} if step is not None else {}
+    if reached not in (None, step):
+        record["reached"] = reached
+    if tokenizers:
+        record["tokenizers"] = sorted(tokenizers)
+    (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def weights_at(folder: Path) -> Weights:
@@ -38,28 +75,121 @@ def weights_at(folder: Path) -> Weights:
     return Weights(folder, _number(folder / RECORD, "step"))
 
 
-def newest_weights(root: Path) -> Weights | None:
-    """The weights of the highest step in a run folder: those in model/ or in a committed checkpoint.
+def trained_with(folder: Path) -> set[str]:
+    """SHA-256 of the tokenizers whose tokens a model folder or a checkpoint was trained on, as far as it is recorded:
+    in the folder itself, or in the run folder that it lies in."""
+    records = (folder / RECORD, folder.parent / DATA, folder.parent.parent / DATA)
+    return {digest for file in records for digest in _value(file, "tokenizers", list) or () if isinstance(digest, str)}
 
-    Of equal steps the model/ folder is taken. Where it does not say its step (it was written by an earlier version),
-    its step is that of summary.json, which was written with it. None where there are no weights.
+
+def newest_weights(root: Path) -> Weights | None:
+    """The weights that a run folder ends with: its final model, unless a later checkpoint was committed since.
+
+    The final model holds the weights of an earlier step where the run loaded its best; it counts as what the run
+    ended with until the run goes on. A model that does not say its step (it was written by an earlier version) is of
+    the step of summary.json, which was written with it. None where there are no weights.
     """
-    model = weights_at(root / "model")
-    if model.step is None:
-        model = Weights(model.path, _number(root / "summary.json", "steps"))
+    model = _final_model(root)
     saved = commits(root / "checkpoints")
     newest = Weights(saved[-1], step_of(saved[-1])) if saved else None
-    if not (model.path / "config.json").is_file():
+    if model is None:
         return newest
-    if newest is None or newest.step is None or (model.step is not None and model.step >= newest.step):
+    reached = final_step(root)
+    if newest is None or newest.step is None or (reached is not None and reached >= newest.step):
         return model
     return newest
 
 
+def final_step(root: Path) -> int | None:
+    """The step that the run had reached when it wrote its final model; None without one, or where nothing says it."""
+    model = _final_model(root)
+    if model is None:
+        return None
+    reached = _number(model.path / RECORD, "reached")
+    return reached if reached is not None else model.step
+
+
+def choose_weights(root: Path, choice: Choice = NEWEST) -> Weights | None:
+    """The weights of a run folder that `choice` means; None where the folder holds no weights at all.
+
+    Raises CheckpointError when there are weights, but none of that step, or none that the log has figures of.
+    """
+    if choice.step is None and not choice.best:
+        return newest_weights(root)
+    held = _held(root)
+    if not held:
+        return None
+    if choice.step is not None:
+        if choice.step not in held:
+            steps = ", ".join(map(str, sorted(held)))
+            raise CheckpointError(f"{root} holds no weights of step {choice.step}, but of {steps}")
+        return held[choice.step]
+    figures = {step: value for step, value in _logged(root / "metrics.jsonl", choice.metric) if step in held}
+    if not figures:
+        raise CheckpointError(
+            f"{root}: no saved weights have {choice.metric} in metrics.jsonl, so none is known as the best: evaluate "
+            "where checkpoints are saved (trainer.eval_strategy, trainer.eval_steps), or choose by --step"
+        )
+    order = sorted(figures, key=lambda step: (-figures[step] if choice.greater else figures[step], step))
+    return held[order[0]]
+
+
+def set_model_aside(root: Path, step: int) -> list[Path]:
+    """Rename the final model and the summary of a run that goes on from an earlier `step`; the new paths.
+
+    They belong to the branch that is being abandoned, like the checkpoints after `step`.
+    """
+    reached = final_step(root)
+    if reached is None or reached <= step:
+        return []
+    mark = f"{reached}-{os.urandom(4).hex()}"
+    moved = []
+    for path in (root / "model", root / "summary.json"):
+        if path.exists():
+            moved.append(path.rename(root / f"set-aside-{path.stem}-{mark}{path.suffix}"))
+    return moved
+
+
+def _final_model(root: Path) -> Weights | None:
+    model = weights_at(root / "model")
+    if not (model.path / "config.json").is_file():
+        return None
+    return model if model.step is not None else Weights(model.path, _number(root / "summary.json", "steps"))
+
+
+def _held(root: Path) -> dict[int, Weights]:
+    """Step -> weights of that step; the final model rather than a checkpoint of the same step."""
+    found = [Weights(path, step_of(path)) for path in commits(root / "checkpoints")]
+    model = _final_model(root)
+    return {w.step: w for w in (*found, model) if w is not None and w.step is not None}
+
+
+def _logged(file: Path, name: str) -> Iterator[tuple[int, float]]:
+    """(step, value) of each line of a log that holds a finite number `name`."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        value = line.get(name) if isinstance(line, dict) else None
+        if isinstance(value, (int, float)) and math.isfinite(value) and isinstance(line.get("step"), int):
+            yield line["step"], float(value)
+
+
 def _number(file: Path, key: str) -> int | None:
+    found = _value(file, key, int)
+    return found if isinstance(found, int) else None
+
+
+def _value(file: Path, key: str, kind: type) -> Any:
+    """What a JSON file holds under `key`; None where it is not there, or not of that kind."""
     try:
         value: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     found = value.get(key) if isinstance(value, dict) else None
-    return found if isinstance(found, int) else None
+    return found if isinstance(found, kind) else None

@@ -108,6 +108,11 @@ class DataConfig(Block):
         "inside each document; or so, and no document is cut that fits into a sample",
     )
     validation_fraction: BelowOne = Field(default=0.02, description="share of the documents kept for validation")
+    validation_sources: tuple[SourceConfig, ...] = Field(
+        repr=False,
+        default=(),
+        description="text to evaluate on; with it, nothing of sources is kept for validation",
+    )
     shard_tokens: PositiveInt = Field(default=10_000_000, description="tokens in one shard file")
     workers: PositiveInt = Field(default=2, description="processes that tokenize")
     global_batch_size: PositiveInt | None = Field(

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 from muon_dist.config.paths import expand_path
 from muon_dist.config.redact import is_secret, redact
 from muon_dist.config.schema import Config
-from muon_dist.config.source import Document, Keys, Place, Problem, comment_after_value, parse, read
-from muon_dist.config.validate import closest, contradictions, trainer_problems, with_switches
+from muon_dist.config.source import Document, Keys, Place, Problem, closest, comment_after_value, parse, read
+from muon_dist.config.trainer import trainer_problems, with_switches
+from muon_dist.config.validate import contradictions
 from muon_dist.errors import ConfigError
 
 

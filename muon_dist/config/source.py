@@ -6,7 +6,9 @@ Only plain data is read: no tag makes an object. Scalars follow the YAML 1.2 cor
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,3 +245,12 @@ class _Plain:
         shown = "!!" + kind if node.tag.startswith(_TAG) else node.tag
         self._refuse(node, keys, f"the tag {shown} is refused: a configuration holds plain data only")
         return None
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" with the closest known name, or the list of names when none is close."""
+    names = list(known)
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if found:
+        return f"; did you mean {found[0]}?"
+    return f"; known: {', '.join(sorted(names))}" if len(names) <= 24 else ""

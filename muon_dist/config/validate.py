@@ -1,159 +1,20 @@
-"""What a schema cannot say: settings that contradict each other, and the names of TrainingArguments."""
+"""What a schema cannot say: settings that contradict each other."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import enum
-import functools
-import math
 import re
-import types
-import typing
-from collections.abc import Iterable, Iterator
-from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
+from collections.abc import Iterator
 
 from muon_dist.config.data import SourceConfig
-from muon_dist.config.kinds import SWITCHES, switch
-from muon_dist.config.redact import redact
 from muon_dist.config.schema import Config, GroupConfig, MuonConfig
 from muon_dist.config.source import Keys
+from muon_dist.config.trainer import DECIDED_ELSEWHERE
 from muon_dist.errors import ConfigError, RoutingError
 
 Found = Iterator[tuple[Keys, str]]
 
-# Keys of the trainer block that another key of ours decides.
-_DECIDED_ELSEWHERE = {
-    "output_dir": "run_dir and name",
-    "seed": "seed",
-    "data_seed": "seed",
-    "learning_rate": "optimizer.muon.lr and optimizer.adamw.lr",
-    "weight_decay": "optimizer.muon.weight_decay and optimizer.adamw.weight_decay",
-    "adam_beta1": "optimizer.adamw.betas",
-    "adam_beta2": "optimizer.adamw.betas",
-    "adam_epsilon": "optimizer.adamw.eps",
-    "optim": "optimizer.name",
-    "optim_args": "optimizer",
-    "optim_target_modules": "optimizer.routing",
-    "max_grad_norm": "optimizer.clip.muon and optimizer.clip.adamw",
-    "deepspeed": "deepspeed",
-    "parallelism_config": "parallel",
-}
 # Names that the model types give to the longest sequence (GPT-2: n_positions).
 _LONGEST = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" with the closest known name, or the list of names when none is close."""
-    names = list(known)
-    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if found:
-        return f"; did you mean {found[0]}?"
-    return f"; known: {', '.join(sorted(names))}" if len(names) <= 24 else ""
-
-
-@functools.lru_cache(maxsize=1)
-def training_arguments() -> dict[str, Any]:
-    """Name -> type of every argument of `transformers.TrainingArguments` (imported on first use: seconds)."""
-    from transformers import TrainingArguments
-
-    hints = typing.get_type_hints(TrainingArguments)
-    return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
-
-
-def with_switches(trainer: dict[str, Any]) -> dict[str, Any]:
-    """The trainer block with `on`, `yes`, `off` and `no` as booleans where an argument takes those, and no text."""
-    if not any(isinstance(value, str) and value.lower() in SWITCHES for value in trainer.values()):
-        return trainer
-    known = training_arguments()
-
-    def kinds(name: str) -> tuple[Any, ...]:
-        kind = known.get(name)
-        return typing.get_args(kind) or (kind,)
-
-    return {
-        name: switch(value) if bool in kinds(name) and str not in kinds(name) else value
-        for name, value in trainer.items()
-    }
-
-
-def trainer_problems(trainer: dict[str, Any]) -> Found:
-    """Unknown names, values of the wrong type and unknown choices in the trainer block."""
-    if not trainer:
-        return
-    known = training_arguments()
-    for name, value in trainer.items():
-        keys: Keys = ("trainer", name)
-        if name not in known:
-            usable = [k for k in known if k not in _DECIDED_ELSEWHERE]
-            yield keys, f"unknown TrainingArguments name{closest(name, usable)}"
-            continue
-        choices = [m.value for t in typing.get_args(known[name]) if _is_enum(t) for m in t]
-        if choices and isinstance(value, str) and value not in choices:
-            yield keys, f"{value!r} is not one of {', '.join(choices)}{closest(value, choices)}"
-            continue
-        try:
-            TypeAdapter(known[name], config={"arbitrary_types_allowed": True}).validate_python(value, strict=True)
-        except ValidationError:
-            yield keys, f"needs {_type_text(known[name])}, not {redact({name: value})[name]!r}"
-            continue
-        problem = _number_problem(name, value)
-        if problem is not None:
-            yield keys, problem
-
-
-# Smallest values of numbers in the trainer block that transformers takes without a look, and then fails on.
-_AT_LEAST: dict[str, float] = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "eval_accumulation_steps": 1,
-    "dataloader_num_workers": 0,
-    "dataloader_prefetch_factor": 1,
-    "ddp_timeout": 1,
-    "warmup_steps": 0,
-    "logging_steps": 0,
-    "save_steps": 0,
-    "label_smoothing_factor": 0,
-}
-_MUST_BE_POSITIVE = ("num_train_epochs", "eval_steps")
-_LARGEST = 2**31 - 1
-
-
-def _number_problem(name: str, value: Any) -> str | None:
-    """What is wrong with a number of the trainer block; None for numbers that are right and for all else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    if not math.isfinite(value):
-        return f"is {value}, and must be a finite number"
-    if name == "max_steps" and value != -1 and value < 1:
-        return f"is {value}, and must be at least 1; -1 trains num_train_epochs instead"
-    if name in _MUST_BE_POSITIVE and value <= 0:
-        return f"is {value}, and must be above 0"
-    if value < _AT_LEAST.get(name, -math.inf):
-        return f"is {value}, and must be at least {_AT_LEAST[name]}"
-    if name == "label_smoothing_factor" and value >= 1:
-        return f"is {value}, and must be below 1"
-    if isinstance(value, int) and value > _LARGEST:
-        return f"is {value}, and must be at most {_LARGEST}"
-    return None
-
-
-def _is_enum(kind: Any) -> bool:
-    # Python 3.10 takes list[str] for a type, of which issubclass then fails.
-    return isinstance(kind, type) and typing.get_origin(kind) is None and issubclass(kind, enum.Enum)
-
-
-_TYPE_WORDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number", type(None): "null"}
-
-
-def _type_text(kind: Any) -> str:
-    """A type of TrainingArguments in words."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(_type_text(t) for t in typing.get_args(kind) if not _is_enum(t))
-    return _TYPE_WORDS.get(kind, {list: "a list", dict: "a mapping"}.get(typing.get_origin(kind) or kind, str(kind)))
 
 
 def contradictions(config: Config) -> Found:
@@ -205,7 +66,13 @@ def _tokenizer_and_data(config: Config) -> Found:
             )
     for index, source in enumerate(data.sources if data.path is None else ()):
         yield from _source(("data", "sources", index), source)
-    if data.validation_fraction == 0 and config.trainer.get("eval_strategy", "no") != "no":
+    for index, source in enumerate(data.validation_sources):
+        yield from _source(("data", "validation_sources", index), source)
+    if (
+        data.validation_fraction == 0
+        and not data.validation_sources
+        and config.trainer.get("eval_strategy", "no") != "no"
+    ):
         yield (
             ("data", "validation_fraction"),
             f"is 0, so trainer.eval_strategy = {config.trainer['eval_strategy']} has nothing to evaluate: "
@@ -323,7 +190,7 @@ def _pattern(keys: Keys, pattern: str) -> Found:
 
 def _trainer(config: Config) -> Found:
     trainer = config.trainer
-    for name, ours in _DECIDED_ELSEWHERE.items():
+    for name, ours in DECIDED_ELSEWHERE.items():
         if name in trainer:
             yield ("trainer", name), f"is decided by {ours}: set that, and remove trainer.{name}"
     for half, other in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):

@@ -162,6 +162,11 @@ class MixtureDataset(Dataset[Sample]):
         options: dict[str, Any] = {"vocab_size": vocab_size, "packing": packing}
         return cls([TokenDataset(dir, split, sequence_length, source=name, **options) for name in names])
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sources' folders, in order."""
+        return tuple(dataset.folder.parent.name for dataset in self.datasets)
+
     def __len__(self) -> int:
         return self._starts[-1]
 

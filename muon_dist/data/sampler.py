@@ -142,6 +142,14 @@ class MixtureSampler(Sampler[int]):
         source = int(np.searchsorted(self._offsets, flat, side="right")) - 1
         return source, flat - int(self._offsets[source])
 
+    def passes(self, position: int) -> list[float]:
+        """Passes over each source that the positions up to `position` make; a sample counts when it is drawn."""
+        block, place = divmod(position, BLOCK)
+        rest = np.searchsorted(self._offsets, self._block(block)[:place], side="right") - 1
+        counts = np.bincount(rest, minlength=len(self.lengths))
+        drawn = [block * quota + int(count) for quota, count in zip(self._quotas, counts, strict=True)]
+        return [count / length for count, length in zip(drawn, self.lengths, strict=True)]
+
     def digest(self) -> str:
         """Hash of all that fixes the order. A run that resumes with another one reads other samples: store and
         compare."""

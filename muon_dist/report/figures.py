@@ -7,6 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -40,6 +41,8 @@ PALETTE = (
 WIDTH = 4.4
 HEAT_WIDTH = 3.0
 MAX_COLUMNS = 100
+MAX_HOVER = 150  # points of a curve with a note; a page of a long run stays small
+_PIXELS = 100  # of the page, per inch of a figure
 COLOURS = "viridis"
 
 _STYLE = {
@@ -66,24 +69,46 @@ _STYLE = {
 }
 
 
-def _svg(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as one <svg> element whose ids begin with `name`."""
+def _svg(
+    figure: Figure, name: str, description: str, hover: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Markup:
+    """The figure as one <svg> element whose ids begin with `name`.
+
+    hover: id of a group of markers -> what a pointer over each of them shows, in their order.
+    """
     out = io.StringIO()
-    figure.savefig(out, format="svg", bbox_inches="tight", pad_inches=0.04, metadata={"Date": None, "Creator": None})
+    # The whole canvas, not cut to its content: then all text has one size on the page.
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
+    for gid, notes in hover.items():
+        text = _with_notes(text, gid, notes)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
     text = text.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
-    # The viewBox keeps the proportions; the page decides the width.
+    # The viewBox keeps the proportions. Every figure has the same scale, so its text has the same size.
     head, rest = text.split(">", 1)
     head = re.sub(r'\s(width|height|version)="[^"]*"', "", head)
-    return Markup(f'{head} role="img" aria-label="{Markup.escape(description)}">{rest}')
+    width = f"{figure.get_figwidth() * _PIXELS:.0f}px"
+    return Markup(f'{head} style="width: {width}" role="img" aria-label="{Markup.escape(description)}">{rest}')
+
+
+def _with_notes(text: str, gid: str, notes: Sequence[str]) -> str:
+    """`text` with a <title> in each marker of the group `gid`, which browsers show where the pointer is."""
+    start = text.index(f'<g id="{gid}">')
+    end = text.index("</g>", text.index("<use", start))
+    parts = re.split(r"(<use [^>]*/>)", text[start:end])
+    marked = iter(notes)
+    shown = [
+        f"<g><title>{Markup.escape(next(marked))}</title>{part}</g>" if part.startswith("<use") else part
+        for part in parts
+    ]
+    return text[:start] + "".join(shown) + text[end:]
 
 
 def _figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height))
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
@@ -97,23 +122,29 @@ def lines(
     zero: bool = False,
     marks: Sequence[float] = (),
     dots: Iterable[str] = (),
+    legend: bool = True,
 ) -> Markup | None:
-    """Curves over steps; None when no series holds a point.
+    """Curves over steps; None when no series holds a point. A pointer over a curve shows label, step and value.
 
     log: logarithmic y. zero: y begins at 0. marks: steps with a fine vertical line (checkpoints). dots: labels whose
-    points are marked, being far apart.
+    points are marked, being far apart. legend: False where the page has one for several figures; the colours follow
+    the order of `series`, whether all of them hold points or not.
     """
+    colours = {label: PALETTE[index % len(PALETTE)] for index, label in enumerate(series)}
     shown = {label: _finite(*xy) for label, xy in series.items()}
     shown = {label: xy for label, xy in shown.items() if xy[0]}
     if not shown:
         return None
+    hover = {}
     with matplotlib.rc_context(_STYLE):
         figure, ax = _figure(2.5)
         for index, (label, (x, y)) in enumerate(shown.items()):
-            colour = PALETTE[index % len(PALETTE)]
-            ax.plot(
-                x, y, label=label, color=colour, marker="o" if label in dots or len(x) == 1 else None, markersize=3.5
-            )
+            marker = "o" if label in dots or len(x) == 1 else None
+            ax.plot(x, y, label=label, color=colours[label], marker=marker, markersize=3.5)
+            points = _spread(len(x), MAX_HOVER)
+            spots = [x[i] for i in points], [y[i] for i in points]
+            ax.plot(*spots, "o", markersize=7, color=colours[label], alpha=0, clip_on=False, gid=f"hover{index}")
+            hover[f"hover{index}"] = [f"{label}: {b:.5g} at step {a:,.0f}" for a, b in zip(*spots, strict=True)]
         for step in marks:
             ax.axvline(step, color=_INK, alpha=0.3, linewidth=0.8, linestyle=":")
         if log and all(v > 0 for _, y in shown.values() for v in y):
@@ -126,7 +157,7 @@ def lines(
         ax.set_xlabel("step")
         ax.set_ylabel(ylabel)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        if len(shown) > 1:
+        if legend and len(shown) > 1:
             columns = 4 if len(shown) > 4 else 2
             ax.legend(
                 loc="lower left",
@@ -137,7 +168,7 @@ def lines(
                 handlelength=1.2,
                 columnspacing=1.0,
             )
-        return _svg(figure, name, description)
+        return _svg(figure, name, description, hover)
 
 
 def _finite(x: Sequence[Any], y: Sequence[Any]) -> tuple[list[float], list[float]]:

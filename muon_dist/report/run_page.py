@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from muon_dist.audit.page import summary as audit_rows
+from muon_dist.checkpoint.weights import Choice, choose_weights
 from muon_dist.errors import DataError
 from muon_dist.optim.diagnostics import place
 from muon_dist.report import figures
@@ -30,13 +31,18 @@ SPECTRA = (
 HEAT = "nuclear_rank_ratio"
 
 
-def write_run_page(folder: str | Path, output: str | Path | None = None) -> Path:
+def write_run_page(folder: str | Path, output: str | Path | None = None, choice: Choice | None = None) -> Path:
     """Write the page of a run folder (`report.html` in it unless `output` is given) and return its path.
 
+    choice: the weights whose figures stand on top; None: those that the run ends with.
+
     Raises:
+        CheckpointError: the run has none of those weights.
         DataError: no run there, or the page cannot be written.
     """
     record = read_run(folder)
+    if choice is not None:
+        record.chosen = choose_weights(record.root, choice)
     target = Path(output) if output is not None else record.root / "report.html"
     page = render(record)
     try:
@@ -87,9 +93,14 @@ def tiles(record: RunRecord) -> list[tuple[str, str]]:
     last_train: Record = record.training[-1] if record.training else {}
     last_eval: Record = record.evaluations[-1] if record.evaluations else {}
     summary: Record = record.final or {}
-    weights = record.weights
+    weights, newest = record.chosen or record.weights, "newest weights" if record.chosen is None else "chosen weights"
+    if record.chosen is not None:
+        last_eval = next((line for line in reversed(record.evaluations) if line["step"] == record.chosen.step), {})
+        own = ("validation_loss", "validation_bits_per_byte", "weights_step")  # of other weights
+        summary = {name: value for name, value in summary.items() if name not in own}
     bits = last_eval.get("eval_bits_per_byte")
-    judged = summary.get("weights_step", summary.get("steps", last_eval.get("step")))
+    ended = last_eval.get("step") if record.chosen is not None else summary.get("steps", last_eval.get("step"))
+    judged = summary.get("weights_step", ended)
     of_step = f" at step {judged:,}" if judged is not None else ""
     rates = [line["tokens_per_s"] for line in record.training if line.get("tokens_per_s")]
     start = next((e for e in record.events if "world_size" in e), {})
@@ -98,7 +109,7 @@ def tiles(record: RunRecord) -> list[tuple[str, str]]:
         (f"bits per byte{of_step}", summary.get("validation_bits_per_byte", bits), "{:.4f}"),
         ("training loss", last_train.get("loss"), "{:.4f}"),
         ("steps", summary.get("steps", last_train.get("step")), "{:,}"),
-        ("newest weights", weights.step if weights is not None else None, "step {:,}"),
+        (newest, weights.step if weights is not None else None, "step {:,}"),
         ("tokens", summary.get("tokens", last_train.get("tokens")), "{:,}"),
         ("tokens per second", summary.get("tokens_per_s", sum(rates) / len(rates) if rates else None), "{:,.0f}"),
         ("MFU", summary.get("mfu", last_train.get("mfu")), "{:.1%}"),

@@ -29,7 +29,7 @@ class RunRecord:
 
     Attributes:
         metrics, events, spectra, sharpness: the lines of the files, in order; spectra of all ranks, by step.
-        weights: the newest weights in the folder.
+        weights: the newest weights in the folder. chosen: others, whose figures are asked for.
         audit: what `muon-dist verify` finds; None without an audit.
         problems: one sentence for each missing file and each damaged line.
     """
@@ -47,6 +47,7 @@ class RunRecord:
     checkpoints: list[Record] = field(default_factory=list)
     weights: Weights | None = None
     audit: Verified | None = None
+    chosen: Weights | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -97,8 +98,10 @@ def read_run(folder: str | Path) -> RunRecord:
     record.config = redact(config) if config is not None else None
     record.environment = _whole(root / "environment.json", json.loads, problems, "versions are not shown")
     record.routing = _whole(root / "routing.json", json.loads, problems, "routing is not shown", ("routes", "totals"))
-    record.metrics = _lines(root / "metrics.jsonl", problems, "no curves can be drawn", ("step",))
-    record.events = _lines(root / "events.jsonl", problems, "starts and ends are not known", ("time", "event", "step"))
+    record.metrics = read_lines(root / "metrics.jsonl", problems, "no curves can be drawn", ("step",))
+    record.events = read_lines(
+        root / "events.jsonl", problems, "starts and ends are not known", ("time", "event", "step")
+    )
     record.checkpoints = _checkpoints(root / "checkpoints")
     record.weights = newest_weights(root)
     if not (record.config or record.metrics or record.routing or record.checkpoints):
@@ -114,7 +117,7 @@ def read_run(folder: str | Path) -> RunRecord:
         )
         record.spectra = _spectra(root / "spectra", problems, record.ownership, bool(wanted))
     if (root / "spectra" / "sharpness.jsonl").exists():
-        record.sharpness = _lines(root / "spectra" / "sharpness.jsonl", problems, "", ("step", "matrices"))
+        record.sharpness = read_lines(root / "spectra" / "sharpness.jsonl", problems, "", ("step", "matrices"))
     if (root / AUDIT_FILE).is_file():
         record.audit = verify(root)
         problems += [f"{AUDIT_FILE}: {problem}." for problem in record.audit.problems]
@@ -147,7 +150,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _lines(path: Path, problems: list[str], consequence: str, needed: tuple[str, ...]) -> list[Record]:
+def read_lines(path: Path, problems: list[str], consequence: str, needed: tuple[str, ...]) -> list[Record]:
     """The objects of a JSON-lines file; a line that is none, or lacks a field, is left out and named."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -182,7 +185,7 @@ def _spectra(folder: Path, problems: list[str], plan: Record | None, wanted: boo
     """The measures of all ranks, by step; ranks that own matrices and wrote nothing are named."""
     files = sorted(folder.glob("rank-*.jsonl"))
     needed = ("step", "round", "matrix", "layer", "type")
-    found = [line for path in files for line in _lines(path, problems, "", needed)]
+    found = [line for path in files for line in read_lines(path, problems, "", needed)]
     if not wanted and not files:
         problems.append("No spectral measures: set diagnostics.every in the configuration to take them.")
     elif plan is not None:

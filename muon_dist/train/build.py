@@ -265,6 +265,7 @@ def make_trainer(
     eval_dataset: Any | None,
     sampler: Callable[[int, int], Iterable[int]],
     bytes_per_token: tuple[float, float],
+    passes: Callable[[int], Mapping[str, float]] | None = None,
     guards: Guards | None = None,
     begin: Callable[[], None] = lambda: None,
 ) -> MuonTrainer:
@@ -284,6 +285,7 @@ def make_trainer(
         # counted from here: with another batch than before, what was consumed is no part of our total
         train_sampler=lambda consumed: sampler(consumed, consumed + total),
         bytes_per_token=bytes_per_token,
+        passes=passes,
         flops_per_token=flops_per_token(model, config.data.sequence_length),
         metrics_path=folder.metrics,
         guards=guards,

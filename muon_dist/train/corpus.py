@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from muon_dist.config import Config
+from muon_dist.config.data import SourceConfig
 from muon_dist.data import Manifest, Source, TokenizerInfo, load_tokenizer
 from muon_dist.data import prepare as prepare_shards
 from muon_dist.data import train_tokenizer as train_tokenizer_folder
@@ -22,11 +23,11 @@ from muon_dist.model.load import load_text_tokenizer
 _DATA_SEED = 0
 
 
-def sources(config: Config) -> list[Source]:
-    """The sources of text in the configuration."""
-    data = config.data
-    shared = {name: getattr(data, name) for name in ("on_bad_record", "max_bad_records")}
-    return [Source(**shared | source.model_dump(exclude_none=True)) for source in data.chosen]
+def sources(config: Config, wanted: Sequence[SourceConfig] | None = None) -> list[Source]:
+    """Some sources of text, with what the configuration says of all; by default those that are trained on."""
+    shared = {name: getattr(config.data, name) for name in ("on_bad_record", "max_bad_records")}
+    chosen = config.data.chosen if wanted is None else wanted
+    return [Source(**shared | source.model_dump(exclude_none=True)) for source in chosen]
 
 
 def tokenizer_folder(config: Config) -> Path:
@@ -37,6 +38,13 @@ def tokenizer_folder(config: Config) -> Path:
 def tokens_folder(config: Config) -> Path:
     """Where the token shards lie, or will lie."""
     return Path(config.data.dir) / "tokens"
+
+
+def validation_data(config: Config) -> tuple[Path, str] | None:
+    """(prepared folder, split) of the text that is evaluated on; None where nothing is kept for it."""
+    if config.data.validation_sources:
+        return Path(config.data.dir) / "validation", "train"
+    return (tokens_folder(config), "validation") if config.data.validation_fraction > 0 else None
 
 
 def make_tokenizer(config: Config, overwrite: bool = False, rebuild: bool = True) -> TokenizerInfo:
@@ -77,19 +85,25 @@ def prepare(config: Config, overwrite: bool = False, verify: bool = False, rebui
     """
     make_tokenizer(config, overwrite, rebuild)
     data = config.data
-    return prepare_shards(
-        sources(config),
-        tokenizer_folder(config),
-        tokens_folder(config),
-        validation_fraction=data.validation_fraction,
-        shard_tokens=data.shard_tokens,
-        workers=data.workers,
-        seed=_DATA_SEED,
-        overwrite=overwrite,
-        verify=verify,
-        rebuild=rebuild,
-        add_bos=data.add_bos,
-    )
+
+    def made(wanted: Sequence[SourceConfig], folder: Path, fraction: float) -> Manifest:
+        return prepare_shards(
+            sources(config, wanted),
+            tokenizer_folder(config),
+            folder,
+            validation_fraction=fraction,
+            shard_tokens=data.shard_tokens,
+            workers=data.workers,
+            seed=_DATA_SEED,
+            overwrite=overwrite,
+            verify=verify,
+            rebuild=rebuild,
+            add_bos=data.add_bos,
+        )
+
+    if data.validation_sources:
+        made(data.validation_sources, Path(data.dir) / "validation", 0.0)
+    return made(data.chosen, tokens_folder(config), 0.0 if data.validation_sources else data.validation_fraction)
 
 
 def shown(config: Config, count: int) -> Iterator[str]:
@@ -114,6 +128,19 @@ class Datasets:
         train = sum(w / total * d.bytes_per_token for w, d in zip(self.weights, self.train.datasets, strict=True))
         return train, bytes_per_token(self.validation) if self.validation is not None else train
 
+    def describe(self, config: Config) -> dict[str, Any]:
+        """What a run is trained on, for its folder."""
+        splits = {"train": self.train, "validation": self.validation}
+        return {
+            "tokenizers": [Manifest.load(tokens_folder(config)).tokenizer_sha256],
+            "samples": {k: dict(zip(d.names, d.lengths, strict=True)) for k, d in splits.items() if d is not None},
+        }
+
+    def passes(self, consumed: int) -> dict[str, float]:
+        """Source -> passes over it after so many samples; nothing for a single source, whose passes are the epochs."""
+        names = self.train.names
+        return dict(zip(names, self.sampler(0, max(consumed, 1)).passes(consumed), strict=True)) if names[1:] else {}
+
     def sampler(self, consumed: int, total: int) -> MixtureSampler:
         """The order of training samples from `consumed` to `total`."""
         return MixtureSampler(self.train.lengths, self.weights, seed=self.seed, consumed=consumed, total=total)
@@ -128,8 +155,7 @@ def open_datasets(config: Config, vocab_size: int) -> Datasets:
     """The prepared data. DataError when it is missing, damaged or holds tokens beyond `vocab_size`."""
     data: dict[str, Any] = {"sequence_length": config.data.sequence_length, "vocab_size": vocab_size}
     folder = tokens_folder(config)
-    validation = None
-    if config.data.validation_fraction > 0:
-        validation = MixtureDataset.open(folder, "validation", **data)
+    found = validation_data(config)
+    validation = MixtureDataset.open(*found, **data) if found is not None else None
     train = MixtureDataset.open(folder, "train", **data)
     return Datasets(train, validation, tuple(s.weight for s in config.data.chosen), config.seed)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from muon_dist.adapters.hf_trainer import bits_per_byte
+from muon_dist.checkpoint import MODEL_FOLDER
+from muon_dist.checkpoint.manifest import NAME as CHECKPOINT
+from muon_dist.checkpoint.weights import trained_with
+from muon_dist.data import Manifest, Source, load_tokenizer, prepare
+from muon_dist.data.dataset import MixtureDataset
+from muon_dist.data.shards import MANIFEST_FILE
 from muon_dist.errors import DataError
+from muon_dist.numerics.token_losses import token_losses
 
 
 def evaluate(
@@ -28,9 +40,8 @@ def evaluate(
     with torch.no_grad():
         for batch in batches:
             ids = batch["input_ids"].to(model.device)
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            predicted = ids.shape[0] * (ids.shape[1] - 1)
-            nats, predictions = nats + loss.item() * predicted, predictions + predicted
+            sums = token_losses(model(input_ids=ids, use_cache=False).logits, ids).double().sum(dim=0)
+            nats, predictions = nats + sums[0].item(), predictions + int(sums[1].item())
     mean = nats / predictions
     return {
         "loss": mean,
@@ -39,3 +50,49 @@ def evaluate(
         "samples": count,
         "predicted_tokens": predictions,
     }
+
+
+def is_prepared(path: str | Path) -> bool:
+    """`path` is a folder of token shards."""
+    return (Path(path) / MANIFEST_FILE).is_file()
+
+
+def tokenizer_within(folder: Path) -> Path:
+    """Where the tokenizer of a model folder or a checkpoint lies."""
+    return folder / MODEL_FOLDER if (folder / CHECKPOINT).is_file() else folder
+
+
+def check_tokenizer(data: str | Path, folder: Path) -> None:
+    """Raises DataError unless the tokens of a prepared folder mean what they mean to the model in `folder`.
+
+    A loss over tokens of another tokenizer is a number like any other, and says nothing.
+    """
+    path = tokenizer_within(folder)
+    manifest = Manifest.load(data)
+    own = load_tokenizer(path)
+    if manifest.tokenizer_sha256 == own.info.sha256 or manifest.tokenizer_sha256 in trained_with(folder):
+        return
+    raise DataError(
+        f"{data}: its tokens are of another tokenizer (sha256 {manifest.tokenizer_sha256[:12]}, {manifest.vocab_size} "
+        f"tokens) than that of the model in {path} ({own.info.vocab_size} tokens), so a loss would say nothing: "
+        "evaluate on the text itself (--text), or prepare it with the model's tokenizer (tokenizer.path)"
+    )
+
+
+@contextlib.contextmanager
+def text_dataset(text: str | Path, folder: Path, sequence_length: int, vocab_size: int) -> Iterator[MixtureDataset]:
+    """All of a text as samples for the model in `folder`, in a temporary folder that goes with the context.
+
+    sequence_length: of a sample at most; a shorter text is one sample. Raises DataError for what is no text.
+    """
+    with tempfile.TemporaryDirectory(prefix="muon-dist-eval-") as temporary:
+        out = Path(temporary) / "tokens"
+        tokenizer = shutil.copytree(
+            tokenizer_within(folder),
+            Path(temporary) / "tokenizer",
+            ignore=shutil.ignore_patterns("*.safetensors*", "config.json"),
+        )  # without the model's type, for which AutoTokenizer may choose another class
+        source = Source(path=str(text))
+        manifest = prepare([source], tokenizer, out, validation_fraction=0.0, progress=False)
+        length = min(sequence_length, manifest.totals("train")[0])
+        yield MixtureDataset.open(out, "train", length, vocab_size=vocab_size)

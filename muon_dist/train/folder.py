@@ -14,6 +14,7 @@ from typing import Any
 from muon_dist.audit.chain import FILE as AUDIT_FILE
 from muon_dist.checkpoint import commits
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.weights import DATA, set_model_aside
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.train.restarts import is_restart, launch_names
 
@@ -42,6 +43,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved configuration."""
         return self.root / "config.yaml"
+
+    @property
+    def data(self) -> Path:
+        """What the run is trained on: the tokenizer's hash, samples of each source."""
+        return self.root / DATA
 
     @property
     def environment(self) -> Path:
@@ -87,6 +93,11 @@ class RunFolder:
     def model(self) -> Path:
         """The final model with its tokenizer."""
         return self.root / "model"
+
+    @property
+    def trackers(self) -> Path:
+        """Events of TensorBoard, wandb and trackio."""
+        return self.root / "trackers"
 
     @property
     def summary(self) -> Path:
@@ -151,13 +162,18 @@ class RunFolder:
                 with contextlib.suppress(OSError):
                     path.rmdir()
 
-    def begin(self, start: Start) -> None:
-        """Make the folder ready for a run that is about to take its first step."""
+    def begin(self, start: Start, step: int = 0) -> None:
+        """Make the folder ready for a run that is about to take its first step.
+
+        step: the optimizer step that it goes on from. A final model of a later step is set aside.
+        """
         if start.replaces:
             for path in (self.checkpoints, self.model, self.spectra):
                 shutil.rmtree(path, ignore_errors=True)
             for path in (self.metrics, self.summary, self.events, self.ownership, self.audit):
                 path.unlink(missing_ok=True)
+        else:
+            set_model_aside(self.root, step)
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(self.launch, {"names": launch_names()})
 

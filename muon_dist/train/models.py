@@ -3,36 +3,62 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from muon_dist.adapters.hf_callbacks import quiet_transformers
 from muon_dist.checkpoint import MODEL_FOLDER
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
-from muon_dist.checkpoint.weights import Weights, newest_weights, record_step, weights_at
+from muon_dist.checkpoint.weights import (
+    NEWEST,
+    Choice,
+    Weights,
+    choose_weights,
+    record_step,
+    trained_with,
+    weights_at,
+)
 from muon_dist.config import Config, load_config
 from muon_dist.data.dataset import MixtureDataset
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.model import DTYPES
 from muon_dist.model.load import load_model, load_text_tokenizer
+from muon_dist.model.portable import make_portable
 from muon_dist.train import corpus
-from muon_dist.train.evaluation import evaluate
+from muon_dist.train.evaluation import check_tokenizer, evaluate, is_prepared, text_dataset
 from muon_dist.train.folder import RunFolder
 from muon_dist.train.generation import generate
 
 
-def find_weights(path: str | Path) -> Weights:
-    """The weights meant by a path: of a run folder the newest, of a checkpoint or a model folder its own.
+def find_weights(path: str | Path, choice: Choice = NEWEST) -> Weights:
+    """The weights meant by a path: of a run folder the newest unless `choice` says otherwise, of a checkpoint or a
+    model folder its own.
 
-    Raises CheckpointError when there are none.
+    Raises CheckpointError when there are none, or none of those that `choice` means.
     """
     root = Path(path)
     if (root / "config.json").is_file() or (root / MANIFEST).is_file():
-        return weights_at(root)
-    found = newest_weights(root)
+        own = weights_at(root)
+        if choice.best or choice.step not in (None, own.step):
+            raise CheckpointError(f"{own} is one state alone: --step and --best choose among those of a run folder")
+        return own
+    found = choose_weights(root, choice)
     if found is None:
         raise CheckpointError(f"{root}: neither a model (config.json) nor a run folder with a model/ or a checkpoint")
     return found
+
+
+def choice_of(path: str | Path, step: int | None, best: bool) -> Choice:
+    """The choice of --step and --best. The best by the figure that the run chose by, else by the validation loss."""
+    if not best:
+        return Choice(step)
+    config = run_config(path)
+    trainer = config.trainer if config is not None else {}
+    metric = str(trainer.get("metric_for_best_model") or "loss")
+    name = metric if metric.startswith("eval_") else f"eval_{metric}"
+    return Choice(step, best, name, bool(trainer.get("greater_is_better", not name.endswith("loss"))))
 
 
 def run_config(path: str | Path) -> Config | None:
@@ -49,41 +75,66 @@ def evaluate_folder(
     path: str | Path,
     *,
     data: str | Path | None = None,
+    text: str | Path | None = None,
     sequence_length: int | None = None,
     batch_size: int = 8,
     max_samples: int | None = None,
+    choice: Choice = NEWEST,
 ) -> dict[str, Any]:
-    """`evaluate` on the validation split of the run's data, or of other prepared `data` of the same tokenizer.
+    """`evaluate` on the validation split of the run's data, of other prepared `data`, or on raw `text`.
 
-    The figures come with `model`, the folder of the weights, and `step`, theirs.
+    text: a file or folder of any format that a source may have, all of it. data: a prepared folder of the tokenizer
+    that the model was trained with; a path of anything else is read as text. The figures come with `model`, the folder
+    of the weights, and `step`, theirs.
+
+    Raises:
+        ConfigError: both are given, or what is needed is not known.
+        DataError: tokens of another tokenizer.
     """
     quiet_transformers()
-    weights = find_weights(path)
+    if data is not None and text is not None:
+        raise ConfigError("--data and --text both say what to evaluate on: give one")
+    if data is not None and not is_prepared(data):
+        data, text = None, data
+    weights = find_weights(path, choice)
     config = run_config(path)
-    if config is None and (data is None or sequence_length is None):
-        raise ConfigError(f"{path} lies in no run folder: pass --data and --sequence-length")
-    if data is None:
-        assert config is not None
-        data = corpus.tokens_folder(config)
+    if config is None and ((data is None and text is None) or sequence_length is None):
+        raise ConfigError(f"{path} lies in no run folder: pass --data (or --text) and --sequence-length")
     if sequence_length is None:
         assert config is not None
         sequence_length = config.data.sequence_length
     model = load_model(weights.path)
-    dataset = MixtureDataset.open(data, "validation", sequence_length, vocab_size=model.config.vocab_size)
-    figures = evaluate(model, dataset, corpus.bytes_per_token(dataset), batch_size=batch_size, max_samples=max_samples)
-    return {"model": str(weights.path), "step": weights.step, "data": str(data), **figures}
+    opened: AbstractContextManager[MixtureDataset]
+    if text is not None:
+        opened = text_dataset(text, weights.path, sequence_length, model.config.vocab_size)
+    else:
+        split = "validation"
+        if data is None:
+            assert config is not None
+            data, split = corpus.validation_data(config) or (corpus.tokens_folder(config), split)
+        else:
+            check_tokenizer(data, weights.path)
+        opened = nullcontext(MixtureDataset.open(data, split, sequence_length, vocab_size=model.config.vocab_size))
+    with opened as dataset:
+        size = corpus.bytes_per_token(dataset)
+        figures = evaluate(model, dataset, size, batch_size=batch_size, max_samples=max_samples)
+    return {"model": str(weights.path), "step": weights.step, "data": str(data or text), **figures}
 
 
-def generate_from_folder(path: str | Path, prompt: str, tokens: int, **choice: Any) -> tuple[str, Weights]:
+def generate_from_folder(
+    path: str | Path, prompt: str, tokens: int, *, choice: Choice = NEWEST, **sampling: Any
+) -> tuple[str, Weights]:
     """`generate` with the model and the tokenizer of a folder: (text, the weights that wrote it)."""
     quiet_transformers()
-    weights = find_weights(path)
-    text = generate(load_model(weights.path), load_text_tokenizer(weights.path), prompt, tokens, **choice)
+    weights = find_weights(path, choice)
+    text = generate(load_model(weights.path), load_text_tokenizer(weights.path), prompt, tokens, **sampling)
     return text, weights
 
 
-def export_folder(path: str | Path, out: str | Path, dtype: str | None = None) -> Weights:
+def export_folder(path: str | Path, out: str | Path, dtype: str | None = None, choice: Choice = NEWEST) -> Weights:
     """Save the model (in `dtype`, or as it is) and its tokenizer to the new folder `out`; the weights that it took.
+
+    transformers 4.57 and 5.x load it, see `muon_dist.model.portable`; what version 4 cannot express is a warning.
 
     Raises ConfigError when `out` exists or the dtype is unknown, CheckpointError when there is no model.
     """
@@ -93,7 +144,7 @@ def export_folder(path: str | Path, out: str | Path, dtype: str | None = None) -
         raise ConfigError(f"{target} exists already: choose another folder")
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: use one of {', '.join(DTYPES)}")
-    weights = find_weights(path)
+    weights = find_weights(path, choice)
     folder = weights.path
     model = load_model(folder, DTYPES[dtype] if dtype is not None else None)
     within = folder / MODEL_FOLDER if (folder / MANIFEST).is_file() else folder
@@ -104,7 +155,8 @@ def export_folder(path: str | Path, out: str | Path, dtype: str | None = None) -
     model.save_pretrained(temporary)
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
-    if weights.step is not None:
-        record_step(temporary, weights.step)
+    record_step(temporary, weights.step, tokenizers=trained_with(folder))
+    for problem in make_portable(temporary):
+        print(f"warning: {problem}", file=sys.stderr, flush=True)
     temporary.rename(target)
     return weights

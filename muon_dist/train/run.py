@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,22 @@ from muon_dist.adapters.hf_guards import stop_text
 from muon_dist.adapters.hf_trainer import MuonTrainer, leave_deepspeed
 from muon_dist.checkpoint import Checkpoint, newest_good, open_checkpoint
 from muon_dist.checkpoint import Ranks as CheckpointRanks
-from muon_dist.checkpoint.weights import record_step
+from muon_dist.checkpoint.weights import record_step, trained_with
 from muon_dist.config import Config
 from muon_dist.data.encoder import vocabulary_size
-from muon_dist.errors import Stopped
+from muon_dist.errors import PeerError, Stopped
 from muon_dist.failures import one_line
 from muon_dist.model import count_parameters
 from muon_dist.model.load import load_model
+from muon_dist.model.portable import make_portable
 from muon_dist.ranks import Ranks
 from muon_dist.routing import RoutingTable
 from muon_dist.train import build, corpus, distributed, environment, mesh, summary
+from muon_dist.train.command import continuing
 from muon_dist.train.folder import AUTO, RunFolder, Start, changed_settings, write_json
 from muon_dist.train.generation import generate
 from muon_dist.train.signals import StopSignals
+from muon_dist.train.trackers import TrackerFolder
 
 
 def train(
@@ -51,21 +56,36 @@ def train(
     joined = distributed.start(float(config.trainer.get("ddp_timeout", 1800)), use_cpu, config.deepspeed is not None)
     try:
         folder = RunFolder(Path(run_dir if run_dir is not None else config.run_dir) / config.name)
+        trackers = TrackerFolder(folder.trackers, config.trainer.get("report_to"), distributed.rank() == 0)
+        begun: list[int] = []
         ranks = Ranks.of_the_run(distributed.PATIENCE)
         start = ranks.first(lambda: _decide(folder, config, resume, overwrite))
         checkpoint = _verified(folder, start.resume, float(config.trainer.get("ddp_timeout", 1800)))
         _say(f"run folder {folder.root}" + (f", resuming from {checkpoint.path}" if checkpoint else ""))
-        ranks.everywhere(lambda: build.check_settings(config, folder))
-        started = time.perf_counter()
-        # a run that goes on must find the tokens that it began with
-        ranks.first_of_each_node(lambda: corpus.prepare(config, rebuild=checkpoint is None), distributed.local_rank())
-        with StopSignals() if config.guards.signals else nullcontext() as signals:
-            trainer = _trainer(config, folder, start, time.perf_counter() - started, ranks, signals)
-            trainer.train(resume_from_checkpoint=checkpoint)
-        _leave_if_stopped(trainer)
-        return _finish(config, folder, trainer)
+
+        def begin(table: RoutingTable, data: dict[str, Any]) -> None:
+            begun.append(0 if checkpoint is None or checkpoint.beginning else checkpoint.step)
+            _begin(folder, start, config, table, begun[0])
+            write_json(folder.data, data)
+            if start.replaces:
+                trackers.drop_old()
+
+        with trackers:
+            ranks.everywhere(lambda: build.check_settings(config, folder))
+            started = time.perf_counter()
+            # a run that goes on must find the tokens that it began with
+            ranks.first_of_each_node(
+                lambda: corpus.prepare(config, rebuild=checkpoint is None), distributed.local_rank()
+            )
+            with StopSignals() if config.guards.signals else nullcontext() as signals:
+                trainer = _trainer(config, folder, begin, time.perf_counter() - started, ranks, signals)
+                trainer.train(resume_from_checkpoint=checkpoint)
+            _leave_if_stopped(trainer)
+            return _finish(config, folder, trainer)
     finally:
         if distributed.rank() == 0:
+            if not begun:
+                trackers.drop_new()
             folder.remove_if_empty()
         if joined:
             distributed.stop()
@@ -86,9 +106,9 @@ def _decide(folder: RunFolder, config: Config, resume: str | None, overwrite: bo
     return start
 
 
-def _begin(folder: RunFolder, start: Start, config: Config, table: RoutingTable) -> None:
-    """Make the run folder ready and write down what the run is."""
-    folder.begin(start)
+def _begin(folder: RunFolder, start: Start, config: Config, table: RoutingTable, step: int) -> None:
+    """Make the run folder ready and write down what the run is. step: the one that it goes on from."""
+    folder.begin(start, step)
     folder.config.write_text(config.to_yaml(), encoding="utf-8")
     write_json(folder.environment, environment.describe())
     folder.routing.with_suffix(".txt").write_text(table.render() + "\n", encoding="utf-8")
@@ -111,7 +131,7 @@ def _leave_if_stopped(trainer: MuonTrainer) -> None:
     if guards is not None and guards.stopped:
         error = Stopped(
             f"{stop_text(guards.stopped)}: all ranks stopped after step {trainer.state.global_step}; the newest "
-            f"commit is {guards.committed}. Start the same command again to go on from it"
+            f"commit is {guards.committed}. To go on: {continuing(saved=guards.committed is not None)}"
         )
         error.reported_elsewhere = distributed.rank() != 0
         raise error
@@ -120,7 +140,7 @@ def _leave_if_stopped(trainer: MuonTrainer) -> None:
 def _trainer(
     config: Config,
     folder: RunFolder,
-    start: Start,
+    begin: Callable[[RoutingTable, dict[str, Any]], None],
     preparation: float,
     ranks: Ranks,
     signals: StopSignals | None = None,
@@ -147,8 +167,9 @@ def _trainer(
             eval_dataset=datasets.validation,
             sampler=datasets.sampler,
             bytes_per_token=datasets.bytes_per_token,
+            passes=datasets.passes,
             guards=build.make_guards(config, lambda: signals.requested if signals is not None else 0, _say),
-            begin=lambda: _begin(folder, start, config, table),
+            begin=lambda: begin(table, datasets.describe(config)),
         )
     )
 
@@ -173,20 +194,45 @@ def _parts(config: Config, folder: RunFolder) -> tuple[Any, corpus.Datasets, Any
 
 
 def _final_evaluation(trainer: MuonTrainer) -> dict[str, float]:
-    """The figures of the weights that the model holds, taken now unless the training loop has taken them."""
+    """The figures of the weights that the model holds, taken now unless the training loop has taken them.
+
+    Nothing with a warning where they cannot be taken: the training is finished, and its model is saved.
+    """
     if trainer.eval_dataset is None:
         return {}
     for entry in reversed(trainer.state.log_history):
         if "eval_loss" in entry and entry["step"] == trainer.weights_step:
             return dict(entry)
-    return dict(trainer.evaluate())
+    try:
+        return dict(trainer.evaluate())
+    except PeerError:
+        raise  # another rank is gone, and says why
+    except Exception as error:  # data, memory, a kernel: `eval` says more
+        _warn(f"no validation figures ({type(error).__name__}: {one_line(error)}): muon-dist eval gives them")
+        return {}
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _save_model(folder: RunFolder, trainer: MuonTrainer) -> None:
+    """The final model, whole or not at all, as transformers 4.57 and 5.x load it. Every rank calls it."""
+    temporary = folder.model.with_name(".model.tmp")
+    trainer.save_model(str(temporary))
+    if distributed.rank() != 0:
+        return
+    tokenizers = trained_with(folder.model)
+    record_step(temporary, trainer.weights_step, trainer.state.global_step, tokenizers)
+    for problem in make_portable(temporary):
+        _warn(problem)
+    shutil.rmtree(folder.model, ignore_errors=True)
+    temporary.rename(folder.model)
 
 
 def _finish(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str, Any]:
     """Evaluate, save the model, write and show the summary."""
-    trainer.save_model(str(folder.model))  # first: nothing that fails from here on costs the weights
-    if distributed.rank() == 0:
-        record_step(folder.model, trainer.weights_step)
+    _save_model(folder, trainer)  # first: nothing that fails from here on costs the weights
     figures = _final_evaluation(trainer)
     found = folder.finished_checkpoints()
     out: dict[str, Any] = {
@@ -232,11 +278,9 @@ def _sample(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str
             seed=config.seed,
         )
     except Exception as error:  # tokenizer, prompt, weights, memory: the model is saved, and `generate` says more
-        print(
-            f"warning: no sample ({type(error).__name__}: {one_line(error)}); the model is saved: muon-dist generate "
-            f"{folder.root}",
-            file=sys.stderr,
-            flush=True,
+        _warn(
+            f"no sample ({type(error).__name__}: {one_line(error)}); the model is saved: muon-dist generate "
+            f"{folder.root}"
         )
         return {}
     return {"sample": text}

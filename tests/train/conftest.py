@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,3 +56,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "corpus" / f"{number:03d}.txt").write_text(" ".join(sentences) + "\n")
     (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(workspace: Path) -> dict[str, Any]:
+    """The summary of a finished run of tiny.yaml. Leave its folder as it is."""
+    from muon_dist.config import load_config
+    from muon_dist.train import run
+
+    return run.train(load_config(workspace / "tiny.yaml"))

@@ -11,6 +11,7 @@ from muon_dist.config import load_config
 from muon_dist.errors import ConfigError
 from muon_dist.train import distributed, environment
 from muon_dist.train.build import checkpoint_options
+from muon_dist.train.command import continuing
 from muon_dist.train.folder import RunFolder, Start, changed_settings
 from muon_dist.train.summary import rows, show
 
@@ -89,6 +90,34 @@ def test_changed_settings() -> None:
     old = {"a": {"lr": 0.1, "same": 1}, "gone": 2}
     new = {"a": {"lr": 0.2, "same": 1}, "new": [1]}
     assert changed_settings(old, new) == ["a.lr: 0.1 -> 0.2", "gone: 2 -> None", "new: None -> [1]"]
+
+
+# ---- the command that goes on
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "command"),
+    [
+        (["train", "a b.yaml", "seed=1"], {}, "muon-dist train 'a b.yaml' seed=1"),
+        (["train", "--resume", "if-any", "x.yaml", "--overwrite"], {}, "muon-dist train x.yaml"),
+        (["train", "x.yaml", "--resume=runs/x/checkpoints/checkpoint-5"], {}, "muon-dist train x.yaml"),
+        (["train", "x.yaml", "trainer.hub_token=s"], {}, "muon-dist train x.yaml 'trainer.hub_token=<redacted>'"),
+        (["train", "x.yaml"], {"WORLD_SIZE": "4"}, "torchrun --nproc-per-node 4 -m muon_dist.cli train x.yaml"),
+        (
+            ["train", "x.yaml"],
+            {
+                "WORLD_SIZE": "8",
+                "MUON_DIST_COMMAND": "sbatch --nodes 4 launch/slurm.sbatch train x.yaml --resume auto",
+            },
+            "sbatch --nodes 4 launch/slurm.sbatch train x.yaml",
+        ),
+    ],
+)
+def test_the_command_that_goes_on(arguments: list[str], environment: dict[str, str], command: str) -> None:
+    given = ["/env/bin/muon-dist", *arguments]
+    assert continuing(True, given, environment) == f"{command} --resume auto"
+    assert continuing(False, given, environment) == f"{command} --overwrite"
+    assert continuing(True, ["my_program.py"], environment) == "train(config, resume='auto')"
 
 
 # ---- ranks

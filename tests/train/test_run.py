@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from muon_dist.checkpoint import Checkpoint
-from muon_dist.checkpoint.weights import Weights
+from muon_dist.checkpoint.weights import Choice, Weights
 from muon_dist.config import load_config
 from muon_dist.errors import CheckpointError, ConfigError, DataError
 from muon_dist.model.load import load_model, load_text_tokenizer
@@ -28,11 +30,6 @@ from muon_dist.train.models import evaluate_folder, export_folder, find_weights,
 
 def train(path: Path, overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
     return run.train(load_config(path, overrides), **options)
-
-
-@pytest.fixture(scope="module")
-def finished(workspace: Path) -> dict[str, Any]:
-    return train(workspace / "tiny.yaml")
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -166,6 +163,29 @@ def test_a_rule_is_one_line_away_and_resumes(workspace: Path, tmp_path: Path, ru
         train(workspace / "tiny.yaml", [*halted[2:], "trainer.max_steps=6"], resume="auto")
 
 
+def test_an_epoch_is_a_pass_over_the_data(finished: dict[str, Any], workspace: Path, tmp_path: Path) -> None:
+    """A step takes a third of the samples: passes end at steps 3 and 6, and after a resume with other batches."""
+    from muon_dist.data.dataset import MixtureDataset
+
+    samples = len(MixtureDataset.open(workspace / "data" / "tokens", "train", 16))
+    third = -(-samples // 3)
+    epochs = [f"trainer.{kind}_strategy=epoch" for kind in ("save", "eval", "logging")]
+    few = ["trainer.max_steps=-1", "trainer.num_train_epochs=2", f"trainer.per_device_train_batch_size={third}"]
+    out = train(workspace / "tiny.yaml", [*few, *epochs], run_dir=str(tmp_path))
+    root = Path(out["run"])
+    assert out["steps"] == 6
+    assert [p.name for p in RunFolder(root).finished_checkpoints()] == ["checkpoint-3", "checkpoint-6"]
+
+    def logged(key: str) -> list[tuple[int, float]]:
+        lines = [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["epoch"]) for line in lines if key in line]
+
+    assert logged("loss") == logged("eval_loss") == [(s, pytest.approx(s * third / samples)) for s in (3, 6)]
+    other = ["trainer.max_steps=8", f"trainer.per_device_train_batch_size={2 * third}"]
+    train(workspace / "tiny.yaml", [*other, *epochs], run_dir=str(tmp_path), resume="auto")
+    assert logged("loss")[2:] == logged("eval_loss")[2:] == [(8, pytest.approx(10 * third / samples))]
+
+
 def test_epochs_become_steps(workspace: Path, tmp_path: Path) -> None:
     from muon_dist.data.dataset import MixtureDataset
 
@@ -244,11 +264,34 @@ def test_figures_belong_to_the_weights_that_are_saved(workspace: Path, tmp_path:
         run_dir=str(tmp_path),
     )  # fmt: skip
     assert (out["steps"], out["weights_step"]) == (8, 4)
-    best, last = find_weights(out["model"]), find_weights(out["run"])
-    assert best.step == 4 and last == Weights(Path(out["checkpoint"]), 8), "the newest are those of the last step"
+    best, last = find_weights(out["run"]), Weights(Path(out["checkpoint"]), 8)
+    assert best == find_weights(out["model"]) == Weights(Path(out["model"]), 4), "what the run ended with"
+    assert find_weights(out["run"], Choice(step=8)) == last and find_weights(out["run"], Choice(best=True)) == last
+    assert find_weights(out["run"], Choice(best=True, greater=True)) == best
+    with pytest.raises(CheckpointError, match="no weights of step 5, but of 4, 8"):
+        find_weights(out["run"], Choice(step=5))
     assert evaluate_folder(best.path)["loss"] == pytest.approx(out["validation_loss"], rel=1e-5)
     assert evaluate_folder(last.path)["loss"] != pytest.approx(out["validation_loss"], rel=1e-5)
-    assert "validation loss at step 4" in dict(tiles(read_run(out["run"])))
+    shown = dict(tiles(read_run(out["run"])))
+    assert "validation loss at step 4" in shown and shown["newest weights"] == "step 4"
+
+
+def test_a_run_that_goes_on_from_an_earlier_step_sets_its_model_aside(workspace: Path, tmp_path: Path) -> None:
+    """What was trained after that step belongs to an abandoned branch: nothing speaks of it, also after a crash."""
+    train(workspace / "tiny.yaml", run_dir=str(tmp_path))
+    root = tmp_path / "tiny"
+    earlier = str(root / "checkpoints" / "checkpoint-4")
+    saved, run._finish = run._finish, lambda *arguments: pytest.fail("crashed")
+    try:
+        with pytest.raises(pytest.fail.Exception):
+            changed = ["trainer.max_steps=6", "checkpoint.async=false"]
+            train(workspace / "tiny.yaml", changed, run_dir=str(tmp_path), resume=earlier)
+    finally:
+        run._finish = saved
+    assert find_weights(root) == Weights(root / "checkpoints" / "checkpoint-6", 6)
+    record = read_run(root)
+    assert record.final is None and record.weights == find_weights(root)
+    assert len(list(root.glob("set-aside-*"))) == 2
 
 
 # ---- a start that is refused
@@ -294,3 +337,31 @@ def test_a_refused_start_leaves_nothing_behind(workspace: Path, tmp_path: Path, 
     with pytest.raises(ConfigError):
         train(workspace / "tiny.yaml", ["trainer.fsdp=full_shard"], run_dir=str(tmp_path), overwrite=overwrite)
     assert contents(tmp_path) == before and (overwrite or not any(tmp_path.iterdir()))
+
+
+def test_a_tracker_that_cannot_begin_leaves_everything_as_it_was(
+    finished: dict[str, Any], workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes below the run folder before it fails; a start and a resume leave nothing of it."""
+    from transformers.integrations import integration_utils
+
+    class Tracker(integration_utils.TensorBoardCallback):
+        def __init__(self) -> None:
+            self.folder = Path(os.environ["TENSORBOARD_LOGGING_DIR"])
+
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            (self.folder / "events").write_text("x")
+            raise RuntimeError(f"cannot write to {self.folder}")
+
+    Tracker.__module__ = integration_utils.__name__
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    asked = ["trainer.report_to=tensorboard", "trainer.max_steps=12"]
+    with pytest.raises(ConfigError, match=f"cannot begin: cannot write to {tmp_path}/new/tiny/trackers/tensorboard"):
+        train(workspace / "tiny.yaml", asked, run_dir=str(tmp_path / "new"))
+    assert not list(tmp_path.rglob("*.json*")) and not (tmp_path / "new" / "tiny").exists()
+    shutil.copytree(finished["run"], tmp_path / "old" / "tiny")
+    before = contents(tmp_path / "old")
+    with pytest.raises(ConfigError, match="cannot begin"):
+        train(workspace / "tiny.yaml", asked, run_dir=str(tmp_path / "old"), resume="auto")
+    assert contents(tmp_path / "old") == before and not (tmp_path / "old" / "tiny" / "trackers").exists()
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ

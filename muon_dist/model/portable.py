@@ -1,0 +1,139 @@
+"""Model folders that transformers 4.57 and 5.x, vLLM and llama.cpp's converter all read.
+
+transformers 5 writes some settings in a new place alone. A reader that does not know it takes a default instead, often
+without a word: a `rope_theta` of 500,000 is read as 10,000. So the old spelling is written too, with the same value.
+
+Read by their source: transformers 4.57 (`configuration_utils.py`, `modeling_rope_utils.py`, `tokenization_auto.py`),
+vLLM (`transformers_utils/config.py`: `rope_theta`, `rope_scaling`, `dtype` or `torch_dtype`), llama.cpp
+(`conversion/base.py`: `rope_theta`, `rotary_emb_base`, `rope_scaling`, `partial_rotary_factor`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from muon_dist.model.load import replaced
+
+Json = dict[str, Any]
+
+# Tokenizer classes of transformers 5 alone. All of them save tokenizer.json, which holds the whole tokenizer.
+_NEW_TOKENIZERS = frozenset({"TokenizersBackend", "PreTrainedTokenizer"})
+# Where and how this process loaded the tokenizer.
+_OF_THE_PROCESS = ("backend", "is_local", "local_files_only", "name_or_path")
+_UNLIMITED = 10**9  # transformers writes 1e30 where it knows no limit
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+# rope settings that are no scaling: they stand at the top level in version 4
+_PLAIN_ROPE = frozenset({"rope_theta", "rope_type", "partial_rotary_factor"})
+# Models with a second theta, for layers with a window, in version 4 too.
+_LOCAL, _TWO_THETAS = "sliding_attention", frozenset({"gemma3_text", "gemma3n_text"})
+
+
+def make_portable(folder: str | Path) -> list[str]:
+    """Rewrite config.json and the tokenizer's files in `folder`, which transformers 5 has saved, for older readers.
+
+    Sets `use_cache`, which training turns off; a `model_max_length` where there is none; and the modes of all files to
+    what the umask allows (weights are written for their owner alone). Removes training_args.bin, which is pickled, and
+    may hold secrets. Returns a sentence for each setting that version 4 cannot express.
+    """
+    root = Path(folder)
+    (root / "training_args.bin").unlink(missing_ok=True)
+    positions, lost = None, []
+    if (root / "config.json").is_file():
+        positions, lost = _rewrite(root / "config.json", _old_config)
+    if (root / "tokenizer_config.json").is_file():
+        _rewrite(root / "tokenizer_config.json", lambda settings: _old_tokenizer(settings, positions))
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in root.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
+    return lost + _other_tokenizer(root)
+
+
+def _other_tokenizer(root: Path) -> list[str]:
+    """What is to be said where AutoTokenizer of transformers 5 does not load what tokenizer.json holds."""
+    if not (root / "tokenizer_config.json").is_file():
+        return []
+    found = AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    if not replaced(root, found):
+        return []
+    return [
+        f"tokenizer.json: for this model_type AutoTokenizer of transformers {transformers.__version__} makes a "
+        f"{type(found).__name__} with rules of its own, so it encodes text otherwise than the model was trained: load "
+        "the tokenizer by PreTrainedTokenizerFast.from_pretrained, or train another model_type"
+    ]
+
+
+def _rewrite(file: Path, change: Callable[[Json], Any]) -> Any:
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    found = change(settings)
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found
+
+
+def _old_config(settings: Json) -> tuple[int | None, list[str]]:
+    """Adds the spellings of version 4; the longest sequence, if the model has one, and what could not be spelled."""
+    lost = []
+    for part in (settings, *(v for v in settings.values() if isinstance(v, dict) and "model_type" in v)):
+        if part.get("use_cache") is False:
+            part["use_cache"] = True
+        if "dtype" in part:
+            part.setdefault("torch_dtype", part["dtype"])
+        if part.get("model_type") in CONFIG_MAPPING:  # such as num_experts, which is num_local_experts in version 5
+            for alias, name in CONFIG_MAPPING[part["model_type"]].attribute_map.items():
+                if name in part:
+                    part.setdefault(alias, part[name])
+        if isinstance(part.get("rope_parameters"), dict):
+            lost += _old_rope(part)
+    found = [settings[name] for name in _POSITIONS if isinstance(settings.get(name), int)]
+    return (found[0] if found else None), lost
+
+
+def _old_rope(settings: Json) -> list[str]:
+    rope: Json = settings["rope_parameters"]
+    lost = []
+    by_layer = {kind: value for kind, value in rope.items() if isinstance(value, dict) and "rope_type" in value}
+    if by_layer:
+        thetas = {kind: value.get("rope_theta") for kind, value in by_layer.items()}
+        if settings.get("model_type") in _TWO_THETAS and _LOCAL in thetas:
+            settings.setdefault("rope_local_base_freq", thetas[_LOCAL])
+        elif len(set(thetas.values())) > 1:
+            shown = ", ".join(f"{kind} {theta:g}" for kind, theta in thetas.items())
+            lost.append(
+                f"model.rope_parameters: a {settings.get('model_type')} has one rope_theta in transformers 4, and "
+                f"here {shown}: load it with transformers 5"
+            )
+        rope = by_layer.get("full_attention", next(iter(by_layer.values())))
+    if "rope_theta" in rope:
+        settings.setdefault("rope_theta", rope["rope_theta"])
+    if "partial_rotary_factor" in rope:
+        settings.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+    if settings.get("model_type") == "gpt_neox":  # its own names for the two
+        settings.setdefault("rotary_emb_base", rope.get("rope_theta", 10000))
+        settings.setdefault("rotary_pct", rope.get("partial_rotary_factor", 0.25))
+    if rope.get("rope_type") == "llama3" and "original_max_position_embeddings" in rope:  # where llama.cpp looks
+        settings.setdefault("original_max_position_embeddings", rope["original_max_position_embeddings"])
+    if rope.get("rope_type", "default") != "default":
+        settings.setdefault(
+            "rope_scaling", {k: v for k, v in rope.items() if k == "rope_type" or k not in _PLAIN_ROPE}
+        )
+    return lost
+
+
+def _old_tokenizer(settings: Json, positions: int | None) -> None:
+    for name in _OF_THE_PROCESS:
+        settings.pop(name, None)
+    if settings.get("tokenizer_class") in _NEW_TOKENIZERS:
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):  # a mapping in version 4
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if positions is not None and settings.get("model_max_length", _UNLIMITED) >= _UNLIMITED:
+        settings["model_max_length"] = positions

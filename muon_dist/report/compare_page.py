@@ -1,0 +1,122 @@
+"""Several runs on one self-contained HTML page: curves in common figures, figures and settings in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from muon_dist.errors import ConfigError, DataError
+from muon_dist.report import figures
+from muon_dist.report.run_page import status, tiles
+from muon_dist.report.run_record import RunRecord, read_run
+
+# (caption, key in the log, figure's options); the validation loss first, which is what runs are compared by
+CURVES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("Validation loss, nats per token", "eval_loss", {}),
+    ("Validation, bits per byte", "eval_bits_per_byte", {}),
+    ("Training loss, nats per token", "loss", {}),
+    ("Norm of the raw gradient", "grad_norm", {"log": True}),
+    ("Learning rate of Muon", "lr/muon", {"zero": True}),
+    ("Learning rate of AdamW", "lr/adamw", {"zero": True}),
+    ("Tokens per second, all ranks", "tokens_per_s", {"zero": True}),
+)
+MOST = len(figures.PALETTE)
+
+
+def write_compare_page(runs: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write the page of these run folders (`compare.html` in the current folder unless `output` is given); its path.
+
+    Raises:
+        ConfigError: more runs than colours, or a run twice.
+        DataError: one of them is no run, or the page cannot be written.
+    """
+    folders = [Path(run).resolve() for run in runs]
+    if len(folders) > MOST:
+        raise ConfigError(f"{len(folders)} runs: a page compares at most {MOST}, so that their colours differ")
+    if len(set(folders)) < len(folders):
+        raise ConfigError("a run is named twice: name each once")
+    page = render([read_run(run) for run in runs])
+    target = Path(output) if output is not None else Path("compare.html")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot write {target}: {error.strerror}; choose another --output") from error
+    return target
+
+
+def labels(records: Sequence[RunRecord]) -> list[str]:
+    """A name for each run: its own, or with as much of its path as tells it from the others."""
+    names = [record.name for record in records]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{record.name} ({record.root})" for record in records]
+
+
+def render(records: Sequence[RunRecord]) -> str:
+    """The page as text. Everything from the files is escaped; the figures are drawn here from their numbers."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = files("muon_dist.report").joinpath("compare.html.j2").read_text(encoding="utf-8")
+    names = labels(records)
+    return environment.from_string(source).render(
+        legend=list(zip(names, figures.PALETTE, records, strict=False)),
+        status=status,
+        curves=curves(records, names),
+        figures=_table([dict(_plain(tiles(record))) for record in records]),
+        settings=differences(records),
+    )
+
+
+def curves(records: Sequence[RunRecord], names: Sequence[str]) -> list[tuple[str, Markup]]:
+    """(caption, figure) of what any run has logged; each run has its colour, and the legend stands above all."""
+    found = []
+    for caption, key, options in CURVES:
+        series = {name: figures.curve(record.metrics, key) for name, record in zip(names, records, strict=True)}
+        figure = figures.lines(
+            f"c-{key.replace('/', '-')}",
+            series,
+            ylabel=key,
+            description=f"{caption} of {len(names)} runs over steps",
+            legend=False,
+            dots=names if key.startswith("eval") else (),
+            **options,
+        )
+        if figure is not None:
+            found.append((caption, figure))
+    return found
+
+
+def _plain(found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The step moves from the label to the value, so that runs that end at different steps share a row."""
+    return [
+        (
+            label.partition(" at step ")[0],
+            value + (f" ({label[label.index('step ') :]})" if " at step " in label else ""),
+        )
+        for label, value in found
+    ]
+
+
+def _table(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
+    """(name, a value for each run) of every name in any of them."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [(name, [row.get(name, "-") for row in rows]) for name in names]
+
+
+def differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """(dotted key, a value for each run) of the settings in which they differ."""
+    flat = [dict(_leaves(record.config or {})) for record in records]
+    rows = _table(flat)
+    same: Callable[[list[str]], bool] = lambda values: len(set(values)) == 1  # noqa: E731
+    return [(name, values) for name, values in rows if not same(values)]
+
+
+def _leaves(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        return [leaf for key, one in value.items() for leaf in _leaves(one, f"{prefix}.{key}" if prefix else str(key))]
+    return [(prefix, str(value))]
