@@ -167,6 +167,12 @@ class MixtureDataset(Dataset[Sample]):
         """Names of the sources' folders, in order."""
         return tuple(dataset.folder.parent.name for dataset in self.datasets)
 
+    @property
+    def padding(self) -> float:
+        """Share of padding in all samples, 0 to 1."""
+        size = len(self) * self.datasets[0].sequence_length
+        return max(0.0, 1.0 - sum(dataset.index.tokens for dataset in self.datasets) / size)
+
     def __len__(self) -> int:
         return self._starts[-1]
 
