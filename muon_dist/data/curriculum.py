@@ -1,9 +1,9 @@
 """Parts of a run with data of their own: another mixture, sample length or packing from a position on.
 
 The order of a whole run is still a pure function of the position. A part has an order of its own, a `MixtureSampler`,
-which goes on with each source where the part before has left it: no sample comes twice before all came once, as long as
-the samples are the same. Where their length or packing changes, the sources are cut anew, and the share of each that
-was drawn is carried over.
+which goes on with each source where the part before has left it: no sample comes twice before all came once, as long
+as the samples are the same. Where their length or packing changes, the sources are cut anew, and the share of each
+that was drawn is carried over.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ class DataPart:
 
 
 class CurriculumDataset(Dataset[Sample]):
-    """The samples of all parts one behind the other; `len`, `names` and `lengths` are the first part's, by which passes
-    are counted."""
+    """The samples of all parts one behind the other.
+
+    `len`, `names` and `lengths` are those of the first part, by which epochs are counted.
+    """
 
     def __init__(self, datasets: Sequence[MixtureDataset]) -> None:
         self.parts = tuple(datasets)
@@ -53,8 +55,8 @@ class CurriculumDataset(Dataset[Sample]):
 class CurriculumSampler(Sampler[int]):
     """The order of the samples of all parts, as indices into the `CurriculumDataset` of the same parts.
 
-    samples_per_step: of one optimizer step, all ranks. Yields positions `consumed` to `total`. Part i has the positions
-    from parts[i].from_step x samples_per_step to where the next one begins.
+    samples_per_step: of one optimizer step, all ranks. Yields positions `consumed` to `total`. Part i has the
+    positions from parts[i].from_step x samples_per_step to where the next one begins.
     """
 
     def __init__(

@@ -2,14 +2,16 @@
 
 ``concatenate``: samples are cut from the stream of all documents, and a token sees whatever comes before it in its
 sample. ``document_mask``: the same cuts, but each document in a sample has positions of its own, from 0, by which
-attention keeps documents apart. ``best_fit``: documents apart as well, and none is cut that fits into a sample: Best-Fit
-Decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"); what is left of a sample is padding.
+attention keeps documents apart. ``best_fit``: documents apart as well, and none is cut that fits into a sample:
+Best-Fit Decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"); what is left of a sample is
+padding.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -52,7 +54,7 @@ class Concatenated:
 
 
 class Masked(Concatenated):
-    """The samples of `Concatenated`, their documents apart. ends: where each document ends in the stream, (documents,).
+    """The samples of `Concatenated`, their documents apart. ends: where each document ends, (documents,).
 
     They stay on disk: a search reads about thirty of them.
     """
@@ -70,7 +72,7 @@ class Masked(Concatenated):
         while cuts[-1] < stop:
             cuts.append(min(int(self._ends[first]), stop))
             first += 1
-        return [(a, b - a) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [(a, b - a) for a, b in pairwise(cuts)]
 
 
 class BestFit:
@@ -125,7 +127,7 @@ def best_fit(lengths: Int64, capacity: int) -> tuple[Int64, int]:
                 insort(rooms, room)
             bins_with.setdefault(room, []).append(bins)
 
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         items = by_length[start:stop]
         length = int(lengths[items[0]])
         while len(items):

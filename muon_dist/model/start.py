@@ -26,8 +26,8 @@ def starting_folder(path: str) -> Path:
     found = newest_weights(root) if root.is_dir() else None
     if found is None:
         raise ConfigError(
-            f"model.init_from: {path} is neither a model folder (config.json), nor a checkpoint, nor a run folder with "
-            "one of them"
+            f"model.init_from: {path} is neither a model folder (config.json), nor a checkpoint, nor a run folder "
+            "with one of them"
         )
     return found.path
 

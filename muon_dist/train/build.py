@@ -29,7 +29,7 @@ from muon_dist.config.routing import routing_rules
 from muon_dist.data.encoder import vocabulary_size
 from muon_dist.errors import ConfigError
 from muon_dist.failures import one_line
-from muon_dist.model import DTYPES, build_model, check_sequence_length, flops_per_token
+from muon_dist.model import DTYPES, build_model, flops_per_token
 from muon_dist.model.load import load_text_tokenizer
 from muon_dist.optim.groups import param_groups
 from muon_dist.routing import RoutingTable, route
@@ -70,8 +70,10 @@ class AdamWFactory:
 
 
 def make_model(config: Config, tokenizer: Any) -> Any:
-    """The model with fresh weights from `config.seed`, or those of `model.init_from`; its vocabulary and special tokens
-    from the tokenizer."""
+    """The model, its vocabulary and special tokens from the tokenizer.
+
+    Its weights are fresh ones from `config.seed`, or those of `model.init_from`.
+    """
     check_starting_tokenizer(config)
     model = build_model(
         config.model,

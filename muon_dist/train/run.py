@@ -153,8 +153,9 @@ def _trainer(
     packed = f"{packing} with {datasets.train.padding:.2%} padding, " if packing != "concatenate" else ""
     _say(
         f"model {model.config.model_type}, {count.total:,} parameters, {count.non_embedding:,} outside embeddings; "
-        f"data {len(datasets.train):,} samples of {config.data.sequence_length} tokens, {packed}{train_bytes:.3f} bytes per "
-        f"token, ready in {preparation:.1f} s; {distributed.world_size()} processes{mesh.describe(config)}; "
+        f"data {len(datasets.train):,} samples of {config.data.sequence_length} tokens, {packed}"
+        f"{train_bytes:.3f} bytes per token, "
+        f"ready in {preparation:.1f} s; {distributed.world_size()} processes{mesh.describe(config)}; "
         f"{config.optimizer.name}"
     )
     return ranks.everywhere(
