@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_items_are_packed_as_one_by_one(seed: int) -> None:
 def documents(prepared: Path) -> list[list[int]]:
     ids, ends = stream(prepared / "00-topics" / "train")
     stops = [0, *ends[:, 0].tolist()]
-    return [ids[a:b].tolist() for a, b in zip(stops, stops[1:], strict=False)]
+    return [ids[a:b].tolist() for a, b in pairwise(stops)]
 
 
 def pieces(sample: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:

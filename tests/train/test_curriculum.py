@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,8 @@ def test_a_resumed_run_is_the_same(finished: dict[str, Any], workspace: Path, st
     assert {line["step"]: line["loss"] for line in lines(again["run"])} == {k: v for k, v in whole.items() if k > step}
 
 
-def two_ranks(workspace: str, source: str) -> list[float] | None:
-    torch.set_num_threads(1)
+def two_ranks(workspace: str, source: str) -> list[float]:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # accelerate asks; the process group is there already
     done = trained(Path(workspace), "on-two", resume=source)
     return [line["loss"] for line in lines(done["run"])]
 
@@ -107,7 +109,7 @@ def test_logits_of_a_packed_sample_are_those_of_its_documents(workspace: Path, f
     with torch.no_grad():
         packed = model(input_ids=sample["input_ids"][None], position_ids=sample["position_ids"][None]).logits[0]
         cuts = [*torch.nonzero(sample["position_ids"] == 0).flatten().tolist(), 64]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             alone = model(input_ids=sample["input_ids"][None, start:stop]).logits[0]
             assert torch.allclose(packed[start:stop], alone, atol=1e-5, rtol=0)
 
