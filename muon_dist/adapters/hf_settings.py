@@ -40,7 +40,7 @@ def check_frameworks(args: Any) -> None:
     if metric is not None and metric.removeprefix("eval_") not in METRICS:
         raise ConfigError(f"trainer.metric_for_best_model: {metric!r} is not one of {', '.join(METRICS)}")
     _tried("trainer.report_to", lambda: [make() for make in get_reporting_integration_callbacks(args.report_to)])
-    _tried("trainer.lr_scheduler_type, trainer.lr_scheduler_kwargs", lambda: _scheduler(args))
+    _tried("trainer.lr_scheduler_type, trainer.lr_scheduler_kwargs", lambda: trial_scheduler(args))
     if args.use_liger_kernel:
         _tried("trainer.use_liger_kernel", lambda: __import__("liger_kernel.transformers"))
     if args.torch_compile:
@@ -71,9 +71,10 @@ def _silent_deletions() -> Iterator[None]:
         sys.unraisablehook = before
 
 
-def _scheduler(args: Any) -> None:
+def trial_scheduler(args: Any) -> Any:
+    """The scheduler that the arguments ask for, on an optimizer of nothing."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    get_scheduler(
+    return get_scheduler(
         args.lr_scheduler_type,
         optimizer=optimizer,
         num_warmup_steps=args.get_warmup_steps(max(args.max_steps, 1)),

@@ -21,6 +21,7 @@ from muon_dist.adapters.device import peak_flops as device_peak_flops
 from muon_dist.adapters.factory import MuonFactory, check_trainer, split_kwargs
 from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
 from muon_dist.adapters.hf_checkpoint import CheckpointOptions, CheckpointTrainer, read_position
+from muon_dist.adapters.hf_curriculum import PartRates, order_at
 from muon_dist.adapters.hf_evaluation import PlainLoss
 from muon_dist.adapters.hf_flow import Passes
 from muon_dist.adapters.hf_guards import GuardedLoop, Guards
@@ -55,7 +56,7 @@ class _Stream(Sampler[int]):
         return self.total
 
 
-class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
+class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
     """A `Trainer` that trains with Muon and logs what pretraining is judged by.
 
     muon: keyword arguments of `MuonFactory`; `lr` and `weight_decay` default to those of `args`. Instead of it,
@@ -124,6 +125,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
         self._group_lrs: dict[str, float] = {}
         self._resumed_from: Checkpoint | None = None
         self._order: str | None = None
+        self._samples: Any = None
         self._first_sample = self._first_step = 0
         self._tokens = self._tokens_logged = self._tokens_resumed = 0
         self._seconds = self.train_seconds = 0.0
@@ -169,7 +171,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
             "samples_per_step": self.samples_per_step,
             "tokens": self._tokens,
             "world_size": self.args.world_size,
-            "order": self._order,
+            "order": self._order if self._samples is None else order_at(self._samples, self.consumed_samples),
         }
 
     def _fill(self, source: Checkpoint) -> None:
@@ -178,7 +180,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
             self.audit.forget()
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._resumed_from, self._order = self._source, None
+        self._resumed_from, self._order, self._samples = self._source, None, None
         self._first_sample = self._first_step = self._tokens = self._tokens_logged = self._tokens_resumed = 0
         self._seconds = self.train_seconds = 0.0
         if self._source is not None and not self._source.beginning:
@@ -197,9 +199,10 @@ class MuonTrainer(GuardedLoop, PlainLoss, CheckpointTrainer):
             return super()._get_train_sampler(train_dataset)
         # Trainer has not read the checkpoint's state yet when it asks.
         remaining = max(0, self.args.max_steps - self._first_step) * self.samples_per_step
-        samples = self.train_sampler(self._first_sample)
-        digest = getattr(samples, "digest", None)
-        order = digest() if digest is not None else None
+        samples = self._samples = self.train_sampler(self._first_sample)
+        if hasattr(samples, "check_resume"):
+            samples.check_resume(self._first_step, self._first_sample)
+        order = order_at(samples, self._first_sample)
         if self._order is not None and order != self._order:
             raise CheckpointError(
                 f"{self._source.path if self._source else ''} was trained on another order of samples (data, weights, "

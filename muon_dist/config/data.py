@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from muon_dist.config.kinds import BelowOne, Block, DataPath, Flag, LocalPath, OnBadRecord, Positive, PositiveInt
+from muon_dist.config.kinds import BelowOne, Block, DataPath, Flag, LocalPath, NonNegative, OnBadRecord, PositiveInt
 
 
 class TokenizerConfig(Block):
@@ -45,7 +45,9 @@ class SourceConfig(Block):
         description="a file, a folder that is read recursively, a glob, a URL that fsspec opens (s3://), or a list",
     )
     dataset: DataPath | None = Field(default=None, description="name of a dataset for datasets.load_dataset")
-    weight: Positive = Field(default=1.0, description="share of the training samples, relative to the other sources")
+    weight: NonNegative = Field(
+        default=1.0, description="share of the training samples, relative to the other sources; 0: not drawn"
+    )
     format: Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "megatron", "datatrove"] = (
         Field(default="auto", description="of the files of path; auto: known by their content")
     )
@@ -101,6 +103,12 @@ class DataConfig(Block):
     )
     dir: LocalPath = Field(default="data", description="folder of the tokenizer and the token shards")
     sequence_length: Annotated[int, Field(ge=2)] = Field(default=1024, description="tokens in a sample")
+    packing: Literal["concatenate", "document_mask", "best_fit"] = Field(
+        repr=False,
+        default="concatenate",
+        description="how documents share a sample: cut from one stream; cut so, with attention, positions and loss "
+        "inside each document; or so, and no document is cut that fits into a sample",
+    )
     validation_fraction: BelowOne = Field(default=0.02, description="share of the documents kept for validation")
     validation_sources: tuple[SourceConfig, ...] = Field(
         repr=False,

@@ -36,13 +36,22 @@ def expand_path(text: str) -> str:
 
 def expand_trainer_paths(trainer: Any) -> Any:
     """The trainer block with its paths expanded. Raises ValueError as `expand_path`, with the key before it."""
-    if not isinstance(trainer, dict):
-        return trainer
-    found = dict(trainer)
-    for name in TRAINER_PATHS:
-        if isinstance(trainer.get(name), str):
+    return _expanded(trainer, TRAINER_PATHS)
+
+
+def expand_model_paths(model: Any) -> Any:
+    """The same for the model block."""
+    return _expanded(model, ("init_from",))
+
+
+def _expanded(block: Any, names: tuple[str, ...]) -> Any:
+    if not isinstance(block, dict):
+        return block
+    found = dict(block)
+    for name in names:
+        if isinstance(block.get(name), str):
             try:
-                found[name] = expand_path(trainer[name])
+                found[name] = expand_path(block[name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     return found

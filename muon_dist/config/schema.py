@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
+from muon_dist.config.curriculum import PartConfig, PartData, data_of_parts
 from muon_dist.config.data import DataConfig, TokenizerConfig
 from muon_dist.config.kinds import (
     BelowOne,
@@ -25,7 +26,7 @@ from muon_dist.config.kinds import (
     Scale,
     Schedule,
 )
-from muon_dist.config.paths import expand_path, expand_trainer_paths
+from muon_dist.config.paths import expand_model_paths, expand_path, expand_trainer_paths
 from muon_dist.config.redact import redact
 from muon_dist.config.source import ConfigDumper
 from muon_dist.config.splits import CutConfig, SplitConfig, heads_of_all, heads_of_entry
@@ -269,6 +270,7 @@ class Config(Block):
     data: DataConfig = DataConfig()
     model: Annotated[
         dict[str, Any],
+        BeforeValidator(expand_model_paths),
         WithJsonSchema(
             {
                 "type": "object",
@@ -276,9 +278,11 @@ class Config(Block):
                     "model_type": {"type": "string"},
                     "dtype": {"enum": ["float32", "bfloat16", "float16"]},
                     "partitioned_init": {"type": "boolean"},
+                    "init_from": {"type": "string"},
                 },
-                "required": ["model_type"],
-                "description": "model_type, dtype, partitioned_init (under ZeRO-3 no process ever holds the whole "
+                "anyOf": [{"required": ["model_type"]}, {"required": ["init_from"]}],
+                "description": "model_type, or init_from (a model folder, checkpoint or run whose weights are the "
+                "first ones); dtype, partitioned_init (under ZeRO-3 no process ever holds the whole "
                 "model), and keyword arguments of transformers.AutoConfig.for_model",
             }
         ),
@@ -297,6 +301,9 @@ class Config(Block):
             }
         ),
     ] = None
+    curriculum: Annotated[
+        tuple[PartConfig, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
+    ] = Field(default=(), description="parts with other data or another schedule, each from an optimizer step on")
     parallel: ParallelConfig | None = Field(
         default=None, description="mesh of the ranks; null: data parallelism, or what deepspeed and trainer.fsdp say"
     )
@@ -304,6 +311,11 @@ class Config(Block):
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     guards: GuardsConfig = GuardsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def parts(self) -> tuple[PartData, ...]:
+        """The data of each part of the run; one part without a curriculum."""
+        return data_of_parts(self.data, self.curriculum)
 
     def to_yaml(self, redacted: bool = True) -> str:
         """The whole configuration as YAML that `load_config` reads back.

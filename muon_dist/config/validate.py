@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from muon_dist.config.curriculum import curriculum_problems, packing_problems
 from muon_dist.config.data import SourceConfig
 from muon_dist.config.schema import Config, GroupConfig, MuonConfig
 from muon_dist.config.source import Keys
@@ -26,6 +27,8 @@ def contradictions(config: Config) -> Found:
     yield from _deepspeed(config)
     yield from _parallel(config)
     yield from _guards(config)
+    yield from curriculum_problems(config.data, config.curriculum, config.model, _LONGEST)
+    yield from packing_problems(config.parts, config.parallel, config.model, config.deepspeed is not None)
 
 
 def _guards(config: Config) -> Found:
@@ -96,8 +99,15 @@ def _source(keys: Keys, source: SourceConfig) -> Found:
 
 def _model(config: Config) -> Found:
     model, data, tokenizer = config.model, config.data, config.tokenizer
-    if not isinstance(model.get("model_type"), str):
+    if not isinstance(model.get("model_type"), str) and not isinstance(model.get("init_from"), str):
         yield ("model", "model_type"), "is needed: the transformers model type, for instance llama"
+    if model.get("init_from") is not None and not isinstance(model["init_from"], str):
+        yield ("model", "init_from"), f"{model['init_from']!r} is not the path of a model, checkpoint or run folder"
+    if model.get("init_from") is not None and model.get("partitioned_init"):
+        yield (
+            ("model", "partitioned_init"),
+            "builds fresh weights, and model.init_from is set: leave one of them out",
+        )
     if model.get("dtype", "float32") not in ("float32", "bfloat16", "float16"):
         yield ("model", "dtype"), f"{model['dtype']!r} is not one of float32, bfloat16, float16"
     if not isinstance(model.get("partitioned_init", False), bool):

@@ -14,18 +14,20 @@ import torch
 from torch.utils.data import Dataset
 
 from muon_dist.data.files import sha256_file
-from muon_dist.data.shards import INDEX_FILE, Manifest, damages
+from muon_dist.data.packing import PACKINGS, packed_sample
+from muon_dist.data.packing import packing as choose_packing
+from muon_dist.data.shards import DOCUMENTS_FILE, INDEX_FILE, Manifest, damages
 from muon_dist.errors import DataError
 
 Sample = dict[str, torch.Tensor]
 
 
 class TokenDataset(Dataset[Sample]):
-    """Samples of ``sequence_length`` tokens, cut one after the other from the stream of one source's split; the rest
-    at the end, shorter than a sample, is left out.
+    """Samples of ``sequence_length`` tokens out of the stream of one source's split.
 
-    ``dir`` is a prepared folder; ``source`` its source folder, needed when it holds several. Item i is
-    ``{"input_ids", "labels"}``, both int64 (sequence_length,) and equal (Hugging Face models shift labels themselves).
+    ``dir`` is a prepared folder; ``source`` its source folder, needed when it holds several; ``packing`` one of
+    ``muon_dist.data.packing.PACKINGS``. Item i of concatenated ones is ``{"input_ids", "labels"}``, both int64
+    (sequence_length,) and equal (Hugging Face models shift labels themselves); of the others it is a `packed_sample`.
     Files are mapped at once, so that a folder that is prepared again does not change what this reads; not carried
     along when pickled to a DataLoader's workers, which map them again.
 
@@ -41,7 +43,10 @@ class TokenDataset(Dataset[Sample]):
         *,
         source: str | None = None,
         vocab_size: int | None = None,
+        packing: str = "concatenate",
     ) -> None:
+        if packing not in PACKINGS:
+            raise DataError(f"data.packing: {packing!r} is not one of {', '.join(PACKINGS)}.")
         if sequence_length < 2:
             raise DataError(f"data.sequence_length: {sequence_length} is less than 2, so nothing could be predicted.")
         self.folder, self.index = Manifest.load(dir).find(dir, split, source)
@@ -52,6 +57,8 @@ class TokenDataset(Dataset[Sample]):
         self._starts = list(accumulate((shard.tokens for shard in self.index.shards), initial=0))
         self._index_sha256 = sha256_file(self.folder / INDEX_FILE)
         self._maps = {number: self._mapped(number) for number in range(len(self.index.shards))}
+        self.packing = packing
+        self._packing = choose_packing(packing, self.folder / DOCUMENTS_FILE, self.index.tokens, sequence_length)
         if len(self) == 0:
             raise DataError(
                 f"{self.folder}: too short: {self.index.tokens} tokens, one sample has {sequence_length}. "
@@ -61,13 +68,20 @@ class TokenDataset(Dataset[Sample]):
             self.check_vocabulary(vocab_size)
 
     def __len__(self) -> int:
-        return self.index.tokens // self.sequence_length
+        return len(self._packing)
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        ids = torch.from_numpy(self.tokens(index * self.sequence_length, self.sequence_length))
+        pieces = self._packing.pieces(index)
+        if self.packing != "concatenate":
+            return packed_sample(pieces, self.tokens, self.sequence_length, self.index.eos_id)
+        ids = torch.from_numpy(self.tokens(*pieces[0]))
         return {"input_ids": ids, "labels": ids.clone()}
+
+    def tokens_in(self, index: int) -> int:
+        """Tokens of text in a sample; the rest of it is padding."""
+        return sum(count for _, count in self._packing.pieces(index))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
@@ -135,16 +149,29 @@ class MixtureDataset(Dataset[Sample]):
 
     @classmethod
     def open(
-        cls, dir: str | Path, split: str, sequence_length: int, *, vocab_size: int | None = None
+        cls,
+        dir: str | Path,
+        split: str,
+        sequence_length: int,
+        *,
+        vocab_size: int | None = None,
+        packing: str = "concatenate",
     ) -> MixtureDataset:
         """All sources of a prepared folder, in the order of the manifest."""
         names = [source.folder for source in Manifest.load(dir).sources]
-        return cls([TokenDataset(dir, split, sequence_length, source=n, vocab_size=vocab_size) for n in names])
+        options: dict[str, Any] = {"vocab_size": vocab_size, "packing": packing}
+        return cls([TokenDataset(dir, split, sequence_length, source=name, **options) for name in names])
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the sources' folders, in order."""
         return tuple(dataset.folder.parent.name for dataset in self.datasets)
+
+    @property
+    def padding(self) -> float:
+        """Share of padding in all samples, 0 to 1."""
+        size = len(self) * self.datasets[0].sequence_length
+        return max(0.0, 1.0 - sum(dataset.index.tokens for dataset in self.datasets) / size)
 
     def __len__(self) -> int:
         return self._starts[-1]

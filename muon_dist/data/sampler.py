@@ -68,10 +68,10 @@ def permute(index: Int64, size: int, *key: int | Int64) -> Int64:
 
 
 def quotas(weights: Sequence[float]) -> list[int]:
-    """Places of each source in a block of BLOCK positions, at least one each, by largest remainder."""
+    """Places of each source in a block of BLOCK positions, by largest remainder: at least one, none of weight 0."""
     total = math.fsum(weights)
     exact = [weight / total * BLOCK for weight in weights]
-    counts = [max(1, int(share)) for share in exact]
+    counts = [max(1, int(share)) if share > 0 else 0 for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda k: (counts[k] - exact[k], k))
     for k in by_remainder[: max(0, BLOCK - sum(counts))]:
         counts[k] += 1
@@ -84,7 +84,8 @@ class MixtureSampler(Sampler[int]):
     """Global order of the samples of one or several sources, as indices into the ``MixtureDataset`` of the same order.
 
     ``lengths`` are samples per source, ``weights`` their shares (default: the lengths, that is, one plain shuffle of
-    everything in the long run). Yields positions ``consumed`` to ``total`` (default: the sum of lengths). No sample of
+    everything in the long run); a source of weight 0 is not drawn. ``drawn`` samples of each source were drawn before
+    position 0 (default: none). Yields positions ``consumed`` to ``total`` (default: the sum of lengths). No sample of
     a source comes twice before all of them came once; each epoch of a source has another permutation.
 
     The order knows nothing of ranks: every rank builds the same sampler, and accelerate's ``BatchSamplerShard`` deals
@@ -101,6 +102,7 @@ class MixtureSampler(Sampler[int]):
         seed: int,
         consumed: int = 0,
         total: int | None = None,
+        drawn: Sequence[int] | None = None,
     ) -> None:
         self.lengths = tuple(int(length) for length in lengths)
         self.weights = tuple(float(weight) for weight in (self.lengths if weights is None else weights))
@@ -110,11 +112,17 @@ class MixtureSampler(Sampler[int]):
             raise DataError(f"Every source needs at least one sample; the lengths are {list(self.lengths)}.")
         if len(self.weights) != len(self.lengths):
             raise DataError(f"{len(self.weights)} weights for {len(self.lengths)} sources.")
-        if len(self.lengths) > BLOCK or not all(math.isfinite(w) and w > 0 for w in self.weights):
+        if (
+            len(self.lengths) > BLOCK
+            or not all(math.isfinite(w) and w >= 0 for w in self.weights)
+            or not any(self.weights)
+        ):
             raise DataError(
-                f"Weights must be positive numbers, at most {BLOCK} of them; they are {list(self.weights)}."
+                f"Weights must be positive numbers, or 0 but not all, at most {BLOCK} of them; they are "
+                f"{list(self.weights)}."
             )
         self._quotas = quotas(self.weights)
+        self._drawn = (0,) * len(self.lengths) if drawn is None else tuple(drawn)
         self._offsets = np.cumsum([0, *self.lengths[:-1]], dtype=np.int64)
         self.set_consumed(consumed)
 
@@ -144,17 +152,21 @@ class MixtureSampler(Sampler[int]):
 
     def passes(self, position: int) -> list[float]:
         """Passes over each source that the positions up to `position` make; a sample counts when it is drawn."""
+        return [count / length for count, length in zip(self.drawn(position), self.lengths, strict=True)]
+
+    def drawn(self, position: int) -> list[int]:
+        """Samples of each source that are drawn by the positions up to `position`, and were before."""
         block, place = divmod(position, BLOCK)
         rest = np.searchsorted(self._offsets, self._block(block)[:place], side="right") - 1
         counts = np.bincount(rest, minlength=len(self.lengths))
-        drawn = [block * quota + int(count) for quota, count in zip(self._quotas, counts, strict=True)]
-        return [count / length for count, length in zip(drawn, self.lengths, strict=True)]
+        done = zip(self._drawn, self._quotas, counts, strict=True)
+        return [before + block * quota + int(count) for before, quota, count in done]
 
     def digest(self) -> str:
         """Hash of all that fixes the order. A run that resumes with another one reads other samples: store and
         compare."""
         order = {"lengths": self.lengths, "quotas": self._quotas, "seed": self.seed, "block": BLOCK, "version": 1}
-        return sha256_json(order)
+        return sha256_json({**order, "drawn": self._drawn} if any(self._drawn) else order)
 
     def _block(self, block: int) -> Int64:
         """Flat indices of one block, shape (BLOCK,)."""
@@ -162,7 +174,8 @@ class MixtureSampler(Sampler[int]):
         for source, (quota, length) in enumerate(zip(self._quotas, self.lengths, strict=True)):
             shift = float(_key(self.seed, block, source)[0] >> np.uint64(11)) / 2**53
             places.append((np.arange(quota) + shift) / quota)
-            flat.append(self._draws(source, block * quota, quota, length) + self._offsets[source])
+            first = self._drawn[source] + block * quota
+            flat.append(self._draws(source, first, quota, length) + self._offsets[source])
         # stable: equal places are settled by the order of the sources, the same everywhere
         return np.concatenate(flat)[np.argsort(np.concatenate(places), kind="stable")]
 

@@ -9,17 +9,19 @@ from muon_dist.data.dataset import MixtureDataset
 from muon_dist.data.encoder import Encoder
 
 
-def show_samples(folder: str | Path, encoder: Encoder, sequence_length: int, count: int) -> Iterator[str]:
+def show_samples(
+    folder: str | Path, encoder: Encoder, sequence_length: int, count: int, packing: str = "concatenate"
+) -> Iterator[str]:
     """``count`` training samples of each source of a prepared folder, evenly over it, as lines of text.
 
-    A line of its own marks each end of a document; other special tokens are shown by name.
+    A line of its own marks each end of a document; other special tokens are shown by name, padding is left out.
     """
     info = encoder.info
     end = f"---- {encoder.decode([info.eos_id])} end of document"
-    for dataset in MixtureDataset.open(folder, "train", sequence_length).datasets:
+    for dataset in MixtureDataset.open(folder, "train", sequence_length, packing=packing).datasets:
         shown = min(count, len(dataset))
         for number in (k * len(dataset) // shown for k in range(shown)):
-            ids = dataset[number]["input_ids"].tolist()
+            ids = dataset[number]["input_ids"][: dataset.tokens_in(number)].tolist()
             yield f"==== {dataset.folder.parent.name}: sample {number} of {len(dataset)}, {len(ids)} tokens"
             start = 0
             while info.eos_id in ids[start:]:

@@ -8,6 +8,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from muon_dist.errors import ConfigError
 from muon_dist.failures import known, one_line
+from muon_dist.model.load import load_model
+from muon_dist.model.start import saved_config, starting_config, starting_folder
 
-# Keys of the `model` block that are ours: what it is, the weights' dtype, whether ZeRO-3 partitions it as it is built.
-_NOT_OF_THE_CLASS = ("model_type", "dtype", "partitioned_init")
+# Keys of the `model` block that are ours: what it is, the weights' dtype, whether ZeRO-3 partitions it as it is built,
+# where its first weights come from.
+_NOT_OF_THE_CLASS = ("model_type", "dtype", "partitioned_init", "init_from")
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -45,7 +49,8 @@ def build_config(
     """The transformers configuration of the `model` block of a run.
 
     model: `model_type`, and keyword arguments of its configuration class by their exact names; `dtype` and
-    `partitioned_init` are for whoever builds the model. The vocabulary and the special tokens come from the tokenizer;
+    `partitioned_init` are for whoever builds the model. With `init_from` it is that model's, and `model_type` is not
+    needed. The vocabulary and the special tokens come from the tokenizer;
     a larger `vocab_size` pads the vocabulary.
 
     Raises ConfigError that names the key: an unknown model type or keyword argument (with the closest one), a value
@@ -53,7 +58,10 @@ def build_config(
     tokenizer's, another token id.
     """
     arguments = {k: v for k, v in model.items() if k not in _NOT_OF_THE_CLASS}
+    start = starting_folder(model["init_from"]) if model.get("init_from") is not None else None
     kind = model.get("model_type")
+    if start is not None:
+        kind = _kind_of_start(start, kind, arguments, vocab_size)
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         hint = _closest(str(kind), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         raise ConfigError(f"model.model_type: {kind!r} is not a causal language model of transformers{hint}")
@@ -81,6 +89,8 @@ def build_config(
             raise ConfigError(f"model.{name} is {arguments[name]}, but the tokenizer has {value}: remove model.{name}")
         if name != "vocab_size" and value is not None and not 0 <= value < vocab_size:
             raise ConfigError(f"the tokenizer's {name} is {value}, outside its vocabulary of {vocab_size}")
+    if start is not None:
+        return starting_config(start, arguments, given)
     try:
         config = AutoConfig.for_model(kind, **{**arguments, **given})
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -99,7 +109,8 @@ def build_model(
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
 ) -> PreTrainedModel:
-    """A causal language model with fresh weights, the same for the same seed and configuration.
+    """A causal language model with fresh weights, the same for the same seed and configuration; or with the weights of
+    `model["init_from"]`.
 
     dtype: of the weights, "float32", "bfloat16" or "float16"; None takes `model["dtype"]`, else float32. The random
     state of the caller is left as it was. Under `torch.device("meta")` no memory is used and no weight is drawn.
@@ -116,6 +127,8 @@ def build_model(
         bos_token_id=bos_token_id,
         eos_token_id=eos_token_id,
     )
+    if model.get("init_from") is not None and torch.get_default_device().type != "meta":
+        return load_model(starting_folder(model["init_from"]), DTYPES[name], config).train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -127,6 +140,24 @@ def build_model(
                 f"{one_line(error)}"
             ) from error
     return built
+
+
+def _kind_of_start(start: Path, kind: object, arguments: dict[str, Any], vocab_size: int) -> str:
+    """The model type of the model in `start`; its vocabulary is filled into `arguments`. Raises ConfigError."""
+    saved = saved_config(start)
+    if kind not in (None, saved.model_type):
+        raise ConfigError(f"model.model_type: is {kind!r}, and {start} (model.init_from) is a {saved.model_type}")
+    if saved.vocab_size < vocab_size:
+        raise ConfigError(
+            f"model.init_from: {start} has a vocabulary of {saved.vocab_size}, and the tokenizer of {vocab_size}: set "
+            "tokenizer.path to the tokenizer that the model was trained with"
+        )
+    if arguments.setdefault("vocab_size", saved.vocab_size) != saved.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: is {arguments['vocab_size']}, and {start} (model.init_from) has {saved.vocab_size}: "
+            "remove model.vocab_size"
+        )
+    return str(saved.model_type)
 
 
 def _known_arguments(config_class: type[PretrainedConfig]) -> set[str]:

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -25,19 +26,23 @@ PLAIN_TOKENIZERS = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
 """Classes that take tokenizer.json as it is, in transformers 5 and 4."""
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    folder: str | Path, dtype: torch.dtype | None = None, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
     """The causal language model in `folder`, in `dtype` or as it was saved. Raises CheckpointError.
 
-    folder: as transformers saved it, or one of our checkpoints, which is verified first.
+    folder: as transformers saved it, or one of our checkpoints, which is verified first. config: in the place of that
+    in the folder.
     """
     path = Path(folder)
     if (path / MANIFEST).is_file():
-        return _from_checkpoint(open_checkpoint(path), dtype)
+        return _from_checkpoint(open_checkpoint(path), dtype, config)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no model there (config.json is missing)")
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
+            config=config,
             dtype=dtype or "auto",
             local_files_only=True,
             trust_remote_code=False,
@@ -69,27 +74,37 @@ def _check_complete(path: Path, report: Mapping[str, Any]) -> None:
         )
 
 
-def _from_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+def _from_checkpoint(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
     """The model of a checkpoint: its weights alone, also where they lie in the files of many ranks."""
     path = checkpoint.path / MODEL_FOLDER
-    model = _described(path, dtype)
+    model = _described(path, dtype, config)
     found = {WEIGHT: dict(model.named_parameters()), BUFFER: dict(model.named_buffers())}
     with torch.no_grad():
         for kind, name in checkpoint.manifest.tensors:
             if kind in found:
                 if name not in found[kind]:
                     raise CheckpointError(f"{checkpoint.path} holds {name}, which {path} says the model does not have")
-                found[kind].pop(name).copy_(checkpoint.tensor(kind, name))
+                own, saved = found[kind].pop(name), checkpoint.tensor(kind, name)
+                if own.shape != saved.shape:
+                    raise CheckpointError(
+                        f"{checkpoint.path}: {name} has shape {tuple(saved.shape)}, and the model {tuple(own.shape)}"
+                    )
+                own.copy_(saved)
     if found[WEIGHT]:
         raise CheckpointError(f"{checkpoint.path} does not hold {min(found[WEIGHT])}, which {path} says the model has")
     checkpoint.close()
     return model.eval()
 
 
-def _described(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A new model, as `config.json` in `path` describes it."""
+def _described(
+    path: Path, dtype: torch.dtype | None = None, config: PretrainedConfig | None = None
+) -> PreTrainedModel:
+    """A new model, as `config` or `config.json` in `path` describes it."""
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if config is None:
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds on a damaged file
         raise CheckpointError(f"{path}: no model can be made ({type(error).__name__}: {error})") from error

@@ -12,9 +12,10 @@ from torch import nn
 
 from muon_dist.adapters.device import refuse_unseen_gpus
 from muon_dist.adapters.hf_callbacks import Console
+from muon_dist.adapters.hf_curriculum import PartLog, follow_parts
 from muon_dist.adapters.hf_guards import Guards
 from muon_dist.adapters.hf_records import EventsFile, OwnershipFile
-from muon_dist.adapters.hf_settings import check_frameworks
+from muon_dist.adapters.hf_settings import check_frameworks, trial_scheduler
 from muon_dist.adapters.hf_trainer import (
     CheckpointOptions,
     MuonFactory,
@@ -28,13 +29,14 @@ from muon_dist.config.routing import routing_rules
 from muon_dist.data.encoder import vocabulary_size
 from muon_dist.errors import ConfigError
 from muon_dist.failures import one_line
-from muon_dist.model import DTYPES, build_model, check_sequence_length, flops_per_token
+from muon_dist.model import DTYPES, build_model, flops_per_token
 from muon_dist.model.load import load_text_tokenizer
 from muon_dist.optim.groups import param_groups
 from muon_dist.routing import RoutingTable, route
 from muon_dist.train import mesh
 from muon_dist.train.batch import share_batch
 from muon_dist.train.folder import RunFolder
+from muon_dist.train.parts import check_starting_tokenizer, prepare_for_parts, rate_parts
 
 
 class AdamWFactory:
@@ -68,7 +70,11 @@ class AdamWFactory:
 
 
 def make_model(config: Config, tokenizer: Any) -> Any:
-    """The model with fresh weights from `config.seed`, its vocabulary and special tokens from the tokenizer."""
+    """The model, its vocabulary and special tokens from the tokenizer.
+
+    Its weights are fresh ones from `config.seed`, or those of `model.init_from`.
+    """
+    check_starting_tokenizer(config)
     model = build_model(
         config.model,
         vocab_size=vocabulary_size(tokenizer),
@@ -77,7 +83,7 @@ def make_model(config: Config, tokenizer: Any) -> Any:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    check_sequence_length(model.config, config.data.sequence_length)
+    prepare_for_parts(config, model)
     return model
 
 
@@ -193,10 +199,11 @@ def check_settings(config: Config, folder: RunFolder) -> None:
     # Before the arguments: while there are some with ZeRO-3, transformers partitions every model.
     with torch.device("meta"):
         model = build_model(config.model, vocab_size=max(vocabulary or 0, 1), seed=config.seed)
-    check_sequence_length(model.config, config.data.sequence_length)
+    prepare_for_parts(config, model)
     mesh.check(config, model)
     args = training_arguments(config, folder, 1)
     check_frameworks(args)
+    follow_parts(trial_scheduler(args), rate_parts(config), max(args.max_steps, 1))
     if config.deepspeed is not None:
         from muon_dist.adapters.deepspeed import check_zero_settings  # imports DeepSpeed, so only where it is used
 
@@ -264,29 +271,32 @@ def make_trainer(
     table: RoutingTable,
     train_dataset: Any,
     eval_dataset: Any | None,
-    sampler: Callable[[int, int], Iterable[int]],
+    sampler: Callable[[int, int, int], Iterable[int]],
     bytes_per_token: tuple[float, float],
-    passes: Callable[[int], Mapping[str, float]] | None = None,
+    passes: Callable[[int, int], Mapping[str, float]],
     guards: Guards | None = None,
     begin: Callable[[], None] = lambda: None,
 ) -> MuonTrainer:
     """The trainer of a run. args: of `training_arguments`.
 
-    sampler: (samples consumed, samples in all) -> indices into `train_dataset`. begin: see `CheckpointOptions`.
+    sampler: (samples consumed, samples in all, samples per step) -> indices into `train_dataset`. passes: (samples
+    consumed, samples per step) -> passes over each source. begin: see `CheckpointOptions`.
     """
-    total = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * mesh.batches(config)
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * mesh.batches(config)
+    total = args.max_steps * per_step
+    parts = rate_parts(config)
     clip = config.optimizer.clip
     trainer = MuonTrainer(
         model,
         args,
         optimizer_cls_and_kwargs=optimizer_factory(config, table, folder.spectra, folder.audit),
-        callbacks=[EventsFile(folder.events), OwnershipFile(folder.ownership)],
+        callbacks=[EventsFile(folder.events), OwnershipFile(folder.ownership), *([PartLog(parts)] if parts else [])],
         clip_muon=clip.muon,
         clip_adamw=clip.adamw,
         # counted from here: with another batch than before, what was consumed is no part of our total
-        train_sampler=lambda consumed: sampler(consumed, consumed + total),
+        train_sampler=lambda consumed: sampler(consumed, consumed + total, per_step),
         bytes_per_token=bytes_per_token,
-        passes=passes,
+        passes=lambda consumed: passes(consumed, per_step),
         flops_per_token=flops_per_token(model, config.data.sequence_length),
         metrics_path=folder.metrics,
         guards=guards,
@@ -297,5 +307,6 @@ def make_trainer(
         processing_class=tokenizer,
         data_collator=stack_with_positions if mesh.cuts_samples(config) else stack,
     )
+    trainer.rate_parts = parts
     trainer.show_with(Console())
     return trainer

@@ -12,6 +12,7 @@ from muon_dist.config.data import SourceConfig
 from muon_dist.data import Manifest, Source, TokenizerInfo, load_tokenizer
 from muon_dist.data import prepare as prepare_shards
 from muon_dist.data import train_tokenizer as train_tokenizer_folder
+from muon_dist.data.curriculum import CurriculumDataset, CurriculumSampler, DataPart
 from muon_dist.data.dataset import MixtureDataset
 from muon_dist.data.encoder import frame_as_documents
 from muon_dist.data.sampler import MixtureSampler
@@ -27,7 +28,9 @@ def sources(config: Config, wanted: Sequence[SourceConfig] | None = None) -> lis
     """Some sources of text, with what the configuration says of all; by default those that are trained on."""
     shared = {name: getattr(config.data, name) for name in ("on_bad_record", "max_bad_records")}
     chosen = config.data.chosen if wanted is None else wanted
-    return [Source(**shared | source.model_dump(exclude_none=True)) for source in chosen]
+    # One that is drawn in a later part alone has its share of the tokenizer's sample.
+    plain = [source.model_dump(exclude_none=True) for source in chosen]
+    return [Source(**shared | {**source, "weight": source["weight"] or 1.0}) for source in plain]
 
 
 def tokenizer_folder(config: Config) -> Path:
@@ -109,23 +112,33 @@ def prepare(config: Config, overwrite: bool = False, verify: bool = False, rebui
 def shown(config: Config, count: int) -> Iterator[str]:
     """`count` prepared training samples of each source as lines of text; see `show_samples`."""
     encoder = load_tokenizer(tokenizer_folder(config), config.data.add_bos)
-    return show_samples(tokens_folder(config), encoder, config.data.sequence_length, count)
+    return show_samples(tokens_folder(config), encoder, config.data.sequence_length, count, config.data.packing)
 
 
 @dataclass(frozen=True)
 class Datasets:
     """Packed samples of a run, and how many bytes of text one of their tokens stands for."""
 
-    train: MixtureDataset
     validation: MixtureDataset | None
-    weights: tuple[float, ...]
+    parts: tuple[DataPart, ...]
     seed: int
+
+    @property
+    def train(self) -> MixtureDataset:
+        """Samples of the first part; of the whole run without a curriculum."""
+        return self.parts[0].dataset
+
+    @property
+    def drawn(self) -> MixtureDataset | CurriculumDataset:
+        """Samples of all parts, into which the indices of `sampler` lead."""
+        return CurriculumDataset([part.dataset for part in self.parts]) if self.parts[1:] else self.train
 
     @property
     def bytes_per_token(self) -> tuple[float, float]:
         """(train, validation): of the mixture as it is drawn, and of all validation samples."""
-        total = sum(self.weights)
-        train = sum(w / total * d.bytes_per_token for w, d in zip(self.weights, self.train.datasets, strict=True))
+        weights = self.parts[0].weights
+        total = sum(weights)
+        train = sum(w / total * d.bytes_per_token for w, d in zip(weights, self.train.datasets, strict=True))
         return train, bytes_per_token(self.validation) if self.validation is not None else train
 
     def describe(self, config: Config) -> dict[str, Any]:
@@ -136,14 +149,18 @@ class Datasets:
             "samples": {k: dict(zip(d.names, d.lengths, strict=True)) for k, d in splits.items() if d is not None},
         }
 
-    def passes(self, consumed: int) -> dict[str, float]:
+    def passes(self, consumed: int, samples_per_step: int) -> dict[str, float]:
         """Source -> passes over it after so many samples; nothing for a single source, whose passes are the epochs."""
         names = self.train.names
-        return dict(zip(names, self.sampler(0, max(consumed, 1)).passes(consumed), strict=True)) if names[1:] else {}
+        sampler = self.sampler(0, max(consumed, 1), samples_per_step)
+        return dict(zip(names, sampler.passes(consumed), strict=True)) if names[1:] else {}
 
-    def sampler(self, consumed: int, total: int) -> MixtureSampler:
-        """The order of training samples from `consumed` to `total`."""
-        return MixtureSampler(self.train.lengths, self.weights, seed=self.seed, consumed=consumed, total=total)
+    def sampler(self, consumed: int, total: int, samples_per_step: int) -> MixtureSampler | CurriculumSampler:
+        """The order of training samples from `consumed` to `total`, indices into `drawn`."""
+        order: dict[str, Any] = {"seed": self.seed, "consumed": consumed, "total": total}
+        if self.parts[1:]:
+            return CurriculumSampler(self.parts, samples_per_step=samples_per_step, **order)
+        return MixtureSampler(self.train.lengths, self.parts[0].weights, **order)
 
 
 def bytes_per_token(dataset: MixtureDataset) -> float:
@@ -153,9 +170,18 @@ def bytes_per_token(dataset: MixtureDataset) -> float:
 
 def open_datasets(config: Config, vocab_size: int) -> Datasets:
     """The prepared data. DataError when it is missing, damaged or holds tokens beyond `vocab_size`."""
-    data: dict[str, Any] = {"sequence_length": config.data.sequence_length, "vocab_size": vocab_size}
     folder = tokens_folder(config)
-    found = validation_data(config)
-    validation = MixtureDataset.open(*found, **data) if found is not None else None
-    train = MixtureDataset.open(folder, "train", **data)
-    return Datasets(train, validation, tuple(s.weight for s in config.data.chosen), config.seed)
+    opened: dict[tuple[int, str], MixtureDataset] = {}
+    parts = []
+    for part in config.parts:
+        how = (part.sequence_length, part.packing)
+        if how not in opened:
+            opened[how] = MixtureDataset.open(
+                folder, "train", part.sequence_length, vocab_size=vocab_size, packing=part.packing
+            )
+        parts.append(DataPart(part.from_step, opened[how], part.weights))
+    found, first = validation_data(config), config.parts[0]
+    validation = None
+    if found is not None:
+        validation = MixtureDataset.open(*found, first.sequence_length, vocab_size=vocab_size, packing=first.packing)
+    return Datasets(validation, tuple(parts), config.seed)

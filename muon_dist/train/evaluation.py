@@ -39,8 +39,9 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         for batch in batches:
-            ids = batch["input_ids"].to(model.device)
-            sums = token_losses(model(input_ids=ids, use_cache=False).logits, ids).double().sum(dim=0)
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            labels = inputs.pop("labels")
+            sums = token_losses(model(**inputs, use_cache=False).logits, labels).double().sum(dim=0)
             nats, predictions = nats + sums[0].item(), predictions + int(sums[1].item())
     mean = nats / predictions
     return {
@@ -80,7 +81,9 @@ def check_tokenizer(data: str | Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def text_dataset(text: str | Path, folder: Path, sequence_length: int, vocab_size: int) -> Iterator[MixtureDataset]:
+def text_dataset(
+    text: str | Path, folder: Path, sequence_length: int, vocab_size: int, packing: str = "concatenate"
+) -> Iterator[MixtureDataset]:
     """All of a text as samples for the model in `folder`, in a temporary folder that goes with the context.
 
     sequence_length: of a sample at most; a shorter text is one sample. Raises DataError for what is no text.
@@ -95,4 +98,4 @@ def text_dataset(text: str | Path, folder: Path, sequence_length: int, vocab_siz
         source = Source(path=str(text))
         manifest = prepare([source], tokenizer, out, validation_fraction=0.0, progress=False)
         length = min(sequence_length, manifest.totals("train")[0])
-        yield MixtureDataset.open(out, "train", length, vocab_size=vocab_size)
+        yield MixtureDataset.open(out, "train", length, vocab_size=vocab_size, packing=packing)

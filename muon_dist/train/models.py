@@ -103,10 +103,11 @@ def evaluate_folder(
     if sequence_length is None:
         assert config is not None
         sequence_length = config.data.sequence_length
+    packing = config.data.packing if config is not None else "concatenate"
     model = load_model(weights.path)
     opened: AbstractContextManager[MixtureDataset]
     if text is not None:
-        opened = text_dataset(text, weights.path, sequence_length, model.config.vocab_size)
+        opened = text_dataset(text, weights.path, sequence_length, model.config.vocab_size, packing)
     else:
         split = "validation"
         if data is None:
@@ -114,7 +115,8 @@ def evaluate_folder(
             data, split = corpus.validation_data(config) or (corpus.tokens_folder(config), split)
         else:
             check_tokenizer(data, weights.path)
-        opened = nullcontext(MixtureDataset.open(data, split, sequence_length, vocab_size=model.config.vocab_size))
+        vocab_size = model.config.vocab_size
+        opened = nullcontext(MixtureDataset.open(data, split, sequence_length, vocab_size=vocab_size, packing=packing))
     with opened as dataset:
         size = corpus.bytes_per_token(dataset)
         figures = evaluate(model, dataset, size, batch_size=batch_size, max_samples=max_samples)

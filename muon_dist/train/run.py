@@ -150,10 +150,13 @@ def _trainer(
     _say(str(fold(table)))
     count = count_parameters(model)
     train_bytes, _ = datasets.bytes_per_token
+    packing = config.data.packing
+    packed = f"{packing} with {datasets.train.padding:.2%} padding, " if packing != "concatenate" else ""
     _say(
-        f"model {config.model['model_type']}, {count.total:,} parameters, {count.non_embedding:,} outside embeddings; "
-        f"data {len(datasets.train):,} samples of {config.data.sequence_length} tokens, {train_bytes:.3f} bytes per "
-        f"token, ready in {preparation:.1f} s; {distributed.world_size()} processes{mesh.describe(config)}; "
+        f"model {model.config.model_type}, {count.total:,} parameters, {count.non_embedding:,} outside embeddings; "
+        f"data {len(datasets.train):,} samples of {config.data.sequence_length} tokens, {packed}"
+        f"{train_bytes:.3f} bytes per token, "
+        f"ready in {preparation:.1f} s; {distributed.world_size()} processes{mesh.describe(config)}; "
         f"{config.optimizer.name}"
     )
     return ranks.everywhere(
@@ -164,7 +167,7 @@ def _trainer(
             model=model,
             tokenizer=tokenizer,
             table=table,
-            train_dataset=datasets.train,
+            train_dataset=datasets.drawn,
             eval_dataset=datasets.validation,
             sampler=datasets.sampler,
             bytes_per_token=datasets.bytes_per_token,

@@ -1,0 +1,122 @@
+"""The block `curriculum` of a configuration: what changes from an optimizer step on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from muon_dist.config.data import DataConfig
+from muon_dist.config.kinds import Block, NonNegative, PositiveInt
+from muon_dist.config.source import Keys
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class PartDataConfig(Block):
+    """Data of a part; what is null is as in the part before."""
+
+    sequence_length: Annotated[int, Field(ge=2)] | None = Field(default=None, description="tokens in a sample")
+    packing: Literal["concatenate", "document_mask", "best_fit"] | None = Field(
+        default=None, description="how documents share a sample"
+    )
+    weights: Annotated[tuple[NonNegative, ...], BeforeValidator(_tuple)] | None = Field(
+        default=None, description="share of each of data.sources, in their order; 0: not drawn"
+    )
+
+
+class PartConfig(Block):
+    """A part of a run; the part before ends where it begins."""
+
+    from_step: PositiveInt = Field(description="optimizer steps that are done when the part begins")
+    data: PartDataConfig = PartDataConfig()
+    lr_scheduler_type: str | None = Field(
+        default=None,
+        description="schedule over the steps of the part, by its transformers name; null: that before goes on",
+    )
+    lr_scheduler_kwargs: dict[str, Any] | None = Field(default=None, description="arguments of lr_scheduler_type")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="steps of warmup of lr_scheduler_type")
+    lr_scale: NonNegative | None = Field(
+        default=None,
+        description="factor of all learning rates: of the configured ones with lr_scheduler_type, else of the "
+        "schedule that goes on; null: the new schedule begins at the rate that the part before has reached",
+    )
+
+
+@dataclass(frozen=True)
+class PartData:
+    """Data of a part with nothing left open. weights: of each source."""
+
+    from_step: int
+    sequence_length: int
+    packing: str
+    weights: tuple[float, ...]
+
+
+def data_of_parts(data: DataConfig, curriculum: Sequence[PartConfig]) -> tuple[PartData, ...]:
+    """The data of each part of a run; the first is that of the block `data`."""
+    parts = [PartData(0, data.sequence_length, data.packing, tuple(source.weight for source in data.chosen))]
+    for part in curriculum:
+        before, own = parts[-1], part.data
+        length = own.sequence_length if own.sequence_length is not None else before.sequence_length
+        weights = own.weights if own.weights is not None else before.weights
+        parts.append(PartData(part.from_step, length, own.packing or before.packing, weights))
+    return tuple(parts)
+
+
+def curriculum_problems(
+    data: DataConfig, curriculum: Sequence[PartConfig], model: dict[str, Any], longest: Sequence[str]
+) -> Iterator[tuple[Keys, str]]:
+    """What is wrong with the parts; `longest` are the names of a model's longest sequence."""
+    if data.chosen and not any(source.weight for source in data.chosen):
+        yield ("data", "sources"), "have all weight 0, so that nothing is drawn: give one a weight above 0"
+    for index, part in enumerate(curriculum):
+        keys: Keys = ("curriculum", index)
+        if index and part.from_step <= curriculum[index - 1].from_step:
+            yield (
+                (*keys, "from_step"),
+                f"is {part.from_step}, and must be above that of the part before, {curriculum[index - 1].from_step}",
+            )
+        weights = part.data.weights
+        if weights is not None and len(weights) != len(data.chosen):
+            yield (*keys, "data", "weights"), f"has {len(weights)} numbers for {len(data.chosen)} sources"
+        elif weights is not None and not any(weights):
+            yield (*keys, "data", "weights"), "are all 0, so that nothing is drawn"
+        for name in ("lr_scheduler_kwargs", "warmup_steps"):
+            if part.lr_scheduler_type is None and getattr(part, name):
+                yield (*keys, name), "is of lr_scheduler_type, which is not set: set both or none"
+        for name in longest:
+            most, length = model.get(name), part.data.sequence_length
+            if isinstance(most, int) and length is not None and length > most:
+                yield (
+                    (*keys, "data", "sequence_length"),
+                    f"is {length}, more than model.{name} = {most}: shorten it or raise model.{name}",
+                )
+
+
+def packing_problems(
+    parts: Sequence[PartData], parallel: Any, model: dict[str, Any], has_deepspeed: bool
+) -> Iterator[tuple[Keys, str]]:
+    """What documents that are kept apart in a sample do not go with."""
+    packed = [(index, part.packing) for index, part in enumerate(parts) if part.packing != "concatenate"]
+    if not packed:
+        return
+    index, packing = packed[0]
+    keys: Keys = ("data", "packing") if index == 0 else ("curriculum", index - 1, "data", "packing")
+    for axis in ("cp", "sp"):
+        if parallel is not None and getattr(parallel, axis) > 1:
+            yield (
+                keys,
+                f"is {packing}, and parallel.{axis} cuts samples over ranks, whose attention knows no documents: set "
+                f"it to concatenate, or parallel.{axis} to 1",
+            )
+    if has_deepspeed and model.get("partitioned_init"):
+        yield (
+            keys,
+            f"is {packing}, and a model of model.partitioned_init cannot be tried for whether it keeps documents "
+            "apart: leave partitioned_init out, or set it to concatenate",
+        )

@@ -1,0 +1,64 @@
+"""`model.init_from`: the weights that a run begins with, instead of fresh ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from muon_dist.checkpoint import MODEL_FOLDER
+from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.weights import newest_weights
+from muon_dist.errors import ConfigError
+from muon_dist.failures import one_line
+
+
+def starting_folder(path: str) -> Path:
+    """The model folder or checkpoint that `model.init_from` means: of a run folder the newest weights.
+
+    Raises ConfigError when there is none.
+    """
+    root = Path(path)
+    if (root / "config.json").is_file() or (root / MANIFEST).is_file():
+        return root
+    found = newest_weights(root) if root.is_dir() else None
+    if found is None:
+        raise ConfigError(
+            f"model.init_from: {path} is neither a model folder (config.json), nor a checkpoint, nor a run folder "
+            "with one of them"
+        )
+    return found.path
+
+
+def model_within(folder: Path) -> Path:
+    """Where config.json and the tokenizer lie: in the folder itself, or in a part of a checkpoint."""
+    return folder / MODEL_FOLDER if (folder / MANIFEST).is_file() else folder
+
+
+def starting_config(folder: Path, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration of the model in `folder`, with what the `model` block changes (`arguments`) and what follows
+    from the tokenizer (`given`).
+
+    Raises ConfigError that names the key: it cannot be read, or a change is not taken.
+    """
+    path = model_within(folder)
+    try:
+        config = AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, **{**arguments, **given}
+        )
+    except Exception as error:  # transformers raises many kinds on a damaged file
+        raise ConfigError(f"model.init_from: {path}: no configuration can be read ({one_line(error)})") from error
+    for name, value in arguments.items():
+        attribute = "_attn_implementation" if name == "attn_implementation" else name
+        if getattr(config, attribute, None) != value and not isinstance(value, dict):
+            raise ConfigError(
+                f"model.{name}: the model of model.init_from ({config.model_type}) does not take {value!r}"
+            )
+    return config
+
+
+def saved_config(folder: Path) -> PretrainedConfig:
+    """The configuration of the model in `folder` as it is. Raises ConfigError."""
+    return starting_config(folder, {}, {})

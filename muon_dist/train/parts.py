@@ -1,0 +1,57 @@
+"""From the curriculum and the first weights of a configuration to what the model and the trainer need of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from muon_dist.adapters.hf_curriculum import RatePart
+from muon_dist.checkpoint.weights import trained_with
+from muon_dist.config import Config
+from muon_dist.data import load_tokenizer
+from muon_dist.errors import ConfigError
+from muon_dist.model import check_sequence_length
+from muon_dist.model.packed import keep_documents_apart
+from muon_dist.model.start import model_within, starting_folder
+from muon_dist.train import corpus
+
+
+def prepare_for_parts(config: Config, model: Any) -> None:
+    """Check the model against the data of every part, and make it keep documents apart where one asks for that.
+
+    Raises ConfigError: samples longer than its positions, documents that it would mix.
+    """
+    for part in config.parts:
+        check_sequence_length(model.config, part.sequence_length)
+    packed = [part.packing for part in config.parts if part.packing != "concatenate"]
+    if packed:
+        keep_documents_apart(model, packed[0])
+
+
+def check_starting_tokenizer(config: Config) -> None:
+    """Raises ConfigError unless the tokens mean to the model of `model.init_from` what they mean in the data.
+
+    A model folder without a tokenizer is believed.
+    """
+    if config.model.get("init_from") is None:
+        return
+    folder = starting_folder(config.model["init_from"])
+    within = model_within(folder)
+    if not (within / "tokenizer_config.json").is_file():
+        return
+    own = load_tokenizer(corpus.tokenizer_folder(config)).info
+    if own.sha256 not in {load_tokenizer(within).info.sha256, *trained_with(folder)}:
+        raise ConfigError(
+            f"model.init_from: {folder} was trained with another tokenizer than {own.path}, so its embeddings mean "
+            f"other tokens: set tokenizer.path to {within}, and data.dir to a new folder"
+        )
+
+
+def rate_parts(config: Config) -> list[RatePart]:
+    """The learning rates of the parts of the curriculum, and a line about each."""
+    found = []
+    for part in config.curriculum:
+        plain = part.model_dump(exclude={"from_step"}, exclude_defaults=True)
+        about = ", ".join(f"{name} {value}" for name, value in (plain.pop("data", {}) | plain).items())
+        own = (part.lr_scheduler_type, part.lr_scheduler_kwargs, part.warmup_steps, part.lr_scale)
+        found.append(RatePart(part.from_step, *own, about or "as before"))
+    return found
