@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,20 @@ def test_every_page_is_in_the_navigation() -> None:
             listed.add(value) if isinstance(value, str) else walk(value)
 
     walk(yaml.safe_load((ROOT / ".mkdocs.yml").read_text())["nav"])
-    assert listed == {
-        str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*") if p.suffix in (".md", ".ipynb")
-    }
+    assert listed == {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+
+
+def test_the_notebook_is_the_tutorial() -> None:
+    """Its cells are the tutorial's text and commands, as `python docs/.site/notebook.py --write` makes them."""
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    assert "](tutorial.ipynb)" in page  # mkdocs has no page for a notebook, so a link leads to it
+    spec = spec_from_file_location("notebook", ROOT / "docs" / ".site" / "notebook.py")
+    assert spec is not None and spec.loader is not None
+    builder = module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())["cells"]
+    assert [(c["cell_type"], "".join(c["source"])) for c in cells] == builder.cells(page)
+    assert all(c["outputs"] for c in cells if c["cell_type"] == "code" and "cat >" not in "".join(c["source"]))
 
 
 def shell_commands(page: Path) -> list[list[str]]:
