@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,20 @@ def test_every_page_is_in_the_navigation() -> None:
             listed.add(value) if isinstance(value, str) else walk(value)
 
     walk(yaml.safe_load((ROOT / ".mkdocs.yml").read_text())["nav"])
-    assert listed == {
-        str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*") if p.suffix in (".md", ".ipynb")
-    }
+    assert listed == {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
+
+
+def test_the_notebook_is_the_tutorial() -> None:
+    """Its cells are the tutorial's text and commands, as `python docs/.site/notebook.py --write` makes them."""
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    assert "](tutorial.ipynb)" in page  # mkdocs has no page for a notebook, so a link leads to it
+    spec = spec_from_file_location("notebook", ROOT / "docs" / ".site" / "notebook.py")
+    assert spec is not None and spec.loader is not None
+    builder = module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())["cells"]
+    assert [(c["cell_type"], "".join(c["source"])) for c in cells] == builder.cells(page)
+    assert all(c["outputs"] for c in cells if c["cell_type"] == "code" and "cat >" not in "".join(c["source"]))
 
 
 def shell_commands(page: Path) -> list[list[str]]:
@@ -86,8 +98,8 @@ def shell_commands(page: Path) -> list[list[str]]:
     return found
 
 
-def check_ours(words: list[str], where: str) -> None:
-    """A `muon-dist` command names a command and options that there are, and configurations that exist."""
+def check_ours(words: list[str], where: str, written: set[str]) -> None:
+    """A command names a subcommand and options that there are, and configurations that exist or are `written` before."""
     command: Any = get_command(app)
     rest = list(words)
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
@@ -100,15 +112,16 @@ def check_ours(words: list[str], where: str) -> None:
     used = {w.partition("=")[0] for w in rest if w.startswith("--")}
     assert used <= known, f"{where}: no option {sorted(used - known)}"
     for path in (w for w in rest if w.startswith(("configs/", "launch/")) and "..." not in w):
-        assert (ROOT / path).exists(), f"{where}: no file {path}"
+        assert path in written or (ROOT / path).exists(), f"{where}: no file {path}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_name_what_there_is(page: Path) -> None:
+    written = set(re.findall(r"^cat > (\S+)", page.read_text(), re.MULTILINE))
     for words in shell_commands(page):
         where = f"{name(page)}: {' '.join(words)}"
         if words[0] == "muon-dist":
-            check_ours(words[1:], where)
+            check_ours(words[1:], where, written)
         elif words[0] == "bash" and words[1].endswith(".sh") and words[1].startswith(("launch/", ".ci/")):
             assert (ROOT / words[1]).is_file(), f"{where}: no such script"
         elif words[0] == "pytest":
