@@ -84,7 +84,7 @@ class ProgramCompiler:
                 places[i] = Place(group, update_scale(groups[group]["scale"], layouts[i].matrix), p.device)
         iteration = _iteration_dtypes(groups.values(), self.device)
         widest = max((d.itemsize for d in iteration), default=4)
-        also = max(len(self.rules[index].sends) for index in groups)
+        also = max((len(self.rules[index].sends) for index in groups), default=0)
         elements = bucket_elements(self.options.bucket_bytes, widest, moves(self.plan, places), also)
         smallest = smallest_bucket(self.device.type)
         buckets = make_buckets(self.plan, sorted(places), elements, self.options.overlap, smallest)
