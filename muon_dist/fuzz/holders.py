@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -78,7 +79,8 @@ def _by_pattern(case: Case, model: Any, options: Mapping[str, dict[str, Any]]) -
         if p.kind == MUON and (p.heads or p.sizes):
             entry["split"] = {"heads": p.heads} if p.heads else {"sizes": list(p.sizes or ())}
         entries.append(entry)
-    groups = param_groups(model, groups=entries)
+    with contextlib.redirect_stdout(io.StringIO()):  # the routing table of every case
+        groups = param_groups(model, groups=entries)
     by_fqn = {p.fqn: p for p in trained}
     for group in groups:
         kind = _options_of(by_fqn[group["param_names"][0]])
