@@ -106,7 +106,9 @@ class Holder:
         self.parameters = named(case, self.model)
         module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
         self.optimizer = make_optimizer(case, module, self.parameters)
-        self._second = {id(self.parameters[p.fqn]) for p in case.parameters if _options_of(p) == SECOND}
+        second = {id(self.parameters[p.fqn]) for p in case.parameters if _options_of(p) == SECOND}
+        # By index: an engine puts tensors of its own into the groups.
+        self._second = [any(id(p) in second for p in group["params"]) for group in self.optimizer.param_groups]
 
     def wrap(self, model: Model) -> Any:
         if self.setup.framework != DDP:
@@ -126,8 +128,7 @@ class Holder:
         self.finish()
 
     def set_rate(self, step: int) -> None:
-        for group in self.optimizer.param_groups:
-            second = any(id(p) in self._second for p in group["params"])
+        for group, second in zip(self.optimizer.param_groups, self._second, strict=True):
             group["lr"] = self.case.rate(step) * (0.5 if second else 1.0)
 
     def backward(self, fed: Tensors, last: bool) -> None:
