@@ -175,10 +175,9 @@ class Case:
     def exact(self) -> bool:
         """Whether gradients are made of few bits, so that every sum of them is exact in 16 bits too.
 
-        16-bit gradients would be rounded otherwise, before any optimizer sees them. And SOAP turns by eigenvectors:
-        those of a singular covariance depend on its last bit.
+        16-bit gradients would be rounded otherwise, before any optimizer sees them.
         """
-        return self.rule == "soap_muon" or self.dtype != "float32"
+        return self.dtype != "float32"
 
     def segments(self) -> list[tuple[Setup, range]]:
         """What holds the model in which steps; two where another group of processes goes on."""
@@ -226,7 +225,7 @@ class Case:
         if any(setup.framework not in (PROCESS, DDP, FSDP2, ZERO) for setup, _ in self.segments()):
             return "framework must be process, ddp, fsdp2 or zero"
         if self.exact and (self.clip is not None or any(not self.sums_exactly(s) for s, _ in self.segments())):
-            return "16-bit gradients and those of soap_muon are summed exactly: no clip, and powers of 2 alone"
+            return "16-bit gradients are summed exactly: without clip, and over 1, 2, 4, ... samples"
         for setup, _ in self.segments():
             if setup.shard > 1 and any(p.leaves_empty(setup.tp) for p in self.parameters):
                 return "torch's FSDP2 takes no parameter of which tensor parallelism leaves a rank nothing"

@@ -20,7 +20,7 @@ class Reference:
     """The weights of a case, stepped plainly.
 
     Args:
-        noise: of what Newton-Schulz gets, relative to its norm. Two references, one with noise, tell how much of a
+        noise: of what Newton-Schulz gets (and of SOAP's gradients), relative to its norm. Two references, one with noise, tell how much of a
             case rounding decides.
 
     Attributes:
@@ -86,6 +86,8 @@ class Reference:
         pairs = zip(p.matrices(self.weights[p.fqn]), p.matrices(gradient), strict=True)
         for i, (w, g) in enumerate(pairs):
             kept = self.memory.setdefault((p.name, i), {"rest": 0, "moved": False})
+            if case.rule == "soap_muon":
+                g = self._noisy(g)
             if p.transposed:  # (out, in), as in the papers
                 w, g = w.mT, g.mT
             zero = not bool(g.any())
@@ -96,9 +98,12 @@ class Reference:
             self.orthogonalized += 1
 
     def _orthogonalize(self, u: torch.Tensor) -> torch.Tensor:
-        if self._noise:
-            generator = torch.Generator().manual_seed(self.orthogonalized)
-            noise = torch.randn(u.shape, generator=generator, dtype=u.dtype)
-            u = u + self._noise * u.norm() * noise / noise.norm()
         rows = self.case.ns_rows
-        return plain_newton_schulz(u, len(rows) or self.case.ns_steps, rows or "keller")
+        return plain_newton_schulz(self._noisy(u), len(rows) or self.case.ns_steps, rows or "keller")
+
+    def _noisy(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._noise:
+            return x
+        generator = torch.Generator().manual_seed(self.orthogonalized)
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        return x + self._noise * x.norm() * noise / noise.norm()
