@@ -26,7 +26,11 @@ SECOND = "second"
 def make_optimizer(case: Case, model: Any, parameters: Mapping[str, Any]) -> Muon:
     """The optimizer of a case over the parameters of `model`, which are given by FQN too."""
     own = {"weight_decay": case.weight_decay, "scale": case.scale, "nesterov": case.nesterov}
-    first = {"rule": case.rule, "momentum": case.momentum, **{k: v for k, v in own.items() if v is not None}}
+    first: dict[str, Any] = {
+        "rule": case.rule,
+        "momentum": case.momentum,
+        **{k: v for k, v in own.items() if v is not None},
+    }
     if case.rule == "hyperball":
         del first["weight_decay"]
     if case.rule_options:
@@ -34,7 +38,10 @@ def make_optimizer(case: Case, model: Any, parameters: Mapping[str, Any]) -> Muo
     iteration: dict[str, Any] = {"ns_steps": case.ns_steps}
     if case.ns_rows:
         iteration = {"ns_schedule": [list(row) for row in case.ns_rows]}
-    options = {"muon": {**iteration, **first}, SECOND: {**iteration, "rule": "muon", **second_group(case)}}
+    options: dict[str, dict[str, Any]] = {
+        "muon": {**iteration, **first},
+        SECOND: {**iteration, "rule": "muon", **second_group(case)},
+    }
     options["adamw"] = ADAMW_OPTIONS
     if case.by_pattern:
         groups = _by_pattern(case, model, options)

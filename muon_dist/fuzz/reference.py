@@ -20,8 +20,8 @@ class Reference:
     """The weights of a case, stepped plainly.
 
     Args:
-        noise: of what Newton-Schulz gets (and of SOAP's gradients), relative to its norm. Two references, one with noise, tell how much of a
-            case rounding decides.
+        noise: of what Newton-Schulz gets and of SOAP's gradients, relative to their norm. Two references, one with
+            noise, tell how much of a case rounding decides.
 
     Attributes:
         weights: by FQN, in fp64.
