@@ -45,6 +45,9 @@ FOUND = [
     '{"seed":1,"steps":3,"parameters":[{"name":"p0","shape":[8,6],"tp":1},{"name":"p1","shape":[5],"kind":"adamw"},'
     '{"name":"p2","shape":[4,4]}],"setup":{"framework":"fsdp2","shard":2,"tp":2},'
     '"resume":{"at":2,"how":"checkpoint","setup":{"framework":"fsdp2","shard":2,"tp":2}}}',
+    # a step of AdamW's group alone
+    '{"seed":883,"parameters":[{"name":"p1","shape":[7,8]},{"name":"p3","shape":[8,1],"kind":"adamw"}],'
+    '"setup":{"framework":"zero","stage":1}}',
 ]
 
 

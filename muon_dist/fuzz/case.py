@@ -128,6 +128,13 @@ class Case:
     Attributes:
         seed: of weights and gradients.
         nesterov, scale: None for the rule's default.
+        rule_options: of the first group; a part is one of them.
+        ns_rows: rows of an own `ns_schedule`; none for Keller Jordan's.
+        dtype: of weights and gradients; "bfloat16" or "float16" come with `rounding`.
+        rounding: "master" (`master_weights`) or "stochastic" (`stochastic_rounding`).
+        momentum_everywhere: the optimizer's option.
+        audit: every step is audited; an alarm is an error.
+        by_pattern: groups are made by `param_groups(model, groups=...)`, an entry for each parameter.
         wire: dtype of the messages, None for that of the updates.
         clip: bound of the norm of all gradients.
         clip_muon: with DeepSpeed, clip the gradients of Muon too.
@@ -145,7 +152,14 @@ class Case:
     momentum: float = 0.95
     nesterov: bool | None = None
     scale: str | None = None
+    rule_options: tuple[tuple[str, float | bool], ...] = ()
     ns_steps: int = 5
+    ns_rows: tuple[tuple[float, float, float], ...] = ()
+    dtype: str = "float32"
+    rounding: str | None = None
+    momentum_everywhere: bool = False
+    audit: bool = False
+    by_pattern: bool = False
     bucket_mb: float = 256.0
     overlap: bool = True
     wire: str | None = None
@@ -156,6 +170,14 @@ class Case:
     zero: tuple[tuple[int, str, int], ...] = ()
     missing: tuple[tuple[int, str], ...] = ()
     resume: Resume | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether gradients are made of few bits, so that every sum of them is exact in 16 bits too.
+
+        16-bit gradients would be rounded otherwise, before any optimizer sees them.
+        """
+        return self.dtype != "float32"
 
     def segments(self) -> list[tuple[Setup, range]]:
         """What holds the model in which steps; two where another group of processes goes on."""
@@ -202,10 +224,17 @@ class Case:
             return "resume.at must lie between the first step and the last"
         if any(setup.framework not in (PROCESS, DDP, FSDP2, ZERO) for setup, _ in self.segments()):
             return "framework must be process, ddp, fsdp2 or zero"
+        if self.exact and (self.clip is not None or any(not self.sums_exactly(s) for s, _ in self.segments())):
+            return "16-bit gradients are summed exactly: without clip, and over 1, 2, 4, ... samples"
         for setup, _ in self.segments():
             if setup.shard > 1 and any(p.leaves_empty(setup.tp) for p in self.parameters):
                 return "torch's FSDP2 takes no parameter of which tensor parallelism leaves a rank nothing"
         return None
+
+    def sums_exactly(self, setup: Setup) -> bool:
+        """Whether the mean over the samples of a step is exact for gradients of few bits."""
+        count = setup.data * self.accumulation
+        return count & (count - 1) == 0
 
     def without(self, name: str) -> Case:
         """This case without one parameter."""
@@ -220,6 +249,12 @@ class Case:
         """The first steps of this case."""
         resume = self.resume if self.resume is not None and self.resume.at < steps else None
         return replace(self, steps=steps, resume=resume)
+
+
+def second_group(case: Case) -> dict[str, Any]:
+    """Options of the parameters with `group` 1. Patterns do not choose momentum: it is then that of the others."""
+    others = {"momentum": case.momentum, "nesterov": True} if case.by_pattern else {}
+    return {**SECOND_GROUP, **others}
 
 
 def _sparse(value: Any) -> dict[str, Any]:

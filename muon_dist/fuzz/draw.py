@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+from muon_dist.audit.recompute import MUON_RULES
 from muon_dist.fuzz.case import (
     ADAMW,
     CHECKPOINT,
@@ -21,6 +22,7 @@ from muon_dist.fuzz.case import (
     Resume,
     Setup,
 )
+from muon_dist.optim.rules import RULES
 
 SIDES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 33)
 _MESHES = (
@@ -37,6 +39,14 @@ _MESHES = (
 )
 """(replicate, shard, tp) of FSDP2, HSDP and tensor parallelism."""
 _WEIGHTS = (8, 6, 4, 6, 6, 3, 8, 2, 2, 1)
+_PARTS: dict[str, float | bool] = {
+    "cautious": True,
+    "row_floor": 0.3825,
+    "radial_brake": 0.5,
+    "muoneq": True,
+    "muon_plus": True,
+}
+_ROWS = (((3.4445, -4.775, 2.0315), (2.0, -1.5, 0.5)), ((4.0848, -6.8946, 2.927), (1.875, -1.25, 0.375)) * 2)
 _ENGINES = 0.06
 """Share of DeepSpeed: an engine costs as much as ten others."""
 
@@ -45,7 +55,7 @@ def draw(seed: int, number: int, engines: bool = True) -> Case:
     """Case `number` of a seed. engines: whether DeepSpeed may be drawn."""
     r = random.Random(f"{seed}/{number}")
     setup = draw_setup(r, engines)
-    rule = r.choices(("muon", "normuon", "hyperball", "namo"), (5, 2, 2, 2))[0]
+    rule = r.choices(("muon", "normuon", "adamuon", "soap_muon", "hyperball", "namo"), (5, 2, 2, 2, 2, 2))[0]
     case = Case(
         seed=r.randrange(1000),
         steps=r.randint(1, 5),
@@ -56,7 +66,9 @@ def draw(seed: int, number: int, engines: bool = True) -> Case:
         weight_decay=r.choice((0.0, 0.1, 0.1)),
         momentum=r.choice((0.95, 0.95, 0.5)),
         nesterov=r.choice((None, None, False)) if rule != "namo" else None,
-        scale=r.choice((None, None, "spectral", "none", "match_rms_adamw")) if rule != "hyperball" else None,
+        scale=r.choice((None, None, "spectral", "none", "match_rms_adamw", "unit_rms"))
+        if rule != "hyperball"
+        else None,
         ns_steps=r.choice((5, 5, 1, 3, 6)),
         bucket_mb=r.choice((256.0, 256.0, 1e-4, 1e-3, 5e-3)),
         overlap=r.random() < 0.7,
@@ -67,9 +79,61 @@ def draw(seed: int, number: int, engines: bool = True) -> Case:
     )
     if setup.framework == ZERO:
         case = replace(case, clip_muon=r.random() < 0.5)
+    case = _with_options(r, case)
+    if rule == "soap_muon":
+        case = replace(case, parameters=tuple(_squared(r, p) for p in case.parameters))
     if case.steps > 1 and r.random() < 0.3:
         case = replace(case, resume=_resume(r, case, engines))
-    return _with_gaps(r, _holdable(case))
+    return _with_gaps(r, _holdable(_with_dtype(r, case)))
+
+
+def _with_options(r: random.Random, case: Case) -> Case:
+    """What rules, parts and the optimizer have besides."""
+    own = {"normuon": {"beta2": 0.9}, "adamuon": {"beta2": 0.9}, "namo": {"mu2": 0.9}, "soap_muon": {"beta2": 0.8}}
+    chosen: dict[str, float | bool] = dict(own.get(case.rule, {}) if r.random() < 0.3 else {})
+    refused = RULES[case.rule].refused
+    for name, value in _PARTS.items():
+        if name not in refused and r.random() < 0.12:
+            chosen[name] = value
+    rows = r.choice(_ROWS) if r.random() < 0.12 else ()
+    patterns = r.random() < 0.15 and not any(p.transposed for p in case.parameters)
+    return replace(
+        case,
+        rule_options=tuple(chosen.items()),
+        ns_rows=rows,
+        ns_steps=5 if rows else case.ns_steps,
+        momentum_everywhere=r.random() < 0.12,
+        audit=r.random() < 0.2 and _audited(case, bool(rows or chosen)),
+        by_pattern=patterns,
+    )
+
+
+def _squared(r: random.Random, p: Parameter) -> Parameter:
+    """Square, for most: the eigenvectors of a singular covariance are no number of a formula, but of rounding."""
+    if p.kind != MUON or p.heads or p.sizes or r.random() < 0.3:
+        return p
+    return replace(p, shape=(*p.shape[:-1], p.shape[-2]))
+
+
+def _audited(case: Case, others: bool) -> bool:
+    """Whether the audit has the formulas of a case. others: rows or options of a rule that are not its defaults."""
+    return case.rule in MUON_RULES and case.scale != "unit_rms" and not others
+
+
+def _with_dtype(r: random.Random, case: Case) -> Case:
+    """16-bit weights for some; what has to be exact loses what would round its gradients."""
+    plain = all(setup.framework != ZERO for setup, _ in case.segments())
+    if plain and case.rule != "adamuon" and r.random() < 0.15:
+        case = replace(case, dtype="bfloat16", rounding=r.choice(("master", "master", "stochastic")))
+        if case.rounding == "master" and r.random() < 0.2:
+            case = replace(case, dtype="float16")
+    if not case.exact:
+        return case
+    case = replace(case, clip=None, wire=None if case.wire == "bfloat16" else case.wire)
+    case = replace(case, accumulation=min(case.accumulation, 2))
+    if not all(case.sums_exactly(setup) for setup, _ in case.segments()):
+        return replace(case, dtype="float32", rounding=None)
+    return case
 
 
 def _holdable(case: Case) -> Case:

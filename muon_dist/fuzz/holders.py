@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,27 +15,50 @@ from torch.nn.parallel import DistributedDataParallel
 
 from muon_dist.adapters import module_state
 from muon_dist.checkpoint import Checkpoint, Holding
-from muon_dist.fuzz.case import ADAMW, ADAMW_OPTIONS, DDP, MUON, SECOND_GROUP, Case, Setup
+from muon_dist.fuzz.case import ADAMW, ADAMW_OPTIONS, DDP, FROZEN, MUON, Case, Parameter, Setup, second_group
 from muon_dist.fuzz.model import Model, Tensors, named, sample
+from muon_dist.optim.groups import param_groups
 from muon_dist.optim.muon import Muon
 
 SECOND = "second"
 
 
-def make_optimizer(case: Case, parameters: Mapping[str, Any]) -> Muon:
-    """The optimizer of a case over its parameters, by FQN."""
+def make_optimizer(case: Case, model: Any, parameters: Mapping[str, Any]) -> Muon:
+    """The optimizer of a case over the parameters of `model`, which are given by FQN too."""
     own = {"weight_decay": case.weight_decay, "scale": case.scale, "nesterov": case.nesterov}
-    first = {"rule": case.rule, "momentum": case.momentum, **{k: v for k, v in own.items() if v is not None}}
+    first: dict[str, Any] = {
+        "rule": case.rule,
+        "momentum": case.momentum,
+        **{k: v for k, v in own.items() if v is not None},
+    }
     if case.rule == "hyperball":
         del first["weight_decay"]
-    groups: list[dict[str, Any]] = [
-        _group(case, parameters, MUON, 0, name="muon", ns_steps=case.ns_steps, **first),
-        _group(case, parameters, MUON, 1, name=SECOND, ns_steps=case.ns_steps, rule="muon", **SECOND_GROUP),
-        _group(case, parameters, ADAMW, 0, name="adamw", **ADAMW_OPTIONS),
-    ]
+    if case.rule_options:
+        first["rule_options"] = dict(case.rule_options)
+    iteration: dict[str, Any] = {"ns_steps": case.ns_steps}
+    if case.ns_rows:
+        iteration = {"ns_schedule": [list(row) for row in case.ns_rows]}
+    options: dict[str, dict[str, Any]] = {
+        "muon": {**iteration, **first},
+        SECOND: {**iteration, "rule": "muon", **second_group(case)},
+    }
+    options["adamw"] = ADAMW_OPTIONS
+    if case.by_pattern:
+        groups = _by_pattern(case, model, options)
+    else:
+        groups = [
+            _group(case, parameters, MUON, 0, name="muon", **options["muon"]),
+            _group(case, parameters, MUON, 1, name=SECOND, **options[SECOND]),
+            _group(case, parameters, ADAMW, 0, name="adamw", **options["adamw"]),
+        ]
     return Muon(
         [g for g in groups if g["params"]],
         lr=case.lr,
+        master_weights=case.rounding == "master",
+        stochastic_rounding=case.rounding == "stochastic",
+        rounding_seed=case.seed,
+        momentum_everywhere=case.momentum_everywhere,
+        audit={"every": 1, "seed": case.seed} if case.audit else None,
         ns_dtype=torch.float32,
         bucket_mb=case.bucket_mb,
         overlap=case.overlap,
@@ -49,6 +74,31 @@ def _group(case: Case, parameters: Mapping[str, Any], kind: str, number: int, **
     return {"params": [parameters[n] for n in names], "param_names": names, "algorithm": kind, **cuts, **options}
 
 
+def _by_pattern(case: Case, model: Any, options: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups as a user writes them: an entry for each parameter, and what entries do not say on the groups."""
+    said = ("weight_decay", "scale", "rule", "rule_options")
+    trained = [p for p in case.parameters if p.kind != FROZEN]
+    entries = []
+    for p in trained:
+        chosen = options[_options_of(p)]
+        entry: dict[str, Any] = {"pattern": re.escape(p.fqn), "algorithm": p.kind}
+        entry |= {key: chosen[key] for key in said if key in chosen}
+        if p.kind == MUON and (p.heads or p.sizes):
+            entry["split"] = {"heads": p.heads} if p.heads else {"sizes": list(p.sizes or ())}
+        entries.append(entry)
+    with contextlib.redirect_stdout(io.StringIO()):  # the routing table of every case
+        groups = param_groups(model, groups=entries)
+    by_fqn = {p.fqn: p for p in trained}
+    for group in groups:
+        kind = _options_of(by_fqn[group["param_names"][0]])
+        group |= {key: value for key, value in options[kind].items() if key not in said}
+    return groups
+
+
+def _options_of(p: Parameter) -> str:
+    return SECOND if p.kind == MUON and p.group == 1 else p.kind
+
+
 class Holder:
     """The model and its optimizer on this rank.
 
@@ -61,7 +111,11 @@ class Holder:
         self.case, self.setup = case, setup
         self.model: Any = self.wrap(Model(case, weights))
         self.parameters = named(case, self.model)
-        self.optimizer = make_optimizer(case, self.parameters)
+        module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        self.optimizer = make_optimizer(case, module, self.parameters)
+        second = {id(self.parameters[p.fqn]) for p in case.parameters if _options_of(p) == SECOND}
+        # By index: an engine puts tensors of its own into the groups.
+        self._second = [any(id(p) in second for p in group["params"]) for group in self.optimizer.param_groups]
 
     def wrap(self, model: Model) -> Any:
         if self.setup.framework != DDP:
@@ -81,8 +135,8 @@ class Holder:
         self.finish()
 
     def set_rate(self, step: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.case.rate(step) * (0.5 if group["name"] == SECOND else 1.0)
+        for group, second in zip(self.optimizer.param_groups, self._second, strict=True):
+            group["lr"] = self.case.rate(step) * (0.5 if second else 1.0)
 
     def backward(self, fed: Tensors, last: bool) -> None:
         waits = not last and self.setup.framework == DDP and not self.case.missing
@@ -106,7 +160,24 @@ class Holder:
 
     def whole(self) -> Tensors:
         """The weights, whole, by FQN; a collective."""
-        return {name: whole(p.detach()).clone() for name, p in self.parameters.items()}
+        return {name: self._whole(p) for name, p in self.parameters.items()}
+
+    def _whole(self, p: Any) -> torch.Tensor:
+        """A weight in fp32, whole: its master, if it has one."""
+        found = whole(p.detach())
+        master = self.optimizer.state.get(p, {}).get("master_weight")
+        if master is None:
+            return found.float().clone()
+        master = whole(master)
+        if not torch.equal(master.to(found.dtype), found):
+            raise AssertionError("a weight is not its master, rounded")
+        return master.float().clone()
+
+    def check(self) -> None:
+        """Raises AssertionError for an alarm of the audit: there is nothing to find."""
+        audit = self.optimizer.audit
+        if audit is not None and audit.alarms:
+            raise AssertionError(f"the audit has raised an alarm: {audit.alarms[0]}")
 
     def holding(self, source: Checkpoint | None = None) -> Holding:
         """What a checkpoint of ours holds of this rank."""

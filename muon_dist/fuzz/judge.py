@@ -18,6 +18,13 @@ RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
 TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 0.3
 """Of the error of `distance`. Newton-Schulz makes rounding up to 485 times larger where a singular value is small, and
 far more where the messages themselves are rounded to 16 bits."""
+NOISE, ROUNDED_NOISE = 3e-7, 4e-3
+"""What rounding does to the input of Newton-Schulz, in fp32 and in bfloat16. AdaMuon and SOAP divide what comes out by
+its own size, element by element: where an element is zero but for rounding, rounding decides it."""
+SPREAD_SHARE = 8.0
+"""How often the error may be as large as what such noise does to the reference."""
+STOCHASTIC = 2.0**-7
+"""Stochastic rounding moves a bfloat16 weight by less than this share of it, in each step (hyperball: twice)."""
 PATIENCE = 60.0
 """Seconds after which a case hangs: it takes about one, and machines do other work too."""
 _JOBS_OF_A_POOL = 150
@@ -45,12 +52,16 @@ def tolerance(case: Case) -> float:
     return ROUNDED_TOLERANCE if case.wire == "bfloat16" else TOLERANCE
 
 
-def distance(found: torch.Tensor, wanted: torch.Tensor, first: torch.Tensor) -> float:
-    """||found - wanted|| over ||wanted - first|| + 1e-3 ||wanted||: an error of the change, where there is one."""
+def distance(found: torch.Tensor, wanted: torch.Tensor, first: torch.Tensor, rounded: float = 0.0) -> float:
+    """||found - wanted|| over ||wanted - first|| + 1e-3 ||wanted||: an error of the change, where there is one.
+
+    rounded: share of the norm of the weights by which they may differ besides.
+    """
     if found.shape != wanted.shape or not bool(torch.isfinite(found).all()):
         return float("inf")
     size = (wanted - first.double()).norm() + 1e-3 * wanted.norm()
-    return float((found.double() - wanted).norm() / size.clamp_min(1e-30))
+    spared = rounded * torch.maximum(wanted.norm(), first.double().norm())
+    return float(((found.double() - wanted).norm() - spared).clamp_min(0.0) / size.clamp_min(1e-30))
 
 
 class Judge:
@@ -77,6 +88,7 @@ class Judge:
         text = case.to_json()
         with tempfile.TemporaryDirectory() as folder:
             reference, orthogonalized = Reference(case), 0
+            noisy = Reference(case, ROUNDED_NOISE if case.wire == "bfloat16" else NOISE)
             for number, (setup, steps) in enumerate(case.segments()):
                 answers = self._answers(setup.world, text, number, folder)
                 failed = _failed(answers)
@@ -84,9 +96,10 @@ class Judge:
                     return failed
                 for step in steps:
                     reference.step(step)
+                    noisy.step(step)
                 done = sum(answer.value.orthogonalized for answer in answers)
                 orthogonalized += done // _groups(case, setup)
-        outcome = self._compare(case, reference, [answer.value for answer in answers])
+        outcome = self._compare(case, reference, noisy, [answer.value for answer in answers])
         if outcome.kind == RIGHT and orthogonalized != reference.orthogonalized:
             said = f"{orthogonalized} matrices were orthogonalized in place of {reference.orthogonalized}"
             return Outcome(WRONG, outcome.error, outcome.parameter, said)
@@ -101,12 +114,15 @@ class Judge:
             self._pools.pop(world).close()
         return answers
 
-    def _compare(self, case: Case, reference: Reference, found: Sequence[Found]) -> Outcome:
+    def _compare(self, case: Case, reference: Reference, noisy: Reference, found: Sequence[Found]) -> Outcome:
         first = start(case)
         worst, name, where = 0.0, None, 0
+        rounded = 2 * STOCHASTIC * case.steps if case.rounding == "stochastic" else 0.0
         for rank, of_rank in enumerate(found):
             for p in case.parameters:
-                error = distance(of_rank.weights[p.fqn], reference.weights[p.fqn], first[p.fqn])
+                wanted = reference.weights[p.fqn]
+                error = distance(of_rank.weights[p.fqn], wanted, first[p.fqn], rounded)
+                error = max(0.0, error - SPREAD_SHARE * distance(noisy.weights[p.fqn], wanted, first[p.fqn]))
                 if error > worst:
                     worst, name, where = error, p.fqn, rank
         if worst > tolerance(case):

@@ -16,7 +16,7 @@ from muon_dist.fuzz.case import FROZEN, Case, Parameter
 
 Tensors = dict[str, torch.Tensor]
 TIED = "_again"
-_SIZES = (1.0, 0.1, 10.0)
+_SIZES = (1.0, 0.125, 8.0)
 """Gradients differ in size between steps, so that clipping changes what momentum is made of."""
 
 
@@ -28,8 +28,9 @@ def _generator(*numbers: int) -> torch.Generator:
 
 
 def start(case: Case) -> Tensors:
-    """The weights of a case before its first step, by FQN."""
-    return {p.fqn: 0.5 * torch.randn(p.shape, generator=_generator(case.seed, i)) for i, p in _numbered(case)}
+    """The weights of a case before its first step, by FQN, in fp32; values of the case's dtype."""
+    drawn = {p.fqn: 0.5 * torch.randn(p.shape, generator=_generator(case.seed, i)) for i, p in _numbered(case)}
+    return {fqn: w.to(getattr(torch, case.dtype)).float() for fqn, w in drawn.items()}
 
 
 def _numbered(case: Case) -> Iterator[tuple[int, Parameter]]:
@@ -44,8 +45,10 @@ def sample(case: Case, step: int, number: int) -> Tensors:
     for i, p in _numbered(case):
         if p.kind == FROZEN or (step, p.name) in case.missing:
             continue
-        size = _SIZES[(case.seed + step) % 3]
-        given = size * torch.randn(p.shape, generator=_generator(case.seed, i, step + 1, number))
+        given = torch.randn(p.shape, generator=_generator(case.seed, i, step + 1, number))
+        if case.exact:
+            given = (3 * given).round().clamp(-7, 7)
+        given = _SIZES[(case.seed + step) % 3] * given
         for at, name, matrix in case.zero:
             if (at, name) == (step, p.name):
                 (given if matrix < 0 else p.matrices(given)[matrix]).zero_()
@@ -56,12 +59,12 @@ def sample(case: Case, step: int, number: int) -> Tensors:
 class Layer(nn.Module):
     """Parameters that one module holds."""
 
-    def __init__(self, parameters: list[Parameter], weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, parameters: list[Parameter], weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.fqns = {p.name: p.fqn for p in parameters}
         self.tied = {p.name for p in parameters if p.tied}
         for p in parameters:
-            made = nn.Parameter(weights[p.fqn].clone(), requires_grad=p.kind != FROZEN)
+            made = nn.Parameter(weights[p.fqn].to(dtype, copy=True), requires_grad=p.kind != FROZEN)
             self.register_parameter(p.name, made)
             if p.tied:
                 self.register_parameter(p.name + TIED, made)
@@ -81,7 +84,7 @@ def _product(parameter: Any, fed: torch.Tensor) -> torch.Tensor:
         whole = DTensor.from_local(fed, mesh, [Replicate()] * mesh.ndim, run_check=False)
         fed = whole.redistribute(placements=parameter.placements).to_local()
         parameter = parameter.to_local()
-    return (parameter * fed).sum()
+    return (parameter * fed.to(parameter.dtype)).sum(dtype=torch.float32)
 
 
 class Model(nn.Module):
@@ -90,7 +93,9 @@ class Model(nn.Module):
     def __init__(self, case: Case, weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         count = 1 + max(p.layer for p in case.parameters)
-        self.layers = nn.ModuleList(Layer([p for p in case.parameters if p.layer == i], weights) for i in range(count))
+        dtype = getattr(torch, case.dtype)
+        by_layer = ([p for p in case.parameters if p.layer == i] for i in range(count))
+        self.layers = nn.ModuleList(Layer(of_layer, weights, dtype) for of_layer in by_layer)
 
     def forward(self, fed: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch.stack([layer(fed) for layer in self.layers]).sum()

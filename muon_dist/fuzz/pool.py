@@ -24,7 +24,7 @@ import torch
 import torch._dynamo  # torch.optim imports it on first use: 2 s that every forked rank would pay again
 import torch.distributed as dist
 
-from muon_dist.errors import MuonDistError
+from muon_dist.errors import AuditError, MuonDistError
 
 Job = Callable[..., Any]
 GRACE = 5.0
@@ -133,6 +133,8 @@ def _serve(
             os._exit(0)
         try:
             answer = "done", job(*args)
+        except AuditError:  # there is nothing to find
+            answer = "failed", traceback.format_exc()
         except MuonDistError as error:
             answer = "refused", f"{type(error).__name__}: {error}"
         except BaseException:

@@ -1,6 +1,6 @@
 """What a case must come to: the papers' formulas in fp64, in one process, on whole tensors.
 
-Nothing here is shared with the optimizer but the plain Newton-Schulz iteration of `optim.reference`.
+The formulas of rules and parts are those of `optim.plain`; nothing here is shared with the optimizer itself.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ from typing import Any
 
 import torch
 
-from muon_dist.fuzz.case import ADAMW, ADAMW_OPTIONS, MUON, SECOND_GROUP, ZERO, Case, Parameter
+from muon_dist.fuzz.case import ADAMW, ADAMW_OPTIONS, MUON, ZERO, Case, Parameter, second_group
 from muon_dist.fuzz.model import Tensors, sample, start
+from muon_dist.optim.plain import plain_step
 from muon_dist.optim.reference import plain_newton_schulz
-
-DEFAULT_SCALE = {"muon": "match_rms_adamw", "normuon": "match_rms_adamw", "hyperball": "none", "namo": "none"}
 
 
 class Reference:
     """The weights of a case, stepped plainly.
+
+    Args:
+        noise: of what Newton-Schulz gets and of SOAP's gradients, relative to their norm. Two references, one with
+            noise, tell how much of a case rounding decides.
 
     Attributes:
         weights: by FQN, in fp64.
         orthogonalized: matrices that a step has to orthogonalize, over all steps so far.
     """
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    def __init__(self, case: Case, noise: float = 0.0) -> None:
+        self.case, self._noise = case, noise
         self.weights: Tensors = {n: w.double() for n, w in start(case).items()}
         self.memory: dict[tuple[str, int], dict[str, Any]] = {}
         self.orthogonalized = 0
@@ -75,61 +78,32 @@ class Reference:
     def _matrices(self, p: Parameter, gradient: torch.Tensor, lr: float) -> None:
         case, rule = self.case, self.case.rule
         options: dict[str, Any] = {
-            "lr": lr, "weight_decay": case.weight_decay, "momentum": case.momentum, "scale": case.scale,
-            "nesterov": case.nesterov,
+            "lr": lr, "weight_decay": case.weight_decay, "momentum": case.momentum, **dict(case.rule_options),
+            **{k: v for k, v in (("scale", case.scale), ("nesterov", case.nesterov)) if v is not None},
         }  # fmt: skip
         if p.group == 1:
-            rule, options = "muon", {**options, **SECOND_GROUP, "lr": 0.5 * lr}
-        if options["nesterov"] is None:
-            options["nesterov"] = rule != "namo"
-        options["scale"] = options["scale"] or DEFAULT_SCALE[rule]
+            rule, options = "muon", {**second_group(case), "lr": 0.5 * lr}
         pairs = zip(p.matrices(self.weights[p.fqn]), p.matrices(gradient), strict=True)
         for i, (w, g) in enumerate(pairs):
             kept = self.memory.setdefault((p.name, i), {"rest": 0, "moved": False})
+            if case.rule == "soap_muon":
+                g = self._noisy(g)
             if p.transposed:  # (out, in), as in the papers
                 w, g = w.mT, g.mT
             zero = not bool(g.any())
             kept["moved"] |= not zero
             kept["rest"] = kept["rest"] + 1 if zero and kept["moved"] else 0
-            kept["m"] = options["momentum"] * kept.get("m", 0.0) + (1 - options["momentum"]) * g
-            getattr(self, f"_{rule}")(w, g, kept, options)
+            rest = options["momentum"] ** kept["rest"]
+            plain_step(w, g, kept, rule, rest=rest, orthogonalize=self._orthogonalize, **options)
             self.orthogonalized += 1
 
-    def _orthogonal(self, g: torch.Tensor, kept: dict[str, Any], o: dict[str, Any]) -> torch.Tensor:
-        mu = o["momentum"]
-        return plain_newton_schulz((1 - mu) * g + mu * kept["m"] if o["nesterov"] else kept["m"], self.case.ns_steps)
+    def _orthogonalize(self, u: torch.Tensor) -> torch.Tensor:
+        rows = self.case.ns_rows
+        return plain_newton_schulz(self._noisy(u), len(rows) or self.case.ns_steps, rows or "keller")
 
-    @staticmethod
-    def _factor(w: torch.Tensor, o: dict[str, Any]) -> float:
-        out, fan_in = w.shape
-        factors = {
-            "match_rms_adamw": 0.2 * math.sqrt(max(out, fan_in)),
-            "spectral": math.sqrt(max(1.0, out / fan_in)),
-            "none": 1.0,
-        }
-        return factors[o["scale"]]
-
-    def _muon(self, w: torch.Tensor, g: torch.Tensor, kept: dict[str, Any], o: dict[str, Any]) -> None:
-        update = self._orthogonal(g, kept, o) * o["momentum"] ** kept["rest"]
-        w.mul_(1 - o["lr"] * o["weight_decay"]).sub_(o["lr"] * self._factor(w, o) * update)
-
-    def _normuon(self, w: torch.Tensor, g: torch.Tensor, kept: dict[str, Any], o: dict[str, Any]) -> None:
-        x = self._orthogonal(g, kept, o)
-        kept["v"] = 0.95 * kept.get("v", 0.0) + 0.05 * (x * x).mean(dim=1, keepdim=True)
-        n = x / (kept["v"].sqrt() + 1e-10)
-        n = n * x.norm() / (n.norm() + 1e-10) * o["momentum"] ** kept["rest"]
-        w.mul_(1 - o["lr"] * o["weight_decay"]).sub_(o["lr"] * self._factor(w, o) * n)
-
-    def _hyperball(self, w: torch.Tensor, g: torch.Tensor, kept: dict[str, Any], o: dict[str, Any]) -> None:
-        radius = kept.setdefault("radius", w.norm().clone())
-        u = self._orthogonal(g, kept, o)
-        if u.norm() > 0:
-            moved = w - o["lr"] * radius * o["momentum"] ** kept["rest"] * u / u.norm()
-            w.copy_(radius * moved / moved.norm())
-
-    def _namo(self, w: torch.Tensor, g: torch.Tensor, kept: dict[str, Any], o: dict[str, Any]) -> None:
-        t = kept["t"] = kept.get("t", 0) + 1
-        v = kept["v"] = 0.99 * kept.get("v", 0.0) + 0.01 * float(g.norm()) ** 2
-        alpha = math.sqrt(1 - 0.99**t) / (1 - o["momentum"] ** t) * float(kept["m"].norm()) / (math.sqrt(v) + 1e-8)
-        update = self._factor(w, o) * self._orthogonal(g, kept, o)
-        w.sub_(o["lr"] * alpha * (update + o["weight_decay"] * w))
+    def _noisy(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._noise:
+            return x
+        generator = torch.Generator().manual_seed(self.orthogonalized)
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        return x + self._noise * x.norm() * noise / noise.norm()

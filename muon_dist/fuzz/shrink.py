@@ -11,7 +11,8 @@ from muon_dist.fuzz.case import DDP, FSDP2, ZERO, Case, Parameter, Setup
 from muon_dist.fuzz.judge import WRONG, Outcome
 
 _OPTIONS = (
-    "rule", "lr", "weight_decay", "momentum", "nesterov", "scale", "ns_steps", "bucket_mb", "overlap", "wire",
+    "rule", "lr", "weight_decay", "momentum", "nesterov", "scale", "rule_options", "ns_steps", "ns_rows",
+    "momentum_everywhere", "audit", "by_pattern", "bucket_mb", "overlap", "wire",
     "owner_policy", "accumulation", "clip", "clip_muon", "zero", "missing",
 )  # fmt: skip
 
@@ -53,6 +54,8 @@ def candidates(case: Case) -> Iterator[Case]:
         yield replace(case, setup=setup, resume=resume)
     if case.resume is not None and case.resume.how != "reload":
         yield from (replace(case, resume=replace(case.resume, setup=s)) for s in _smaller(case.resume.setup))
+    if case.dtype != "float32":
+        yield replace(case, dtype="float32", rounding=None)
     defaults: dict[str, Any] = {f.name: f.default for f in fields(Case)}
     for name in _OPTIONS:
         if getattr(case, name) != defaults[name]:

@@ -40,11 +40,13 @@ def run_segment(text: str, number: int, folder: str) -> Found:
     done = 0
     for step in steps:
         if resume is not None and resume.how == RELOAD and step == resume.at:
+            holder.check()
             done += holder.optimizer.orthogonalized
             holder = reloaded(holder)
         holder.step(step)
     if resume is not None and resume.how != RELOAD and number == 0:
         _leave(holder, resume, Path(folder))
+    holder.check()
     found = Found(holder.whole(), done + holder.optimizer.orthogonalized)
     holder.close()
     return found

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import torch
 
 from muon_dist.layout import Matrix, view
-from muon_dist.numerics import get_schedule
+from muon_dist.numerics import ScheduleLike, get_schedule
 
 Iteration = Callable[[torch.Tensor], torch.Tensor]
 
 
-def plain_newton_schulz(x: torch.Tensor, steps: int = 5, schedule: str = "keller") -> torch.Tensor:
+def plain_newton_schulz(x: torch.Tensor, steps: int = 5, schedule: ScheduleLike = "keller") -> torch.Tensor:
     """An approximation of the polar factor U V^T of x = U S V^T, (rows, cols), in the dtype of `x`.
 
     Every step makes the polynomial a s + b s^3 + c s^5 of each singular value s and leaves U and V alone. The

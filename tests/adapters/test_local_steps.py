@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -156,6 +157,50 @@ def local_sgd(process_group: str) -> tuple[bool, bool]:
 def test_local_steps_over_the_group_that_averages_are_right(world: int, process_group: str) -> None:
     for same, _ in run_ranks(local_sgd, world, process_group):
         assert same
+
+
+def accelerates_local_sgd() -> tuple[bool, bool, str]:
+    """Whether accelerate's LocalSGD with Muon on each rank alone is what plain steps and means by hand are; whether
+    ranks differed between two means; and what Muon over all ranks says."""
+    from accelerate import Accelerator
+    from accelerate.local_sgd import LocalSGD
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    accelerator, plain = Accelerator(cpu=True), network()
+    by_hand, differed = Muon(groups(plain), lr=0.1, process_group=None), False
+    model = network()
+    own = Muon(groups(model), lr=0.1, process_group=None)
+    wrapped, stepper = accelerator.prepare(model, own)
+    with LocalSGD(accelerator=accelerator, model=wrapped, local_sgd_steps=2) as local:
+        for number, batch in enumerate(batches()):
+            stepper.zero_grad()
+            accelerator.backward(wrapped(batch).square().mean())
+            stepper.step()
+            first = next(iter(model.parameters())).detach().clone()
+            dist.broadcast(first, 0)
+            differed |= dist.get_rank() == 0 or not torch.equal(first, next(iter(model.parameters())))
+            local.step()
+            by_hand.zero_grad()
+            plain(batch).square().mean().backward()
+            by_hand.step()
+            for p in plain.parameters() if number % 2 else ():
+                dist.all_reduce(p.data)
+                p.data /= dist.get_world_size()
+    same = all(torch.equal(a, b) for a, b in zip(weights(model), weights(plain), strict=True))
+    model = network()
+    wrapped, stepper = accelerator.prepare(model, Muon(groups(model), lr=0.1))
+    with LocalSGD(accelerator=accelerator, model=wrapped, local_sgd_steps=2):
+        accelerator.backward(wrapped(batches()[0]).square().mean())
+        with pytest.raises(ReplicaError) as raised:
+            stepper.step()
+    return same, differed, str(raised.value)
+
+
+def test_accelerates_local_sgd_is_right_on_each_rank_alone_and_refused_over_all() -> None:
+    for same, differed, text in run_ranks(accelerates_local_sgd, 2):
+        assert same and differed
+        assert "gradients are not the same" in text and "process_group=" in text
 
 
 def plateau(averaged: bool) -> str:
