@@ -63,7 +63,7 @@ def made(case: dict[str, Any]) -> dict[str, Any]:
     parameters = [torch.nn.Parameter(torch.randn(s) * 0.2) for s in SHAPES]
     rule = RULES[case.get("rule", "muon")]
     decay = 0.0 if "weight_decay" in rule.refused else 0.1
-    group = {"params": parameters, "algorithm": "muon"}
+    group = {"params": parameters, "algorithm": "muon", "cuts": [None, {"transposed": True}, None]}
     keys = ("rule", "rule_options", "scale")
     group.update({key: case.pop(key) for key in keys if key in case})
     optimizer = Muon([group], lr=0.02, weight_decay=decay, audit={"every": 1, "matrices": 3}, **case)
