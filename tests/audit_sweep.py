@@ -63,7 +63,7 @@ def combinations() -> list[Dtypes]:
     found = []
     kept = [("float32", False, False), ("bfloat16", False, False), ("bfloat16", True, False),
             ("bfloat16", False, True), ("float16", True, False), ("float64", False, False)]  # fmt: skip
-    rules = itertools.cycle(("muon", "normuon", "hyperball", "namo"))
+    rules = itertools.cycle(("muon", "normuon", "hyperball", "namo", "adamuon", "soap_muon"))
     gradients = itertools.cycle(itertools.product((0, 1, 3), (1.0, 1e-6, 1e3), (0.02, 1e-4)))
     for (weight, masters, stochastic), iteration, wire in itertools.product(kept, _DTYPES, (None, "bfloat16")):
         for _ in range(3):
@@ -177,6 +177,8 @@ def sweep(audits: int, seed: int, world_sizes: Sequence[int] = (1, 2, 3, 4, 6, 8
     mixed, number = combinations(), 0
     while found.audits.total() < audits:
         case = replace(draw(seed, number, engines), resume=None)
+        if case.rule == "muon" and number % 2:
+            case = replace(case, rule=("adamuon", "soap_muon")[number // 2 % 2])
         if case.setup.world in world_sizes:
             lines = run(audited_case, case.setup.world, case.to_json())
             found.add(f"{case.setup.label()}, {case.rule}", lines or [])

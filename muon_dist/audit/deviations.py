@@ -14,7 +14,7 @@ from muon_dist.audit.recompute import Before, Hyperparameters, plain_step, scale
 from muon_dist.errors import ConfigError
 from muon_dist.numerics import SCHEDULES
 
-_SCALES = ("match_rms_adamw", "spectral", "none")
+_SCALES = ("match_rms_adamw", "spectral", "unit_rms", "none")
 FLIPPED = Cause("bit_flipped", "one element of what the owner gathered differs in one bit")
 BIAS = "bias_correction"
 SWAPPED = Cause("swapped", "the direction of another matrix, or of other inputs: a swapped result or a stale stack")
@@ -34,7 +34,7 @@ def factors(asked: Hyperparameters, before: Before, earlier: Sequence[float], wo
             found.append(Factor(Cause("old_rate", sentence), lr / asked.lr))
     if asked.rule == "adamw":
         found += _corrections(asked, float(before.memory["step"]) + 1)
-    if asked.rule in ("muon", "normuon", "namo"):
+    if asked.rule not in ("adamw", "hyperball"):
         rows, cols = before.weight.shape
         own = scale_factor(asked.scale, rows, cols, asked.transposed)
         for kind in _SCALES:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from muon_dist.audit.cause import Difference, explain, match_factor
 from muon_dist.audit.deviations import BIAS, FLIPPED, SWAPPED, directions, factors, flipped, gradient_factors, swapped
-from muon_dist.audit.recompute import Before, Hyperparameters, Step, plain_step
+from muon_dist.audit.recompute import BASES, Before, Hyperparameters, Step, plain_step
+from muon_dist.audit.spread import spread_of
 from muon_dist.audit.tolerance import Precision, Tolerance, tolerance_of
-from muon_dist.optim.reference import plain_newton_schulz
 
 STAGES = ("gradient", "momentum", "direction", "scale", "decay", "rate", "weight", "copy")
 """Of a step, in which an alarm may be. "weight": the written weight; "copy": what other ranks hold of it."""
@@ -73,15 +74,17 @@ class Finding:
         errors: relative errors of "momentum", "direction" (and length) of the update, and "weight".
         tolerance: of "momentum" and "direction", as they held for this matrix.
         alarms: the earliest stage first.
-        wanted: the plain step, of the momentum that was observed.
+        wanted: the plain step, of the momentum that was observed; None for a rule that has no plain form.
         limit: tolerance of the update, with the rounding of the weight.
+        only: what was compared, if not all was.
     """
 
     errors: dict[str, float]
     tolerance: dict[str, float]
     alarms: tuple[Alarm, ...]
-    wanted: Step
+    wanted: Step | None
     limit: Tolerance
+    only: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class Circumstances:
 
 def judge(seen: Observed, asked: Hyperparameters, precision: Precision, around: Circumstances) -> Finding:
     """Compare a step with the plain one. All arithmetic is in the dtype of the tensors of `seen`, or in fp64."""
+    if not asked.known:
+        return _of_unknown(seen, asked, precision, around)
     step, limit = _reference(seen, asked, precision, around)
     beta = asked.betas[0] if asked.rule == "adamw" else asked.momentum
     gradient = seen.before.gradient * asked.gradient_factor
@@ -119,32 +124,37 @@ def judge(seen: Observed, asked: Hyperparameters, precision: Precision, around: 
     return Finding(errors, bounds, tuple(alarms), step, limit)
 
 
+def _of_unknown(seen: Observed, asked: Hyperparameters, precision: Precision, around: Circumstances) -> Finding:
+    """Of a registered rule: momentum, if it is Muon's. Copies are compared for every rule."""
+    limit = tolerance_of(precision, wanted=around.wanted)
+    only = f"rule '{asked.rule}' has no plain form: "
+    if not asked.plain_momentum:
+        return Finding({}, {}, (), None, limit, f"{only}only copies are compared")
+    gradient = seen.before.gradient * asked.gradient_factor
+    args = (seen.momentum, seen.before.momentum, gradient, asked.momentum, limit.momentum, asked, around)
+    error, alarm = _added(*args)
+    alarms = () if alarm is None else (alarm,)
+    only += "only momentum and copies are compared"
+    return Finding({"momentum": error}, {"momentum": limit.momentum}, alarms, None, limit, only)
+
+
 def _reference(
     seen: Observed, asked: Hyperparameters, precision: Precision, around: Circumstances
 ) -> tuple[Step, Tolerance]:
     """The plain step and the tolerance. In fp64, with the spread of the dtype measured, where fp32 leaves a doubt."""
     step = plain_step(seen.before, asked, momentum=seen.momentum, memory=seen.memory)
     limit = tolerance_of(precision, wanted=around.wanted)
-    written = Written.of(seen.before.weight, seen.weight, step, asked, precision, limit)
-    doubt = written.wrong or (asked.rule != "adamw" and bool(_off(seen, step, limit)))
-    if asked.rule == "adamw" or not doubt or not math.isfinite(written.error):
+    if asked.rule == "adamw":
         return step, limit
-    b = seen.before
-    memory = {name: value.double() for name, value in b.memory.items()}
+    written = Written.of(seen.before.weight, seen.weight, step, asked, precision, limit)
+    doubt = written.wrong or bool(_off(seen, step, limit))
+    if not doubt or not math.isfinite(written.error):
+        return step, limit
+    memory = {name: value.double() for name, value in seen.before.memory.items()}
+    b, momentum = seen.before, seen.momentum.double()
     wide = Before(b.weight.double(), b.gradient.double(), b.momentum.double(), memory)
-    given: list[tuple[Tensor, Tensor]] = []
-
-    def iteration(x: Tensor) -> Tensor:
-        given.append((x, plain_newton_schulz(x, asked.ns_steps, asked.ns_schedule)))
-        return given[-1][1]
-
-    step = plain_step(wide, asked, iteration, seen.momentum.double(), seen.memory)
-    sent, exact = given[0]
-    narrow = sent.float() if precision.wire is None else sent.to(precision.wire).float()
-    norm = narrow.norm()
-    narrow = (narrow / norm if norm > 0 else narrow).to(precision.iteration)
-    spread = Difference.between(plain_newton_schulz(narrow, asked.ns_steps, asked.ns_schedule), exact).error
-    return step, tolerance_of(precision, spread, around.wanted)
+    step = plain_step(wide, asked, momentum=momentum)
+    return step, tolerance_of(precision, spread_of(wide, asked, momentum, precision, step), around.wanted)
 
 
 def fit(rest: Tensor, x: Tensor, y: Tensor) -> tuple[float, float, float, float]:
@@ -208,6 +218,9 @@ def _memory(
         square = (seen.before.gradient * asked.gradient_factor).square()
         args = (seen.memory["exp_avg_sq"], seen.before.memory["exp_avg_sq"], square, asked.betas[1])
         return _added(*args, limit.momentum, asked, around, "the second moment")[1]
+    for name in BASES:
+        if (error := _basis_error(name, seen)) > 1e-3:
+            return Alarm("momentum", f"{name} is not orthonormal: {error:.2g} off", ("stale_memory",))
     for name, difference in _off(seen, step, limit).items():
         said = f"{name} is {100 * difference.error:.2g}% off"
         return Alarm("momentum", said, ("stale_memory",), difference.factor, difference.angle)
@@ -216,8 +229,19 @@ def _memory(
 
 def _off(seen: Observed, step: Step, limit: Tolerance) -> dict[str, Difference]:
     """What of a rule's memory is wrong. It holds squares of directions, with twice their error and some rows more."""
-    found = {name: Difference.between(value, step.memory[name]) for name, value in seen.memory.items()}
+    found = {
+        name: Difference.between(value, step.memory[name]) for name, value in seen.memory.items() if name not in BASES
+    }
     return {name: difference for name, difference in found.items() if difference.error > 4 * limit.direction}
+
+
+def _basis_error(name: str, seen: Observed) -> float:
+    """How far the columns of a basis are from orthonormal; 0 where there is none yet."""
+    if name not in seen.memory or not bool(seen.memory[name].any()):
+        return 0.0
+    side = math.isqrt(seen.memory[name].numel())
+    q = seen.memory[name].view(side, side).double()
+    return float((q.mT @ q - torch.eye(side, dtype=q.dtype, device=q.device)).norm())
 
 
 @dataclass(frozen=True)
@@ -227,9 +251,10 @@ class Written:
     Attributes:
         old, got, want: the weight before the step, after it, and as it should be.
         update: what should have been subtracted.
-        decay: factor on the old weight.
-        a, b: got - want is `a` times the old weight, minus `b` times the update, and what is `left`; as norms of the
-            update. So the update was 1 + b times what it should be.
+        decay: factor on the old weight, a number or of its shape.
+        lost: share of a decayed element that is taken away.
+        a, b: got - want is `a` times the old weight (of cautious decay: its decayed elements), minus `b` times the
+            update, and what is `left`; as norms of the update. So the update was 1 + b times what it should be.
         error: norm of got - want in norms of the update.
         bound: of `error`.
         bound_a, bound_b: of `a` and `b`: rounding errors of many elements nearly cancel there.
@@ -239,7 +264,8 @@ class Written:
     got: Tensor
     want: Tensor
     update: Tensor
-    decay: float
+    decay: Tensor | float
+    lost: float
     a: float
     b: float
     left: float
@@ -257,39 +283,45 @@ class Written:
 
     @classmethod
     def part(
-        cls, old: Tensor, got: Tensor, update: Tensor, decay: float, asked: Hyperparameters, precision: Precision,
-        limit: Tolerance,
+        cls, old: Tensor, got: Tensor, update: Tensor, decay: Tensor | float, asked: Hyperparameters,
+        precision: Precision, limit: Tolerance,
     ) -> Written:  # fmt: skip
         """Of any part of a matrix, all tensors of one shape."""
         old, got, update = old.double(), got.double(), update.double()
+        decay, decayed = (decay.double() if isinstance(decay, Tensor) else decay), old
+        if isinstance(decay, Tensor) and bool((decay < decay.max()).any()):
+            decayed = torch.where(decay < decay.max(), old, 0.0)
+        lost = 1 - float(decay.min() if isinstance(decay, Tensor) else decay)
         want = decay * old - update
-        if precision.weight.itemsize < 4 and not precision.stochastic and asked.rule != "hyperball":
+        if precision.weight.itemsize < 4 and not precision.stochastic and not asked.rescales:
             # Decay is lost in the rounding of a 16-bit weight: that is what the dtype does, not a fault.
             want = ((decay * old).to(precision.weight).double() - update).to(precision.weight).double()
         rest = got - want
         size, weight, n = float(update.norm()), float(old.norm()), max(update.numel(), 1)
-        a, b, left, condition = fit(rest, old, -update)
+        a, b, left, condition = fit(rest, decayed, -update)
         noise = limit.written * weight
         root = math.sqrt(n)
         if size == 0.0:
             error = float(rest.norm()) / weight if weight > 0 else float(rest.norm())
-            return cls(old, got, want, update, decay, a, 0.0, left, error, limit.written, limit.written, math.inf)
+            return cls(
+                old, got, want, update, decay, lost, a, 0.0, left, error, limit.written, limit.written, math.inf
+            )
         bound = limit.direction + noise / size
         bound_b = limit.direction + 6 * noise / (size * root)
         bound_a = math.inf
         if weight > 0:
             share, rounding = max(10 / root, 0.02), 6 / root
-            if asked.rule == "hyperball":  # its factor on the old weight follows from the weight that was written
+            if asked.rescales:  # its factor on the old weight follows from the weight that was written
                 share = rounding = 1.0
             bound_a = rounding * limit.written + limit.direction * size / weight * share
         error = float(rest.norm()) / size
         bound_a, bound_b = condition * bound_a, condition * bound_b
-        return cls(old, got, want, update, decay, a, b, left / size, error, bound, bound_a, bound_b)
+        return cls(old, got, want, update, decay, lost, a, b, left / size, error, bound, bound_a, bound_b)
 
     @property
     def off_a(self) -> bool:
         """Whether the old weight was multiplied with another factor."""
-        return abs(self.a) > max(self.bound_a, 0.2 * (1 - self.decay))
+        return abs(self.a) > max(self.bound_a, 0.2 * self.lost)
 
     @property
     def off_b(self) -> bool:
@@ -336,7 +368,7 @@ def length_alarm(w: Written, asked: Hyperparameters, lengths: Sequence[Any]) -> 
     explained = max(abs(w.b), abs(w.a) * weight)
     if w.left > max(w.bound, 0.02 * explained):
         return None
-    f, lost, turn = 1 + w.b, 1 - w.decay, Difference.between(w.decay * w.old - w.got, w.update)
+    f, lost, turn = 1 + w.b, w.lost, Difference.between(w.decay * w.old - w.got, w.update)
     numbers = f, turn.angle
     if abs(f) < max(0.01, w.bound_b):
         decayed = "" if w.off_a or lost == 0 else ", though decay was"
@@ -344,7 +376,7 @@ def length_alarm(w: Written, asked: Hyperparameters, lengths: Sequence[Any]) -> 
     if w.off_a and not w.off_b:
         if lost > 0 and abs(w.a - lost) < 0.2 * lost:
             return Alarm("decay", "weight decay was not applied", ("skipped_decay",), *numbers)
-        said = f"the old weight was multiplied by {w.decay + w.a:.8g}, asked {w.decay:.8g}"
+        said = f"the old weight was multiplied by {1 - lost + w.a:.8g}, asked {1 - lost:.8g}"
         return Alarm("decay", said, ("wrong_decay",), *numbers)
     cause = match_factor(f, lengths, max(2 * w.bound_b, 0.002))
     said = f"the update is {f:.4g} times what was asked" + (f": {cause.sentence}" if cause else "")

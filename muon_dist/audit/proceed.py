@@ -18,6 +18,7 @@ from muon_dist.audit.tolerance import Precision
 from muon_dist.errors import AuditError
 from muon_dist.numerics import compute_dtype
 from muon_dist.optim.binding import Group
+from muon_dist.optim.rules import RULES, MuonRule
 from muon_dist.optim.runtime import Runtime
 
 _STALE = "momentum is not what the {0} had: stale after a load"
@@ -38,17 +39,19 @@ class MatrixAudit:
         runtime, number = self.parts.runtime, self.parts.number
         self.factor = float(runtime.binding.gradient_factor())
         self.rates = [float(self.group[key]) for key in ("lr", "weight_decay", "momentum")]
-        rests = self.is_zero and number not in runtime.unmoved and self.group.get("rule", "muon") != "namo"
+        self.rule = RULES[self.group.get("rule", "muon")]
+        rests = self.is_zero and number not in runtime.unmoved and not self.rule.shrinks_with_momentum
         self.rest = self.rates[2] ** (float(runtime.resting[number]) + 1) if rests else 1.0
 
     def asked(self) -> Hyperparameters:
         """What the step was asked to do."""
         g = self.group
         return Hyperparameters(
-            rule=g.get("rule", "muon"), lr=self.rates[0], weight_decay=self.rates[1], momentum=self.rates[2],
+            rule=self.rule.name, lr=self.rates[0], weight_decay=self.rates[1], momentum=self.rates[2],
             nesterov=bool(g["nesterov"]), ns_steps=g["ns_steps"], ns_schedule=g["ns_schedule"], scale=str(g["scale"]),
             transposed=self.parts.matrix.transposed, options=dict(g.get("rule_options") or {}),
             gradient_factor=self.factor, rest=self.rest,
+            plain_momentum=type(self.rule).remember is MuonRule.remember,
         )  # fmt: skip
 
     def precision(self) -> Precision:
@@ -60,6 +63,7 @@ class MatrixAudit:
             weight=weight,
             wire=options.wire_dtype,
             stochastic=options.stochastic_rounding and weight == torch.bfloat16,
+            rescaled=self.asked().rescales,
         )
 
     def auditor(self, messages: Sequence[Mapping[str, Any]], settings: AuditSettings) -> int | None:
@@ -102,11 +106,14 @@ class MatrixAudit:
     ) -> Alarm | None:
         """The alarm of another copy than that which was judged; None if that copy is as it should be."""
         step, asked = finding.wanted, self.asked()
+        unequal = Alarm("copy", f"the copy of rank {rank} is not equal bit for bit", ("unequal",), ranks=(rank,))
+        if step is None:
+            return unequal
         old, update = (self.parts.on(rank, t) for t in (seen.before.weight, step.rate * step.direction))
-        w = Written.part(old, flat, update, step.decay, asked, self.precision(), finding.limit)
+        decay = self.parts.on(rank, step.decay) if isinstance(step.decay, Tensor) else step.decay
+        w = Written.part(old, flat, update, decay, asked, self.precision(), finding.limit)
         if not w.wrong:
-            return None if finding.alarms else Alarm(
-                "copy", f"the copy of rank {rank} is not equal bit for bit", ("unequal",), ranks=(rank,))  # fmt: skip
+            return None if finding.alarms else unequal
         found = length_alarm(w, asked, [])
         own = messages[rank]["rates"]
         if own != self.rates:
@@ -292,6 +299,7 @@ def _judged(
         "auditor": runtime.transport.rank,
         "errors": {name: value if math.isfinite(value) else None for name, value in finding.errors.items()},
         "tolerance": finding.tolerance,
+        **({"only": finding.only} if finding.only else {}),
         "alarms": [alarm.plain() for alarm in alarms],
     }
 

@@ -1,7 +1,8 @@
-"""One optimizer step of one matrix in plain lines, on whole tensors: what every audited step must equal.
+"""One optimizer step of one matrix or of one AdamW parameter, whole: what every audited step must equal.
 
-Nothing here is shared with the optimizer's own step except the tables of Newton-Schulz coefficients. All functions
-compute in the dtype of the tensors that they get and change none of them.
+Muon's rules are those of `optim.plain`; here a matrix as it is stored becomes the (out, in) of the papers, and back.
+Nothing is shared with the optimizer's own step except the tables of Newton-Schulz coefficients. All functions compute
+in the dtype of the tensors that they get and change none of them.
 """
 
 from __future__ import annotations
@@ -9,13 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from muon_dist.optim import plain
 from muon_dist.optim.reference import plain_newton_schulz
 
-MUON_RULES = ("muon", "normuon", "hyperball", "namo")
+_MATRICES = ("update_second_moment", "projected_second_moment")
+_NUMBERS = ("gradient_second_moment", "gradient_steps", "basis_steps")
+_SQUARES = ("row_covariance", "column_covariance", "row_basis", "column_basis")
+BASES = _SQUARES[2:]
+"""Of soap_muon. An eigenvector depends on the last bit of its covariance: what is compared is what a basis does."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +30,19 @@ class Hyperparameters:
     """What a step is asked to do.
 
     Attributes:
-        rule: one of `MUON_RULES`, or "adamw".
+        rule: one of `optim.plain.DEFAULTS`, or "adamw".
         lr: learning rate of this step.
         weight_decay: decoupled, times lr.
         momentum: decay of the momentum buffer.
         nesterov: orthogonalize the look-ahead, not the momentum.
         ns_steps, ns_schedule: of Newton-Schulz.
-        scale: "match_rms_adamw", "spectral" or "none".
+        scale: as the option of that name.
         transposed: the matrix is stored (in, out).
-        options: of the rule: "beta2" and "eps" of normuon, "mu2" and "eps" of namo.
+        options: `rule_options`: of the rule and of its parts.
         betas, eps: of AdamW.
         gradient_factor: multiplies the raw gradient before momentum.
         rest: multiplies the direction; below 1 while the gradient of a matrix stays exactly zero.
+        plain_momentum: False for a registered rule that remembers in its own way.
     """
 
     rule: str = "muon"
@@ -46,11 +54,22 @@ class Hyperparameters:
     ns_schedule: str = "keller"
     scale: str = "match_rms_adamw"
     transposed: bool = False
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     gradient_factor: float = 1.0
     rest: float = 1.0
+    plain_momentum: bool = True
+
+    @property
+    def known(self) -> bool:
+        """Whether the rule has a plain form; a registered one has none."""
+        return self.rule == "adamw" or self.rule in plain.DEFAULTS
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the step ends with a factor that follows from the norm of the new weight."""
+        return self.rule == "hyperball" or "radial_brake" in self.options
 
 
 @dataclass(frozen=True)
@@ -60,9 +79,8 @@ class Before:
     Attributes:
         weight, gradient: (rows, cols); the gradient is raw, before `gradient_factor`.
         momentum: (rows, cols); of AdamW, the first moment.
-        memory: what the rule remembers beside momentum: "row_second_moment" (out,) of normuon; "radius" () of
-            hyperball, zero or missing before the first step; "gradient_second_moment" and "gradient_steps" () of
-            namo; "exp_avg_sq" and "step" of AdamW.
+        memory: what the rule remembers beside momentum, by its names in the state, flat and as the matrix is stored;
+            zero before the first step. "exp_avg_sq" and "step" of AdamW.
     """
 
     weight: Tensor
@@ -79,8 +97,8 @@ class Step:
         momentum: after the step.
         direction: (rows, cols); the rule's update, before learning rate and scale.
         scale: factor of `scale` on the direction.
-        rate: learning rate times scale. decay: of the old weight. Of hyperball both with the factor that brings the
-            weight back to its norm.
+        rate: learning rate times scale. decay: of the old weight, a number or (rows, cols). Both with the factor on
+            the norm, if the rule or a part has one; see `optim.plain.Stages`.
         weight: after the step, `decay * weight - rate * direction`.
         memory: after the step, under the names of `Before.memory`.
     """
@@ -89,7 +107,7 @@ class Step:
     direction: Tensor
     scale: float
     rate: float
-    decay: float
+    decay: Tensor | float
     weight: Tensor
     memory: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -99,14 +117,8 @@ Iteration = Callable[[Tensor], Tensor]
 
 
 def scale_factor(kind: str, rows: int, cols: int, transposed: bool = False) -> float:
-    """The factor of `scale`, from the shape alone. match_rms_adamw: arXiv 2502.16982, section 2.2; spectral: Keller
-    Jordan's. Raises KeyError for another kind."""
-    out, fan_in = (cols, rows) if transposed else (rows, cols)
-    return {
-        "match_rms_adamw": 0.2 * math.sqrt(max(out, fan_in)),
-        "spectral": math.sqrt(max(1.0, out / fan_in)),
-        "none": 1.0,
-    }[kind]
+    """The factor of `scale`, from the stored shape. Raises KeyError for another kind."""
+    return plain.plain_scale(kind, *((cols, rows) if transposed else (rows, cols)))
 
 
 def plain_step(
@@ -134,72 +146,56 @@ def plain_step(
             return iteration(x)
         return plain_newton_schulz(x, asked.ns_steps, asked.ns_schedule)
 
-    gradient = before.gradient * asked.gradient_factor
-    if momentum is None:
-        momentum = asked.momentum * before.momentum + (1 - asked.momentum) * gradient
-    return _RULES[asked.rule](before, asked, gradient, momentum, orthogonalized)
+    def turned(x: Tensor) -> Tensor:
+        return x.mT if asked.transposed else x
+
+    weight, kept = turned(before.weight).clone(), _for_plain(before, asked.transposed)
+    made = plain.plain_step(
+        weight, turned(before.gradient * asked.gradient_factor), kept, asked.rule,
+        lr=asked.lr, weight_decay=asked.weight_decay, momentum=asked.momentum, rest=asked.rest,
+        orthogonalize=orthogonalized, made_of=None if momentum is None else turned(momentum),
+        nesterov=asked.nesterov, scale=asked.scale, **asked.options,
+    )  # fmt: skip
+    decay = turned(made.decay) if isinstance(made.decay, Tensor) else made.decay
+    return Step(
+        turned(made.momentum), turned(made.direction), made.scale, made.rate, decay, turned(weight),
+        _from_plain(kept, asked.transposed),
+    )  # fmt: skip
 
 
-def _sent(gradient: Tensor, momentum: Tensor, asked: Hyperparameters) -> Tensor:
-    """What is orthogonalized: the look-ahead U = mu B + (1 - mu) G, or the momentum B."""
-    return asked.momentum * momentum + (1 - asked.momentum) * gradient if asked.nesterov else momentum
+def _for_plain(before: Before, transposed: bool) -> plain.Memory:
+    """The memory of a stored matrix as `optim.plain` has it; copies. What other things remember is left out."""
+    found: plain.Memory = {"momentum_buffer": before.momentum.mT if transposed else before.momentum}
+    for name, value in before.memory.items():
+        if name in _MATRICES:
+            whole = value.view(before.weight.shape)
+            found[name] = whole.mT.clone() if transposed else whole.clone()
+        elif name in _SQUARES:  # fp32, as the state has them
+            side = math.isqrt(value.numel())
+            found[_stored(name, transposed)] = value.view(side, side).float().clone()
+        elif name in _NUMBERS:
+            found[name] = float(value)
+        elif name == "row_second_moment":
+            found[name] = value.view(-1, 1)
+        elif name == "radius" and bool(value > 0):
+            found[name] = value
+    return found
 
 
-def _muon(before: Before, asked: Hyperparameters, gradient: Tensor, momentum: Tensor, ns: Iteration) -> Step:
-    """Keller Jordan's: W <- W (1 - lr wd) - lr scale O."""
-    direction = asked.rest * ns(_sent(gradient, momentum, asked))
-    return _applied(before, asked, momentum, direction, {})
+def _from_plain(memory: plain.Memory, transposed: bool) -> dict[str, Tensor]:
+    found = {}
+    for name, value in memory.items():
+        tensor = torch.as_tensor(value)
+        found[_stored(name, transposed)] = tensor.mT if transposed and name in _MATRICES else tensor
+    return found
 
 
-def _normuon(before: Before, asked: Hyperparameters, gradient: Tensor, momentum: Tensor, ns: Iteration) -> Step:
-    """arXiv 2510.05491, algorithm 1: v_i = lerp(v_i, mean_j O_ij^2); N = O / (sqrt(v) + eps), with the norm of O."""
-    o = ns(_sent(gradient, momentum, asked))
-    inputs = 0 if asked.transposed else 1
-    beta2, eps = asked.options["beta2"], asked.options["eps"]
-    v = beta2 * before.memory["row_second_moment"] + (1 - beta2) * o.square().mean(dim=inputs)
-    divided = o / (v.sqrt() + eps).unsqueeze(inputs)
-    direction = asked.rest * divided * (o.norm() / (divided.norm() + eps))
-    return _applied(before, asked, momentum, direction, {"row_second_moment": v})
-
-
-def _hyperball(before: Before, asked: Hyperparameters, gradient: Tensor, momentum: Tensor, ns: Iteration) -> Step:
-    """arXiv 2606.16899: W' = W - lr R u / norm(u); W <- R W' / norm(W'); R is the norm of the first weight."""
-    radius = before.memory.get("radius")
-    if radius is None or not bool(radius > 0):
-        radius = before.weight.norm()
-    radius = radius.to(before.weight.dtype)
-    o = ns(_sent(gradient, momentum, asked))
-    length = o.norm()
-    direction = asked.rest * radius * o / length if length > 0 else torch.zeros_like(o)
-    moved = before.weight - asked.lr * direction
-    back = float(radius / moved.norm())
-    return Step(momentum, direction, 1.0, back * asked.lr, back, back * moved, {"radius": radius})
-
-
-def _namo(before: Before, asked: Hyperparameters, gradient: Tensor, momentum: Tensor, ns: Iteration) -> Step:
-    """arXiv 2602.17080, algorithm 1: one adaptive length alpha for the matrix; W <- W - lr alpha (O + wd W)."""
-    mu2, eps = asked.options["mu2"], asked.options["eps"]
-    steps = float(before.memory["gradient_steps"]) + 1
-    v = mu2 * before.memory["gradient_second_moment"] + (1 - mu2) * gradient.norm() ** 2
-    correction = math.sqrt(1 - mu2**steps) / (1 - asked.momentum**steps)
-    alpha = float(correction * momentum.norm() / (v.sqrt() + eps))
-    memory = {"gradient_second_moment": v, "gradient_steps": torch.as_tensor(steps)}
-    direction = alpha * ns(momentum)
-    return _applied(before, asked, momentum, direction, memory, decay=1 - asked.lr * alpha * asked.weight_decay)
-
-
-def _applied(
-    before: Before,
-    asked: Hyperparameters,
-    momentum: Tensor,
-    direction: Tensor,
-    memory: Mapping[str, Tensor],
-    decay: float | None = None,
-) -> Step:
-    decay = 1 - asked.lr * asked.weight_decay if decay is None else decay
-    scale = scale_factor(asked.scale, direction.size(0), direction.size(1), asked.transposed)
-    weight = decay * before.weight - asked.lr * scale * direction
-    return Step(momentum, direction, scale, asked.lr * scale, decay, weight, memory)
+def _stored(name: str, transposed: bool) -> str:
+    """The name in the state: of a matrix that is stored (in, out), the rows are the inputs."""
+    if not transposed or name not in _SQUARES:
+        return name
+    side, _, what = name.partition("_")
+    return f"{'column' if side == 'row' else 'row'}_{what}"
 
 
 def _adamw(before: Before, asked: Hyperparameters, momentum: Tensor | None, memory: Mapping[str, Tensor]) -> Step:
@@ -217,6 +213,3 @@ def _adamw(before: Before, asked: Hyperparameters, momentum: Tensor | None, memo
     weight = decay * before.weight - asked.lr * direction
     after = {"exp_avg_sq": second, "step": torch.as_tensor(steps)}
     return Step(first, direction, 1.0, asked.lr, decay, weight, after)
-
-
-_RULES = {"muon": _muon, "normuon": _normuon, "hyperball": _hyperball, "namo": _namo}

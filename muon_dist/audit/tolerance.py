@@ -24,6 +24,7 @@ class Precision:
         wire: in which look-ahead and update travel, if that is narrower than fp32.
         stochastic: weights are rounded stochastically.
         arithmetic: in which the update is computed outside the iteration: under AdamW that of the weight.
+        rescaled: the weight is multiplied once more after decay and update.
     """
 
     iteration: torch.dtype = torch.float32
@@ -32,6 +33,7 @@ class Precision:
     wire: torch.dtype | None = None
     stochastic: bool = False
     arithmetic: torch.dtype = torch.float32
+    rescaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,23 @@ def tolerance_of(precision: Precision, spread: float | None = None, wanted: floa
 
     Args:
         precision: see there.
-        spread: relative difference of the plain iteration in `precision.iteration`, on the matrix at hand, to the same
-            in fp64; None before it was measured. Directions without momentum, which a matrix of low rank has, are
-            rounding errors that the iteration brings to full size, so no constant can hold for all matrices.
+        spread: relative difference of the plain step with its iteration in `precision.iteration`, on the matrix at
+            hand, to the same in fp64; None before it was measured. Directions without momentum, which a matrix of low
+            rank has, are rounding errors that the iteration brings to full size, so no constant can hold for all
+            matrices.
         wanted: the user's tolerance of the update, in place of `direction`.
 
     Momentum: a lerp has three roundings, the gradient's factor one, a stored 16-bit moment another; with u the unit
     roundoff of the state, 8 u is above their sum. Direction: the constant of the dtype, four spreads, one rounding of
-    each message and eight operations outside the iteration. Written: decay and update round once each, u |w| at most.
+    each message and eight operations outside the iteration. Written: decay and update round once each, and a
+    factor on the norm once more, u |w| at most.
     """
     direction = _ITERATION[precision.iteration] + 8 * unit(precision.arithmetic)
     if spread is not None:
         direction += _SPREAD * spread
     if precision.wire is not None:
         direction += 4 * unit(precision.wire)
-    roundings = 4.0 if precision.stochastic else 2.0
+    roundings = (4.0 if precision.stochastic else 2.0) + precision.rescaled
     return Tolerance(
         momentum=8 * unit(precision.state),
         direction=direction if wanted is None else wanted,

@@ -1,12 +1,14 @@
-"""Every update rule and part as its source writes it: one matrix, whole, fp64. Nothing here is shared with `rules`.
+"""Every update rule and part as its source writes it: one matrix, whole. Nothing here is shared with `rules`.
 
-Tests, the fuzzer and the audit compare the optimizer with this. A matrix is (out, in), as in the papers.
+Tests, the fuzzer and the audit compare the optimizer with this. A matrix is (out, in), as in the papers. All is
+computed in the dtype of the tensors: tests give fp64, the audit fp32 first.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +31,25 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 """Of each rule, the options whose defaults are its own."""
 
 
+@dataclass(frozen=True)
+class Stages:
+    """What a step was made of: the new weight is `decay` times the old one, minus `rate` times `direction`.
+
+    Attributes:
+        momentum: (out, in), after the step.
+        direction: (out, in), the rule's update with its parts, before learning rate and scale.
+        scale: factor of `scale`.
+        rate: learning rate times scale. With hyperball or radial_brake also times the factor on the norm.
+        decay: factor on the old weight, with the factor on the norm. Under cautious decay (out, in), else a number.
+    """
+
+    momentum: Tensor
+    direction: Tensor
+    scale: float
+    rate: float
+    decay: Tensor | float
+
+
 def plain_step(
     weight: Tensor,
     gradient: Tensor,
@@ -40,21 +61,26 @@ def plain_step(
     momentum: float = 0.95,
     rest: float = 1.0,
     orthogonalize: Orthogonalize = plain_newton_schulz,
+    made_of: Tensor | None = None,
     **options: Any,
-) -> None:
-    """One step of one matrix, in place.
+) -> Stages:
+    """One step of one matrix, in place; returns its stages.
 
     Args:
-        weight, gradient: (out, in), fp64.
+        weight, gradient: (out, in), of one dtype.
         memory: changed in place.
         rule: of `DEFAULTS`.
         rest: what an update is multiplied by while the gradient is exactly zero (momentum ** steps); 1 otherwise.
         orthogonalize: of (out, in); by default five of Keller Jordan's steps.
+        made_of: momentum after the step that the update is made of, in place of what is computed here.
         options: `scale`, `nesterov`, and what may stand in `rule_options`, parts included.
     """
     o = {"nesterov": True, **DEFAULTS[rule], **options}
     start = weight.clone()
-    m = memory["momentum_buffer"] = momentum * memory.get("momentum_buffer", 0.0) + (1 - momentum) * gradient
+    m = made_of
+    if m is None:
+        m = momentum * memory.get("momentum_buffer", 0.0) + (1 - momentum) * gradient
+    memory["momentum_buffer"] = m
     look_ahead = (1 - momentum) * gradient + momentum * m if o["nesterov"] else m
     ns = _with_parts(orthogonalize, o)
     strength = 1.0
@@ -71,20 +97,24 @@ def plain_step(
         update = strength * ns(m)
         rest = 1.0  # the update is as large as the momentum
     else:
-        _hyperball(weight, ns(look_ahead), lr * rest, memory)
-        return
-    step = plain_scale(o["scale"], *weight.shape) * update
+        direction, back = _hyperball(weight, ns(look_ahead), lr, rest, memory)
+        return Stages(m, direction, 1.0, back * lr, back)
+    scale = plain_scale(o["scale"], *weight.shape)
+    step = scale * update
     if "row_floor" in o:
         step = _row_floor(step, start, o["row_floor"])
     step = rest * step
-    decay = lr * strength * weight_decay * start
+    decay: Tensor | float = 1 - lr * strength * weight_decay
     if o.get("cautious"):
-        decay = torch.where(step * start >= 0, decay, 0.0)
-    weight.sub_(decay + lr * step)
+        decay = torch.where(step * start >= 0, decay, 1.0).to(start)
+    weight.copy_(decay * start - lr * step)
+    back = 1.0
     if "radial_brake" in o:
-        was, now = start.norm(), weight.norm()
+        was, now = float(start.norm()), float(weight.norm())
         if now > was:
-            weight.mul_((was + o["radial_brake"] * (now - was)) / now)
+            back = (was + o["radial_brake"] * (now - was)) / now
+            weight.mul_(back)
+    return Stages(m, step / scale, scale, back * lr * scale, back * decay)
 
 
 def plain_scale(scale: str, out: int, fan_in: int) -> float:
@@ -136,11 +166,16 @@ def _namo(gradient: Tensor, m: Tensor, mu1: float, memory: Memory, o: Mapping[st
     return math.sqrt(1 - o["mu2"] ** t) / (1 - mu1**t) * float(m.norm()) / (math.sqrt(v) + o["eps"])
 
 
-def _hyperball(weight: Tensor, u: Tensor, lr: float, memory: Memory) -> None:
-    radius = memory.setdefault("radius", weight.norm().clone())
-    if u.norm() > 0:
-        moved = weight - lr * radius * u / u.norm()
-        weight.copy_(radius * moved / moved.norm())
+def _hyperball(weight: Tensor, u: Tensor, lr: float, rest: float, memory: Memory) -> tuple[Tensor, float]:
+    """What `lr` multiplies, and the factor that brings the weight back to its norm."""
+    radius = memory.setdefault("radius", weight.norm().clone()).to(weight.dtype)
+    if not u.norm() > 0:
+        return torch.zeros_like(u), 1.0
+    direction = rest * radius * u / u.norm()
+    moved = weight - lr * direction
+    back = float(radius / moved.norm())
+    weight.copy_(back * moved)
+    return direction, back
 
 
 def _soap(u: Tensor, gradient: Tensor, memory: Memory, o: Mapping[str, Any]) -> Tensor:
@@ -152,7 +187,7 @@ def _soap(u: Tensor, gradient: Tensor, memory: Memory, o: Mapping[str, Any]) -> 
     beta2, steps = o["beta2"], memory.get("basis_steps", 0)
     x = u
     if steps:
-        left, right = memory["row_basis"].double(), memory["column_basis"].double()
+        left, right = memory["row_basis"].to(u), memory["column_basis"].to(u)
         p = left.T @ u @ right
         v = beta2 * memory.get("projected_second_moment", 0.0) + (1 - beta2) * p * p
         memory["projected_second_moment"] = v
