@@ -19,7 +19,7 @@ LONGEST = 40
 
 
 def cells(page: str) -> list[tuple[str, str]]:
-    """("markdown" or "code", text) for each cell of the tutorial `page`. Outputs (```text) are left out: cells make them."""
+    """("markdown" or "code", text) for each cell of the tutorial `page`. Outputs (```text) are left out."""
     made = []
     for part in re.split(r"(^```(?:bash|python|text)\n.*?^```$)", page, flags=re.DOTALL | re.MULTILINE):
         found = re.fullmatch(r"```(bash|python|text)\n(.*?)\n?```", part, re.DOTALL)

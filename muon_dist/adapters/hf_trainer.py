@@ -316,7 +316,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
         figures.update({f"grad_norm/{name}": norm.item() for name, norm in self._grad_norms.items()})
         if self.qk_clip is not None and self.qk_clip.max_logit is not None:
             figures["qk_clip/max_logit"], figures["qk_clip/heads"] = self.qk_clip.max_logit, self.qk_clip.clipped
-        if self.bytes_per_token is not None and self._trains_on_plain_loss():
+        if self.bytes_per_token is not None and self.trains_on_plain_loss():
             figures["bits_per_byte"] = bits_per_byte(loss, self.bytes_per_token[0])
         figures["tokens"] = self._tokens
         if self._passes is not None:
@@ -329,11 +329,6 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
                 figures["mfu"] = mfu
         self._seconds, self._tokens_logged = 0.0, self._tokens
         return figures
-
-    def _trains_on_plain_loss(self) -> bool:
-        """The training loss is the cross entropy alone, so that it can be told in bits per byte."""
-        smoothed = self.args.label_smoothing_factor > 0 or self.compute_loss_func is not None
-        return not smoothed and not getattr(getattr(self.model, "config", None), "output_router_logits", False)
 
     def throughput(self) -> dict[str, float | None]:
         """Tokens and seconds of the training of this process group, their rate over all ranks, and MFU (0 to 1)."""

@@ -77,9 +77,7 @@ def plain_step(
     """
     o = {"nesterov": True, **DEFAULTS[rule], **options}
     start = weight.clone()
-    m = made_of
-    if m is None:
-        m = momentum * memory.get("momentum_buffer", 0.0) + (1 - momentum) * gradient
+    m = momentum * memory.get("momentum_buffer", 0.0) + (1 - momentum) * gradient if made_of is None else made_of
     memory["momentum_buffer"] = m
     look_ahead = (1 - momentum) * gradient + momentum * m if o["nesterov"] else m
     ns = _with_parts(orthogonalize, o)
@@ -108,12 +106,7 @@ def plain_step(
     if o.get("cautious"):
         decay = torch.where(step * start >= 0, decay, 1.0).to(start)
     weight.copy_(decay * start - lr * step)
-    back = 1.0
-    if "radial_brake" in o:
-        was, now = float(start.norm()), float(weight.norm())
-        if now > was:
-            back = (was + o["radial_brake"] * (now - was)) / now
-            weight.mul_(back)
+    back = _brake(weight, start, o["radial_brake"]) if "radial_brake" in o else 1.0
     return Stages(m, step / scale, scale, back * lr * scale, back * decay)
 
 
@@ -138,6 +131,15 @@ def _with_parts(orthogonalize: Orthogonalize, o: Mapping[str, Any]) -> Orthogona
         return x
 
     return ns
+
+
+def _brake(weight: Tensor, start: Tensor, brake: float) -> float:
+    """Take back a part of what the norm has grown, in place; the factor."""
+    was, now = float(start.norm()), float(weight.norm())
+    if now <= was:
+        return 1.0
+    weight.mul_((was + brake * (now - was)) / now)
+    return (was + brake * (now - was)) / now
 
 
 def _row_floor(step: Tensor, weight: Tensor, floor: float) -> Tensor:
