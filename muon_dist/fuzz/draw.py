@@ -115,7 +115,7 @@ def _squared(r: random.Random, p: Parameter) -> Parameter:
 
 
 def _audited(case: Case, others: bool) -> bool:
-    """Whether the audit is drawn for a case: not for SOAP, whose basis may hang on rounding. others: rows or options."""
+    """Whether a case may have an audit: SOAP may not, whose basis may hang on rounding. others: rows or options."""
     return case.rule != "soap_muon" and case.scale != "unit_rms" and not others
 
 
