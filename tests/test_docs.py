@@ -99,7 +99,7 @@ def shell_commands(page: Path) -> list[list[str]]:
 
 
 def check_ours(words: list[str], where: str, written: set[str]) -> None:
-    """A command names a subcommand and options that there are, and configurations that exist or are `written` before."""
+    """A command names a subcommand and options that there are, and configurations that exist or are `written`."""
     command: Any = get_command(app)
     rest = list(words)
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
