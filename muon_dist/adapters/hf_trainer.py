@@ -81,6 +81,8 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
     `eval_perplexity`; with `qk_clip`, of the last step `qk_clip/max_logit` and `qk_clip/heads` (that were clipped).
     """
 
+    _samples: Any = None  # the order of samples, while there is one
+
     def __init__(
         self,
         model: Any = None,
@@ -125,7 +127,6 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
         self._group_lrs: dict[str, float] = {}
         self._resumed_from: Checkpoint | None = None
         self._order: str | None = None
-        self._samples: Any = None
         self._first_sample = self._first_step = 0
         self._tokens = self._tokens_logged = self._tokens_resumed = 0
         self._seconds = self.train_seconds = 0.0
