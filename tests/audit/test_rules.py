@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     **{rule: {"rule": rule} for rule in DEFAULTS},
     "soap_muon, frequency 2": {"rule": "soap_muon", "rule_options": {"frequency": 2}},
     **{part: {"rule_options": {part: value}} for part, value in VALUES.items()},
-    **{f"adamuon, {part}": {"rule": "adamuon", "rule_options": {part: VALUES[part]}} for part in ("cautious", "muoneq")},
+    **{f"adamuon, {p}": {"rule": "adamuon", "rule_options": {p: VALUES[p]}} for p in ("cautious", "muoneq")},
     "normuon, all": {"rule": "normuon", "scale": "spectral", "rule_options": VALUES},
     **{scale: {"scale": scale} for scale in ("spectral", "unit_rms", "none")},
     "everywhere": {"rule": "normuon", "momentum_everywhere": True},
