@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 import tests.adapters.deepspeed_ranks  # noqa: F401  (environment of DeepSpeed, before its import)
 from muon_dist.bench.conformance_cases import PEERS, Case
 from muon_dist.bench.conformance_run import run
+from muon_dist.optim import Muon, param_groups
+from muon_dist.optim.reference import plain_newton_schulz
+from tests.audit.test_witness import Net, hidden, train
 from tests.distributed import run_ranks
 
 OURS, TORCH, DEEPSPEED = (next(p for p in PEERS if p.name == n) for n in ("muon_dist.Muon", "torch.optim.Muon",
@@ -55,3 +61,44 @@ def test_a_zero_gradient_keeps_moving_the_weights_of_torch_and_deepspeed() -> No
 def test_deepspeeds_momentum_is_loss_scaled() -> None:
     found = together(Case(DEEPSPEED, "zero2", "fp16"))
     assert set(found[Case(DEEPSPEED, "zero2", "fp16").name]) == {"momentum_scaled"}
+
+
+class PlainNorMuon(torch.optim.Optimizer):
+    """NorMuon (arXiv 2510.05491) on whole matrices in fp32; restores the norm of each of `cut` blocks of rows."""
+
+    def __init__(self, params: Any, cut: int) -> None:
+        self.cut = cut
+        super().__init__(params, {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            m = state.setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+            o = plain_newton_schulz(p.grad.lerp(m, 0.95))
+            v = state.setdefault("rows", torch.zeros_like(p[:, :1])).lerp_(o.square().mean(dim=1, keepdim=True), 0.05)
+            blocks = zip((o / (v.sqrt() + 1e-10)).chunk(self.cut), o.chunk(self.cut), strict=True)
+            update = torch.cat([n * (of.norm() / n.norm()) for n, of in blocks])
+            p.mul_(1 - 0.02 * 0.1).sub_(0.02 * update)
+
+
+def _normuons() -> dict[str, dict[str, str]]:
+    """Findings of NorMuon, with the norm restored whole and by this rank's shards, and of ours."""
+    found = {}
+    for name in ("whole", "by shards", "ours"):
+
+        def make(model: Net, name: str = name) -> torch.optim.Optimizer:
+            if name == "ours":
+                return Muon(param_groups(model, lr=0.02), rule="normuon", ns_dtype=torch.float32)
+            return PlainNorMuon(hidden(model), 2 if name == "by shards" else 1)
+
+        seen = train(make, rule="normuon")
+        found[name] = {f.cause: f.sentence for f in seen.findings}
+    return found
+
+
+def test_normuon_that_restores_its_norm_by_shards() -> None:
+    for found in run_ranks(_normuons, 2):
+        assert found["whole"] == {} and found["ours"] == {}
+        assert set(found["by shards"]) == {"rescaled_by_shards"}
+        assert "NorMuon's norm was restored by shards (2 blocks of rows)" in found["by shards"]["rescaled_by_shards"]
