@@ -234,8 +234,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
         made = super().create_optimizer(*args, **kwargs)
         options, optimizer = self._qk_clip_options, getattr(made, "optimizer", made)
         if options is not None and (self.qk_clip is None or self.qk_clip.optimizer is not optimizer):
-            share = partial(share_of_heads, self)
-            self.qk_clip = hf_attention.attach(self.model, optimizer, share=share, **options)
+            self.qk_clip = hf_attention.attach(self.model, optimizer, share=partial(share_of_heads, self), **options)
         return made
 
     # ---- gradients and learning rates
