@@ -104,8 +104,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
         hf_attention.check_options(qk_clip or {})
         args = args if args is not None else TrainingArguments(output_dir="tmp_trainer")
         _check(args, muon, clip_muon, train_sampler, kwargs)
-        if args.deepspeed is None:
-            args.max_grad_norm = 0.0
+        args.max_grad_norm = args.max_grad_norm if args.deepspeed is not None else 0.0
         args.parallelism_config = parallelism_on_cpu(args, model) or args.parallelism_config
         if train_sampler is not None:
             args.ignore_data_skip = True
