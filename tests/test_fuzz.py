@@ -60,9 +60,9 @@ def test_what_it_has_found_is_mended() -> None:
 
 def test_nothing_is_wrong() -> None:
     said: list[str] = []
-    report = fuzz(25.0, 7, said.append)
+    report = fuzz(9.0, 1, said.append)
     assert not report.wrong, "\n".join(said)
-    assert report.counts[RIGHT] >= 10 and not report.refusals, report.table()
+    assert report.counts[RIGHT] >= 5 and not report.refusals, report.table()
 
 
 @pytest.mark.parametrize("name", ["dropped_copy", "missing_nesterov", "other_rate"])
