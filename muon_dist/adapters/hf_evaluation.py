@@ -45,7 +45,7 @@ class PlainLoss:
             rows = token_losses(getattr(logits, "full_tensor", lambda: logits)(), prepared["labels"])
             sums = rows.sum(dim=0)
             found = (sums[0] / sums[1].clamp(min=1), None, None)
-        self._rows.append(trainer.accelerator.gather_for_metrics(rows))  # of each sample once, in the data's order
+        self._rows.append(trainer.gather_function(rows))  # of each sample once, in the data's order
         return found
 
     def _is_language_model(self, inputs: Mapping[str, Any]) -> bool:

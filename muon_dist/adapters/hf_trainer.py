@@ -119,8 +119,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
         super().__init__(model, args, optimizer_cls_and_kwargs=factory, **kwargs)
         self.clip = {"muon": clip_muon, "adamw": clip_adamw}
         self.qk_clip, self._qk_clip_options = cast("hf_attention.QKClip | None", None), qk_clip
-        self.train_sampler, self._passes = train_sampler, passes
-        self.bytes_per_token = bytes_per_token
+        self.train_sampler, self.bytes_per_token, self._passes = train_sampler, bytes_per_token, passes
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._grad_norms: dict[str, torch.Tensor] = {}
         self._group_lrs: dict[str, float] = {}
@@ -129,7 +128,6 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
         self._first_sample = self._first_step = 0
         self._tokens = self._tokens_logged = self._tokens_resumed = 0
         self._seconds = self.train_seconds = 0.0
-        self._step_started: float | None = None
         if diagnostics is not None:
             self.add_callback(SpectraLog(diagnostics))  # before the file, which takes the log as it finds it
         if self.audit is not None:

@@ -196,7 +196,10 @@ BAD_INPUT = {
         "tests/test_cli.py::test_text_that_is_not_utf8",
         "tests/test_cli.py::test_data_too_short_for_one_sample",
     ),
-    "vocabulary mismatch": ("tests/test_cli.py::test_tokens_beyond_the_models_vocabulary",),
+    "vocabulary mismatch": (
+        "tests/data/test_dataset.py::test_vocabulary_of_the_model_is_checked_before_training",
+        "tests/test_cli.py::test_tokens_of_another_tokenizer_are_made_again",
+    ),
     "1-D parameter sent to Muon": (
         "tests/test_cli.py::test_vector_sent_to_muon",
         "tests/test_routing.py::test_vector_sent_to_muon_is_refused_with_the_table",
