@@ -64,7 +64,8 @@ LONGEST = (
     "test_fuzz.py",
     "bench/test_fake_cuda.py",
 )
-"""Files that take more than 20 s, and one that must be first. They start first, so that no process is left alone with one of them at the end."""
+"""Files that take more than 20 s, and one that must be first. They start first, so that no process is left alone with
+one of them at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -83,6 +83,8 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
 
     _samples: Any = None  # the order of samples, while there is one
 
+    _step_started: float | None = None
+
     def __init__(
         self,
         model: Any = None,
