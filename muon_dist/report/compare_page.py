@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from muon_dist.errors import ConfigError, DataError
+from muon_dist.errors import ConfigError
 from muon_dist.report import figures
+from muon_dist.report.page import save, template
 from muon_dist.report.run_page import status, tiles
 from muon_dist.report.run_record import RunRecord, read_run
 
@@ -42,12 +41,7 @@ def write_compare_page(runs: Sequence[str | Path], output: str | Path | None = N
         raise ConfigError("a run is named twice: name each once")
     page = render([read_run(run) for run in runs])
     target = Path(output) if output is not None else Path("compare.html")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot write {target}: {error.strerror}; choose another --output") from error
-    return target
+    return save(page, target)
 
 
 def labels(records: Sequence[RunRecord]) -> list[str]:
@@ -60,10 +54,8 @@ def labels(records: Sequence[RunRecord]) -> list[str]:
 
 def render(records: Sequence[RunRecord]) -> str:
     """The page as text. Everything from the files is escaped; the figures are drawn here from their numbers."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = files("muon_dist.report").joinpath("compare.html.j2").read_text(encoding="utf-8")
     names = labels(records)
-    return environment.from_string(source).render(
+    return template("compare").render(
         legend=list(zip(names, figures.PALETTE, records, strict=False)),
         status=status,
         curves=curves(records, names),

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from muon_dist.errors import DataError
+from muon_dist.report.page import save, template
 
 _KEYS = ("experiment", "title", "claim", "verdict", "criteria", "notes", "profile", "seconds", "environment", "config")
 _SVG = "http://www.w3.org/2000/svg"
@@ -92,15 +91,9 @@ def _measured(value: Any) -> str:
 
 def render(records: list[dict[str, Any]]) -> str:
     """The page as text. Everything from the files is escaped but the figures, which ``inline_svg`` has checked."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["measured"] = _measured
-    source = files("muon_dist.report").joinpath("experiments.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(records=records, sources=SOURCES)
+    return template("experiments", measured=_measured).render(records=records, sources=SOURCES)
 
 
 def write_page(folder: Path, output: Path) -> Path:
     """Write the page of all results in ``folder``; returns its path."""
-    page = render(read_results(folder))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
-    return output
+    return save(render(read_results(folder)), output)

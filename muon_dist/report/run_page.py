@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from muon_dist.audit.page import summary as audit_rows
 from muon_dist.checkpoint.weights import Choice, choose_weights
-from muon_dist.errors import DataError
 from muon_dist.optim.diagnostics import place
 from muon_dist.report import figures
+from muon_dist.report.page import save, template
 from muon_dist.report.run_record import Record, RunRecord, read_run
 
 # (measure, title, what it says, logarithmic axis)
@@ -44,24 +42,14 @@ def write_run_page(folder: str | Path, output: str | Path | None = None, choice:
     if choice is not None:
         record.chosen = choose_weights(record.root, choice)
     target = Path(output) if output is not None else record.root / "report.html"
-    page = render(record)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"cannot write {target}: {error.strerror}; choose another --output") from error
-    return target
+    return save(render(record), target)
 
 
 def render(record: RunRecord) -> str:
     """The page as text. Everything from the files is escaped; the figures are drawn here from their numbers."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        number=_number, time=_time, size=_size, share=lambda x: f"{x:.1%}", yaml=_yaml, duration=_duration
-    )
-    source = files("muon_dist.report").joinpath("run.html.j2").read_text(encoding="utf-8")
+    filters = {"number": _number, "time": _time, "size": _size, "yaml": _yaml, "duration": _duration}
     heat, scale = figures.heat_maps("heat", record.spectra, HEAT, kinds(record))
-    return environment.from_string(source).render(
+    return template("run", share=lambda x: f"{x:.1%}", **filters).render(
         run=record,
         status=status(record),
         tiles=tiles(record),

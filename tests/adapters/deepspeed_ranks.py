@@ -26,6 +26,7 @@ import muon_dist
 from muon_dist.numerics import newton_schulz
 from muon_dist.optim.muon import Muon
 from muon_dist.optim.reference import reference_step
+from muon_dist.ownership import OwnershipPlan
 
 ds_logger.setLevel("ERROR")
 # Built by JIT at init otherwise: 40 s, and a lock file that hangs later runs when killed.
@@ -358,3 +359,13 @@ def whole_model(engine: Any) -> dict[str, torch.Tensor]:
 def run_cases(cases: list[Case], accessors: bool = True) -> list[Result]:
     """Several engines in one process, one after another."""
     return [run_case(case, accessors) for case in cases]
+
+
+def least_bytes(plan: OwnershipPlan) -> int:
+    """Bytes that all ranks must send in a step: 2 (N - h) + (c - 1) N fp32 elements for each matrix of N elements in c
+    copies, of which its owner holds h."""
+    elements = 0
+    for m, owner in zip(plan.layout.matrices, plan.owners, strict=True):
+        copies = int(m.fragments.length.sum()) // m.matrix.numel
+        elements += 2 * (m.matrix.numel - m.held(owner)) + (copies - 1) * m.matrix.numel
+    return 4 * elements

@@ -26,6 +26,7 @@ from tests.adapters.deepspeed_ranks import (
     batch,
     ds_config,
     full_gradient,
+    least_bytes,
     make_model,
     master,
 )
@@ -193,17 +194,13 @@ def stepped(run: Run) -> dict[str, Any]:
     found = masters(engine, optimizer)
     plan, runtime = optimizer.plan, optimizer.runtime
     assert plan is not None and runtime is not None
-    formula = 0.0
-    for m, owner in zip(plan.layout.matrices, plan.owners, strict=True):
-        own, copies = m.held(owner), int(m.fragments.length.sum()) // m.matrix.numel
-        formula += 2 * (m.matrix.numel - own) + (copies - 1) * m.matrix.numel
     result = {
         "same": max((found[n] - truth.weights[n]).abs().max().item() for n in truth.momentum),
         "alone": max((found[n] - w).abs().max().item() for n, w in alone.weights.items()),
         "calls": calls,
         "matrices": len(plan.layout.matrices),
         "sent": runtime.transport.bytes_sent / STEPS,
-        "formula": 4 * formula,
+        "formula": least_bytes(plan),
     }
     engine.destroy()
     return result

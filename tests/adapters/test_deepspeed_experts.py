@@ -22,7 +22,7 @@ import deepspeed
 from deepspeed.moe.layer import MoE
 
 from muon_dist.optim.muon import Muon
-from tests.adapters.deepspeed_ranks import Case, Truth, full_gradient
+from tests.adapters.deepspeed_ranks import Case, Truth, full_gradient, least_bytes
 from tests.adapters.test_deepspeed_autotp import loaded_from, resaved, saved_to
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(600)]
@@ -123,17 +123,13 @@ def stepped(run: Run) -> dict[str, Any]:
         truth.step(gradients)
     plan, runtime = optimizer.plan, optimizer.runtime
     assert plan is not None and runtime is not None
-    formula = 0
-    for m, owner in zip(plan.layout.matrices, plan.owners, strict=True):
-        copies = int(m.fragments.length.sum()) // m.matrix.numel
-        formula += 2 * (m.matrix.numel - m.held(owner)) + (copies - 1) * m.matrix.numel
     result = {
         "same": max((trained[n].detach() - truth.weights[n]).abs().max().item() for n in truth.momentum),
         "weights": run.weights(engine),
         "calls": calls,
         "matrices": [m.matrix.name for m in plan.layout.matrices],
         "sent": runtime.transport.bytes_sent / STEPS,
-        "formula": 4 * formula,
+        "formula": least_bytes(plan),
     }
     engine.destroy()
     return result
