@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy
 
 from muon_dist.adapters import deepspeed_state, module_state
 from muon_dist.adapters.hf_flow import BeginRun
+from muon_dist.adapters.hf_guards import GuardedTrainer
 from muon_dist.adapters.rates import GroupRates
+from muon_dist.adapters.unwrap import bare_optimizer
 from muon_dist.checkpoint import (
     BUFFER,
     MODEL_FOLDER,
@@ -82,7 +83,7 @@ def _sharded_at_load(args: TrainingArguments | None, model: Any) -> Iterator[Non
         args.save_only_model = False
 
 
-class CheckpointTrainer(Trainer):
+class CheckpointTrainer(GuardedTrainer):
     """A `Trainer` that saves and resumes through `muon_dist.checkpoint`.
 
     Attributes:
@@ -139,17 +140,18 @@ class CheckpointTrainer(Trainer):
 
     def commit(self) -> Path | None:
         """Save now and wait until it is committed: between two steps, on every rank. The newest commit."""
-        self._save_checkpoint(self.model, None)
+        self.write_checkpoint(Path(self.args.output_dir))
         return self.saver.wait()
 
     def position(self) -> dict[str, Any]:
         """Where in the data the run stands; for the manifest."""
         return {"global_step": self.state.global_step, "world_size": self.args.world_size}
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """In place of Trainer's; every rank calls it."""
+    def write_checkpoint(self, folder: Path) -> None:
+        """Save `checkpoint-STEP` below `folder`, in place of Trainer's; every rank calls it."""
+        super().write_checkpoint(folder)
         self.store_flos()
-        root = self.saver.root = Path(self._get_output_dir(trial=trial))
+        root = self.saver.root = folder
         best = self.state.best_global_step
         if best and (best == self.state.global_step or (root / checkpoint_name(best)).is_dir()):
             self.state.best_model_checkpoint = str(root / checkpoint_name(best))
@@ -177,14 +179,7 @@ class CheckpointTrainer(Trainer):
         """What this rank holds of the model and its optimizer."""
         if self.is_deepspeed_enabled:
             return deepspeed_state.holding(self.deepspeed, source=source)
-        return module_state.holding(self.model, self._bare_optimizer(), self.saver.ranks.size, source=source)
-
-    def _bare_optimizer(self) -> torch.optim.Optimizer:
-        optimizer = self.optimizer
-        while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
-            optimizer = optimizer.optimizer
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return optimizer
+        return module_state.holding(self.model, bare_optimizer(self.optimizer), self.saver.ranks.size, source=source)
 
     def _shared(self) -> dict[str, Provider]:
         """The named states that are the same on every rank. The rates last: the scheduler's come from them."""
@@ -241,6 +236,7 @@ class CheckpointTrainer(Trainer):
         """
         self._source = self._opened(resume_from_checkpoint)
         self._best_step = None
+        self.begin_at(self._source if self._source is not None and not self._source.beginning else None)
         path = None
         if self._source is not None and self._source.beginning:
             what = "weights alone" if self._source.weights_only else "weights and optimizer state, of no run of ours"
@@ -255,6 +251,9 @@ class CheckpointTrainer(Trainer):
             raise
         self.saver.wait()
         return result
+
+    def begin_at(self, source: Checkpoint | None) -> None:
+        """Training is about to begin after `source`, or at step 0 if None. Called before the data loader is made."""
 
     def _opened(self, wanted: Any) -> Checkpoint | None:
         if wanted is None or wanted is False or isinstance(wanted, Checkpoint):
@@ -280,16 +279,12 @@ class CheckpointTrainer(Trainer):
             for moved in set_aside_after(root, source.step):
                 self._first(f"a checkpoint of a later step than the one to go on from is now {moved}")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing: the weights come with the optimizer's state, once both lie where they will be stepped."""
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+    def restore(self) -> None:
+        """Weights, optimizer state and the named states of the checkpoint that `train` was given, if any."""
         if self._source is not None:
             self._fill(self._source)
             if not self._source.beginning:
                 self._restore_states(self._source)
-        return prepared
 
     def _fill(self, source: Checkpoint) -> None:
         """Weights and optimizer state."""
@@ -311,7 +306,7 @@ class CheckpointTrainer(Trainer):
             self._first(f"{source.path} holds a state of '{name}', which this run does not have: it is left out")
         source.close()
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def restore_rank(self) -> None:
         """The random generators, and what else each rank keeps for itself."""
         source = self._source
         if source is None or source.beginning:
@@ -339,9 +334,8 @@ class CheckpointTrainer(Trainer):
         self._fill(source)
         return source.path.name
 
-    def _load_best_model(self) -> None:
-        path = self.state.best_model_checkpoint
-        assert path is not None
+    def load_best_weights(self, path: Path) -> None:
+        """The weights of the checkpoint `path`; the optimizer's state stays."""
         source = open_checkpoint(path, self.saver.ranks)
         held = self.holding(source)
         held.pieces = [p for p in held.pieces if p.kind in (WEIGHT, BUFFER)]
@@ -349,13 +343,9 @@ class CheckpointTrainer(Trainer):
         self._best_step = source.step
         source.close()
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self.saver.wait()  # before the best model is looked for
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:  # Trainer would remove all but the best, file by file; a run goes on from the newest
-            return super()._finalize_training(*args, **kwargs)
-        finally:
-            self.args.save_total_limit = limit
+    def finish_saves(self) -> None:
+        """Wait until the last save is committed."""
+        self.saver.wait()
 
 
 def _versions() -> dict[str, Any]:

@@ -38,7 +38,7 @@ class PlainLoss:
             logits = found[1][0] if isinstance(found[1], tuple) else found[1]
             rows = token_losses(logits, inputs["labels"])
         else:
-            prepared = trainer._prepare_inputs(inputs)
+            prepared = trainer.on_device(inputs)
             with torch.no_grad(), trainer.compute_loss_context_manager():
                 outputs = model(**{name: value for name, value in prepared.items() if name != "labels"})
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]

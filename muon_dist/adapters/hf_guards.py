@@ -1,28 +1,24 @@
-"""What watches over a `MuonTrainer` run: loss spikes, copies that differ, hangs, slow ranks, signals to stop."""
+"""The guards of a `MuonTrainer` run, one file each in guards/, and where its loop tells them what it does."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback
 
-from muon_dist.adapters.fsdp2.storage import is_sharded, local_part, replica_groups, reshard
-from muon_dist.errors import ConfigError, NonFiniteError, PeerError
-from muon_dist.exchange.progress import Progress, place
-from muon_dist.exchange.transport import is_network_error
-from muon_dist.exchange.vote import Ballot, StepVote, StragglerReport
-from muon_dist.exchange.watchdog import IDLE, Watchdog, default_store
-from muon_dist.optim.muon import Muon
-from muon_dist.optim.replicas import ReplicaCheck, check_everywhere
+from muon_dist.adapters.guards.hangs import HangGuard
+from muon_dist.adapters.guards.nonfinite import NonFiniteGuard
+from muon_dist.adapters.guards.replicas import ReplicaGuard
+from muon_dist.adapters.guards.run import Guard, GuardedRun
+from muon_dist.adapters.guards.spikes import SpikeGuard
+from muon_dist.adapters.guards.stops import StopGuard, stop_text
+from muon_dist.adapters.guards.stragglers import StragglerGuard
+from muon_dist.adapters.hf_parallel import SequenceParallelTrainer
 from muon_dist.optim.spikes import SIGMAS, WINDOW, SpikeDetector
 
-POLICIES = ("off", "skip", "rollback")
-_WATCHDOG_SHARE = 0.9  # of the process group's timeout, so that ours, which names things, comes first
-_MOST_ROLLBACKS = 3
+__all__ = ["GuardedTrainer", "Guards", "stop_text"]
 
 
 class Guards(TrainerCallback):
@@ -42,10 +38,7 @@ class Guards(TrainerCallback):
     stop_requested: the number of the signal that asked this rank to stop, or 0.
     say: for messages; called on the first rank.
 
-    Attributes:
-        stopped: rank -> signal of those that asked to stop, once all ranks have committed a checkpoint for it.
-        committed: name of the newest checkpoint then; an older one where saves may fail (`on_error: continue`).
-        spikes: steps left out for their loss.
+    Each guard is a callback of its own, in the order of `parts`. At the end of a step all of them read the same vote.
     """
 
     def __init__(
@@ -61,246 +54,109 @@ class Guards(TrainerCallback):
         stop_requested: Callable[[], int] = lambda: 0,
         say: Callable[[str], None] = print,
     ) -> None:
-        if spike not in POLICIES:
-            raise ConfigError(f"guards.spike is {spike!r}: use one of {', '.join(POLICIES)}")
-        self.spike, self.hash_every = spike, hash_every
-        self.watchdog_seconds, self.straggler_seconds = watchdog_seconds, straggler_seconds
-        self.max_nonfinite = max_nonfinite
-        self.detector = SpikeDetector(spike_window, spike_sigmas)
-        self.stopped: dict[int, int] = {}
-        self.committed: str | None = None
-        self.spikes = self.rollbacks = 0
-        self._bad_in_row = 0
-        self._stop_requested, self._say = stop_requested, say
-        self._trainer: Any = None
-        self._progress = Progress()
-        self._vote: StepVote | None = None
-        self._watchdog: Watchdog | None = None
-        self._stragglers: StragglerReport | None = None
-        self._checks: list[ReplicaCheck] | None = None
-        self._loss: torch.Tensor | float = 0.0
-        self._ballot: Ballot | None = None
-        self._spiked = False
-        self._hook: Any = None
+        self.run = GuardedRun(say)
+        self.stragglers = StragglerGuard(self.run, straggler_seconds)
+        self.nonfinite = NonFiniteGuard(self.run, max_nonfinite)
+        self.spike = SpikeGuard(self.run, spike, SpikeDetector(spike_window, spike_sigmas))
+        self.replicas = ReplicaGuard(self.run, hash_every, self.nonfinite)
+        self.stop = StopGuard(self.run, stop_requested)
+        self.hangs = HangGuard(self.run, watchdog_seconds)
+
+    @property
+    def parts(self) -> tuple[Guard, ...]:
+        """The guards, in the order in which they act at the end of a step."""
+        return (self.stragglers, self.nonfinite, self.spike, self.replicas, self.stop, self.hangs)
+
+    @property
+    def stopped(self) -> dict[int, int]:
+        """Rank -> signal of the ranks that asked to stop, once all ranks have committed a checkpoint for it."""
+        return self.stop.stopped
+
+    @property
+    def committed(self) -> str | None:
+        """Name of the newest checkpoint then; an older one where saves may fail (`on_error: continue`)."""
+        return self.stop.committed
+
+    @property
+    def spikes(self) -> int:
+        """Steps left out for their loss."""
+        return self.spike.spikes
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the weights went back to a commit."""
+        return self.spike.rollbacks
 
     # ---- state in checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know to decide as this one would."""
-        muon = self._muon()
+        muon = self.run.muon
         return {
-            "detector": self.detector.state_dict(),
-            "spikes": self.spikes,
-            "rollbacks": self.rollbacks,
-            "bad_in_row": self._bad_in_row,
+            "detector": self.spike.detector.state_dict(),
+            "spikes": self.spike.spikes,
+            "rollbacks": self.spike.rollbacks,
+            "bad_in_row": self.nonfinite.in_a_row,
             "step_guard": muon.guard.state_dict() if muon is not None else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what a checkpoint holds."""
-        self.detector.load_state_dict(state["detector"])
-        self.spikes, self.rollbacks = int(state["spikes"]), int(state["rollbacks"])
-        self._bad_in_row = int(state["bad_in_row"])
-        muon = self._muon()
+        self.spike.detector.load_state_dict(state["detector"])
+        self.spike.spikes, self.spike.rollbacks = int(state["spikes"]), int(state["rollbacks"])
+        self.nonfinite.in_a_row = int(state["bad_in_row"])
+        muon = self.run.muon
         if muon is not None and state["step_guard"] is not None:
             muon.guard.load_state_dict(state["step_guard"])
 
     # ---- called by MuonTrainer
 
     def attach(self, trainer: Any) -> None:
-        """Belong to `trainer`; before training."""
-        self._trainer = trainer
+        """Belong to `trainer`, as its callbacks; before training."""
+        self.run.trainer = trainer
+        for callback in (self, *self.parts):
+            trainer.add_callback(callback)
 
-    def begin_data(self) -> None:
-        """This rank begins to work for the next step."""
-        self._progress.enter("data")
-        self._clock("start")
-        self._loss, self._ballot, self._spiked = 0.0, None, False
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()  # `auto_find_batch_size` begins again after an attempt that ran out of memory
+        self.run.begin(args.device, state.global_step)
 
-    def _clock(self, action: str) -> None:
-        if self._vote is not None:
-            getattr(self._vote.work, action)()
-
-    def pause(self) -> None:
-        """From here on this rank may wait for others."""
-        self._clock("pause")
-
-    def resume(self) -> None:
-        """This rank works for itself again."""
-        self._clock("resume")
+    def begin_step(self) -> None:
+        """This rank begins to read the batches of the next step."""
+        self.run.begin_step()
+        self.stragglers.begin_step()
 
     def add_loss(self, loss: torch.Tensor, last: bool) -> None:
         """A micro-batch's part of this step's loss, before its backward pass; `last` begins the vote."""
-        self.pause()
-        self._loss = self._loss + loss.detach()
-        if last and self._vote is not None:
-            self._vote.cast(self._loss, self._stop_requested())
-
-    def begin_save(self) -> None:
-        """A checkpoint is being written."""
-        self._progress.enter("save")
-
-    def named(self, error: RuntimeError) -> PeerError | None:
-        """A failed message between ranks as an error that says in what; None for any other error."""
-        if not is_network_error(error):
-            return None
-        p, rank = self._progress, self._vote.rank if self._vote is not None else 0
-        first_line = str(error).strip().partition("\n")[0]
-        return PeerError(
-            f"rank {rank}: {place(p.operation, p.bucket, p.step)} failed: {first_line}. Another rank has ended, or "
-            "the network is down: look for the first error of the other ranks"
-        )
+        self.stragglers.pause()
+        self.run.add_loss(loss, last, self.stop.requested() if last else 0)
 
     def close(self) -> None:
         """End what runs beside training; also after an error."""
-        self._progress.enter(IDLE)
-        if self._watchdog is not None:
-            self._watchdog.stop()
-            self._watchdog = None
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-        muon = self._muon()
-        if muon is not None:
-            muon.guard.veto = None
-
-    # ---- Trainer's events
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        distributed = dist.is_available() and dist.is_initialized()
-        self._vote = StepVote(dist.group.WORLD if distributed else None, args.device)
-        rank, world = self._vote.rank, self._vote.world_size
-        self._stragglers = StragglerReport(world, seconds=self.straggler_seconds) if self.straggler_seconds else None
-        muon = self._muon()
-        if muon is None and self.spike != "off":
-            raise ConfigError(f"guards.spike={self.spike} needs Muon, which can leave a step out: set it to off")
-        if muon is not None:
-            self._progress = muon.progress
-            muon.guard.veto = self._veto
-        self._progress.step = state.global_step
-        if not args.torch_compile:  # a hook would be compiled too; then the forward pass does not count as own work
-            # DDP sends buffers before it calls the model itself.
-            self._hook = self._trainer.model.register_forward_pre_hook(lambda module, given: self._forward(module))
-        seconds = self.watchdog_seconds
-        if seconds is None:
-            seconds = _WATCHDOG_SHARE * args.ddp_timeout
-        if seconds > 0:
-            self._watchdog = Watchdog(
-                self._progress, default_store(), rank, world, timeout=seconds, device=self._trainer.args.device
-            )
-            self._watchdog.start()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress.enter("forward/backward")
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress.enter("evaluation")
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress.enter(IDLE)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress.enter(IDLE)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._read()
-        self._count_bad_steps()
-        if self._spiked and self.spike == "rollback":
-            self._roll_back(state.global_step)
-        stop = self._ballot.stop if self._ballot is not None else {}
-        muon = self._muon()
-        # A flipped exponent makes NaN on all ranks: which copy it was is known only now.
-        bad = self._bad_in_row > 0 or (muon is not None and muon.guard.in_a_row > 0)
-        due = self.hash_every > 0 and state.global_step % self.hash_every == 0
-        if due or (self.hash_every > 0 and (stop or bad or control.should_save)):
-            self._progress.enter("replica check")
-            self._compare_copies()
-        if stop:
-            newest = self._trainer.commit()
-            self.committed = newest.name if newest is not None else None
-            self.stopped = stop
-            control.should_save = control.should_evaluate = False
-            control.should_training_stop = True
-        self._progress.step = state.global_step
-        self._progress.enter(IDLE)
-
-    # ---- the parts
-
-    def _forward(self, module: torch.nn.Module) -> None:
-        if module.training:
-            self.resume()
-
-    def _muon(self) -> Muon | None:
-        optimizer = getattr(self._trainer, "optimizer", None)
-        while optimizer is not None and not isinstance(optimizer, Muon):
-            optimizer = getattr(optimizer, "optimizer", None)  # accelerate's and DeepSpeed's wrappers
-        return optimizer
-
-    def _first(self, message: str) -> None:
-        if self._vote is None or self._vote.rank == 0:
-            self._say(message)
-
-    def _read(self) -> None:
-        """The vote of this step, read once: before the optimizer acts, or after a step in which it did not."""
-        if self._ballot is not None or self._vote is None:
-            return
-        self._progress.enter("step vote")
-        self._ballot = self._vote.result()
-        if self._ballot is None:
-            return
-        if self._stragglers is not None and (message := self._stragglers.add(self._ballot.busy)):
-            self._first(message)
-        if self.spike != "off":
-            limit = self.detector.limit()
-            self._spiked = self.detector.is_spike(self._ballot.loss)
-            if self._spiked:
-                self.spikes += 1
-                self._first(
-                    f"step {self._trainer.state.global_step + 1} left out: its loss {self._ballot.loss:.4f} is above "
-                    f"{limit:.4f}, {self.detector.sigmas:g} standard deviations over the mean of the last steps"
-                )
-
-    def _veto(self) -> bool:
-        self._read()
-        return self._spiked
-
-    def _count_bad_steps(self) -> None:
-        """DeepSpeed leaves bad steps out without asking the optimizer, for ever if need be."""
-        wrapper = getattr(getattr(self._trainer, "deepspeed", None), "optimizer", None)
-        dynamic = getattr(getattr(wrapper, "loss_scaler", None), "dynamic", False)
-        if not getattr(wrapper, "overflow", False) or dynamic:
-            self._bad_in_row = 0
-            return
-        self._bad_in_row += 1
-        if self._bad_in_row >= self.max_nonfinite:
-            raise NonFiniteError(
-                f"gradients were NaN or infinite in {self._bad_in_row} optimizer steps in a row (max_nonfinite), the "
-                f"last one step {self._trainer.state.global_step}; DeepSpeed's norm over all parameters says so on "
-                "every rank. Nothing was changed by those steps. Lower the learning rate, or look at the data"
-            )
-
-    def _roll_back(self, step: int) -> None:
-        self.rollbacks += 1
-        if self.rollbacks > _MOST_ROLLBACKS:
-            raise NonFiniteError(
-                f"the loss jumped at step {step} for the {self.rollbacks}th time with guards.spike=rollback: the run "
-                "does not get over it. Lower the learning rate, or look at the data"
-            )
-        self._progress.enter("rollback")
-        found = self._trainer.roll_back()
-        self._first(f"weights and optimizer state are those of {found} again; data and schedule go on")
-
-    def _compare_copies(self) -> None:
-        if self._checks is None:
-            self._checks = list(replica_checks(self._trainer.model, self._trainer.args.device))
-            if not self._checks and self._vote is not None and self._vote.world_size > 1:
-                self._first("guards.hash_every: no parameter has copies on several ranks, so nothing is compared")
-        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-        check_everywhere(self._checks, group)
+        self.hangs.close()  # first: what follows is under no watchdog
+        for guard in self.parts:
+            guard.close()
 
 
-class GuardedLoop:
-    """The places of a Trainer's loop that guards must know of; to be inherited before Trainer."""
+class _Reading:
+    """A data loader's iterator. Reading a batch is own work of this rank; what comes after it may wait for others."""
+
+    def __init__(self, batches: Iterator[Any], guard: StragglerGuard) -> None:
+        self.batches, self.guard = batches, guard
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        self.guard.resume()
+        try:
+            return next(self.batches)
+        finally:
+            self.guard.pause()
+
+
+class GuardedTrainer(SequenceParallelTrainer):
+    """A `Trainer` that tells its guards where it stands. It works without guards, too."""
 
     guards: Guards | None = None
 
@@ -308,13 +164,13 @@ class GuardedLoop:
         """Let `guards` watch over this trainer."""
         self.guards = guards
         guards.attach(self)
-        self.add_callback(guards)  # type: ignore[attr-defined]
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. A message between ranks that failed becomes a `PeerError` with operation and step."""
         try:
-            return super()._inner_training_loop(*args, **kwargs)  # type: ignore[misc]
+            return super().train(*args, **kwargs)
         except RuntimeError as error:
-            named = self.guards.named(error) if self.guards is not None else None
+            named = self.guards.run.named(error) if self.guards is not None else None
             if named is None:
                 raise
             raise named from error
@@ -322,63 +178,32 @@ class GuardedLoop:
             if self.guards is not None:
                 self.guards.close()
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step, as Trainer's. Counting their tokens asks all ranks."""
         if self.guards is None:
-            return super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        self.guards.begin_data()
-        batch = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        self.guards.resume()
-        return batch
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.guards.begin_step()
+        read = _Reading(epoch_iterator, self.guards.stragglers)
+        batches = super().get_batch_samples(read, num_batches, device)
+        self.guards.stragglers.resume()
+        return batches
 
-    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+    def write_checkpoint(self, folder: Any) -> None:
+        """Say that a save is under way."""
         if self.guards is not None:
-            self.guards.pause()  # it asks all ranks
-        return super()._get_num_items_in_batch(*args, **kwargs)  # type: ignore[misc]
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        if self.guards is not None:
-            self.guards.begin_save()
-        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            self.guards.run.progress.enter("save")
+        super().write_checkpoint(folder)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the guards are told the loss."""
         if self.guards is None or not model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        self.guards.pause()
-        found = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        trainer: Any = self
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.guards.stragglers.pause()
+        found = super().compute_loss(model, inputs, *args, **kwargs)
         # weighted as training_step weights micro-batches
-        scaled = trainer.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+        scaled = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
         loss = found[0] if isinstance(found, tuple) else found
-        part = loss if scaled or trainer.compute_loss_func else loss / trainer.current_gradient_accumulation_steps
+        part = loss if scaled or self.compute_loss_func else loss / self.current_gradient_accumulation_steps
         # a loss of several elements, one per GPU under DataParallel, is averaged as training_step averages it
-        self.guards.add_loss(part.mean(), last=trainer.accelerator.sync_gradients)
+        self.guards.add_loss(part.mean(), last=self.accelerator.sync_gradients)
         return found
-
-
-def replica_checks(model: torch.nn.Module, device: torch.device) -> Iterator[ReplicaCheck]:
-    """The comparisons for a model whose ranks are data-parallel: one for each group of ranks that hold copies.
-
-    Whole parameters over all ranks (DDP, ZeRO-1/2, ZeRO-0); shards over their replicas (HSDP). Under ZeRO-3 and
-    plain FSDP2 there are no copies.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    reshard(model)
-    whole: list[tuple[str, torch.Tensor]] = []
-    shards: dict[tuple[int, ...], tuple[dist.ProcessGroup, list[tuple[str, torch.Tensor]]]] = {}
-    for name, p in model.named_parameters():
-        if is_sharded(p):
-            for group in replica_groups(p):
-                ranks = tuple(dist.get_process_group_ranks(group))
-                shards.setdefault(ranks, (group, []))[1].append((name, local_part(p.detach())))
-        elif not hasattr(p, "ds_tensor"):  # ZeRO-3's mark of a partitioned parameter
-            whole.append((name, p.detach()))
-    if whole:
-        yield ReplicaCheck(whole, dist.group.WORLD, device)
-    for group, named in shards.values():
-        yield ReplicaCheck(named, group, device)
-
-
-def stop_text(stopped: dict[int, int]) -> str:
-    """ "SIGTERM on rank 2"."""
-    return ", ".join(f"{signal.Signals(number).name} on rank {rank}" for rank, number in sorted(stopped.items()))

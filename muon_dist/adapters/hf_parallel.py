@@ -12,6 +12,7 @@ from accelerate import ParallelismConfig
 from accelerate.utils import DeepSpeedSequenceParallelConfig, DistributedType, recursively_apply
 from transformers import DistributedConfig, PreTrainedModel
 
+from muon_dist.adapters.hf_private import PrivateTrainer
 from muon_dist.config.parallel import Parallel
 from muon_dist.errors import ConfigError, FrameworkError
 from muon_dist.failures import known, one_line
@@ -119,6 +120,17 @@ def sequence_parallel_loss(engine: Any, inputs: dict[str, Any]) -> tuple[torch.T
         )
     share = own * ranks / tokens
     return share + (sums[0] / tokens - share).detach(), outputs
+
+
+class SequenceParallelTrainer(PrivateTrainer):
+    """A `Trainer` whose training loss under sequence parallelism is `sequence_parallel_loss`."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As Trainer's; under sequence parallelism without its hang over gloo."""
+        if self.get_sp_size() == 1 or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss, outputs = sequence_parallel_loss(model, inputs)
+        return (loss, outputs) if return_outputs else loss
 
 
 def share_of_heads(trainer: Any) -> tuple[int, int]:

@@ -12,20 +12,12 @@ from typing import Any
 from transformers import TrainerCallback
 
 from muon_dist.adapters.hf_flow import RunRecord
+from muon_dist.adapters.unwrap import find_muon
 from muon_dist.audit.auditor import Audit
 from muon_dist.audit.chain import FILE as AUDIT_FILE
 from muon_dist.numerics import newton_schulz_flops
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.muon import Muon
-
-
-def find_muon(optimizer: Any) -> Muon | None:
-    """The `Muon` inside the wrappers of accelerate and DeepSpeed, if that is what they wrap."""
-    for _ in range(4):
-        if optimizer is None or isinstance(optimizer, Muon):
-            return optimizer
-        optimizer = getattr(optimizer, "optimizer", None)
-    return None
 
 
 def ownership(muon: Muon) -> dict[str, Any] | None:

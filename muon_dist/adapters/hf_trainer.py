@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -17,22 +15,16 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from muon_dist.adapters import hf_attention
-from muon_dist.adapters.device import peak_flops as device_peak_flops
 from muon_dist.adapters.factory import MuonFactory, check_trainer, split_kwargs
 from muon_dist.adapters.hf_callbacks import AttachDeepSpeed, MetricsFile
 from muon_dist.adapters.hf_checkpoint import CheckpointOptions, CheckpointTrainer, read_position
 from muon_dist.adapters.hf_curriculum import PartRates, order_at
 from muon_dist.adapters.hf_evaluation import PlainLoss
+from muon_dist.adapters.hf_figures import Figures, bits_per_byte
 from muon_dist.adapters.hf_flow import Passes
-from muon_dist.adapters.hf_guards import GuardedLoop, Guards
+from muon_dist.adapters.hf_guards import Guards
 from muon_dist.adapters.hf_norms import GradientNorms
-from muon_dist.adapters.hf_parallel import (
-    consecutive,
-    gather_once,
-    parallelism_on_cpu,
-    sequence_parallel_loss,
-    share_of_heads,
-)
+from muon_dist.adapters.hf_parallel import consecutive, gather_once, parallelism_on_cpu, share_of_heads
 from muon_dist.adapters.hf_records import AuditStart, SpectraLog, take_watchers
 from muon_dist.adapters.hf_settings import outlive_trackers
 from muon_dist.checkpoint import Checkpoint
@@ -56,7 +48,7 @@ class _Stream(Sampler[int]):
         return self.total
 
 
-class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
+class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
     """A `Trainer` that trains with Muon and logs what pretraining is judged by.
 
     muon: keyword arguments of `MuonFactory`; `lr` and `weight_decay` default to those of `args`. Instead of it,
@@ -80,10 +72,6 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
     (all ranks, evaluation and saving left out), `tokens`, `mfu`, `bits_per_byte`, `eval_bits_per_byte`,
     `eval_perplexity`; with `qk_clip`, of the last step `qk_clip/max_logit` and `qk_clip/heads` (that were clipped).
     """
-
-    _samples: Any = None  # the order of samples, while there is one
-
-    _step_started: float | None = None
 
     def __init__(
         self,
@@ -121,15 +109,12 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
         super().__init__(model, args, optimizer_cls_and_kwargs=factory, **kwargs)
         self.clip = {"muon": clip_muon, "adamw": clip_adamw}
         self.qk_clip, self._qk_clip_options = cast("hf_attention.QKClip | None", None), qk_clip
-        self.train_sampler, self.bytes_per_token, self._passes = train_sampler, bytes_per_token, passes
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._grad_norms: dict[str, torch.Tensor] = {}
-        self._group_lrs: dict[str, float] = {}
-        self._resumed_from: Checkpoint | None = None
+        self.train_sampler = train_sampler
+        self.figures = Figures(self, bytes_per_token, passes, flops_per_token, peak_flops)
         self._order: str | None = None
+        self._samples: Any = None  # the order of samples, while there is one
         self._first_sample = self._first_step = 0
-        self._tokens = self._tokens_logged = self._tokens_resumed = 0
-        self._seconds = self.train_seconds = 0.0
+        self._first_batch = False
         if diagnostics is not None:
             self.add_callback(SpectraLog(diagnostics))  # before the file, which takes the log as it finds it
         if self.audit is not None:
@@ -145,6 +130,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
         if guards is not None:
             self.watch_with(guards)
             self.providers["guards"] = guards
+        self.add_callback(self.figures)  # last: a step's seconds include what the others do at its end
 
     # ---- the position in the data
 
@@ -169,7 +155,7 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
             "global_step": self.state.global_step,
             "consumed_samples": self.consumed_samples,
             "samples_per_step": self.samples_per_step,
-            "tokens": self._tokens,
+            "tokens": self.figures.tokens,
             "world_size": self.args.world_size,
             "order": self._order if self._samples is None else order_at(self._samples, self.consumed_samples),
         }
@@ -179,24 +165,22 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
         if self.audit is not None:
             self.audit.forget()
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._resumed_from, self._order, self._samples = self._source, None, None
-        self._first_sample = self._first_step = self._tokens = self._tokens_logged = self._tokens_resumed = 0
-        self._seconds = self.train_seconds = 0.0
-        if self._source is not None and not self._source.beginning:
-            position = read_position(self._source)
-            self._first_step, self._first_sample = position["global_step"], position["consumed_samples"]
-            self._tokens = self._tokens_logged = self._tokens_resumed = position["tokens"]
-            self._order = position["order"]
-        if self._flops_per_token is None and hasattr(self.model, "num_parameters"):
-            self._flops_per_token = 6.0 * self.model.num_parameters(exclude_embeddings=True)
-        if self._peak_flops is None:
-            self._peak_flops = device_peak_flops(self.args.device, _compute_dtype(self.args, self.model))
-        return super()._inner_training_loop(*args, **kwargs)
+    def begin_at(self, source: Checkpoint | None) -> None:
+        """The data and the counts go on where `source` stands; None: from the beginning."""
+        position = read_position(source) if source is not None else {}
+        self._first_step, self._first_sample = position.get("global_step", 0), position.get("consumed_samples", 0)
+        self._order, self._samples = position.get("order"), None
+        self.figures.begin_at(position.get("tokens", 0))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def restore(self) -> None:
+        """As `CheckpointTrainer`'s; the first batch after it restores the random generators once more."""
+        super().restore()
+        self._first_batch = self._source is not None
+
+    def training_order(self, dataset: Any) -> Any:
+        """The samples of `train_sampler` from the position of the run on; without it Trainer's own order."""
         if self.train_sampler is None:
-            return super()._get_train_sampler(train_dataset)
+            return super().training_order(dataset)
         # Trainer has not read the checkpoint's state yet when it asks.
         remaining = max(0, self.args.max_steps - self._first_step) * self.samples_per_step
         samples = self._samples = self.train_sampler(self._first_sample)
@@ -211,19 +195,20 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
         self._order = order
         sp = self.get_sp_size()
         if sp > 1:
-            samples = consecutive(samples, self._train_batch_size, (self.args.world_size // sp, sp))
+            samples = consecutive(samples, self.micro_batch_size, (self.args.world_size // sp, sp))
         return _Stream(samples, remaining, self.args.max_steps * self.samples_per_step)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        self._step_started = time.perf_counter()
+        """The micro-batches of the next step, as Trainer's."""
+        self.figures.begin_step()
         if self.qk_clip is not None:
             self.qk_clip.maxima.clear()  # of a step that DeepSpeed has left out
         batch = super().get_batch_samples(*args, **kwargs)
-        if self._resumed_from is not None and self.train_sampler is not None:
+        if self._first_batch and self.train_sampler is not None:
             # Making the iterator drew from the generator, as it did at the start of the run that we continue, before
             # the state was saved: restore it afterwards, or dropout differs.
-            self._load_rng_state(str(self._resumed_from.path))
-        self._resumed_from = None
+            self.restore_rank()
+        self._first_batch = False
         return batch
 
     # ---- the optimizer
@@ -238,60 +223,35 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
 
     # ---- gradients and learning rates
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def clip_gradients(self, model: nn.Module, norm: Any) -> Any:
         """The raw norm over all parameters; on the way each algorithm's gradients are scaled down by its own bound.
 
         The factor is min(1, bound / norm over *all* parameters), as DeepSpeed must have it, which knows one norm only:
         so a configuration trains alike under DDP and under every ZeRO stage.
         """
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return super()._get_grad_norm(model, grad_norm)
+            return super().clip_gradients(model, norm)
         self.accelerator.unscale_gradients()
         gradients = GradientNorms(self.optimizer.param_groups)
-        self._grad_norms = gradients.norms
-        if not self._grad_norms:
+        self.figures.grad_norms = gradients.norms
+        if not gradients.norms:
             return None
         total = gradients.total
-        for algorithm in self._grad_norms:
+        for algorithm in gradients.norms:
             bound = self.clip.get(algorithm)
             if bound is not None:
                 # torch.nn.utils.clip_grad_norm_ with the same 1e-6, on a norm that is already known
                 gradients.scale(algorithm, (bound / (total + 1e-6)).clamp(max=1.0))
         return total
 
-    def _get_learning_rate(self) -> float:
-        # Trainer asks between the step and the scheduler's, so these are the rates of the step that is logged.
-        rates: dict[str, float] = {}
-        for index, group in enumerate(self.optimizer.param_groups):
-            algorithm, lr = group.get("algorithm"), float(group["lr"])
-            if rates.get(f"lr/{algorithm}") != lr:
-                rates[f"lr/{group.get('name', algorithm or index)}"] = lr
-        self._group_lrs = rates
-        return cast(float, super()._get_learning_rate())
-
     # ---- figures
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
-        """As Trainer's; under sequence parallelism without its hang over gloo."""
-        if self.get_sp_size() == 1 or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        loss, outputs = sequence_parallel_loss(model, inputs)
-        return (loss, outputs) if return_outputs else loss
-
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one micro-batch, as Trainer's; its tokens are counted."""
         main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._tokens += 0 if main is None else main.numel() * self.args.world_size // self._readers
+        self.figures.tokens += 0 if main is None else main.numel() * self.args.world_size // self._readers
         return cast(torch.Tensor, loss)
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self._step_started is not None:
-            seconds = time.perf_counter() - self._step_started
-            self._seconds, self.train_seconds = self._seconds + seconds, self.train_seconds + seconds
-            self._step_started = None
-        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's, with each sample counted once, also where several ranks evaluate it together."""
@@ -302,49 +262,14 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer's, with our figures added to `logs`."""
         if "loss" in logs:
-            logs.update(self._train_figures(logs["loss"]))
+            logs.update(self.figures.training(logs["loss"]))
         for name in [name for name in logs if name.startswith("eval") and name.endswith("_loss")]:
-            prefix = name.removesuffix("_loss")
-            logs[f"{prefix}_perplexity"] = math.exp(logs[name]) if logs[name] < 700 else math.inf
-            if self.bytes_per_token is not None:
-                logs[f"{prefix}_bits_per_byte"] = bits_per_byte(logs[name], self.bytes_per_token[1])
+            logs.update(self.figures.evaluation(logs[name], name.removesuffix("_loss")))
         super().log(logs, start_time)
-
-    def _train_figures(self, loss: float) -> dict[str, float]:
-        figures: dict[str, float] = dict(self._group_lrs)
-        figures.update({f"grad_norm/{name}": norm.item() for name, norm in self._grad_norms.items()})
-        if self.qk_clip is not None and self.qk_clip.max_logit is not None:
-            figures["qk_clip/max_logit"], figures["qk_clip/heads"] = self.qk_clip.max_logit, self.qk_clip.clipped
-        if self.bytes_per_token is not None and self.trains_on_plain_loss():
-            figures["bits_per_byte"] = bits_per_byte(loss, self.bytes_per_token[0])
-        figures["tokens"] = self._tokens
-        if self._passes is not None:
-            figures.update({f"passes/{name}": value for name, value in self._passes(self.consumed_samples).items()})
-        if self._seconds > 0:
-            rate = (self._tokens - self._tokens_logged) / self._seconds
-            figures["tokens_per_s"] = rate
-            mfu = self._mfu(rate)
-            if mfu is not None:
-                figures["mfu"] = mfu
-        self._seconds, self._tokens_logged = 0.0, self._tokens
-        return figures
 
     def throughput(self) -> dict[str, float | None]:
         """Tokens and seconds of the training of this process group, their rate over all ranks, and MFU (0 to 1)."""
-        tokens, seconds = self._tokens - self._tokens_resumed, self.train_seconds
-        rate = tokens / seconds if seconds > 0 else None
-        return {
-            "tokens": self._tokens,
-            "train_seconds": seconds,
-            "tokens_per_s": rate,
-            "mfu": self._mfu(rate) if rate is not None else None,
-            "peak_flops": self._peak_flops,
-        }
-
-    def _mfu(self, rate: float) -> float | None:
-        if self._flops_per_token is None or self._peak_flops is None:
-            return None
-        return rate * self._flops_per_token / (self._peak_flops * self.args.world_size)
+        return self.figures.throughput()
 
     def show_with(self, console: TrainerCallback) -> None:
         """Let `console` print the log in place of Trainer's printer."""
@@ -355,17 +280,6 @@ class MuonTrainer(GuardedLoop, PlainLoss, PartRates, CheckpointTrainer):
 def leave_deepspeed() -> None:
     """After a ZeRO-3 run: from here on transformers loads a model whole instead of partitioning it over the ranks."""
     unset_hf_deepspeed_config()
-
-
-def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Nats per token -> bits per byte of text, which compares models of different vocabularies."""
-    return loss / math.log(2.0) / bytes_per_token
-
-
-def _compute_dtype(args: TrainingArguments, model: nn.Module) -> torch.dtype:
-    if args.bf16 or args.fp16:
-        return torch.bfloat16 if args.bf16 else torch.float16
-    return next((p.dtype for p in model.parameters()), torch.float32)
 
 
 def _check(

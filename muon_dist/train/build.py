@@ -14,6 +14,7 @@ from muon_dist.adapters.device import refuse_unseen_gpus
 from muon_dist.adapters.hf_callbacks import Console
 from muon_dist.adapters.hf_curriculum import PartLog, follow_parts
 from muon_dist.adapters.hf_guards import Guards
+from muon_dist.adapters.hf_private import use_one_gpu
 from muon_dist.adapters.hf_records import EventsFile, OwnershipFile
 from muon_dist.adapters.hf_settings import check_frameworks, trial_scheduler
 from muon_dist.adapters.hf_trainer import (
@@ -172,7 +173,7 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
             f"{args.n_gpu} train ...",
             flush=True,
         )
-        args._n_gpu = 1
+        use_one_gpu(args)
     if args.max_steps <= 0:
         batch = args.train_batch_size * args.gradient_accumulation_steps * mesh.batches(config)
         args.max_steps = math.ceil(args.num_train_epochs * train_samples / batch)

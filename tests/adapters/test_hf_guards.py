@@ -90,7 +90,7 @@ def guarded(folder: str) -> tuple:
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
             self.before = [p.detach().clone() for p in model.parameters()]
             if dist.get_rank() == 1 and self.own is None:  # this rank's work takes a second longer in each step
-                work = guards._vote.work
+                work = guards.stragglers.work
                 self.own = work.seconds
                 work.seconds = lambda: self.own() + 1.0
 
@@ -214,10 +214,14 @@ def test_bad_steps_that_deepspeed_leaves_out_are_counted(tmp_path: Path) -> None
     guards = Guards(max_nonfinite=3)
     trainer = make_trainer(tmp_path, guards)
     trainer.deepspeed = Engine()
+
+    def end_step() -> None:
+        guards.nonfinite.on_step_end(trainer.args, trainer.state, trainer.control)
+
     for _ in range(2):
-        guards._count_bad_steps()
+        end_step()
     with pytest.raises(NonFiniteError, match="3 optimizer steps in a row"):
-        guards._count_bad_steps()
+        end_step()
 
 
 def test_refused(tmp_path: Path) -> None:

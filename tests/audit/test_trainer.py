@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from muon_dist import MuonTrainer
 from muon_dist.adapters.hf_trainer import CheckpointOptions
+from muon_dist.adapters.unwrap import find_muon
 from muon_dist.audit.verify import STATE, verify
 from muon_dist.checkpoint import Checkpoint
 from muon_dist.errors import ConfigError
@@ -34,7 +35,7 @@ class Zero(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
-            for momentum in self.trainer._bare_optimizer().runtime.momentum.values():
+            for momentum in find_muon(self.trainer.optimizer).runtime.momentum.values():
                 momentum.zero_()
 
 

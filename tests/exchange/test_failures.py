@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from muon_dist.adapters.hf_guards import Guards
+from muon_dist.adapters.guards.run import GuardedRun
 from muon_dist.errors import PeerError
 from muon_dist.exchange.transport import Transport
 
@@ -37,16 +37,16 @@ def named(error: RuntimeError) -> PeerError | None:
 @pytest.mark.parametrize("error", OF_THE_DEVICE, ids=lambda e: str(e)[:24])
 def test_an_error_of_the_device_stays_what_it_is(error: Exception) -> None:
     assert named(error) is None
-    assert Guards().named(error) is None
+    assert GuardedRun(print).named(error) is None
 
 
 @pytest.mark.parametrize("error", OF_THE_NETWORK, ids=lambda e: str(e)[:24])
 def test_a_failed_message_names_the_operation(error: Exception) -> None:
-    for found in (named(error), Guards().named(error)):
+    for found in (named(error), GuardedRun(print).named(error)):
         assert isinstance(found, PeerError) and "Another rank has ended" in str(found)
     assert "gradient flags in step 1 failed" in str(named(error))
 
 
 def test_other_errors_stay() -> None:
     assert named(RuntimeError("size mismatch")) is None
-    assert Guards().named(RuntimeError("size mismatch")) is None
+    assert GuardedRun(print).named(RuntimeError("size mismatch")) is None

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.adapters.device import refuse_unseen_gpus
-from muon_dist.adapters.hf_guards import GuardedLoop, Guards
+from muon_dist.adapters.hf_guards import GuardedTrainer, Guards
+from muon_dist.adapters.hf_private import PrivateTrainer
 from muon_dist.adapters.hf_trainer import MuonTrainer, TrainingArguments
 from muon_dist.config import load_config
 from muon_dist.errors import ConfigError
@@ -122,17 +123,20 @@ def test_muon_trainer_refuses_data_parallel(tmp_path: Path) -> None:
 
 
 def test_a_loss_per_gpu_is_averaged_for_the_vote() -> None:
-    class Loop:
+    class Loop(PrivateTrainer):
         model_accepts_loss_kwargs, compute_loss_func = False, None
         current_gradient_accumulation_steps = 2
         accelerator = SimpleNamespace(sync_gradients=True)
 
+        def __init__(self) -> None:
+            pass  # what the loss needs stands above
+
         def compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
             return torch.tensor([1.0, 3.0])
 
-    class Guarded(GuardedLoop, Loop):
+    class Guarded(GuardedTrainer, Loop):
         guards = Guards()
 
     loop = Guarded()
     assert loop.compute_loss(torch.nn.Linear(1, 1), {}).tolist() == [1.0, 3.0]
-    assert float(loop.guards._loss) == 1.0
+    assert float(loop.guards.run._loss) == 1.0
