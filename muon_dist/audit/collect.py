@@ -14,9 +14,9 @@ from torch import Tensor
 
 from muon_dist.audit.recompute import Before
 from muon_dist.exchange.transport import Transport
+from muon_dist.guards.replicas import checksum
 from muon_dist.layout import Fragments, view
 from muon_dist.optim.adamw import AdamWork
-from muon_dist.optim.replicas import checksum
 from muon_dist.optim.runtime import Runtime
 
 SLICE = 2**16

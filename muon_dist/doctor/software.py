@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 
-from muon_dist.adapters.device import gpus_of_driver
 from muon_dist.doctor.verdict import Verdict
+from muon_dist.train.device import gpus_of_driver
 
 # The ranges of pyproject.toml: package -> (lowest, first that is too new or None).
 RANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {

@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError, FrameworkError, RoutingError
 from muon_dist.exchange.progress import Progress
 from muon_dist.exchange.transport import Transport
-from muon_dist.frameworks import loaded_binders
 from muon_dist.numerics import ScheduleLike
 from muon_dist.optim.adamw import AdamWork, adamw_step
 from muon_dist.optim.binding import Binding, Group, NotReady, ParameterSpec
 from muon_dist.optim.checks import Kind, check_changed, check_keys, kind_of, unplanned
 from muon_dist.optim.copies import MUON, packed, unpack
 from muon_dist.optim.diagnostics import Diagnostics
+from muon_dist.optim.frameworks import loaded_binders
 from muon_dist.optim.gathered import carried
 from muon_dist.optim.groups import Entries, groups_of
 from muon_dist.optim.guard import StepGuard, parameter_names
@@ -33,6 +32,7 @@ from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import Loaded, follow, install, say_bytes
 from muon_dist.optim.state_dicts import StateDicts
 from muon_dist.ownership import OwnershipPlan
+from muon_dist.ownership.cost import CostModel
 
 if TYPE_CHECKING:
     from muon_dist.audit.auditor import Audit

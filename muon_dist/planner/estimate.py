@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from muon_dist.cost import CostModel
 from muon_dist.exchange.schedule import cut_buckets, smallest_bucket
 from muon_dist.ownership import OwnershipPlan
+from muon_dist.ownership.cost import CostModel
 
 INSIDE, BETWEEN = 0, 1
 

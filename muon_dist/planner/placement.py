@@ -18,7 +18,7 @@ from muon_dist.layout import (
     replicated_layout,
 )
 from muon_dist.layout.per_parameter import slice_length
-from muon_dist.partition_order import partition_order, slice_elements
+from muon_dist.ownership.partition_order import partition_order, slice_elements
 from muon_dist.planner.mesh import LAYOUTS, Mesh, make_mesh
 from muon_dist.planner.model import PlannedParameter, Settings, Workload
 from muon_dist.planner.sharding import largest_part, sharded_parameter, whole_parts

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError
 from muon_dist.exchange.schedule import bucket_elements, moves
-from muon_dist.measured_cost import measure
 from muon_dist.numerics import compute_dtype, get_schedule, newton_schulz_flops
 from muon_dist.ownership import OwnershipPlan, assign_owners, stack_length
+from muon_dist.ownership.cost import CostModel
+from muon_dist.ownership.measured_cost import measure
 from muon_dist.planner.communication import Links, bytes_by_axis
 from muon_dist.planner.devices import COLLECTIVE_SECONDS, LINK_SHARE, Device
 from muon_dist.planner.estimate import (

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from muon_dist.adapters.device import refuse_unseen_gpus
-from muon_dist.adapters.hf_callbacks import Console
-from muon_dist.adapters.hf_curriculum import PartLog, follow_parts
-from muon_dist.adapters.hf_guards import Guards
-from muon_dist.adapters.hf_private import use_one_gpu
-from muon_dist.adapters.hf_records import EventsFile, OwnershipFile
-from muon_dist.adapters.hf_settings import check_frameworks, trial_scheduler
-from muon_dist.adapters.hf_trainer import (
+from muon_dist.adapters.hf.callbacks import Console
+from muon_dist.adapters.hf.curriculum import PartLog, follow_parts
+from muon_dist.adapters.hf.guarded import Guards
+from muon_dist.adapters.hf.private import use_one_gpu
+from muon_dist.adapters.hf.records import EventsFile, OwnershipFile
+from muon_dist.adapters.hf.settings import check_frameworks, trial_scheduler
+from muon_dist.adapters.hf.trainer import (
     CheckpointOptions,
     MuonFactory,
     MuonTrainer,
@@ -36,6 +35,7 @@ from muon_dist.optim.groups import param_groups
 from muon_dist.routing import RoutingTable, route
 from muon_dist.train import mesh
 from muon_dist.train.batch import share_batch
+from muon_dist.train.device import refuse_unseen_gpus
 from muon_dist.train.folder import RunFolder
 from muon_dist.train.parts import check_starting_tokenizer, prepare_for_parts, rate_parts
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from muon_dist.adapters.hf_callbacks import quiet_transformers
+from muon_dist.adapters.hf.callbacks import quiet_transformers
 from muon_dist.checkpoint import MODEL_FOLDER, Checkpoint, Contents, Ranks, commits, newest_good, open_checkpoint
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.checkpoint.piece import WEIGHT, Piece, whole

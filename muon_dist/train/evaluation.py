@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from muon_dist.adapters.hf_trainer import bits_per_byte
+from muon_dist.adapters.hf.trainer import bits_per_byte
 from muon_dist.checkpoint import MODEL_FOLDER
 from muon_dist.checkpoint.manifest import NAME as CHECKPOINT
 from muon_dist.checkpoint.weights import trained_with

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from muon_dist.adapters.hf_callbacks import quiet_transformers
+from muon_dist.adapters.hf.callbacks import quiet_transformers
 from muon_dist.checkpoint import MODEL_FOLDER
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.checkpoint.weights import (

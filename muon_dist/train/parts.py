@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from muon_dist.adapters.hf_curriculum import RatePart
+from muon_dist.adapters.hf.curriculum import RatePart
 from muon_dist.checkpoint.weights import trained_with
 from muon_dist.config import Config
 from muon_dist.data import load_tokenizer

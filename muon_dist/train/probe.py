@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from muon_dist.adapters.factory import MuonFactory
-from muon_dist.adapters.hf_callbacks import quiet_transformers
+from muon_dist.adapters.hf.callbacks import quiet_transformers
 from muon_dist.config import Config, load_config
 from muon_dist.data.dataset import MixtureDataset
 from muon_dist.errors import CheckpointError, ConfigError

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import yaml
 
-from muon_dist.adapters.hf_callbacks import quiet_transformers
-from muon_dist.adapters.hf_guards import stop_text
-from muon_dist.adapters.hf_trainer import MuonTrainer, leave_deepspeed
+from muon_dist.adapters.hf.callbacks import quiet_transformers
+from muon_dist.adapters.hf.guarded import stop_text
+from muon_dist.adapters.hf.trainer import MuonTrainer, leave_deepspeed
 from muon_dist.checkpoint import Checkpoint, newest_good, open_checkpoint
 from muon_dist.checkpoint import Ranks as CheckpointRanks
 from muon_dist.checkpoint.weights import record_step, trained_with

@@ -10,12 +10,12 @@ import torch
 from transformers import TrainerCallback
 
 from muon_dist import MuonTrainer
-from muon_dist.adapters.hf_trainer import CheckpointOptions
+from muon_dist.adapters.hf.trainer import CheckpointOptions
 from muon_dist.adapters.unwrap import find_muon
 from muon_dist.audit.verify import STATE, verify
 from muon_dist.checkpoint import Checkpoint
 from muon_dist.errors import ConfigError
-from tests.adapters.test_hf_trainer import Order, Words, arguments, losses, make_model
+from tests.adapters.hf.test_trainer import Order, Words, arguments, losses, make_model
 
 
 def trainer_for(folder: Path, audit: dict[str, Any] | None, *callbacks: TrainerCallback) -> MuonTrainer:

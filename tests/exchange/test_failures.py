@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from muon_dist.adapters.guards.run import GuardedRun
+from muon_dist.adapters.hf.guards.run import GuardedRun
 from muon_dist.errors import PeerError
 from muon_dist.exchange.transport import Transport
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from muon_dist.adapters.device import refuse_unseen_gpus
-from muon_dist.adapters.hf_guards import GuardedTrainer, Guards
-from muon_dist.adapters.hf_private import PrivateTrainer
-from muon_dist.adapters.hf_trainer import MuonTrainer, TrainingArguments
+from muon_dist.adapters.hf.guarded import GuardedTrainer, Guards
+from muon_dist.adapters.hf.private import PrivateTrainer
+from muon_dist.adapters.hf.trainer import MuonTrainer, TrainingArguments
 from muon_dist.config import load_config
 from muon_dist.errors import ConfigError
 from muon_dist.train import build, distributed
+from muon_dist.train.device import refuse_unseen_gpus
 from muon_dist.train.folder import RunFolder
 
 # ---- a GPU that torch does not see
