@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -19,6 +18,7 @@ from muon_dist.doctor.cli import doctor
 from muon_dist.errors import ConfigError, MuonDistError
 from muon_dist.experiments.cli import app as spectra
 from muon_dist.fuzz.cli import fuzz
+from muon_dist.json_files import indented, one_line
 from muon_dist.launcher.cli import app as launch
 from muon_dist.planner.cli import app as planner
 from muon_dist.train.checkpoint_cli import app as checkpoint
@@ -219,7 +219,7 @@ def evaluate(
             max_samples=max_samples,
             choice=choice,
         )
-    typer.echo(json.dumps(figures))
+    typer.echo(one_line(figures))
 
 
 @app.command()
@@ -356,7 +356,7 @@ def schema() -> None:
     """Print the JSON Schema of a configuration file, for an editor."""
     from muon_dist.config import json_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    typer.echo(indented(json_schema()))
 
 
 def _quiet() -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from muon_dist.json_files import append_line, one_line
+
 BEGINNING = "0" * 64
 """What stands for the digest of the line before the first."""
 FILE = "audit.jsonl"
@@ -19,6 +21,7 @@ _NEEDED = {"start": ("previous", "step"), "audit": _AUDIT}
 
 def digest_of(previous: str, record: Mapping[str, Any]) -> str:
     """SHA-256 of the digest before and of the record as JSON with sorted keys, in hexadecimal."""
+    # As it stands in the file: what earlier versions wrote may hold NaN.
     text = json.dumps({k: v for k, v in record.items() if k != "digest"}, sort_keys=True)
     return hashlib.sha256(f"{previous}{text}".encode()).hexdigest()
 
@@ -40,13 +43,11 @@ class Chain:
         """Write a record; it as written, with its digest."""
         # Once through JSON, so that what is hashed is what a reader gets.
         self.lines += 1
-        plain = json.loads(json.dumps({"line": self.lines, **record}))
+        plain = json.loads(one_line({"line": self.lines, **record}))
         plain["digest"] = self.head = digest_of(self.head, plain)
         if self._path is not None:
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(plain, sort_keys=True) + "\n")
+                append_line(self._path, plain, sort_keys=True)
             except OSError as error:
                 # Raising on this rank alone would leave the others waiting in a collective.
                 print(f"audit: cannot write {self._path}: {error}; the audit goes on without it", file=sys.stderr)

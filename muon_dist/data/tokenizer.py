@@ -21,9 +21,10 @@ from typing import Any
 from muon_dist.data.corpus import Source, documents, same_source, size_hint, source_record
 from muon_dist.data.document import say
 from muon_dist.data.encoder import Encoder, TokenizerInfo, bos_ids, definition, vocabulary_size
-from muon_dist.data.files import folder_lock, new_folder, read_json, sha256_file, sha256_json, write_json
+from muon_dist.data.files import folder_lock, new_folder, read_json, sha256_file, sha256_json
 from muon_dist.errors import DataError
 from muon_dist.failures import one_line
+from muon_dist.json_files import write_json
 
 MODEL_TYPES = ("bpe", "unigram")
 UNK, BOS, EOS, PAD = "<unk>", "<|bos|>", "<|eos|>", "<|pad|>"  # ids 0 to 3; not <s>, which HTML pages contain

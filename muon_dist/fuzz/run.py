@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from muon_dist.fuzz.case import Case
 from muon_dist.fuzz.draw import draw
 from muon_dist.fuzz.judge import PATIENCE, RIGHT, WRONG, Judge, Outcome
 from muon_dist.fuzz.shrink import shrink
+from muon_dist.json_files import write_json
 
 Say = Callable[[str], None]
 SHRINK_SECONDS = 60.0
@@ -181,7 +181,7 @@ def command(seconds: float, seed: int, json_file: Path | None, case: str | None,
         f"{report.largest[0]:.1e}"
     )
     if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=1), encoding="utf-8")
+        write_json(json_file, report.to_json())
         say(f"-> {json_file}")
     if report.wrong:
         raise InexactError(f"{len(report.wrong)} cases are wrong; the lines above run them again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import (
 from muon_dist.checkpoint import BUFFER, MODEL_FOLDER, WEIGHT, Checkpoint, open_checkpoint
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.errors import CheckpointError, DataError
+from muon_dist.json_files import read_object
 
 PLAIN_TOKENIZERS = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
 """Classes that take tokenizer.json as it is, in transformers 5 and 4."""
@@ -121,7 +121,7 @@ def replaced(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
     """AutoTokenizer has put the class of the model's type (Qwen2Tokenizer for qwen2) in the place of what
     tokenizer.json holds, although tokenizer_config.json names the class that takes it as it is."""
     file = folder / "tokenizer_config.json"
-    named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
+    named = read_object(file).get("tokenizer_class") if file.is_file() else None
     return named in PLAIN_TOKENIZERS and type(tokenizer).__name__ not in PLAIN_TOKENIZERS
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from muon_dist.json_files import read_object, write_json
 from muon_dist.numerics import ScheduleLike, newton_schulz
 from muon_dist.numerics.products import products_for
 from muon_dist.ownership.cost import CostModel
@@ -132,21 +132,16 @@ def _processor() -> str:
 
 def _read(path: Path) -> dict[str, float]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path)
     except (OSError, ValueError):
         return {}
     return {k: float(v) for k, v in found.items() if isinstance(v, (int, float)) and v > 0}
 
 
 def _write(path: Path, seconds: Mapping[str, float]) -> None:
-    """At once or not at all; of two that write together, one is kept."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump(dict(sorted(seconds.items())), file, indent=1)
-        os.replace(file.name, path)
-    except OSError:
-        return
+    """Of two processes that write together, one is kept. Where nothing can be written, each run measures again."""
+    with contextlib.suppress(OSError):
+        write_json(path, dict(seconds), sort_keys=True)
 
 
 def _time(stack: Stack, steps: int, schedule: ScheduleLike, dtype: torch.dtype, device: torch.device) -> float:

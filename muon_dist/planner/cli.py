@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from muon_dist.config.parallel import Parallel
 from muon_dist.errors import ConfigError
+from muon_dist.json_files import indented, read_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,7 +77,7 @@ def plan(
     if advice:
         made = advise(made, workload, settings, chosen)
     if as_json:
-        typer.echo(json.dumps(made.to_json(), indent=1))
+        typer.echo(indented(made.to_json()))
     else:
         show(made, chosen)
 
@@ -207,4 +207,4 @@ def _deepspeed(config: Config) -> dict[str, Any]:
     given = config.deepspeed
     if given is None or isinstance(given, dict):
         return given or {}
-    return dict(json.loads(Path(given).read_text(encoding="utf-8")))
+    return read_object(Path(given))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.checkpoint.piece import WEIGHT, Piece, whole
 from muon_dist.checkpoint.writer import commit, take
 from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.json_files import indented
 from muon_dist.model.load import load_model, parameter_shapes
 from muon_dist.train.folder import RunFolder
 from muon_dist.train.models import export_folder
@@ -227,4 +227,4 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def to_json(rows: list[dict[str, Any]]) -> str:
     """The list for programs."""
-    return json.dumps(rows, indent=2)
+    return indented(rows)

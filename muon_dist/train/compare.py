@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -14,8 +13,8 @@ from pathlib import Path
 
 from muon_dist.config import load_config
 from muon_dist.errors import ConfigError, MuonDistError
+from muon_dist.json_files import read_object, write_json
 from muon_dist.train import corpus
-from muon_dist.train.folder import write_json
 
 OPTIMIZERS = ("muon", "adamw")
 
@@ -101,7 +100,7 @@ def _run(config_path: Path, overrides: Sequence[str], output: Path, optimizer: s
             code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             raise MuonDistError(f"the run {name} ended with exit code {code}: see {log}")
-    figures = json.loads(summary.read_text(encoding="utf-8"))
+    figures = read_object(summary)
     return Result(optimizer, lr, seed, figures["validation_loss"], figures["validation_bits_per_byte"])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from muon_dist.checkpoint import commits
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
 from muon_dist.checkpoint.weights import DATA, set_model_aside
 from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.json_files import write_json
 from muon_dist.train.restarts import is_restart, launch_names
 
 AUTO = "auto"
@@ -193,13 +193,6 @@ class RunFolder:
         if policy == "always" and resume is None and not overwrite and found:
             return AUTO, False
         return resume, overwrite
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
-import math
 import sys
 import time
 import warnings
@@ -16,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from muon_dist.adapters.hf.flow import RunRecord
+from muon_dist.json_files import append_line, keep_lines
 
 
 class MetricsFile(RunRecord):
@@ -30,28 +29,13 @@ class MetricsFile(RunRecord):
     def begin_run(self, args: Any, state: Any) -> None:
         if not state.is_world_process_zero or not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if state.global_step > 0 and _step(line) <= state.global_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        done = state.global_step
+        keep_lines(self.path, lambda line: done > 0 and isinstance(line.get("step"), int) and line["step"] <= done)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs:
             return
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "time": round(time.time(), 3), **clean}) + "\n")
-
-
-def _step(line: str) -> float:
-    """The step of a line of the file; infinity for one that a kill or a full disk has cut, which goes."""
-    try:
-        step = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return math.inf
-    return step if isinstance(step, int) else math.inf
+        append_line(self.path, {"step": state.global_step, "time": round(time.time(), 3), **logs})
 
 
 class AttachDeepSpeed(TrainerCallback):

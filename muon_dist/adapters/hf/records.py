@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from muon_dist.adapters.hf.flow import RunRecord
 from muon_dist.adapters.unwrap import find_muon
 from muon_dist.audit.auditor import Audit
 from muon_dist.audit.chain import FILE as AUDIT_FILE
+from muon_dist.json_files import append_line, write_json
 from muon_dist.numerics import newton_schulz_flops
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.muon import Muon
@@ -70,9 +70,7 @@ class OwnershipFile(RunRecord):
         plan = ownership(muon) if muon is not None else None
         self._done = plan is not None or muon is None
         if plan is not None:
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(self.path)
+            write_json(self.path, plan)
 
 
 class EventsFile(RunRecord):
@@ -88,10 +86,8 @@ class EventsFile(RunRecord):
     def _add(self, state: Any, event: str, **more: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = {"time": round(time.time(), 3), "event": event, "step": state.global_step, **more}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        time_now = round(time.time(), 3)
+        append_line(self.path, {"time": time_now, "event": event, "step": state.global_step, **more})
 
     def begin_run(self, args: Any, state: Any) -> None:
         if state.global_step == 0 and state.is_world_process_zero:
