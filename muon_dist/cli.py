@@ -14,6 +14,7 @@ from muon_dist import failures, streams
 from muon_dist.arguments import existing_run, existing_runs
 from muon_dist.audit.cli import verify as verify_run
 from muon_dist.bench.cli import app as bench
+from muon_dist.defaults import PROMPT, TEMPERATURE, TOP_K
 from muon_dist.doctor.cli import doctor
 from muon_dist.errors import ConfigError, MuonDistError
 from muon_dist.experiments.cli import app as spectra
@@ -225,10 +226,10 @@ def evaluate(
 @app.command()
 def generate(
     run: RunPath,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The",
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = PROMPT,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the most probable token always.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=1, help="Choose among so many most probable tokens.")] = 40,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the most probable token always.")] = TEMPERATURE,
+    top_k: Annotated[int, typer.Option(min=1, help="Choose among so many most probable tokens.")] = TOP_K,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     step: Step = None,
     best: Best = False,

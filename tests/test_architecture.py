@@ -16,7 +16,18 @@ MAX_FUNCTION_LINES = 60
 
 # One row a floor; an import goes to a lower floor, or stays inside its own unit.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("arguments", "errors", "failures", "json_files", "numerics", "project", "ranks", "streams", "version"),
+    (
+        "arguments",
+        "defaults",
+        "errors",
+        "failures",
+        "json_files",
+        "numerics",
+        "project",
+        "ranks",
+        "streams",
+        "version",
+    ),
     ("routing", "layout"),
     ("ownership", "optim.rules"),
     ("config", "exchange", "checkpoint"),

@@ -19,6 +19,7 @@ from muon_dist.data.document import Item, missing_field, row_document
 from muon_dist.data.storage import HEAD_BYTES, DataFile
 from muon_dist.data.text import read_separated, read_text
 from muon_dist.data.token_files import read_datatrove, read_megatron
+from muon_dist.defaults import DOCUMENT_BYTES, TEXT_FIELD
 from muon_dist.errors import DataError
 from muon_dist.failures import one_line
 
@@ -30,8 +31,8 @@ _LONGEST_VALUE = 1 << 30  # characters of one value of a JSON file
 class Options:
     """What a reader needs to know of a source; see ``Source``."""
 
-    text_field: str = "text"
-    document_bytes: int = 16384
+    text_field: str = TEXT_FIELD
+    document_bytes: int = DOCUMENT_BYTES
     separator: str | None = None
 
 

@@ -22,6 +22,7 @@ from muon_dist.data.corpus import Source, documents, same_source, size_hint, sou
 from muon_dist.data.document import say
 from muon_dist.data.encoder import Encoder, TokenizerInfo, bos_ids, definition, vocabulary_size
 from muon_dist.data.files import folder_lock, new_folder, read_json, sha256_file, sha256_json
+from muon_dist.defaults import VOCAB_SIZE
 from muon_dist.errors import DataError
 from muon_dist.failures import one_line
 from muon_dist.json_files import write_json
@@ -44,7 +45,7 @@ def train_tokenizer(
     out_dir: str | Path,
     *,
     model_type: str = "bpe",
-    vocab_size: int = 4096,
+    vocab_size: int = VOCAB_SIZE,
     sample_bytes: int = 20_000_000,
     seed: int = 0,
     threads: int = 1,

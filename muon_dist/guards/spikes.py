@@ -6,11 +6,9 @@ import math
 from collections import deque
 from typing import Any
 
+from muon_dist.defaults import SPIKE_SIGMAS, SPIKE_WINDOW
 from muon_dist.errors import ConfigError
 
-# OLMo-core, SkipStepOptimizer: 6 standard deviations over the last 128 losses, judged from half a window on.
-WINDOW = 128
-SIGMAS = 6.0
 _PATIENCE = 5
 
 
@@ -23,7 +21,7 @@ class SpikeDetector:
     A loss that is not finite is left to the check of the gradients.
     """
 
-    def __init__(self, window: int = WINDOW, sigmas: float = SIGMAS) -> None:
+    def __init__(self, window: int = SPIKE_WINDOW, sigmas: float = SPIKE_SIGMAS) -> None:
         if window < 4:
             raise ConfigError(f"the window of the spike guard is {window}: it must be at least 4")
         if not sigmas > 0:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from muon_dist.defaults import DIAGNOSTICS_BUDGET
 from muon_dist.errors import ConfigError
 from muon_dist.json_files import append_line, keep_lines, strict
 from muon_dist.layout import Matrix
@@ -58,7 +59,7 @@ class Diagnostics:
         ConfigError: `every` or `budget` out of range.
     """
 
-    def __init__(self, every: int, folder: str | Path | None = None, *, budget: float = 0.02) -> None:
+    def __init__(self, every: int, folder: str | Path | None = None, *, budget: float = DIAGNOSTICS_BUDGET) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigError(f"diagnostics: every is {every!r}; it must be a whole number of steps, 1 or more")
         if not 0 < budget <= 1:

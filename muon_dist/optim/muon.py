@@ -9,6 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from muon_dist.defaults import (
+    BETAS,
+    BUCKET_MB,
+    COST,
+    EPS,
+    MAX_NONFINITE,
+    MOMENTUM,
+    NS_SCHEDULE,
+    NS_STEPS,
+    OWNER_POLICY,
+    RULE,
+    WEIGHT_DECAY,
+)
 from muon_dist.errors import ConfigError, FrameworkError, RoutingError
 from muon_dist.exchange.progress import Progress
 from muon_dist.exchange.transport import Transport
@@ -99,26 +112,26 @@ class Muon(StateDicts):
         self,
         params: Iterable[Any],
         lr: float | torch.Tensor = 1e-3,
-        weight_decay: float = DefaultNumber(0.1),
-        momentum: float = 0.95,
+        weight_decay: float = DefaultNumber(WEIGHT_DECAY),
+        momentum: float = MOMENTUM,
         nesterov: bool = DefaultFlag(True),  # type: ignore[assignment]
-        ns_steps: int = 5,
-        ns_schedule: ScheduleLike = "keller",
+        ns_steps: int = NS_STEPS,
+        ns_schedule: ScheduleLike = NS_SCHEDULE,
         ns_dtype: torch.dtype | None = None,
         scale: str = DefaultText("match_rms_adamw"),
         *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        betas: tuple[float, float] = BETAS,
+        eps: float = EPS,
         process_group: dist.ProcessGroup | str | None = DEFAULT_GROUP,
-        owner_policy: str = "balanced",
-        cost: str | CostModel = "analytic",
-        bucket_mb: float = 256.0,
+        owner_policy: str = OWNER_POLICY,
+        cost: str | CostModel = COST,
+        bucket_mb: float = BUCKET_MB,
         overlap: bool = True,
         ns_compile: bool = False,
         wire_dtype: torch.dtype | None = None,
-        max_nonfinite: int = 5,
+        max_nonfinite: int = MAX_NONFINITE,
         diagnostics: Diagnostics | Mapping[str, Any] | None = None,
-        rule: str = "muon",
+        rule: str = RULE,
         rule_options: Mapping[str, float | bool] | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,

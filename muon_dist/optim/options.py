@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from muon_dist.defaults import BUCKET_MB, COST, OWNER_POLICY
 from muon_dist.errors import ConfigError, RoutingError
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import get_schedule
@@ -32,9 +33,9 @@ class Options:
         ConfigError: one cannot be used; names it and its value.
     """
 
-    owner_policy: str = "balanced"
-    cost: str | CostModel = ANALYTIC
-    bucket_mb: float = 256.0
+    owner_policy: str = OWNER_POLICY
+    cost: str | CostModel = COST
+    bucket_mb: float = BUCKET_MB
     overlap: bool = True
     ns_compile: bool = False
     wire_dtype: torch.dtype | None = None

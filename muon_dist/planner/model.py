@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from muon_dist.defaults import BUCKET_MB, NS_SCHEDULE, NS_STEPS, OWNER_POLICY, SEQUENCE_LENGTH
 from muon_dist.layout import Matrix, cut_parameter
 from muon_dist.model import build_model, count_parameters, flops_per_token
 from muon_dist.model.parallel import Architecture, architecture
@@ -45,14 +46,14 @@ class Settings:
     see `Muon`.
     """
 
-    ns_steps: int = 5
-    ns_schedule: ScheduleLike = "keller"
+    ns_steps: int = NS_STEPS
+    ns_schedule: ScheduleLike = NS_SCHEDULE
     ns_dtype: torch.dtype | None = None
     wire_dtype: torch.dtype | None = None
-    bucket_mb: float = 32.0
+    bucket_mb: float = BUCKET_MB
     overlap: bool = True
-    owner_policy: str = "balanced"
-    sequence_length: int = 1024
+    owner_policy: str = OWNER_POLICY
+    sequence_length: int = SEQUENCE_LENGTH
     micro_batch: int = 8
     accumulation: int = 1
     checkpointing: bool = False

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from muon_dist.checkpoint.piece import clean_name
+from muon_dist.defaults import QK_ALPHA, QK_THRESHOLD
 from muon_dist.errors import ConfigError, FrameworkError
 from muon_dist.optim.muon import Muon
 from muon_dist.optim.qk_clip import AttentionLayer, Maxima, QKClip, Scaled, check_options
@@ -34,8 +35,8 @@ Features = list[tuple[int, int, float]]
 def attach(
     model: nn.Module,
     optimizer: Muon,
-    threshold: float = 100.0,
-    alpha: float = 0.5,
+    threshold: float = QK_THRESHOLD,
+    alpha: float = QK_ALPHA,
     share: Callable[[], tuple[int, int]] = lambda: (0, 1),
 ) -> QKClip:
     """Let `optimizer` clip the attention logits of a transformers model after each of its steps from now on.

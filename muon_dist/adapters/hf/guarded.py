@@ -16,7 +16,8 @@ from muon_dist.adapters.hf.guards.spikes import SpikeGuard
 from muon_dist.adapters.hf.guards.stops import StopGuard, stop_text
 from muon_dist.adapters.hf.guards.stragglers import StragglerGuard
 from muon_dist.adapters.hf.parallel import SequenceParallelTrainer
-from muon_dist.guards.spikes import SIGMAS, WINDOW, SpikeDetector
+from muon_dist.defaults import HASH_EVERY, MAX_NONFINITE, SPIKE_SIGMAS, SPIKE_WINDOW, STRAGGLER_SECONDS
+from muon_dist.guards.spikes import SpikeDetector
 
 __all__ = ["GuardedTrainer", "Guards", "stop_text"]
 
@@ -45,12 +46,12 @@ class Guards(TrainerCallback):
         self,
         *,
         spike: str = "off",
-        spike_window: int = WINDOW,
-        spike_sigmas: float = SIGMAS,
-        hash_every: int = 100,
+        spike_window: int = SPIKE_WINDOW,
+        spike_sigmas: float = SPIKE_SIGMAS,
+        hash_every: int = HASH_EVERY,
         watchdog_seconds: float | None = None,
-        straggler_seconds: float = 0.1,
-        max_nonfinite: int = 5,
+        straggler_seconds: float = STRAGGLER_SECONDS,
+        max_nonfinite: int = MAX_NONFINITE,
         stop_requested: Callable[[], int] = lambda: 0,
         say: Callable[[str], None] = print,
     ) -> None:

@@ -28,6 +28,7 @@ from muon_dist.adapters.hf.parallel import consecutive, gather_once, parallelism
 from muon_dist.adapters.hf.records import AuditStart, SpectraLog, take_watchers
 from muon_dist.adapters.hf.settings import outlive_trackers
 from muon_dist.checkpoint import Checkpoint
+from muon_dist.defaults import CLIP_ADAMW
 from muon_dist.errors import CheckpointError, ConfigError
 
 __all__ = ["CheckpointOptions", "MuonFactory", "MuonTrainer", "TrainingArguments", "bits_per_byte", "leave_deepspeed"]
@@ -80,7 +81,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         *,
         muon: Mapping[str, Any] | None = None,
         clip_muon: float | None = None,
-        clip_adamw: float | None = 1.0,
+        clip_adamw: float | None = CLIP_ADAMW,
         train_sampler: Callable[[int], Iterable[int]] | None = None,
         bytes_per_token: tuple[float, float] | None = None,
         passes: Callable[[int], Mapping[str, float]] | None = None,
