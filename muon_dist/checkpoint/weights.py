@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from muon_dist.checkpoint.folder import commits, step_of
-from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.manifest import is_checkpoint
 from muon_dist.checkpoint.reader import Checkpoint
 from muon_dist.errors import CheckpointError
 from muon_dist.json_files import read_lines, read_object, write_json
@@ -70,7 +70,7 @@ def record_step(folder: Path, step: int | None, reached: int | None = None, toke
 
 def weights_at(folder: Path) -> Weights:
     """The weights in a checkpoint or a model folder, with their step. CheckpointError for a damaged manifest."""
-    if (folder / MANIFEST).is_file():
+    if is_checkpoint(folder):
         return Weights(folder, Checkpoint.look(folder).manifest.step)
     return Weights(folder, _number(folder / RECORD, "step"))
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from muon_dist.checkpoint import BUFFER, MODEL_FOLDER, WEIGHT, Checkpoint, open_checkpoint
-from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.manifest import is_checkpoint, model_folder
 from muon_dist.errors import CheckpointError, DataError
 from muon_dist.json_files import read_object
 
@@ -35,7 +35,7 @@ def load_model(
     in the folder.
     """
     path = Path(folder)
-    if (path / MANIFEST).is_file():
+    if is_checkpoint(path):
         return _from_checkpoint(open_checkpoint(path), dtype, config)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no model there (config.json is missing)")
@@ -127,9 +127,7 @@ def replaced(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, for text in and out. Raises DataError."""
-    path = Path(folder)
-    if (path / MANIFEST).is_file():
-        path = path / MODEL_FOLDER
+    path = model_folder(Path(folder))
     if not path.is_dir():
         raise DataError(f"{path}: no such tokenizer folder")
     try:

@@ -12,7 +12,7 @@ import yaml
 
 from muon_dist.audit.chain import FILE as AUDIT_FILE
 from muon_dist.audit.verify import Verified, verify
-from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.manifest import is_checkpoint
 from muon_dist.checkpoint.weights import Weights, newest_weights
 from muon_dist.config import redact
 from muon_dist.errors import DataError
@@ -212,7 +212,7 @@ def _checkpoints(folder: Path) -> list[Record]:
         found.append(
             {
                 "step": int(match.group(1)),
-                "finished": (path / MANIFEST).is_file(),
+                "finished": is_checkpoint(path),
                 "bytes": sum(p.stat().st_size for p in files),
                 "time": max((p.stat().st_mtime for p in files), default=None),
             }

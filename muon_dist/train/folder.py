@@ -13,6 +13,7 @@ from typing import Any
 from muon_dist.audit.chain import FILE as AUDIT_FILE
 from muon_dist.checkpoint import commits
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.manifest import is_checkpoint
 from muon_dist.checkpoint.weights import DATA, set_model_aside
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.json_files import write_json
@@ -130,7 +131,7 @@ class RunFolder:
             raise CheckpointError(
                 f"--resume auto: {self.checkpoints} holds no finished checkpoint; leave --resume out to start anew"
             )
-        if resume not in (None, AUTO) and not (Path(resume) / MANIFEST).is_file():
+        if resume not in (None, AUTO) and not is_checkpoint(Path(resume)):
             raise CheckpointError(f"--resume {resume}: no finished checkpoint there ({MANIFEST} is missing)")
         own = resume == AUTO or (resume is not None and Path(resume).resolve().parent == self.checkpoints.resolve())
         if not own and not overwrite and (self.metrics.exists() or self.checkpoints.exists()):
