@@ -131,7 +131,7 @@ def test_a_loss_per_gpu_is_averaged_for_the_vote() -> None:
         def __init__(self) -> None:
             pass  # what the loss needs stands above
 
-        def compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             return torch.tensor([1.0, 3.0])
 
     class Guarded(GuardedTrainer, Loop):
