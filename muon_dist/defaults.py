@@ -1,20 +1,22 @@
 """Defaults that stand in several places: signatures, the schema of a configuration, the planner.
 
-Each is written here once. `tests/test_defaults.py` compares what the places say. This module imports nothing, so the
-schema can be read without torch.
+Each is written here once. `tests/test_defaults.py` compares what the places say. It imports no
+torch, nor does the schema.
 """
 
 from __future__ import annotations
 
+from typing import Final
+
 # Muon
-RULE = "muon"
+RULE: Final = "muon"
 WEIGHT_DECAY = 0.1
 MOMENTUM = 0.95
 NS_STEPS = 5
-NS_SCHEDULE = "keller"
+NS_SCHEDULE: Final = "keller"
 BUCKET_MB = 256.0
-OWNER_POLICY = "balanced"
-COST = "analytic"
+OWNER_POLICY: Final = "balanced"
+COST: Final = "analytic"
 QK_THRESHOLD = 100.0
 QK_ALPHA = 0.5
 
@@ -34,7 +36,7 @@ DIAGNOSTICS_BUDGET = 0.02
 # Data
 VOCAB_SIZE = 4096
 SAMPLE_BYTES = 50_000_000
-TEXT_FIELD = "text"
+TEXT_FIELD: Final = "text"
 DOCUMENT_BYTES = 16384
 MAX_BAD_RECORDS = 1000
 VALIDATION_FRACTION = 0.02
@@ -44,4 +46,4 @@ SEQUENCE_LENGTH = 1024
 # Samples of text
 TEMPERATURE = 0.8
 TOP_K = 40
-PROMPT = "The"
+PROMPT: Final = "The"

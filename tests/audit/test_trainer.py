@@ -11,10 +11,10 @@ from transformers import TrainerCallback
 
 from muon_dist import MuonTrainer
 from muon_dist.adapters.hf.trainer import CheckpointOptions
-from muon_dist.adapters.unwrap import find_muon
 from muon_dist.audit.verify import STATE, verify
 from muon_dist.checkpoint import Checkpoint
 from muon_dist.errors import ConfigError
+from muon_dist.optim.unwrap import find_muon
 from tests.adapters.hf.test_trainer import Order, Words, arguments, losses, make_model
 
 

@@ -20,7 +20,6 @@ from muon_dist.adapters import deepspeed_state, module_state
 from muon_dist.adapters.hf.flow import BeginRun
 from muon_dist.adapters.hf.guarded import GuardedTrainer
 from muon_dist.adapters.rates import GroupRates
-from muon_dist.adapters.unwrap import bare_optimizer
 from muon_dist.checkpoint import (
     BUFFER,
     MODEL_FOLDER,
@@ -41,6 +40,7 @@ from muon_dist.checkpoint import (
 )
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.optim.muon import Muon
+from muon_dist.optim.unwrap import bare_optimizer
 
 TRAINER_STATE = "trainer_state.json"
 

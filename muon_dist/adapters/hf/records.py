@@ -11,13 +11,13 @@ from typing import Any
 from transformers import TrainerCallback
 
 from muon_dist.adapters.hf.flow import RunRecord
-from muon_dist.adapters.unwrap import find_muon
 from muon_dist.audit.auditor import Audit
 from muon_dist.audit.chain import FILE as AUDIT_FILE
 from muon_dist.json_files import append_line, write_json
 from muon_dist.numerics import newton_schulz_flops
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.muon import Muon
+from muon_dist.optim.unwrap import find_muon
 
 
 def ownership(muon: Muon) -> dict[str, Any] | None:

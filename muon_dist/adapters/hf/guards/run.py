@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from muon_dist.adapters.unwrap import find_muon
 from muon_dist.errors import PeerError
 from muon_dist.exchange.progress import Progress, place
 from muon_dist.exchange.transport import is_network_error
 from muon_dist.guards.vote import Ballot, StepVote
 from muon_dist.optim.muon import Muon
+from muon_dist.optim.unwrap import find_muon
 
 
 class GuardedRun:
