@@ -98,7 +98,7 @@ def source_of(optimizer: Any, model: nn.Module | None, clip: float | None) -> So
     for one in several:
         while not hasattr(type(one), "register_step_pre_hook") or type(one).__name__ == "AcceleratedOptimizer":
             if not hasattr(one, "optimizer"):
-                raise ConfigError(f"{type(one).__name__} is no torch optimizer, DeepSpeed engine or Trainer")
+                raise ConfigError(f"{type(one).__name__} is not a torch optimizer, DeepSpeed engine or Trainer")
             one = one.optimizer
         plain.append(one)
     return TorchSource(plain, model, clip)

@@ -1,4 +1,4 @@
-"""What one rank does for one case: three sides beside each other, stepped in turn."""
+"""What one rank does for one case: three optimizers, stepped in turn."""
 
 from __future__ import annotations
 

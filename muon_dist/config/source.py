@@ -171,7 +171,7 @@ class _Plain:
         self.places.setdefault(keys, place)
         self.nodes += 1
         if any(node is outer for outer in self.open):
-            self._refuse(node, keys, "an alias inside what it stands for")
+            self._refuse(node, keys, "an alias inside the value that it repeats")
             return None
         if self.nodes > MAX_NODES:
             if self.nodes == MAX_NODES + 1:

@@ -252,7 +252,7 @@ def _deepspeed(config: Config) -> Found:
                 yield (
                     ("deepspeed", half, "enabled"),
                     f"is {str(enabled).lower()}, but trainer.{half} is "
-                    f"{str(bool(config.trainer.get(half, False))).lower()}: set both alike, or enabled to auto",
+                    f"{str(bool(config.trainer.get(half, False))).lower()}: set both to the same, or enabled to auto",
                 )
 
 
@@ -274,7 +274,7 @@ def _parallel(config: Config) -> Found:
             yield ("parallel", name), f"is {getattr(block, name)} and deepspeed is set: {instead[name]}"
         size = deepspeed.get("sequence_parallel_size", block.sp) if isinstance(deepspeed, dict) else block.sp
         if size != block.sp:
-            yield ("parallel", "sp"), f"is {block.sp}, but deepspeed.sequence_parallel_size is {size}: set both alike"
+            yield ("parallel", "sp"), f"is {block.sp}, but deepspeed.sequence_parallel_size is {size}: set both to the same"
     elif block.sp > 1:
         yield (
             ("parallel", "sp"),

@@ -50,7 +50,7 @@ class Stopwatch:
         self.resume()
 
     def resume(self) -> None:
-        """Own work goes on."""
+        """Own work continues."""
         if self._since is not None:
             return
         self._since = time.perf_counter()
@@ -126,7 +126,7 @@ class StragglerReport:
         self._steps: deque[tuple[float, ...]] = deque(maxlen=window)
 
     def add(self, busy: tuple[float, ...]) -> str | None:
-        """Add one step's busy times (seconds, one per rank). Returns a message if a rank is slow, and then starts again."""
+        """Add the busy seconds of each rank in one step. Returns a message if a rank is slow, and starts again."""
         self._steps.append(busy)
         if self.world_size < 2 or len(self._steps) < (self._steps.maxlen or 1):
             return None
@@ -139,8 +139,8 @@ class StragglerReport:
         steps = len(self._steps)
         self._steps.clear()
         return (
-            f"rank {rank} is slow: {medians[rank]:.3f} s of its own work per step, the others {usual:.3f} s (medians of "
-            f"{steps} steps; the slowest in {times} of them)"
+            f"rank {rank} is slow: {medians[rank]:.3f} s of its own work per step, the others {usual:.3f} s (medians "
+            f"of {steps} steps; the slowest in {times} of them)"
         )
 
 

@@ -30,7 +30,7 @@ AWAIT = (
     "status=0",
     'wait "$child" || status=$?',
 )
-# A signal goes on to torchrun, and from it to the processes.
+# A signal is passed on to torchrun, and from it to the processes.
 WAIT = (
     "child=$!",
     "trap 'kill -TERM \"$child\" 2>/dev/null || true' TERM INT",

@@ -42,7 +42,7 @@ def owner_key(runtime: Runtime, name: str, i: int) -> str:
 
 
 def entries(runtime: Runtime, buffer: int) -> dict[str, Tensor]:
-    """The state of a buffer as it stands in `optimizer.state`: live tensors, or DTensors of them."""
+    """The state of a buffer as it is in `optimizer.state`: live tensors, or DTensors of them."""
     binding, plan, memory = runtime.binding, runtime.plan, runtime.memory
     found: dict[str, Tensor | None] = {
         MOMENTUM: binding.stored(plan, buffer, runtime.momentum.get(buffer)),

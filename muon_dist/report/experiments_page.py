@@ -32,7 +32,7 @@ SOURCES = {
 def inline_svg(path: Path) -> Markup:
     """The <svg> element of a figure file, without metadata, for use inside HTML.
 
-    Raises DataError when the file is no SVG or holds anything that could run or load something.
+    Raises DataError when the file is not an SVG or holds anything that could run or load something.
     """
     try:
         root = ElementTree.fromstring(path.read_text(encoding="utf-8"))

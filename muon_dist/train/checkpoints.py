@@ -22,10 +22,10 @@ from muon_dist.train.folder import RunFolder
 from muon_dist.train.models import export_folder
 
 _TAG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-# what transformers needs beside the weights; never code
+# what transformers needs besides the weights; never code
 _DOCUMENTS = ("*.json", "*.model", "*.txt", "*.jinja")
 _WEIGHT_FILES = re.compile(r".*\.(safetensors|safetensors\.index\.json|bin|pt|pth)")
-# file of DeepSpeed's universal format -> kind of ours
+# file of DeepSpeed's universal format -> our kind
 _UNIVERSAL = {"fp32": WEIGHT, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum_buffer": "momentum"}
 
 
@@ -95,9 +95,9 @@ def convert(
     weights_only: bool = False,
     step: int | None = None,
 ) -> str:
-    """Make a checkpoint of ours from other weights, or a Hugging Face folder from a checkpoint; what was done.
+    """Make one of our checkpoints from other weights, or a Hugging Face folder from a checkpoint; what was done.
 
-    source: a checkpoint of ours (becomes a Hugging Face folder); a Hugging Face folder; or DeepSpeed's universal
+    source: one of our checkpoints (becomes a Hugging Face folder); a Hugging Face folder; or DeepSpeed's universal
     format, whose configuration and tokenizer come from the Hugging Face folder `model`, and AdamW's `step` where it
     leaves it out (ZeRO-3).
 
@@ -160,8 +160,8 @@ def _refuse_deepspeed(path: Path) -> None:
         raise CheckpointError(
             f"{path} is DeepSpeed's own format, which is pickled: make the universal format of it where you trust it "
             f"(python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {step} "
-            "--output_folder NEW), and convert that. It keeps weights and AdamW's state; a Muon run of ours goes on "
-            "from checkpoints of ours"
+            "--output_folder NEW), and convert that. It keeps weights and AdamW's state; a Muon run continues "
+            "from our checkpoints"
         )
 
 
@@ -204,7 +204,7 @@ def _tensor(path: Path) -> Any:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds on what it refuses to unpickle
-        raise CheckpointError(f"{path} is no plain tensor: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{path} is not a plain tensor: {type(error).__name__}: {error}") from error
     return value["param"] if isinstance(value, dict) else value
 
 

@@ -86,7 +86,7 @@ def text_dataset(
 ) -> Iterator[MixtureDataset]:
     """All of a text as samples for the model in `folder`, in a temporary folder that goes with the context.
 
-    sequence_length: of a sample at most; a shorter text is one sample. Raises DataError for what is no text.
+    sequence_length: of a sample at most; a shorter text is one sample. Raises DataError for what is not text.
     """
     with tempfile.TemporaryDirectory(prefix="muon-dist-eval-") as temporary:
         out = Path(temporary) / "tokens"

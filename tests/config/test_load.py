@@ -180,7 +180,7 @@ def test_missing_keys_are_placed_at_their_block(tmp_path: Path) -> None:
         (b"- a\n- b\n", r"run\.yaml:1: holds no settings"),
         (b"a: 1\n---\nb: 2\n", r"run\.yaml:2: not valid YAML: but found another document"),
         (b"1: x\n", r"run\.yaml:1: the key 1 is not text"),
-        (b"x: &a [*a]\n", r"run\.yaml:1: x\.0: an alias inside what it stands for"),
+        (b"x: &a [*a]\n", r"run\.yaml:1: x\.0: an alias inside the value that it repeats"),
         (b"a: &a {name: x}\nb: {<<: *a}\n", r"run\.yaml:2: b: merge keys \(<<\) are not supported"),
         (b"seed: !!int x\n", r"run\.yaml:1: seed: 'x' is not a int"),
         (b"a: " + b"[" * 3000 + b"]" * 3000, r"run\.yaml: nested too deeply"),
