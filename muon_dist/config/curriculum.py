@@ -36,7 +36,7 @@ class PartConfig(Block):
     data: PartDataConfig = PartDataConfig()
     lr_scheduler_type: str | None = Field(
         default=None,
-        description="transformers name of a schedule over the steps of the part; null: the schedule of the part before goes on",
+        description="transformers name of a schedule over the steps of the part; null: the one before continues",
     )
     lr_scheduler_kwargs: dict[str, Any] | None = Field(default=None, description="arguments of lr_scheduler_type")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="steps of warmup of lr_scheduler_type")

@@ -199,7 +199,7 @@ class CheckpointConfig(Block):
     """How a run is saved and continued. When: trainer.save_strategy and trainer.save_steps."""
 
     background: Flag = Field(
-        default=True, alias="async", description="write in the background: training waits for the copy to host memory only"
+        default=True, alias="async", description="training waits for the copy to host memory only"
     )
     keep_last: PositiveInt | None = Field(default=None, description="newest checkpoints to keep; null: all")
     keep_every: PositiveInt | None = Field(

@@ -274,7 +274,7 @@ def _parallel(config: Config) -> Found:
             yield ("parallel", name), f"is {getattr(block, name)} and deepspeed is set: {instead[name]}"
         size = deepspeed.get("sequence_parallel_size", block.sp) if isinstance(deepspeed, dict) else block.sp
         if size != block.sp:
-            yield ("parallel", "sp"), f"is {block.sp}, but deepspeed.sequence_parallel_size is {size}: set both to the same"
+            yield ("parallel", "sp"), f"is {block.sp}, but deepspeed.sequence_parallel_size is {size}: set both alike"
     elif block.sp > 1:
         yield (
             ("parallel", "sp"),

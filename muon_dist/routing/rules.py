@@ -141,8 +141,7 @@ class Rules:
                     )
                 if rule.asks_model and all(r.split is None for r in left):
                     raise RoutingError(
-                        f"{rule}: no attention is known among {_some(left)}, so no heads can be found. "
-                        f"{_BY_HAND}"
+                        f"{rule}: no attention is known among {_some(left)}, so no heads can be found. {_BY_HAND}"
                     )
                 if rule.needs_muon and all(r.algorithm != "muon" for r in left):
                     raise RoutingError(f"{rule} matches only parameters that go to AdamW: {_some(left)}")

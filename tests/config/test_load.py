@@ -117,6 +117,15 @@ def test_bad_overrides(tmp_path: Path) -> None:
         "override seed: write an override as key.key=value, for instance optimizer.muon.lr=0.01",
         "override seed=[1: seed: not valid YAML: expected ',' or ']', but got '<stream end>'",
     ]
+    for override, meant in (
+        ("optimizer.muon.rl=1", "lr"),
+        ("optimizer.muon.learning_rate=1", "lr"),
+        ("parallel.tensor_parallel=2", "tp"),
+        ("parallel.tp_size=2", "tp"),
+        ("parallel.dp=2", "dp_replicate or dp_shard"),
+    ):
+        (line,) = errors(path, override)
+        assert line.endswith(f": unknown key; did you mean {meant}?")
     (line,) = errors(path, "trainer.hub_token=[hf_verysecret]")
     assert "hf_verysecret" not in line and line.startswith("override trainer.hub_token: ")
 
