@@ -31,7 +31,7 @@ class Document(NamedTuple):
 
 
 class SourceGoneError(DataError):
-    """A source is not there (any more): prepared tokens of it can still be used."""
+    """A source does not exist or cannot be reached. If its tokens were prepared before, they can still be used."""
 
 
 # What a reader gives: a document, or the error of one bad record, after which it can continue.

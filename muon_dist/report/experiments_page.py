@@ -73,7 +73,9 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable result file ({error}); run the experiment again") from error
+            raise DataError(
+                f"{path}: cannot be read as JSON ({error}); run the experiment again, or remove the file"
+            ) from error
         missing = [key for key in _KEYS if not isinstance(record, dict) or key not in record]
         if missing:
             raise DataError(f"{path}: not an experiment result, without {', '.join(missing)}; move it elsewhere")

@@ -33,7 +33,7 @@ def evaluate(
     """
     count = len(dataset) if max_samples is None else min(max_samples, len(dataset))  # type: ignore[arg-type]
     if count < 1:
-        raise DataError("no sample to evaluate on")
+        raise DataError("no sample to evaluate: the data holds less than one sample, or max_samples is below 1")
     batches = DataLoader(torch.utils.data.Subset(dataset, range(count)), batch_size=batch_size)
     nats, predictions = 0.0, 0
     model.eval()

@@ -295,7 +295,7 @@ def test_home_and_variables_in_every_path(tmp_path: Path, monkeypatch: pytest.Mo
     for value, parts in {
         "${MISSING}/x": ["MISSING is not set", "${MISSING}/x"],
         "~nosuchuser/x": ["nosuchuser", "no home folder"],
-        "${not a name}": ["is not the name of a variable"],
+        "${not a name}": ["is not an environment variable: write ${NAME}, or $$ for a dollar sign"],
     }.items():
         lines = "\n".join(errors(path, *setting(key, value)))
         assert key.rpartition(".")[2] in lines and all(part in lines for part in parts), lines
