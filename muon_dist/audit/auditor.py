@@ -212,7 +212,7 @@ class Audit:
             return False
         text = f"audit of step {self.step}: {'; '.join(texts)}"
         if self.settings.on_alarm == "stop":
-            error = AuditError(f"{text}. The step is in the weights: go on from the last checkpoint before it")
+            error = AuditError(f"{text}. The step is in the weights: continue from the last checkpoint before it")
             error.reported_elsewhere = runtime.transport.rank != 0
             raise error
         if self._undo is not None:

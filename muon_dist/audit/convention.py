@@ -35,7 +35,7 @@ class Iteration:
         rows: (a, b, c) of every step.
         safety: the input is divided by this as well, after its Frobenius norm.
         aol: the rows are scaled by the sums of the Gram matrix first (arXiv 2512.04632).
-        dtype: "fp64" stands for fp32 and better; or "bf16", "fp16".
+        dtype: "fp64" means fp32 and better; or "bf16", "fp16".
         epsilon: added to the Frobenius norm.
     """
 

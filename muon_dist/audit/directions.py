@@ -40,7 +40,7 @@ MEMORY_CAUSES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about a step beside its tensors.
+    """What is known about a step besides its tensors.
 
     Attributes:
         shards: numbers of shards in which a framework holds the matrix, such as the world size.

@@ -47,7 +47,7 @@ class DeepSpeedSource:
             if len(shape) != 2 or not p.requires_grad or id(p) not in self._homes:
                 continue
             if getattr(p, "tensor_model_parallel", False) and id(p) not in slices:
-                continue  # a fused layer: its slice is no contiguous part of the whole
+                continue  # a fused layer: its slice is not a contiguous part of the whole
             self._parameters[name] = p
             if id(p) in slices:
                 axis, layer = self._slices[name] = slices[id(p)]

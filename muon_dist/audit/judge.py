@@ -213,7 +213,7 @@ def _added(
 def _memory(
     seen: Observed, step: Step, asked: Hyperparameters, limit: Tolerance, around: Circumstances
 ) -> Alarm | None:
-    """Of what a rule remembers beside momentum."""
+    """Of what a rule remembers besides momentum."""
     if asked.rule == "adamw":
         square = (seen.before.gradient * asked.gradient_factor).square()
         args = (seen.memory["exp_avg_sq"], seen.before.memory["exp_avg_sq"], square, asked.betas[1])

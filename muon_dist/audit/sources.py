@@ -1,7 +1,7 @@
 """Where a followed matrix is read, whatever framework holds it.
 
 A source hands out whole tensors: the weight before and after a step, and the gradient that the optimizer is to use. It
-changes nothing, and hooks the step only. All ranks call it alike; reading is a collective.
+changes nothing, and hooks the step only. All ranks call it with the same arguments; reading is a collective.
 """
 
 from __future__ import annotations

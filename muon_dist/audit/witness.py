@@ -335,8 +335,8 @@ def witness(
     """Follow an optimizer from now on and compare its steps with the plain rule.
 
     The optimizer is not changed: its step is hooked, whole weights and gradients of a few matrices are gathered before
-    and after it, momentum is kept apart in fp64, and the step is computed again. Every rank calls it alike, before the
-    first step.
+    and after it, momentum is kept apart in fp64, and the step is computed again. Every rank calls it with the
+    same arguments, before the first step.
 
     Args:
         optimizer: a torch optimizer or a list of them (plain loops, DDP, FSDP2, HSDP), a DeepSpeed engine, or a

@@ -42,7 +42,7 @@ class MuonConfig(Block):
     )
     rule_options: RuleOptions = Field(
         default_factory=dict,
-        description="what the rule has beside these settings, such as beta2 of normuon, and parts: cautious, "
+        description="what the rule has besides these settings, such as beta2 of normuon, and parts: cautious, "
         "row_floor, radial_brake, muoneq, muon_plus",
     )
     weight_decay: NonNegative | None = Field(default=None, description="decoupled; null: 0.1, or 0 under hyperball")
@@ -208,18 +208,18 @@ class CheckpointConfig(Block):
     """How a run is saved and continued. When: trainer.save_strategy and trainer.save_steps."""
 
     background: Flag = Field(
-        default=True, alias="async", description="hold training for the copy to host memory only, write beside it"
+        default=True, alias="async", description="training waits for the copy to host memory only"
     )
     keep_last: PositiveInt | None = Field(default=None, description="newest checkpoints to keep; null: all")
     keep_every: PositiveInt | None = Field(
         default=None, description="keep those of steps that are multiples of this as well"
     )
     on_error: Literal["stop", "continue"] = Field(
-        default="stop", description="when a save fails, for instance on a full disk: end the run, or warn and go on"
+        default="stop", description="when a save fails, for instance on a full disk: end the run, or warn and continue"
     )
     resume: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="without --resume, go on from the newest checkpoint: when the same launch starts again, "
+        description="without --resume, continue from the newest checkpoint: when the same launch starts again, "
         "whenever there is one, or never",
     )
 

@@ -15,7 +15,7 @@ MUON, ADAMW, FROZEN = "muon", "adamw", "frozen"
 PROCESS, DDP, FSDP2, ZERO = "process", "ddp", "fsdp2", "zero"
 RELOAD, FULL, CHECKPOINT = "reload", "full", "checkpoint"
 SECOND_GROUP: dict[str, Any] = {"scale": "spectral", "momentum": 0.9, "nesterov": False, "weight_decay": 0.02}
-"""Options of the parameters with `group` 1, beside half the learning rate; their rule is Muon's."""
+"""Options of the parameters with `group` 1, with half the learning rate; their rule is Muon's."""
 ADAMW_OPTIONS: dict[str, Any] = {"weight_decay": 0.05, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
@@ -65,7 +65,7 @@ class Parameter:
         return -(-length // -(-length // tp)) < tp
 
     def matrices(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Views of the matrices of a whole tensor; written anew, since the package's own cuts are under test."""
+        """Views of the matrices of a whole tensor. Written a second time, to test the package's own code."""
         found = [tensor] if tensor.dim() == 2 else list(tensor)
         axis = -1 if self.transposed else -2
         out = found[0].size(axis)
@@ -108,7 +108,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Resume:
-    """After `at` steps all is built anew and loaded.
+    """After `at` steps everything is rebuilt and loaded.
 
     Attributes:
         how: "reload" (`state_dict` and `load_state_dict`), "full" (`full_state_dict`, also onto another number of
@@ -180,7 +180,7 @@ class Case:
         return self.dtype != "float32"
 
     def segments(self) -> list[tuple[Setup, range]]:
-        """What holds the model in which steps; two where another group of processes goes on."""
+        """What holds the model in which steps; two where another group of processes continues."""
         if self.resume is None or self.resume.how == RELOAD:
             return [(self.setup, range(self.steps))]
         at = self.resume.at
@@ -202,7 +202,7 @@ class Case:
         """The case that `to_json` wrote.
 
         Raises:
-            ConfigError: the text is no JSON object of a case; names the key.
+            ConfigError: the text is not a JSON object of a case; names the key.
         """
         try:
             given = json.loads(text)

@@ -180,7 +180,7 @@ class Holder:
             raise AssertionError(f"the audit has raised an alarm: {audit.alarms[0]}")
 
     def holding(self, source: Checkpoint | None = None) -> Holding:
-        """What a checkpoint of ours holds of this rank."""
+        """This rank's part of one of our checkpoints."""
         return module_state.holding(self.model, self.optimizer, dist.get_world_size(), source=source)
 
     def close(self) -> None:

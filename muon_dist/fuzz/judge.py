@@ -28,7 +28,7 @@ STOCHASTIC = 2.0**-7
 PATIENCE = 60.0
 """Seconds after which a case hangs: it takes about one, and machines do other work too."""
 _JOBS_OF_A_POOL = 150
-"""Process groups that frameworks make are never given back: after so many jobs the ranks are forked anew."""
+"""Process groups that frameworks make are never given back: after so many jobs the ranks are forked again."""
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class BucketRun:
         if again is None:
             program.stacked.allocated = False
             return
-        # What the owners of this rank's own copy of the model have made goes on to the replica group.
+        # Updates that the owners of this rank's copy of the model made are sent on to the replica group.
         if envelope is not None:
             self.update()
         step.progress.enter("scatter", program.number)

@@ -227,7 +227,7 @@ class BucketCompiler:
         return program
 
     def _sends(self, bucket: Bucket) -> list[str]:
-        """What the rules of the bucket's matrices have sent beside the momentum; the same on all ranks."""
+        """What the rules of the bucket's matrices have sent besides the momentum; the same on all ranks."""
         return sorted({name for i in bucket.matrices for name in self.rules[self.places[i].group].sends})
 
     def _sent(self, name: str, bucket: Bucket, stacks: list[Stack]) -> Sent:

@@ -57,7 +57,7 @@ class Runtime:
         momentum: buffer -> this rank's fp32 momentum: of the local buffer's shape, padding included, where the rank is
             a source of all that it holds or must keep it all, else one flat tensor of the source fragments in the
             order of the buffer, or nothing.
-        memory: what the rules keep beside momentum.
+        memory: what the rules keep besides momentum.
         everywhere: buffers of which every holder keeps the momentum, not its sources alone.
         in_state: by parameter, the entries that stand for it in the optimizer's `state`: what is another object there
             was put there by others. None: there is none.

@@ -42,7 +42,7 @@ def owner_key(runtime: Runtime, name: str, i: int) -> str:
 
 
 def entries(runtime: Runtime, buffer: int) -> dict[str, Tensor]:
-    """The state of a buffer as it stands in `optimizer.state`: live tensors, or DTensors of them."""
+    """The state of a buffer as it is in `optimizer.state`: live tensors, or DTensors of them."""
     binding, plan, memory = runtime.binding, runtime.plan, runtime.memory
     found: dict[str, Tensor | None] = {
         MOMENTUM: binding.stored(plan, buffer, runtime.momentum.get(buffer)),
@@ -233,7 +233,7 @@ def follow(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> N
 
 
 def put(state: MutableMapping[Tensor, dict[str, Any]], parameter: Tensor, found: Mapping[str, Tensor]) -> None:
-    """Let `found` be the entries of a Muon group in the state of a parameter, and no others but its master."""
+    """Replace the entries of `parameter` in a Muon group's state by `found`; its master weight stays."""
     for key in [key for key in state.get(parameter, {}) if _planned(key)]:
         del state[parameter][key]
     if found:

@@ -46,7 +46,7 @@ def plan(
     ep: Annotated[_Ranks, typer.Option(help="Ranks that share a layer's experts, within dp_shard x cp x tp.")] = None,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
     dp_replicate: Annotated[
-        _Ranks, typer.Option(help="Copies of the model under hsdp; one a node by default.")
+        _Ranks, typer.Option(help="Copies of the model under hsdp; one per node by default.")
     ] = None,
     order: Annotated[
         bool, typer.Option(help="Under ZeRO-1/2, order Muon's group so that slices begin between matrices.")

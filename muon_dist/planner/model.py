@@ -112,7 +112,7 @@ class Workload:
 
     @cached_property
     def kinds(self) -> tuple[tuple[PlannedParameter, int, bool], ...]:
-        """(an example, how many there are, Muon's) of parameters that every mesh places alike: for sums over them."""
+        """(an example, how many there are, Muon's) of parameters that every mesh places in the same way, for sums."""
         found: dict[tuple[Any, ...], list[PlannedParameter]] = {}
         for p, muon in [*((p, True) for p in self.muon), *((p, False) for p in self.adamw)]:
             found.setdefault((p.shape, p.tp, p.ep, muon), []).append(p)

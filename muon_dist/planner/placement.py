@@ -120,7 +120,7 @@ def _end_to_end(parameters: list[PlannedParameter], lengths: list[int]) -> tuple
 
 
 def sub_groups(parameters: tuple[PlannedParameter, ...], world: int, size: int) -> list[list[PlannedParameter]]:
-    """Stage 3's sub-groups: parameters until their slices reach `size` elements a rank (`_create_fp16_sub_groups`)."""
+    """Stage 3's sub-groups: their slices reach `size` elements per rank (`_create_fp16_sub_groups`)."""
     groups: list[list[PlannedParameter]] = [[]]
     reached = 0
     for p in parameters:

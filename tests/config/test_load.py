@@ -117,6 +117,15 @@ def test_bad_overrides(tmp_path: Path) -> None:
         "override seed: write an override as key.key=value, for instance optimizer.muon.lr=0.01",
         "override seed=[1: seed: not valid YAML: expected ',' or ']', but got '<stream end>'",
     ]
+    for override, meant in (
+        ("optimizer.muon.rl=1", "lr"),
+        ("optimizer.muon.learning_rate=1", "lr"),
+        ("parallel.tensor_parallel=2", "tp"),
+        ("parallel.tp_size=2", "tp"),
+        ("parallel.dp=2", "dp_replicate or dp_shard"),
+    ):
+        (line,) = errors(path, override)
+        assert line.endswith(f": unknown key; did you mean {meant}?")
     (line,) = errors(path, "trainer.hub_token=[hf_verysecret]")
     assert "hf_verysecret" not in line and line.startswith("override trainer.hub_token: ")
 
@@ -180,7 +189,7 @@ def test_missing_keys_are_placed_at_their_block(tmp_path: Path) -> None:
         (b"- a\n- b\n", r"run\.yaml:1: holds no settings"),
         (b"a: 1\n---\nb: 2\n", r"run\.yaml:2: not valid YAML: but found another document"),
         (b"1: x\n", r"run\.yaml:1: the key 1 is not text"),
-        (b"x: &a [*a]\n", r"run\.yaml:1: x\.0: an alias inside what it stands for"),
+        (b"x: &a [*a]\n", r"run\.yaml:1: x\.0: an alias inside the value that it repeats"),
         (b"a: &a {name: x}\nb: {<<: *a}\n", r"run\.yaml:2: b: merge keys \(<<\) are not supported"),
         (b"seed: !!int x\n", r"run\.yaml:1: seed: 'x' is not a int"),
         (b"a: " + b"[" * 3000 + b"]" * 3000, r"run\.yaml: nested too deeply"),
@@ -286,7 +295,7 @@ def test_home_and_variables_in_every_path(tmp_path: Path, monkeypatch: pytest.Mo
     for value, parts in {
         "${MISSING}/x": ["MISSING is not set", "${MISSING}/x"],
         "~nosuchuser/x": ["nosuchuser", "no home folder"],
-        "${not a name}": ["is not the name of a variable"],
+        "${not a name}": ["is not an environment variable: write ${NAME}, or $$ for a dollar sign"],
     }.items():
         lines = "\n".join(errors(path, *setting(key, value)))
         assert key.rpartition(".")[2] in lines and all(part in lines for part in parts), lines

@@ -95,7 +95,10 @@ def _options(rule: MuonRule, given: Any) -> dict[str, float]:
     for name, value in given.items():
         if name in rule.elsewhere:
             meant = rule.elsewhere[name]
-            raise ConfigError(f"'{name}' of rule '{rule.name}' is the option {meant} of the group: give it there")
+            raise ConfigError(
+                f"rule_options of rule '{rule.name}': '{name}' is called {meant} here, an option of the group: "
+                "give it there"
+            )
         if name in PARTS:
             _check_part(rule, name, value)
             continue

@@ -83,7 +83,7 @@ class Cautious(_Late):
 
 
 class RowFloor(_Late):
-    """Output features whose update is small beside their weights are lifted (modded-nanogpt, track 3, #46).
+    """Output features whose update is small compared with their weights are lifted (modded-nanogpt, track 3, #46).
 
         u_i <- u_i max(1, row_floor ||w_i|| / ||u_i||)
 
