@@ -148,8 +148,8 @@ class Setup:
 
     def label(self) -> str:
         if self.framework == ZERO:
-            axes = ((self.tp, "AutoTP"), (self.sp, "Ulysses"), (self.ep, "MoE ep"))
-            return " ".join([f"ZeRO-{self.stage} x{self.replicate}", *(f"{n}{size}" for size, n in axes if size > 1)])
+            own = ((self.tp, "AutoTP"), (self.sp, "Ulysses"), (self.ep, "MoE ep"))
+            return " ".join([f"ZeRO-{self.stage} x{self.replicate}", *(f"{n}{size}" for size, n in own if size > 1)])
         axes = ((self.replicate, "copies"), (self.shard, "shards"), (self.tp, "tp"), (self.ep, "ep"))
         return " ".join([self.framework, *(f"{name}{size}" for size, name in axes if size > 1)])
 

@@ -99,13 +99,13 @@ def _share(layer: Layer, p: Parameter, ep: int) -> None:
     local = p.shape[0] // ep
     first = dist.get_rank() % ep * local
     of_all = [use for use in layer.uses if use.key == p.fqn]
-    weights = [layer.get_submodule(use.path).weight.detach() for use in of_all]
-    moe = MoE(p.shape[-1], layer.get_submodule(of_all[0].path), p.shape[0], ep)
+    modules: list[Any] = [layer.get_submodule(use.path) for use in of_all]
+    moe: Any = MoE(p.shape[-1], modules[0], p.shape[0], ep)
     moe.deepspeed_moe.gate.wg = nn.Identity()  # a router's weight would be a parameter that the case does not have
     layer.add_module(p.name, moe)
     held = [replace(use, path=of_all[i].path) for i, use in enumerate(of_all[first : first + local])]
-    for use, weight in zip(held, weights[first : first + local], strict=True):
-        layer.get_submodule(use.path).weight.data.copy_(weight)
+    for made, module in zip(moe.deepspeed_moe.experts.deepspeed_experts, modules[first : first + local], strict=True):
+        made.weight.data.copy_(module.weight.data)
     layer.uses = [use for use in layer.uses if use.key != p.fqn] + held
 
 

@@ -81,7 +81,10 @@ def _groups(
     ]
     for ranks in sorted({expert_group(parameters[fqn]) or "" for fqn, _ in chosen}):
         of_ranks = [(fqn, cut) for fqn, cut in chosen if (expert_group(parameters[fqn]) or "") == ranks]
-        made = {"params": [parameters[fqn] for fqn, _ in of_ranks], "param_names": [fqn for fqn, _ in of_ranks]}
+        made: dict[str, Any] = {
+            "params": [parameters[fqn] for fqn, _ in of_ranks],
+            "param_names": [fqn for fqn, _ in of_ranks],
+        }
         made |= {"algorithm": kind, **options}
         made |= {"cuts": [cut for _, cut in of_ranks]} if kind == MUON else {}
         yield made | ({"moe": True, "name": ranks} if ranks else {})

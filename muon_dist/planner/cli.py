@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from muon_dist.config.parallel import Parallel
-from muon_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -166,11 +165,7 @@ def layout_of(config: Config) -> str:
 
 
 def axes_of(config: Config, layout: str) -> dict[str, int]:
-    """Ranks by axis that the configuration asks for under `layout`: its `parallel:` block, or DeepSpeed's keys.
-
-    Raises:
-        ConfigError: DeepSpeed's AutoTP, whose layout is not planned.
-    """
+    """Ranks by axis that the configuration asks for under `layout`: its `parallel:` block, or DeepSpeed's keys."""
     block = config.parallel
     axes = {} if block is None else {name: getattr(block, name) for name in ("tp", "cp", "sp", "ep")}
     if block is not None and layout == "hsdp":
@@ -180,11 +175,7 @@ def axes_of(config: Config, layout: str) -> dict[str, int]:
     settings = _deepspeed(config)
     tensor = settings.get("tensor_parallel") or {}
     size = int(tensor.get("autotp_size", (tensor.get("tp") or {}).get("tp_size", 0)) or 0)
-    if size > 1:
-        raise ConfigError(
-            f"deepspeed.tensor_parallel.autotp_size: {size}: Muon runs under DeepSpeed's AutoTP, but plan does not "
-            f"know how it cuts a model: remove tensor_parallel, or plan --layout fsdp2 --tp {size}"
-        )
+    axes["tp"] = max(axes.get("tp", 1), size)
     return {**axes, "sp": max(axes.get("sp", 1), int(settings.get("sequence_parallel_size", 1)))}
 
 
