@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from muon_dist.config.parallel import Parallel
+from muon_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -165,7 +166,11 @@ def layout_of(config: Config) -> str:
 
 
 def axes_of(config: Config, layout: str) -> dict[str, int]:
-    """Ranks by axis that the configuration asks for under `layout`: its `parallel:` block, or DeepSpeed's keys."""
+    """Ranks by axis that the configuration asks for under `layout`: its `parallel:` block, or DeepSpeed's keys.
+
+    Raises:
+        ConfigError: AutoTP with a `partition_config`.
+    """
     block = config.parallel
     axes = {} if block is None else {name: getattr(block, name) for name in ("tp", "cp", "sp", "ep")}
     if block is not None and layout == "hsdp":
@@ -175,6 +180,11 @@ def axes_of(config: Config, layout: str) -> dict[str, int]:
     settings = _deepspeed(config)
     tensor = settings.get("tensor_parallel") or {}
     size = int(tensor.get("autotp_size", (tensor.get("tp") or {}).get("tp_size", 0)) or 0)
+    if tensor.get("partition_config"):
+        raise ConfigError(
+            "deepspeed.tensor_parallel.partition_config: plan cuts a model by its own tensor-parallel plan: remove "
+            "the key to plan so"
+        )
     axes["tp"] = max(axes.get("tp", 1), size)
     return {**axes, "sp": max(axes.get("sp", 1), int(settings.get("sequence_parallel_size", 1)))}
 
