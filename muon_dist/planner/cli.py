@@ -169,7 +169,7 @@ def axes_of(config: Config, layout: str) -> dict[str, int]:
     """Ranks by axis that the configuration asks for under `layout`: its `parallel:` block, or DeepSpeed's keys.
 
     Raises:
-        ConfigError: DeepSpeed's AutoTP, whose layout is not planned.
+        ConfigError: AutoTP with a `partition_config`.
     """
     block = config.parallel
     axes = {} if block is None else {name: getattr(block, name) for name in ("tp", "cp", "sp", "ep")}
@@ -180,11 +180,12 @@ def axes_of(config: Config, layout: str) -> dict[str, int]:
     settings = _deepspeed(config)
     tensor = settings.get("tensor_parallel") or {}
     size = int(tensor.get("autotp_size", (tensor.get("tp") or {}).get("tp_size", 0)) or 0)
-    if size > 1:
+    if tensor.get("partition_config"):
         raise ConfigError(
-            f"deepspeed.tensor_parallel.autotp_size: {size}: Muon runs under DeepSpeed's AutoTP, but plan does not "
-            f"know how it cuts a model: remove tensor_parallel, or plan --layout fsdp2 --tp {size}"
+            "deepspeed.tensor_parallel.partition_config: plan cuts a model by its own tensor-parallel plan: remove "
+            "the key to plan so"
         )
+    axes["tp"] = max(axes.get("tp", 1), size)
     return {**axes, "sp": max(axes.get("sp", 1), int(settings.get("sequence_parallel_size", 1)))}
 
 
