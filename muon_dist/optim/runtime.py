@@ -59,6 +59,7 @@ class Runtime:
             order of the buffer, or nothing.
         memory: what the rules keep beside momentum.
         everywhere: buffers of which every holder keeps the momentum, not its sources alone.
+        at_owners: buffers of which the owners keep the momentum, among what the rule keeps.
         in_state: by parameter, the entries that stand for it in the optimizer's `state`: what is another object there
             was put there by others. None: there is none.
         orthogonalize: replaces a stack by its orthogonalized update; None for Newton-Schulz as the group says.
@@ -95,7 +96,8 @@ class Runtime:
         self._programs: dict[tuple[object, ...], Program] = {}
         self._matrices = [m.matrix for m in plan.layout.matrices]
         of_buffers = {b: self._rules[group_of[b]] for b in range(len(binding.buffers))}
-        self.everywhere = everywhere = binding.everywhere(plan, options.momentum_everywhere)
+        self.at_owners = {b for b, rule in of_buffers.items() if rule.momentum_at_owner}
+        self.everywhere = everywhere = binding.everywhere(plan, options.momentum_everywhere) - self.at_owners
         self._rounds = options.stochastic_rounding
         self._names = [clean_name(m.name) for m in self._matrices]
         rounded = {b for b, tensor in enumerate(binding.buffers) if self._rounds and is_rounded(tensor)}
@@ -120,6 +122,8 @@ class Runtime:
         self._sources = Listing({b: parts_on(rank, matrices[b], self.plan.sources) for b in shapes}, shapes)
         self._readers: dict[int, Reader] = {}
         for buffer, tensor in enumerate(local):
+            if buffer in self.at_owners:
+                continue
             length = sum(f.length for _, f in self._sources.parts[buffer])
             whole = buffer in everywhere or length == sum(layouts[i].held(rank) for i in matrices[buffer])
             if whole or length:
@@ -221,7 +225,9 @@ class Runtime:
             program = self._programs[key] = self._compiler.compile(parameters, gradients, groups)
         weights = _views(program.weights.readers, parameters)
         sent = _views(program.sources.readers, gradients)
-        momentum = _views({b: self._readers[b] for b in parameters if b in self.momentum}, self.momentum)
+        # Where the owners keep the momentum, the gradients stand in for it: the numbers of the fragments stay.
+        readers = {**{b: program.sources.readers[b] for b in self.at_owners & work.keys()}, **self._readers}
+        momentum = _views({b: readers[b] for b in parameters if b in readers}, {**gradients, **self.momentum})
         for p in program.groups:
             kept = [momentum[n] for n in p.remembered] + [self.momentum[b] for b in p.everywhere]
             new = [sent[n] for n in p.remembered] + [gradients[b] for b in p.everywhere]

@@ -124,6 +124,9 @@ def _check_part(rule: MuonRule, name: str, value: Any) -> None:
         raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: it must be True or False")
     if not part.switch and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: it must be a number")
+    misfit = part.misfit(rule)
+    if misfit is not None and value is not False:
+        raise ConfigError(f"rule '{rule.name}' has no {name}: {misfit}. Leave {name} out")
     wrong = part.wrong(float(value))
     if wrong is not None:
         raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: {wrong}")

@@ -56,7 +56,8 @@ class MuonRule:
     2. `begin`: every rank computes a factor for each matrix, from norms over all fragments of the matrix.
     3. `decay`: every rank decays the weights that it holds.
     4. `send`: every rank writes what it sends to the owners.
-    5. `direction`: the owner replaces the whole matrix by its update.
+    5. `receive`, with `momentum_at_owner` alone: the owner makes momentum of the gradients that it got. Then
+       `direction`: the owner replaces the whole matrix by its update.
     6. `apply`: every rank changes the weights that it holds.
     7. `end`: as `begin`, for a factor on the new weights.
 
@@ -74,6 +75,8 @@ class MuonRule:
             adapter takes back) or "weight", before this step's decay if the rule `decays_late`. Costs the bytes of
             another gather.
         decays_late: `decay` depends on the update: it is called once more, with it, right before `apply`.
+        momentum_at_owner: the sources keep no momentum and send gradients; `receive` makes momentum on the owner.
+        gradient_stays: `receive` leaves the gradient in `Owned.sent`, though no source sends it a second time.
         matrix_memory: what every rank keeps: one fp64 number for each matrix.
         norms_first: tensors of which `start` gets the norms.
         norms_before: tensors of which `begin` gets the norms.
@@ -90,6 +93,8 @@ class MuonRule:
     owner_memory: ClassVar[Mapping[str, Size]] = {}
     sends: ClassVar[tuple[str, ...]] = ()
     decays_late: ClassVar[bool] = False
+    momentum_at_owner: ClassVar[bool] = False
+    gradient_stays: ClassVar[bool] = False
     matrix_memory: ClassVar[tuple[str, ...]] = ()
     norms_first: ClassVar[tuple[str, ...]] = ()
     norms_before: ClassVar[tuple[str, ...]] = ()
@@ -158,11 +163,17 @@ class MuonRule:
             torch._foreach_mul_(weights, factor)
 
     def send(self, out: list[Tensor], momentum: list[Tensor], group: Group) -> None:
-        """Write what the owners get into `out`, in fp32. If the group has `nesterov`, `out` holds the gradients."""
+        """Write what the owners get into `out`, in fp32.
+
+        If the group has `nesterov`, or the rule `momentum_at_owner`, `out` holds the gradients.
+        """
         if group["nesterov"]:
             torch._foreach_lerp_(out, momentum, group["momentum"])
         else:
             torch._foreach_copy_(out, momentum)
+
+    def receive(self, owned: Owned, group: Group) -> None:
+        """Replace the gradients in `owned.stack` by what is orthogonalized; only with `momentum_at_owner`."""
 
     def direction(self, owned: Owned, group: Group) -> None:
         """Replace `owned.stack` by the update, which `apply` multiplies by the learning rate and by `scale`."""
