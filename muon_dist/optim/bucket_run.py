@@ -32,6 +32,7 @@ class GroupStep:
     Attributes:
         lr: learning rate.
         factors: what `MuonRule.begin` returned; None if it returned None.
+        features: by matrix, the norms of the output features of its weight, for a rule with `feature_norms`.
         position: of each matrix in `factors`.
     """
 
@@ -40,6 +41,7 @@ class GroupStep:
     lr: float
     factors: Tensor | None
     position: Mapping[int, int]
+    features: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class BucketRun:
             if of_group.factors is not None:
                 places = tuple(of_group.position[i] for i in s.numbers)
                 owned.factors = of_group.factors[index_on(of_group.factors.device, places)]
+            if of_group.rule.feature_norms:
+                owned.feature_norms = torch.stack([of_group.features[i] for i in s.numbers])
             if of_group.rule.momentum_at_owner:
                 of_group.rule.receive(owned, of_group.group)
             before = s.view.clone() if step.observer is not None else None

@@ -20,7 +20,7 @@ from muon_dist.optim.bucket_run import BucketRun, GroupStep, Observer, Orthogona
 from muon_dist.optim.compiler import COMPILED, ProgramCompiler
 from muon_dist.optim.guard import Split
 from muon_dist.optim.memory import RuleMemory
-from muon_dist.optim.norms import RuleSums
+from muon_dist.optim.norms import RuleSums, feature_norms
 from muon_dist.optim.options import Options
 from muon_dist.optim.program import Program
 from muon_dist.optim.rounding import MuonRounding, is_rounded
@@ -241,10 +241,11 @@ class Runtime:
             lists = {MOMENTUM: momentum, GRADIENT: sent, WEIGHT: source_weights}
             sums = RuleSums(program.summed, groups, self.memory, self._matrices, self.transport, lists, factor)
             factors = sums.begin()
+        features = feature_norms(program, source_weights, self._matrices, self.transport)
         of_groups, rest = {}, {}
         for p in program.groups:
             group, of_matrices = groups[p.index], factors.get(p.index)
-            of_groups[p.index] = GroupStep(group, p.rule, float(group["lr"]), of_matrices, p.position)
+            of_groups[p.index] = GroupStep(group, p.rule, float(group["lr"]), of_matrices, p.position, features)
             if self.unmoved:
                 self.unmoved.difference_update(i for i in p.matrices if i not in zero)
             if zero or self._counts.any():

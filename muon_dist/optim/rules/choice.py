@@ -64,9 +64,9 @@ def choose_rule(group: Group, given: Set[str], where: str, default: Mapping[str,
     return rule
 
 
-def check_options(options: Group) -> None:
-    """Raises ConfigError as `choose_rule` does, for options that were all given, with `rule` and `rule_options`."""
-    _chosen(dict(options), set(options), set())
+def check_options(options: Group) -> MuonRule:
+    """The rule of options that were all given, with `rule` and `rule_options`. Raises ConfigError as `choose_rule`."""
+    return _chosen(dict(options), set(options), set())
 
 
 def _chosen(group: Group, given: Set[str], by_default: Set[str]) -> MuonRule:

@@ -32,6 +32,7 @@ class Owned:
         memory: by name of `owner_memory`, for each of the B matrices its numbers, 1-D in fp32; written in place.
         sent: by name of `sends`, that tensor of the B matrices, (B, rows, cols) in fp32.
         factors: (B,) in fp64: what `begin` returned for these matrices; None if it returned None.
+        feature_norms: (B, outputs) in fp64, for a rule with `feature_norms`.
     """
 
     stack: Tensor
@@ -40,6 +41,7 @@ class Owned:
     memory: Mapping[str, list[Tensor]] = field(default_factory=dict)
     sent: Mapping[str, Tensor] = field(default_factory=dict)
     factors: Tensor | None = None
+    feature_norms: Tensor | None = None
 
 
 class MuonRule:
@@ -78,6 +80,8 @@ class MuonRule:
         momentum_at_owner: the sources keep no momentum and send gradients; `receive` makes momentum on the owner.
         gradient_stays: `receive` leaves the gradient in `Owned.sent`, though no source sends it a second time.
         matrix_memory: what every rank keeps: one fp64 number for each matrix.
+        feature_norms: `direction` gets the norm of each output feature of the weight, in `Owned.feature_norms`: before
+            this step's decay if the rule `decays_late`. Costs one small all-reduce.
         norms_first: tensors of which `start` gets the norms.
         norms_before: tensors of which `begin` gets the norms.
         norms_after: tensors of which `end` gets the norms.
@@ -96,6 +100,7 @@ class MuonRule:
     momentum_at_owner: ClassVar[bool] = False
     gradient_stays: ClassVar[bool] = False
     matrix_memory: ClassVar[tuple[str, ...]] = ()
+    feature_norms: ClassVar[bool] = False
     norms_first: ClassVar[tuple[str, ...]] = ()
     norms_before: ClassVar[tuple[str, ...]] = ()
     norms_after: ClassVar[tuple[str, ...]] = ()

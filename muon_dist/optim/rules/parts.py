@@ -100,7 +100,7 @@ class RowFloor(_Late):
 
     option: ClassVar[str] = "row_floor"
     switch: ClassVar[bool] = False
-    sends: ClassVar[tuple[str, ...]] = (WEIGHT,)
+    feature_norms: ClassVar[bool] = True
 
     @staticmethod
     def wrong(value: float) -> str | None:
@@ -110,7 +110,8 @@ class RowFloor(_Late):
         super().direction(owned, group)
         inputs = -2 if owned.matrices[0].transposed else -1
         floor = group["rule_options"][RowFloor.option] / update_scale(group["scale"], owned.matrices[0])
-        wanted = torch.linalg.vector_norm(owned.sent[WEIGHT], dim=inputs, keepdim=True).mul_(floor)
+        assert owned.feature_norms is not None
+        wanted = owned.feature_norms.unsqueeze(inputs).to(owned.stack.dtype).mul_(floor)
         found = torch.linalg.vector_norm(owned.stack, dim=inputs, keepdim=True)
         owned.stack.mul_(torch.where(found > 0, wanted / found, 1.0).clamp_min_(1.0))
 
