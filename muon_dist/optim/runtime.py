@@ -234,14 +234,14 @@ class Runtime:
             for of_part in [(kept, new)] if p.fp32 and factor == 1.0 else _fp32(kept, new, factor, self._elements):
                 if of_part[0]:
                     p.rule.remember(*of_part, groups[p.index])
-        sums, factors, source_weights = None, {}, list[Tensor]()
+        sums, factors, source_weights, features = None, {}, list[Tensor](), dict[int, Tensor]()
         if program.looks_at_weights:
             source_weights = _views(program.sources.readers, parameters)
+            features = feature_norms(program, source_weights, self._matrices, self.transport)
         if program.summed:
             lists = {MOMENTUM: momentum, GRADIENT: sent, WEIGHT: source_weights}
             sums = RuleSums(program.summed, groups, self.memory, self._matrices, self.transport, lists, factor)
             factors = sums.begin()
-        features = feature_norms(program, source_weights, self._matrices, self.transport)
         of_groups, rest = {}, {}
         for p in program.groups:
             group, of_matrices = groups[p.index], factors.get(p.index)

@@ -22,7 +22,7 @@ from muon_dist.checkpoint.weights import Choice, Weights
 from muon_dist.config import load_config
 from muon_dist.errors import CheckpointError, ConfigError, DataError
 from muon_dist.model.load import load_model, load_text_tokenizer
-from muon_dist.numerics import SCHEDULES
+from muon_dist.numerics.schedules import _SCHEDULES
 from muon_dist.optim.rules import RULES, SCALES
 from muon_dist.report.run_page import status, tiles
 from muon_dist.report.run_record import read_run
@@ -178,7 +178,7 @@ def test_a_rule_of_a_plugin_trains_and_resumes(
               "optimizer.muon.rule_options={beta: 0.8, cautious: true}", "optimizer.muon.scale=quarter",
               "optimizer.muon.ns_schedule=gentle", "run_dir=" + str(tmp_path),
               "trainer.max_steps=4", "trainer.save_steps=2"]  # fmt: skip
-    with patch.dict(RULES), patch.dict(SCALES), patch.dict(SCHEDULES):
+    with patch.dict(RULES), patch.dict(SCALES), patch.dict(_SCHEDULES):
         out = train(workspace / "tiny.yaml", chosen)
         whole = weights(out["model"])
         assert "average" in Checkpoint.look(out["checkpoint"]).manifest.kinds()
