@@ -80,8 +80,8 @@ class MuonRule:
         momentum_at_owner: the sources keep no momentum and send gradients; `receive` makes momentum on the owner.
         gradient_stays: `receive` leaves the gradient in `Owned.sent`, though no source sends it a second time.
         matrix_memory: what every rank keeps: one fp64 number for each matrix.
-        feature_norms: `direction` gets the norm of each output feature of the weight, in `Owned.feature_norms`: before
-            this step's decay if the rule `decays_late`. Costs one small all-reduce.
+        feature_norms: `direction` gets the norm of each output feature of the weight before the step, in
+            `Owned.feature_norms`. Costs one small all-reduce.
         norms_first: tensors of which `start` gets the norms.
         norms_before: tensors of which `begin` gets the norms.
         norms_after: tensors of which `end` gets the norms.
