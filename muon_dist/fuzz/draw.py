@@ -21,7 +21,7 @@ from muon_dist.fuzz.case import (
     Resume,
     Setup,
 )
-from muon_dist.optim.rules import RULES
+from muon_dist.optim.rules import PARTS, RULES
 
 SIDES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 33)
 _MESHES = (
@@ -48,6 +48,7 @@ _PARTS: dict[str, float | bool] = {
     "radial_brake": 0.5,
     "muoneq": True,
     "muon_plus": True,
+    "momentum_at_owner": True,
 }
 _ROWS = (((3.4445, -4.775, 2.0315), (2.0, -1.5, 0.5)), ((4.0848, -6.8946, 2.927), (1.875, -1.25, 0.375)) * 2)
 _ENGINES = 0.07
@@ -98,7 +99,8 @@ def _with_options(r: random.Random, case: Case) -> Case:
     chosen: dict[str, float | bool] = dict(own.get(case.rule, {}) if r.random() < 0.3 else {})
     refused = RULES[case.rule].refused
     for name, value in _PARTS.items():
-        if name not in refused and r.random() < 0.12:
+        fits = name not in refused and PARTS[name].misfit(RULES[case.rule]) is None
+        if fits and r.random() < 0.12:
             chosen[name] = value
     rows = r.choice(_ROWS) if r.random() < 0.12 else ()
     patterns = r.random() < 0.15 and not any(p.transposed for p in case.parameters)

@@ -45,7 +45,7 @@ def entries(runtime: Runtime, buffer: int) -> dict[str, Tensor]:
     """The state of a buffer as it is in `optimizer.state`: live tensors, or DTensors of them."""
     binding, plan, memory = runtime.binding, runtime.plan, runtime.memory
     found: dict[str, Tensor | None] = {
-        MOMENTUM: binding.stored(plan, buffer, runtime.momentum.get(buffer)),
+        MOMENTUM: None if buffer in runtime.at_owners else binding.stored(plan, buffer, runtime.momentum.get(buffer)),
         **memory.numbers[buffer],
     }
     for name in memory.owner_names[buffer]:
@@ -78,8 +78,13 @@ def warn_if_partial(runtime: Runtime, state: Mapping[Tensor, Mapping[str, Any]])
     """
     if runtime.transport.world_size == 1:
         return False
-    held = [(p, state.get(p, {}).get(MOMENTUM)) for p in runtime.binding.buffers]
-    missing = sum(momentum is None or momentum.shape != p.shape for p, momentum in held)
+    held = [(b, p, state.get(p, {}).get(MOMENTUM)) for b, p in enumerate(runtime.binding.buffers)]
+    missing = sum(
+        not runtime.memory.everywhere and runtime.plan.layout.kind == "replicated"
+        if b in runtime.at_owners
+        else momentum is None or momentum.shape != p.shape
+        for b, p, momentum in held
+    )
     if not missing:
         return False
     warnings.warn(

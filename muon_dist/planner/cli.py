@@ -108,6 +108,7 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
     """The model of a configuration, routed on the meta device, and the settings that a plan depends on."""
     from muon_dist.config.routing import routing_rules
     from muon_dist.model import DTYPES
+    from muon_dist.optim.rules.choice import check_options
     from muon_dist.planner.model import Settings, describe_model
 
     muon, trainer = config.optimizer.muon, config.trainer
@@ -135,6 +136,7 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
         sub_group_size=int(zero.get("sub_group_size", 10**9)),
         ordered=not zero.get("round_robin_gradients", False),
         momentum_everywhere=muon.momentum_everywhere,
+        rule=check_options(muon.model_dump(exclude_none=True)),
     )
     return workload, settings
 

@@ -73,7 +73,9 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         try:
             record = read_object(path)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read as a result ({error}); run the experiment again, or remove the file") from error
+            raise DataError(
+                f"{path}: cannot be read as a result ({error}); run the experiment again, or remove the file"
+            ) from error
         missing = [key for key in _KEYS if key not in record]
         if missing:
             raise DataError(f"{path}: not an experiment result, without {', '.join(missing)}; move it elsewhere")
