@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -140,8 +141,17 @@ class MatrixParts:
 
     def on(self, rank: int, whole: Tensor) -> Tensor:
         """What of a whole tensor `rank` holds, flat, in the order of `copy_of`."""
-        flat = whole.contiguous().view(-1)
-        return torch.cat([view(flat, f.block).reshape(-1) for f in self.held.on(rank)])
+        return _cut(self.held, rank, whole)
+
+
+def cuts(fragments: Fragments) -> dict[int, Callable[[Tensor], Tensor]]:
+    """By rank, what takes its fragments out of a whole matrix, flat."""
+    return {rank: partial(_cut, fragments, rank) for rank in sorted({int(r) for r in fragments.rank})}
+
+
+def _cut(fragments: Fragments, rank: int, whole: Tensor) -> Tensor:
+    flat = whole.contiguous().view(-1)
+    return torch.cat([view(flat, f.block).reshape(-1) for f in fragments.on(rank)])
 
 
 def _count(fragments: Fragments, rank: int) -> int:

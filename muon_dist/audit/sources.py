@@ -32,7 +32,7 @@ class Circumstances:
         applied: False if the step was skipped, such as after an overflow.
         factors: numbers that a mistake may have put before an update.
         clip: coefficient of the gradient clip, 1 without one.
-        scale: loss scale of this step's gradients.
+        scale: loss scale of this step, by which a mistake may have divided its gradients once more.
     """
 
     applied: bool = True
