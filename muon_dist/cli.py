@@ -102,7 +102,7 @@ def train(
     ] = None,
     resume: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Go on from a checkpoint: its path, auto for this run's newest, or if-any (new if none)."),
+        typer.Option(help="Continue from a checkpoint: its path, auto (this run's newest), or if-any (new if none)."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again in a folder that holds a run.")] = False,
 ) -> None:

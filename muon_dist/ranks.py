@@ -1,4 +1,4 @@
-"""Processes that agree on every outcome, so that none goes on where another failed."""
+"""Processes that agree on every outcome, so that none continues where another failed."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 
 def make_safe() -> None:
-    """Before a command runs. A closed stream is opened on the null device, before a file of ours gets its number; a
+    """Before a command runs. A closed stream is opened on the null device, before one of our files gets its number; a
     character that the stream's encoding lacks (LANG=C) is shown as an escape instead of raising UnicodeEncodeError.
     """
     for name in ("stdout", "stderr"):
@@ -48,7 +48,7 @@ class Lasting:
             os.dup2(nowhere, number)
             os.close(nowhere)
         if self._stream is not sys.__stderr__:
-            print(f"warning: standard output cannot be written ({error.strerror}); the run goes on without it",
+            print(f"warning: standard output cannot be written ({error.strerror}); the run continues without it",
                   file=sys.stderr, flush=True)  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:

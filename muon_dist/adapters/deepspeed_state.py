@@ -172,7 +172,7 @@ def _one_number(names: list[str], kind: str, value: torch.Tensor, checks: list[C
         if len(different) > 1:
             raise CheckpointError(
                 f"{kind} differs between parameters that ZeRO steps as one ({sorted(different)}; some had no gradient "
-                "in some steps): this state can go on under DDP or FSDP2 only"
+                "in some steps): this state can continue under DDP or FSDP2 only"
             )
         value.fill_(different.pop() if different else 0.0)
 

@@ -51,7 +51,7 @@ def holding(
         model: bare or wrapped (DDP, torch.compile, FSDP2).
         optimizer: Muon or any of torch whose state is numbers and tensors shaped as their parameter; None for the
             weights alone.
-        world_size: ranks that save or load together; parameters that are no DTensors are whole on each.
+        world_size: ranks that save or load together; parameters that are not DTensors are whole on each.
         source: the checkpoint about to be loaded; state that it has and the optimizer has not yet made is made.
 
     Raises:

@@ -12,7 +12,7 @@ class GroupRates:
     """The rate of each parameter group as the scheduler has left it, as a provider.
 
     Other settings of the groups (momentum, weight decay) are not in checkpoints: they are what the configuration of
-    the run that goes on says. So is a changed rate: schedules multiply, so the whole schedule is scaled by it.
+    the run that continues says. So is a changed rate: schedules multiply, so the whole schedule is scaled by it.
     """
 
     def __init__(self, optimizer: Any, scheduler: Any, say: Callable[[str], None]) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from muon_dist.audit.alarm import Alarm, Circumstances
 from muon_dist.audit.chain import Chain
 from muon_dist.audit.collect import MatrixParts, SliceParts
 from muon_dist.audit.follow import Follow
-from muon_dist.audit.judge import Alarm
 from muon_dist.audit.proceed import Audited, MatrixAudit, SliceAudit, proceed
 from muon_dist.audit.settings import AuditSettings, in_rotation, number_of, other_rank
 from muon_dist.audit.undo import Undo
@@ -117,9 +117,8 @@ class Audit:
         if call.audited:
             self._begin(runtime)
             sent = runtime.transport.bytes_sent
-            earlier = [[of_step[g] for of_step in list(self._rates)[-2::-1] if g in of_step]
-                       for g in range(len(optimizer._groups))]  # fmt: skip
-            lines = proceed(runtime, call.audited, self.settings, self.follow.changed(), earlier)
+            around = [self._circumstances(optimizer, audited) for audited in call.audited]
+            lines = proceed(runtime, call.audited, self.settings, self.follow.changed(), around)
             self.bytes_sent += runtime.transport.bytes_sent - sent
             taken_back = self._note(runtime, lines)
         if taken_back:
@@ -128,6 +127,14 @@ class Audit:
         else:
             self.follow.after(runtime, call.work, self._next_matrix(runtime))
         self.seconds += time.perf_counter() - began
+
+    def _circumstances(self, optimizer: Any, audited: Audited) -> Circumstances:
+        """What may explain a wrong step of a tensor: the rates of other steps and groups."""
+        own = next(i for i, group in enumerate(optimizer._groups) if group is audited.group)
+        *before, now = self._rates
+        earlier = [rates[own] for rates in reversed(before) if own in rates]
+        others = [lr for index, lr in now.items() if index != own]
+        return Circumstances(earlier, others, optimizer.runtime.transport.world_size, self.settings.tolerance)
 
     def _step_of(self, runtime: Runtime) -> int:
         """Number of the step that is being made. Steps that are left out for their gradients count as well."""
@@ -212,7 +219,7 @@ class Audit:
             return False
         text = f"audit of step {self.step}: {'; '.join(texts)}"
         if self.settings.on_alarm == "stop":
-            error = AuditError(f"{text}. The step is in the weights: go on from the last checkpoint before it")
+            error = AuditError(f"{text}. The step is in the weights: continue from the last checkpoint before it")
             error.reported_elsewhere = runtime.transport.rank != 0
             raise error
         if self._undo is not None:

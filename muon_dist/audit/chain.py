@@ -13,7 +13,7 @@ from typing import Any
 from muon_dist.json_files import append_line, one_line
 
 BEGINNING = "0" * 64
-"""What stands for the digest of the line before the first."""
+"""The digest before the first line: there is no line to hash."""
 FILE = "audit.jsonl"
 _AUDIT = ("step", "matrix", "algorithm", "owner", "auditor", "errors", "tolerance", "alarms")
 _NEEDED = {"start": ("previous", "step"), "audit": _AUDIT}
@@ -50,7 +50,7 @@ class Chain:
                 append_line(self._path, plain, sort_keys=True)
             except OSError as error:
                 # Raising on this rank alone would leave the others waiting in a collective.
-                print(f"audit: cannot write {self._path}: {error}; the audit goes on without it", file=sys.stderr)
+                print(f"audit: cannot write {self._path}: {error}; the audit continues without it", file=sys.stderr)
                 self._path = None
         return dict(plain)
 
@@ -69,12 +69,12 @@ class Chain:
 
 @dataclass
 class Read:
-    """A chain as it stands in its file.
+    """A chain, read from its file.
 
     Attributes:
         records: of all lines that could be read, with their line numbers.
         problems: "line 12: ..." of what is damaged, changed or missing.
-        abandoned: numbers of lines that no later start goes on from: a branch that was left, or an older run.
+        abandoned: numbers of lines that no later start continues from: a branch that was left, or an older run.
         digests: of all lines.
         head: digest of the last line.
     """
@@ -87,7 +87,7 @@ class Read:
 
     @property
     def audits(self) -> list[dict[str, Any]]:
-        """The records of audited matrices that belong to the run as it stands, oldest first."""
+        """The records of audited matrices on the current branch of the run, oldest first."""
         return [r for n, r in self.records if r.get("kind") == "audit" and n not in self.abandoned]
 
 
@@ -120,7 +120,7 @@ def _link(found: Read, number: int, record: dict[str, Any], claimed: str) -> Non
     if record.get("kind") == "start":
         previous = str(record.get("previous"))
         if previous not in {BEGINNING, *found.digests}:
-            found.problems.append(f"line {number}: goes on from a line that is missing")
+            found.problems.append(f"line {number}: continues from a line that is missing")
         kept = found.digests.get(previous, 0)
         found.abandoned |= {n for n, _ in found.records if n > kept}
     if previous and digest_of(previous, record) != claimed:

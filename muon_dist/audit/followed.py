@@ -100,6 +100,6 @@ def source_of(optimizer: Any, model: nn.Module | None, clip: float | None) -> So
         hooked = (layer for layer in layers(one) if hasattr(type(layer), "register_step_pre_hook"))
         found = next((layer for layer in hooked if type(layer).__name__ != "AcceleratedOptimizer"), None)
         if found is None:
-            raise ConfigError(f"{type(one).__name__} is no torch optimizer, DeepSpeed engine or Trainer")
+            raise ConfigError(f"{type(one).__name__} is not a torch optimizer, DeepSpeed engine or Trainer")
         plain.append(found)
     return TorchSource(plain, model, clip)

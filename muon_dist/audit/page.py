@@ -46,7 +46,7 @@ def summary(found: Verified) -> list[tuple[str, str]]:
         ("ranks", ", ".join(f"{r}: {a} audited, {b} as auditor" for r, (a, b) in found.ranks().items())),
     ]  # fmt: skip
     if found.abandoned:
-        rows.append(("left branches", f"{found.abandoned} lines behind which a resumed run did not go on"))
+        rows.append(("left branches", f"{found.abandoned} lines after which a resumed run did not continue"))
     if found.heads:
         rows.append(("checkpoints", f"{len(found.heads)} name a line of this chain"))
     if found.gaps:

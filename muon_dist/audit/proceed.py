@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muon_dist.audit.collect import MatrixParts, SliceParts, exchange
-from muon_dist.audit.judge import Alarm, Circumstances, Finding, Observed, Written, judge, length_alarm
+from muon_dist.audit.alarm import Alarm, Circumstances, Observed
+from muon_dist.audit.collect import MatrixParts, SliceParts, cuts, exchange
+from muon_dist.audit.judge import Finding, judge
 from muon_dist.audit.recompute import Before, Hyperparameters
 from muon_dist.audit.settings import AuditSettings, number_of, other_rank
+from muon_dist.audit.stages import length_alarm
 from muon_dist.audit.tolerance import Precision
+from muon_dist.audit.written import Written
 from muon_dist.errors import AuditError
 from muon_dist.numerics import compute_dtype
 from muon_dist.optim.binding import Group
@@ -90,6 +93,7 @@ class MatrixAudit:
         before, momentum, weight, memory = self.parts.whole(received)
         seen = Observed(before, momentum, weight, memory)
         asked, precision = self.asked(), self.precision()
+        around = replace(around, weights=cuts(self.parts.cover), momentum=cuts(self.parts.sources))
         finding = judge(seen, asked, precision, around)
         wrong = [self._copy(rank, flat, seen, finding, messages) for rank, flat in copies.items()]
         alarms = [alarm for alarm in wrong if alarm is not None]
@@ -114,7 +118,7 @@ class MatrixAudit:
         w = Written.part(old, flat, update, decay, asked, self.precision(), finding.limit)
         if not w.wrong:
             return None if finding.alarms else unequal
-        found = length_alarm(w, asked, [])
+        found = length_alarm(w, [])
         own = messages[rank]["rates"]
         if own != self.rates:
             said = f"rank {rank} stepped with lr, decay, momentum {own}, the auditor with {self.rates}"
@@ -188,10 +192,14 @@ class SliceAudit:
         precision = Precision(torch.float32, written, moments, None, stochastic, arithmetic)
         return judge(seen, asked, precision, around), []
 
-    def unequal(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Ranks whose copy after the step is not that of the rank that was audited; for a replicated layout."""
-        sums = messages[self.held_by]["sums"]
-        return [rank for rank, m in enumerate(messages) if m["length"] and m["sums"][1] != sums[1]]
+    def unequal(self, messages: Sequence[Mapping[str, Any]], columns: Sequence[int]) -> list[int]:
+        """Ranks whose copy after the step is not that of the rank that was audited.
+
+        columns: the layout's replica-group id per rank; empty without copies.
+        """
+        held = self.held_by
+        copies = [r for r, m in enumerate(messages) if m["length"] and columns and columns[r] == columns[held]]
+        return [rank for rank in copies if messages[rank]["sums"][1] != messages[held]["sums"][1]]
 
 
 @dataclass
@@ -215,13 +223,13 @@ def proceed(
     audited: Sequence[Audited],
     settings: AuditSettings,
     changed: tuple[bool, bool, bool],
-    earlier: Sequence[Sequence[float]],
+    around: Sequence[Circumstances],
 ) -> list[dict[str, Any]]:
     """The line of each audited tensor, the same on all ranks; a collective.
 
     Args:
         changed: see `Follow.changed`.
-        earlier: learning rates of each parameter group in the steps before.
+        around: what may explain a difference, for each audited tensor.
 
     Raises:
         AuditError: on all ranks, if the recomputation itself failed on one.
@@ -244,9 +252,7 @@ def proceed(
         received = exchange(transport, parts, sizes if transport.rank == auditor else [0] * len(told), dtype)
         copies = _copies(runtime, a, messages, auditor, dtype)
         if transport.rank == auditor:
-            around = Circumstances([lr for of_group in earlier for lr in of_group], transport.world_size,
-                                   settings.tolerance)  # fmt: skip
-            own.append((n, _judged(runtime, a, received, messages, around, copies)))
+            own.append((n, _judged(runtime, a, received, messages, around[n], copies)))
         lines.append((n, a, auditor))
     results = [dict(of_rank) for of_rank in transport.ranks.gather(own)]
     found: list[dict[str, Any]] = []
@@ -288,7 +294,7 @@ def _judged(
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"}
     alarms = [*finding.alarms, *others]
-    if isinstance(a, SliceAudit) and runtime.plan.layout.kind == "replicated" and (odd := a.unequal(messages)):
+    if isinstance(a, SliceAudit) and (odd := a.unequal(messages, runtime.plan.layout.columns)):
         said = f"the copy of rank {', '.join(map(str, odd))} is another than that of rank {a.held_by}"
         alarms.append(Alarm("copy", said, ("wrong_copy",), ranks=tuple(odd)))
     matrix = isinstance(a, MatrixAudit)

@@ -79,7 +79,7 @@ class Before:
     Attributes:
         weight, gradient: (rows, cols); the gradient is raw, before `gradient_factor`.
         momentum: (rows, cols); of AdamW, the first moment.
-        memory: what the rule remembers beside momentum, by its names in the state, flat and as the matrix is stored;
+        memory: what the rule remembers besides momentum, by its names in the state, flat and as the matrix is stored;
             zero before the first step. "exp_avg_sq" and "step" of AdamW.
     """
 

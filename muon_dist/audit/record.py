@@ -48,7 +48,7 @@ _COMPLETE = ("rate", "no_decay", "decay", "zero_gradient", "rests", "sgd", "adam
 
 
 class Findings:
-    """All findings by matrix and cause."""
+    """The findings of a witness: one per matrix and cause, with its first and last step and its largest difference."""
 
     def __init__(self) -> None:
         self._all: dict[tuple[str, str], Finding] = {}

@@ -1,7 +1,7 @@
 """Where a followed matrix is read, whatever framework holds it.
 
 A source hands out whole tensors: the weight before and after a step, and the gradient that the optimizer is to use. It
-changes nothing, and hooks the step only. All ranks call it alike; reading is a collective.
+changes nothing, and hooks the step only. All ranks call it with the same arguments; reading is a collective.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Circumstances:
         applied: False if the step was skipped, such as after an overflow.
         factors: numbers that a mistake may have put before an update.
         clip: coefficient of the gradient clip, 1 without one.
-        scale: loss scale of this step's gradients.
+        scale: loss scale of this step, by which a mistake may have divided its gradients once more.
     """
 
     applied: bool = True

@@ -45,7 +45,7 @@ class Verified:
         lines: in the file.
         problems: of the chain and of checkpoints: empty if everything is whole.
         audits: records of audited tensors that belong to the run.
-        abandoned: lines of branches on which a resumed run did not go on.
+        abandoned: lines of branches on which a resumed run did not continue.
         starts: processes of the run, resumed ones included.
         heads: checkpoints whose head was found in the chain.
         names: all Muon matrices, from the newest start.
@@ -145,7 +145,7 @@ def _gaps(steps: Iterable[int], every: int | None) -> Iterable[tuple[int, int]]:
 
 
 def _check_heads(found: Verified, chain: Read, run: Path) -> None:
-    """Every checkpoint must know a line of this chain: a chain that was cut or written anew does not have it."""
+    """Every checkpoint must know a line of this chain: a chain that was cut or rewritten does not have it."""
     folders = [f for f in (run / "checkpoints", run) if f.is_dir()]
     for path in (path for folder in folders for path in commits(folder)):
         try:

@@ -34,7 +34,7 @@ NS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 @dataclass(frozen=True)
 class Case:
-    """One peer under one sharding, beside ours and AdamW under the same.
+    """One peer under one sharding, compared with ours and AdamW under the same.
 
     Attributes:
         name: unique, shown.
@@ -134,7 +134,7 @@ def select(profile: str, only: Sequence[str], peers: Sequence[str]) -> tuple[Cas
 
 
 def make_model(name: str, device: str = "cpu") -> nn.Module:
-    """The Llama of that name with seeded weights that bf16 holds exactly, so that every dtype starts alike."""
+    """The Llama of that name; its seeded weights are exact in bf16, so every dtype starts with the same weights."""
     return copy.deepcopy(_drawn(name, device))
 
 

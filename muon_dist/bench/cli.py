@@ -106,7 +106,7 @@ def conformance(
 def host(
     model: Annotated[str, typer.Option(help="A YAML file, or the name of one in configs/, such as llama-7b.")],
     layout: Annotated[str, typer.Option(help="fsdp2, hsdp, zero1, zero2, zero3 or ddp.")] = "fsdp2",
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks; one process stands for one of them.")] = 64,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks; one process takes the part of one of them.")] = 64,
     rank: Annotated[int, typer.Option(min=0, help="Which one is measured.")] = 0,
     json_file: Annotated[
         Optional[Path],  # noqa: UP045

@@ -1,6 +1,7 @@
 """What a step costs the host: the operations that one rank of many dispatches, on the meta device.
 
-The process group is torch's `fake` one, and no tensor has memory. So one process stands for any rank of any number.
+The process group is torch's `fake` one, and no tensor has memory. So one process can take the part of any rank, among
+any number of ranks.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ def measure(
         A dict with
 
         - `operations`, `by_kind`: aten calls of a step, views included, and by name. Newton-Schulz is left out.
-        - `kernels`: those that are no views. `launches`: what they launch on CUDA, by the rules of torch's foreach
-          functions. `host_reads`: values of the device that the host waits for, beside the flags of the gradients.
+        - `kernels`: those that are not views. `launches`: what they launch on CUDA, by the rules of torch's foreach
+          functions. `host_reads`: values of the device that the host waits for, besides the flags of the gradients.
         - `newton_schulz`: the stacks and matrices that would have been orthogonalized.
         - `collectives`, `bytes`: what the rank calls and sends.
         - `host_ms`: median of 20 steps. Tensors of the meta device cost more Python than real ones, and no kernel is

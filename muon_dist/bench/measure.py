@@ -1,4 +1,4 @@
-"""What one rank does for one case: three sides beside each other, stepped in turn."""
+"""What one rank does for one case: three optimizers, stepped in turn."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BUILDERS = {
 
 
 def import_for(case: Case) -> None:
-    """Import what a case needs, so that ranks forked afterwards have it."""
+    """Import the modules of a case before ranks are forked, so that no rank spends time on it."""
     importlib.import_module(SHARDINGS[case.sharding])
     if case.peer != DEEPSPEED:
         importlib.import_module(BUILDERS[case.peer])
@@ -177,7 +177,7 @@ def _micro_batch(side: Side, model_name: str, device: str) -> float:
 
 
 def _described(error: Exception) -> str:
-    """The error and where it was raised, in one line."""
+    """An error in one line: type, message, and the file, line and function that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message} ({Path(last.filename).name}:{last.lineno}, {last.name}: {last.line})"

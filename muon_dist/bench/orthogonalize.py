@@ -37,7 +37,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
 }  # fmt: skip
 _ALL = ("float32", "bfloat16", "float16")
 PROFILE_DTYPES = {"ci": ("float32",), "quick": ("float32", "bfloat16"), "full": _ALL, "gpu": _ALL}
-# Side of the square product that stands for the peak of the machine.
+# Side of the square product whose speed is taken as the peak of the machine.
 _LARGEST = {
     "ci": 256,
     "quick": 2048,

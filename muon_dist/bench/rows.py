@@ -174,7 +174,7 @@ TIMES_HEADER = (
 )  # fmt: skip
 COUNTS_HEADER = (
     "case", "peer", "iteration in", "MB received by a rank: peer → ours (AdamW)", "MB sent: peer → ours (AdamW)",
-    "collectives: peer → ours (AdamW)", "matrices orthogonalized: peer → ours", "momentum, MB a rank: peer → ours",
+    "collectives: peer → ours (AdamW)", "matrices orthogonalized: peer → ours", "momentum, MB per rank: peer → ours",
     "momentum and temporaries, MB: peer → ours (AdamW)", "error of the update: peer → ours",
 )  # fmt: skip
 
@@ -184,7 +184,7 @@ def table(rows: Sequence[Row], environment: dict[str, Any]) -> str:
     size = next((f"{r['parameters'] / 1e6:.1f}M" for r in rows if "parameters" in r), "?")
     about = (
         f"Llama of {size} parameters, {rows[0]['ranks']} ranks with one thread each on {environment['cores']} cores, "
-        f"gloo, torch {torch.__version__}, {rows[0]['rounds']} rounds in turn, steps of {SEQUENCE} tokens a rank."
+        f"gloo, torch {torch.__version__}, {rows[0]['rounds']} rounds in turn, steps of {SEQUENCE} tokens per rank."
     )
     parts = [about, markdown(TIMES_HEADER, [_times_line(r) for r in rows])]
     parts.append(markdown(COUNTS_HEADER, [_counts_line(r) for r in rows if not r["skipped"]]))
@@ -196,7 +196,7 @@ def table(rows: Sequence[Row], environment: dict[str, Any]) -> str:
             "iteration in",
             "forward and backward of a micro-batch, s (tokens of all ranks)",
             "optimizer, ms: ours (AdamW)",
-            *(f"ours over AdamW, {int(size):,} tokens a step" for size in sizes),
+            *(f"ours over AdamW, {int(size):,} tokens per step" for size in sizes),
         )
         lines = [
             (

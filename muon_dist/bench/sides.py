@@ -38,7 +38,7 @@ Builder = Callable[[nn.Module, Case], Built]
 
 
 class Side(ABC):
-    """One optimizer on one model under one sharding, stepped beside others in the same process.
+    """One optimizer on one model under one sharding, stepped in turn with others in the same process.
 
     Attributes:
         works_in_backward: some of the optimizer's work may be done by `backward`.

@@ -1,4 +1,4 @@
-"""Saves one after another, beside training or in its way, under one policy for errors and for what is kept."""
+"""Saves one after another, during training or in its way, under one policy for errors and for what is kept."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Saver:
         problem, self._problem = self._problem, None
         if problem is None:
             return
-        if not isinstance(problem, CheckpointError):  # a rank is gone, or a fault of ours: no policy covers that
+        if not isinstance(problem, CheckpointError):  # a rank is gone, or a bug of this package: no policy covers that
             raise problem
         if self.on_error == "stop":
             raise problem
@@ -132,7 +132,7 @@ class Saver:
         except BaseException as error:
             self._problem = error
             if self.ranks.rank == 0:
-                later = "" if self.on_error == "stop" else "; the run goes on without it (checkpoint.on_error)"
+                later = "" if self.on_error == "stop" else "; the run continues without it (checkpoint.on_error)"
                 self.warn(f"{error}{later}")
             return
         if self.ranks.rank == 0:

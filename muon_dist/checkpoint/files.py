@@ -134,7 +134,7 @@ def check_size(path: Path, record: FileRecord) -> None:
     except OSError as error:
         raise CheckpointError(f"{path} is missing: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError(f"{path} is no regular file (a link or a folder): it is not read")
+        raise CheckpointError(f"{path} is not a regular file (a link or a folder): it is not read")
     if found.st_size != record.size:
         raise CheckpointError(f"{path} has {found.st_size} bytes, the manifest says {record.size}: it is damaged")
 

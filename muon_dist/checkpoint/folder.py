@@ -94,7 +94,7 @@ def tidy(root: str | Path) -> list[Path]:
 
 
 def set_aside_after(root: str | Path, step: int) -> list[Path]:
-    """Rename the commits of later steps: a run that goes on from `step` will pass them anew. Returns the new paths."""
+    """Rename commits of steps after `step`, which the resumed run will reach again. Returns the new paths."""
     moved = []
     for path in commits(root):
         number = step_of(path)

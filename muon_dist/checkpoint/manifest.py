@@ -142,7 +142,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{folder} is no checkpoint: {NAME} cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{folder} is not a checkpoint: {NAME} cannot be read ({error.strerror})") from error
     first = _FIRST_LINE.match(data)
     if first is None or hashlib.sha256(data[first.end() :]).hexdigest().encode() != first[1]:
         raise CheckpointError(f"{path} is damaged: its bytes do not have the SHA-256 of its first line")
@@ -157,7 +157,7 @@ def read_manifest(folder: Path) -> Manifest:
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no manifest: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{path} is not a manifest: {type(error).__name__}: {error}") from error
 
 
 def _parsed(path: Path, body: Mapping[str, Any]) -> Manifest:
@@ -205,5 +205,5 @@ def _known(names: Mapping[str, Any], value: Any) -> str:
 
 def _number(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is no count")
+        raise ValueError(f"{value!r} is not a count")
     return value

@@ -1,4 +1,4 @@
-"""Where a save stands: called at each boundary, for the fault injector, for messages and for measurements."""
+"""The phase of a save: called at each boundary, for the fault injector, for messages and for measurements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 PHASES = (
     "start",  # every rank: the state is about to be copied or written; path is the future folder
-    "copied",  # every rank: background saves only, the state lies in host memory and training may go on
+    "copied",  # every rank: background saves only, the state lies in host memory and training may continue
     "make",  # first rank: the temporary folder is about to be made
     "write",  # before each tensor and small file is written
     "fsync",  # before a file is synced

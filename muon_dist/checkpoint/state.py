@@ -1,4 +1,4 @@
-"""Small state as JSON: scheduler, loss scaler, random generators, windows of guards. Tensors in it travel beside.
+"""Small state as JSON: scheduler, loss scaler, random generators, windows of guards; tensors are stored separately.
 
 Whoever has such state is a provider: `state_dict()` gives plain values (None, bool, int, float, str, lists, tuples,
 dicts with text keys, tensors), `load_state_dict(state)` takes them back, with lists for tuples.
@@ -32,12 +32,12 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], at: str = "") -> Any:
     """JSON for `value`; its tensors go into `tensors` under keys with PREFIX.
 
     Raises:
-        CheckpointError: a value of another type; names where it stands.
+        CheckpointError: a value of another type; names its place.
     """
     if isinstance(value, Mapping):
         wrong = next((k for k in value if not isinstance(k, str)), None)
         if wrong is not None:
-            raise CheckpointError(f"state {at}: the key {wrong!r} is no text")
+            raise CheckpointError(f"state {at}: the key {wrong!r} is not text")
         return {k: encode(v, tensors, f"{at}.{k}" if at else k) for k, v in value.items()}
     if isinstance(value, torch.Tensor):
         key = f"{PREFIX}{at}"
@@ -49,7 +49,7 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], at: str = "") -> Any:
         return value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise CheckpointError(f"state {at}: a {type(value).__name__} is no plain value")
+    raise CheckpointError(f"state {at}: a {type(value).__name__} is not a plain value")
 
 
 def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -86,7 +86,7 @@ def newest_weights(root: Path) -> Weights | None:
     """The weights that a run folder ends with: its final model, unless a later checkpoint was committed since.
 
     The final model holds the weights of an earlier step where the run loaded its best; it counts as what the run
-    ended with until the run goes on. A model that does not say its step (it was written by an earlier version) is of
+    ended with until the run continues. A model that does not say its step (it was written by an earlier version) is of
     the step of summary.json, which was written with it. None where there are no weights.
     """
     model = _final_model(root)
@@ -135,7 +135,7 @@ def choose_weights(root: Path, choice: Choice = NEWEST) -> Weights | None:
 
 
 def set_model_aside(root: Path, step: int) -> list[Path]:
-    """Rename the final model and the summary of a run that goes on from an earlier `step`; the new paths.
+    """Rename the final model and the summary of a run that continues from an earlier `step`; the new paths.
 
     They belong to the branch that is being abandoned, like the checkpoints after `step`.
     """

@@ -36,14 +36,14 @@ class PartConfig(Block):
     data: PartDataConfig = PartDataConfig()
     lr_scheduler_type: str | None = Field(
         default=None,
-        description="schedule over the steps of the part, by its transformers name; null: that before goes on",
+        description="transformers name of a schedule over the steps of the part; null: the one before continues",
     )
     lr_scheduler_kwargs: dict[str, Any] | None = Field(default=None, description="arguments of lr_scheduler_type")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="steps of warmup of lr_scheduler_type")
     lr_scale: NonNegative | None = Field(
         default=None,
         description="factor of all learning rates: of the configured ones with lr_scheduler_type, else of the "
-        "schedule that goes on; null: the new schedule begins at the rate that the part before has reached",
+        "schedule that continues; null: the new schedule begins at the rate that the part before has reached",
     )
 
 

@@ -136,5 +136,5 @@ class DataConfig(Block):
         """The sources that are read: that of `path`, else `sources`."""
         if self.path is None:
             return self.sources
-        # not validated, since the path is: a second time would expand what stands for a dollar sign
+        # not validated, since the path is: a second time would expand an escaped dollar sign
         return (SourceConfig.model_construct(path=self.path, text_field=self.text_field),)

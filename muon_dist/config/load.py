@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from muon_dist.config.paths import expand_path
+from muon_dist.config.plugins import import_plugins
 from muon_dist.config.redact import is_secret, redact
 from muon_dist.config.schema import Config
 from muon_dist.config.source import Document, Keys, Place, Problem, closest, comment_after_value, parse, read
@@ -44,6 +45,7 @@ def _check(document: Document) -> Config:
     if isinstance(data.get("trainer"), dict):
         data["trainer"] = with_switches(data["trainer"])
         found += trainer_problems(data["trainer"])
+    found += import_plugins(data)
     try:
         config: Config | None = _validated(data)
     except ValidationError as error:
@@ -51,7 +53,7 @@ def _check(document: Document) -> Config:
         config = _without(data, [keys for keys, _ in found])
     if config is not None:
         found += contradictions(config)
-    # One line for each key: what is no number is not also a contradiction.
+    # One line for each key: what is not a number is not also a contradiction.
     told = {p.keys for p in problems}
     first = {keys: message for keys, message in reversed(found) if keys not in told}
     problems += [Problem(document.place(keys), keys, message) for keys, message in first.items()]
@@ -210,7 +212,7 @@ def _schema_problems(data: Any, error: ValidationError) -> list[tuple[Keys, str]
 
 
 def _real_keys(data: Any, loc: Sequence[str | int], kind: str) -> Keys:
-    """pydantic's location without the names of union members, which are no keys."""
+    """pydantic's location without the names of union members, which are not keys."""
     keys: list[str | int] = []
     for i, part in enumerate(loc):
         inside = (isinstance(data, dict) and part in data) or (

@@ -20,7 +20,9 @@ def expand_path(text: str) -> str:
     def value(found: re.Match[str]) -> str:
         name = found[1] if found[1] is not None else found[2]
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"{text!r}: {found[0]} is not the name of a variable: write ${{NAME}}")
+            raise ValueError(
+                f"{text!r}: {found[0]} is not an environment variable: write ${{NAME}}, or $$ for a dollar sign"
+            )
         if name not in os.environ:
             raise ValueError(f"{text!r}: the environment variable {name} is not set: set it, or write the path out")
         return os.environ[name]

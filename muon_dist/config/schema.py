@@ -38,12 +38,13 @@ class MuonConfig(Block):
 
     lr: NonNegative
     rule: str = Field(
-        default=defaults.RULE, description="update rule: muon, normuon, adamuon, soap_muon, hyperball or namo"
+        default=defaults.RULE,
+        description="update rule: muon, normuon, adamuon, soap_muon, hyperball, namo, or one of a plugin",
     )
     rule_options: RuleOptions = Field(
         default_factory=dict,
-        description="what the rule has beside these settings, such as beta2 of normuon, and parts: cautious, "
-        "row_floor, radial_brake, muoneq, muon_plus",
+        description="what the rule has besides these settings, such as beta2 of normuon, and parts: cautious, "
+        "row_floor, radial_brake, muoneq, muon_plus, momentum_at_owner",
     )
     weight_decay: NonNegative | None = Field(default=None, description="decoupled; null: 0.1, or 0 under hyperball")
     momentum: BelowOne = defaults.MOMENTUM
@@ -59,7 +60,7 @@ class MuonConfig(Block):
     scale: Scale | None = Field(
         default=None,
         description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); "
-        "sqrt(m/n) of m outputs and n inputs; or 1; null: the first, or the last under hyperball and namo",
+        "sqrt(m/n) of m outputs and n inputs; 1; or one of a plugin; null: the first, or 1 under hyperball and namo",
     )
     bucket_mb: Positive = Field(
         default=defaults.BUCKET_MB,
@@ -182,6 +183,9 @@ class OptimizerConfig(Block):
     qk_clip: QKClipConfig | None = Field(default=None, description="null: logits are not clipped")
     routing: RoutingConfig = RoutingConfig()
     groups: tuple[GroupConfig, ...] = Field(default=(), description="options of parameters by name")
+    plugins: tuple[str, ...] = Field(
+        default=(), description="Python modules that register rules, scales or schedules; imported on every rank first"
+    )
     audit: AuditConfig = AuditConfig()
 
 
@@ -208,18 +212,18 @@ class CheckpointConfig(Block):
     """How a run is saved and continued. When: trainer.save_strategy and trainer.save_steps."""
 
     background: Flag = Field(
-        default=True, alias="async", description="hold training for the copy to host memory only, write beside it"
+        default=True, alias="async", description="training waits for the copy to host memory only"
     )
     keep_last: PositiveInt | None = Field(default=None, description="newest checkpoints to keep; null: all")
     keep_every: PositiveInt | None = Field(
         default=None, description="keep those of steps that are multiples of this as well"
     )
     on_error: Literal["stop", "continue"] = Field(
-        default="stop", description="when a save fails, for instance on a full disk: end the run, or warn and go on"
+        default="stop", description="when a save fails, for instance on a full disk: end the run, or warn and continue"
     )
     resume: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="without --resume, go on from the newest checkpoint: when the same launch starts again, "
+        description="without --resume, continue from the newest checkpoint: when the same launch starts again, "
         "whenever there is one, or never",
     )
 

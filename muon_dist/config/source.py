@@ -171,7 +171,7 @@ class _Plain:
         self.places.setdefault(keys, place)
         self.nodes += 1
         if any(node is outer for outer in self.open):
-            self._refuse(node, keys, "an alias inside what it stands for")
+            self._refuse(node, keys, "an alias inside the value that it repeats")
             return None
         if self.nodes > MAX_NODES:
             if self.nodes == MAX_NODES + 1:
@@ -248,9 +248,20 @@ class _Plain:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" with the closest known name, or the list of names when none is close."""
+    """ "; did you mean X?" with the names that `name` most likely stands for, or all names when none is close."""
     names = list(known)
-    found = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    found = _expanded(name, names) or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if found:
-        return f"; did you mean {found[0]}?"
+        return f"; did you mean {' or '.join(found)}?"
     return f"; known: {', '.join(sorted(names))}" if len(names) <= 24 else ""
+
+
+def _expanded(name: str, known: list[str]) -> list[str]:
+    """Known names with the same letters (`rl`: lr), the same initials (`tensor_parallel`: tp) or more words (`dp`:
+    dp_replicate, dp_shard), which are too short for difflib. The first of these three that finds any."""
+    initials = "".join(word[:1] for word in name.split("_"))
+    return (
+        [k for k in known if sorted(k) == sorted(name)]
+        or [k for k in known if len(initials) > 1 and k == initials]
+        or [k for k in known if k.startswith(f"{name}_") or name.startswith(f"{k}_")][:2]
+    )

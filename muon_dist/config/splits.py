@@ -32,7 +32,7 @@ class SplitConfig(CutConfig):
 
 
 def _tuples(given: Any) -> Any:
-    """With tuples for lists: behind a validator of ours pydantic no longer takes the one for the other."""
+    """With tuples for lists: behind one of our validators pydantic no longer takes the one for the other."""
     if isinstance(given, list):
         return tuple(_tuples(item) for item in given)
     return {key: _tuples(value) for key, value in given.items()} if isinstance(given, dict) else given

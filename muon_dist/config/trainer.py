@@ -19,7 +19,7 @@ from muon_dist.config.source import Keys, closest
 
 Found = Iterator[tuple[Keys, str]]
 
-# Keys of the trainer block that another key of ours decides.
+# Keys of the trainer block that another of our keys decides.
 DECIDED_ELSEWHERE = {
     "output_dir": "run_dir and name",
     "seed": "seed",

@@ -252,7 +252,7 @@ def _deepspeed(config: Config) -> Found:
                 yield (
                     ("deepspeed", half, "enabled"),
                     f"is {str(enabled).lower()}, but trainer.{half} is "
-                    f"{str(bool(config.trainer.get(half, False))).lower()}: set both alike, or enabled to auto",
+                    f"{str(bool(config.trainer.get(half, False))).lower()}: set both to the same, or enabled to auto",
                 )
 
 

@@ -18,7 +18,7 @@ from muon_dist.data.source import Source
 from muon_dist.errors import DataError
 
 FORMATS = NAMES
-# Of a source, what decides which documents come out, beside the content itself.
+# Of a source, what decides which documents come out, besides the content.
 _DESCRIPTION = (
     *("builtin", "dataset", "format", "text_field", "config", "split", "revision", "max_documents", "document_bytes"),
     *("separator", "on_bad_record"),

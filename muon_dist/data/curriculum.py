@@ -1,8 +1,8 @@
 """Parts of a run with data of their own: another mixture, sample length or packing from a position on.
 
 The order of a whole run is still a pure function of the position. A part has an order of its own, a `MixtureSampler`,
-which goes on with each source where the part before has left it: no sample comes twice before all came once, as long
-as the samples are the same. Where their length or packing changes, the sources are cut anew, and the share of each
+which continues with each source where the part before has left it: no sample comes twice before all came once, as long
+as the samples are the same. Where their length or packing changes, the sources are cut again, and the share of each
 that was drawn is carried over.
 """
 

@@ -31,10 +31,10 @@ class Document(NamedTuple):
 
 
 class SourceGoneError(DataError):
-    """A source is not there (any more): prepared tokens of it can still be used."""
+    """A source does not exist or cannot be reached. If its tokens were prepared before, they can still be used."""
 
 
-# What a reader gives: a document, or the error of one bad record, after which it can go on.
+# What a reader gives: a document, or the error of one bad record, after which it can continue.
 Item = Document | DataError
 
 
@@ -46,7 +46,7 @@ def say(text: str) -> None:
 
 
 def utf8(text: object, origin: str, field: str) -> bytes:
-    """The UTF-8 bytes of a field. Raises DataError when it is no text."""
+    """The UTF-8 bytes of a field. Raises DataError if it is not text."""
     if isinstance(text, bytes):  # some writers of parquet do not mark text as such
         try:
             text.decode("utf-8")

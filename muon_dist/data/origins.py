@@ -19,7 +19,7 @@ from muon_dist.data.source import Source
 from muon_dist.data.storage import DataFile, find_files
 from muon_dist.errors import DataError
 
-# What is no text at all: first bytes -> (what it is, what to do).
+# Content that is not text: first bytes -> (what it is, what to do).
 _FOREIGN = (
     (b"%PDF-", "a PDF", "extract its text first"),
     (b"PK\x03\x04", "a zip archive (or an office document)", "unpack it, or extract its text first"),
@@ -109,7 +109,7 @@ class Rows(Origin):
         name = self._name
         if Path(name).exists():
             files = find_files([name])
-            if readers.is_saved(name):  # state.json holds a number that each save draws anew
+            if readers.is_saved(name):  # state.json holds a number that each save draws again
                 files = [file for file in files if file.suffix == ".arrow"]
             return _files_state(files, known)
         if self.source.dataset is None or name.startswith((".", "/", "~")):
@@ -202,7 +202,7 @@ def _as_named(file: DataFile, kind: Format) -> bool:
 
 
 def _refuse_foreign(head: Head) -> None:
-    """Raises DataError where the content is no text, or text that only a program reads."""
+    """Raises DataError where the content is not text, or text that only a program reads."""
     for magic, what, advice in _FOREIGN:
         if head.data.startswith(magic):
             raise DataError(f"{head.file.path}: is {what}: {advice}.")

@@ -223,7 +223,7 @@ def _start_worker(encoder: Encoder, seed: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:  # a killed parent cannot stop its workers, and they would wait for tasks for ever
+    def follow() -> None:  # a killed parent cannot stop its workers, and they would wait for tasks forever
         connection.wait([parent.sentinel])
         os._exit(1)
 

@@ -31,4 +31,4 @@ def show_samples(
                 start = stop + 1
             if start < len(ids):
                 yield encoder.decode(ids[start:])
-                yield "---- the document goes on in the next sample"
+                yield "---- the document continues in the next sample"

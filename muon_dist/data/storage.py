@@ -221,7 +221,10 @@ def _find_remote(url: str) -> list[DataFile]:
     except DataError:
         raise
     except Exception as error:  # every file system has errors of its own
-        raise SourceGoneError(f"{url}: cannot be reached ({type(error).__name__}: {one_line(error)}).") from None
+        raise SourceGoneError(
+            f"{url}: cannot be reached ({type(error).__name__}: {one_line(error)}). "
+            "Check the URL, the network and your credentials."
+        ) from None
     base = path if system.isdir(path) else str(PurePosixPath(path).parent)
     files = [DataFile(name, name.removeprefix(base).lstrip("/"), system) for name in names]
     files = [file for file in files if not fnmatch.fnmatch(f"/{file.name}", "*/.*")]

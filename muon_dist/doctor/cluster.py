@@ -36,7 +36,7 @@ def one_rank_a_host() -> tuple[list[int], list[str]]:
 def pairs(count: int) -> list[list[tuple[int, int]]]:
     """Rounds in which each of `count` players meets another, until all have met (the circle method).
 
-    Within a round nobody plays twice, so that its games can go on at the same time.
+    Within a round nobody plays twice, so that its games can continue at the same time.
     """
     players: list[int | None] = [*range(count), *([None] if count % 2 else [])]
     rounds = []
@@ -49,7 +49,7 @@ def pairs(count: int) -> list[list[tuple[int, int]]]:
 
 
 def link(peer: int, begins: bool, group: dist.ProcessGroup) -> dict[str, float]:
-    """Round trip (seconds) and bandwidth (bytes a second) between this rank and `peer`; both call it."""
+    """Round trip (seconds) and bandwidth (bytes per second) between this rank and `peer`; both call it."""
     token = torch.zeros(1)
 
     def exchange(message: torch.Tensor) -> None:

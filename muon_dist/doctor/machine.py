@@ -47,7 +47,7 @@ def check_shared_memory(path: Path = Path("/dev/shm"), wanted: float = 1.0) -> l
 
 
 def check_locks(folder: Path | None = None) -> list[Verdict]:
-    """Locks that a killed build left: a later run waits for them for ever, without a word.
+    """Locks that a killed build left: a later run waits for them forever, without a word.
 
     torch keeps a lock open while it builds (torch.utils.file_baton), so one that no process has open is stale.
     """
@@ -58,7 +58,7 @@ def check_locks(folder: Path | None = None) -> list[Verdict]:
     for lock in locks:
         holder = _process_with(lock)
         if holder is None:
-            text = f"{lock} is left from a build that was killed; the next one waits for it for ever"
+            text = f"{lock} is left from a build that was killed; the next one waits for it forever"
             verdicts.append(Verdict("extension locks", "problem", text, f"rm {shlex.quote(str(lock))}"))
         else:
             text = f"{lock}: process {holder} compiles there"
@@ -96,7 +96,7 @@ def check_disk(path: Path = Path("."), wanted: float = 20.0) -> list[Verdict]:
     if files.f_files and files.f_favail == 0:
         return [Verdict("disk", "problem", f"{path}: no inodes left", "delete files there", figures=figures)]
     if usage.free < wanted * GIB:
-        fix = "free space, or choose another --run-dir; a checkpoint takes 8 to 12 bytes a parameter"
+        fix = "free space, or choose another --run-dir; a checkpoint takes 8 to 12 bytes per parameter"
         level: Level = "problem" if usage.free < wanted * GIB / 20 else "warning"
         return [Verdict("disk", level, f"{text}, wanted {wanted:g} GiB", fix, figures=figures)]
     return [Verdict("disk", "ok", text, figures=figures)]

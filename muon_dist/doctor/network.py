@@ -81,7 +81,7 @@ def check_interfaces(
 
 
 def check_hostname(name: str | None = None, several: bool = False) -> list[Verdict]:
-    """What the machine's own name stands for: gloo tells the others to come there unless it is given an interface.
+    """The addresses of the machine's own name: gloo tells the other ranks to connect there unless an interface is set.
 
     several: whether the run is to have other machines.
     """
@@ -91,20 +91,20 @@ def check_hostname(name: str | None = None, several: bool = False) -> list[Verdi
     try:
         found = sorted({str(info[4][0]) for info in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
     except OSError as error:
-        return [Verdict("host name", level, f"{name} stands for no address: {error}", fix)]
+        return [Verdict("host name", level, f"{name} resolves to no address: {error}", fix)]
     if all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in found):
-        text = f"{name} stands for {', '.join(found)}, where other machines find themselves"
+        text = f"{name} resolves to {', '.join(found)}: on other machines that is their own address"
         if not several:
             return [Verdict("host name", "ok", f"{text} (one machine: fine)")]
         return [Verdict("host name", level, text, fix)]
-    return [Verdict("host name", "ok", f"{name} stands for {', '.join(found)}")]
+    return [Verdict("host name", "ok", f"{name} resolves to {', '.join(found)}")]
 
 
 def check_port(port: int = 29500) -> list[Verdict]:
     """Whether a rendezvous could listen on the port."""
     family, any_address = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # as torch's store does; a connection that was closed a moment ago is no obstacle
+        # as torch's store does; a connection that was closed a moment ago is not an obstacle
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)

@@ -47,7 +47,7 @@ def worst(verdicts: Sequence[Verdict]) -> Level:
 
 
 def attempt(check: str, look: Callable[[], list[Verdict]]) -> list[Verdict]:
-    """The verdicts of a check; a check that fails itself is a warning, and the others go on."""
+    """The verdicts of a check. A check that raises becomes a warning, and the others still run."""
     try:
         return look()
     except Exception as error:

@@ -49,7 +49,7 @@ def bytes_of_two_buckets(itemsize: int = 4, messages: bool = True, also: int = 0
     Args:
         itemsize: of the widest dtype of Newton-Schulz; in fp64 it takes more than is said here.
         messages: whether anything is sent (`moves`).
-        also: tensors that sources send beside the momentum.
+        also: tensors that sources send besides the momentum.
     """
     gathered = also * (_STACKS + (_MESSAGES // 2 if messages else 0))
     return _STACKS + _WORKSPACE[2 if itemsize == 2 else 4] + (_MESSAGES if messages else 0) + gathered

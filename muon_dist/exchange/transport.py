@@ -83,7 +83,7 @@ class Broadcasts:
     """Every rank of a replica group sends one tensor to all others, in their order.
 
     Only as many are under way as there is room for: together they are the updates of the whole model, for which no
-    rank has memory. The rest start as `arrived` goes on, on all ranks in the same order.
+    rank has memory. The rest start as `arrived` continues, on all ranks in the same order.
 
     Args:
         transport: over the group.
@@ -235,7 +235,7 @@ class Transport:
         return values
 
     def require_equal(self, what: str, fields: Sequence[tuple[str, object]]) -> None:
-        """Compare `fields` on all ranks by their digest, before anything is exchanged on the strength of them.
+        """Compare `fields` on all ranks by their digest, before anything is exchanged that depends on them.
 
         Raises:
             PlanMismatchError: names the first differing field and each rank's value.

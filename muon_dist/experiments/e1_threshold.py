@@ -156,7 +156,7 @@ def residual_effect(config: Config, seed: int) -> list[dict[str, Any]]:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Run E1; see docs/theory.md, section "The stable step"."""
+    """Run E1; see docs/theory.md, section "One step, exactly"."""
     regressions = {f"{k:g}": [regression(config, seed, k) for seed in config.seeds] for k in config.kappas}
     fits = {
         kappa: {

@@ -91,7 +91,7 @@ def log_slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Run E3; see docs/theory.md, section "Muon cannot diverge there, nor can any normalised SGD"."""
+    """Run E3; see docs/theory.md, section "A constant step cannot diverge on a smooth, strongly convex function"."""
     runs: dict[str, list[dict[str, Any]]] = {
         arm: [train_mlp(config, arm, config.lr, config.scale, True, seed) for seed in config.seeds]
         for arm in config.arms

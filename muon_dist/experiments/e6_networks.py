@@ -140,7 +140,7 @@ def log_correlation(rows: list[dict[str, Any]], target: str, other: Callable[[di
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Run E6; see docs/theory.md, section "Real networks"."""
+    """Run E6; see docs/theory.md, "E6, real networks"."""
     rows = {
         name: [
             row

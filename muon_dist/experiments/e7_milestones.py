@@ -166,7 +166,7 @@ def tuned_deep_linear(config: Config, direction: Direction, anneal: bool) -> dic
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Run E7; see docs/theory.md, section "Milestones"."""
+    """Run E7; see docs/theory.md, "E7, milestones"."""
     tables = {
         "MLP": milestones(config, mlp, config.mlp_seeds),
         "MLP, torch's init": milestones(config, lambda: mlp(init="default"), config.mlp_seeds),

@@ -191,7 +191,7 @@ def ablation(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Run E8; see docs/theory.md, section "A language model"."""
+    """Run E8; see docs/theory.md, "E8, a language model"."""
     arms: dict[str, dict[str, Any]] = {kind: tuned(config, kind, grid) for kind, grid in config.grids}
     counts = ablation(config)
     text = stdlib_text(config.characters, config.validation)

@@ -1,4 +1,4 @@
-"""What each panel of each experiment shows. A panel reads a result as it stands in its file."""
+"""What each panel of each experiment shows. A panel reads the result's file."""
 
 from __future__ import annotations
 

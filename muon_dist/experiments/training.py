@@ -125,7 +125,7 @@ class MatrixOptimizer:
 
 @dataclass
 class Trace:
-    """Losses of a run, one a step, and when it blew up (None: never)."""
+    """Losses of a run, one per step, and when it blew up (None: never)."""
 
     losses: list[float] = field(default_factory=list)
     blown_up_at: int | None = None

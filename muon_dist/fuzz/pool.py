@@ -33,7 +33,7 @@ GRACE = 5.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank came to. kind: "done", "refused" (an error of ours), "failed" (any other) or "hung"."""
+    """What a rank came to. kind: "done", "refused" (one of our errors), "failed" (any other) or "hung"."""
 
     kind: str
     value: Any

@@ -84,7 +84,7 @@ def _leave(holder: Holder, resume: Resume, folder: Path) -> None:
 
 
 def resumed(case: Case, setup: Setup, resume: Resume | None, folder: Path) -> Holder:
-    """A holder that goes on from what the first segment has left."""
+    """A holder that continues from what the first segment has left."""
     assert resume is not None
     if resume.how == FULL:
         saved = torch.load(folder / _FULL)

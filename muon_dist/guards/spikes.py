@@ -17,7 +17,7 @@ class SpikeDetector:
 
     The rule and its defaults are those of OLMo-core's SkipStepOptimizer (window 128, 6 sigma, judged from half a
     window on), but for three things: only a rise is a spike; a spike does not enter the window, or one would hide the
-    next; and five in a row are taken for the new level (another mixture of data), with which the window starts anew.
+    next; and five in a row are taken for the new level (another mixture of data), with which the window starts again.
     A loss that is not finite is left to the check of the gradients.
     """
 
@@ -31,7 +31,7 @@ class SpikeDetector:
         self._losses: deque[float] = deque(maxlen=window)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know to decide alike."""
+        """What a resumed run needs to make the same decisions."""
         return {"losses": list(self._losses), "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ class Stopwatch:
         self.resume()
 
     def resume(self) -> None:
-        """Own work goes on."""
+        """Own work continues."""
         if self._since is not None:
             return
         self._since = time.perf_counter()
@@ -114,11 +114,11 @@ class StepVote:
 
 
 class StragglerReport:
-    """Names a rank that is slower than the others time after time.
+    """Names a rank that is repeatedly slower than the others.
 
-    A rank is named when in the last `window` steps it was the slowest in six of seven or more, and the median of
-    its busy times exceeds the median of the others' medians by `seconds` and by a fifth. Load that moves about
-    between ranks, or a single slow step, names nobody.
+    A rank is named if it was the slowest in at least 6/7 of the last `window` steps, and if its median busy time
+    exceeds the median of the other ranks' medians by `seconds` (in seconds) and by one fifth. A single slow step, or
+    load that moves between ranks, names no rank.
     """
 
     def __init__(self, world_size: int, *, seconds: float = 0.1, window: int = 16) -> None:
@@ -126,7 +126,7 @@ class StragglerReport:
         self._steps: deque[tuple[float, ...]] = deque(maxlen=window)
 
     def add(self, busy: tuple[float, ...]) -> str | None:
-        """Take one step's times; a message when a rank stands out, after which counting starts anew."""
+        """Add the busy seconds of each rank in one step. Returns a message if a rank is slow, and starts again."""
         self._steps.append(busy)
         if self.world_size < 2 or len(self._steps) < (self._steps.maxlen or 1):
             return None
@@ -139,8 +139,8 @@ class StragglerReport:
         steps = len(self._steps)
         self._steps.clear()
         return (
-            f"rank {rank} is slow: {medians[rank]:.3f} s of its own work a step, the others {usual:.3f} s (medians of "
-            f"{steps} steps; the slowest in {times} of them)"
+            f"rank {rank} is slow: {medians[rank]:.3f} s of its own work per step, the others {usual:.3f} s (medians "
+            f"of {steps} steps; the slowest in {times} of them)"
         )
 
 

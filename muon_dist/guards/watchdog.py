@@ -54,9 +54,9 @@ def leave(message: str) -> None:
 
 
 class Watchdog:
-    """Publishes where this rank stands and ends it when one operation takes longer than `timeout` seconds.
+    """Publishes this rank's current operation and ends it when one operation takes longer than `timeout` seconds.
 
-    On a GPU the host goes on while the device still works or waits for another rank. There an operation lasts until
+    On a GPU the host continues while the device still works or waits for another rank. There an operation lasts until
     the device has finished it, and what the device is in counts, also when the host is idle.
 
     progress: of this rank; nothing is watched while it is "idle".

@@ -81,7 +81,7 @@ def _job(
     settings = load_config(config, overrides)
     fewest, most = parse_nodes(nodes)
     where = ["--run-dir", run_dir] if run_dir is not None else []
-    # whatever starts the same command again goes on from what is there
+    # whatever starts the same command again continues from what is there
     arguments = ("train", str(config), *overrides, *where, "--resume", "if-any")
     job = Job(
         name=name if name is not None else settings.name,

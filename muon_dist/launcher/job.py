@@ -47,9 +47,9 @@ class Job:
 
     def __post_init__(self) -> None:
         if not _NAME.match(self.name):
-            raise ConfigError(f"--name: {self.name!r} is no name for a job: letters, digits and _ . -, no . first")
+            raise ConfigError(f"--name: {self.name!r} is not a valid job name: letters, digits and _ . -, no . first")
         if self.interface is not None and not _INTERFACE.match(self.interface):
-            raise ConfigError(f"--interface: {self.interface!r} is no name of a network interface, such as eth0")
+            raise ConfigError(f"--interface: {self.interface!r} is not a valid network interface, such as eth0")
         for option, text in (("--folder", self.folder), ("--venv", self.environment), *self._words()):
             if text is not None and ("\0" in text or "\n" in text):
                 raise ConfigError(f"{option}: {text!r} holds a line break or a zero byte, which no launcher can carry")
@@ -86,7 +86,7 @@ def check_address(address: str, port: int, nodes: int) -> list[str]:
     machines.
     """
     if not _HOST.match(address):
-        raise ConfigError(f"--master-addr: {address!r} is no host name or address")
+        raise ConfigError(f"--master-addr: {address!r} is not a host name or address")
     if not 1024 <= port <= 65535:
         raise ConfigError(f"--master-port: {port} is not between 1024 and 65535")
     try:
@@ -110,7 +110,7 @@ def check_address(address: str, port: int, nodes: int) -> list[str]:
 
 
 def check_resumable(settings: Mapping[str, Any], job: Job, repeated: str | None) -> list[str]:
-    """Warnings about a configuration whose run shall go on after an interruption, or on fewer machines.
+    """Warnings about a configuration whose run shall continue after an interruption, or on fewer machines.
 
     settings: the configuration as plain data. repeated: what starts the same command again ("SLURM's requeue"), or
     None when nothing does.
@@ -118,7 +118,7 @@ def check_resumable(settings: Mapping[str, Any], job: Job, repeated: str | None)
     trainer, warnings = settings.get("trainer", {}), []
     again = "an elastic restart" if job.elastic else repeated
     if again is not None and trainer.get("save_strategy") == "no":
-        warnings.append(f"trainer.save_strategy is no: after {again} the run begins anew")
+        warnings.append(f"trainer.save_strategy is no: after {again} the run begins again")
     if not job.elastic:
         return warnings
     batch = settings.get("data", {}).get("global_batch_size")

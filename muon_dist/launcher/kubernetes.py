@@ -45,12 +45,12 @@ class Kubernetes:
 
     def __post_init__(self) -> None:
         if not _IMAGE.match(self.image):
-            raise ConfigError(f"--image: {self.image!r} is no name of a container image")
+            raise ConfigError(f"--image: {self.image!r} is not a valid name of a container image")
         if self.namespace is not None and not _LABEL.match(self.namespace):
-            raise ConfigError(f"--namespace: {self.namespace!r} is no name of a namespace: a-z, 0-9 and -")
+            raise ConfigError(f"--namespace: {self.namespace!r} is not a valid name of a namespace: a-z, 0-9 and -")
         for option, value in (("cpu", self.cpu), ("memory", self.memory), ("shm", self.shared_memory)):
             if value is not None and not _QUANTITY.match(value):
-                raise ConfigError(f"--{option}: {value!r} is no quantity of Kubernetes, such as 8 or 64Gi")
+                raise ConfigError(f"--{option}: {value!r} is not a quantity of Kubernetes, such as 8 or 64Gi")
         for volume in self.volumes:
             if not _VOLUME.match(volume):
                 raise ConfigError(f"--volume: {volume!r} is not CLAIM:/PATH, such as runs:/workspace/runs")

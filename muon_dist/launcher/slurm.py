@@ -38,7 +38,7 @@ class Slurm:
 
     def __post_init__(self) -> None:
         if not _TIME.match(self.time):
-            raise ConfigError(f"--time: {self.time!r} is no time limit of SLURM, such as 24:00:00 or 2-12")
+            raise ConfigError(f"--time: {self.time!r} is not a time limit of SLURM, such as 24:00:00 or 2-12")
         for option in ("partition", "account", "qos", "constraint", "memory", "output"):
             value = getattr(self, option)
             if value is not None and not _WORD.match(value):
@@ -53,7 +53,7 @@ def render_slurm(job: Job, slurm: Slurm, command: Sequence[str]) -> str:
     if job.elastic:
         raise ConfigError(
             f"--nodes {job.node_range}: SLURM gives a job a fixed number of machines; give one number. When one "
-            "fails, the job is requeued and goes on from its newest checkpoint"
+            "fails, the job is requeued and continues from its newest checkpoint"
         )
     directives = {
         "job-name": job.name,

@@ -22,9 +22,9 @@ class Fragment:
 
     Attributes:
         rank: who holds it.
-        block: where it stands in the flattened whole.
+        block: where it is in the flattened whole.
         buffer: index of the rank's local tensor that contains it; the numbering is the same on all ranks.
-        local: where it stands in that tensor, flattened; as many rows and columns as `block`.
+        local: where it is in that tensor, flattened; as many rows and columns as `block`.
     """
 
     rank: int

@@ -114,7 +114,7 @@ class Layout:
         complete_gradients: the framework hands every rank a gradient for every buffer that is stepped, so the ranks
             need not agree first on which are missing.
         domains: for each rank a number that ranks near each other share (HSDP: the copy of the model, usually a node).
-            Of copies, those of the owner's own domain are its sources. Empty: all are alike.
+            Of copies, those of the owner's own domain are its sources. Empty: all are equal.
         columns: replica-group id per rank: ranks with equal ids hold the same shard in different copies of the model
             (all ranks under DDP, those of one shard under HSDP) and can broadcast among each other. See `relayed`.
             Empty: there are no copies.

@@ -85,7 +85,9 @@ def _from_checkpoint(
         for kind, name in checkpoint.manifest.tensors:
             if kind in found:
                 if name not in found[kind]:
-                    raise CheckpointError(f"{checkpoint.path} holds {name}, which {path} says the model does not have")
+                    raise CheckpointError(
+                        f"{checkpoint.path}: holds {name}, but the model described in {path} has no such tensor"
+                    )
                 own, saved = found[kind].pop(name), checkpoint.tensor(kind, name)
                 if own.shape != saved.shape:
                     raise CheckpointError(

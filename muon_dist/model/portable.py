@@ -30,7 +30,7 @@ _NEW_TOKENIZERS = frozenset({"TokenizersBackend", "PreTrainedTokenizer"})
 _OF_THE_PROCESS = ("backend", "is_local", "local_files_only", "name_or_path")
 _UNLIMITED = 10**9  # transformers writes 1e30 where it knows no limit
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-# rope settings that are no scaling: they stand at the top level in version 4
+# rope settings that are not scaling: they stand at the top level in version 4
 _PLAIN_ROPE = frozenset({"rope_theta", "rope_type", "partial_rotary_factor"})
 # Models with a second theta, for layers with a window, in version 4 too.
 _LOCAL, _TWO_THETAS = "sliding_attention", frozenset({"gemma3_text", "gemma3n_text"})

@@ -48,7 +48,8 @@ def starting_config(folder: Path, arguments: Mapping[str, Any], given: Mapping[s
         attribute = "_attn_implementation" if name == "attn_implementation" else name
         if getattr(config, attribute, None) != value and not isinstance(value, dict):
             raise ConfigError(
-                f"model.{name}: the model of model.init_from ({config.model_type}) does not take {value!r}"
+                f"model.{name}: the {config.model_type} model of model.init_from cannot be changed to {value!r}: "
+                f"remove model.{name}"
             )
     return config
 

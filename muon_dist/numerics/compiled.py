@@ -80,7 +80,10 @@ def compiled_iteration(
 
 @torch.no_grad()
 def orthogonalize_compiled(source: Tensor, target: Tensor | None = None, *, form: Form) -> None:
-    """As `iteration.orthogonalize`, by code that is compiled once for each shape of the stack."""
+    """Newton-Schulz of a stack by compiled code: as `iteration.orthogonalize`, compiled once per shape.
+
+    source: (B, rows, columns). target: receives the result in its own dtype; None: `source` is overwritten.
+    """
     target = source if target is None else target
     if not source.numel():
         return

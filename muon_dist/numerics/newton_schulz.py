@@ -20,7 +20,7 @@ _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def compute_dtype(dtype: torch.dtype | None, device: torch.device, schedule: ScheduleLike = "keller") -> torch.dtype:
     """The dtype in which the iteration runs.
 
-    None stands for the policy: fp16 on a GPU that has fp16 matrix units (CUDA of compute capability 7.0 or newer,
+    None means: fp16 on a GPU that has fp16 matrix units (CUDA of compute capability 7.0 or newer,
     ROCm), fp32 everywhere else. Not bf16: fp16 is 8 times nearer to fp64, and on an H200 no slower (docs/gpu.md). Its
     range suffices, since X is normalised first. A schedule that is fp32 only (`strict`) is fp32 everywhere.
 

@@ -56,7 +56,7 @@ class Schedule:
 
         Raises:
             ConfigError: `steps` is not a positive integer; or this schedule has a fixed length and `steps` is neither
-                that length nor the default of 5, which stands for "not chosen".
+                that length nor the default of 5, which means "not chosen".
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ConfigError(f"ns_steps must be a positive integer, got {steps!r}")

@@ -16,7 +16,7 @@ def gram_spectral_stats(x: Tensor, orthogonalized: Tensor) -> SpectralStats:
     """`spectral_stats(x, orthogonalized)` by symmetric eigenvalues on the shorter side, in fp64.
 
     It takes two thirds to a third of the time of the decompositions, the less the longer the matrix (one thread, CPU
-    seconds, beside five Newton-Schulz steps: (128, 384) 7.8 ms against 15.1, steps 2.6; (512, 512) 106 against 156,
+    seconds, and five Newton-Schulz steps: (128, 384) 7.8 ms against 15.1, steps 2.6; (512, 512) 106 against 156,
     steps 54). Squaring loses half of the digits: a singular value s has an error of about eps(fp64) s_max^2 / s, so
     1e-8 s_max is the smallest that is resolved. In fp64 that is below the rounding of an fp32 matrix (6e-8); in fp32
     it would be 3e-4 s_max, and the sum over hundreds of small singular values would be noise. Hence fp64, on every

@@ -44,7 +44,7 @@ class Binding:
         column: the replica group of this rank: ranks of `group` with the same of `layout.columns`; None: all.
         everywhere: buffers of which every holder keeps the momentum, not the sources alone: all that have several
             holders if its second argument is True, else those whose sources the framework's checkpoint cannot express.
-        stored: the momentum of a buffer as it stands in the optimizer's `state`, of this rank's part (None where it
+        stored: the momentum of a buffer as it is in the optimizer's `state`, of this rank's part (None where it
             keeps none); None to store nothing.
         parts: this rank's part of a buffer and of its gradient, the same elements; None where those are plain tensors.
         stored_by_owner: as `stored`, of what the owner of a matrix keeps, a 1-D tensor (None on other ranks); given

@@ -17,7 +17,7 @@ from muon_dist.optim.rules.entries import ALGORITHMS, check_not_negative, check_
 from muon_dist.optim.rules.scale import update_scale
 
 _OWN = {"params", "param_names", "name", "algorithm", "cuts", "rule", "rule_options", "moe"}
-# What schedulers of torch write into groups, also before the optimizer is made anew.
+# What schedulers of torch write into groups, also before the optimizer is created again.
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 # Keys of other optimizers, and the line to write here.
 _FOREIGN = {
@@ -128,7 +128,7 @@ Kind = tuple[Any, Any, frozenset[str]]
 
 
 def kind_of(group: Mapping[str, Any]) -> Kind:
-    """The kind of a group as it stands."""
+    """The present kind of a group."""
     return group.get("algorithm"), group.get("rule", "muon"), frozenset(group.get("rule_options") or ())
 
 

@@ -42,7 +42,7 @@ class Diagnostics:
     """Measures every matrix that this rank owns once in `every` steps, one JSON line each, and sends nothing.
 
     The owner has just gathered the momentum and computed the update, so both are there whole. Each rank writes its
-    own file; whoever reads them merges them. A round of measures starts at the first step and at every multiple of
+    own file; readers merge them. A round of measures starts at the first step and at every multiple of
     `every`. It is spread over as many steps as its cost needs: no matrix is measured while the measures have taken
     more than `budget` of the time since the first step.
 

@@ -154,7 +154,7 @@ def routing_table(
     splits: Splits = (),
     groups: Entries = (),
 ) -> FoldedTable:
-    """Where each parameter of `model` goes and why: one row for all layers that are alike, doubtful rows first.
+    """Where each parameter of `model` goes and why: one row for all equal layers, doubtful rows first.
 
         print(muon_dist.routing_table(model))
 

@@ -137,7 +137,7 @@ class StepGuard:
         found, alike = transport.highest(flags, words)
         if looks and NOT_FINITE not in found:
             self.in_a_row = 0
-        elif looks and not self._look_closer(transport, gradients, matrices, names):  # on all ranks alike
+        elif looks and not self._look_closer(transport, gradients, matrices, names):  # on all ranks
             return None
         present, zero, at = [], set(), 0
         for m in matrices:

@@ -40,7 +40,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def of(self, parameter: Tensor) -> Tensor:
-        """The master of a 16-bit parameter as it stands in the state, made if there is none."""
+        """The master of a 16-bit parameter as it is in the state, made if there is none."""
         state = self._state()[parameter]
         kept = state.get(MASTER)
         if kept is None or kept.dtype != torch.float32 or kept.device != parameter.device:

@@ -78,7 +78,7 @@ class Muon(StateDicts):
         process_group: ranks that share the work: by default all, with torch.distributed initialised; None: one.
         owner_policy: "balanced", "local" or "round_robin"; see `ownership.assign_owners`.
         cost: what "balanced" balances: "analytic", "measured" (timed once on rank 0 and kept), or a `CostModel`.
-        bucket_mb: a step allocates at most twice this, in MiB, beside what is there between steps; a matrix too
+        bucket_mb: a step allocates at most twice this, in MiB, on top of the memory held between steps; a matrix too
             large for that goes alone. See docs/performance.md.
         overlap: gather the next bucket and scatter the one before while a bucket is orthogonalized; exact either way.
         ns_compile: run Newton-Schulz through `torch.compile`, once for each shape; refused where that fails.
@@ -86,7 +86,7 @@ class Muon(StateDicts):
         max_nonfinite: a step with a NaN or infinite gradient on any rank changes nothing; so many in a row: an error.
         diagnostics: a `Diagnostics`, or its arguments: spectral measures of each matrix, taken on its owner.
         rule, rule_options: update rule of Muon groups ("muon", "normuon", "adamuon", "soap_muon", "hyperball" or
-            "namo"; see docs/rules.md), and what it has beside the options above, such as `beta2` of "normuon", and
+            "namo"; see docs/rules.md), and what it has besides the options above, such as `beta2` of "normuon", and
             parts such as `cautious`.
         master_weights: keep an fp32 master of every 16-bit parameter, 4 bytes for each element; see
             docs/low-precision.md.

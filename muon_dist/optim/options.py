@@ -62,7 +62,7 @@ class Options:
         return int(self.bucket_mb * 2**20)
 
     def fields(self) -> Iterable[tuple[str, object]]:
-        """(name, value) of what decides what travels, beside the owners."""
+        """(name, value) of what decides what travels, besides the owners."""
         yield "bucket_mb in bytes", self.bucket_bytes
         yield "wire_dtype", str(self.wire_dtype)
         yield "overlap", self.overlap

@@ -71,7 +71,7 @@ class Envelope:
 
 @dataclass(frozen=True)
 class Sent:
-    """A tensor that the sources of some matrices send beside the momentum (`MuonRule.sends`).
+    """A tensor that the sources of some matrices send besides the momentum (`MuonRule.sends`).
 
     Attributes:
         name: of the tensor.
@@ -143,7 +143,7 @@ class BucketProgram:
         sent_updates: from the stacks into the messages.
         own_updates, received_updates: what this rank applies.
         rebroadcast: None if there are no copies to serve.
-        also: what the rules of the bucket have sent beside the momentum.
+        also: what the rules of the bucket have sent besides the momentum.
     """
 
     number: int
@@ -215,4 +215,4 @@ class Program:
     @functools.cached_property
     def looks_at_weights(self) -> bool:
         """Whether some rule looks at norms, or has weights sent."""
-        return bool(self.summed) or any(WEIGHT in p.rule.sends for p in self.groups)
+        return bool(self.summed) or any(WEIGHT in p.rule.sends or p.rule.feature_norms for p in self.groups)

@@ -223,7 +223,7 @@ def scale_features(weight: Tensor, block: Block, shape: Sequence[int], axis: int
 
     Args:
         weight: (rows, cols) of the block.
-        block: where it stands in the flattened parameter.
+        block: where it is in the flattened parameter.
         shape: of the whole parameter.
         axis: of the features.
         factors: (shape[axis],) in fp32; the product is rounded once to the dtype of the weight.

@@ -45,7 +45,7 @@ def _xor_shift(x: Tensor, bits: int) -> None:
 def random_bits(places: Sequence[Place], device: torch.device) -> Tensor:
     """16 random bits for each element of `places`, one place after another, as int32 in [0, 65536).
 
-    A hash of key and element index, in arithmetic modulo 2^32, which every device does alike. The multipliers are
+    A hash of key and element index, modulo 2^32, so that every device computes the same. The multipliers are
     those of lowbias32 (https://github.com/skeeto/hash-prospector); the highest bits of the last product are taken,
     on which all bits of its factor act. The halves of the key come in before each of the two rounds, so that tensors
     and steps share no sequence of numbers.

@@ -42,10 +42,10 @@ def owner_key(runtime: Runtime, name: str, i: int) -> str:
 
 
 def entries(runtime: Runtime, buffer: int) -> dict[str, Tensor]:
-    """The state of a buffer as it stands in `optimizer.state`: live tensors, or DTensors of them."""
+    """The state of a buffer as it is in `optimizer.state`: live tensors, or DTensors of them."""
     binding, plan, memory = runtime.binding, runtime.plan, runtime.memory
     found: dict[str, Tensor | None] = {
-        MOMENTUM: binding.stored(plan, buffer, runtime.momentum.get(buffer)),
+        MOMENTUM: None if buffer in runtime.at_owners else binding.stored(plan, buffer, runtime.momentum.get(buffer)),
         **memory.numbers[buffer],
     }
     for name in memory.owner_names[buffer]:
@@ -78,8 +78,13 @@ def warn_if_partial(runtime: Runtime, state: Mapping[Tensor, Mapping[str, Any]])
     """
     if runtime.transport.world_size == 1:
         return False
-    held = [(p, state.get(p, {}).get(MOMENTUM)) for p in runtime.binding.buffers]
-    missing = sum(momentum is None or momentum.shape != p.shape for p, momentum in held)
+    held = [(b, p, state.get(p, {}).get(MOMENTUM)) for b, p in enumerate(runtime.binding.buffers)]
+    missing = sum(
+        not runtime.memory.everywhere and runtime.plan.layout.kind == "replicated"
+        if b in runtime.at_owners
+        else momentum is None or momentum.shape != p.shape
+        for b, p, momentum in held
+    )
     if not missing:
         return False
     warnings.warn(
@@ -233,7 +238,7 @@ def follow(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> N
 
 
 def put(state: MutableMapping[Tensor, dict[str, Any]], parameter: Tensor, found: Mapping[str, Tensor]) -> None:
-    """Let `found` be the entries of a Muon group in the state of a parameter, and no others but its master."""
+    """Replace the entries of `parameter` in a Muon group's state by `found`; its master weight stays."""
     for key in [key for key in state.get(parameter, {}) if _planned(key)]:
         del state[parameter][key]
     if found:

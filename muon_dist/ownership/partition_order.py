@@ -27,7 +27,7 @@ _MOVED_BYTES = 2 * 4  # an element that is not where it is orthogonalized travel
 
 @dataclass(frozen=True)
 class _Kind:
-    """Parameters that are interchangeable: cut alike into matrices of the same shapes.
+    """Parameters that are interchangeable: cut in the same way into matrices of the same shapes.
 
     members: in the given order. size: elements of one. work: seconds to orthogonalize one. ends: where a boundary
     inside one cuts no matrix, 0 and `size` included.

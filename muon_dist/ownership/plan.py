@@ -111,16 +111,26 @@ def assign_owners(
     dtype: Callable[[MatrixLayout], torch.dtype] = lambda m: torch.float32,
     bytes_per_element: int = 4,
 ) -> OwnershipPlan:
-    """Choose the owner of every matrix; `steps` and `dtype` are those of its Newton-Schulz iteration.
+    """Choose the owner of every matrix. All ranks compute the same plan without communication.
 
-    `balanced`: largest first (Graham's LPT), each to the rank on which it ends earliest, counting the seconds of the
-    iteration and of the bytes that must move to that rank and back. A matrix of which a rank holds more than half
-    begins there, and matrices move off the busiest rank only while that makes the last rank end earlier. Balance is
-    sought within each phase.
-    `local`: each to the rank that holds most of it (the lowest of several); fewest bytes, no balance.
-    `round_robin`: in the order of the parameters; for comparison.
+    Args:
+        layout: which rank holds which fragments.
+        policy:
+            - "balanced": the largest matrix first, each to the rank that would finish it earliest (Graham's LPT). The
+              time counts the iteration and the bytes that must move to that rank and back. A matrix of which one rank
+              holds more than half starts on that rank; matrices leave the busiest rank only if the last rank then
+              finishes earlier. Each phase of the layout is balanced by itself.
+            - "local": the rank that holds most of the matrix. Fewest bytes, no balance.
+            - "round_robin": in the order of the parameters; for comparison.
+        cost: seconds of an iteration and of a transfer; None: an analytic model.
+        steps: number of Newton-Schulz steps of a matrix.
+        dtype: the dtype in which a matrix is orthogonalized.
+        bytes_per_element: of what is sent.
 
-    Ties go to the lowest rank and to the earlier name, so every rank computes the same plan without communication.
+    Ties go to the lowest rank, then to the earlier name.
+
+    Raises:
+        ConfigError: the policy is unknown.
     """
     world = layout.world_size
     if policy == "round_robin":

@@ -119,7 +119,7 @@ def _policy(plan: Plan, workload: Workload, settings: Settings, device: Device) 
 
 
 def _meshes(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Iterator[str]:
-    """The best mesh of as many ranks with the same tokens a step, why, and the next best."""
+    """The best mesh of as many ranks with the same tokens per step, why, and the next best."""
     found = outlines(workload, settings, device, plan.ranks, plan.per_node, plan.tokens)
     own = Outline.of_plan(plan, settings)
     rivals = [o for o in ranked(found) if o.mesh != plan.mesh]
@@ -129,12 +129,12 @@ def _meshes(plan: Plan, workload: Workload, settings: Settings, device: Device) 
     if not rivals and not own.fits:
         least = min([own, *found], key=lambda o: o.total)
         yield (
-            f"no mesh of {plan.ranks:,} ranks with {plan.tokens:,} tokens a step fits; the smallest is "
-            f"{least.mesh.options()} with {least.total / GIB:.1f} GiB a rank: use more ranks, recomputation "
+            f"no mesh of {plan.ranks:,} ranks with {plan.tokens:,} tokens per step fits; the smallest is "
+            f"{least.mesh.options()} with {least.total / GIB:.1f} GiB per rank: use more ranks, recomputation "
             "(trainer.gradient_checkpointing) or a smaller micro-batch"
         )
     elif not rivals:
-        yield f"no other mesh of {plan.ranks:,} ranks with {plan.tokens:,} tokens a step fits"
+        yield f"no other mesh of {plan.ranks:,} ranks with {plan.tokens:,} tokens per step fits"
     elif not own.fits or rivals[0].step < own.step * (1 - _WORTH):
         best = rivals[0]
         after = f"; next: {_figures(rivals[1], own)}" if len(rivals) > 1 else "; no other fits"
@@ -159,7 +159,7 @@ def _figures(o: Outline, own: Outline) -> str:
     changed = ""
     if o.settings.accumulation != own.settings.accumulation:
         changed = f" trainer.gradient_accumulation_steps={o.settings.accumulation}"
-    return f"{o.mesh.options()}{changed}: {o.total / GIB:.1f} GiB a rank, a step of {_time(o.step)}"
+    return f"{o.mesh.options()}{changed}: {o.total / GIB:.1f} GiB per rank, a step of {_time(o.step)}"
 
 
 def _reason(best: Outline, other: Outline) -> str:

@@ -46,7 +46,7 @@ def plan(
     ep: Annotated[_Ranks, typer.Option(help="Ranks that share a layer's experts, within dp_shard x cp x tp.")] = None,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages.")] = 1,
     dp_replicate: Annotated[
-        _Ranks, typer.Option(help="Copies of the model under hsdp; one a node by default.")
+        _Ranks, typer.Option(help="Copies of the model under hsdp; one per node by default.")
     ] = None,
     order: Annotated[
         bool, typer.Option(help="Under ZeRO-1/2, order Muon's group so that slices begin between matrices.")
@@ -108,6 +108,7 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
     """The model of a configuration, routed on the meta device, and the settings that a plan depends on."""
     from muon_dist.config.routing import routing_rules
     from muon_dist.model import DTYPES
+    from muon_dist.optim.rules.choice import check_options
     from muon_dist.planner.model import Settings, describe_model
 
     muon, trainer = config.optimizer.muon, config.trainer
@@ -135,6 +136,7 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
         sub_group_size=int(zero.get("sub_group_size", 10**9)),
         ordered=not zero.get("round_robin_gradients", False),
         momentum_everywhere=muon.momentum_everywhere,
+        rule=check_options(muon.model_dump(exclude_none=True)),
     )
     return workload, settings
 
@@ -169,7 +171,7 @@ def axes_of(config: Config, layout: str) -> dict[str, int]:
     """Ranks by axis that the configuration asks for under `layout`: its `parallel:` block, or DeepSpeed's keys.
 
     Raises:
-        ConfigError: DeepSpeed's AutoTP, whose layout is not planned.
+        ConfigError: AutoTP with a `partition_config`.
     """
     block = config.parallel
     axes = {} if block is None else {name: getattr(block, name) for name in ("tp", "cp", "sp", "ep")}
@@ -180,11 +182,12 @@ def axes_of(config: Config, layout: str) -> dict[str, int]:
     settings = _deepspeed(config)
     tensor = settings.get("tensor_parallel") or {}
     size = int(tensor.get("autotp_size", (tensor.get("tp") or {}).get("tp_size", 0)) or 0)
-    if size > 1:
+    if tensor.get("partition_config"):
         raise ConfigError(
-            f"deepspeed.tensor_parallel.autotp_size: {size}: Muon runs under DeepSpeed's AutoTP, but plan does not "
-            f"know how it cuts a model: remove tensor_parallel, or plan --layout fsdp2 --tp {size}"
+            "deepspeed.tensor_parallel.partition_config: plan cuts a model by its own tensor-parallel plan: remove "
+            "the key to plan so"
         )
+    axes["tp"] = max(axes.get("tp", 1), size)
     return {**axes, "sp": max(axes.get("sp", 1), int(settings.get("sequence_parallel_size", 1)))}
 
 

@@ -84,7 +84,7 @@ def find_device(name: str) -> Device:
     if name == "measured":
         return measured_device()
     if name not in DEVICES:
-        raise ConfigError(f"--device {name}: use one of {', '.join(DEVICES)} or measured")
+        raise ConfigError(f"--device {name}: unknown device; use measured, or one of {', '.join(DEVICES)}")
     return DEVICES[name]
 
 

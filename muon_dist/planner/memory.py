@@ -32,8 +32,8 @@ def nccl_bytes(world: int) -> float:
 def activation_bytes(workload: Workload, settings: Settings, mesh: Mesh) -> float:
     """An estimate for a stage of a pipeline, logits included.
 
-    34 bytes a token, layer and hidden unit in 16 bits with fused attention, of which tensor parallelism divides 24; 2
-    with recomputation, and one layer besides (Korthikanti et al. 2022, arXiv 2205.05198, sections 4.1 and 4.2). cp and
+    34 bytes per token, layer and hidden unit in 16 bits with fused attention, of which tensor parallelism divides 24;
+    2 with recomputation, plus one layer (Korthikanti et al. 2022, arXiv 2205.05198, sections 4.1 and 4.2). cp and
     sp divide the tokens. The first stage of a pipeline holds as many micro-batches as there are stages (1F1B,
     Narayanan et al. 2021, arXiv 2104.04473, section 2.2). Logits in fp32 and in 16 bits, whole on each tp rank.
     """
@@ -51,7 +51,8 @@ def activation_bytes(workload: Workload, settings: Settings, mesh: Mesh) -> floa
 def bucket_bytes(settings: Settings, owners: OwnershipPlan, dtype: torch.dtype) -> float:
     """Muon's two buckets: `bucket_mb` each, or more for one matrix that alone is larger."""
     every = range(len(owners.layout.matrices))
-    alone = bytes_of_two_buckets(dtype.itemsize, moves(owners, every)) * max(
+    also = len(settings.rule.sends) + settings.rule.gradient_stays
+    alone = bytes_of_two_buckets(dtype.itemsize, moves(owners, every), also) * max(
         (largest_end(owners, i) for i in every), default=0
     )
     return float(max(2 * settings.bucket_mb * 2**20, alone)) if every else 0.0

@@ -17,6 +17,7 @@ from muon_dist.layout import Matrix, cut_parameter
 from muon_dist.model import build_model, count_parameters, flops_per_token
 from muon_dist.model.parallel import Architecture, architecture
 from muon_dist.numerics import ScheduleLike, get_schedule
+from muon_dist.optim.rules import RULES, MuonRule
 from muon_dist.routing import GroupRule, Override, RoutedGroup, SplitRule, route, routed_groups
 
 
@@ -43,7 +44,7 @@ class Settings:
 
     micro_batch: samples of a rank in one forward pass. low_precision: the model computes in bf16. ordered: under
     ZeRO-1/2 each Muon group is put into the order of `partition_order`, as `MuonFactory` does. momentum_everywhere:
-    see `Muon`.
+    see `Muon`. rule: of `optimizer.muon`, with its parts; entries of `groups` count as if they had it.
     """
 
     ns_steps: int = NS_STEPS
@@ -61,6 +62,7 @@ class Settings:
     sub_group_size: int = 10**9
     ordered: bool = True
     momentum_everywhere: bool = False
+    rule: MuonRule = RULES["muon"]
 
     @property
     def iterations(self) -> int:
@@ -112,7 +114,7 @@ class Workload:
 
     @cached_property
     def kinds(self) -> tuple[tuple[PlannedParameter, int, bool], ...]:
-        """(an example, how many there are, Muon's) of parameters that every mesh places alike: for sums over them."""
+        """(an example, how many there are, Muon's) of parameters that every mesh places in the same way, for sums."""
         found: dict[tuple[Any, ...], list[PlannedParameter]] = {}
         for p, muon in [*((p, True) for p in self.muon), *((p, False) for p in self.adamw)]:
             found.setdefault((p.shape, p.tp, p.ep, muon), []).append(p)

@@ -136,9 +136,12 @@ def plan_on(mesh: Mesh, workload: Workload, settings: Settings, device: Device, 
     buckets = buckets_of(owners, _bound(owners, settings, dtype), settings.overlap, device.type)
     wire = settings.wire_dtype
     there, back = (wire or torch.float32).itemsize, (wire or dtype).itemsize
-    exchange = exchange_of(owners, buckets, per_node=mesh.per_node, gather_bytes=there, scatter_bytes=back)
+    gathers = 1 + len(settings.rule.sends)
+    exchange = exchange_of(
+        owners, buckets, per_node=mesh.per_node, gather_bytes=there, scatter_bytes=back, gathers=gathers
+    )
     loads, waiting = newton_schulz_seconds(owners, buckets, model, settings.iterations, dtype)
-    axes, momentum = bytes_by_axis(stage, settings, mesh), float(momentum_bytes(owners).max())
+    axes, momentum = bytes_by_axis(stage, settings, mesh), float(momentum_bytes(owners, settings.rule).max())
     if settings.momentum_everywhere:  # every holder of a copy keeps all of its part
         momentum = max(momentum, (held.master or held.weights) * stage.muon_elements / max(stage.parameters, 1))
     parts = seconds_of(
@@ -212,7 +215,8 @@ def _owners(placement: Placement, settings: Settings, model: CostModel, dtype: t
 def _bound(owners: OwnershipPlan, settings: Settings, dtype: torch.dtype) -> int:
     """Elements of the largest bucket, as `optim.compiler` takes them."""
     messages = moves(owners, range(len(owners.layout.matrices)))
-    return bucket_elements(int(settings.bucket_mb * 2**20), dtype.itemsize, messages)
+    also = len(settings.rule.sends) + settings.rule.gradient_stays
+    return bucket_elements(int(settings.bucket_mb * 2**20), dtype.itemsize, messages, also)
 
 
 def _pair(both: np.ndarray) -> tuple[float, float]:

@@ -42,7 +42,7 @@ def heading(plan: Plan, device: Device) -> str:
     return (
         f"{plan.model}: {plan.layout} on {plan.ranks} ranks, {plan.per_node} a node, {device.name} ({device.source})\n"
         f"Muon {muon / 1e9:,.2f} B elements in {plan.matrices:,} matrices, AdamW {adamw / 1e9:,.2f} B{stage}{order}\n"
-        f"mesh: {describe(plan.mesh)}; {plan.tokens:,} tokens a step: micro-batches of {run['micro_batch']} x "
+        f"mesh: {describe(plan.mesh)}; {plan.tokens:,} tokens per step: micro-batches of {run['micro_batch']} x "
         f"{run['sequence_length']:,}, accumulation {run['accumulation']}, activations {again}"
     )
 

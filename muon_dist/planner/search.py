@@ -28,7 +28,7 @@ class Outline:
 
     Attributes:
         mesh: ranks by axis.
-        settings: with the accumulation that gives the same tokens a step.
+        settings: with the accumulation that gives the same tokens per step.
         memory, seconds: as of a `Plan`.
         fits: into the usable memory.
     """
@@ -54,7 +54,7 @@ class Outline:
 
     @property
     def axes(self) -> int:
-        """How many options it takes beside the layout."""
+        """How many options it takes besides the layout."""
         return sum(getattr(self.mesh, name) > 1 for name in OPTIONS)
 
 

@@ -32,7 +32,7 @@ def write_compare_page(runs: Sequence[str | Path], output: str | Path | None = N
 
     Raises:
         ConfigError: more runs than colours, or a run twice.
-        DataError: one of them is no run, or the page cannot be written.
+        DataError: one of them is not a run, or the page cannot be written.
     """
     folders = [Path(run).resolve() for run in runs]
     if len(folders) > MOST:

@@ -32,7 +32,7 @@ SOURCES = {
 def inline_svg(path: Path) -> Markup:
     """The <svg> element of a figure file, without metadata, for use inside HTML.
 
-    Raises DataError when the file is no SVG or holds anything that could run or load something.
+    Raises DataError when the file is not an SVG or holds anything that could run or load something.
     """
     try:
         root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
@@ -73,7 +73,9 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         try:
             record = read_object(path)
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable result file ({error}); run the experiment again") from error
+            raise DataError(
+                f"{path}: cannot be read as a result ({error}); run the experiment again, or remove the file"
+            ) from error
         missing = [key for key in _KEYS if key not in record]
         if missing:
             raise DataError(f"{path}: not an experiment result, without {', '.join(missing)}; move it elsewhere")

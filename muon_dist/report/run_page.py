@@ -66,7 +66,7 @@ def render(record: RunRecord) -> str:
 
 
 def status(record: RunRecord) -> str:
-    """Where the run stands, in words: "finished" only when it says so itself."""
+    """The run's status, in words: "finished" only when it says so itself."""
     steps = [e["steps"] for e in record.events if "steps" in e]
     last = max((line["step"] for line in record.metrics), default=None)
     if record.final is not None:

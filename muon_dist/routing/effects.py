@@ -31,7 +31,7 @@ class Effects:
 
     Uses that it writes down: "product" (a matrix times an activation) with "inputs first" or "outputs first" as its
     order of axes, "factor" (times another parameter), "embedding" (`F.embedding`), "row" (an index picks a part),
-    "indexed product" (that part is multiplied), "tensor product" (an einsum that is no batch of matrices), "added",
+    "indexed product" (that part is multiplied), "tensor product" (an einsum that is not a batch of matrices), "added",
     "scaled", "input" (goes in where activations go), "written", "convolution", "returned", and "passed to NAME" for an
     operation that is not known.
     """

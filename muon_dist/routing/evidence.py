@@ -222,7 +222,7 @@ def _ends(module: nn.Module, how: Ending, readings: _Readings, ends: dict[int, E
 def _produced(module: nn.Module, reading: Reading, how: Ending, outermost: bool) -> set[tuple[str, Path, Ending]]:
     """(kind, path, ending) of what leaves a module: what it returns, and what goes into a loss.
 
-    A sum is what leaves a residual block, so below the model itself its terms are no heads.
+    A sum is what leaves a residual block, so below the model itself its terms are not heads.
     """
     found: set[tuple[str, Path, Ending]] = set()
     for o in reading.returned:

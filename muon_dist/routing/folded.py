@@ -1,4 +1,4 @@
-"""The routing table for people: one row for all layers that are alike, doubtful rows first."""
+"""The routing table for people: one row for all equal layers, doubtful rows first."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class Override:
     algorithm: Algorithm
 
     def rule(self) -> GroupRule:
-        """The entry that it stands for."""
+        """The full entry of this short form."""
         return GroupRule(self.pattern, self.algorithm, kind="override")
 
 
@@ -79,7 +79,7 @@ class SplitRule:
     from_model: bool = False
 
     def rule(self) -> GroupRule:
-        """The entry that it stands for."""
+        """The full entry of this short form."""
         return GroupRule(self.pattern, split=Split(self.heads, self.sizes, self.axis, self.from_model), kind="split")
 
 
@@ -98,7 +98,7 @@ class Rules:
     An earlier list decides before a later one, for each of algorithm and split by itself. Remembers what matched.
 
     Raises:
-        RoutingError: a pattern is no regular expression, or an algorithm or a split cannot be.
+        RoutingError: a pattern is not a regular expression, or an algorithm or a split cannot be.
     """
 
     def __init__(
@@ -141,15 +141,14 @@ class Rules:
                     )
                 if rule.asks_model and all(r.split is None for r in left):
                     raise RoutingError(
-                        f"{rule}: no attention is known among {_some(left)}, so there are no heads to be found. "
-                        f"{_BY_HAND}"
+                        f"{rule}: no attention is known among {_some(left)}, so no heads can be found. {_BY_HAND}"
                     )
                 if rule.needs_muon and all(r.algorithm != "muon" for r in left):
                     raise RoutingError(f"{rule} matches only parameters that go to AdamW: {_some(left)}")
 
 
 def compiled(rule: GroupRule) -> re.Pattern[str]:
-    """The pattern of an entry. Raises RoutingError if it is no regular expression."""
+    """The pattern of an entry. Raises RoutingError if it is not a regular expression."""
     try:
         return re.compile(rule.pattern)
     except re.error as error:

@@ -348,7 +348,7 @@ class _Reader(ast.NodeVisitor):
             return self.run(function, self._bound(function, [frozenset({origin}), *args], named))
         returned = self.effects.call_module(origin, NOTHING.union(*args, *named.values()))
         if function is not None and any(p is not None for m in found for p in m._parameters.values()):
-            # a module that only hands out its weight (a table of positions) stands for that weight
+            # a module that only returns its weight (a table of positions) counts as that weight
             own = (o for o in read(found[0]).returned if o.kind == "ref" and o.path)
             returned |= {replace(o, path=(*origin.path, *o.path)) for o in own}
         return returned

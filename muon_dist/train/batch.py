@@ -20,7 +20,7 @@ def share_batch(global_batch_size: int, most_at_once: int, world_size: int) -> t
         raise ConfigError(
             f"data.global_batch_size: {global_batch_size} samples cannot be shared evenly by {world_size} processes; "
             f"it can by {', '.join(map(str, possible))}. Choose a multiple of {world_size}, one that every number "
-            "of processes divides with which the run may have to go on"
+            "of processes divides with which the run may have to continue"
         )
     micro = next(n for n in range(min(most_at_once, share), 0, -1) if share % n == 0)
     return micro, share // micro

@@ -134,7 +134,7 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         "logging_steps": 10,
         "report_to": "none",
         # Every parameter of a causal language model gets a gradient; looking for those that do not costs time. But
-        # without looking, DDP lays its buckets out anew after a process's first step, which changes the order of its
+        # without looking, DDP orders its buckets again after a process's first step, which changes the order of its
         # sums: with three ranks or more a resumed run would differ in the last bits.
         "ddp_find_unused_parameters": bool(config.trainer.get("full_determinism", False)),
         "use_cpu": not cuda,
@@ -294,7 +294,7 @@ def make_trainer(
         callbacks=[EventsFile(folder.events), OwnershipFile(folder.ownership), *([PartLog(parts)] if parts else [])],
         clip_muon=clip.muon,
         clip_adamw=clip.adamw,
-        # counted from here: with another batch than before, what was consumed is no part of our total
+        # counted from here: with another batch than before, what was consumed is not part of our total
         train_sampler=lambda consumed: sampler(consumed, consumed + total, per_step),
         bytes_per_token=bytes_per_token,
         passes=lambda consumed: passes(consumed, per_step),

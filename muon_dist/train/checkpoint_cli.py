@@ -43,7 +43,7 @@ def verify(path: Source) -> None:
         typer.echo(f"{checkpoint}: {'every byte is right' if problem is None else f'DAMAGED: {problem}'}")
         wrong += problem is not None
     if wrong:
-        raise CheckpointError(f"{wrong} damaged: a run goes on from the newest one that is not (--resume auto)")
+        raise CheckpointError(f"{wrong} damaged: a run continues from the newest one that is not (--resume auto)")
 
 
 @app.command()
@@ -66,7 +66,7 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SOURCE", help="A Hugging Face folder, DeepSpeed's universal format, or a checkpoint of ours."
+            metavar="SOURCE", help="A Hugging Face folder, DeepSpeed's universal format, or one of our checkpoints."
         ),
     ],
     out: Out,

@@ -83,9 +83,9 @@ def convert(
     weights_only: bool = False,
     step: int | None = None,
 ) -> str:
-    """Make a checkpoint of ours from other weights, or a Hugging Face folder from a checkpoint; what was done.
+    """Make one of our checkpoints from other weights, or a Hugging Face folder from a checkpoint; what was done.
 
-    source: a checkpoint of ours (becomes a Hugging Face folder); a Hugging Face folder; or DeepSpeed's universal
+    source: one of our checkpoints (becomes a Hugging Face folder); a Hugging Face folder; or DeepSpeed's universal
     format, whose configuration and tokenizer come from the Hugging Face folder `model`, and AdamW's `step` where it
     leaves it out (ZeRO-3).
 

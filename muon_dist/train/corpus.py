@@ -117,7 +117,7 @@ def shown(config: Config, count: int) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Datasets:
-    """Packed samples of a run, and how many bytes of text one of their tokens stands for."""
+    """Packed samples of a run, and the average number of bytes of text per token."""
 
     validation: MixtureDataset | None
     parts: tuple[DataPart, ...]

@@ -30,7 +30,7 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
     shown = []
     for argument in arguments:
         key, equals, _ = argument.partition("=")
-        # tokenizer.path is no secret, trainer.hub_token is: the last part of the key decides
+        # tokenizer.path is not a secret, trainer.hub_token is: the last part of the key decides
         shown.append(f"{key}={REDACTED}" if equals and is_secret(key.rpartition(".")[2]) else argument)
     return shown
 

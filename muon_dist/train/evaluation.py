@@ -32,7 +32,7 @@ def evaluate(
     """
     count = len(dataset) if max_samples is None else min(max_samples, len(dataset))  # type: ignore[arg-type]
     if count < 1:
-        raise DataError("no sample to evaluate on")
+        raise DataError("no sample to evaluate: the data holds less than one sample, or max_samples is below 1")
     batches = DataLoader(torch.utils.data.Subset(dataset, range(count)), batch_size=batch_size)
     nats, predictions = 0.0, 0
     model.eval()
@@ -80,7 +80,7 @@ def text_dataset(
 ) -> Iterator[MixtureDataset]:
     """All of a text as samples for the model in `folder`, in a temporary folder that goes with the context.
 
-    sequence_length: of a sample at most; a shorter text is one sample. Raises DataError for what is no text.
+    sequence_length: of a sample at most; a shorter text is one sample. Raises DataError for what is not text.
     """
     with tempfile.TemporaryDirectory(prefix="muon-dist-eval-") as temporary:
         out = Path(temporary) / "tokens"

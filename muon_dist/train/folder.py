@@ -107,7 +107,7 @@ class RunFolder:
 
     @property
     def launch(self) -> Path:
-        """Which launch made the folder, so that its restarts go on by themselves."""
+        """Which launch made the folder, so that its restarts continue by themselves."""
         return self.root / "launch.json"
 
     def finished_checkpoints(self) -> list[Path]:
@@ -119,8 +119,8 @@ class RunFolder:
 
         resume: "auto" (the newest checkpoint), "if-any" (the same, and from the start when there is none: for
         launchers that repeat the command), the path of a checkpoint, or None.
-        policy: `checkpoint.resume`. With "auto" a restart of the launch that made the folder goes on from what it has
-        saved, or begins again if that is nothing, whatever `resume` and `overwrite` said the first time. With
+        policy: `checkpoint.resume`. With "auto" a restart of the launch that made the folder continues from its newest
+        checkpoint, or begins again if there is none, whatever `resume` and `overwrite` said the first time. With
         "always" so does any start without `resume` and `overwrite`.
 
         Raises ConfigError when the folder holds a run already and neither resume nor overwrite was asked for, or when
@@ -129,7 +129,7 @@ class RunFolder:
         resume, overwrite = self._decided(resume, overwrite, policy)
         if resume == AUTO and not self.finished_checkpoints():
             raise CheckpointError(
-                f"--resume auto: {self.checkpoints} holds no finished checkpoint; leave --resume out to start anew"
+                f"--resume auto: {self.checkpoints} holds no finished checkpoint; leave --resume out to start again"
             )
         if resume not in (None, AUTO) and not is_checkpoint(Path(resume)):
             raise CheckpointError(f"--resume {resume}: no finished checkpoint there ({MANIFEST} is missing)")
@@ -166,7 +166,7 @@ class RunFolder:
     def begin(self, start: Start, step: int = 0) -> None:
         """Make the folder ready for a run that is about to take its first step.
 
-        step: the optimizer step that it goes on from. A final model of a later step is set aside.
+        step: the optimizer step that it continues from. A final model of a later step is set aside.
         """
         if start.replaces:
             for path in (self.checkpoints, self.model, self.spectra):

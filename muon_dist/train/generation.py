@@ -29,7 +29,7 @@ def generate(
     the same `seed`. The text ends where the model's positions end. The caller's random state is left as it was.
 
     Raises:
-        ConfigError: the prompt fills all positions, or the temperature is no finite number.
+        ConfigError: the prompt fills all positions, or the temperature is not a finite number.
         NonFiniteError: the model's probabilities are NaN or infinite.
     """
     if not math.isfinite(temperature):

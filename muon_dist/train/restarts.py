@@ -1,4 +1,4 @@
-"""Is this process a restart of the launch that made the run folder? Then it goes on without being told to."""
+"""Is this process a restart of the launch that made the run folder? Then it continues without being told to."""
 
 from __future__ import annotations
 

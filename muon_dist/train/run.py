@@ -75,7 +75,7 @@ def train(
         with trackers:
             ranks.everywhere(lambda: build.check_settings(config, folder))
             started = time.perf_counter()
-            # a run that goes on must find the tokens that it began with
+            # a run that continues must find the tokens that it began with
             ranks.first_of_each_node(
                 lambda: corpus.prepare(config, rebuild=checkpoint is None), distributed.local_rank()
             )
@@ -99,7 +99,7 @@ def _say(text: str) -> None:
 
 
 def _decide(folder: RunFolder, config: Config, resume: str | None, overwrite: bool) -> Start:
-    """How the run begins; says which settings have changed when it goes on."""
+    """How the run begins; says which settings have changed when it continues."""
     start = folder.decide(resume, overwrite, config.checkpoint.resume)
     if start.resume is not None and folder.config.exists():
         before = yaml.safe_load(folder.config.read_text("utf-8"))
@@ -109,7 +109,7 @@ def _decide(folder: RunFolder, config: Config, resume: str | None, overwrite: bo
 
 
 def _begin(folder: RunFolder, start: Start, config: Config, table: RoutingTable, step: int) -> None:
-    """Make the run folder ready and write down what the run is. step: the one that it goes on from."""
+    """Make the run folder ready and write down what the run is. step: the one that it continues from."""
     folder.begin(start, step)
     folder.config.write_text(config.to_yaml(), encoding="utf-8")
     write_json(folder.environment, environment.describe())
@@ -118,7 +118,7 @@ def _begin(folder: RunFolder, start: Start, config: Config, table: RoutingTable,
 
 
 def _verified(folder: RunFolder, found: str | None, timeout: float) -> Checkpoint | None:
-    """The checkpoint to go on from, every byte of it checked; a damaged newest one gives way to the one before."""
+    """The checkpoint to continue from, every byte of it checked; a damaged newest one gives way to the one before."""
     if found is None:
         return None
     ranks = CheckpointRanks.of_the_run(timeout)
@@ -133,7 +133,7 @@ def _leave_if_stopped(trainer: MuonTrainer) -> None:
     if guards is not None and guards.stopped:
         error = Stopped(
             f"{stop_text(guards.stopped)}: all ranks stopped after step {trainer.state.global_step}; the newest "
-            f"commit is {guards.committed}. To go on: {continuing(saved=guards.committed is not None)}"
+            f"commit is {guards.committed}. To continue: {continuing(saved=guards.committed is not None)}"
         )
         error.reported_elsewhere = distributed.rank() != 0
         raise error

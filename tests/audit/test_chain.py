@@ -106,7 +106,7 @@ def test_lines_that_a_resumed_run_left_are_a_branch(path: Path):
 
 def test_a_resume_from_a_line_that_is_gone_is_a_problem(path: Path):
     Chain(path, writes=True).start(START, "a" * 64, 4)
-    assert read_chain(path).problems == ["line 8: goes on from a line that is missing"]
+    assert read_chain(path).problems == ["line 8: continues from a line that is missing"]
 
 
 def test_a_new_run_in_an_old_file_begins_anew(path: Path):

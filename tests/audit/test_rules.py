@@ -19,7 +19,8 @@ from tests.distributed import run_ranks
 
 WORLD, STEPS = 3, 4
 SHAPES = ((24, 16), (16, 40), (32, 32))
-VALUES = {"cautious": True, "row_floor": 0.4, "radial_brake": 0.5, "muoneq": True, "muon_plus": True}
+VALUES = {"cautious": True, "row_floor": 0.4, "radial_brake": 0.5, "muoneq": True, "muon_plus": True,
+          "momentum_at_owner": True}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     **{rule: {"rule": rule} for rule in DEFAULTS},
     "soap_muon, frequency 2": {"rule": "soap_muon", "rule_options": {"frequency": 2}},
@@ -27,6 +28,8 @@ CASES: dict[str, dict[str, Any]] = {
     **{f"adamuon, {p}": {"rule": "adamuon", "rule_options": {p: VALUES[p]}} for p in ("cautious", "muoneq")},
     "normuon, all": {"rule": "normuon", "scale": "spectral", "rule_options": VALUES},
     **{scale: {"scale": scale} for scale in ("spectral", "unit_rms", "none")},
+    "soap_muon, momentum at the owner": {"rule": "soap_muon", "rule_options": {"momentum_at_owner": True}},
+    "everywhere, momentum at the owner": {"rule_options": {"momentum_at_owner": True}, "momentum_everywhere": True},
     "everywhere": {"rule": "normuon", "momentum_everywhere": True},
     "soap_muon everywhere": {"rule": "soap_muon", "momentum_everywhere": True},
     **{f"{rule} in bfloat16": {"rule": rule, "ns_dtype": torch.bfloat16} for rule in DEFAULTS},

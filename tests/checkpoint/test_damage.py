@@ -148,7 +148,7 @@ def test_links_are_refused(saved: Path, tmp_path: Path) -> None:
     path = saved / "notes.json"
     path.rename(tmp_path / "notes.json")
     path.symlink_to(tmp_path / "notes.json")
-    assert "is no regular file (a link or a folder)" in refused(saved)
+    assert "is not a regular file (a link or a folder)" in refused(saved)
     path.unlink()
     (tmp_path / "notes.json").rename(path)
     (saved / "hf").rename(tmp_path / "hf")
@@ -166,8 +166,8 @@ def test_links_are_refused(saved: Path, tmp_path: Path) -> None:
     [
         (lambda b: b.update(format="other"), "this package reads 'muon_dist checkpoint' version 1"),
         (lambda b: b.update(version=2), "version 2; this package reads"),
-        (lambda b: b.update(step=-1), "-1 is no count"),
-        (lambda b: b.pop("tensors"), "is no manifest: KeyError"),
+        (lambda b: b.update(step=-1), "-1 is not a count"),
+        (lambda b: b.pop("tensors"), "is not a manifest: KeyError"),
         (lambda b: b["tensors"]["weight"]["a"].update(shape=[70, 5]), "of the 350 elements of a"),
         (lambda b: b["files"]["rank-00000.safetensors"]["tensors"][0].__setitem__(3, 10**9), "has no part"),
     ],
@@ -181,7 +181,7 @@ def test_a_manifest_of_depth_is_refused_not_a_crash(saved: Path) -> None:
     text = b'"state": ' + b"[" * 100_000 + b"}\n"
     line = b'{"sha256": "' + hashlib.sha256(text).hexdigest().encode() + b'",\n'
     (saved / "manifest.json").write_bytes(line + text)
-    assert "is no manifest" in refused(saved)
+    assert "is not a manifest" in refused(saved)
 
 
 def test_a_tensor_file_that_does_not_match_the_manifest(saved: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_full_disk(tmp_path: Path, phase: str) -> None:
     said = run_ranks(_full_disk, 2, str(tmp_path), phase, background, on_error)
     assert said[1] == [] and len(said[0]) == 1
     assert "checkpoint-2 could not be saved" in said[0][0] and "No space left on device" in said[0][0]
-    assert ("the run goes on without it" in said[0][0]) == (on_error == "continue")
+    assert ("the run continues without it" in said[0][0]) == (on_error == "continue")
 
 
 def _killed(folder: str, step: int, shift: float, phase: str) -> None:

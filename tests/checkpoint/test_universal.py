@@ -111,7 +111,7 @@ def test_pickled_state_is_refused(made: Any, tmp_path: Path) -> None:
     _, folder, _ = made
     canary = tmp_path / "executed"
     torch.save(Canary(canary), folder / "universal" / "zero" / "lm_head.weight" / "fp32.pt")
-    with pytest.raises(CheckpointError, match=r"lm_head.weight/fp32\.pt is no plain tensor"):
+    with pytest.raises(CheckpointError, match=r"lm_head.weight/fp32\.pt is not a plain tensor"):
         checkpoints.convert(folder / "universal", tmp_path / "start", model=folder / "hf")
     with pytest.raises(CheckpointError, match=r"DeepSpeed's own format, which is pickled: .*ds_to_universal"):
         checkpoints.convert(folder / "engine", tmp_path / "start")

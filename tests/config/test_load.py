@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from muon_dist.config import Config, json_schema, load_config
 from muon_dist.errors import ConfigError
+from muon_dist.optim.rules import SCALES
 
 MINIMAL = """\
 name: tiny
@@ -117,6 +119,15 @@ def test_bad_overrides(tmp_path: Path) -> None:
         "override seed: write an override as key.key=value, for instance optimizer.muon.lr=0.01",
         "override seed=[1: seed: not valid YAML: expected ',' or ']', but got '<stream end>'",
     ]
+    for override, meant in (
+        ("optimizer.muon.rl=1", "lr"),
+        ("optimizer.muon.learning_rate=1", "lr"),
+        ("parallel.tensor_parallel=2", "tp"),
+        ("parallel.tp_size=2", "tp"),
+        ("parallel.dp=2", "dp_replicate or dp_shard"),
+    ):
+        (line,) = errors(path, override)
+        assert line.endswith(f": unknown key; did you mean {meant}?")
     (line,) = errors(path, "trainer.hub_token=[hf_verysecret]")
     assert "hf_verysecret" not in line and line.startswith("override trainer.hub_token: ")
 
@@ -180,7 +191,7 @@ def test_missing_keys_are_placed_at_their_block(tmp_path: Path) -> None:
         (b"- a\n- b\n", r"run\.yaml:1: holds no settings"),
         (b"a: 1\n---\nb: 2\n", r"run\.yaml:2: not valid YAML: but found another document"),
         (b"1: x\n", r"run\.yaml:1: the key 1 is not text"),
-        (b"x: &a [*a]\n", r"run\.yaml:1: x\.0: an alias inside what it stands for"),
+        (b"x: &a [*a]\n", r"run\.yaml:1: x\.0: an alias inside the value that it repeats"),
         (b"a: &a {name: x}\nb: {<<: *a}\n", r"run\.yaml:2: b: merge keys \(<<\) are not supported"),
         (b"seed: !!int x\n", r"run\.yaml:1: seed: 'x' is not a int"),
         (b"a: " + b"[" * 3000 + b"]" * 3000, r"run\.yaml: nested too deeply"),
@@ -240,11 +251,33 @@ def test_saved_configuration_holds_no_secret(tmp_path: Path) -> None:
     assert "shard_tokens: 77" in config.to_yaml()
 
 
+def test_a_plugin_registers_names_before_they_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "own_scale_of_a_test.py").write_text(
+        "import muon_dist\nmuon_dist.register_scale('quarter of a test', lambda out, fan_in: (out / fan_in) ** 0.25)\n"
+    )
+    text = MINIMAL.replace("muon: {lr: 1e-2}", "plugins: [own_scale_of_a_test]\n  muon: {lr: 1e-2}")
+    scale = "optimizer.muon.scale=quarter of a test"
+    assert load_config(write(tmp_path, text), [scale]).optimizer.muon.scale == "quarter of a test"
+    SCALES.pop("quarter of a test")
+    assert errors(write(tmp_path, MINIMAL), scale)[0].startswith("override optimizer.muon.scale=quarter of a test: ")
+    for names, problem in (
+        ("[nothing_of_this_name]", ".0: 'nothing_of_this_name' cannot be imported: ModuleNotFoundError: No module"),
+        ("[own.py]", ".0: 'own.py' cannot be imported: .*: write the name of a module, not the path of a file"),
+        ("own", ": should be a valid array, not 'own'"),
+    ):
+        [line] = errors(write(tmp_path, text), f"optimizer.plugins={names}")
+        assert re.fullmatch(f"override optimizer.plugins=.*: optimizer.plugins{problem}.*", line), line
+
+
 def test_json_schema_knows_every_key() -> None:
     schema = json_schema()
     assert {"name", "base", "optimizer", "trainer"} <= set(schema["properties"])
     muon = schema["$defs"]["MuonConfig"]
-    assert "keller" in muon["properties"]["ns_schedule"]["anyOf"][0]["enum"] and muon["additionalProperties"] is False
+    assert (
+        "keller" in muon["properties"]["ns_schedule"]["anyOf"][0]["examples"] and muon["additionalProperties"] is False
+    )
     assert set(schema["required"]) == {"name", "model", "optimizer"}
 
 
@@ -286,7 +319,7 @@ def test_home_and_variables_in_every_path(tmp_path: Path, monkeypatch: pytest.Mo
     for value, parts in {
         "${MISSING}/x": ["MISSING is not set", "${MISSING}/x"],
         "~nosuchuser/x": ["nosuchuser", "no home folder"],
-        "${not a name}": ["is not the name of a variable"],
+        "${not a name}": ["is not an environment variable: write ${NAME}, or $$ for a dollar sign"],
     }.items():
         lines = "\n".join(errors(path, *setting(key, value)))
         assert key.rpartition(".")[2] in lines and all(part in lines for part in parts), lines

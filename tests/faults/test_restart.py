@@ -86,7 +86,7 @@ def test_killed_then_asked_to_stop_then_finished(root: Path, workspace: Path, tm
         r"SIGTERM on rank 0: all ranks stopped after step (\d+); the newest commit is checkpoint-\1\.", text
     )
     rest = ["train", str(config), "--run-dir", str(tmp_path / "runs"), *SETTINGS, "--resume", "auto"]
-    assert f"To go on: {shlex.join([*command[:6], *rest])}\n" in text
+    assert f"To continue: {shlex.join([*command[:6], *rest])}\n" in text
     assert losses(folder).keys() == set(range(1, STEPS + 1))
     found, expected = losses(folder), losses(alone / "tiny")
     assert max(abs(found[s] - expected[s]) for s in expected) < 1e-4

@@ -116,7 +116,7 @@ def test_doctor_finds_the_slow_machine(root: Path, tmp_path: Path) -> None:
     by_check = {(v["check"], v["host"]): v for v in found["verdicts"]}
     assert by_check["shared memory", "node2"]["level"] == "problem"
     assert by_check["shared memory", "node0"]["level"] == "ok"
-    assert by_check["host name", "node1"]["text"] == "node1 stands for 10.77.0.2"
+    assert by_check["host name", "node1"]["text"] == "node1 resolves to 10.77.0.2"
     assert by_check["clocks", None]["level"] == "ok" and by_check["same versions", None]["level"] == "ok"
     (links,) = [v for v in found["verdicts"] if v["check"] == "links" and len(v["figures"]) == 3]
     rates = {name: values["bandwidth"] * 8 / 1e6 for name, values in links["figures"].items()}

@@ -354,7 +354,7 @@ def test_accelerate_takes_its_file(capsys: pytest.CaptureFixture[str], config: P
         ("--nodes: '0'", ["torchrun", "--nodes", "0"]),
         ("--nodes: '4:2' begins above its end", ["torchrun", "--nodes", "4:2"]),
         ("127.0.0.1 is this machine alone; 2 machines need one they all reach", ["torchrun", "--nodes", "2"]),
-        ("--master-addr: 'a;b' is no host name", ["torchrun", "--nodes", "2", "--master-addr", "a;b"]),
+        ("--master-addr: 'a;b' is not a host name", ["torchrun", "--nodes", "2", "--master-addr", "a;b"]),
         ("--master-port: 80", ["torchrun", "--master-port", "80"]),
         ("--static: an elastic job", ["torchrun", "--nodes", "2:3", "--static", "--master-addr", "a"]),
         ("--interface: 'eth0;x'", ["torchrun", "--interface", "eth0;x"]),
@@ -392,7 +392,7 @@ def test_warnings(capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Pa
     assert "8 samples cannot be shared by the 1 processes of each of 3 machines" in warnings
     assert "ddp_timeout" not in warnings
     _, warnings = render(capsys, config, ["slurm", "trainer.save_strategy=no"])
-    assert "trainer.save_strategy is no: after SLURM's requeue the run begins anew" in warnings
+    assert "trainer.save_strategy is no: after SLURM's requeue the run begins again" in warnings
     assert "no --volume" in render(capsys, config, KINDS["one pod"])[1]
     output = tmp_path / "job"
     _, warnings = render(capsys, config, ["torchrun", "trainer.hub_token=hf_secret", "-o", str(output)])

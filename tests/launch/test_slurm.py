@@ -140,7 +140,7 @@ def test_warned_requeued_and_resumed(cluster: tuple[Host, ...], workspace: Path,
     # what SLURM does --signal seconds before the time limit, without the wait for whole minutes
     slurm(cluster[0], "scancel", "--batch", f"--signal={signal.SIGUSR1.name}", number)
     until(lambda: state()["Restarts"] == "1", 60, explain)
-    assert "requeued: the run goes on from its newest checkpoint" in read(log)
+    assert "requeued: the run continues from its newest checkpoint" in read(log)
     saved = events(run)
     slurm(cluster[0], "scontrol", "update", f"JobId={number}", "StartTime=now")  # SLURM lets a requeued job wait
     until(lambda: state()["JobState"] in ("COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL"), 180, explain)

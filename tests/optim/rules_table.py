@@ -29,6 +29,7 @@ ON: dict[str, Any] = {"row_floor": 0.3825, "radial_brake": 0.5}
 CASES: dict[str, dict[str, Any]] = {
     **{rule: {"rule": rule} for rule in RULES},
     **{f"muon, {part}": {"rule_options": {part: ON.get(part, True)}} for part in PARTS},
+    "soap_muon, momentum_at_owner": {"rule": "soap_muon", "rule_options": {"momentum_at_owner": True}},
 }
 
 

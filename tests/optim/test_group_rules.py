@@ -158,13 +158,13 @@ Q = {"pattern": ".*q_proj"}
     ({**Q, "weight_decy": 0.1}, "'weight_decy' is unknown: did you mean 'weight_decay'"),
     ({"patern": ".*"}, r"groups\[1\]: 'patern' is unknown: did you mean 'pattern'"),
     ({**Q, "zzz": 1}, "'zzz' is unknown: known are algorithm, lr, pattern, rule, rule_options, scale, split, weight"),
-    ({**Q, "use_muon": False}, r"'use_muon' is no key here: write algorithm: \"muon\" or \"adamw\""),
-    ({**Q, "num_heads": 4}, "'num_heads' is no key here: write split: {heads: N}"),
-    ({**Q, "split_sizes": [2]}, "'split_sizes' is no key here: write split: {sizes"),
-    ({**Q, "adjust_lr_fn": "original"}, "'adjust_lr_fn' is no key here: write scale"),
-    ({**Q, "wd": 0.1}, "'wd' is no key here: write weight_decay"),
-    ({**Q, "lr_mult": 2}, "'lr_mult' is no key here: write lr, which is absolute"),
-    ({**Q, "params": []}, "'params' is no key here: parameters are found by pattern"),
+    ({**Q, "use_muon": False}, r"'use_muon' is not a key of an entry: write algorithm: \"muon\" or \"adamw\""),
+    ({**Q, "num_heads": 4}, "'num_heads' is not a key of an entry: write split: {heads: N}"),
+    ({**Q, "split_sizes": [2]}, "'split_sizes' is not a key of an entry: write split: {sizes"),
+    ({**Q, "adjust_lr_fn": "original"}, "'adjust_lr_fn' is not a key of an entry: write scale"),
+    ({**Q, "wd": 0.1}, "'wd' is not a key of an entry: write weight_decay"),
+    ({**Q, "lr_mult": 2}, "'lr_mult' is not a key of an entry: write lr, which is absolute"),
+    ({**Q, "params": []}, "'params' is not a key of an entry: parameters are found by pattern"),
     ({"lr": 0.1}, r"groups\[1\]: pattern is missing: write a regular expression"),
     ({"pattern": None}, "pattern is missing: write"),
     ({"pattern": 3}, "pattern is 3: write"),
@@ -189,7 +189,7 @@ Q = {"pattern": ".*q_proj"}
     ({**Q, "algorithm": "adamw", "split": {"heads": 2}}, "'split' is an option of Muon"),
     ({**Q, "split": 4}, r"split is 4: give \{\"heads\": N\}, \{\"sizes\": \[\.\.\.\]\}, or \"heads\""),
     ({**Q, "split": {"haeds": 4}}, "split: 'haeds' is unknown: did you mean 'heads'"),
-    ({**Q, "split": {"num_heads": 4}}, "split: 'num_heads' is no key here: write heads"),
+    ({**Q, "split": {"num_heads": 4}}, "split: 'num_heads' is not a key of an entry: write heads"),
     ({**Q, "split": {"sizes": 4}}, "sizes of split is 4"),
     (3, r"groups\[1\] is 3: give a dict with \"pattern\""),
 ])  # fmt: skip
@@ -229,7 +229,7 @@ def test_an_entry_that_does_not_fit_the_model_is_refused_by_name(entries: list[A
     ({"groups": ".*"}, "groups is '.*': give a list"),
     ({"overrides": [{"pattern": "lm_head", "algoritm": "muon"}]}, "did you mean 'algorithm'"),
     ({"overrides": [{"pattern": "lm_head"}]}, r"overrides\[0\] \('lm_head'\): algorithm is missing"),
-    ({"splits": [{"pattern": ".*q_proj", "num_heads": 2}]}, "'num_heads' is no key here"),
+    ({"splits": [{"pattern": ".*q_proj", "num_heads": 2}]}, "'num_heads' is not a key of an entry"),
 ])  # fmt: skip
 def test_short_forms_as_dicts_are_checked_as_well(given: dict[str, Any], words: str) -> None:
     for make in (

@@ -94,6 +94,54 @@ def test_a_mesh_moves_what_was_planned(name: str, mesh: Any, sizes: dict[str, in
     assert max(row["held"] for row in rows) * 4 == held_bytes(workload(name), SETTINGS, planned).weights
 
 
+def _autotp_stepped(stages: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The layout and the bytes that this rank sent in a step under AutoTP, by ZeRO stage."""
+    from tests.adapters.deepspeed_ranks import Case
+    from tests.adapters.test_deepspeed_autotp import Run
+
+    found = []
+    for stage in stages:
+        run = Run(Case(stage))
+        engine, optimizer = run.engine()
+        run.backward(engine, 0)
+        engine.step()
+        assert optimizer.plan is not None and optimizer.runtime is not None
+        held = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        found.append(
+            {
+                "layout": optimizer.plan.layout,
+                "owners": optimizer.plan.owners,
+                "sent": optimizer.runtime.transport.bytes_sent,
+                "held": held,
+            }
+        )
+        engine.destroy()
+    return found
+
+
+@pytest.mark.deepspeed
+def test_autotp_moves_what_was_planned() -> None:
+    """Two tensor-parallel ranks, two copies of each, ZeRO 1 to 3."""
+    pytest.importorskip("deepspeed")
+    from tests.adapters.deepspeed_ranks import MODELS as TINY
+    from tests.adapters.deepspeed_ranks import SEQUENCE, VOCABULARY
+
+    stages = (1, 2, 3)
+    model = describe_model("llama", TINY["llama"], vocabulary=VOCABULARY, sequence_length=SEQUENCE)
+    settings = replace(SETTINGS, ordered=False)
+    for stage, rows in zip(stages, zip(*run_ranks(_autotp_stepped, 4, stages, timeout=200), strict=True), strict=True):
+        mesh = make_mesh(f"zero{stage}", 4, 2, {"tp": 2})
+        placement = place_on(model, settings, mesh)
+        owners = assign_owners(placement.layout)
+        buckets = buckets_of(owners, bucket_elements(int(settings.bucket_mb * 2**20)), settings.overlap)
+        exchange = exchange_of(owners, buckets, per_node=2, gather_bytes=4, scatter_bytes=4)
+        for row in rows:
+            assert row["layout"] == placement.layout and row["owners"] == owners.owners, stage
+        assert [row["sent"] for row in rows] == exchange.sent.sum(axis=0).tolist() and exchange.sent.sum() > 0
+        held = 4 * sum(row["held"] for row in rows) / 4 / (2 if stage == 3 else 1)
+        assert held_bytes(model, settings, mesh).weights == pytest.approx(held, rel=0.01), stage
+
+
 def test_memory_and_bytes_by_hand() -> None:
     """llama of the tests on tp 2 x cp 2 x dp_shard 2, two ranks a node."""
     model = workload("llama")
@@ -175,7 +223,9 @@ def test_links_of_an_axis() -> None:
         ("mixtral", "fsdp2", {"ep": 3}, "--ep 3: must be a multiple of tp = 1 and divide"),
         ("mixtral", "fsdp2", {"tp": 4, "ep": 2}, "--ep 2: must be a multiple of tp = 4"),
         ("llama", "fsdp2", {"tp": 3}, "--tp 3: 16 ranks are not a multiple of 3"),
-        ("llama", "zero3", {"tp": 2}, "--tp 2 with --layout zero3: use --layout fsdp2 or hsdp"),
+        ("llama", "ddp", {"tp": 2}, "--tp 2 with --layout ddp: use --layout fsdp2 or hsdp"),
+        ("llama", "zero3", {"tp": 2, "sp": 2}, "--tp 2 with --sp 2: DeepSpeed has AutoTP or Ulysses"),
+        ("mixtral", "zero1", {"tp": 2}, "AutoTP does not take the style"),
         ("llama", "fsdp2", {"sp": 2}, "--sp 2 with --layout fsdp2: Ulysses is DeepSpeed's"),
         ("llama", "zero1", {"pp": 2}, "--pp 2 with --layout zero1: DeepSpeed"),
         ("llama", "fsdp2", {"dp_replicate": 2}, "--dp-replicate 2 with --layout fsdp2"),
@@ -197,7 +247,7 @@ def test_a_model_without_a_plan_of_transformers() -> None:
 
 
 def test_a_deepspeed_configuration_with_parallelism(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ulysses is planned, AutoTP is not."""
+    """Ulysses and AutoTP."""
     file = tmp_path / "zero.json"
     config = ["plan", str(ROOT / "configs" / "llama-7b.yaml"), f"deepspeed={file}", "--json", "--no-advice"]
     file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "sequence_parallel_size": 2}))
@@ -209,9 +259,9 @@ def test_a_deepspeed_configuration_with_parallelism(tmp_path: Path, capsys: pyte
     file.write_text(json.dumps({"zero_optimization": {"stage": 1}, "tensor_parallel": {"autotp_size": 2}}))
     with pytest.raises(SystemExit) as stop:
         main(config)
-    assert stop.value.code not in (0, None)
-    said = capsys.readouterr()
-    assert "deepspeed.tensor_parallel.autotp_size: 2" in said.err and "--layout fsdp2 --tp 2" in said.err
+    planned = json.loads(capsys.readouterr().out)
+    assert stop.value.code in (0, None) and planned["mesh"]["tp"] == 2 and planned["mesh"]["dp_shard"] == 4
+    assert sum(planned["axes"]["tp"]) > 0
 
 
 def test_the_search_is_over_meshes_that_fit() -> None:

@@ -25,6 +25,7 @@ MIXTURE = (
     "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, "
     "max_position_embeddings: 64}"
 )
+CLIP = ("optimizer.qk_clip={threshold: 0.02}",)  # of the 8 heads some are clipped and some are not
 STEPS, TOLERANCE = 4, 2e-5
 Curves = dict[str, dict[str, list[float]]]
 
@@ -37,7 +38,7 @@ def trained(workspace: Path, folder: Path, name: str, *settings: str, resume: Pa
     config = load_config(workspace / "tiny.yaml", [*fixed, *settings])
     run.train(config, run_dir=str(folder), resume=str(resume) if resume is not None else None)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    figures = ("loss", "eval_loss", "grad_norm", "grad_norm/adamw", "tokens")
+    figures = ("loss", "eval_loss", "grad_norm", "grad_norm/adamw", "tokens", "qk_clip/max_logit", "qk_clip/heads")
     return {f: [line[f] for line in lines if f in line and (f != "grad_norm" or "loss" in line)] for f in figures}
 
 
@@ -47,9 +48,9 @@ def several(workspace: Path, folder: Path, runs: dict[str, tuple[str, ...]]) -> 
 
 @pytest.fixture(scope="module")
 def alone(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Curves]:
-    """The folder and the curves of one process: a dense model, and a mixture of experts."""
+    """The folder and the curves of one process: a dense model, a mixture of experts, a dense model with QK-clip."""
     folder = tmp_path_factory.mktemp("alone")
-    return folder, run_ranks(several, 1, workspace, folder, {"dense": (), "mixture": (MIXTURE,)})[0]
+    return folder, run_ranks(several, 1, workspace, folder, {"dense": (), "mixture": (MIXTURE,), "clipped": CLIP})[0]
 
 
 def assert_same(found: dict[str, list[float]], wanted: dict[str, list[float]], name: str) -> None:
@@ -104,13 +105,20 @@ def _one(workspace: Path, folder: Path, half: Path) -> dict[str, Any]:
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize(("ranks", "stage"), [pytest.param(2, 3, marks=pytest.mark.slow), (4, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "stage"),
+    [pytest.param(2, 3, marks=pytest.mark.slow), (4, 1), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_ulysses(workspace: Path, tmp_path: Path, alone: tuple[Path, Curves], ranks: int, stage: int) -> None:
     """One group of two ranks, or two. Gradients are those of one process, so the clip is; two groups train on the
-    samples in their order, so a run can go on between any two steps."""
+    samples in their order, so a run can go on between any two steps. Each rank sees the logits of half the heads."""
     settings = ("parallel.sp=2", f"deepspeed={ROOT}/configs/deepspeed/zero{stage}.json")
-    found = run_ranks(several, ranks, workspace, tmp_path, {"sp": settings})[0]["sp"]
-    assert_same(found, alone[1]["dense"], "sp")
+    found = run_ranks(several, ranks, workspace, tmp_path, {"sp": settings, "clipped": (*settings, *CLIP)})[0]
+    assert_same(found["sp"], alone[1]["dense"], "sp")
+    assert_same(found["clipped"], alone[1]["clipped"], "clipped")
+    clipped = alone[1]["clipped"]["qk_clip/heads"]
+    assert len(clipped) == STEPS and 0 < sum(clipped) < 8 * STEPS
+    assert found["sp"]["loss"] != found["clipped"]["loss"]
 
 
 # What is refused ---------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def local_parts(parameter: torch.Tensor, names: Mapping[int, str]) -> tuple[torc
     names: by `id()` of the parameter, for messages.
 
     Raises:
-        FrameworkError: the gradient lies on other ranks than the parameter, or is no DTensor.
+        FrameworkError: the gradient lies on other ranks than the parameter, or is not a DTensor.
     """
     gradient = parameter.grad
     if not isinstance(parameter, DTensor):

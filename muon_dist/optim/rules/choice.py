@@ -64,9 +64,9 @@ def choose_rule(group: Group, given: Set[str], where: str, default: Mapping[str,
     return rule
 
 
-def check_options(options: Group) -> None:
-    """Raises ConfigError as `choose_rule` does, for options that were all given, with `rule` and `rule_options`."""
-    _chosen(dict(options), set(options), set())
+def check_options(options: Group) -> MuonRule:
+    """The rule of options that were all given, with `rule` and `rule_options`. Raises ConfigError as `choose_rule`."""
+    return _chosen(dict(options), set(options), set())
 
 
 def _chosen(group: Group, given: Set[str], by_default: Set[str]) -> MuonRule:
@@ -95,7 +95,10 @@ def _options(rule: MuonRule, given: Any) -> dict[str, float]:
     for name, value in given.items():
         if name in rule.elsewhere:
             meant = rule.elsewhere[name]
-            raise ConfigError(f"'{name}' of rule '{rule.name}' is the option {meant} of the group: give it there")
+            raise ConfigError(
+                f"rule_options of rule '{rule.name}': '{name}' is called {meant} here, an option of the group: "
+                "give it there"
+            )
         if name in PARTS:
             _check_part(rule, name, value)
             continue
@@ -124,6 +127,9 @@ def _check_part(rule: MuonRule, name: str, value: Any) -> None:
         raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: it must be True or False")
     if not part.switch and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: it must be a number")
+    misfit = part.misfit(rule)
+    if misfit is not None and value is not False:
+        raise ConfigError(f"rule '{rule.name}' has no {name}: {misfit}. Leave {name} out")
     wrong = part.wrong(float(value))
     if wrong is not None:
         raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: {wrong}")

@@ -54,7 +54,7 @@ def group_rules(groups: Any, rule: str | None = None, where: str = "groups") -> 
 
     Raises:
         ConfigError: an unknown key, a value that cannot be used, or options that the rule does not have.
-        RoutingError: a pattern is no regular expression.
+        RoutingError: a pattern is not a regular expression.
     """
     entries = _each(groups, where, '{"pattern": ".*q_proj", "lr": 0.01}')
     return tuple(
@@ -86,7 +86,7 @@ def refuse_unknown(
     known: Iterable[str],
     where: str,
     foreign: Mapping[str, str],
-    foreign_is: str = "is no key here",
+    foreign_is: str = "is not a key of an entry",
     silent: Set[str] = frozenset(),
 ) -> None:
     """Raise ConfigError for a key that is neither `known` nor `silent`.

@@ -46,7 +46,7 @@ class HyperballRule(MuonRule):
         if zero:
             raise ConfigError(
                 f"{names[zero[0]]} is zero (and {len(zero) - 1} more matrices): under the rule 'hyperball' a weight "
-                "keeps its norm, so it would stay zero for ever. Initialize it to other values, or use rule 'muon' "
+                "keeps its norm, so it would stay zero forever. Initialize it to other values, or use rule 'muon' "
                 "for it"
             )
 

@@ -34,7 +34,7 @@ def register_rule(rule: MuonRule) -> None:
         ConfigError: a rule, or an entry of the state, has one of its names.
     """
     if not isinstance(rule, MuonRule):
-        raise ConfigError(f"{rule!r} is no rule: give an object of a subclass of muon_dist.optim.rules.MuonRule")
+        raise ConfigError(f"{rule!r} is not a rule: give an object of a subclass of muon_dist.optim.rules.MuonRule")
     known = RULES.get(rule.name)
     if known is not None and _origin(known) == _origin(rule):  # registered again, as a notebook's cell is
         RULES[rule.name] = rule
@@ -55,5 +55,6 @@ def _origin(rule: MuonRule) -> tuple[str, str]:
 
 
 def memory_names() -> set[str]:
-    """What rules keep beside momentum, by the names in the state."""
-    return {name for rule in RULES.values() for name in (*rule.owner_memory, *rule.matrix_memory)}
+    """What rules and parts keep besides momentum, by the names in the state."""
+    of_rules = {name for rule in RULES.values() for name in (*rule.owner_memory, *rule.matrix_memory)}
+    return of_rules.union(*(part.owner_memory for part in PARTS.values()))

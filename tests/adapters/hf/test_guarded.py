@@ -164,7 +164,7 @@ def rolled_back(folder: str) -> tuple:
 def test_rollback_and_the_window_after_resume(tmp_path: Path) -> None:
     first, second = run_ranks(rolled_back, 2, str(tmp_path), timeout=120)
     assert first[:4] == second[:4] == (True, True, 1, True)
-    assert first[4] == ["weights and optimizer state are those of checkpoint-5 again; data and schedule go on"]
+    assert first[4] == ["weights and optimizer state are those of checkpoint-5 again; data and schedule continue"]
     assert second[4] == []
 
 

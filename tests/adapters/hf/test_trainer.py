@@ -375,7 +375,7 @@ def test_a_checkpoint_that_cannot_continue_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors has \d+ bytes, the manifest says \d+"):
         session(str(tmp_path), str(checkpoint))
     state.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"is no checkpoint: manifest\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: manifest\.json cannot be read"):
         session(str(tmp_path), str(tmp_path))
     with pytest.raises(CheckpointError, match=r"holds exp_avg, exp_avg_sq, step of .* and no momentum"):
         session(str(tmp_path), adamw_checkpoint(tmp_path / "adamw"))

@@ -9,7 +9,7 @@ from muon_dist.errors import NonFiniteError
 
 
 class NonFiniteGuard(Guard):
-    """Counts the steps that DeepSpeed leaves out: it does not ask the optimizer, and goes on for ever.
+    """Counts the steps that DeepSpeed leaves out: it does not ask the optimizer, and continues forever.
 
     `Muon` counts its own bad steps. With fp16 and a dynamic loss scale bad steps are usual, and not counted.
 

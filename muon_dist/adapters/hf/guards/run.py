@@ -1,4 +1,4 @@
-"""What the guards of one run share: the trainer, this step's vote, the place where this rank stands, messages."""
+"""What the guards of one run share: the trainer, this step's vote, this rank's current operation, messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GuardedRun:
 
     Attributes:
         trainer: the `MuonTrainer`; None until `Guards.attach`.
-        progress: where this rank stands; Muon's own once training begins.
+        progress: this rank's current operation; Muon's own once training begins.
         vote: one small all-reduce per step; None before training.
     """
 
@@ -102,4 +102,4 @@ class Guard(TrainerCallback):
         self.run = run
 
     def close(self) -> None:
-        """End what runs beside training. Called at the end, also after an error, and possibly twice."""
+        """End what runs during training. Called at the end, also after an error, and possibly twice."""

@@ -14,7 +14,7 @@ _MOST_ROLLBACKS = 3
 
 
 class SpikeGuard(Guard):
-    """Asked by `Muon` before each step (`StepGuard.veto`): True leaves the step out, on every rank alike.
+    """Asked by `Muon` before each step (`StepGuard.veto`): True leaves the step out, on every rank.
 
     policy: one of `POLICIES`; see `Guards`.
 
@@ -72,7 +72,7 @@ class SpikeGuard(Guard):
             )
         self.run.progress.enter("rollback")
         found = self.run.trainer.roll_back()
-        self.run.say(f"weights and optimizer state are those of {found} again; data and schedule go on")
+        self.run.say(f"weights and optimizer state are those of {found} again; data and schedule continue")
 
     def close(self) -> None:
         muon = self.run.muon

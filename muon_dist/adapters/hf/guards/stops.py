@@ -37,5 +37,5 @@ class StopGuard(Guard):
 
 
 def stop_text(stopped: dict[int, int]) -> str:
-    """ "SIGTERM on rank 2"."""
+    """The signals that ranks received, as text: "SIGTERM on rank 2". stopped: rank -> signal number."""
     return ", ".join(f"{signal.Signals(number).name} on rank {rank}" for rank, number in sorted(stopped.items()))
