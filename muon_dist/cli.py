@@ -264,8 +264,11 @@ def export(
 
 @app.command()
 def compare(
-    config: ConfigPath,
-    overrides: Overrides = None,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run folder.")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[KEY=VALUE|RUN]...", help="Settings to change, or more run folders."),
+    ] = None,
     lr: Annotated[
         Optional[list[float]], typer.Option(help="A learning rate of the grid; repeat it. Default 0.003 0.01 0.03.")  # noqa: UP045
     ] = None,
@@ -273,14 +276,11 @@ def compare(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each one process on one thread.")] = 2,
     output: Annotated[Path, typer.Option(help="Folder of the runs and of the table.")] = Path("results/compare"),
 ) -> None:
-    """Muon against AdamW: each at its best learning rate of one grid, the same everything else, over several seeds."""
+    """Two or more run folders side by side; or, of a configuration, Muon against AdamW at each one's best rate."""
     _quiet()
-    from muon_dist.train.compare import compare_optimizers
+    from muon_dist.train.compare import compare as compared
 
-    report = compare_optimizers(
-        config, overrides or [], lrs=lr or [0.003, 0.01, 0.03], seeds=seeds, jobs=jobs, output=output
-    )
-    typer.echo(report["table"])
+    typer.echo(compared(config, overrides or [], lrs=lr, seeds=seeds, jobs=jobs, output=output))
 
 
 @app.command()

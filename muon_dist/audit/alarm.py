@@ -13,8 +13,6 @@ from muon_dist.audit.recompute import Before
 
 Cut = Callable[[Tensor], Tensor]
 """Takes a part out of a whole matrix."""
-STAGES = ("gradient", "momentum", "direction", "scale", "decay", "rate", "weight", "copy")
-"""Of a step, in which an alarm may be. "weight": the written weight; "copy": what other ranks hold of it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Alarm:
     """A stage of the step that is wrong.
 
     Attributes:
-        stage: one of `STAGES`.
+        stage: "gradient", "momentum", "direction", "scale", "decay", "rate", "weight" or "copy".
         sentence: for people: what is wrong.
         causes: names of likely causes.
         factor, angle: of what was found to what was wanted, see `Difference`; angle in radians.

@@ -17,7 +17,7 @@ from muon_dist.train.device import gpus_of_driver
 RANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
     "torch": ((2, 9), None),
     "deepspeed": ((0, 19, 8), None),
-    "transformers": ((5,), (6,)),
+    "transformers": ((5, 3), (6,)),
     "accelerate": ((1, 12), None),
     "datasets": ((4,), None),
 }

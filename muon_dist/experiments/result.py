@@ -14,8 +14,7 @@ from typing import Any
 import numpy
 import torch
 
-from muon_dist.errors import DataError
-from muon_dist.json_files import read_object, write_json
+from muon_dist.json_files import write_json
 
 HOLDS = "holds"
 HOLDS_IN_PART = "holds in part"
@@ -136,15 +135,3 @@ def plain(value: Any) -> Any:
 def write_result(record: dict[str, Any], path: Path) -> None:
     """Write one result as strict JSON (no NaN, no Infinity)."""
     write_json(path, plain(record))
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """Read a result file; raises DataError naming the file and the key when it is not one."""
-    try:
-        record = read_object(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable result file ({error}); run `muon-dist spectra run` again") from error
-    for key in ("experiment", "verdict", "criteria"):
-        if key not in record:
-            raise DataError(f"{path}: not an experiment result, the key {key!r} is missing")
-    return record

@@ -1,4 +1,4 @@
-"""Two optimizers on the same everything else, each at its best learning rate of one grid, over several seeds."""
+"""Muon against AdamW, each at its best learning rate of one grid, over several seeds; or runs that are there."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from pathlib import Path
 from muon_dist.config import load_config
 from muon_dist.errors import ConfigError, MuonDistError
 from muon_dist.json_files import read_object, write_json
+from muon_dist.report.compare_text import compare_runs
 from muon_dist.train import corpus
 
 OPTIMIZERS = ("muon", "adamw")
+LRS = (0.003, 0.01, 0.03)
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,28 @@ class Result:
     seed: int
     loss: float
     bits_per_byte: float
+
+
+def compare(
+    what: Path,
+    more: Sequence[str],
+    *,
+    lrs: Sequence[float] | None,
+    seeds: int,
+    jobs: int,
+    output: Path,
+) -> str:
+    """The table of `compare_runs` where `what` is a run folder and `more` are others, else of `compare_optimizers`.
+
+    Raises:
+        ConfigError: learning rates with finished runs; see also both.
+    """
+    if not what.is_dir():
+        given = lrs if lrs is not None else LRS
+        return str(compare_optimizers(what, more, lrs=given, seeds=seeds, jobs=jobs, output=output)["table"])
+    if lrs is not None:
+        raise ConfigError("--lr belongs to a configuration; run folders are compared as they are")
+    return compare_runs([what, *more])
 
 
 def compare_optimizers(
