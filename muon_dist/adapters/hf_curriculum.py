@@ -1,4 +1,4 @@
-"""Parts of a run in the trainer: their learning rates, and their names in the log."""
+"""Parts of a run in the trainer: their learning rates, update rules, and names in the log."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.optimization import get_scheduler
 
+from muon_dist.adapters.factory import MuonFactory
+from muon_dist.adapters.unwrap import find_muon
 from muon_dist.errors import ConfigError
 from muon_dist.failures import one_line
+from muon_dist.optim.rule_change import RuleSettings, change_rule, rule_settings
 
 Factor = Callable[[int], float]
 """Optimizer steps done -> factor of the learning rates in the next one."""
@@ -111,6 +115,37 @@ class PartRates:
         if made:
             follow_parts(scheduler, self.rate_parts, num_training_steps)
         return scheduler
+
+
+class PartRules:
+    """The update rules of a run's parts.
+
+    parts: (steps that are done when it begins, arguments of `MuonFactory`) of each part; the first from step 0.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
+        self.parts = tuple(parts)
+        self._settings: list[RuleSettings] = []
+
+    def read(self, model: nn.Module) -> None:
+        """Work out the settings of every part for `model`, as it is when its optimizer is made."""
+        self._settings = [rule_settings(MuonFactory()(model, **arguments)) for _, arguments in self.parts]
+
+    def use(self, optimizer: Any, step: int) -> None:
+        """Let the optimizer make the step after `step` by the rule of its part. On all ranks."""
+        muon = find_muon(optimizer)
+        if muon is not None and self._settings:
+            change_rule(muon, self._settings[max(k for k, (start, _) in enumerate(self.parts) if start <= step)])
+
+
+class RuleChange(TrainerCallback):
+    """Changes the rule before the first step of a part. trainer: one with `rule_parts`."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.rule_parts.use(self.trainer.optimizer, state.global_step)
 
 
 class PartLog(TrainerCallback):
