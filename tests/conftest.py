@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 
-from tests import distributed
+from tests import distributed, kept_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +40,12 @@ def _launchers_variables_of_its_own() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered() -> None:
+    """A test begins without what accelerate and the routing tables keep for a whole process."""
+    kept_ranks.forget()
 
 
 @pytest.fixture(scope="session")
