@@ -56,19 +56,28 @@ def root() -> Path:
 
 LONGEST = (
     "test_kept_ranks.py",  # in a process that no test has changed yet
-    "faults/test_bar.py",
     "train/test_launch.py",
     "adapters/test_deepspeed.py",
-    "adapters/test_deepspeed_checkpoint.py",
-    "optim/test_runtime.py",
-    "adapters/test_fsdp2.py",
     "optim/test_rules.py",
-    "adapters/test_deepspeed_failures.py",
-    "optim/test_at_rest.py",
-    "train/test_run.py",
+    "faults/test_bar.py",
     "optim/test_touched_state.py",
+    "adapters/test_fsdp2.py",
+    "train/test_run.py",
+    "train/test_parallel.py",
+    "adapters/test_deepspeed_checkpoint.py",
+    "adapters/test_deepspeed_failures.py",
     "test_fuzz.py",
+    "adapters/test_deepspeed_traffic.py",
+    "optim/test_at_rest.py",
+    "optim/test_runtime.py",
     "bench/test_fake_cuda.py",
+    "adapters/test_meshes.py",
+    "adapters/test_qk_clip.py",
+    "checkpoint/test_reshard.py",
+    "adapters/test_hf_checkpoint.py",
+    "adapters/test_hf_trainer.py",
+    "checkpoint/test_rule_memory.py",
+    "test_failures.py",
 )
 """Files that take more than 20 s, and one that must be first. They start first, so that no process is left alone with
 one of them at the end."""
