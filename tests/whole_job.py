@@ -263,6 +263,7 @@ def main() -> None:
         size = sum(len(text.encode()) for text in texts)
         print(f"corpus: {len(texts):,} documents, {size / 1e6:.1f} MB", flush=True)
         sources = write_formats(folder / "corpus", texts)
+        os.environ["HF_HOME"] = str(folder / "hf")  # what datasets makes of the csv files
         config = folder / "config.yaml"
         separator = json.dumps(SEPARATOR)
         config.write_text(CONFIG.format(folder=folder, separator=separator, steps=STEPS, save=SAVE), encoding="utf-8")
