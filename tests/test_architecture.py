@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ranks",
         "streams",
         "version",
+        "waiting",
     ),
     ("routing", "layout"),
     ("ownership", "optim.rules"),

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from muon_dist.errors import DataError
 from muon_dist.json_files import canonical, read_object
+from muon_dist.waiting import told
 
 BLOCK_BYTES = 1 << 20  # unit in which damage is located
 
@@ -72,7 +73,11 @@ def folder_lock(out: Path) -> Iterator[None]:
         yield
         return
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with told(f"{out}: another process builds it; this one waits", after=1.0):
+                fcntl.flock(lock, fcntl.LOCK_EX)
         for stale in (*out.parent.glob(f".{out.name}.tmp-*"), *out.parent.glob(f".{out.name}.old-*")):
             shutil.rmtree(stale)
         yield

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from muon_dist.errors import FrameworkError
+from muon_dist.waiting import starting, told
 
 OVERRIDDEN = (
     "_get_train_sampler",
@@ -109,7 +110,8 @@ class PrivateTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # Without a path Trainer does not look for an optimizer's and a scheduler's files. The event `on_train_begin`
         # comes after it, but its other callbacks, such as trackers, must see the restored state.
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        with told(lambda: starting("DeepSpeed" if self.is_deepspeed_enabled else "accelerate")):
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.restore()
         return prepared
 
