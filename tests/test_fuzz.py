@@ -73,7 +73,7 @@ def test_nothing_is_wrong() -> None:
 @pytest.mark.parametrize("name", ["dropped_copy", "missing_nesterov", "other_rate"])
 def test_a_mistake_is_found_and_shrunk(name: str) -> None:
     mutation = getattr(fuzz_mutations, name)
-    report = fuzz_mutations.find(mutation, seed=0, shrink_seconds=8.0)
+    report = fuzz_mutations.find(mutation, seed=0, shrink_seconds=4.0)
     (wrong,) = report.wrong
     assert len(wrong.case.to_json()) < len(wrong.drawn.to_json())
     with Judge(mutation) as judge:

@@ -20,7 +20,14 @@ from typing import Any
 
 from muon_dist.data.corpus import Source, documents, same_source, size_hint, source_record
 from muon_dist.data.document import say
-from muon_dist.data.encoder import Encoder, TokenizerInfo, bos_ids, definition, vocabulary_size
+from muon_dist.data.encoder import (
+    Encoder,
+    TokenizerInfo,
+    bos_ids,
+    definition,
+    pretrained_tokenizer,
+    vocabulary_size,
+)
 from muon_dist.data.files import folder_lock, new_folder, read_json, sha256_file, sha256_json
 from muon_dist.defaults import VOCAB_SIZE
 from muon_dist.errors import DataError
@@ -357,13 +364,11 @@ def load_tokenizer(path: str | Path, add_bos: bool | None = None) -> Encoder:
 
     ``add_bos``: whether documents begin with the beginning-of-sequence token; None: as the tokenizer does it.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such tokenizer folder.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = pretrained_tokenizer(folder)
     except Exception as error:  # transformers raises many kinds on a damaged or incomplete folder
         raise DataError(
             f"{folder}: AutoTokenizer cannot load this folder ({type(error).__name__}: {one_line(error)})."

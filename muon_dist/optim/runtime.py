@@ -90,22 +90,16 @@ class Runtime:
         self.momentum: dict[int, Tensor] = {}
         self.in_state: dict[Tensor, dict[str, Tensor | None]] = {}
         self._group_of = group_of
-        self._rules = rules if rules is not None else dict.fromkeys(group_of.values(), RULES["muon"])
         self._elements = bucket_elements(options.bucket_bytes)
         self.orthogonalize = orthogonalize
-        self._programs: dict[tuple[object, ...], Program] = {}
         self._matrices = [m.matrix for m in plan.layout.matrices]
-        of_buffers = {b: self._rules[group_of[b]] for b in range(len(binding.buffers))}
-        self.at_owners = {b for b, rule in of_buffers.items() if rule.momentum_at_owner}
+        rules = rules if rules is not None else dict.fromkeys(group_of.values(), RULES["muon"])
+        self.at_owners = {b for b in range(len(binding.buffers)) if rules[group_of[b]].momentum_at_owner}
         self.everywhere = everywhere = binding.everywhere(plan, options.momentum_everywhere) - self.at_owners
         self._rounds = options.stochastic_rounding
         self._names = [clean_name(m.name) for m in self._matrices]
-        rounded = {b for b, tensor in enumerate(binding.buffers) if self._rounds and is_rounded(tensor)}
-        on_all = options.momentum_everywhere and plan.layout.kind == "replicated" and transport.world_size > 1
-        self.memory = RuleMemory(plan, transport.rank, binding.device, of_buffers, rounded, on_all)
-        self._compiler = ProgramCompiler(
-            plan, transport, options, binding.device, self.memory.matrices, group_of, self._rules, everywhere
-        )
+        self._rounded = {b for b, tensor in enumerate(binding.buffers) if self._rounds and is_rounded(tensor)}
+        self.use_rules(rules)
         self._place_momentum(everywhere)
         self._counts = np.zeros(len(self._matrices))  # the memory of `resting`: indexing it is no operation of torch
         self.resting = torch.from_numpy(self._counts)
@@ -113,6 +107,18 @@ class Runtime:
         self.splits = {b: self._split(b, members) for b, members in self.memory.matrices.items()}
 
     # State ------------------------------------------------------------------------------------------------------
+
+    def use_rules(self, rules: Mapping[int, MuonRule]) -> None:
+        """Step by other rules from now on; local. Their memory begins at zero. rules: of each parameter group."""
+        plan, transport, options, everywhere = self.plan, self.transport, self.options, self.everywhere
+        self._rules = rules
+        self._programs: dict[tuple[object, ...], Program] = {}
+        of_buffers = {b: rules[self._group_of[b]] for b in range(len(self.binding.buffers))}
+        on_all = options.momentum_everywhere and plan.layout.kind == "replicated" and transport.world_size > 1
+        self.memory = RuleMemory(plan, transport.rank, self.binding.device, of_buffers, self._rounded, on_all)
+        self._compiler = ProgramCompiler(
+            plan, transport, options, self.binding.device, self.memory.matrices, self._group_of, rules, everywhere
+        )
 
     def _place_momentum(self, everywhere: Set[int]) -> None:
         rank, layouts = self.transport.rank, self.plan.layout.matrices

@@ -15,7 +15,7 @@ from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.layout import view
 from muon_dist.optim.low_precision import MASTER
 from muon_dist.optim.memory import ROUNDINGS
-from muon_dist.optim.rules import memory_names
+from muon_dist.optim.rules import MuonRule, memory_names
 from muon_dist.optim.runtime import Runtime
 
 logger = logging.getLogger("muon_dist")
@@ -235,6 +235,19 @@ def follow(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> N
         if any(own.get(key) is not kept for key, kept in put.items()):
             _take(runtime, buffer, own, None)
             _place(runtime, state, buffer)
+
+
+def change_rules(
+    runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]], rules: Mapping[int, MuonRule]
+) -> None:
+    """Step by other rules from now on. Momentum stays, and memory that the old and the new rule both have; what the
+    new one needs beside it begins at zero. Local. rules: of each parameter group."""
+    settle(runtime, state)
+    before = runtime.memory
+    runtime.use_rules(rules)
+    runtime.memory.adopt(before)
+    for buffer in range(len(runtime.binding.buffers)):
+        _place(runtime, state, buffer)
 
 
 def put(state: MutableMapping[Tensor, dict[str, Any]], parameter: Tensor, found: Mapping[str, Tensor]) -> None:

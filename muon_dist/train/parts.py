@@ -52,7 +52,8 @@ def rate_parts(config: Config) -> list[RatePart]:
     found = []
     for part in config.curriculum:
         plain = part.model_dump(exclude={"from_step"}, exclude_defaults=True)
-        about = ", ".join(f"{name} {value}" for name, value in (plain.pop("data", {}) | plain).items())
+        muon = plain.pop("optimizer", {}).get("muon", {})
+        about = ", ".join(f"{name} {value}" for name, value in (plain.pop("data", {}) | muon | plain).items())
         own = (part.lr_scheduler_type, part.lr_scheduler_kwargs, part.warmup_steps, part.lr_scale)
         found.append(RatePart(part.from_step, *own, about or "as before"))
     return found

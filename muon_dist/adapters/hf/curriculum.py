@@ -1,19 +1,24 @@
-"""Parts of a run in the trainer: their learning rates, and their names in the log."""
+"""Parts of a run in the trainer: their learning rates, update rules, and names in the log."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 from transformers.optimization import get_scheduler
 
+from muon_dist.adapters.factory import MuonFactory
 from muon_dist.errors import ConfigError
 from muon_dist.failures import one_line
+from muon_dist.optim.rule_change import RuleSettings, change_rule, check_change, rule_settings
+from muon_dist.optim.unwrap import find_muon
 
 Factor = Callable[[int], float]
 """Optimizer steps done -> factor of the learning rates in the next one."""
@@ -111,6 +116,42 @@ class PartRates:
         if made:
             follow_parts(scheduler, self.rate_parts, num_training_steps)
         return scheduler
+
+
+class PartRules:
+    """The update rules of a run's parts.
+
+    parts: (steps that are done when it begins, arguments of `MuonFactory`) of each part; the first from step 0.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
+        self.parts = tuple(parts)
+        self._settings: list[RuleSettings] = []
+
+    def read(self, model: nn.Module) -> None:
+        """Work out the settings of every part for `model`, as it is when its optimizer is made.
+
+        Raises ConfigError if a part cannot follow the one before it.
+        """
+        self._settings = [rule_settings(MuonFactory()(model, **arguments)) for _, arguments in self.parts]
+        for before, after in pairwise(self._settings):
+            check_change(before, after)
+
+    def use(self, optimizer: Any, step: int) -> None:
+        """Let the optimizer make the step after `step` by the rule of its part. On all ranks."""
+        muon = find_muon(optimizer)
+        if muon is not None and self._settings:
+            change_rule(muon, self._settings[max(k for k, (start, _) in enumerate(self.parts) if start <= step)])
+
+
+class RuleChange(TrainerCallback):
+    """Changes the rule before the first step of a part. trainer: one with `rule_parts`."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.rule_parts.use(self.trainer.optimizer, state.global_step)
 
 
 class PartLog(TrainerCallback):

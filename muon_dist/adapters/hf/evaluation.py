@@ -51,8 +51,8 @@ class PlainLoss:
     def _is_language_model(self, inputs: Mapping[str, Any]) -> bool:
         trainer: Any = self
         parallel = getattr(trainer.accelerator, "parallelism_config", None)
-        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-            return False  # a rank holds a part of each sequence
+        if parallel is not None and parallel.cp_enabled:
+            return False  # a rank holds a part of each sample; under Ulysses only while it trains
         labels = inputs.get("labels")
         if trainer.compute_loss_func is not None or not isinstance(labels, torch.Tensor) or labels.dim() != 2:
             return False

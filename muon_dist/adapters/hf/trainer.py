@@ -18,7 +18,7 @@ from muon_dist.adapters.factory import MuonFactory, check_trainer, split_kwargs
 from muon_dist.adapters.hf import attention
 from muon_dist.adapters.hf.callbacks import AttachDeepSpeed, MetricsFile
 from muon_dist.adapters.hf.checkpoint import CheckpointOptions, CheckpointTrainer, read_position
-from muon_dist.adapters.hf.curriculum import PartRates, order_at
+from muon_dist.adapters.hf.curriculum import PartRates, PartRules, RuleChange, order_at
 from muon_dist.adapters.hf.evaluation import PlainLoss
 from muon_dist.adapters.hf.figures import Figures, bits_per_byte
 from muon_dist.adapters.hf.flow import Passes
@@ -30,6 +30,8 @@ from muon_dist.adapters.hf.settings import outlive_trackers
 from muon_dist.checkpoint import Checkpoint
 from muon_dist.defaults import CLIP_ADAMW
 from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.optim.rule_change import rule_settings
+from muon_dist.optim.unwrap import find_muon
 
 __all__ = ["CheckpointOptions", "MuonFactory", "MuonTrainer", "TrainingArguments", "bits_per_byte", "leave_deepspeed"]
 
@@ -66,6 +68,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
     metrics_path: a JSON-lines file for all that is logged.
     guards: what watches over the run; None: only Muon's own check that gradients are finite.
     checkpoint: how it saves; see `CheckpointOptions` and `CheckpointTrainer`.
+    rule_parts: the update rules of parts of the run; None: one for all of it.
     qk_clip: clip attention logits after each step: a dict with `threshold` (100) and `alpha` (0.5), {} for both
         defaults, None to leave it out; see docs/qk-clip.md.
 
@@ -90,6 +93,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         metrics_path: str | Path | None = None,
         guards: Guards | None = None,
         qk_clip: Mapping[str, float] | None = None,
+        rule_parts: PartRules | None = None,
         **kwargs: Any,
     ) -> None:
         attention.check_options(qk_clip or {})
@@ -110,7 +114,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         super().__init__(model, args, optimizer_cls_and_kwargs=factory, **kwargs)
         self.clip = {"muon": clip_muon, "adamw": clip_adamw}
         self.qk_clip, self._qk_clip_options = cast("attention.QKClip | None", None), qk_clip
-        self.train_sampler = train_sampler
+        self.train_sampler, self.rule_parts = train_sampler, rule_parts
         self.figures = Figures(self, bytes_per_token, passes, flops_per_token, peak_flops)
         self._order: str | None = None
         self._samples: Any = None  # the order of samples, while there is one
@@ -125,6 +129,8 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
             self.add_callback(AttachDeepSpeed(self))
         if train_sampler is not None:
             self.add_callback(Passes(self))
+        if rule_parts is not None:
+            self.add_callback(RuleChange(self))
         if metrics_path is not None:
             self.add_callback(MetricsFile(metrics_path))
         outlive_trackers(self.callback_handler.callbacks)
@@ -151,8 +157,10 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         return self._first_sample + (self.state.global_step - self._first_step) * self.samples_per_step
 
     def position(self) -> dict[str, Any]:
-        """Where in the data the run stands; for the manifest of a checkpoint."""
+        """Where in the data the run stands, and the rules that made its state; for the manifest of a checkpoint."""
+        muon = find_muon(self.optimizer)
         return {
+            "rules": rule_settings(muon).names() if muon is not None else {},
             "global_step": self.state.global_step,
             "consumed_samples": self.consumed_samples,
             "samples_per_step": self.samples_per_step,
@@ -162,6 +170,8 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         }
 
     def _fill(self, source: Checkpoint) -> None:
+        if self.rule_parts is not None:  # as it was saved: before a part changes the rule
+            self.rule_parts.use(self.optimizer, max(source.step - 1, 0))
         super()._fill(source)
         if self.audit is not None:
             self.audit.forget()
@@ -218,6 +228,8 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         """As Trainer's, with QK-clip behind its steps."""
         made = super().create_optimizer(*args, **kwargs)
         options, optimizer = self._qk_clip_options, getattr(made, "optimizer", made)
+        if self.rule_parts is not None:
+            self.rule_parts.read(self.model)
         if options is not None and (self.qk_clip is None or self.qk_clip.optimizer is not optimizer):
             self.qk_clip = attention.attach(self.model, optimizer, share=partial(share_of_heads, self), **options)
         return made

@@ -1,6 +1,6 @@
 """Predicted against measured time of the optimizer's step, on this machine.
 
-A timing, so nothing else should run: `OMP_NUM_THREADS=1 python -m pytest -m slow -s tests/planner/test_time.py`
+A timing, so nothing else should run: `OMP_NUM_THREADS=1 python -m pytest -m slow -s tests/planner/test_times.py`
 """
 
 from __future__ import annotations

@@ -206,6 +206,8 @@ def test_bad_records_stop_or_are_skipped_counted_and_bounded(
         (b"PK\x03\x04rest", ["zip"]),
         (b"\x89PNG\r\n\x1a\n\0\0\0", ["binary", "byte offset 8"]),
         ("text".encode("utf-16"), ["UTF-16", "convert"]),
+        ("text".encode("utf-32"), ["UTF-32", "convert"]),
+        (gzip.compress(gzip.compress(b"text", mtime=0), mtime=0), ["compressed twice", "decompress"]),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", ["Git LFS"]),
         (b"x" * 257 + b"ustar" + b"\0" * 99, ["tar archive"]),
         (gzip.compress(b"x" * 257 + b"ustar" + b"\0" * 99, mtime=0), ["tar archive"]),
@@ -250,6 +252,81 @@ def test_a_format_that_contradicts_the_content_is_said(tmp_path: Path, capsys: p
     (tmp_path / "e.json").write_text('[{"text": "x"}, {"text": ')
     with refused(tmp_path / "e.json", "record 1", "not JSON"):
         texts_of(Source(path=tmp_path / "e.json"))
+
+
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("a.jsonl", f'{{"id": {HUGE}, "text": "one"}}\n{{"id": NaN, "text": "two"}}', ["one", "two"]),
+        ("a.json", f'[{{"id": {HUGE}, "text": "one"}}, {{"id": 1, "id": 2, "text": "two"}}]', ["one", "two"]),
+        ("a.jsonl", '{"text": "one"}\r{"text": "two"}\r', ["one", "two"]),
+        ("a.jsonl", '{"text": "one", "meta": {"text": "other"}}', ["one"]),
+        ("a.csv", "id,text\r1,one\r2,two\r", ["one", "two"]),
+        ("a.csv", '"my\nid",text\n1,one\n', ["one"]),
+        ("a.csv", 'id,text\n1,"one\n""two"""\n2,5" pipe\n', ['one\n"two"', '5" pipe']),
+    ],
+)
+def test_rare_spellings_of_good_records_are_read(tmp_path: Path, name: str, content: str, wanted: list[str]) -> None:
+    """Numbers that Python does not read, lines that end in a carriage return alone, headers over two lines."""
+    (tmp_path / name).write_bytes(content.encode())
+    assert texts_of(Source(path=tmp_path / name)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("a.jsonl", '{"text": "one", "text": "two"}', [":1", "'text' stands twice"]),
+        ("a.json", '[{"text": "one", "text": "two"}]', ["record 0", "'text' stands twice"]),
+        ("b.jsonl", '{"a": {"text": "one", "text": "two"}}', [":1", "'text' stands twice"]),
+        ("a.csv", "text,text\none,two\n", ["2 columns named 'text'"]),
+        ("a.csv", 'id,text\n1,fine\n2,"never closed\n3,lost\n', [":3", "quotation mark"]),
+        ("a.csv", 'id,text\n1,"one" more\n', [":2", "quotation mark"]),
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_refused(tmp_path: Path, name: str, content: str, parts: list[str]) -> None:
+    """The last of two values was taken; the rest of a file became one column."""
+    (tmp_path / name).write_text(content)
+    with refused(tmp_path / name, *parts):
+        texts_of(Source(path=tmp_path / name, text_field="a.text" if name == "b.jsonl" else "text"))
+
+
+def test_two_columns_of_one_name_in_parquet(tmp_path: Path) -> None:
+    table = pyarrow.table([pyarrow.array(["one"]), pyarrow.array(["two"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with refused(tmp_path / "a.parquet", "2 columns named 'text'"):
+        texts_of(Source(path=tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{'text': 'one'}\n{'text': 'two'}\n", "looks like Python dictionaries"),
+        ("<p>one</p>\n<p>two</p>\n", "looks like HTML or XML"),
+        ("<3 you. a</b> is no markup.\n", None),
+        ("{'s' is a set in Python.\n", None),
+    ],
+)
+def test_text_that_looks_like_something_else_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str | None
+) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    assert texts_of(Source(path=tmp_path / "a.txt")) == [content]
+    shown = capsys.readouterr().err
+    assert said in shown if said is not None else not shown
+
+
+def test_folders_that_a_pattern_matches_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in" / "one").mkdir(parents=True)
+    (tmp_path / "in" / "one" / "a.txt").write_text("inner")
+    with refused(f"{tmp_path}/in/*", "only folders such as", f"write {tmp_path}/in/*/*"):
+        texts_of(Source(path=f"{tmp_path}/in/*"))
+    (tmp_path / "in" / "b.txt").write_text("outer")
+    assert texts_of(Source(path=f"{tmp_path}/in/*")) == ["outer"]
+    assert "matches folders too, which are left out" in capsys.readouterr().err
+    assert texts_of(Source(path=f"{tmp_path}/in/**")) == ["outer", "inner"]
 
 
 def test_the_configuration_knows_every_format() -> None:
