@@ -156,6 +156,9 @@ def stated() -> Iterator[tuple[str, str, Any]]:
         text = page.read_text(encoding="utf-8")
         for key, value in re.findall(r"`(?:\w+\.)*?(\w+(?:\.\w+)?)[:=] ?([^`{]+)`, the default", text):
             yield page.name, key, yaml.safe_load(value)
+        for table in re.findall(r"^\|[^|\n]*\| default \|.*\n(?:\|.*\n)+", text, re.MULTILINE):
+            for key, value in re.findall(r"^\| `(\w+)` \| (\S+) \|", table, re.MULTILINE):  # one word: a value
+                yield page.name, key, yaml.safe_load(value.strip("`"))
         for line in re.findall(r"^ *\w+: .*#.*\bdefault\b.*$", text, re.MULTILINE):
             key, value, comment = re.match(r" *(\w+): (.+?) +#(.*)", line).groups()  # type: ignore[union-attr]
             other = re.search(r"(\S+?)(?:: \w+)?,? \(?(?:the )?default\b", comment)
@@ -174,7 +177,15 @@ def test_a_page_states_the_default(page: str, key: str, value: Any) -> None:
 
 
 def test_pages_are_read() -> None:
-    assert {key for _, key, _ in stated()} >= {"clip.adamw", "clip_adamw", "keep_last", "async", "every", "qk_clip"}
+    assert {key for _, key, _ in stated()} >= {
+        "clip.adamw",
+        "clip_adamw",
+        "keep_last",
+        "async",
+        "every",
+        "qk_clip",
+        "bucket_mb",
+    }
 
 
 def test_the_table_of_rules_states_their_options() -> None:
