@@ -177,15 +177,8 @@ def test_a_page_states_the_default(page: str, key: str, value: Any) -> None:
 
 
 def test_pages_are_read() -> None:
-    assert {key for _, key, _ in stated()} >= {
-        "clip.adamw",
-        "clip_adamw",
-        "keep_last",
-        "async",
-        "every",
-        "qk_clip",
-        "bucket_mb",
-    }
+    forms = {"clip.adamw", "clip_adamw", "keep_last", "async", "every", "qk_clip", "bucket_mb"}
+    assert {key for _, key, _ in stated()} >= forms
 
 
 def test_the_table_of_rules_states_their_options() -> None:
