@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from muon_dist import Muon, param_groups
-from muon_dist.adapters import hf_attention
+from muon_dist.adapters.hf import attention
 from muon_dist.routing import route
 
 ROUNDS = 9
@@ -31,14 +31,14 @@ def seconds(width: int, length: int) -> tuple[list[float], list[float]]:
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
     optimizer = Muon(param_groups(model, lr=0.01, table=route(model)))
-    hf_attention.attach(model, optimizer)
-    watched = dict(hf_attention._watched)
+    attention.attach(model, optimizer)
+    watched = dict(attention._watched)
     tokens = torch.randint(0, 1024, (1, length))
     found: tuple[list[float], list[float]] = ([], [])
     for number in range(2 * ROUNDS + 2):
-        hf_attention._watched.clear()
+        attention._watched.clear()
         if number % 2:
-            hf_attention._watched.update(watched)
+            attention._watched.update(watched)
         begin = time.perf_counter()
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
