@@ -74,7 +74,7 @@ LONGEST = (
     "adapters/test_meshes.py",
     "adapters/test_qk_clip.py",
     "checkpoint/test_reshard.py",
-    "adapters/test_hf_checkpoint.py",
+    "adapters/hf/test_checkpoint.py",
     "adapters/hf/test_trainer.py",
     "checkpoint/test_rule_memory.py",
     "test_failures.py",
