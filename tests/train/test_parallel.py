@@ -15,7 +15,7 @@ from muon_dist.config import load_config
 from muon_dist.errors import ConfigError
 from muon_dist.model.load import load_model
 from muon_dist.train import run
-from tests.distributed import run_ranks
+from tests.distributed import RankFailure, run_ranks
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -25,6 +25,7 @@ MIXTURE = (
     "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, "
     "max_position_embeddings: 64}"
 )
+GPT2 = "model={model_type: gpt2, n_embd: 32, n_layer: 1, n_head: 2, n_positions: 64}"
 STEPS, TOLERANCE = 4, 2e-5
 Curves = dict[str, dict[str, list[float]]]
 
@@ -113,6 +114,15 @@ def test_ulysses(workspace: Path, tmp_path: Path, alone: tuple[Path, Curves], ra
     assert_same(found, alone[1]["dense"], "sp")
 
 
+@pytest.mark.deepspeed
+@pytest.mark.slow
+def test_ulysses_without_reduce_scatter_is_refused(workspace: Path, tmp_path: Path) -> None:
+    zero = "{stage: 3, reduce_scatter: false}"
+    settings = ("parallel.sp=2", f"deepspeed={{zero_optimization: {zero}, zero_allow_untested_optimizer: true}}")
+    with pytest.raises(RankFailure, match=r"zero_optimization\.reduce_scatter: is false"):
+        run_ranks(several, 2, workspace, tmp_path, {"sp": settings})
+
+
 # What is refused ---------------------------------------------------------------------------------------------
 
 
@@ -124,6 +134,7 @@ def test_ulysses(workspace: Path, tmp_path: Path, alone: tuple[Path, Curves], ra
         (8, ["parallel.tp=8"], "parallel.tp: is 8: does not divide the 4 attention heads"),
         (4, ["parallel.tp=4", MIXTURE], "parallel.tp: is 4: does not divide the 2 key and value heads"),
         (4, ["parallel.tp=4", "model.intermediate_size=66"], "parallel.tp: is 4: does not divide model.intermediate"),
+        (2, ["parallel.tp=2", GPT2], "parallel.tp: is 2: transformers has no tensor-parallel plan for GPT2LMHeadModel"),
         (2, ["parallel.ep=2"], "parallel.ep: is 2: LlamaForCausalLM has no experts"),
         (8, ["parallel.ep=8", MIXTURE], "parallel.ep: is 8: does not divide the 4 experts"),
         (4, ["parallel={tp: 4, ep: 2}", MIXTURE], "parallel.ep: is 2, and must be a multiple of parallel.tp = 4"),
