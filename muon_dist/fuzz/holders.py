@@ -25,7 +25,7 @@ SECOND = "second"
 
 
 def make_optimizer(case: Case, model: Any, parameters: Mapping[str, Any]) -> Muon:
-    """The optimizer of a case over the parameters of `model`, which are given by FQN too."""
+    """The optimizer of a case over the parameters of `model`, which are given by FQN in the whole model too."""
     own = {"weight_decay": case.weight_decay, "scale": case.scale, "nesterov": case.nesterov}
     first: dict[str, Any] = {
         "rule": case.rule,
@@ -48,9 +48,9 @@ def make_optimizer(case: Case, model: Any, parameters: Mapping[str, Any]) -> Muo
         groups = _by_pattern(case, model, options)
     else:
         groups = [
-            *_groups(case, parameters, MUON, 0, name="muon", **options["muon"]),
-            *_groups(case, parameters, MUON, 1, name=SECOND, **options[SECOND]),
-            *_groups(case, parameters, ADAMW, 0, name="adamw", **options["adamw"]),
+            *_groups(case, model, parameters, MUON, 0, name="muon", **options["muon"]),
+            *_groups(case, model, parameters, MUON, 1, name=SECOND, **options[SECOND]),
+            *_groups(case, model, parameters, ADAMW, 0, name="adamw", **options["adamw"]),
         ]
     return Muon(
         groups,
@@ -69,24 +69,19 @@ def make_optimizer(case: Case, model: Any, parameters: Mapping[str, Any]) -> Muo
 
 
 def _groups(
-    case: Case, parameters: Mapping[str, Any], kind: str, number: int, **options: Any
+    case: Case, model: Any, parameters: Mapping[str, Any], kind: str, number: int, **options: Any
 ) -> Iterator[dict[str, Any]]:
     """One for all parameters but the experts of MoE layers, and one for these, as DeepSpeed asks."""
-    chosen = [
-        (fqn, p.cut)
-        for p in case.parameters
-        if p.kind == kind and p.group == number
-        for fqn in p.fqns
-        if fqn in parameters
-    ]
-    for ranks in sorted({expert_group(parameters[fqn]) or "" for fqn, _ in chosen}):
-        of_ranks = [(fqn, cut) for fqn, cut in chosen if (expert_group(parameters[fqn]) or "") == ranks]
-        made: dict[str, Any] = {
-            "params": [parameters[fqn] for fqn, _ in of_ranks],
-            "param_names": [fqn for fqn, _ in of_ranks],
-        }
+    own_names = {id(q): name for name, q in model.named_parameters()}
+    by_ranks: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+    for p in case.parameters:
+        if p.kind == kind and p.group == number:
+            for q in (parameters[fqn] for fqn in p.fqns if fqn in parameters):
+                by_ranks.setdefault(expert_group(q) or "", []).append((q, p.cut))
+    for ranks, chosen in sorted(by_ranks.items()):
+        made = {"params": [q for q, _ in chosen], "param_names": [own_names[id(q)] for q, _ in chosen]}
         made |= {"algorithm": kind, **options}
-        made |= {"cuts": [cut for _, cut in of_ranks]} if kind == MUON else {}
+        made |= {"cuts": [cut for _, cut in chosen]} if kind == MUON else {}
         yield made | ({"moe": True, "name": ranks} if ranks else {})
 
 

@@ -15,7 +15,7 @@ from muon_dist.config import load_config
 from muon_dist.errors import ConfigError
 from muon_dist.model.load import load_model
 from muon_dist.train import run
-from tests.distributed import run_ranks
+from tests.distributed import RankFailure, run_ranks
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -26,6 +26,7 @@ MIXTURE = (
     "max_position_embeddings: 64}"
 )
 CLIP = ("optimizer.qk_clip={threshold: 0.02}",)  # of the 8 heads some are clipped and some are not
+GPT2 = "model={model_type: gpt2, n_embd: 32, n_layer: 1, n_head: 2, n_positions: 64}"
 STEPS, TOLERANCE = 4, 2e-5
 Curves = dict[str, dict[str, list[float]]]
 
@@ -121,6 +122,15 @@ def test_ulysses(workspace: Path, tmp_path: Path, alone: tuple[Path, Curves], ra
     assert found["sp"]["loss"] != found["clipped"]["loss"]
 
 
+@pytest.mark.deepspeed
+@pytest.mark.slow
+def test_ulysses_without_reduce_scatter_is_refused(workspace: Path, tmp_path: Path) -> None:
+    zero = "{stage: 3, reduce_scatter: false}"
+    settings = ("parallel.sp=2", f"deepspeed={{zero_optimization: {zero}, zero_allow_untested_optimizer: true}}")
+    with pytest.raises(RankFailure, match=r"zero_optimization\.reduce_scatter: is false"):
+        run_ranks(several, 2, workspace, tmp_path, {"sp": settings})
+
+
 # What is refused ---------------------------------------------------------------------------------------------
 
 
@@ -132,6 +142,7 @@ def test_ulysses(workspace: Path, tmp_path: Path, alone: tuple[Path, Curves], ra
         (8, ["parallel.tp=8"], "parallel.tp: is 8: does not divide the 4 attention heads"),
         (4, ["parallel.tp=4", MIXTURE], "parallel.tp: is 4: does not divide the 2 key and value heads"),
         (4, ["parallel.tp=4", "model.intermediate_size=66"], "parallel.tp: is 4: does not divide model.intermediate"),
+        (2, ["parallel.tp=2", GPT2], "parallel.tp: is 2: transformers has no tensor-parallel plan for GPT2"),
         (2, ["parallel.ep=2"], "parallel.ep: is 2: LlamaForCausalLM has no experts"),
         (8, ["parallel.ep=8", MIXTURE], "parallel.ep: is 8: does not divide the 4 experts"),
         (4, ["parallel={tp: 4, ep: 2}", MIXTURE], "parallel.ep: is 2, and must be a multiple of parallel.tp = 4"),
