@@ -79,6 +79,27 @@ def test_momentum_that_was_lost_in_a_resume_is_named(run: tuple[Path, list[float
     assert found.alarms[0]["alarms"][0]["causes"] == ["stale_momentum"]
 
 
+class HeadLess(TrainerCallback):
+    """From the third step on, checkpoints do not name the chain."""
+
+    trainer: MuonTrainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            del self.trainer.providers[STATE]
+
+
+def test_checkpoints_must_name_a_line_of_the_chain(tmp_path: Path):
+    callback = HeadLess()
+    callback.trainer = trainer = trainer_for(tmp_path, {"every": 1}, callback)
+    trainer.train()
+    said = [f"checkpoint-{n}: it names no line of the chain, though its step was audited" for n in (4, 6)]
+    assert verify(tmp_path).problems == said
+    chain = next(tmp_path.rglob("audit.jsonl"))
+    chain.write_text("".join(chain.read_text().splitlines(keepends=True)[:3]))
+    assert verify(tmp_path).problems == ["checkpoint-2: line 5, which it names, is not in the chain"]
+
+
 def test_wrong_settings_are_refused_when_the_trainer_is_made(tmp_path: Path):
     with pytest.raises(ConfigError, match="audit: every is 0"):
         trainer_for(tmp_path, {"every": 0})
