@@ -36,8 +36,8 @@ class Fault:
         between: called between two steps, once, in place of a context.
         ranks: that the alarm has to name.
         group: options of Muon's parameter group. optimizer: of the optimizer.
-        mesh: shape of a device mesh: of its last axis rows of all parameters are sharded, as under FSDP2; an axis before
-            it holds copies, as under HSDP. Empty: every rank holds a copy.
+        mesh: shape of a device mesh. Rows of all parameters are sharded over its last axis, as under FSDP2; an axis
+            before it holds copies, as under HSDP. Empty: every rank holds a copy.
         dtype: of the parameters.
     """
 
@@ -164,6 +164,16 @@ def _zero_momentum(optimizer: Muon, saved: dict[str, Any]) -> None:
     assert optimizer.runtime is not None
     for momentum in optimizer.runtime.momentum.values():
         momentum.mul_(0.5)
+
+
+def _moments_halved(optimizer: Muon, saved: dict[str, Any]) -> None:
+    for p in saved["parameters"][-2:]:
+        optimizer.state[p]["exp_avg"].mul_(0.5)
+
+
+def _steps_forgotten(optimizer: Muon, saved: dict[str, Any]) -> None:
+    for p in saved["parameters"][-2:]:
+        optimizer.state[p]["step"].zero_()
 
 
 def _no(right: Any, *args: Any) -> None:
@@ -311,18 +321,9 @@ def _coupled(kwargs: dict[str, Any], args: list[Any]) -> None:
     kwargs["weight_decay"] = 0.0
 
 
-def _next_step(kwargs: dict[str, Any], args: list[Any]) -> None:
-    args[5] = [t + 1 for t in args[5]]
-
-
 def _still(kwargs: dict[str, Any], args: list[Any]) -> None:
     if dist.get_rank() == 2:
         kwargs["lr"] = 0.0
-
-
-def _masters_kept(_: Muon) -> Any:
-    """The 16-bit weights are not refreshed from their masters."""
-    return patch.object(MasterWeights, "close", lambda self: self._opened.clear())
 
 
 FAULTS = (
@@ -372,12 +373,16 @@ FAULTS = (
           group={"scale": "spectral"}),
     Fault("updates change places on one rank", "copy", "wrong_copy", lambda _: _rule("apply", _exchanged, 2),
           ranks=(2,)),
-    Fault("16-bit weights not refreshed", "momentum", "stale_momentum", _masters_kept,
+    Fault("16-bit weights not refreshed", "momentum", "stale_momentum",
+          lambda _: patch.object(MasterWeights, "close", lambda self: self._opened.clear()),
           optimizer={"master_weights": True}, dtype=torch.bfloat16),
     Fault("AdamW: eps", "direction", "eps", _adamw(lambda k, _: k.update(eps=0.1))),
-    Fault("AdamW: bias correction of the next step", "direction", "bias_correction", _adamw(_next_step)),
+    Fault("AdamW: bias correction of the next step", "direction", "bias_correction",
+          _adamw(lambda _, args: args.__setitem__(5, [t + 1 for t in args[5]]))),
     Fault("AdamW: coupled decay", "gradient", "coupled_decay", _adamw(_coupled)),
     Fault("AdamW: sign", "gradient", "wrong_sign", _adamw(lambda k, _: k.update(maximize=True))),
+    Fault("AdamW: moments changed by others", "momentum", "stale_momentum", between=_moments_halved),
+    Fault("AdamW: count of steps lost", "momentum", "stale_momentum", between=_steps_forgotten),
     Fault("AdamW: one rank stands still", "copy", "dropped or wrong_copy", _adamw(_still)),
     Fault("sharded: factor on one rank", "scale", "wrong_factor", _factor(1.5, 1), ranks=(1,), mesh=(WORLD,)),
     Fault("sharded: decay on one rank", "decay", "skipped_decay", lambda _: _rule("decay", _no, 2), ranks=(2,),

@@ -46,7 +46,7 @@ class Written:
         bound_a, bound_b: of `a` and `b`: rounding errors of many elements nearly cancel there.
         hidden: share of the decay that the rounding of a 16-bit weight may hide.
         rate: by which the update was multiplied.
-        rounded: name of the 16-bit dtype to which a wider weight was rounded; empty if it was not.
+        wide: the weight is stored in more than 16 bits.
     """
 
     old: Tensor
@@ -64,7 +64,7 @@ class Written:
     bound_b: float
     hidden: float = 0.02
     rate: float = 1.0
-    rounded: str = ""
+    wide: bool = True
 
     @classmethod
     def of(
@@ -112,8 +112,13 @@ class Written:
         bound_a, bound_b = condition * bound_a, condition * bound_b
         return cls(
             old, got, want, update, decay, lost, a, b, left / size, error, bound, bound_a, bound_b, hidden, 1.0,
-            rounded_to(got) if precision.weight.itemsize >= 4 else "",
+            precision.weight.itemsize >= 4,
         )  # fmt: skip
+
+    @property
+    def rounded(self) -> str:
+        """Name of the 16-bit dtype to which a wider weight was rounded; the empty string if it was not."""
+        return rounded_to(self.got) if self.wide else ""
 
     @property
     def off_a(self) -> bool:
