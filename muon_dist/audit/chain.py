@@ -95,6 +95,9 @@ def read_chain(path: Path) -> Read:
     """Read and check a file; see `Read`. A problem is reported once: lines behind it are checked from it on."""
     found = Read()
     text = path.read_bytes()
+    if not text.strip():
+        found.problems.append("the file is empty")
+        return found
     lines = text.split(b"\n")
     ends = lines.pop() == b""
     if not ends:
@@ -120,7 +123,10 @@ def _link(found: Read, number: int, record: dict[str, Any], claimed: str) -> Non
     if record.get("kind") == "start":
         previous = str(record.get("previous"))
         if previous not in {BEGINNING, *found.digests}:
-            found.problems.append(f"line {number}: continues from a line that is missing")
+            where = (
+                "which is missing" if found.records else "which is in another file: put that file's lines before it"
+            )
+            found.problems.append(f"line {number}: continues from line {int(record.get('line', 0)) - 1}, {where}")
         kept = found.digests.get(previous, 0)
         found.abandoned |= {n for n, _ in found.records if n > kept}
     if previous and digest_of(previous, record) != claimed:
@@ -131,9 +137,14 @@ def _link(found: Read, number: int, record: dict[str, Any], claimed: str) -> Non
 
 
 def _broken(found: Read, number: int, record: dict[str, Any]) -> str:
-    """Whether lines before this one are missing, or it was changed."""
-    last = max((r.get("line", 0) for n, r in found.records if n not in found.abandoned), default=0)
-    missing = record.get("line", 0) - last - 1
+    """Whether lines before this one are missing, or it stands elsewhere than it was written, or it was changed."""
+    numbers = [r.get("line", 0) for n, r in found.records if n not in found.abandoned]
+    own, last = record.get("line", 0), numbers[-1] if numbers else 0
+    if str(record["digest"]) in found.digests:
+        return f"line {number}: is line {found.digests[str(record['digest'])]} once more"
+    if numbers and own <= last:
+        return f"line {number}: out of order, it was written as line {own} and stands behind line {last}"
+    missing = own - max(numbers, default=0) - 1
     if missing > 0:
         return f"line {number}: {missing} line{'s' if missing > 1 else ''} missing before it"
     return f"line {number}: changed, or the digest of the line before it was"

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def directions(
     """
     if asked.rule == "adamw":
         return list(_of_adamw(before, asked, momentum, memory, got))
-    return [*_of_muon(before, asked, momentum), *_of_iteration(before, asked, momentum, world_size)]
+    return [*_of_muon(before, asked, momentum), *_of_blocks(before, asked, momentum, world_size)]
 
 
 def _of_muon(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterator[Direction]:
@@ -118,7 +119,8 @@ def _of_muon(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterat
         yield Direction(Cause("nesterov", f"computed {said} the Nesterov look-ahead"), of(
             replace(asked, nesterov=not asked.nesterov)))  # fmt: skip
     if bool(before.momentum.any()):
-        yield Direction(Cause("stale_momentum", "made of the momentum before this step"), of(without, before.momentum))
+        stale = Cause("stale_momentum", "made of the momentum before this step")
+        yield Direction(stale, of(without, before.momentum))
     yield Direction(Cause("no_momentum", "made of the gradient alone"), of(without, gradient))
     f = asked.gradient_factor
     if f != 1.0 and asked.nesterov:
@@ -137,30 +139,35 @@ def _of_muon(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterat
         yield Direction(Cause("wrong_rule", f"rule 'muon', asked '{asked.rule}'"), of(replace(asked, rule="muon")))
 
 
-def _of_iteration(before: Before, asked: Hyperparameters, momentum: Tensor, world_size: int) -> Iterator[Direction]:
-    """Newton-Schulz of blocks of the matrix, and in 16 bits."""
+def _of_blocks(before: Before, asked: Hyperparameters, momentum: Tensor, world_size: int) -> Iterator[Direction]:
+    """Newton-Schulz of blocks of the matrix."""
 
-    def iterate(x: Tensor) -> Tensor:
-        return plain_newton_schulz(x, asked.ns_steps, asked.ns_schedule)
+    def of(count: int, axis: int) -> Tensor:
+        def iteration(x: Tensor) -> Tensor:
+            parts = [plain_newton_schulz(part, asked.ns_steps, asked.ns_schedule) for part in x.chunk(count, dim=axis)]
+            return torch.cat(parts, dim=axis)
 
-    def of(iteration: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-        return lambda: plain_step(before, asked, iteration, momentum).direction
+        return plain_step(before, asked, iteration, momentum).direction
 
-    def by_blocks(count: int, axis: int) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.cat([iterate(part) for part in x.chunk(count, dim=axis)], dim=axis)
-
-    def narrow(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        return lambda x: iterate((x / x.norm()).to(dtype)).to(x.dtype)
-
-    for count, (axis, word) in itertools.product(
-        dict.fromkeys((world_size, 2, 3, 4, 8)), ((0, "outputs"), (1, "inputs"))
-    ):
+    counts = dict.fromkeys((world_size, 2, 3, 4, 8))
+    for count, (axis, word) in itertools.product(counts, ((0, "outputs"), (1, "inputs"))):
         if 1 < count <= before.weight.size(axis if not asked.transposed else 1 - axis):
             cause = Cause("by_shards", f"orthogonalized by shards, {count} blocks of {word}")
-            yield Direction(cause, of(by_blocks(count, axis)))
+            yield Direction(cause, partial(of, count, axis))
+
+
+def halves(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterator[Direction]:
+    """Newton-Schulz in 16 bits; as far from the plain one as two of its roundings are from each other."""
+
+    def of(dtype: torch.dtype) -> Tensor:
+        def iteration(x: Tensor) -> Tensor:
+            return plain_newton_schulz((x / x.norm()).to(dtype), asked.ns_steps, asked.ns_schedule).to(x.dtype)
+
+        return plain_step(before, asked, iteration, momentum).direction
+
     for dtype, limit in ((torch.float16, 0.008), (torch.bfloat16, 0.06)):
         name = str(dtype).removeprefix("torch.")
-        yield Direction(Cause("precision", f"Newton-Schulz in {name}"), of(narrow(dtype)), limit)
+        yield Direction(Cause("precision", f"Newton-Schulz in {name}"), partial(of, dtype), limit)
 
 
 def _known(schedule: str, steps: int) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from muon_dist.audit.alarm import Alarm, Circumstances, Observed
 from muon_dist.audit.collect import MatrixParts, SliceParts, cuts, exchange
+from muon_dist.audit.follow import Changed, Follow
 from muon_dist.audit.judge import Finding, judge
 from muon_dist.audit.recompute import Before, Hyperparameters
 from muon_dist.audit.settings import AuditSettings, number_of, other_rank
@@ -24,7 +25,7 @@ from muon_dist.optim.binding import Group
 from muon_dist.optim.rules import RULES, MuonRule
 from muon_dist.optim.runtime import Runtime
 
-_STALE = "momentum is not what the {0} had: stale after a load"
+_STALE = "{0} not what the {1} had: stale after a load"
 _ALONE = "the weight was changed between two steps and momentum was not: stale after a load, or another writes weights"
 _TOUCHED = "momentum was changed between two steps, and not by the optimizer"
 
@@ -207,11 +208,12 @@ class Told:
     """What all ranks learn from one.
 
     Attributes:
-        changed: see `Follow.changed`.
+        matrix, parameter: what was changed between two steps on its rank.
         each: message of each audited tensor.
     """
 
-    changed: tuple[bool, bool, bool]
+    matrix: Changed
+    parameter: Changed
     each: list[dict[str, Any]]
 
 
@@ -222,13 +224,13 @@ def proceed(
     runtime: Runtime,
     audited: Sequence[Audited],
     settings: AuditSettings,
-    changed: tuple[bool, bool, bool],
+    follow: Follow,
     around: Sequence[Circumstances],
 ) -> list[dict[str, Any]]:
     """The line of each audited tensor, the same on all ranks; a collective.
 
     Args:
-        changed: see `Follow.changed`.
+        follow: what was audited next until this step.
         around: what may explain a difference, for each audited tensor.
 
     Raises:
@@ -236,7 +238,9 @@ def proceed(
     """
     transport = runtime.transport
     transport.progress.enter("audit")
-    told = transport.ranks.gather(Told(changed, [a.message() for a in audited]))
+    told = transport.ranks.gather(
+        Told(follow.matrix.changed(), follow.parameter.changed(), [a.message() for a in audited])
+    )
     lines: list[tuple[int, Audited, int]] = []
     own: list[tuple[int, dict[str, Any]]] = []
     for n, a in enumerate(audited):
@@ -260,8 +264,10 @@ def proceed(
         line = results[auditor][n]
         if "failed" in line:
             raise AuditError(f"the audit of {a.name} failed on rank {auditor}: {line['failed']}")
-        if isinstance(a, MatrixAudit) and not found:
-            line["alarms"] = [*_between([t.changed for t in told]), *line["alarms"]]
+        if isinstance(a, SliceAudit):
+            line["alarms"] = [*_of_moments([t.parameter for t in told]), *line["alarms"]]
+        elif not found:
+            line["alarms"] = [*_between([t.matrix for t in told]), *line["alarms"]]
         found.append(line)
     return found
 
@@ -310,14 +316,25 @@ def _judged(
     }
 
 
-def _between(changed: Sequence[tuple[bool, bool, bool]]) -> list[dict[str, Any]]:
-    """The alarm of what was changed between two steps, on any rank."""
-    momentum = tuple(r for r, (m, _, _) in enumerate(changed) if m)
-    weight = tuple(r for r, (_, w, _) in enumerate(changed) if w)
-    resumed = any(r for _, _, r in changed)
+def _between(changed: Sequence[Changed]) -> list[dict[str, Any]]:
+    """The alarm of a matrix that was changed between two steps, on any rank."""
+    momentum = tuple(r for r, c in enumerate(changed) if "momentum" in c.of)
+    weight = tuple(r for r, c in enumerate(changed) if "weight" in c.of)
+    resumed = any(c.resumed for c in changed)
     if momentum and (resumed or not weight):
-        sentence = _STALE.format("saved run") if resumed else _TOUCHED
+        sentence = _STALE.format("momentum is", "saved run") if resumed else _TOUCHED
         return [Alarm("momentum", sentence, ("stale_momentum",), ranks=momentum).plain()]
     if weight and not momentum:
         return [Alarm("momentum", _ALONE, ("stale_momentum",), ranks=weight).plain()]
     return []
+
+
+def _of_moments(changed: Sequence[Changed]) -> list[dict[str, Any]]:
+    """The alarm of AdamW's state that was changed between two steps, on any rank."""
+    ranks = tuple(r for r, c in enumerate(changed) if c.of)
+    if not ranks:
+        return []
+    what = "AdamW's moments are" if any("moments" in c.of for c in changed) else "AdamW's count of steps is"
+    resumed = any(c.resumed for c in changed)
+    sentence = _STALE.format(what, "saved run" if resumed else "last step")
+    return [Alarm("momentum", sentence, ("stale_momentum",), ranks=ranks).plain()]

@@ -19,6 +19,7 @@ from muon_dist.audit.deviations import (
     factors,
     flipped,
     gradient_factors,
+    halves,
     rates,
     swapped,
     trait,
@@ -27,6 +28,8 @@ from muon_dist.audit.recompute import Hyperparameters
 from muon_dist.audit.tolerance import Precision, Tolerance
 from muon_dist.audit.written import Written, fit, rounded_to
 
+_STAGES = {BIAS: "direction", "wrong_sign": "direction", "decay_order": "decay"}
+"""Of causes that are no factor of their own, but show as one."""
 FEW = 2
 """So many wrong elements are a flipped bit or two."""
 
@@ -176,22 +179,22 @@ def _of_direction(
     w: Written, seen: Observed, asked: Hyperparameters, around: Circumstances, lengths: Sequence[Factor]
 ) -> Alarm:
     """The alarm of an update of another direction."""
-    size, moved = float(w.update.norm()), w.decay * w.old - w.got
-    got, want, limit = moved / size, w.update / size, max(w.bound, 0.01)
-    direction = moved / asked.lr if asked.lr else moved
-    ways = directions(seen.before, asked, seen.momentum, dict(seen.memory), direction, around.world_size)
+    got, want, limit = (w.decay * w.old - w.got) / w.rate, w.update / w.rate, max(w.bound, 0.01)
+    ways = directions(seen.before, asked, seen.momentum, dict(seen.memory), got, around.world_size)
     verdict = explain(got, want, directions=ways, factors=lengths, tolerance=limit)
     if verdict.causes or asked.rule == "adamw":
         names = tuple(c.name for c in verdict.causes) or ("unknown",)
         return _said(verdict, verdict.sentence, names)
-    flip = flipped(seen.before, asked, seen.momentum, got, want, limit)
-    size_of = verdict.sentence.partition(":")[0]
-    if flip:
-        return _said(verdict, f"{size_of}: {flip}", (FLIPPED.name,))
-    cause = SWAPPED if swapped(verdict.difference) else trait(got, want) if asked.rule == "muon" else None
+    size = verdict.sentence.partition(":")[0]
+    if flip := flipped(seen.before, asked, seen.momentum, got, want, limit):
+        return _said(verdict, f"{size}: {flip}", (FLIPPED.name,))
+    narrow = explain(got, want, directions=halves(seen.before, asked, seen.momentum), tolerance=limit)
+    cause = next(iter(narrow.causes), None)
+    if cause is None:
+        cause = SWAPPED if swapped(verdict.difference) else trait(got, want) if asked.rule == "muon" else None
     if cause is None:
         return _said(verdict, verdict.sentence, ("unknown",))
-    return _said(verdict, f"{size_of}: {cause.sentence}", (cause.name,))
+    return _said(verdict, f"{size}: {cause.sentence}", (cause.name,))
 
 
 def _said(verdict: Verdict, sentence: str, names: tuple[str, ...]) -> Alarm:
@@ -211,11 +214,11 @@ def length_alarm(w: Written, lengths: Sequence[Factor]) -> Alarm | None:
         return Alarm("copy", f"the update was not applied{decayed}", ("dropped",), *numbers)
     if w.off_a and not w.off_b:
         return replace(_decay(w, lengths), factor=numbers[0], angle=numbers[1])
-    cause = match_factor(f, lengths, max(2 * w.bound_b, 0.002))
+    cause = match_factor(f, lengths, max(2 * w.bound_b, 2e-4))
     said = f"the update is {f:.4g} times what was asked" + (f": {cause.sentence}" if cause else "")
     names = (cause.name,) if cause else ("wrong_sign",) if f < 0 else ("wrong_factor",)
-    if names[0] in (BIAS, "wrong_sign"):
-        return Alarm("direction", said, names, *numbers)
+    if names[0] in _STAGES:
+        return Alarm(_STAGES[names[0]], said, names, *numbers)
     with_decay = abs(w.a + w.b * lost) <= max(w.bound_a, 0.2 * abs(w.b) * lost)
     if lost * abs(w.b) > 2 * w.bound_a:  # a wrong rate would show in the decay too
         if with_decay:

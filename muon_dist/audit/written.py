@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,7 +45,8 @@ class Written:
         bound: of `error`.
         bound_a, bound_b: of `a` and `b`: rounding errors of many elements nearly cancel there.
         hidden: share of the decay that the rounding of a 16-bit weight may hide.
-        rounded: name of the 16-bit dtype to which a wider weight was rounded; empty if it was not.
+        rate: by which the update was multiplied.
+        wide: the weight is stored in more than 16 bits.
     """
 
     old: Tensor
@@ -62,14 +63,16 @@ class Written:
     bound_a: float
     bound_b: float
     hidden: float = 0.02
-    rounded: str = ""
+    rate: float = 1.0
+    wide: bool = True
 
     @classmethod
     def of(
         cls, old: Tensor, got: Tensor, step: Step, asked: Hyperparameters, precision: Precision, limit: Tolerance
     ) -> Written:
         """Of a whole matrix."""
-        return cls.part(old, got, step.rate * step.direction, step.decay, asked, precision, limit)
+        made = cls.part(old, got, step.rate * step.direction, step.decay, asked, precision, limit)
+        return replace(made, rate=step.rate or 1.0)
 
     @classmethod
     def part(
@@ -108,9 +111,14 @@ class Written:
         error = float(rest.norm()) / size
         bound_a, bound_b = condition * bound_a, condition * bound_b
         return cls(
-            old, got, want, update, decay, lost, a, b, left / size, error, bound, bound_a, bound_b, hidden,
-            rounded_to(got) if precision.weight.itemsize >= 4 else "",
+            old, got, want, update, decay, lost, a, b, left / size, error, bound, bound_a, bound_b, hidden, 1.0,
+            precision.weight.itemsize >= 4,
         )  # fmt: skip
+
+    @property
+    def rounded(self) -> str:
+        """Name of the 16-bit dtype to which a wider weight was rounded; the empty string if it was not."""
+        return rounded_to(self.got) if self.wide else ""
 
     @property
     def off_a(self) -> bool:

@@ -163,6 +163,8 @@ class QKClip:
         if optimizer.guard.begins:  # frameworks make one step of many calls
             self._decide(runtime)
         if self._pending:
+            if optimizer.audit is not None:
+                optimizer.audit.forget_weights()
             for tensor, name, part in _stepped(optimizer, runtime):
                 self._scale(optimizer, tensor, name, part)
 
