@@ -19,7 +19,7 @@ from muon_dist.adapters.hf import attention
 from muon_dist.routing import route
 
 ROUNDS = 9
-SIZES = ((128, 256), (128, 1024), (384, 256), (384, 1024))
+SIZES = ((128, 256), (128, 1024), (384, 256))
 """Width of the model, tokens of the sample."""
 
 

@@ -202,7 +202,8 @@ def install(
         own = _own(state, parameter)
         given = loaded.get(parameter, Loaded()) if loaded is not None else None
         absent = given is not None and not (own or given.entries() or given.fresh)
-        if absent and buffer in runtime.momentum and not parameter.requires_grad:
+        kept = buffer in runtime.momentum or buffer in runtime.at_owners
+        if absent and kept and not parameter.requires_grad:
             frozen.append(runtime.plan.layout.matrices[runtime.memory.matrices[buffer][0]].matrix.parameter)
             given = None
         if given is not None and _same(own, given.entries()):
@@ -212,7 +213,7 @@ def install(
             _take(runtime, buffer, own, given.matrices if given is not None else None)
         _place(runtime, state, buffer)
     runtime.memory.started.clear()
-    if frozen and runtime.momentum:
+    if frozen:
         warnings.warn(
             f"the state dict has no momentum of {len(frozen)} parameters that are frozen ({', '.join(frozen[:3])}): "
             "torch.distributed.checkpoint leaves it out. If they are unfrozen later, their momentum begins at zero. "

@@ -21,7 +21,7 @@ LR = 0.02
 PARTS_OF = {
     "hyperball": {"muoneq": True, "muon_plus": True, **AT_OWNER},
     "namo": {**ALL_PARTS, "row_floor": 0.1},
-    "soap_muon": {"frequency": 2, **ALL_PARTS, **AT_OWNER},
+    "soap_muon": {"frequency": 10, **ALL_PARTS, **AT_OWNER},
 }
 CASES: dict[str, dict[str, Any]] = {
     **{rule: {"rule": rule} for rule in RULES},

@@ -119,7 +119,7 @@ def test_a_run_that_was_resumed_into_another_file_is_whole_when_the_files_are_pu
     resumed.start({**START, "step": 6}, json.loads(lines[3])["digest"], 4)
     resumed.append(audit(8))
     assert read_chain(second).problems == [
-        "line 1: goes on from line 4, which is in another file: put that file's lines before it"
+        "line 1: continues from line 4, which is in another file: put that file's lines before it"
     ]
     second.write_text(path.read_text() + second.read_text())
     found = verify(second)
