@@ -1,13 +1,14 @@
 """What each test costs, and what it leaves changed in its process: `pytest -p tests.watch_process --watch FILE`.
 
-FILE gets one line of JSON for each test: seconds, CPU seconds of the process and of its children that have ended,
-calls that kept ranks ran and calls that forked their own, and what the test left changed (`kept_ranks.changed`). The
-last line's sums are printed by file of tests at the end.
+FILE gets one line of JSON for each test: seconds, CPU seconds of the process, and of its kept ranks and of children
+that have ended; calls that kept ranks ran and calls that forked their own; and what the test left changed
+(`kept_ranks.changed`). Sums by file of tests are printed at the end.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from collections import defaultdict
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from muon_dist.bench import ranks
+from tests import distributed
 from tests.kept_ranks import KeptRanks, changed, state_of_process
 
 
@@ -26,6 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Watch(config.getoption("--watch")))
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process that runs, in user and in system mode."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Watch:
@@ -46,9 +54,14 @@ class Watch:
         return counted
 
     def _now(self) -> dict[str, float]:
-        children = resource.getrusage(resource.RUSAGE_CHILDREN)
-        own = time.process_time()
-        return {"s": time.perf_counter(), "cpu": own, "children": children.ru_utime + children.ru_stime, **self.calls}
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        ranks_so_far = sum(cpu_seconds(process.pid) for process, _ in distributed._kept._members)
+        return {
+            "s": time.perf_counter(),
+            "cpu": time.process_time(),
+            "children": ended.ru_utime + ended.ru_stime + ranks_so_far,
+            **self.calls,
+        }
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
