@@ -314,6 +314,5 @@ def accelerate(
 
 def _show(preparation: Sequence[str], command: str, output: Path) -> None:
     """The commands to run, on standard output."""
-
     typer.echo("\n".join(preparation))
     typer.echo(command.replace("{file}", shlex.quote(str(output)), 1))
