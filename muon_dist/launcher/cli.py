@@ -5,6 +5,7 @@ Each command imports what it needs itself, so that --help answers at once.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,7 +123,8 @@ def _warn(warnings: Sequence[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def _write(text: str, output: Path | None, executable: bool = False) -> None:
+def _write(text: str, output: Path | None, executable: bool = False, start: str | None = None) -> None:
+    """Write a file, or print it without `output`. start: the command that starts a run from it, to be shown."""
     from muon_dist.errors import ConfigError
 
     if output is None:
@@ -135,6 +137,8 @@ def _write(text: str, output: Path | None, executable: bool = False) -> None:
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output}: {error}") from error
     print(str(output), file=sys.stderr)
+    if start is not None:
+        print(f"start the run: {start} {shlex.quote(str(output))}", file=sys.stderr)
 
 
 @app.command()
@@ -171,7 +175,7 @@ def torchrun(
     text = render_torchrun(
         job, _made_by(), address=master_addr, port=master_port, static=static, restarts=max_restarts
     )
-    _write(text, output, executable=True)
+    _write(text, output, executable=True, start=None if static else "bash")
 
 
 @app.command()
@@ -208,7 +212,7 @@ def slurm(
         time=time, partition=partition, account=account, qos=qos, constraint=constraint, cpus=cpus, memory=memory,
         output=log, warn=warn, requeues=requeues, exclusive=exclusive,
     )  # fmt: skip
-    _write(render_slurm(job, options, _made_by()), output)
+    _write(render_slurm(job, options, _made_by()), output, start="sbatch")
 
 
 @app.command()
@@ -252,7 +256,7 @@ def k8s(
         image=image, kind="trainjob" if kind == "trainjob" else "pytorchjob", namespace=namespace,
         volumes=tuple(volume or ()), cpu=cpu, memory=memory, shared_memory=shm, grace=grace,
     )  # fmt: skip
-    _write(render_kubernetes(job, options, _made_by()), output)
+    _write(render_kubernetes(job, options, _made_by()), output, start="kubectl apply -f")
 
 
 @app.command()
@@ -310,7 +314,5 @@ def accelerate(
 
 def _show(preparation: Sequence[str], command: str, output: Path) -> None:
     """The commands to run, on standard output."""
-    import shlex
-
     typer.echo("\n".join(preparation))
     typer.echo(command.replace("{file}", shlex.quote(str(output)), 1))

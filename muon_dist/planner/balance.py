@@ -48,7 +48,7 @@ def _busiest(plan: OwnershipPlan, seconds: Sequence[float]) -> float:
 def markdown(rows: Sequence[Row]) -> str:
     """A table of `balance`."""
     lines = [
-        "| model | matrices | ranks | even share, ms | best possible | ours (LPT) | dealt in turn |",
+        "| model | matrices | ranks | even share, ms | best possible | ours (LPT) | round-robin |",
         "|---|---|---|---|---|---|---|",
     ]
     for model, matrices, ranks, mean, best, ours, dealt in rows:

@@ -73,8 +73,11 @@ def plan(
     given_axes = {"tp": tp, "cp": cp, "sp": sp, "ep": ep, "pp": pp, "dp_replicate": dp_replicate}
     axes = axes_of(given, kind) | {name: size for name, size in given_axes.items() if size is not None}
     check_ranks(given, axes, layout is None, nodes * gpus_per_node)
+    ranks = nodes * gpus_per_node
+    typer.echo(f"planning {workload.name} on {ranks:,} ranks ...", err=True)
     made = make_plan(workload, settings, chosen, layout=kind, nodes=nodes, per_node=gpus_per_node, axes=axes)
     if advice:
+        typer.echo(f"looking for a better mesh of {ranks:,} ranks (--no-advice skips this) ...", err=True)
         made = advise(made, workload, settings, chosen)
     if as_json:
         typer.echo(indented(made.to_json()))

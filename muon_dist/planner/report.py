@@ -40,7 +40,8 @@ def heading(plan: Plan, device: Device) -> str:
     again = "recomputed" if run["recomputation"] else "kept"
     order = "; Muon's group ordered so that slices begin between matrices" if plan.ordered else ""
     return (
-        f"{plan.model}: {plan.layout} on {plan.ranks} ranks, {plan.per_node} a node, {device.name} ({device.source})\n"
+        f"{plan.model}: {plan.layout} on {plan.ranks} ranks, {plan.per_node} per node, "
+        f"{device.name} ({device.source})\n"
         f"Muon {muon / 1e9:,.2f} B elements in {plan.matrices:,} matrices, AdamW {adamw / 1e9:,.2f} B{stage}{order}\n"
         f"mesh: {describe(plan.mesh)}; {plan.tokens:,} tokens per step: micro-batches of {run['micro_batch']} x "
         f"{run['sequence_length']:,}, accumulation {run['accumulation']}, activations {again}"
@@ -57,20 +58,20 @@ def sections(plan: Plan, device: Device) -> list[tuple[str, tuple[str, ...], Row
     moved.append(("Muon, busiest rank", *map(_bytes, plan.busiest)))
     ns = plan.newton_schulz
     balance: Rows = [
-        ("even share of a rank", _seconds(ns["mean"]), "1.00"),
+        ("even share per rank", _seconds(ns["mean"]), "1.00"),
         ("largest matrix alone", _seconds(plan.largest), f"{plan.largest / ns['mean']:.2f}"),
         ("busiest rank", _seconds(ns["max"]), f"{ns['max'] / ns['mean']:.2f}"),
-        ("busiest rank, dealt in turn", _seconds(ns["round robin"]), f"{ns['round robin'] / ns['mean']:.2f}"),
-        (f"in {plan.buckets} buckets that wait", _seconds(ns["in buckets"]), f"{ns['in buckets'] / ns['mean']:.2f}"),
+        ("busiest rank, round-robin", _seconds(ns["round robin"]), f"{ns['round robin'] / ns['mean']:.2f}"),
+        (f"with waits, {_buckets(plan.buckets)}", _seconds(ns["in buckets"]), f"{ns['in buckets'] / ns['mean']:.2f}"),
     ]  # fmt: skip
     step: Rows = [(name, _seconds(value)) for name, value in plan.seconds.items()]
     step.append(("whole step", _seconds(step_seconds(plan))))
     step.append(("overhead over AdamW", f"{plan.overhead:.1%}"))
     return [
-        ("memory of a rank", ("part", "GiB"), memory),
-        (f"received by a rank in a step ({plan.collectives} collectives of Muon's)",
+        ("memory per rank", ("part", "GiB"), memory),
+        (f"received per rank per step ({plan.collectives} collectives for Muon)",
          ("for", "inside a node", "between nodes"), [*axes, *moved]),
-        ("Newton-Schulz", ("seconds of", "time", "of the even share"), balance),
+        ("Newton-Schulz", ("", "time", "ratio to even share"), balance),
         ("predicted time of a step", ("part", "time"), step),
     ]  # fmt: skip
 
@@ -82,6 +83,10 @@ def plain(header: Sequence[str], rows: Rows) -> str:
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in everything
     )
+
+
+def _buckets(count: int) -> str:
+    return "1 bucket" if count == 1 else f"{count} buckets"
 
 
 def _bytes(value: float) -> str:

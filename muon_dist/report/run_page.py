@@ -210,7 +210,7 @@ def load_figure(record: RunRecord) -> Markup | None:
         "loads",
         [f"rank {r['rank']}" for r in loads],
         [r["flops"] / 1e9 for r in loads],
-        xlabel="GFLOP of Newton-Schulz a step",
+        xlabel="GFLOP of Newton-Schulz per step",
         description="orthogonalization work of each rank",
     )
 

@@ -442,3 +442,14 @@ def test_torchrun_script_reads_kubeflows_variables(
         assert arguments[arguments.index(option) + 1] == value
     assert not [name for name in seen if name.startswith("PET_")], "each became an option"
     assert (seen.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1") is ("--rdzv-endpoint" in options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"), [("c10d", "bash"), ("slurm", "sbatch"), ("trainjob", "kubectl apply -f"), ("static", None)]
+)
+def test_a_written_file_is_named_with_the_command_that_starts_it(
+    capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Path, kind: str, start: str | None
+) -> None:
+    file = tmp_path / "a job"
+    _, said = render(capsys, config, [*KINDS[kind], "-o", str(file)])
+    assert file.is_file() and said.splitlines()[-1] == (f"start the run: {start} '{file}'" if start else str(file))
