@@ -74,6 +74,7 @@ DIFFERENT = {
     ("MuonConfig", "Hyperparameters", "nesterov"): "null is the rule's default",
     ("MuonConfig", "Hyperparameters", "scale"): "null is the rule's default",
     ("AdamWConfig", "Hyperparameters", "weight_decay"): "of a step as it was asked for, where none was named",
+    ("MuonConfig", "Settings", "rule"): "a name; the other is the rule itself",
     ("AuditConfig", "AuditSettings", "every"): "0: no audit. Settings are made only for an audit",
     (
         "CheckpointConfig",

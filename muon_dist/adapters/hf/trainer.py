@@ -116,9 +116,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         self.qk_clip, self._qk_clip_options = cast("attention.QKClip | None", None), qk_clip
         self.train_sampler, self.rule_parts = train_sampler, rule_parts
         self.figures = Figures(self, bytes_per_token, passes, flops_per_token, peak_flops)
-        self._order: str | None = None
-        self._samples: Any = None  # the order of samples, while there is one
-        self._first_sample = self._first_step = 0
+        self.begin_at(None)
         self._first_batch = False
         if diagnostics is not None:
             self.add_callback(SpectraLog(diagnostics))  # before the file, which takes the log as it finds it
@@ -180,7 +178,8 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         """The data and the counts go on where `source` stands; None: from the beginning."""
         position = read_position(source) if source is not None else {}
         self._first_step, self._first_sample = position.get("global_step", 0), position.get("consumed_samples", 0)
-        self._order, self._samples = position.get("order"), None
+        self._order: str | None = position.get("order")
+        self._samples: Any = None  # the order of samples, while there is one
         self.figures.begin_at(position.get("tokens", 0))
 
     def restore(self) -> None:
