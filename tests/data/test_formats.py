@@ -331,3 +331,8 @@ def test_folders_that_a_pattern_matches_are_said(tmp_path: Path, capsys: pytest.
 
 def test_the_configuration_knows_every_format() -> None:
     assert set(typing.get_args(SourceConfig.model_fields["format"].annotation)) == set(FORMATS)
+
+
+def test_the_configuration_knows_every_builtin_corpus() -> None:
+    literal, _ = typing.get_args(SourceConfig.model_fields["builtin"].annotation)
+    assert set(typing.get_args(literal)) == set(BUILTINS)
