@@ -159,7 +159,6 @@ def _configuration(case: Case, setup: Setup) -> dict[str, Any]:
     return {
         **axes,
         "train_micro_batch_size_per_gpu": 1,
-        "train_batch_size": setup.replicate * case.accumulation,
         "gradient_accumulation_steps": case.accumulation,
         "gradient_clipping": case.clip or 0.0,
         "zero_allow_untested_optimizer": True,
