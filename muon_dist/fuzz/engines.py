@@ -52,6 +52,12 @@ class EngineHolder(Holder):
                 layer.uses = [replace(use, part=part) if use.key == p.fqn else use for use in layer.uses]
         return model
 
+    def fed(self, step: int, micro: int) -> Tensors:
+        """Below stage 3 DeepSpeed adds up the gradients of a sequence-parallel group: its ranks have parts of a sum."""
+        found = super().fed(step, micro)
+        share = self.setup.sp if self.setup.stage < 3 else 1
+        return {name: given / share for name, given in found.items()}
+
     def backward(self, fed: Tensors, last: bool) -> None:
         self.engine.backward(self.engine(fed))
         if not last:
