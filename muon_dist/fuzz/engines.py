@@ -53,7 +53,7 @@ class EngineHolder(Holder):
         return model
 
     def fed(self, step: int, micro: int) -> Tensors:
-        """Below stage 3 DeepSpeed adds up the gradients of a sequence-parallel group: its ranks have parts of a sum."""
+        """Below stage 3 DeepSpeed adds up the gradients of a sequence-parallel group: a rank has a part."""
         found = super().fed(step, micro)
         share = self.setup.sp if self.setup.stage < 3 else 1
         return {name: given / share for name, given in found.items()}
