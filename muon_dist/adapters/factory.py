@@ -23,15 +23,15 @@ from muon_dist.routing import announce, is_rank_zero
 
 
 def for_trainer(args: Any, **options: Any) -> tuple[type[MuonFactory], dict[str, Any]]:
-    """What a stock Trainer takes as `optimizer_cls_and_kwargs`, checked against its arguments now.
+    """The value for `optimizer_cls_and_kwargs` of a stock Trainer. The Trainer's arguments are checked at once.
 
         trainer = Trainer(model, args, optimizer_cls_and_kwargs=muon_dist.for_trainer(args), ...)
 
     Args:
-        args: the `TrainingArguments` of that Trainer. `learning_rate` and `weight_decay` are Muon's where `options`
-            has no `lr` and no `weight_decay`. They are read when the Trainer makes the optimizer, so a value that a
-            hyper-parameter search sets later counts.
-        options: arguments of `muon_dist.param_groups` and `muon_dist.Muon`, such as `adamw_lr` and `groups`; and
+        args: the `TrainingArguments` of that Trainer. Muon uses its `learning_rate` and `weight_decay` unless
+            `options` has `lr` and `weight_decay`. They are read when the Trainer creates the optimizer, so a hyper-parameter
+            search may change them before.
+        options: arguments of `muon_dist.param_groups` and `muon_dist.Muon`, such as `adamw_lr` and `groups`, and
             `print_routing`.
 
     Raises:
@@ -102,7 +102,7 @@ def _decays(rule: Any) -> bool:
 
 
 class MuonFactory:
-    """Makes a `Muon` from a whole model, for the factory hook of a stock Trainer; see `for_trainer`.
+    """Creates a `Muon` for a model, through the factory hook of a stock Trainer; see `for_trainer`.
 
     The keyword arguments are those of `muon_dist.param_groups` and of `muon_dist.Muon`. On the first rank the routing
     table is printed unless `print_routing=False`. Not an Optimizer subclass: Trainer would flatten the model into its
@@ -117,7 +117,7 @@ class MuonFactory:
         Args:
             opt_model: the model.
             print_routing: print the routing table on the first rank.
-            training_arguments: where `lr` and `weight_decay` come from if they are not given; or what returns them.
+            training_arguments: `TrainingArguments` or a function that returns them: default `lr` and `weight_decay`.
             kwargs: of `param_groups` and `Muon`.
 
         Raises:

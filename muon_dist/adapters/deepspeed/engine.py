@@ -29,21 +29,21 @@ WRAPPERS = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimize
 
 
 def attach(engine: DeepSpeedEngine, *, clip_muon: bool = False) -> Muon:
-    """Check the engine and plan on its tensors now; without this call the first step does so.
+    """Check a DeepSpeed engine and make Muon's plan now. Without this call the first step does it.
 
     A collective: every rank calls it, after `deepspeed.initialize` (or `accelerator.prepare`).
 
     Args:
-        engine: as `deepspeed.initialize` returned it.
-        clip_muon: keep `gradient_clipping` on the gradients of Muon groups too. By default they are exempt: the
-            orthogonalized update has no scale, and a clip would only weigh the gradients in the momentum unequally.
-            At stage 0 in fp32 they are exempt only with this call.
+        engine: the engine that `deepspeed.initialize` returned.
+        clip_muon: apply `gradient_clipping` to the gradients of Muon's groups too. By default they are exempt, because
+            the orthogonalized update does not depend on the gradient's size. At stage 0 in fp32 they are exempt only
+            with this call.
 
     Returns:
         The `Muon` inside the engine.
 
     Raises:
-        FrameworkError: the engine's optimizer is not ours any more, or a setting cannot be exact; names it.
+        FrameworkError: the engine's optimizer was replaced, or a setting cannot be exact; the message names it.
     """
     if not isinstance(engine, DeepSpeedEngine):
         raise FrameworkError(
