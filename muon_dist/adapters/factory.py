@@ -29,8 +29,8 @@ def for_trainer(args: Any, **options: Any) -> tuple[type[MuonFactory], dict[str,
 
     Args:
         args: the `TrainingArguments` of that Trainer. Muon uses its `learning_rate` and `weight_decay` unless
-            `options` has `lr` and `weight_decay`. They are read when the Trainer creates the optimizer, so a hyper-parameter
-            search may change them before.
+            `options` has `lr` and `weight_decay`. They are read when the Trainer creates the optimizer, so a
+            hyper-parameter search may change them before.
         options: arguments of `muon_dist.param_groups` and `muon_dist.Muon`, such as `adamw_lr` and `groups`, and
             `print_routing`.
 
@@ -171,6 +171,26 @@ def _keywords(function: Callable[..., Any], skip: str) -> set[str]:
     return {name for name in inspect.signature(function).parameters if name not in (skip, "self")}
 
 
+# The names of other optimizers (torch, DeepSpeed, dion, Keller Jordan's) that difflib does not find.
+_FOREIGN = {
+    "muon_lr": "lr",
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "muon_weight_decay": "weight_decay",
+    "adam_wd": "adamw_weight_decay",
+    "adam_betas": "betas",
+    "adamw_betas": "betas",
+    "adam_eps": "eps",
+    "adamw_eps": "eps",
+    "beta": "momentum",
+    "mu": "momentum",
+    "adjust_lr": "scale",
+    "adjust_lr_fn": "scale",
+    "backend_steps": "ns_steps",
+    "ns_coefficients": "ns_schedule",
+}
+
+
 def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sort keyword arguments into those of `param_groups` and those of `Muon` (a shared one goes to both).
 
@@ -183,8 +203,8 @@ def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     problems = []
     for name in kwargs:
         if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            problems.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+            close = _FOREIGN.get(name) or next(iter(difflib.get_close_matches(name, sorted(known), n=1)), None)
+            problems.append(f"{name!r}" + (f" (did you mean {close!r}?)" if close else ""))
     if problems:
         raise ConfigError(f"unknown argument for Muon: {', '.join(problems)}; known are {', '.join(sorted(known))}")
     of_muon = {k: v for k, v in kwargs.items() if k in for_muon}
