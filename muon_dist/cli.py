@@ -360,7 +360,7 @@ def schema() -> None:
 
 
 def _quiet() -> None:
-    """Before torch and transformers are imported: no banners of libraries between the lines of a run."""
+    """Switch off banners of libraries. Call it before torch and transformers are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

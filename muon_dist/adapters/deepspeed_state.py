@@ -29,7 +29,7 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 
 
 def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
-    """What this rank holds of an engine. See `module_state.holding`.
+    """This rank's part of an engine's state. See `module_state.holding`.
 
     A collective when its Muon has not planned yet, and under AutoTP and with experts.
 

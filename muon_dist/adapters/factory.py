@@ -78,7 +78,7 @@ def _check_deepspeed(config: Mapping[str, Any]) -> None:
 
 
 def trainer_defaults(args: Any, options: Mapping[str, Any]) -> dict[str, float]:
-    """What `TrainingArguments` say for options that were not given.
+    """Values of `TrainingArguments` for options that were not given.
 
     `args.weight_decay` is meant for all parameters. Where the rule has no weight decay, it is that of AdamW's.
 

@@ -43,7 +43,7 @@ def holding(
     *,
     source: Checkpoint | None = None,
 ) -> Holding:
-    """What this rank holds of the model and the state of its optimizer.
+    """This rank's part of the model and of the optimizer's state, as pieces of a checkpoint.
 
     A collective when `optimizer` is a Muon that has not planned yet.
 
@@ -155,7 +155,7 @@ class Places:
         self._placed = {id(tensor): where for (_, tensor, _), where in zip(ours, placed, strict=True)}
 
     def ranks(self, parameter: torch.Tensor) -> tuple[int, ...]:
-        """Those that hold any element of a parameter."""
+        """The ranks that hold at least one element of a parameter."""
         where = self._placed.get(id(parameter))
         return self._everyone if where is None else tuple(sorted(set(where.fragments(0).rank.tolist())))
 
@@ -182,6 +182,6 @@ class Places:
 
     @torch.no_grad()
     def copy_back(self) -> None:
-        """After a load, bring what was loaded into the tensors themselves."""
+        """Copy loaded values into the model's tensors, after a load."""
         for tensor, loaded in self._strided:
             tensor.copy_(loaded)

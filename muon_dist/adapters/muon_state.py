@@ -1,4 +1,4 @@
-"""What Muon remembers, as pieces of a checkpoint: momentum, and whatever the rule keeps."""
+"""Muon's state as pieces of a checkpoint: momentum and the state of the rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks hold of an audited tensor around a step, and how one rank gets all of it.
+"""Keeps the parts of an audited tensor before and after a step, and gathers them on one rank.
 
 The parts come from the layout and from the momentum's sources, not from the buckets of the step: which rank the step
 has made the owner, and what it has gathered there, does not matter.
@@ -135,7 +135,7 @@ class MatrixParts:
         return found
 
     def on(self, rank: int, whole: Tensor) -> Tensor:
-        """What of a whole tensor `rank` holds, flat, in the order of `copy_of`."""
+        """The elements of a whole tensor that `rank` holds, flat, in the order of `copy_of`."""
         flat = whole.contiguous().view(-1)
         return torch.cat([view(flat, f.block).reshape(-1) for f in self.held.on(rank)])
 

@@ -40,7 +40,7 @@ MEMORY_CAUSES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about a step besides its tensors.
+    """Facts about a step besides its tensors.
 
     Attributes:
         shards: numbers of shards in which a framework holds the matrix, such as the world size.
@@ -81,7 +81,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Habit:
-    """What explained the last step, to be tried first in the next.
+    """The explanation of the last step, which is tried first for the next one.
 
     Attributes:
         iteration: with the dtype found.
@@ -96,7 +96,7 @@ class Habit:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What explains a step.
+    """The explanation of a step.
 
     Attributes:
         causes: of the direction: none if it is right as asked.
@@ -304,7 +304,7 @@ def _ignoring(update: Callable[[], Tensor], _: Iteration) -> Tensor:
 
 
 def judge(step: Step, habit: Habit | None = None, *, search: bool = True) -> Judgement:
-    """What explains one step.
+    """Find the explanation of one step.
 
     Args:
         habit: of the last step; tried first.
@@ -384,7 +384,7 @@ def _best(judging: Judge, deviations: Sequence[Deviation], asked: Iteration) -> 
 
 
 def _choices(iteration: Iteration, asked: Iteration | None, norm: float) -> list[Cause]:
-    """What an iteration does differently from what was asked, or from Keller Jordan's if nothing was."""
+    """Differences of an iteration from the one asked for, or from Keller Jordan's if none was asked for."""
     found = []
     expected = asked or named("keller")
     if iteration.rows != expected.rows:

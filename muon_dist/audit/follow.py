@@ -72,7 +72,7 @@ class Follow:
         return (found[0] if found else False), (found[1] if len(found) > 1 else False), self._resumed
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must find again on this rank."""
+        """This rank's state for a resumed run."""
         return {"number": self._number, "left": self._left}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ STAGES = ("gradient", "momentum", "direction", "scale", "decay", "rate", "weight
 
 @dataclass(frozen=True)
 class Observed:
-    """What an optimizer has made of a matrix in one step: everything whole, in fp32 or fp64.
+    """A matrix before and after one step of an optimizer: whole tensors in fp32 or fp64.
 
     Attributes:
         before: the inputs.
@@ -89,7 +89,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What else may explain a difference.
+    """Other facts that may explain a difference.
 
     Attributes:
         earlier: learning rates of the steps before.
@@ -125,7 +125,7 @@ def judge(seen: Observed, asked: Hyperparameters, precision: Precision, around: 
 
 
 def _of_unknown(seen: Observed, asked: Hyperparameters, precision: Precision, around: Circumstances) -> Finding:
-    """Of a registered rule: momentum, if it is Muon's. Copies are compared for every rule."""
+    """Compare the momentum of a registered rule, if it is Muon's. Copies are compared for every rule."""
     limit = tolerance_of(precision, wanted=around.wanted)
     only = f"rule '{asked.rule}' has no plain form: "
     if not asked.plain_momentum:
@@ -213,7 +213,7 @@ def _added(
 def _memory(
     seen: Observed, step: Step, asked: Hyperparameters, limit: Tolerance, around: Circumstances
 ) -> Alarm | None:
-    """Of what a rule remembers besides momentum."""
+    """Compare the state of a rule besides momentum."""
     if asked.rule == "adamw":
         square = (seen.before.gradient * asked.gradient_factor).square()
         args = (seen.memory["exp_avg_sq"], seen.before.memory["exp_avg_sq"], square, asked.betas[1])

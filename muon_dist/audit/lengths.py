@@ -88,7 +88,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def causes_of(length: Length, scale: Scale, all_ratios: Sequence[float]) -> tuple[Cause, ...]:
-    """What the length of one update and its decay show.
+    """The causes that the length of one update and its weight decay show.
 
     Args:
         all_ratios: of all matrices of the same rate in this step, by the factor of their shapes.

@@ -44,7 +44,7 @@ class MatrixAudit:
         self.rest = self.rates[2] ** (float(runtime.resting[number]) + 1) if rests else 1.0
 
     def asked(self) -> Hyperparameters:
-        """What the step was asked to do."""
+        """The options of the step."""
         g = self.group
         return Hyperparameters(
             rule=self.rule.name, lr=self.rates[0], weight_decay=self.rates[1], momentum=self.rates[2],
@@ -71,7 +71,7 @@ class MatrixAudit:
         return self.parts.auditor
 
     def message(self) -> dict[str, Any]:
-        """What all ranks learn from this one, after the step."""
+        """Data that this rank sends to all others after the step."""
         self.sent = self.parts.finish()
         return {"sums": self.parts.sums, "rates": self.rates}
 
@@ -196,7 +196,7 @@ class SliceAudit:
 
 @dataclass
 class Told:
-    """What all ranks learn from one.
+    """Data that one rank sends to all others.
 
     Attributes:
         changed: see `Follow.changed`.

@@ -1,4 +1,4 @@
-"""Where a followed matrix is read, whatever framework holds it.
+"""Reads a followed matrix from any framework.
 
 A source hands out whole tensors: the weight before and after a step, and the gradient that the optimizer is to use. It
 changes nothing, and hooks the step only. All ranks call it with the same arguments; reading is a collective.
@@ -25,7 +25,7 @@ Names = Sequence[str]
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a framework says about the step that it has just made.
+    """Facts that a framework reports about its last step.
 
     Attributes:
         applied: False if the step was skipped, such as after an overflow.
@@ -84,7 +84,7 @@ class Source(Protocol):
         """Numbers of ranks over which the framework or the optimizer spreads the matrix."""
 
     def circumstances(self) -> Circumstances:
-        """Of the step that was just made."""
+        """Facts about the last step."""
 
     def close(self) -> None:
         """Take the hooks away."""

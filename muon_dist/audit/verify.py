@@ -1,4 +1,4 @@
-"""What `muon-dist verify` finds in a run folder: is the chain whole, what was covered, how large were the errors."""
+"""`muon-dist verify`: checks the chain of an audit, what it covered, and how large its errors were."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Period:
 
 @dataclass
 class Verified:
-    """What was found.
+    """The result of a verification.
 
     Attributes:
         path: of the chain.

@@ -34,7 +34,7 @@ _OPTIONS = (
 
 
 class Witness:
-    """What `muon_dist.witness` returns.
+    """Follows an optimizer; returned by `muon_dist.witness`.
 
     Attributes:
         followed: names of the matrices that are followed now.
@@ -71,7 +71,7 @@ class Witness:
 
     @property
     def choices(self) -> list[Finding]:
-        """What the optimizer does on purpose: coefficients, precision, factor of the shape."""
+        """Deliberate differences of the optimizer: coefficients, precision, factor of the shape."""
         return self._findings.of("choice")
 
     def table(self) -> str:

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and how its files are written."""
+"""The machine of a benchmark, and how result files are written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def describe() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None where it is not installed."""
+    """The version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

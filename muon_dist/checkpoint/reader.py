@@ -78,7 +78,7 @@ class Checkpoint:
 
     @cached_property
     def states(self) -> dict[str, dict[str, Tensor]]:
-        """What it holds of each parameter besides its weight: name -> kind -> tensor."""
+        """State of each parameter besides its weight: name -> kind -> tensor."""
         found: dict[str, dict[str, Tensor]] = {}
         for (kind, name), tensor in self.manifest.tensors.items():
             if kind not in (WEIGHT, BUFFER):

@@ -186,7 +186,7 @@ def _number(file: Path, key: str) -> int | None:
 
 
 def _value(file: Path, key: str, kind: type) -> Any:
-    """What a JSON file holds under `key`; None where it is not there, or not of that kind."""
+    """The value of `key` in a JSON file; None if it is missing or has another type."""
     try:
         value: Any = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

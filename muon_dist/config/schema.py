@@ -123,7 +123,7 @@ class OverrideConfig(Block):
 
 
 class GroupConfig(Block):
-    """What holds for the parameters that a pattern matches; what is null is as without the entry.
+    """Options of the parameters that a pattern matches; null: as without the entry.
 
     The first entry that matches a parameter decides.
     """
@@ -216,7 +216,7 @@ class CheckpointConfig(Block):
 
 
 class GuardsConfig(Block):
-    """What watches over a run."""
+    """Settings of the guards of a run."""
 
     max_nonfinite: PositiveInt = Field(
         default=5, description="so many steps in a row with a NaN or infinite gradient end the run; each is left out"

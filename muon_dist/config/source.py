@@ -51,7 +51,7 @@ for _name, _pattern, _first in _RESOLVERS:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value was written: a file and line, or an override."""
+    """The place of a value: a file and line, or an override."""
 
     where: str
     line: int | None = None

@@ -33,7 +33,7 @@ def starting_folder(path: str) -> Path:
 
 
 def model_within(folder: Path) -> Path:
-    """Where config.json and the tokenizer lie: in the folder itself, or in a part of a checkpoint."""
+    """The folder of config.json and the tokenizer: the folder itself, or a part of a checkpoint."""
     return folder / MODEL_FOLDER if (folder / MANIFEST).is_file() else folder
 
 

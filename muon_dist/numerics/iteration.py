@@ -273,7 +273,7 @@ def _divided_on_device(x: Tensor, safety: float, out: Tensor, exact: Tensor) -> 
 
 
 def normal_dtype(given: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """In what `normalize` computes: fp32, or fp64 where the input or the iteration is fp64."""
+    """The dtype in which `normalize` computes: fp32, or fp64 if the input or the iteration is fp64."""
     return torch.promote_types(torch.promote_types(given, compute), torch.float32)
 
 

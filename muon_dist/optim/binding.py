@@ -1,4 +1,4 @@
-"""What an adapter hands to the optimizer."""
+"""The data that an adapter gives to the optimizer: layout, tensors, process group, device."""
 
 from __future__ import annotations
 

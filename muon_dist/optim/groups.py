@@ -174,7 +174,7 @@ def routing_table(
 
 
 def groups_of(params: Any, groups: Entries) -> Any:
-    """What `Muon` takes as `params`: the groups of a model, or what was given.
+    """The parameter groups for `Muon`: those of a model, or `params` unchanged.
 
     Raises:
         ConfigError: `groups` without a model, whose names its patterns would have to match.

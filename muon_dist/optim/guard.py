@@ -43,7 +43,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Allowed:
-    """What the ranks have found in a step that may be taken.
+    """The result of the check before a step that may be made.
 
     Attributes:
         present: whether each parameter has a gradient on some rank.
@@ -80,7 +80,7 @@ class StepGuard:
         self._seen: set[int] = set()
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run must know."""
+        """State for a resumed run."""
         return {"skipped": self.skipped, "vetoed": self.vetoed, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where fragments stand in the memory of the exchange: in messages, and in the owners' stacks."""
+"""Positions of fragments in the memory of the exchange: in messages and in the owners' stacks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def received_of(envelope: Envelope | None) -> Region | None:
 
 
 def key(part: Part) -> tuple[int, int]:
-    """What tells fragments of one rank apart."""
+    """A key that identifies a fragment among those of one rank."""
     return part[0], part[1].block.start
 
 

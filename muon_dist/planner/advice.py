@@ -105,7 +105,7 @@ def _wire(plan: Plan, workload: Workload, settings: Settings, device: Device) ->
 
 
 def _policy(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Iterator[str]:
-    """Where the table shows that dealing matrices out in turn is more even, what the whole step says to that."""
+    """Advice on round-robin owners, if they are more even: the effect on the whole step."""
     ns = plan.newton_schulz
     if settings.owner_policy == "round_robin" or ns["round robin"] >= ns["max"] * (1 - _WORTH / 5):
         return

@@ -1,4 +1,4 @@
-"""What the training step moves without Muon, by mesh axis and by link: bytes that a rank receives.
+"""Bytes that a rank receives in a training step without Muon, by mesh axis and link.
 
 Rings: an all-reduce brings 2 (W - 1) / W of the elements, a gather or a reduce-scatter half of that (Patarasuk and
 Yuan 2009). An all-to-all brings (W - 1) / W of what a rank holds.

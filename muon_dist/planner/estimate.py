@@ -1,4 +1,4 @@
-"""What a plan moves and computes, counted from the real layouts, owners and buckets."""
+"""Bytes and FLOPs of a plan, counted from the real layouts, owners and buckets."""
 
 from __future__ import annotations
 

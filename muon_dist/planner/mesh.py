@@ -72,7 +72,7 @@ class Mesh:
         return self.fsdp * self.tp // self.ep
 
     def options(self) -> str:
-        """As the command line takes them."""
+        """The mesh as command-line options."""
         words = [f"--layout {self.layout}"]
         for name in OPTIONS:
             if name == "dp_replicate" and (
@@ -183,7 +183,7 @@ def check_model(mesh: Mesh, workload: Workload, settings: Settings) -> None:
 
 
 def problems(mesh: Mesh, workload: Workload, settings: Settings) -> Iterator[str]:
-    """What of `mesh` does not fit the model, each by its option."""
+    """The axes of `mesh` that do not fit the model, by option."""
     sizes = {name: getattr(mesh, name) for name in ("tp", "cp", "sp", "ep")}
     for axis, problem in misfits(sizes, workload.architecture, settings.sequence_length):
         yield f"--{axis} {sizes[axis]}: {problem}"
@@ -206,7 +206,7 @@ def own_loop(mesh: Mesh) -> tuple[str, ...]:
 
 
 def notes(mesh: Mesh) -> tuple[str, ...]:
-    """What a user must know who wants to run the mesh."""
+    """Remarks for a user who wants to run this mesh."""
     loop = own_loop(mesh)
     found = [f"takes a loop of your own ({'; '.join(loop)})"] if loop else []
     if mesh.cp > 1:

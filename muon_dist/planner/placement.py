@@ -28,7 +28,7 @@ __all__ = ["LAYOUTS", "Held", "Placement", "held_bytes", "place", "place_on", "s
 
 @dataclass(frozen=True)
 class Held:
-    """What lies on the rank with most, in bytes, whatever the optimizer's owners are.
+    """Bytes on the fullest rank, for any owners.
 
     Attributes:
         weights: as the model computes with them.

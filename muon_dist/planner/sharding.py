@@ -1,4 +1,4 @@
-"""Where a parameter lies on a mesh of FSDP2, tensor and expert parallelism: the cuts that the libraries make.
+"""How the libraries cut a parameter over a mesh of FSDP2, tensor and expert parallelism.
 
 The rules are those of transformers 5.23 (`shard_param` of the styles in distributed/tensor_parallel.py and
 expert_parallel.py) and of `fully_shard`, which cuts axis 0 of what the others have left. tests/planner/test_meshes.py

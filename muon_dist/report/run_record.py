@@ -25,7 +25,7 @@ _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 @dataclass
 class RunRecord:
-    """What a run folder holds.
+    """The contents of a run folder.
 
     Attributes:
         metrics, events, spectra, sharpness: the lines of the files, in order; spectra of all ranks, by step.

@@ -1,4 +1,4 @@
-"""What an operation does with values of known origin: it fills a `Reading`."""
+"""The effect of operations on values of known origin; fills a `Reading`."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _SHAPED = (nn.Dropout, nn.Identity, nn.Flatten, nn.Unflatten)
 
 @dataclass
 class Evidence:
-    """What is known of the parameters of one model, by `id()` of the parameter.
+    """The evidence about the parameters of a model, by `id()` of the parameter.
 
     found: every parameter and where it is registered. done: what the sources do with it (`effects.Effects`).
     tables: embedding tables. inputs: matrices among them, which `get_input_embeddings()` returns.
@@ -43,7 +43,7 @@ class Evidence:
 
 
 def gather(model: nn.Module) -> Evidence:
-    """Everything that `model` shows without running it."""
+    """All evidence that `model` gives without running it."""
     evidence = Evidence(uses_of(model))
     readings = _Readings(model)
     readings.fill(evidence)

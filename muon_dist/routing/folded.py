@@ -63,7 +63,7 @@ class FoldedTable:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What parameters must share to stand in one row."""
+    """The properties that parameters of one row share."""
 
     shape: tuple[int, ...]
     algorithm: Algorithm

@@ -1,4 +1,4 @@
-"""What a user says about parameters by name: groups, and their short forms, overrides and splits."""
+"""A user's rules for parameters by name: groups, and their short forms, overrides and splits."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Rules:
                 check_rule(r)
 
     def choose(self, names: Sequence[str]) -> Choice:
-        """What decides about a parameter of these names (a tied one has several)."""
+        """The rule for a parameter of these names (a tied parameter has several)."""
         found = [next((r for r, p in rules if _hit(p, names)), None) for rules in self._lists]
         matching = [r for r in found if r is not None]
         sender = next((r for r in matching if r.algorithm is not None), None)

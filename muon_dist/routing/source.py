@@ -1,4 +1,4 @@
-"""What the source of a module's `forward` does with its parameters and submodules, read without running it.
+"""Reads how a module's `forward` uses its parameters and submodules, without running it.
 
 `read(module)` walks the syntax tree of `forward` and of the functions that it calls, and gives each expression the
 set of its origins (`origins.py`). Branches are joined and loops are read twice. Where source cannot be had or

@@ -89,14 +89,14 @@ def make_model(config: Config, tokenizer: Any) -> Any:
 
 
 def routing_table(config: Config, model: nn.Module) -> RoutingTable:
-    """Where each parameter goes under the routing rules of the configuration."""
+    """The routing table of a model under the rules of the configuration."""
     return route(model, **routing_rules(config.optimizer))
 
 
 def optimizer_factory(
     config: Config, table: RoutingTable, spectra: Path | None = None, audit: Path | None = None
 ) -> tuple[type, dict[str, Any]]:
-    """What Trainer takes as `optimizer_cls_and_kwargs`.
+    """The value for Trainer's `optimizer_cls_and_kwargs`.
 
     spectra: the folder of the measures, if there are any. audit: the file of the audit, if there is one.
     """

@@ -59,7 +59,7 @@ def is_prepared(path: str | Path) -> bool:
 
 
 def tokenizer_within(folder: Path) -> Path:
-    """Where the tokenizer of a model folder or a checkpoint lies."""
+    """The folder of the tokenizer in a model folder or a checkpoint."""
     return folder / MODEL_FOLDER if (folder / CHECKPOINT).is_file() else folder
 
 

@@ -1,4 +1,4 @@
-"""What is done with a trained model: evaluate, generate, export."""
+"""Commands for a trained model: evaluate, generate, export."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def attach(engine: DeepSpeedEngine, *, clip_muon: bool = False) -> Muon:
 
 
 def prepare_process(gpu: bool) -> None:
-    """Before `TrainingArguments` and the model.
+    """Prepare this process for DeepSpeed. Call it before `TrainingArguments` and the model are made.
 
     Tells DeepSpeed of the process group that there is: `zero.Init`, under which transformers builds a model for
     ZeRO-3, would take the process for a single one. Without a GPU it first keeps DeepSpeed from compiling its

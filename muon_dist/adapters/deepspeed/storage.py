@@ -1,4 +1,4 @@
-"""Where each ZeRO stage keeps the parameters. The only place that reads it; layouts and checkpoints derive from it.
+"""Reads where each ZeRO stage stores the parameters. Layouts and checkpoints are derived from the result.
 
 Attributes by DeepSpeed 0.19.8.
 """
@@ -40,7 +40,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Storage:
-    """Everything that a wrapper of DeepSpeed's steps.
+    """All parameters that a DeepSpeed optimizer wrapper updates.
 
     Attributes:
         kind: "replicated", "sharded" (stage 0, where ranks hold different parts), "flat" or "per_parameter", as of a
@@ -198,7 +198,7 @@ def _stage3(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
         buffers.append(Buffer(tensor, group, sub_group(placed, number, world)))
 
     def refresh() -> None:
-        """What `DeepSpeedZeroOptimizer_Stage3.load_state_dict` does after it has loaded the masters."""
+        """Copy loaded master weights to the weights, as `DeepSpeedZeroOptimizer_Stage3.load_state_dict` does."""
         for number in range(len(buffers)):
             wrapper._reassign_or_swap_out_partitioned_parameters(number)
         persistent = wrapper.persistent_parameters

@@ -70,5 +70,5 @@ def _origin(rule: MuonRule) -> tuple[str, str]:
 
 
 def memory_names() -> set[str]:
-    """What rules keep besides momentum, by the names in the state."""
+    """Names in the state of everything that rules keep besides momentum."""
     return {name for rule in RULES.values() for name in (*rule.owner_memory, *rule.matrix_memory)}
