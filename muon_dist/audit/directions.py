@@ -57,7 +57,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Step:
-    """Everything seen of one step of one matrix: (out, in) tensors in fp64, the memory after this step's gradient."""
+    """The observed tensors of one step of one matrix: (out, in), fp64; memory after this step's gradient."""
 
     before: Tensor
     after: Tensor
@@ -168,7 +168,7 @@ class Judge:
         self._directions: dict[tuple[str, Iteration | None], Tensor] = {}
 
     def direction(self, deviation: Deviation, iteration: Iteration) -> Tensor:
-        """Of a deviation; computed once."""
+        """The direction of a deviation; computed once."""
         key = deviation.name, iteration if deviation.iterates else None
         if key not in self._directions:
             self._directions[key] = deviation.direction(iteration)

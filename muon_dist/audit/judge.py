@@ -278,7 +278,7 @@ class Written:
     def of(
         cls, old: Tensor, got: Tensor, step: Step, asked: Hyperparameters, precision: Precision, limit: Tolerance
     ) -> Written:
-        """Of a whole matrix."""
+        """The fit for a whole matrix."""
         return cls.part(old, got, step.rate * step.direction, step.decay, asked, precision, limit)
 
     @classmethod
@@ -286,7 +286,7 @@ class Written:
         cls, old: Tensor, got: Tensor, update: Tensor, decay: Tensor | float, asked: Hyperparameters,
         precision: Precision, limit: Tolerance,
     ) -> Written:  # fmt: skip
-        """Of any part of a matrix, all tensors of one shape."""
+        """The fit for any part of a matrix; all tensors have one shape."""
         old, got, update = old.double(), got.double(), update.double()
         decay, decayed = (decay.double() if isinstance(decay, Tensor) else decay), old
         if isinstance(decay, Tensor) and bool((decay < decay.max()).any()):

@@ -80,7 +80,7 @@ class MatrixAudit:
         return [self.parts.sent_by(rank) for rank in range(len(messages))]
 
     def to_send(self, messages: Sequence[Mapping[str, Any]], settings: AuditSettings) -> list[Tensor]:
-        """Of this rank."""
+        """The tensors that this rank sends."""
         return self.sent
 
     def judge(
@@ -263,7 +263,7 @@ def proceed(
 def _copies(
     runtime: Runtime, a: Audited, messages: Sequence[Mapping[str, Any]], auditor: int, dtype: torch.dtype
 ) -> dict[int, Tensor]:
-    """On the auditor: by rank whose copy is another, that copy. A collective if there is any."""
+    """Wrong copies by rank, on the auditor. A collective if any copy is wrong."""
     if not isinstance(a, MatrixAudit):
         return {}
     odd = a.parts.copies([m["sums"] for m in messages])

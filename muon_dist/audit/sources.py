@@ -168,7 +168,7 @@ class TorchSource:
             self._hooks += [optimizer.register_step_pre_hook(enter), optimizer.register_step_post_hook(leave)]
 
     def follow(self, names: Names) -> None:
-        """Nothing to keep: gradients are there when the step begins."""
+        """Does nothing: gradients exist when the step begins."""
 
     def on_save(self, call: Callable[[], None]) -> None:
         for optimizer in self.optimizers:
@@ -208,7 +208,7 @@ class TorchSource:
         self._hooks.clear()
 
     def _gradient_norm(self) -> float:
-        """Of all gradients, if a clip was asked for."""
+        """The norm of all gradients, if clipping was asked for."""
         if self.clip is None:
             return 0.0
         found = [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]

@@ -245,7 +245,7 @@ def _muon_shapes(layout: Layout, parameters: Sequence[PlannedParameter]) -> list
 
 
 def _adamw_shapes(parameters: Sequence[PlannedParameter], layout: str, share: int) -> list[Sequence[int]]:
-    """What this rank holds of an AdamW group: all of it, rows of each parameter, or a slice of all, end to end."""
+    """Shapes of this rank's part of an AdamW group: all, rows of each parameter, or one slice of the flat group."""
     if layout == "ddp":
         return [p.shape for p in parameters]
     if layout.startswith("zero"):

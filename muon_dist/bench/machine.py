@@ -52,7 +52,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file lies in, "+changes" appended when it is not clean."""
+    """The commit of this checkout, with "+changes" if it is not clean."""
     folder = Path(__file__).resolve().parent
     commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
     try:

@@ -28,7 +28,7 @@ _LONGEST_VALUE = 1 << 30  # characters of one value of a JSON file
 
 @dataclass(frozen=True)
 class Options:
-    """What a reader needs to know of a source; see ``Source``."""
+    """The settings of a source that a reader needs; see ``Source``."""
 
     text_field: str = "text"
     document_bytes: int = 16384

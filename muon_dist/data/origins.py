@@ -1,4 +1,4 @@
-"""Where documents come from: the standard library, files, or rows of ``datasets``.
+"""Origins of documents: the standard library, files, or rows of ``datasets``.
 
 A new kind of source is one subclass of ``Origin``, entered in ``ORIGINS``.
 """

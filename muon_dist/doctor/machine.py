@@ -47,7 +47,7 @@ def check_shared_memory(path: Path = Path("/dev/shm"), wanted: float = 1.0) -> l
 
 
 def extensions_folder(variables: Mapping[str, str] = os.environ) -> Path:
-    """Where torch puts the extensions that it compiles."""
+    """The folder of torch's compiled extensions."""
     if variables.get("TORCH_EXTENSIONS_DIR"):
         return Path(variables["TORCH_EXTENSIONS_DIR"])
     cache = variables.get("XDG_CACHE_HOME") or Path(variables.get("HOME", "~")).expanduser() / ".cache"

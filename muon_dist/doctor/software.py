@@ -106,7 +106,7 @@ def check_backends() -> list[Verdict]:
 
 
 def check_combinations(variables: Mapping[str, str] = os.environ, gpu: bool | None = None) -> list[Verdict]:
-    """What is known to go wrong together; each was seen with the versions in launch/constraints-cpu.txt."""
+    """Combinations that are known to fail; each was seen with the versions in launch/constraints-cpu.txt."""
     import torch
 
     gpu = torch.cuda.is_available() if gpu is None else gpu

@@ -87,7 +87,7 @@ def draw(seed: int, number: int, engines: bool = True) -> Case:
 
 
 def _with_options(r: random.Random, case: Case) -> Case:
-    """What rules, parts and the optimizer have besides."""
+    """The case with options of rules, parts and the optimizer."""
     own = {"normuon": {"beta2": 0.9}, "adamuon": {"beta2": 0.9}, "namo": {"mu2": 0.9}, "soap_muon": {"beta2": 0.8}}
     chosen: dict[str, float | bool] = dict(own.get(case.rule, {}) if r.random() < 0.3 else {})
     refused = RULES[case.rule].refused

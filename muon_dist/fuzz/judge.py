@@ -137,7 +137,7 @@ def _groups(case: Case, setup: Setup) -> int:
 
 
 def _failed(answers: Sequence[Answer]) -> Outcome | None:
-    """What it means that not all ranks are done; None if they are."""
+    """The verdict if some ranks are not done; None if all are."""
     kinds = {answer.kind for answer in answers}
     if kinds == {"done"}:
         return None

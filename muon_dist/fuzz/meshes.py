@@ -55,7 +55,7 @@ class MeshHolder(Holder):
 
 
 def _distribute(layer: Any, p: Parameter, mesh: DeviceMesh) -> None:
-    """As `ColwiseParallel` and `RowwiseParallel` do with a Linear; these take no experts."""
+    """Distribute a layer like `ColwiseParallel` and `RowwiseParallel`, for experts too."""
     given = getattr(layer, p.name)
     cut = nn.Parameter(distribute_tensor(given.detach(), mesh, [Shard(p.tp or 0)]), requires_grad=given.requires_grad)
     layer.register_parameter(p.name, cut)

@@ -1,4 +1,4 @@
-"""What each rank does with a case."""
+"""The work of each rank for a case."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FULL = "full.pt"
 
 @dataclass(frozen=True)
 class Found:
-    """What a rank has after the last step of a segment.
+    """The tensors of a rank after the last step of a segment.
 
     Attributes:
         weights: whole, by FQN.

@@ -231,7 +231,7 @@ def _fragment(
 
 
 def _within(given: Fragment, part: Block) -> Iterator[Fragment]:
-    """What `given` holds of `part`, in the order of `part`."""
+    """The elements of `part` that `given` holds, in the order of `part`."""
     block, local = given.block, given.local
     contiguous = part.rows == 1 or part.cols == part.stride
     for shared in block.common(part):

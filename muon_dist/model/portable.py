@@ -59,7 +59,7 @@ def make_portable(folder: str | Path) -> list[str]:
 
 
 def _other_tokenizer(root: Path) -> list[str]:
-    """What is to be said where AutoTokenizer of transformers 5 does not load what tokenizer.json holds."""
+    """A message if transformers 5's AutoTokenizer does not load the contents of tokenizer.json."""
     if not (root / "tokenizer_config.json").is_file():
         return []
     found = AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)

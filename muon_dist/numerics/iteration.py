@@ -74,7 +74,7 @@ class Products:
 
 
 class AddedAfter(Products):
-    """On a CPU in fp32 and fp64: sums are taken after their products.
+    """Products on a CPU in fp32 and fp64: sums are added after their products.
 
     `baddbmm` begins by copying a summand to `out`, which waits for memory that the product has not yet brought near:
     adding to what the product has just written takes 0.95 of the time of the whole iteration for sides of 64. Not in
@@ -105,7 +105,7 @@ class SymmetricKernels(Products):
 
 
 class BlockedHalf(AddedAfter):
-    """On a CPU: block rows up to the diagonal, and the rest copied; of large matrices the copies are cheap."""
+    """Symmetric products on a CPU: block rows up to the diagonal, the rest copied. For large matrices."""
 
     name = "torch, symmetric products by half"
     symmetric_half = True

@@ -27,7 +27,7 @@ def key(part: Part) -> tuple[int, int]:
 
 
 def _shape(part: Part, listing: Listing | None) -> Shape:
-    """Of the view of a fragment: that of a listing's view, or its own rows and columns."""
+    """The shape of a fragment's view: that of a listing's view, or the fragment's rows and columns."""
     block = part[1].block
     return (block.rows, block.cols) if listing is None else listing.shapes[listing.numbers([part])[0]]
 

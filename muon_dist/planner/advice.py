@@ -163,7 +163,7 @@ def _figures(o: Outline, own: Outline) -> str:
 
 
 def _reason(best: Outline, other: Outline) -> str:
-    """Where `best` gains most on `other`: memory if that one does not fit, else the part of the step."""
+    """The largest gain of `best` over `other`: memory if that one does not fit, else a part of the step."""
     if not other.fits:
         part = max(other.memory, key=lambda name: other.memory[name] - best.memory[name])
         return f"it fits: {part} {best.memory[part] / GIB:.1f} GiB in place of {other.memory[part] / GIB:.1f} GiB"

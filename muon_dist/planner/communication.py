@@ -31,7 +31,7 @@ def _split(volume: float, between: float) -> Links:
 
 
 def _ring(mesh: Mesh, volume: float, size: int, stride: int) -> Links:
-    """Of one pass of a ring over `volume` bytes."""
+    """Bytes per link of one pass of a ring over `volume` bytes."""
     return _split((size - 1) / size * volume, mesh.ring_between(size, stride))
 
 

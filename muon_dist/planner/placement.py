@@ -1,4 +1,4 @@
-"""Where each framework keeps the parameters: the layout that the optimizer would bind to, and bytes of memory a rank.
+"""How each framework stores the parameters: the layout that the optimizer would use, and bytes per rank.
 
 The rules are those of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py), of FSDP2 and of DDP; the tests
 compare the layouts with those that the adapters find on real engines.

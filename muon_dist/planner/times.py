@@ -71,6 +71,6 @@ def adamw_seconds(seconds: Mapping[str, float]) -> float:
 
 
 def muon_seconds(seconds: Mapping[str, float]) -> float:
-    """What Muon adds to `adamw_seconds`: its exchange hides behind its arithmetic where it is shorter."""
+    """Seconds that Muon adds to `adamw_seconds`; an exchange shorter than the arithmetic is hidden behind it."""
     muon = seconds["momentum and update"] + max(seconds["Newton-Schulz"], seconds["exchange"])
     return muon - seconds["AdamW's update of Muon's"]

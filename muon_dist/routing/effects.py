@@ -194,7 +194,7 @@ class Effects:
         return active
 
     def call_module(self, origin: Origin, args: Value) -> Value:
-        """What the module at `origin` returns for arguments of these origins."""
+        """The value that the module at `origin` returns for arguments of these origins."""
         found = [m for m in resolve(self.module, origin.path) if isinstance(m, nn.Module)]
         if all(next(m.parameters(), None) is None for m in found):
             return self._without_weights(found, args)

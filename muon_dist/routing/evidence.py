@@ -82,7 +82,7 @@ class _Readings:
         return self.signatures[id(module)]
 
     def fill(self, evidence: Evidence) -> None:
-        """What the sources do with each parameter, which producers pick experts, which are low-rank factors."""
+        """Record how the sources use each parameter, which outputs pick experts, and which are low-rank factors."""
         for module in self.model.modules():
             reading = self.of(module)
             for path, kinds in reading.uses.items():

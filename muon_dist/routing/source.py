@@ -39,7 +39,7 @@ _SELF: Value = frozenset({Origin("ref")})
 
 
 def read(module: nn.Module) -> Reading:
-    """What the source of `module` says: nothing for modules of torch itself, and for those without source."""
+    """The findings from the source of `module`; empty for torch's own modules and for modules without source."""
     reader = _Reader(Effects(module))
     function = own_forward(module)
     if function is not None:
@@ -283,7 +283,7 @@ class _Reader(ast.NodeVisitor):
         return NOTHING
 
     def _member(self, origin: Origin, name: str) -> Any:
-        """What the class of a module has under a name: a function, a property, ..."""
+        """The member of a module's class with this name: a function, a property, ..."""
         owners = (m for m in resolve(self.module, origin.path) if isinstance(m, nn.Module))
         return next((inspect.getattr_static(type(m), name, None) for m in owners), None)
 

@@ -251,7 +251,7 @@ def _over_all_ranks(storage: Storage, held: Mapping[str, Held], copies: dist.Pro
 
 
 def _told(p: StoredParameter, held: Held, rank: int, place: int) -> tuple[ParameterSpec, Fragments]:
-    """What this rank holds of a parameter, by its name in the whole model. place: of this rank in `p`."""
+    """This rank's part of a parameter, by its name in the whole model. place: this rank's place in `p`."""
     matrices = tuple(replace(m, name=held.name + m.name[len(p.name) :]) for m in p.matrices)
     return ParameterSpec(held.name, held.shard.shape, matrices), held.shard.fragments(rank, p.fragments.on(place))
 

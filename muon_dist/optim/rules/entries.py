@@ -146,7 +146,7 @@ def check_number(values: Mapping[str, Any], key: str, where: str) -> float:
 
 
 def check_not_negative(values: Mapping[str, Any], key: str, where: str) -> float:
-    """As `check_number`, and at least 0."""
+    """Check that a value is a number of at least 0; see `check_number`."""
     number = check_number(values, key, where)
     if not number >= 0:
         raise ConfigError(f"{where}: {key} is {values[key]}: it must be at least 0")
