@@ -101,7 +101,7 @@ class MatrixParts:
         self.sums.append(sum(int(checksum(view(flat, f.local))) for f in self.held.on(self.rank)))
 
     def whole(self, received: Sequence[Tensor]) -> tuple[Before, Tensor, Tensor, dict[str, Tensor]]:
-        """On the auditor: (tensors before the step, momentum, weight and memory after it), from the ranks' messages."""
+        """On the auditor: (tensors before the step, momentum, weight and memory after), from the ranks' messages."""
         names = ("weight", "gradient", "momentum", "weight after", "momentum after")
         found = {name: torch.zeros(self.matrix.numel, dtype=self.dtype, device=self.device) for name in names}
         memory: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
