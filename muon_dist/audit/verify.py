@@ -98,7 +98,7 @@ class Verified:
             raise AuditError(f"{self.path} is not whole: {self.problems[0]}")
         if self.alarms:
             steps = ", ".join(str(r["step"]) for r in self.alarms[:5])
-            raise AuditError(f"{len(self.alarms)} audited steps are not what was asked for: step {steps}")
+            raise AuditError(f"{len(self.alarms)} audited steps differ from what was asked for: step {steps}")
 
 
 def _period(audits: list[dict[str, Any]]) -> Period:

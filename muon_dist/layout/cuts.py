@@ -54,7 +54,7 @@ class ShardedParameter:
                 f"{self.name}: {len(self.ranks)} ranks and {len(self.cuts)} placements on a mesh of {self.mesh_shape}"
             )
         if len(set(self.ranks)) != len(self.ranks):
-            raise LayoutError(f"{self.name}: a rank stands in the mesh {self.ranks} twice")
+            raise LayoutError(f"{self.name}: a rank is in the mesh {self.ranks} twice")
         cuts = tuple((cut, 1) if isinstance(cut, int) else cut for cut in self.cuts)
         object.__setattr__(self, "cuts", cuts)
         for axis in {cut[0] for cut in cuts if cut is not None}:

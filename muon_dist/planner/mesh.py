@@ -30,7 +30,7 @@ class Mesh:
         per_node: consecutive ranks of a machine.
         pp: pipeline stages.
         dp_replicate: copies of the model under HSDP and DDP.
-        dp_shard: ranks with batches of their own among which a copy is cut.
+        dp_shard: data-parallel ranks that share one copy of the model.
         cp: ranks of ring attention.
         sp: ranks of DeepSpeed's Ulysses.
         tp: ranks of tensor parallelism.
@@ -141,7 +141,7 @@ def make_mesh(layout: str, world: int, per_node: int, axes: Mapping[str, int] | 
                 "copies as --dp-replicate"
             )
     if data % copies:
-        raise ConfigError(f"--dp-replicate {copies}: {data} ranks with batches of their own are not a multiple of it")
+        raise ConfigError(f"--dp-replicate {copies}: the {data} data-parallel ranks are not a multiple of it")
     return _with_data(mesh, copies, data // copies)
 
 

@@ -215,7 +215,9 @@ def _each(entries: Any, where: str, example: str) -> Iterable[tuple[int, Any]]:
 def _located(entry: Any, where: str) -> str:
     """`where` with the pattern of the entry behind it."""
     if not isinstance(entry, Mapping):
-        raise ConfigError(f'{where} is {entry!r}: give a dict with "pattern" and what holds for the names it matches')
+        raise ConfigError(
+            f'{where} is {entry!r}: give a dict with "pattern" and the options of the names that it matches'
+        )
     return f"{where} ({entry['pattern']!r})" if isinstance(entry.get("pattern"), str) else where
 
 
