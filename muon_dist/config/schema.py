@@ -248,7 +248,7 @@ class ParallelConfig(Block):
     dp_replicate: PositiveInt = Field(default=1, description="copies of the model")
     dp_shard: PositiveInt | None = Field(
         default=None,
-        description="data-parallel ranks that share one copy of the model (FSDP2); null: all remaining ranks",
+        description="data-parallel ranks that shard one copy (FSDP2); null: all remaining ranks",
     )
     tp: PositiveInt = Field(default=1, description="ranks of tensor parallelism, inside a node")
     cp: PositiveInt = Field(default=1, description="ranks of context parallelism (ring attention), on GPUs")
