@@ -82,7 +82,7 @@ class MuonConfig(Block):
     )
     momentum_everywhere: Flag = Field(
         default=False,
-        description="momentum on every rank that holds a copy of a weight, so that any library saves all of it: 4 bytes "
+        description="momentum on every rank that holds a copy of a weight, so any library saves all of it: 4 bytes "
         "an element on each",
     )
 
