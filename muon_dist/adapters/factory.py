@@ -157,7 +157,7 @@ def _deepspeed_config() -> dict[str, Any] | None:
 
 
 def _partitions(config: Mapping[str, Any] | None) -> int | None:
-    """The ranks over which ZeRO stage 1 or 2 will cut the Muon group; None where it keeps no given order."""
+    """The ranks over which ZeRO stage 1 or 2 will cut the Muon group; None if it keeps no given order."""
     zero = (config or {}).get("zero_optimization") or {}
     if zero.get("stage") not in (1, 2) or zero.get("round_robin_gradients", False):
         return None

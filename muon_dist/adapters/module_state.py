@@ -50,7 +50,7 @@ def holding(
     Args:
         model: bare or wrapped (DDP, torch.compile, FSDP2).
         optimizer: Muon or any of torch whose state is numbers and tensors shaped as their parameter; None for the
-            weights alone.
+            weights only.
         world_size: ranks that save or load together; parameters that are not DTensors are whole on each.
         source: the checkpoint about to be loaded; state that it has and the optimizer has not yet made is made.
 

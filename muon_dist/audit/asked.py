@@ -59,7 +59,7 @@ class Wanted:
 
 
 def is_muon_group(group: Mapping[str, Any], optimizer_name: str) -> bool:
-    """Whether a group says that Muon trains it; without a word of its own, the optimizer's class name decides."""
+    """Whether Muon trains a group. If the group does not say so, the optimizer's class name decides."""
     if "use_muon" in group:
         return bool(group["use_muon"])
     if "algorithm" in group:

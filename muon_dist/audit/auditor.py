@@ -123,7 +123,7 @@ class Audit:
             self.bytes_sent += runtime.transport.bytes_sent - sent
             taken_back = self._note(runtime, lines)
         if taken_back:
-            optimizer.guard.applied = False  # what a framework still steps of this step is left out as well
+            optimizer.guard.applied = False  # what a framework still steps of this step is skipped as well
             self.follow.forget()
         else:
             self.follow.after(runtime, call.work, self._next_matrix(runtime))

@@ -48,7 +48,7 @@ class Chain:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(plain, sort_keys=True) + "\n")
             except OSError as error:
-                # Raising on this rank alone would leave the others waiting in a collective.
+                # Raising on this rank only would leave the others waiting in a collective.
                 print(f"audit: cannot write {self._path}: {error}; the audit continues without it", file=sys.stderr)
                 self._path = None
         return dict(plain)

@@ -159,7 +159,7 @@ class SliceParts:
     """This rank's slice of one AdamW parameter.
 
     Args:
-        work: parameter, this rank's part and its gradient; None where this rank has none.
+        work: parameter, this rank's part and its gradient; None if this rank has none.
         state: AdamW's of the parameter.
         local: this rank's part of a state tensor.
         place: where in the part the slice begins, given the number of places.

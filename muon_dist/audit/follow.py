@@ -16,7 +16,7 @@ _SIDE = 8
 class Follow:
     """Compares momentum and weight at the beginning of a step with what the last step left.
 
-    It reads nothing on the host and sends nothing: `changed` is asked in an audited step alone.
+    It reads nothing on the host and sends nothing: `changed` is asked in an audited step only.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,6 @@
 """The lengths of updates: the factor by shape, the rate, the decay, and what multiplied an update by mistake.
 
-One matrix alone cannot say whether its factor or its rate is another; several shapes together can.
+One matrix alone cannot show whether its factor or its rate is another; several shapes together can.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`muon_dist.witness`: follow somebody else's optimizer, and say what it does."""
+"""`muon_dist.witness`: follows any optimizer, and says what its steps do."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class Witness:
         return [f for n, f in self._followed.items() if n in mine]
 
     def _jumped(self, f: Followed) -> None:
-        """The weight changed since the last step: a load, or somebody else who writes it."""
+        """The weight changed since the last step: a load, or other code that writes it."""
         for save in reversed(self._saves):
             if f.name not in save:
                 continue

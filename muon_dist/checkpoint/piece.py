@@ -48,7 +48,7 @@ class Piece:
         block: which elements of it, flattened.
         tensor: a live view of them: 1-D for a run, (rows, cols) for a block, its last axis contiguous.
         holders: ranks of the checkpoint's process group that list this very piece, in the same order among the pieces
-            with the same holders; each of them writes an equal share. Empty: this rank alone holds it.
+            with the same holders; each of them writes an equal share. Empty: only this rank holds it.
     """
 
     name: str

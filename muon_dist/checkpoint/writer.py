@@ -66,7 +66,7 @@ def take(
 ) -> tuple[Snapshot, dict[str, Any]]:
     """(what `rank` writes, `state` encoded).
 
-    rank_state: of this rank alone. state: the same on every rank; the first writes it. host: into which the tensors
+    rank_state: of this rank only. state: the same on every rank; the first writes it. host: into which the tensors
     are copied; without it the snapshot holds live tensors.
     """
     tensors: dict[str, torch.Tensor] = {}

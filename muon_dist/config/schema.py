@@ -165,7 +165,7 @@ class AuditConfig(Block):
 
 
 class OptimizerConfig(Block):
-    """Muon with AdamW for the rest, or AdamW alone."""
+    """Muon with AdamW for the rest, or AdamW only."""
 
     name: Literal["muon", "adamw"] = "muon"
     muon: MuonConfig

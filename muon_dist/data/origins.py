@@ -57,7 +57,7 @@ class Origin(ABC):
         """
 
     def size(self) -> int | None:
-        """Bytes of the source (an upper bound of its text), or None where that is not known."""
+        """Bytes of the source (an upper bound of its text), or None if that is not known."""
         return None
 
 

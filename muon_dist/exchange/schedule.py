@@ -39,7 +39,7 @@ _WORKSPACE = {4: 16, 2: 10}
 
 
 def moves(plan: OwnershipPlan, matrices: Iterable[int]) -> bool:
-    """Whether any of `matrices` does not lie whole on its owner alone."""
+    """Whether any of `matrices` does not lie whole on its owner only."""
     return any(bool((plan.layout.matrices[i].fragments.rank != plan.owners[i]).any()) for i in matrices)
 
 
@@ -84,7 +84,7 @@ def pipelined_elements(
     """The bound of `make_buckets` when they are to overlap: smaller than `bucket_elements` where the busiest owner of
     `matrices` would otherwise have less than `_PIPELINED` buckets, but not below `smallest`.
 
-    Where every matrix lies whole on its owner alone it is `bucket_elements`: there is nothing to hide.
+    Where every matrix lies whole on its owner only it is `bucket_elements`: there is nothing to hide.
     """
     if not moves(plan, matrices):
         return bucket_elements

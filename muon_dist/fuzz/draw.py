@@ -139,7 +139,7 @@ def _holdable(case: Case) -> Case:
     """The case, changed where torch cannot hold it.
 
     FSDP2 takes no parameter of which tensor parallelism leaves a rank nothing. And where it leaves all of Muon's
-    parameters alone, the optimizer knows of no such axis.
+    parameters only, the optimizer knows of no such axis.
     """
     over = [setup.tp for setup, _ in case.segments() if setup.shard > 1 and setup.tp > 1]
     if not over:

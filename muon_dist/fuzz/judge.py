@@ -37,7 +37,7 @@ class Outcome:
 
     Attributes:
         kind: "right", "wrong" or "refused".
-        error: the largest of any parameter, see `distance`; None where nothing could be compared.
+        error: the largest of any parameter, see `distance`; None if nothing could be compared.
         parameter: that has it.
         message: why it was refused or is wrong.
     """

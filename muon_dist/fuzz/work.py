@@ -91,7 +91,7 @@ def resumed(case: Case, setup: Setup, resume: Resume | None, folder: Path) -> Ho
         holder = hold(case, setup, saved["weights"])
         holder.optimizer.load_state_dict(saved["optimizer"])
         return holder
-    # Frozen parameters and all others get their values from the checkpoint alone.
+    # Frozen parameters and all others get their values from the checkpoint only.
     holder = hold(case, setup, {name: w + 1.0 for name, w in start(case).items()})
     ranks = Ranks(dist.group.WORLD)
     checkpoint = open_checkpoint(folder / checkpoint_name(resume.at), ranks)

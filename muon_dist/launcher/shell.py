@@ -66,7 +66,7 @@ def words(job: Job) -> str:
 def torchrun(job: Job, options: str, program: str | None = None) -> list[str]:
     """torchrun on this machine as the end of a script.
 
-    options: those of the rendezvous, in shell's words. program: the words after them, `words(job)` unless given.
+    options: those of the rendezvous, in shell's words. program: the words after them, `words(job)` by default.
     """
     program = words(job) if program is None else program
     start = f"python -m torch.distributed.run --nnodes {job.node_range} --nproc-per-node {job.processes}"

@@ -1,6 +1,6 @@
 """Whether a step may be taken: decided by all ranks together, before anything is touched.
 
-A bad step is left out whole. Multiplying its update by zero would not do: 0 x NaN is NaN, and momentum would keep it.
+A bad step is skipped whole. Multiplying its update by zero would not do: 0 x NaN is NaN, and momentum would keep it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class StepGuard:
         skipped: steps left out for a gradient that was not finite, since the start.
         vetoed: steps left out by `veto`, since the start.
         in_a_row: steps left out for their gradients since the last good one.
-        applied: False when the current step is left out.
+        applied: False when the current step is skipped.
         begins: True in the first call of a step.
     """
 

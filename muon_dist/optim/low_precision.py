@@ -26,7 +26,7 @@ class MasterWeights:
     """fp32 masters of 16-bit parameters: a step changes the masters, and the parameters are the masters, rounded.
 
     A master is kept in the optimizer's `state` under `MASTER`, placed and sharded as its parameter is. Elements that
-    somebody else has changed in the parameter since (a load, an average of weights) are taken over by the master.
+    other code has changed in the parameter since (a load, an average of weights) are taken over by the master.
 
     Args:
         state: of the optimizer; asked every time, because a load replaces it.

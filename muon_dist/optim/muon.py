@@ -62,7 +62,7 @@ class Muon(StateDicts):
             [[a, b, c], ...].
         scale: "match_rms_adamw", "spectral", "unit_rms" or "none"; see `update_scale`.
         betas, eps: for AdamW's groups.
-        process_group: the ranks that share the work. Default: all ranks of torch.distributed; None: this rank alone.
+        process_group: the ranks that share the work. Default: all ranks of torch.distributed; None: this rank only.
         owner_policy: "balanced", "local" or "round_robin"; see `ownership.assign_owners`.
         cost: seconds that "balanced" balances: "analytic", "measured" (rank 0 times them once and keeps them), or a
             `CostModel`.

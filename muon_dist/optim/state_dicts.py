@@ -67,7 +67,7 @@ class StateDicts(torch.optim.Optimizer):
     def gather_state(self) -> None:
         """Make `state_dict()` return `full_state_dict()` on rank 0 until `release_state`. A collective.
 
-        For a framework that saves the state dict of rank 0 alone: its hook before a save, on all ranks.
+        For a framework that saves the state dict of rank 0 only: its hook before a save, on all ranks.
         """
         self._gathered = self.full_state_dict() or None
 

@@ -99,7 +99,7 @@ class Mesh:
 
 
 def _copies(ranks: int, per_node: int, mesh: Mesh) -> int:
-    """Copies of the model under HSDP unless given: one on each node, or as few nodes as one copy needs."""
+    """Copies of the model under HSDP by default: one on each node, or as few nodes as one copy needs."""
     return max(1, ranks // mesh.pp // max(per_node, mesh.cp * mesh.tp))
 
 

@@ -38,7 +38,7 @@ _WHOLE = frozenset(
 
 
 def tensor_cut(p: PlannedParameter) -> Cut | None:
-    """The cut of tensor parallelism, None where every rank has the whole. Raises ConfigError for an unknown style."""
+    """The cut of tensor parallelism, None if every rank has the whole. Raises ConfigError for an unknown style."""
     if p.tp is None or p.tp in _WHOLE:
         return None
     if p.tp not in _CUTS:

@@ -127,7 +127,7 @@ def lines(
     """Curves over steps; None when no series holds a point. A pointer over a curve shows label, step and value.
 
     log: logarithmic y. zero: y begins at 0. marks: steps with a fine vertical line (checkpoints). dots: labels whose
-    points are marked, being far apart. legend: False where the page has one for several figures; the colours follow
+    points are marked, being far apart. legend: False if the page has one for several figures; the colours follow
     the order of `series`, whether all of them hold points or not.
     """
     colours = {label: PALETTE[index % len(PALETTE)] for index, label in enumerate(series)}

@@ -74,7 +74,7 @@ class RunRecord:
         return [line for line in self.metrics if "eval_loss" in line]
 
     def setting(self, *keys: str) -> Any:
-        """A value of the configuration by its path, None where it is not there."""
+        """A value of the configuration by its path, None if it is not there."""
         value: Any = self.config
         for key in keys:
             if not isinstance(value, Mapping):

@@ -41,7 +41,7 @@ class Effects:
         self.reading = Reading()
 
     def is_parameter(self, origin: Origin) -> bool:
-        """True where the origin is a parameter itself, perhaps a parametrized one."""
+        """True if the origin is a parameter itself, perhaps a parametrized one."""
         if origin.kind != "ref" or not origin.path:
             return False
         found = resolve(self.module, origin.path)

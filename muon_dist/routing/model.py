@@ -130,7 +130,7 @@ def is_transposed(use: Use, shape: tuple[int, ...]) -> bool:
 
 
 def storage_of(p: torch.Tensor) -> tuple[int, int, int] | None:
-    """(storage, offset, elements): equal for two parameters that are the same memory; None where there is none."""
+    """(storage, offset, elements): equal for two parameters that are the same memory; None if there is none."""
     local = getattr(p, "_local_tensor", p)
     with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
         if local.numel() and local.untyped_storage().nbytes():

@@ -11,7 +11,7 @@ ADDS = {"add", "sub", "where", "lerp", "rsub", "masked_fill", "maximum", "minimu
 SCALES = {"mul", "div", "addcmul", "pow"}
 JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
 CHOICES = {"softmax", "log_softmax", "argmax", "multinomial", "sigmoid", "gumbel_softmax", "Categorical"}
-# The result depends on the first operand alone.
+# The result depends on the first operand only.
 FIRST_ALONE = {
     "to",
     "type",
@@ -73,7 +73,7 @@ def field_mark(name: str) -> str:
 def contraction(equation: str, position: int) -> tuple[bool, bool | None, bool]:
     """How `torch.einsum(equation, ...)` uses the weight at `position` among its operands.
 
-    Returns whether an axis of it is summed, whether its input axis comes before its output axis (None where there is
+    Returns whether an axis of it is summed, whether its input axis comes before its output axis (None if there is
     not one of each), and whether a third axis only counts matrices.
     """
     inputs, _, output = equation.replace(" ", "").partition("->")

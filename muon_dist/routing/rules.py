@@ -43,7 +43,7 @@ class GroupRule:
 
     @property
     def needs_muon(self) -> bool:
-        """Whether it says something that holds for Muon's parameters alone."""
+        """Whether it says something that holds for Muon's parameters only."""
         return self.split is not None or any(key in self.options for key in MUON_OPTIONS)
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class SplitRule:
 
 @dataclass(frozen=True)
 class Choice:
-    """The entries that decide about one parameter: its algorithm, its split, its options; None where none does."""
+    """The entries that decide about one parameter: its algorithm, its split, its options; None if none does."""
 
     sender: GroupRule | None
     cutter: GroupRule | None

@@ -63,7 +63,7 @@ def _readable(function: Any) -> bool:
 
 @functools.lru_cache(maxsize=8192)
 def _tree(function: types.FunctionType) -> ast.FunctionDef | None:
-    """The syntax tree of a function, or None where its source cannot be had."""
+    """The syntax tree of a function, or None if its source cannot be had."""
     try:
         node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError, ValueError):

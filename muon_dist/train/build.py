@@ -188,7 +188,7 @@ def _blamed(config: Config) -> str:
 
 
 def check_settings(config: Config, folder: RunFolder) -> None:
-    """Raises what `training_arguments`, the trainer and the model would raise of settings alone, before data are
+    """Raises what `training_arguments`, the trainer and the model would raise of settings only, before data are
     prepared for hours: trackers and kernels that are not installed, schedules, layouts, model settings, routing.
 
     Raises:

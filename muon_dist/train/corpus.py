@@ -44,7 +44,7 @@ def tokens_folder(config: Config) -> Path:
 
 
 def validation_data(config: Config) -> tuple[Path, str] | None:
-    """(prepared folder, split) of the text that is evaluated on; None where nothing is kept for it."""
+    """(prepared folder, split) of the text that is evaluated on; None if nothing is kept for it."""
     if config.data.validation_sources:
         return Path(config.data.dir) / "validation", "train"
     return (tokens_folder(config), "validation") if config.data.validation_fraction > 0 else None

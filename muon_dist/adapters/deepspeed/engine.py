@@ -72,7 +72,7 @@ def prepare_process(gpu: bool) -> None:
     Tells DeepSpeed of the process group that there is: `zero.Init`, under which transformers builds a model for
     ZeRO-3, would take the process for a single one. Without a GPU it first keeps DeepSpeed from compiling its
     shared-memory collectives for 40 s (training uses torch's; a build that is killed leaves a lock on which later
-    runs hang without a word).
+    runs hang silently).
     """
     if not gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -81,7 +81,7 @@ def prepare_process(gpu: bool) -> None:
 
 
 def bind(optimizer: Muon) -> Bound | NotReady | None:
-    """The binder: looks for the engine or wrapper that holds `optimizer`. None where DeepSpeed does not hold it.
+    """The binder: looks for the engine or wrapper that holds `optimizer`. None if DeepSpeed does not hold it.
 
     `NotReady` while `deepspeed.initialize` runs: FP16_UnfusedOptimizer makes a real step on zero gradients there.
     """
@@ -128,7 +128,7 @@ def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
     elif parallelism.sharded and isinstance(wrapper, (FP16_UnfusedOptimizer, Muon)):
         pass  # every rank that saves has all of its momentum: see `everywhere` below
     elif isinstance(wrapper, (FP16_UnfusedOptimizer, Muon)):
-        # DeepSpeed saves the optimizer of rank 0 alone, while momentum lives on its owners. It calls this hook on all
+        # DeepSpeed saves the optimizer of rank 0 only, while momentum lives on its owners. It calls this hook on all
         # ranks before a save.
         hooked: Any = wrapper
         hooked.checkpoint_event_prologue = optimizer.gather_state

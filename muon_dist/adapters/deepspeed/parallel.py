@@ -50,7 +50,7 @@ class Parallelism:
     """Which part of the model each rank of an engine holds.
 
     Attributes:
-        sharded: False where every rank of a data-parallel group holds the whole model, as ZeRO by itself assumes.
+        sharded: False if every rank of a data-parallel group holds the whole model, as ZeRO by itself assumes.
     """
 
     def __init__(self, engine: Any) -> None:

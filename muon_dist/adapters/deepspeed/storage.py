@@ -71,7 +71,7 @@ class Storage:
 
 
 def model_parameters(wrapper: Any) -> list[list[Any]] | None:
-    """The model's parameters in each parameter group; None where DeepSpeed has no wrapper (stage 0 in fp32)."""
+    """The model's parameters in each parameter group; None if DeepSpeed has no wrapper (stage 0 in fp32)."""
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         found: list[list[Any]] = [[] for _ in wrapper.optimizer.param_groups]
         for index, parameters in enumerate(wrapper.fp16_groups):
@@ -155,7 +155,7 @@ def _stage12(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
     buffers = []
     for index, (tensor, (parameters, offsets)) in enumerate(zip(slices, laid_out, strict=True)):
         at = {id(p): offset for p, offset in zip(parameters, offsets, strict=True)}
-        # In the order of the parameter group, which round_robin_gradients changes in the buffer alone.
+        # In the order of the parameter group, which round_robin_gradients changes in the buffer only.
         group = model_parameters(wrapper)
         assert group is not None
         placed = tuple(_placed(p, at[id(p)], specs) for p in group[index])

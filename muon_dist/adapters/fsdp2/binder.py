@@ -30,7 +30,7 @@ from muon_dist.optim.muon import Muon
 
 
 def bind(optimizer: Muon) -> Bound | None:
-    """The binder: None where no parameter of `optimizer` is a DTensor.
+    """The binder: None if no parameter of `optimizer` is a DTensor.
 
     Raises:
         FrameworkError: a placement, mesh or process group that cannot be exact, FSDP1, or parameters that are not

@@ -40,7 +40,7 @@ class DTensorState:
     Momentum without copies is placed like its parameter. With copies (HSDP) only the sources hold it: a DTensor over
     just those ranks, cut as the parameter is. If the matrices of one parameter (heads, experts) have their sources in
     different copies, there is no such mesh, and all copies keep the momentum of that parameter. All ranks keep the
-    momentum of a plain tensor beside DTensors. What an owner keeps of a matrix is a DTensor over that rank alone.
+    momentum of a plain tensor beside DTensors. What an owner keeps of a matrix is a DTensor over that rank only.
     """
 
     def __init__(self, parameters: list[Any], placed: list[ShardedParameter], group: dist.ProcessGroup) -> None:
