@@ -36,7 +36,7 @@ class Part(MuonRule):
 
     @staticmethod
     def wrong(value: float) -> str | None:
-        """What is wrong with a value of the option; None if nothing is."""
+        """The error of a value of the option, as text; None if it is right."""
         return None
 
     @staticmethod
