@@ -103,7 +103,9 @@ def test_the_class_of_a_model_type_takes_no_tokenizers_place(folder: Path, tmp_p
     assert any(auto(text)["input_ids"] != wanted.encode([text])[0].tolist() for text in HARD), "no longer needed"
     assert ours.info.sha256 == wanted.info.sha256
     for text in HARD:
-        assert ours.encode([text])[0].tolist() == wanted.encode([text])[0].tolist() == prompts(text)["input_ids"]
+        assert ours.encode([text])[0].tolist() == wanted.encode([text])[0].tolist()
+        if "<unk>" not in text:  # a prompt can spell a special token, a document cannot
+            assert wanted.encode([text])[0].tolist() == prompts(text)["input_ids"]
 
 
 def test_it_loads_without_a_network_and_without_sentencepiece(tokenizer: TokenizerInfo) -> None:
