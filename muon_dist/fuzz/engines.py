@@ -59,7 +59,7 @@ class EngineHolder(Holder):
         return {name: given / share for name, given in found.items()}
 
     def backward(self, fed: Tensors, last: bool) -> None:
-        self.engine.backward(self.engine(fed))
+        self.engine.backward(self.engine(**fed))
         if not last:
             self.engine.step()
 

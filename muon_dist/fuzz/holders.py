@@ -171,7 +171,7 @@ class Holder:
     def backward(self, fed: Tensors, last: bool) -> None:
         waits = not last and self.setup.framework == DDP and not self.case.missing
         with self.model.no_sync() if waits else contextlib.nullcontext():
-            (self.model(fed) / self.case.accumulation).backward()
+            (self.model(**fed) / self.case.accumulation).backward()
 
     def finish(self) -> None:
         if self.case.clip is not None:
