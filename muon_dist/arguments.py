@@ -15,5 +15,5 @@ def existing_run(path: Path) -> Path:
 
 
 def existing_runs(paths: list[Path]) -> list[Path]:
-    """As `existing_run`, for several."""
+    """`existing_run` for several paths."""
     return [existing_run(path) for path in paths]

@@ -58,11 +58,14 @@ RunPath = Annotated[
 ]
 Step = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(min=0, help="Of a run folder the weights of this optimizer step instead of the newest."),
+    typer.Option(min=0, help="With a run folder: the weights of this step, not the newest."),
 ]
-Best = Annotated[bool, typer.Option("--best", help="Of a run folder the saved weights with the best figures.")]
+Best = Annotated[bool, typer.Option("--best", help="With a run folder: the saved weights with the best figures.")]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Make it again in any case that would be refused, such as damaged files.")
+    bool,
+    typer.Option(
+        "--overwrite", help="Make it again where the command would refuse, for instance if files are damaged."
+    ),
 ]
 
 
@@ -98,7 +101,7 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Optional[str], typer.Option(help="Make the run folder in here instead of in the configuration's run_dir.")  # noqa: UP045
+        Optional[str], typer.Option(help="Parent of the run folder, instead of the configuration's run_dir.")  # noqa: UP045
     ] = None,
     resume: Annotated[
         Optional[str],  # noqa: UP045
@@ -140,10 +143,10 @@ def prepare(
     overwrite: Overwrite = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check every byte of data prepared before.")] = False,
     show: Annotated[
-        int, typer.Option(min=0, help="Print so many training samples of each source, decoded, with document ends.")
+        int, typer.Option(min=0, help="Print this many training samples of each source, decoded, with document ends.")
     ] = 0,
 ) -> None:
-    """Turn the configuration's text into token shards. What is done stays, unless what makes it has changed."""
+    """Turn the configuration's text into token shards. Existing shards are kept if their inputs have not changed."""
     from muon_dist.config import load_config
 
     settings = load_config(config, overrides or [])
@@ -167,7 +170,7 @@ def export_tokens(
         str, typer.Option(help="megatron (.bin, .idx) or datatrove (.ds, .ds.index; nanotron).")
     ] = "megatron",
 ) -> None:
-    """Write prepared tokens as files for Megatron or nanotron. Such files are read when a source's path names them."""
+    """Write prepared tokens as files for Megatron or nanotron. A source's path may name such files too."""
     _quiet()
     from muon_dist.config import load_config
     from muon_dist.data.token_files import export_tokens as export
@@ -181,17 +184,17 @@ def export_tokens(
 def evaluate(
     run: RunPath,
     data: Annotated[
-        Optional[Path], typer.Option(help="Prepared data (folder tokens), if not that of the run.")  # noqa: UP045
+        Optional[Path], typer.Option(help="Prepared data (a folder `tokens`), instead of the run's.")  # noqa: UP045
     ] = None,
     sequence_length: Annotated[
-        Optional[int], typer.Option(min=2, help="Tokens in a sample, if not those of the run.")  # noqa: UP045
+        Optional[int], typer.Option(min=2, help="Tokens per sample, instead of the run's.")  # noqa: UP045
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_samples: Annotated[
-        Optional[int], typer.Option(min=1, help="Only the first so many samples.")  # noqa: UP045
+        Optional[int], typer.Option(min=1, help="Only this many samples.")  # noqa: UP045
     ] = None,
     text: Annotated[
-        Optional[Path], typer.Option(help="Raw text (a file or a folder) in place of prepared data.")  # noqa: UP045
+        Optional[Path], typer.Option(help="Raw text (a file or a folder) instead of prepared data.")  # noqa: UP045
     ] = None,
     tasks: Annotated[
         Optional[Path], typer.Option(help="Tasks of lm-evaluation-harness: a YAML file, or a folder of them.")  # noqa: UP045
@@ -227,9 +230,9 @@ def evaluate(
 def generate(
     run: RunPath,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = PROMPT,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the most probable token always.")] = TEMPERATURE,
-    top_k: Annotated[int, typer.Option(min=1, help="Choose among so many most probable tokens.")] = TOP_K,
+    tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = TEMPERATURE,
+    top_k: Annotated[int, typer.Option(min=1, help="Choose among this many most probable tokens.")] = TOP_K,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     step: Step = None,
     best: Best = False,
@@ -249,7 +252,7 @@ def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
     dtype: Annotated[
-        Optional[str], typer.Option(help="float32, bfloat16 or float16; as trained unless given.")  # noqa: UP045
+        Optional[str], typer.Option(help="float32, bfloat16 or float16; default: as trained.")  # noqa: UP045
     ] = None,
     step: Step = None,
     best: Best = False,
@@ -273,10 +276,10 @@ def compare(
         Optional[list[float]], typer.Option(help="A learning rate of the grid; repeat it. Default 0.003 0.01 0.03.")  # noqa: UP045
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds at each optimizer's best learning rate.")] = 3,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each one process on one thread.")] = 2,
-    output: Annotated[Path, typer.Option(help="Folder of the runs and of the table.")] = Path("results/compare"),
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each in one process with one thread.")] = 2,
+    output: Annotated[Path, typer.Option(help="Folder for the runs and the table.")] = Path("results/compare"),
 ) -> None:
-    """Two or more run folders side by side; or, of a configuration, Muon against AdamW at each one's best rate."""
+    """Two or more run folders side by side; or, for one configuration, Muon against AdamW, each at its best rate."""
     _quiet()
     from muon_dist.train.compare import compare as compared
 
@@ -290,12 +293,14 @@ def report(
         typer.Argument(
             metavar="RUN...",
             callback=existing_runs,
-            help="A run folder, also of a run that has not finished; or many.",
+            help="One or several run folders; the runs need not be finished.",
         ),
     ],
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="The page to write; unless given report.html in the run folder, of many compare.html here."),
+        typer.Option(
+            help="The page to write. Default: report.html in the run folder; for several runs compare.html here."
+        ),
     ] = None,
     step: Step = None,
     best: Best = False,
@@ -317,14 +322,12 @@ def report(
 def metrics(
     run: Annotated[
         Path,
-        typer.Argument(
-            metavar="RUN", callback=existing_run, help="A run folder, also of a run that has not finished."
-        ),
+        typer.Argument(metavar="RUN", callback=existing_run, help="A run folder; the run need not be finished."),
     ],
     csv: Annotated[bool, typer.Option("--csv", help="All columns, as comma-separated values.")] = False,
-    output: Annotated[Optional[Path], typer.Option(help="A file in place of the standard output.")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option(help="Write to this file instead of standard output.")] = None,  # noqa: UP045
 ) -> None:
-    """The log of a run as a table, one row a step; in Python: muon_dist.metrics(RUN), a DataFrame."""
+    """The log of a run as a table, one row per step; in Python: muon_dist.metrics(RUN), a DataFrame."""
     from muon_dist.report.log_table import as_csv, as_text, read_log
 
     rows = read_log(run)
@@ -340,7 +343,7 @@ def metrics(
 def probe(
     run: Annotated[Path, typer.Argument(metavar="RUN", callback=existing_run, help="A run folder with a checkpoint.")],
     step: Annotated[
-        Optional[int], typer.Option(help="Of the checkpoint; the newest unless given.")  # noqa: UP045
+        Optional[int], typer.Option(help="Step of the checkpoint; default: the newest.")  # noqa: UP045
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Training samples in the probe batch.")] = 4,
     lanczos: Annotated[int, typer.Option(min=1, help="Lanczos steps for the largest eigenvalue.")] = 12,
@@ -361,7 +364,7 @@ def schema() -> None:
 
 
 def _quiet() -> None:
-    """Before torch and transformers are imported: no banners of libraries between the lines of a run."""
+    """Switch off banners of libraries. Call it before torch and transformers are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

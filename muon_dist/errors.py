@@ -29,7 +29,7 @@ class DataError(MuonDistError, ValueError):
 
 
 class RoutingError(MuonDistError, ValueError):
-    """A parameter cannot go where it was sent, or none reaches Muon."""
+    """A parameter cannot be trained by the chosen algorithm, or Muon gets no parameter."""
 
     exit_code = 4
 
@@ -59,13 +59,13 @@ class NonFiniteError(MuonDistError, RuntimeError):
 
 
 class FrameworkError(MuonDistError, RuntimeError):
-    """A framework (DeepSpeed, Trainer, accelerate, FSDP2) is set up in a way that cannot be exact."""
+    """A framework (DeepSpeed, Trainer, accelerate, FSDP2) has settings with which the training cannot be exact."""
 
     exit_code = 9
 
 
 class PeerError(MuonDistError, RuntimeError):
-    """Another rank is absent, or a message between ranks failed."""
+    """Another rank does not answer, or a message between ranks failed."""
 
     exit_code = 10
 
@@ -77,19 +77,19 @@ class ReplicaError(MuonDistError, RuntimeError):
 
 
 class InexactError(MuonDistError):
-    """A step is not that of one process: a case of `muon-dist fuzz` is wrong."""
+    """A step differs from that of one process: a case of `muon-dist fuzz` is wrong."""
 
     exit_code = 12
 
 
 class AuditError(MuonDistError, RuntimeError):
-    """An audited step is not the one that was asked for."""
+    """An audited step differs from what was asked for."""
 
     exit_code = 13
 
 
 class UnexpectedError(MuonDistError):
-    """An error that nobody foresaw: a bug, here or in a library. The message names the file with its traceback.
+    """An unexpected error: a bug, here or in a library. The message names the file with its traceback.
 
     70 is EX_SOFTWARE of sysexits.h.
     """
@@ -98,7 +98,7 @@ class UnexpectedError(MuonDistError):
 
 
 class ResourceError(MuonDistError, RuntimeError):
-    """The machine has no memory left for what was asked. 71 is EX_OSERR of sysexits.h."""
+    """The machine has too little memory. 71 is EX_OSERR of sysexits.h."""
 
     exit_code = 71
 
@@ -113,7 +113,7 @@ class FileError(MuonDistError):
 
 
 class Stopped(MuonDistError):
-    """The run was asked to stop by a signal, has committed a checkpoint and is to be started again.
+    """A signal stopped the run after it committed a checkpoint: start it again.
 
     75 is EX_TEMPFAIL of sysexits.h: a failure that goes away when the command is repeated.
     """

@@ -65,7 +65,7 @@ def known(error: BaseException) -> MuonDistError | None:
 
 
 def as_error(error: BaseException) -> MuonDistError:
-    """What the command line says of `error`. The traceback of one that is of no known kind goes into a file."""
+    """The error that the command line prints for `error`. The traceback of an unknown kind goes into a file."""
     found = known(error)
     return found if found is not None else UnexpectedError(_unexpected(error))
 

@@ -20,7 +20,7 @@ R = TypeVar("R", bound="Ranks")
 
 @dataclass
 class _Outcome:
-    """What a piece of work on one rank came to, as it travels: its value, or the type and text of its error."""
+    """The outcome of work on one rank, as it is sent: a value, or type and text of an error."""
 
     value: Any = None
     kind: type[MuonDistError] | None = None

@@ -183,7 +183,7 @@ _caches: list[Any] = []
 def caches() -> list[Any]:
     """Of torch.distributed, among the objects that are not frozen."""
     kind = functools._lru_cache_wrapper
-    return [x for x in gc.get_objects() if isinstance(x, kind) and x.__module__.startswith("torch.distributed")]
+    return [x for x in gc.get_objects() if type(x) is kind and str(x.__module__).startswith("torch.distributed")]
 
 
 DTENSOR_CACHES = {

@@ -27,7 +27,7 @@ _SHARDED_TWICE = (
 
 
 def bind(optimizer: Any) -> Bound | None:
-    """The binder: None where no parameter of `optimizer` belongs to a DistributedDataParallel.
+    """The binder: None if no parameter of `optimizer` belongs to a DistributedDataParallel.
 
     Raises:
         FrameworkError: a ZeroRedundancyOptimizer holds `optimizer`, or this is inside `join`.

@@ -29,7 +29,7 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 
 
 def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
-    """What this rank holds of an engine. See `module_state.holding`.
+    """This rank's part of an engine's state. See `module_state.holding`.
 
     A collective when its Muon has not planned yet, and under AutoTP and with experts.
 
@@ -83,7 +83,7 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
 
 
 class _HeldPlaces(module_state.Places):
-    """Where the tensors of stage 0 lie of which ranks hold different parts. held: by `id()` of the tensors."""
+    """Places of those stage-0 tensors of which ranks hold different parts. held: by `id()` of the tensors."""
 
     def __init__(self, held: Mapping[int, Held]) -> None:
         super().__init__([], dist.get_world_size())

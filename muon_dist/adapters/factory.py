@@ -23,15 +23,15 @@ from muon_dist.routing import announce, is_rank_zero
 
 
 def for_trainer(args: Any, **options: Any) -> tuple[type[MuonFactory], dict[str, Any]]:
-    """What a stock Trainer takes as `optimizer_cls_and_kwargs`, checked against its arguments now.
+    """The value for `optimizer_cls_and_kwargs` of a stock Trainer. The Trainer's arguments are checked at once.
 
         trainer = Trainer(model, args, optimizer_cls_and_kwargs=muon_dist.for_trainer(args), ...)
 
     Args:
-        args: the `TrainingArguments` of that Trainer. `learning_rate` and `weight_decay` are Muon's where `options`
-            has no `lr` and no `weight_decay`. They are read when the Trainer makes the optimizer, so a value that a
-            hyper-parameter search sets later counts.
-        options: arguments of `muon_dist.param_groups` and `muon_dist.Muon`, such as `adamw_lr` and `groups`; and
+        args: the `TrainingArguments` of that Trainer. Muon uses its `learning_rate` and `weight_decay` unless
+            `options` has `lr` and `weight_decay`. They are read when the Trainer creates the optimizer, so a
+            hyper-parameter search may change them before.
+        options: arguments of `muon_dist.param_groups` and `muon_dist.Muon`, such as `adamw_lr` and `groups`, and
             `print_routing`.
 
     Raises:
@@ -78,7 +78,7 @@ def _check_deepspeed(config: Mapping[str, Any]) -> None:
 
 
 def trainer_defaults(args: Any, options: Mapping[str, Any]) -> dict[str, float]:
-    """What `TrainingArguments` say for options that were not given.
+    """Values of `TrainingArguments` for options that were not given.
 
     `args.weight_decay` is meant for all parameters. Where the rule has no weight decay, it is that of AdamW's.
 
@@ -102,7 +102,7 @@ def _decays(rule: Any) -> bool:
 
 
 class MuonFactory:
-    """Makes a `Muon` from a whole model, for the factory hook of a stock Trainer; see `for_trainer`.
+    """Creates a `Muon` for a model, through the factory hook of a stock Trainer; see `for_trainer`.
 
     The keyword arguments are those of `muon_dist.param_groups` and of `muon_dist.Muon`. On the first rank the routing
     table is printed unless `print_routing=False`. Not an Optimizer subclass: Trainer would flatten the model into its
@@ -117,7 +117,7 @@ class MuonFactory:
         Args:
             opt_model: the model.
             print_routing: print the routing table on the first rank.
-            training_arguments: where `lr` and `weight_decay` come from if they are not given; or what returns them.
+            training_arguments: `TrainingArguments` or a function that returns them: default `lr` and `weight_decay`.
             kwargs: of `param_groups` and `Muon`.
 
         Raises:
@@ -157,7 +157,7 @@ def _deepspeed_config() -> dict[str, Any] | None:
 
 
 def _partitions(config: Mapping[str, Any] | None) -> int | None:
-    """The ranks over which ZeRO stage 1 or 2 will cut the Muon group; None where it keeps no given order."""
+    """The ranks over which ZeRO stage 1 or 2 will cut the Muon group; None if it keeps no given order."""
     zero = (config or {}).get("zero_optimization") or {}
     if zero.get("stage") not in (1, 2) or zero.get("round_robin_gradients", False):
         return None
@@ -169,6 +169,26 @@ def _partitions(config: Mapping[str, Any] | None) -> int | None:
 
 def _keywords(function: Callable[..., Any], skip: str) -> set[str]:
     return {name for name in inspect.signature(function).parameters if name not in (skip, "self")}
+
+
+# The names of other optimizers (torch, DeepSpeed, dion, Keller Jordan's) that difflib does not find.
+_FOREIGN = {
+    "muon_lr": "lr",
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "muon_weight_decay": "weight_decay",
+    "adam_wd": "adamw_weight_decay",
+    "adam_betas": "betas",
+    "adamw_betas": "betas",
+    "adam_eps": "eps",
+    "adamw_eps": "eps",
+    "beta": "momentum",
+    "mu": "momentum",
+    "adjust_lr": "scale",
+    "adjust_lr_fn": "scale",
+    "backend_steps": "ns_steps",
+    "ns_coefficients": "ns_schedule",
+}
 
 
 def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -183,8 +203,8 @@ def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     problems = []
     for name in kwargs:
         if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            problems.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+            close = _FOREIGN.get(name) or next(iter(difflib.get_close_matches(name, sorted(known), n=1)), None)
+            problems.append(f"{name!r}" + (f" (did you mean {close!r}?)" if close else ""))
     if problems:
         raise ConfigError(f"unknown argument for Muon: {', '.join(problems)}; known are {', '.join(sorted(known))}")
     of_muon = {k: v for k, v in kwargs.items() if k in for_muon}

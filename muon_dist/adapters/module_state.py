@@ -43,14 +43,14 @@ def holding(
     *,
     source: Checkpoint | None = None,
 ) -> Holding:
-    """What this rank holds of the model and the state of its optimizer.
+    """This rank's part of the model and of the optimizer's state, as pieces of a checkpoint.
 
     A collective when `optimizer` is a Muon that has not planned yet.
 
     Args:
         model: bare or wrapped (DDP, torch.compile, FSDP2).
         optimizer: Muon or any of torch whose state is numbers and tensors shaped as their parameter; None for the
-            weights alone.
+            weights only.
         world_size: ranks that save or load together; parameters that are not DTensors are whole on each.
         source: the checkpoint about to be loaded; state that it has and the optimizer has not yet made is made.
 
@@ -155,7 +155,7 @@ class Places:
         self._placed = {id(tensor): where for (_, tensor, _), where in zip(ours, placed, strict=True)}
 
     def ranks(self, parameter: torch.Tensor) -> tuple[int, ...]:
-        """Those that hold any element of a parameter."""
+        """The ranks that hold at least one element of a parameter."""
         where = self._placed.get(id(parameter))
         return self._everyone if where is None else tuple(sorted(set(where.fragments(0).rank.tolist())))
 
@@ -182,6 +182,6 @@ class Places:
 
     @torch.no_grad()
     def copy_back(self) -> None:
-        """After a load, bring what was loaded into the tensors themselves."""
+        """Copy loaded values into the model's tensors, after a load."""
         for tensor, loaded in self._strided:
             tensor.copy_(loaded)

@@ -1,4 +1,4 @@
-"""What Muon remembers, as pieces of a checkpoint: momentum, and whatever the rule keeps."""
+"""Muon's state as pieces of a checkpoint: momentum and the state of the rule."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _momentum(runtime: Runtime, buffer: int, shapes: dict[str, tuple[int, ...]])
 
 
 def _memory(runtime: Runtime, buffer: int) -> Iterator[Piece]:
-    """Of a parameter: numbers of its matrices, on all ranks; what the owners keep, on them."""
+    """The rule's state of a parameter: numbers per matrix on all ranks, and the owners' state on the owners."""
     memory, layouts = runtime.memory, runtime.plan.layout.matrices
     everyone = _everyone(runtime)
     parameters: dict[str, list[int]] = {}

@@ -1,4 +1,4 @@
-"""What a parameter group asks for, in the dialects of several optimizers."""
+"""The options of a parameter group, read in the option names of several optimizers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SCALES: Mapping[tuple[str, Any], str] = {
 
 @dataclass(frozen=True)
 class Asked:
-    """What one step of one matrix was asked to be.
+    """The options that one step of one matrix should follow.
 
     Attributes:
         rule: "muon", "normuon" or "adamw".
@@ -52,14 +52,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the caller of `witness` says itself; None leaves it to the parameter groups."""
+    """Options that the caller of `witness` gave; None: read them from the parameter groups."""
 
     rule: str = "muon"
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_muon_group(group: Mapping[str, Any], optimizer_name: str) -> bool:
-    """Whether a group says that Muon trains it; without a word of its own, the optimizer's class name decides."""
+    """Whether Muon trains a group. If the group does not say so, the optimizer's class name decides."""
     if "use_muon" in group:
         return bool(group["use_muon"])
     if "algorithm" in group:
@@ -68,7 +68,7 @@ def is_muon_group(group: Mapping[str, Any], optimizer_name: str) -> bool:
 
 
 def read(group: Mapping[str, Any], wanted: Wanted, pieces: tuple[int, ...] = ()) -> Asked:
-    """What `group` asks for, and above it what the caller of `witness` said."""
+    """The options of `group`, overridden by those that the caller of `witness` gave."""
 
     def first(*names: str, otherwise: Any) -> Any:
         for source in (wanted.options, group):

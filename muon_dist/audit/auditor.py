@@ -27,7 +27,7 @@ _RATES_KEPT = 4
 
 @dataclass
 class Call:
-    """What one call of the optimizer's step does.
+    """The audit of one call of the optimizer's step.
 
     Attributes:
         work: by buffer, of Muon.
@@ -122,7 +122,7 @@ class Audit:
             self.bytes_sent += runtime.transport.bytes_sent - sent
             taken_back = self._note(runtime, lines)
         if taken_back:
-            optimizer.guard.applied = False  # what a framework still steps of this step is left out as well
+            optimizer.guard.applied = False  # what a framework still steps of this step is skipped as well
             self.follow.forget()
         else:
             self._go_on(optimizer, call)
@@ -261,7 +261,7 @@ class Audit:
         self.follow.matrix.forget("weight")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: step, and head and length of the chain; the same on all ranks."""
+        """State for a checkpoint: the step, and digest and length of the chain; equal on all ranks."""
         if not self._begun and self._resumed is not None:
             return {"step": self.step, "head": self._resumed[0], "lines": self._resumed[1]}
         return {"step": self.step, "head": self.chain.head, "lines": self.chain.lines}

@@ -36,7 +36,7 @@ class Difference:
 
     @classmethod
     def between(cls, got: Tensor, want: Tensor) -> Difference:
-        """Of two tensors of one shape, computed in fp64. A NaN or an infinity in `got` makes `error` infinite."""
+        """The difference of two tensors of one shape, in fp64. NaN or infinity in `got` makes `error` infinite."""
         got, want = got.detach().double().flatten(), want.detach().double().flatten()
         norm_got, norm_want = float(got.norm()), float(want.norm())
         if not math.isfinite(norm_got):
@@ -106,7 +106,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What explains an observed update.
+    """The explanation of an observed update.
 
     Attributes:
         difference: of the observed update to the wanted one.

@@ -49,7 +49,7 @@ class Chain:
             try:
                 append_line(self._path, plain, sort_keys=True)
             except OSError as error:
-                # Raising on this rank alone would leave the others waiting in a collective.
+                # Raising on this rank only would leave the others waiting in a collective.
                 print(f"audit: cannot write {self._path}: {error}; the audit continues without it", file=sys.stderr)
                 self._path = None
         return dict(plain)

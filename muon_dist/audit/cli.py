@@ -12,7 +12,7 @@ def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its audit.jsonl.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Check the audit of a run: whether its chain is whole, what was recomputed, and how large the errors were.
+    """Check the audit of a run: is its chain complete, what was recomputed, how large were the errors?
 
     Exit code 0 when all is well; 13 when a line is missing or was changed, or when there was an alarm.
     """

@@ -1,4 +1,4 @@
-"""What ranks hold of an audited tensor around a step, and how one rank gets all of it.
+"""Keeps the parts of an audited tensor before and after a step, and gathers them on one rank.
 
 The parts come from the layout and from the momentum's sources, not from the buckets of the step: which rank the step
 has made the owner, and what it has gathered there, does not matter.
@@ -104,7 +104,7 @@ class MatrixParts:
         self.sums.append(sum(int(checksum(view(flat, f.local))) for f in self.held.on(self.rank)))
 
     def whole(self, received: Sequence[Tensor]) -> tuple[Before, Tensor, Tensor, dict[str, Tensor]]:
-        """On the auditor, from what each rank has sent: before the step; momentum, weight and memory after it."""
+        """On the auditor: (tensors before the step, momentum, weight and memory after), from the ranks' messages."""
         names = ("weight", "gradient", "momentum", "weight after", "momentum after")
         found = {name: torch.zeros(self.matrix.numel, dtype=self.dtype, device=self.device) for name in names}
         memory: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
@@ -173,7 +173,7 @@ class SliceParts:
     """This rank's slice of one AdamW parameter.
 
     Args:
-        work: parameter, this rank's part and its gradient; None where this rank has none.
+        work: parameter, this rank's part and its gradient; None if this rank has none.
         state: AdamW's of the parameter.
         local: this rank's part of a state tensor.
         place: where in the part the slice begins, given the number of places.

@@ -1,4 +1,4 @@
-"""What the Muons of the field do differently on purpose: coefficients, precision, factors of the update.
+"""Deliberate differences between published Muons: coefficients, precision, factors of the update.
 
 None of these is a fault. The witness finds out which of them an optimizer follows, and measures how far that is from
 the same rule in fp64.

@@ -38,7 +38,7 @@ MEMORY_CAUSES = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about a step besides its tensors.
+    """Facts about a step besides its tensors.
 
     Attributes:
         shards: numbers of shards in which a framework holds the matrix, such as the world size.
@@ -55,7 +55,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Step:
-    """Everything seen of one step of one matrix: (out, in) tensors in fp64, the memory after this step's gradient."""
+    """The observed tensors of one step of one matrix: (out, in), fp64; memory after this step's gradient."""
 
     before: Tensor
     after: Tensor
@@ -79,7 +79,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Habit:
-    """What explained the last step, to be tried first in the next.
+    """The explanation of the last step, which is tried first for the next one.
 
     Attributes:
         iteration: with the dtype found.
@@ -94,7 +94,7 @@ class Habit:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What explains a step.
+    """The explanation of a step.
 
     Attributes:
         causes: of the direction: none if it is right as asked.
@@ -167,7 +167,7 @@ class Judge:
         self._directions: dict[tuple[str, Iteration | None], Tensor] = {}
 
     def direction(self, deviation: Deviation, iteration: Iteration) -> Tensor:
-        """Of a deviation; computed once."""
+        """The direction of a deviation; computed once."""
         key = deviation.name, iteration if deviation.iterates else None
         if key not in self._directions:
             self._directions[key] = deviation.direction(iteration)
@@ -308,7 +308,7 @@ def _ignoring(update: Callable[[], Tensor], _: Iteration) -> Tensor:
 
 
 def judge(step: Step, habit: Habit | None = None, *, search: bool = True) -> Judgement:
-    """What explains one step.
+    """Find the explanation of one step.
 
     Args:
         habit: of the last step; tried first.

@@ -22,7 +22,7 @@ from muon_dist.routing import table_of
 
 
 class Followed:
-    """What the witness keeps of one matrix.
+    """The witness's record of one matrix.
 
     Attributes:
         late: it is followed from a later step on than the optimizer's first, so its momentum must be taken in first.
@@ -86,7 +86,7 @@ def digest(tensor: Tensor | None) -> int:
 
 
 def source_of(optimizer: Any, model: nn.Module | None, clip: float | None) -> Source:
-    """What reads the tensors of an optimizer, a list of them, or an engine."""
+    """An object that reads the tensors of an optimizer, a list of optimizers, or an engine."""
     if "deepspeed" in sys.modules:
         from deepspeed.runtime.engine import DeepSpeedEngine
 

@@ -62,7 +62,7 @@ def judge(seen: Observed, asked: Hyperparameters, precision: Precision, around: 
 
 
 def _of_unknown(seen: Observed, asked: Hyperparameters, precision: Precision, around: Circumstances) -> Finding:
-    """Of a registered rule: momentum, if it is Muon's. Copies are compared for every rule."""
+    """Compare the momentum of a registered rule, if it is Muon's. Copies are compared for every rule."""
     limit = tolerance_of(precision, wanted=around.wanted)
     only = f"rule '{asked.rule}' has no plain form: "
     if not asked.plain_momentum:
@@ -97,7 +97,7 @@ def _reference(
 def _memory(
     seen: Observed, step: Step, asked: Hyperparameters, limit: Tolerance, around: Circumstances
 ) -> Alarm | None:
-    """Of what a rule remembers besides momentum."""
+    """Compare the state of a rule besides momentum."""
     if asked.rule == "adamw":
         square = (seen.before.gradient * asked.gradient_factor).square()
         args = (seen.memory["exp_avg_sq"], seen.before.memory["exp_avg_sq"], square, asked.betas[1])

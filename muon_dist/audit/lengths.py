@@ -1,6 +1,6 @@
 """The lengths of updates: the factor by shape, the rate, the decay, and what multiplied an update by mistake.
 
-One matrix alone cannot say whether its factor or its rate is another; several shapes together can.
+One matrix alone cannot show whether its factor or its rate is another; several shapes together can.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def causes_of(length: Length, scale: Scale, all_ratios: Sequence[float]) -> tuple[Cause, ...]:
-    """What the length of one update and its decay show.
+    """The causes that the length of one update and its weight decay show.
 
     Args:
         all_ratios: of all matrices of the same rate in this step, by the factor of their shapes.

@@ -56,7 +56,7 @@ class Memory:
             second.lerp_(base.square(), 1 - pair[1])
 
     def look_ahead(self, label: str, momentum: float, nesterov: bool) -> Tensor:
-        """What is orthogonalized in this step: the running mean, or with Nesterov the gradient blended with it."""
+        """The matrix that this step orthogonalizes: the running mean, with Nesterov blended with the gradient."""
         mean = self.means[label]
         gradient = self.gradients.get(label, self.gradients[BASE])
         return gradient.lerp(mean, momentum) if nesterov else mean

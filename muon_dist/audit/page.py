@@ -1,4 +1,4 @@
-"""What `muon-dist verify` prints."""
+"""The text that `muon-dist verify` prints."""
 
 from __future__ import annotations
 

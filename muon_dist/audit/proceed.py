@@ -48,7 +48,7 @@ class MatrixAudit:
         self.rest = self.rates[2] ** (float(runtime.resting[number]) + 1) if rests else 1.0
 
     def asked(self) -> Hyperparameters:
-        """What the step was asked to do."""
+        """The options of the step."""
         g = self.group
         return Hyperparameters(
             rule=self.rule.name, lr=self.rates[0], weight_decay=self.rates[1], momentum=self.rates[2],
@@ -75,7 +75,7 @@ class MatrixAudit:
         return self.parts.auditor
 
     def message(self) -> dict[str, Any]:
-        """What all ranks learn from this one, after the step."""
+        """Data that this rank sends to all others after the step."""
         self.sent = self.parts.finish()
         return {"sums": self.parts.sums, "rates": self.rates}
 
@@ -84,7 +84,7 @@ class MatrixAudit:
         return [self.parts.sent_by(rank) for rank in range(len(messages))]
 
     def to_send(self, messages: Sequence[Mapping[str, Any]], settings: AuditSettings) -> list[Tensor]:
-        """Of this rank."""
+        """The tensors that this rank sends."""
         return self.sent
 
     def judge(
@@ -205,7 +205,7 @@ class SliceAudit:
 
 @dataclass
 class Told:
-    """What all ranks learn from one.
+    """Data that one rank sends to all others.
 
     Attributes:
         matrix, parameter: what was changed between two steps on its rank.
@@ -275,7 +275,7 @@ def proceed(
 def _copies(
     runtime: Runtime, a: Audited, messages: Sequence[Mapping[str, Any]], auditor: int, dtype: torch.dtype
 ) -> dict[int, Tensor]:
-    """On the auditor: by rank whose copy is another, that copy. A collective if there is any."""
+    """Wrong copies by rank, on the auditor. A collective if any copy is wrong."""
     if not isinstance(a, MatrixAudit):
         return {}
     odd = a.parts.copies([m["sums"] for m in messages])

@@ -27,7 +27,7 @@ BASES = _SQUARES[2:]
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What a step is asked to do.
+    """The options of a step.
 
     Attributes:
         rule: one of `optim.plain.DEFAULTS`, or "adamw".

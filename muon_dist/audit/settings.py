@@ -1,4 +1,4 @@
-"""What an audit is asked to do, and the order in which it looks at matrices and ranks."""
+"""The settings of an audit, and the order in which it visits matrices and ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a followed matrix is read, whatever framework holds it.
+"""Reads a followed matrix from any framework.
 
 A source hands out whole tensors: the weight before and after a step, and the gradient that the optimizer is to use. It
 changes nothing, and hooks the step only. All ranks call it with the same arguments; reading is a collective.
@@ -26,7 +26,7 @@ Names = Sequence[str]
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a framework says about the step that it has just made.
+    """Facts that a framework reports about its last step.
 
     Attributes:
         applied: False if the step was skipped, such as after an overflow.
@@ -85,7 +85,7 @@ class Source(Protocol):
         """Numbers of ranks over which the framework or the optimizer spreads the matrix."""
 
     def circumstances(self) -> Circumstances:
-        """Of the step that was just made."""
+        """Facts about the last step."""
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -169,7 +169,7 @@ class TorchSource:
             self._hooks += [optimizer.register_step_pre_hook(enter), optimizer.register_step_post_hook(leave)]
 
     def follow(self, names: Names) -> None:
-        """Nothing to keep: gradients are there when the step begins."""
+        """Does nothing: gradients exist when the step begins."""
 
     def on_save(self, call: Callable[[], None]) -> None:
         for optimizer in self.optimizers:
@@ -209,7 +209,7 @@ class TorchSource:
         self._hooks.clear()
 
     def _gradient_norm(self) -> float:
-        """Of all gradients, if a clip was asked for."""
+        """The norm of all gradients, if clipping was asked for."""
         if self.clip is None:
             return 0.0
         found = [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]

@@ -53,5 +53,5 @@ def _without_cancelled(gradient: Tensor, momentum: Tensor, asked: Hyperparameter
 
 
 def _moved(before: Before, step: Step) -> Tensor:
-    """What a step takes from a weight, in fp64."""
+    """The change that a step subtracts from a weight, in fp64."""
     return (1 - step.decay) * before.weight.double() + step.rate * step.direction.double()

@@ -65,6 +65,13 @@ def bands(wrong: Tensor) -> dict[str, Cut]:
     return {}
 
 
+def _parts(held: Mapping[int, Cut], wrong: Tensor) -> dict[str, tuple[Cut, tuple[int, ...]]]:
+    """Parts of a matrix that may be wrong alone: what each rank holds, or a band of rows or columns."""
+    if len(held) > 1:
+        return {f"rank {rank}": (cut, (rank,)) for rank, cut in held.items()}
+    return {name: (cut, ()) for name, cut in bands(wrong).items()}
+
+
 def added(
     got: Tensor, old: Tensor, new: Tensor, beta: float, limit: float, asked: Hyperparameters, around: Circumstances,
     what: str = "momentum", weight: Tensor | None = None,
@@ -82,9 +89,7 @@ def added(
     wrong = (got - want).abs()
     if (few := int((wrong > 0.01 * wrong.max()).sum())) <= FEW < got.numel():
         return error, Alarm("momentum", f"{few} elements of {what} are wrong", ("bit_flipped",), *turn)
-    parts = {f"on rank {rank}": (cut, (rank,)) for rank, cut in around.momentum.items()}
-    if len(parts) < 2:
-        parts = {name: (cut, ()) for name, cut in bands(wrong * (wrong > limit * want.abs().max())).items()}
+    parts = _parts(around.momentum, wrong * (wrong > limit * want.abs().max()))
     inner = replace(around, momentum={})
     found = {
         name: (added(cut(got), cut(old), cut(new), beta, limit, asked, inner, what)[1], ranks)
@@ -158,10 +163,7 @@ def _of_elements(
     numbers = turn.factor, turn.angle
     if int((wrong > 0.01 * wrong.max()).sum()) <= FEW < wrong.numel():
         return Alarm("weight", "single elements of the written weight are wrong", ("bit_flipped",), *numbers)
-    parts = {f"on rank {rank}": (cut, (rank,)) for rank, cut in around.weights.items()}
-    if len(parts) < 2:
-        error = 0.02 * float(w.update.norm()) / math.sqrt(w.update.numel())
-        parts = {name: (cut, ()) for name, cut in bands(wrong * (wrong > error)).items()}
+    parts = _parts(around.weights, wrong * (wrong > 0.02 * float(w.update.norm()) / math.sqrt(w.update.numel())))
     found: dict[str, tuple[Alarm | None, tuple[int, ...]]] = {}
     for name, (cut, ranks) in parts.items():
         decay = cut(w.decay) if isinstance(w.decay, Tensor) else w.decay

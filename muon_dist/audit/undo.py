@@ -28,7 +28,7 @@ class Undo:
         adamw: dict[int, list[AdamWork]],
         state: MutableMapping[Tensor, dict[str, Any]],
     ) -> None:
-        """Before a step, or before a part of it where a framework steps its groups one by one."""
+        """Copy all state before a step, or before each part of it if a framework steps its groups one by one."""
         memory = runtime.memory
         tensors = [w.parameter for w in work.values()] + [runtime.resting]
         tensors += [runtime.momentum[b] for b in work if b in runtime.momentum]
@@ -46,7 +46,7 @@ class Undo:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Everything becomes what it was, bit for bit."""
+        """Restore all state from the copy, bit for bit."""
         for tensor, kept in self._kept:
             tensor.detach().copy_(kept)
         for rest in self._rest:

@@ -1,4 +1,4 @@
-"""What `muon-dist verify` finds in a run folder: is the chain whole, what was covered, how large were the errors."""
+"""`muon-dist verify`: checks the chain of an audit, what it covered, and how large its errors were."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Period:
 
 @dataclass
 class Verified:
-    """What was found.
+    """The result of a verification.
 
     Attributes:
         path: of the chain.
@@ -99,7 +99,7 @@ class Verified:
             raise AuditError(f"{self.path} is not whole: {self.problems[0]}")
         if self.alarms:
             steps = ", ".join(str(r["step"]) for r in self.alarms[:5])
-            raise AuditError(f"{len(self.alarms)} audited steps are not what was asked for: step {steps}")
+            raise AuditError(f"{len(self.alarms)} audited steps differ from what was asked for: step {steps}")
 
 
 def _period(audits: list[dict[str, Any]]) -> Period:

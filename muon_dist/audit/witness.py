@@ -1,4 +1,4 @@
-"""`muon_dist.witness`: follow somebody else's optimizer, and say what it does."""
+"""`muon_dist.witness`: follows any optimizer, and says what its steps do."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OPTIONS = (
 
 
 class Witness:
-    """What `muon_dist.witness` returns.
+    """Follows an optimizer; returned by `muon_dist.witness`.
 
     Attributes:
         followed: names of the matrices that are followed now.
@@ -71,7 +71,7 @@ class Witness:
 
     @property
     def choices(self) -> list[Finding]:
-        """What the optimizer does on purpose: coefficients, precision, factor of the shape."""
+        """Deliberate differences of the optimizer: coefficients, precision, factor of the shape."""
         return self._findings.of("choice")
 
     def table(self) -> str:
@@ -146,7 +146,7 @@ class Witness:
         return [f for n, f in self._followed.items() if n in mine]
 
     def _jumped(self, f: Followed) -> None:
-        """The weight changed since the last step: a load, or somebody else who writes it."""
+        """The weight changed since the last step: a load, or other code that writes it."""
         for save in reversed(self._saves):
             if f.name not in save:
                 continue

@@ -1,4 +1,4 @@
-"""What is compared with what: models, cases, profiles."""
+"""The comparisons of a benchmark: models, cases, profiles."""
 
 from __future__ import annotations
 

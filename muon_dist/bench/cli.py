@@ -26,9 +26,9 @@ def orthogonalize(
     output: Annotated[Path, typer.Option(help="Folder for orthogonalize.json and orthogonalize.md.")] = Path("bench"),
     dtype: Annotated[
         Optional[list[str]],  # noqa: UP045  (typer reads it on Python 3.10 too)
-        typer.Option(help="float32, bfloat16, float16 or float64; repeat it. The profile's unless given."),
+        typer.Option(help="float32, bfloat16, float16 or float64; repeat it. Default: the profile's."),
     ] = None,
-    only: Annotated[str, typer.Option(help="A part of the shapes to run, such as 1024x384.")] = "",
+    only: Annotated[str, typer.Option(help="Run only shapes that contain this text, such as 1024x384.")] = "",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
     """FLOP/s of Newton-Schulz and of the same matrix products alone, in turn, and the error to fp64 and to the SVD."""
@@ -56,20 +56,22 @@ def step(
     ranks: Annotated[int, typer.Option(min=2, help="Processes on this machine; a launcher's count under one.")] = 2,
     peers: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="A part of the names of the peers to run, such as deepspeed; repeat it."),
+        typer.Option(help="Run only peers whose name contains this text, such as deepspeed; repeat it."),
     ] = None,
     only: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="A part of the names of the cases to run, such as ZeRO-3; repeat it."),
+        typer.Option(help="Run only cases whose name contains this text, such as ZeRO-3; repeat it."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda: under torchrun with one process a GPU.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or cuda: under torchrun with one process per GPU.")] = "cpu",
     model: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="tiny, quick, small, medium or half-1b instead of the profile's."),
     ] = None,
-    rounds: Annotated[Optional[int], typer.Option(min=1, help="Timed steps in place of the profile's.")] = None,  # noqa: UP045
-    link: Annotated[str, typer.Option(help="What connects the ranks, for the table.")] = "loopback",
-    compiled: Annotated[bool, typer.Option("--compiled", help="Let peers use torch.compile where they do.")] = False,
+    rounds: Annotated[Optional[int], typer.Option(min=1, help="Timed steps, instead of the profile's.")] = None,  # noqa: UP045
+    link: Annotated[str, typer.Option(help="The connection between the ranks, for the table.")] = "loopback",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Do not switch off torch.compile in peers that use it.")
+    ] = False,
     append: Annotated[bool, typer.Option("--append", help="Keep the other rows of an existing step.json.")] = False,
 ) -> None:
     """Ours, every other Muon and AdamW on the same model and ranks, stepped in turn: time, bytes, memory, error."""
@@ -90,7 +92,7 @@ def conformance(
     output: Annotated[Path, typer.Option(help="Folder for conformance.json and conformance.md.")] = Path("bench"),
     only: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="A part of the names of the rows to run, such as 'DeepSpeed Muon, zero1'; repeat it."),
+        typer.Option(help="Run only rows whose name contains this text, such as 'DeepSpeed Muon, zero1'; repeat it."),
     ] = None,
 ) -> None:
     """Every installed Muon under a witness: frameworks, clipping, precision, offload, resume, zero gradients."""
@@ -107,7 +109,7 @@ def host(
     model: Annotated[str, typer.Option(help="A YAML file, or the name of one in configs/, such as llama-7b.")],
     layout: Annotated[str, typer.Option(help="fsdp2, hsdp, zero1, zero2, zero3 or ddp.")] = "fsdp2",
     ranks: Annotated[int, typer.Option(min=1, help="Ranks; one process takes the part of one of them.")] = 64,
-    rank: Annotated[int, typer.Option(min=0, help="Which one is measured.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="The rank that is measured.")] = 0,
     json_file: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--json", help="Write the result to this file."),

@@ -70,7 +70,7 @@ def command(output: Path, only: Sequence[str], echo: Callable[[str], None]) -> N
 
 
 def told(row: Row) -> str:
-    """What a row comes to, in words."""
+    """The result of a row, in words."""
     if row["outcome"] != "ran":
         return str(row["said"])
     found = "; ".join(sentence for _, sentence in row["findings"])

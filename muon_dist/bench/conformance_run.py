@@ -46,7 +46,7 @@ class Training:
 
 
 def run(case: Case) -> dict[str, Any]:
-    """On each rank: errors, findings and choices of a case; plain data."""
+    """Run a case on this rank. Returns errors, findings and choices as plain data."""
     engine = case.framework.startswith("zero") or case.framework == "autotp"
     training = _engine(case) if engine else _loop(case)
     names = [r"model\.layers\.0\..*(q|up|down)_proj\.weight"]
@@ -145,7 +145,7 @@ def _clip(parameters: list[nn.Parameter]) -> None:
 
 
 def _sharded(case: Case, model: Any) -> Any:
-    """What is called: the model under its framework."""
+    """The model in the wrapper of its framework."""
     if case.framework == "ddp":
         from muon_dist.bench.peers_ddp import wrap
 

@@ -20,7 +20,7 @@ SCALES = ("match_rms_adamw", "spectral")
 
 @dataclass(frozen=True)
 class Exact:
-    """What is put in, and what must come out.
+    """Inputs and the exact result.
 
     Attributes:
         gradients: of each step, by FQN: real gradients of the model, of values that bf16 holds exactly. Every rank

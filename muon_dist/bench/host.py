@@ -1,4 +1,4 @@
-"""What a step costs the host: the operations that one rank of many dispatches, on the meta device.
+"""Host cost of a step: the operations that one rank dispatches, counted on the meta device.
 
 The process group is torch's `fake` one, and no tensor has memory. So one process can take the part of any rank, among
 any number of ranks.
@@ -144,7 +144,7 @@ def measure(
 
 
 def _counted(optimizer: Muon) -> dict[str, Any]:
-    """What a step of a bound optimizer dispatches, and how long its host takes."""
+    """Count the operations of a step of a bound optimizer, and measure the host's time."""
     stacks: list[int] = []
     assert optimizer.runtime is not None
     optimizer.runtime.orthogonalize = lambda stack, group: stacks.append(len(stack))
@@ -245,7 +245,7 @@ def _muon_shapes(layout: Layout, parameters: Sequence[PlannedParameter]) -> list
 
 
 def _adamw_shapes(parameters: Sequence[PlannedParameter], layout: str, share: int) -> list[Sequence[int]]:
-    """What this rank holds of an AdamW group: all of it, rows of each parameter, or a slice of all, end to end."""
+    """Shapes of this rank's part of an AdamW group: all, rows of each parameter, or one slice of the flat group."""
     if layout == "ddp":
         return [p.shape for p in parameters]
     if layout.startswith("zero"):

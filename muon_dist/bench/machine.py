@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and how its files are written."""
+"""The machine of a benchmark, and how result files are written."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def describe() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None where it is not installed."""
+    """The version of an installed package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -53,7 +53,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this file lies in, "+changes" appended when it is not clean."""
+    """The commit of this checkout, with "+changes" if it is not clean."""
     folder = Path(__file__).resolve().parent
     commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
     try:

@@ -1,4 +1,4 @@
-"""What one rank does for one case: three optimizers, stepped in turn."""
+"""The work of one rank for one case: three optimizers, stepped in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks measured, as rows with named columns and as Markdown."""
+"""Measurements of the ranks as rows with named columns, and as Markdown."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def row_of(case: Case, ranks: int, profile: Profile, skipped: str | None) -> Row:
-    """What is known before anything is measured."""
+    """The columns of a row that are known before the measurement."""
     return {
         "case": case.name,
         "peer": case.peer,
@@ -110,7 +110,7 @@ def _side(by_rank: Sequence[Measured], optimizer: list[float]) -> Row:
 
 
 def _shares(row: Row, seconds: float, ranks: int, profile: Profile) -> Row:
-    """What ours adds to a step with AdamW, as a share of it, at the profile's step sizes.
+    """The time that ours adds to a step with AdamW, as a share of that step, for each step size of the profile.
 
     A step of T tokens is T / (ranks x micro-batch) forward and backward passes of the measured micro-batch and one
     step of the measured optimizer.

@@ -30,7 +30,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What the manifest says of a file: its size in bytes and its SHA-256."""
+    """A file's entry in the manifest: size in bytes and SHA-256."""
 
     size: int
     sha256: str

@@ -1,4 +1,4 @@
-"""What a rank holds of the state of training, as places in whole, logical tensors.
+"""The parts of the training state that a rank holds, as blocks of whole, logical tensors.
 
 An adapter lists the pieces of its framework; the same list is read for a save and written to by a load. A checkpoint
 is the union of the pieces of all ranks, so one that was saved under any layout and world size loads under any other.
@@ -48,7 +48,7 @@ class Piece:
         block: which elements of it, flattened.
         tensor: a live view of them: 1-D for a run, (rows, cols) for a block, its last axis contiguous.
         holders: ranks of the checkpoint's process group that list this very piece, in the same order among the pieces
-            with the same holders; each of them writes an equal share. Empty: this rank alone holds it.
+            with the same holders; each of them writes an equal share. Empty: only this rank holds it.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Piece:
 
     @property
     def offset(self) -> int:
-        """Of the first element in the flattened logical tensor."""
+        """Index of the first element in the flattened logical tensor."""
         return self.block.start
 
     @property
@@ -111,7 +111,7 @@ def run(
 
 @dataclass
 class Holding:
-    """Everything that a rank holds of a run's tensors.
+    """All tensors of a run that a rank holds.
 
     Attributes:
         layout: a word for the manifest and messages ("replicated", "flat", "per_parameter", "dtensor").

@@ -78,7 +78,7 @@ class Checkpoint:
 
     @cached_property
     def states(self) -> dict[str, dict[str, Tensor]]:
-        """What it holds of each parameter besides its weight: name -> kind -> tensor."""
+        """State of each parameter besides its weight: name -> kind -> tensor."""
         found: dict[str, dict[str, Tensor]] = {}
         for (kind, name), tensor in self.manifest.tensors.items():
             if kind not in (WEIGHT, BUFFER):
@@ -220,7 +220,7 @@ def newest_good(
 ) -> Checkpoint | None:
     """The newest checkpoint under `root` that verifies, with a warning for each newer one that does not; a collective.
 
-    None where there is none at all.
+    None if there is none at all.
 
     Raises:
         CheckpointError: there are some and none of them is good; names what is wrong with the newest.

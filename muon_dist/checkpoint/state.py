@@ -53,7 +53,7 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], at: str = "") -> Any:
 
 
 def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """What `encode` was given, with lists for tuples."""
+    """Undo `encode`; tuples become lists."""
     if isinstance(value, Mapping):
         if _TENSOR in value:
             return tensors[value[_TENSOR]]

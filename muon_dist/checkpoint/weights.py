@@ -24,7 +24,7 @@ DATA = "data.json"
 
 @dataclass(frozen=True)
 class Weights:
-    """A model folder or a checkpoint. step: the optimizer step of its weights, None where nothing says it."""
+    """A model folder or a checkpoint. step: the optimizer step of its weights, None if nothing says it."""
 
     path: Path
     step: int | None
@@ -87,7 +87,7 @@ def newest_weights(root: Path) -> Weights | None:
 
     The final model holds the weights of an earlier step where the run loaded its best; it counts as what the run
     ended with until the run continues. A model that does not say its step (it was written by an earlier version) is of
-    the step of summary.json, which was written with it. None where there are no weights.
+    the step of summary.json, which was written with it. None if there are no weights.
     """
     model = _final_model(root)
     saved = commits(root / "checkpoints")
@@ -110,7 +110,7 @@ def final_step(root: Path) -> int | None:
 
 
 def choose_weights(root: Path, choice: Choice = NEWEST) -> Weights | None:
-    """The weights of a run folder that `choice` means; None where the folder holds no weights at all.
+    """The weights of a run folder that `choice` means; None if the folder holds no weights at all.
 
     Raises CheckpointError when there are weights, but none of that step, or none that the log has figures of.
     """
@@ -182,7 +182,7 @@ def _number(file: Path, key: str) -> int | None:
 
 
 def _value(file: Path, key: str, kind: type) -> Any:
-    """What a JSON file holds under `key`; None where it is not there, or not of that kind."""
+    """The value of `key` in a JSON file; None if it is missing or has another type."""
     try:
         found = read_object(file).get(key)
     except (OSError, ValueError):

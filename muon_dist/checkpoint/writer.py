@@ -28,7 +28,7 @@ Index = list[tuple[str, str, str, tuple[int, ...], str, Block]]
 
 @dataclass
 class Snapshot:
-    """What this rank will write: live tensors, or copies of them that training does not change any more."""
+    """The tensors that this rank will write: live ones, or copies that training does not change."""
 
     items: list[tuple[str, torch.Tensor]]
     index: Index
@@ -37,7 +37,7 @@ class Snapshot:
 
 @dataclass
 class Contents:
-    """What a checkpoint holds besides the tensors; the first rank's counts.
+    """The data of a checkpoint besides tensors; the first rank's values are written.
 
     Attributes:
         step: optimizer steps that were finished.
@@ -66,7 +66,7 @@ def take(
 ) -> tuple[Snapshot, dict[str, Any]]:
     """(what `rank` writes, `state` encoded).
 
-    rank_state: of this rank alone. state: the same on every rank; the first writes it. host: into which the tensors
+    rank_state: of this rank only. state: the same on every rank; the first writes it. host: into which the tensors
     are copied; without it the snapshot holds live tensors.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -140,7 +140,7 @@ def _finish(
     contents: Contents,
     world_size: int,
 ) -> None:
-    """On the first rank: the other files, the manifest, the rename."""
+    """Write the other files and the manifest on the first rank, and rename the folder."""
     records: dict[str, FileRecord] = {}
     tensors: dict[tuple[str, str], Tensor] = {}
     for rank, (own, index) in enumerate(written):

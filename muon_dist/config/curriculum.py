@@ -110,7 +110,7 @@ def changes_rule(part: PartConfig) -> bool:
 def curriculum_problems(
     data: DataConfig, curriculum: Sequence[PartConfig], model: dict[str, Any], longest: Sequence[str]
 ) -> Iterator[tuple[Keys, str]]:
-    """What is wrong with the parts; `longest` are the names of a model's longest sequence."""
+    """Yield the errors of the parts. longest: names of the model's setting for its longest sequence."""
     if data.chosen and not any(source.weight for source in data.chosen):
         yield ("data", "sources"), "have all weight 0, so that nothing is drawn: give one a weight above 0"
     for index, part in enumerate(curriculum):
@@ -140,7 +140,7 @@ def curriculum_problems(
 def packing_problems(
     parts: Sequence[PartData], parallel: Any, model: dict[str, Any], has_deepspeed: bool
 ) -> Iterator[tuple[Keys, str]]:
-    """What documents that are kept apart in a sample do not go with."""
+    """Yield settings that cannot be used with documents kept apart in a sample."""
     packed = [(index, part.packing) for index, part in enumerate(parts) if part.packing != "concatenate"]
     if not packed:
         return

@@ -79,7 +79,7 @@ class SourceConfig(Block):
 
 
 class DataConfig(Block):
-    """What is read, and how it is cut into samples."""
+    """The data sources, and how they are cut into samples."""
 
     path: DataPath | tuple[DataPath, ...] | None = Field(
         repr=False,

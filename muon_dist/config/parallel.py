@@ -1,4 +1,4 @@
-"""What the `parallel:` block makes of a number of ranks."""
+"""The mesh that a `parallel:` block makes of a number of ranks."""
 
 from __future__ import annotations
 

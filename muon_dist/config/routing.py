@@ -1,4 +1,4 @@
-"""What a configuration says about parameters by name, for `routing.route`: the only place that reads it."""
+"""The rules of a configuration for parameters by name, for `routing.route`."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class MuonConfig(Block):
     ns_steps: PositiveInt = Field(default=defaults.NS_STEPS, description="Newton-Schulz steps")
     ns_schedule: Schedule = Field(
         default=defaults.NS_SCHEDULE,
-        description="coefficients of the Newton-Schulz iteration: a name, or [[a, b, c], ...], a row for each step",
+        description="coefficients of the Newton-Schulz iteration: a name, or [[a, b, c], ...], one row per step",
     )
     ns_dtype: DType | None = Field(
         default=None, description="dtype of the iteration; null: float16 on GPUs, float32 elsewhere"
@@ -64,22 +64,22 @@ class MuonConfig(Block):
     )
     bucket_mb: Positive = Field(
         default=defaults.BUCKET_MB,
-        description="a step allocates at most twice this, in MiB; a larger matrix goes alone",
+        description="a step allocates at most twice this, in MiB; a larger matrix has its own bucket",
     )
-    overlap: Flag = Field(default=True, description="move buckets while one is orthogonalized; exact either way")
+    overlap: Flag = Field(default=True, description="send other buckets while one is orthogonalized; same bits")
     ns_compile: Flag = Field(default=False, description="Newton-Schulz through torch.compile")
     wire_dtype: DType | None = Field(
-        default=None, description="dtype in which momentum and updates travel; null: nothing is lost"
+        default=None, description="dtype in which momentum and updates travel; null: not rounded"
     )
     owner_policy: Literal["balanced", "local", "round_robin"] = Field(
         default=defaults.OWNER_POLICY, description="which rank orthogonalizes which matrix"
     )
     cost: Literal["analytic", "measured"] = Field(
         default=defaults.COST,
-        description="what balanced owners are balanced by; measured: timed once, and kept in a file",
+        description="the seconds that balanced owners balance; measured: timed once, kept in a file",
     )
     master_weights: Flag = Field(
-        default=False, description="fp32 masters of 16-bit parameters, of AdamW's as well: 4 bytes more an element"
+        default=False, description="fp32 masters of 16-bit parameters, of AdamW's as well: 4 more bytes per element"
     )
     stochastic_rounding: Flag = Field(
         default=False,
@@ -87,7 +87,7 @@ class MuonConfig(Block):
     )
     momentum_everywhere: Flag = Field(
         default=False,
-        description="momentum on every rank that holds a copy of a weight, so that any library saves it all: 4 bytes "
+        description="momentum on every rank that holds a copy of a weight, so any library saves all of it: 4 bytes "
         "an element on each",
     )
 
@@ -116,9 +116,7 @@ class ClipConfig(Block):
 class QKClipConfig(Block):
     """Scale the query and key weights of heads with large attention logits down after each step."""
 
-    threshold: Positive = Field(
-        default=defaults.QK_THRESHOLD, description="largest logit of a head that is left alone"
-    )
+    threshold: Positive = Field(default=defaults.QK_THRESHOLD, description="heads with a larger logit are scaled down")
     alpha: Annotated[float, Field(ge=0, le=1)] = Field(
         default=defaults.QK_ALPHA, description="share of the exponent that the queries take; the keys take the rest"
     )
@@ -132,7 +130,7 @@ class OverrideConfig(Block):
 
 
 class GroupConfig(Block):
-    """What holds for the parameters that a pattern matches; what is null is as without the entry.
+    """Options of the parameters that a pattern matches; null: as without the entry.
 
     The first entry that matches a parameter decides.
     """
@@ -141,13 +139,13 @@ class GroupConfig(Block):
         min_length=1, description="regular expression for the whole name, or the whole name without .weight"
     )
     algorithm: Literal["muon", "adamw"] | None = None
-    lr: NonNegative | None = Field(default=None, description="absolute; the schedule multiplies it as every other")
-    weight_decay: NonNegative | None = Field(default=None, description="of all that match, biases and norms too")
+    lr: NonNegative | None = Field(default=None, description="absolute; the schedule multiplies it too")
+    weight_decay: NonNegative | None = Field(default=None, description="for all matches, biases and norms too")
     rule: str | None = Field(default=None, description="update rule; null: optimizer.muon.rule")
     rule_options: RuleOptions | None = None
     scale: Scale | None = None
     split: Annotated[CutConfig | None, BeforeValidator(heads_of_entry)] = Field(
-        default=None, description="how Muon's matrices are cut; heads: as the model's attention is made"
+        default=None, description="how Muon's parameters are split into matrices; heads: one per attention head"
     )
 
 
@@ -156,7 +154,7 @@ class RoutingConfig(Block):
 
     overrides: tuple[OverrideConfig, ...] = ()
     split: Annotated[tuple[SplitConfig, ...], BeforeValidator(heads_of_all)] = Field(
-        default=(), description="how Muon's matrices are cut; heads: each head of the model's attention by itself"
+        default=(), description="how Muon's parameters are split into matrices; heads: one per attention head"
     )
 
 
@@ -166,7 +164,7 @@ class AuditConfig(Block):
     every: Annotated[int, Field(ge=0)] = Field(default=0, description="steps between two audited steps; 0: no audit")
     matrices: PositiveInt = Field(default=1, description="Muon matrices that an audited step recomputes")
     tolerance: Positive | None = Field(
-        default=None, description="largest relative error of an update; null: what the dtypes explain"
+        default=None, description="largest relative error of an update; null: computed from the dtypes"
     )
     on_alarm: Literal["warn", "stop", "undo"] = Field(
         default="warn", description="stop: end with exit code 13; undo: take the step back"
@@ -174,7 +172,7 @@ class AuditConfig(Block):
 
 
 class OptimizerConfig(Block):
-    """Muon with AdamW for the rest, or AdamW alone."""
+    """Muon with AdamW for the rest, or AdamW only."""
 
     name: Literal["muon", "adamw"] = "muon"
     muon: MuonConfig
@@ -194,7 +192,7 @@ class EvaluationConfig(Block):
 
     generate_prompt: str = Field(default=defaults.PROMPT, description="text that the sample continues")
     generate_tokens: Annotated[int, Field(ge=0)] = Field(default=64, description="tokens to generate; 0: no sample")
-    temperature: NonNegative = Field(default=defaults.TEMPERATURE, description="0: the most probable token always")
+    temperature: NonNegative = Field(default=defaults.TEMPERATURE, description="0: always the most probable token")
     top_k: PositiveInt = Field(default=defaults.TOP_K, description="choose among this many most probable tokens")
 
 
@@ -204,7 +202,7 @@ class DiagnosticsConfig(Block):
     every: Annotated[int, Field(ge=0)] = Field(default=0, description="steps between two rounds of measures; 0: none")
     budget: Annotated[float, Field(gt=0, le=1)] = Field(
         default=defaults.DIAGNOSTICS_BUDGET,
-        description="largest share of the time that measuring may take; 1: no bound",
+        description="largest share of the time that measuring may take; 1: no limit",
     )
 
 
@@ -215,35 +213,33 @@ class CheckpointConfig(Block):
         default=True, alias="async", description="training waits for the copy to host memory only"
     )
     keep_last: PositiveInt | None = Field(default=None, description="newest checkpoints to keep; null: all")
-    keep_every: PositiveInt | None = Field(
-        default=None, description="keep those of steps that are multiples of this as well"
-    )
+    keep_every: PositiveInt | None = Field(default=None, description="also keep steps that are multiples of this")
     on_error: Literal["stop", "continue"] = Field(
         default="stop", description="when a save fails, for instance on a full disk: end the run, or warn and continue"
     )
     resume: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="without --resume, continue from the newest checkpoint: when the same launch starts again, "
+        description="without --resume, continue from the newest checkpoint: if the same launch starts again, "
         "whenever there is one, or never",
     )
 
 
 class GuardsConfig(Block):
-    """What watches over a run."""
+    """Settings of the guards of a run."""
 
     max_nonfinite: PositiveInt = Field(
         default=defaults.MAX_NONFINITE,
-        description="so many steps in a row with a NaN or infinite gradient end the run; each is left out",
+        description="this many skipped steps in a row (NaN or infinite gradient) end the run",
     )
     spike: Literal["off", "skip", "rollback"] = Field(
         default="off",
-        description="a step whose loss jumps: nothing; left out; or weights and state go back to the last commit too",
+        description="if the loss jumps: nothing; skip the step; or skip it and return to the last checkpoint",
     )
     spike_window: Annotated[int, Field(ge=4)] = Field(
-        default=defaults.SPIKE_WINDOW, description="losses that a loss is judged by"
+        default=defaults.SPIKE_WINDOW, description="earlier losses that a loss is compared with"
     )
     spike_sigmas: Positive = Field(
-        default=defaults.SPIKE_SIGMAS, description="standard deviations above their mean that are a jump"
+        default=defaults.SPIKE_SIGMAS, description="a spike is this many standard deviations above them"
     )
     hash_every: Annotated[int, Field(ge=0)] = Field(
         default=defaults.HASH_EVERY,
@@ -253,9 +249,9 @@ class GuardsConfig(Block):
         default=None, description="longest operation; null: 0.9 of trainer.ddp_timeout; 0: no watchdog"
     )
     straggler_seconds: NonNegative = Field(
-        default=defaults.STRAGGLER_SECONDS, description="name a rank that is slower by this, step after step; 0: never"
+        default=defaults.STRAGGLER_SECONDS, description="name a rank that is repeatedly slower by this; 0: never"
     )
-    signals: Flag = Field(default=True, description="on SIGTERM and SIGUSR1 commit a checkpoint and leave with 75")
+    signals: Flag = Field(default=True, description="on SIGTERM and SIGUSR1 save a checkpoint and exit with 75")
 
 
 class ParallelConfig(Block):
@@ -266,7 +262,8 @@ class ParallelConfig(Block):
 
     dp_replicate: PositiveInt = Field(default=1, description="copies of the model")
     dp_shard: PositiveInt | None = Field(
-        default=None, description="ranks with batches of their own that share a copy (FSDP2); null: all that are left"
+        default=None,
+        description="data-parallel ranks that shard one copy (FSDP2); null: all remaining ranks",
     )
     tp: PositiveInt = Field(default=1, description="ranks of tensor parallelism, inside a node")
     cp: PositiveInt = Field(default=1, description="ranks of context parallelism (ring attention), on GPUs")
@@ -324,7 +321,7 @@ class Config(Block):
         tuple[PartConfig, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
     ] = Field(default=(), description="parts with other data or another schedule, each from an optimizer step on")
     parallel: ParallelConfig | None = Field(
-        default=None, description="mesh of the ranks; null: data parallelism, or what deepspeed and trainer.fsdp say"
+        default=None, description="mesh of the ranks; null: DDP, unless deepspeed or trainer.fsdp is set"
     )
     evaluation: EvaluationConfig = EvaluationConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()

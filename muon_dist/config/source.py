@@ -51,7 +51,7 @@ for _name, _pattern, _first in _RESOLVERS:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value was written: a file and line, or an override."""
+    """The place of a value: a file and line, or an override."""
 
     where: str
     line: int | None = None
@@ -140,7 +140,7 @@ def parse(text: str, name: str, numbered: bool = True) -> Document:
 
 
 def comment_after_value(text: str) -> str | None:
-    """What YAML would take for a comment in a value of one line: `# b` in `a # b`; None where there is none.
+    """The part of a one-line value that YAML reads as a comment: `# b` in `a # b`; None if there is none.
 
     A `#` inside quotes is text, and so is one that no space precedes.
     """

@@ -10,7 +10,7 @@ from muon_dist.config.kinds import Block, PositiveInt
 
 
 class CutConfig(Block):
-    """Where matrices are cut: exactly one of heads, sizes and from_model."""
+    """How a parameter is split into matrices: exactly one of heads, sizes and from_model."""
 
     heads: PositiveInt | None = Field(default=None, description="number of blocks of one size")
     sizes: tuple[PositiveInt, ...] | None = Field(default=None, description="rows of each block")

@@ -107,7 +107,7 @@ _LARGEST = 2**31 - 1
 
 
 def _number_problem(name: str, value: Any) -> str | None:
-    """What is wrong with a number of the trainer block; None for numbers that are right and for all else."""
+    """The error of a number in the trainer block; None for a right number or another type."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     if not math.isfinite(value):

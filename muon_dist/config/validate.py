@@ -1,4 +1,4 @@
-"""What a schema cannot say: settings that contradict each other."""
+"""Checks that a schema cannot express: settings that contradict each other."""
 
 from __future__ import annotations
 

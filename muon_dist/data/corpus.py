@@ -59,7 +59,7 @@ def _good(source: Source) -> Iterator[Document]:
 
 
 def size_hint(source: Source) -> int | None:
-    """Bytes of the source (an upper bound of its text), or None where that cannot be known."""
+    """Bytes of the source (an upper bound of its text), or None if that cannot be known."""
     return None if source.max_documents is not None else origin(source).size()
 
 

@@ -117,7 +117,7 @@ class CurriculumSampler(Sampler[int]):
 
 
 def describe(part: DataPart, before: DataPart | None) -> dict[str, Any]:
-    """What a part draws from, for the log: what differs from the part before."""
+    """A description of a part for the log: its differences from the part before."""
     dataset = part.dataset.datasets[0]
     about = {"sequence_length": dataset.sequence_length, "packing": dataset.packing, "weights": list(part.weights)}
     known = describe(before, None) if before is not None else {}

@@ -19,7 +19,7 @@ _CHECKED_BYTES = 1 << 18  # text of a source on which a tokenizer is tried
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What a trained or loaded tokenizer folder is.
+    """Facts about a tokenizer folder.
 
     ``vocab_size`` is one more than the largest id, also where ids have gaps. ``sha256`` is that of what decides the
     ids of a text, whatever the file looks like. ``bos_ids`` are the ids with which each document begins.

@@ -28,7 +28,7 @@ from muon_dist.failures import one_line
 
 @dataclass(frozen=True)
 class Options:
-    """What a reader needs to know of a source; see ``Source``."""
+    """The settings of a source that a reader needs; see ``Source``."""
 
     text_field: str = TEXT_FIELD
     document_bytes: int = DOCUMENT_BYTES

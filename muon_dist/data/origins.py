@@ -1,4 +1,4 @@
-"""Where documents come from: the standard library, files, or rows of ``datasets``.
+"""Origins of documents: the standard library, files, or rows of ``datasets``.
 
 A new kind of source is one subclass of ``Origin``, entered in ``ORIGINS``.
 """
@@ -62,7 +62,7 @@ class Origin(ABC):
         """
 
     def size(self) -> int | None:
-        """Bytes of the source (an upper bound of its text), or None where that is not known."""
+        """Bytes of the source (an upper bound of its text), or None if that is not known."""
         return None
 
 

@@ -140,7 +140,7 @@ def _damage(out: Path, known: Manifest, verify: bool) -> str | None:
 def _difference(
     known: Manifest, encoder: Encoder, settings: dict[str, Any], sources: Sequence[Source], records: list[Any]
 ) -> str | None:
-    """What differs from the inputs of before, or None. A source whose files differ is read: its documents count."""
+    """The difference from the earlier inputs, or None. A source with changed files is read: documents decide."""
     start = "was prepared from other inputs: "
     info = encoder.info
     if (known.tokenizer_sha256, known.eos_id) != (info.sha256, info.eos_id):

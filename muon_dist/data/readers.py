@@ -152,7 +152,7 @@ def _docstrings(tree: ast.Module) -> str:
 
 
 def _documented(node: ast.AST) -> Iterator[_Documented]:
-    # through statements alone: expressions hold no definitions, and are most of a tree
+    # through statements only: expressions hold no definitions, and are most of a tree
     if isinstance(node, _Documented):
         yield node
     for field in ("body", "handlers", "orelse", "finalbody"):

@@ -52,7 +52,7 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """What ``index.json`` says of one split of one source."""
+    """The contents of ``index.json`` for one split of one source."""
 
     version: int
     dtype: str
@@ -106,7 +106,7 @@ class PreparedSource:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds and what it was made from."""
+    """The contents of a prepared folder, and the inputs that it was made from."""
 
     vocab_size: int
     eos_id: int
@@ -253,7 +253,7 @@ class _ShardFile:
 
 
 def damages(folder: Path, index: SplitIndex, hashes: bool) -> Iterator[str]:
-    """What is wrong with a split's files, each with file and byte offset. Sizes always, SHA-256 with ``hashes``."""
+    """Damage of a split's files, with file and byte offset. Sizes are checked always, SHA-256 if ``hashes``."""
     width = np.dtype(index.dtype).itemsize
     for shard in index.shards:
         path = folder / shard.file

@@ -1,4 +1,4 @@
-"""What a source of documents is: the settings by which it is read."""
+"""A source of documents: the settings by which it is read."""
 
 from __future__ import annotations
 

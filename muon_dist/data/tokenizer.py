@@ -374,7 +374,9 @@ def load_tokenizer(path: str | Path, add_bos: bool | None = None) -> Encoder:
             f"{folder}: AutoTokenizer cannot load this folder ({type(error).__name__}: {one_line(error)})."
         ) from error
     if tokenizer.eos_token_id is None:
-        raise DataError(f"{folder}: the tokenizer has no end-of-sequence token, with which documents end.")
+        raise DataError(
+            f"{folder}: the tokenizer has no end-of-sequence token, which every document needs at its end."
+        )
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise DataError(f"{folder}: the tokenizer has no tokenizer.json; save it in the fast format first.")
     made = definition(tokenizer, folder)

@@ -13,13 +13,13 @@ from muon_dist.json_files import indented
 
 
 def doctor(
-    run_dir: Annotated[Path, typer.Option(help="Where checkpoints will go.")] = Path("runs"),
-    master_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the rendezvous to come.")] = 29500,
+    run_dir: Annotated[Path, typer.Option(help="The folder for checkpoints.")] = Path("runs"),
+    master_port: Annotated[int, typer.Option(min=1, max=65535, help="Port for the rendezvous.")] = 29500,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds for an exchange between machines.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit code 1 for warnings too.")] = False,
 ) -> None:
-    """Look for what would stand in the way of a run; with torchrun on all machines also between them.
+    """Check this machine for problems; under torchrun also the connections between machines.
 
     Exit code 0 when there is no problem, 1 when there is.
     """

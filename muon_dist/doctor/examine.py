@@ -35,7 +35,7 @@ def examine_machine(folder: Path, port: int | None, several: bool = False) -> li
 
 
 def examine(folder: Path, port: int, timeout: float) -> list[Verdict]:
-    """Everything: under a launcher with several processes also what lies between the machines.
+    """Run all checks; under a launcher with several processes the checks between machines too.
 
     Every rank calls it and gets the verdicts of all. timeout: seconds for one exchange between machines.
     """

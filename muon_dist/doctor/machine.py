@@ -47,7 +47,7 @@ def check_shared_memory(path: Path = Path("/dev/shm"), wanted: float = 1.0) -> l
 
 
 def check_locks(folder: Path | None = None) -> list[Verdict]:
-    """Locks that a killed build left: a later run waits for them forever, without a word.
+    """Locks that a killed build left: a later run waits for them forever, silently.
 
     torch keeps a lock open while it builds (torch.utils.file_baton), so one that no process has open is stale.
     """

@@ -1,4 +1,4 @@
-"""Addresses, interfaces and ports of this machine, without a word to another one."""
+"""Addresses, interfaces and ports of this machine; no other machine is contacted."""
 
 from __future__ import annotations
 

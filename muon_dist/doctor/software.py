@@ -24,7 +24,7 @@ RANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
 
 
 def installed() -> dict[str, str | None]:
-    """Version of each package of RANGES and of muon-dist; None where it is missing."""
+    """Version of each package of RANGES and of muon-dist; None if it is missing."""
     found: dict[str, str | None] = {}
     for name in (*RANGES, "muon-dist"):
         try:
@@ -64,7 +64,7 @@ def check_versions(
 
 
 def check_devices(driver: int | None = None) -> list[Verdict]:
-    """GPUs, and whether torch can use those that the driver lists. driver: their number, looked up unless given."""
+    """GPUs, and whether torch can use those that the driver lists. driver: their number, looked up by default."""
     import torch
 
     driver = gpus_of_driver() if driver is None else driver
@@ -106,7 +106,7 @@ def check_backends() -> list[Verdict]:
 
 
 def check_combinations(variables: Mapping[str, str] = os.environ, gpu: bool | None = None) -> list[Verdict]:
-    """What is known to go wrong together; each was seen with the versions in launch/constraints-cpu.txt."""
+    """Combinations that are known to fail; each was seen with the versions in launch/constraints-cpu.txt."""
     import torch
 
     gpu = torch.cuda.is_available() if gpu is None else gpu

@@ -1,4 +1,4 @@
-"""Where a rank stands: what it is doing now, for the watchdog, the fault injector and messages."""
+"""The current operation of a rank, for the watchdog, the fault injector and messages."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Progress:
         self.enter(IDLE)
 
     def host(self) -> Standing:
-        """Where the host stands."""
+        """The host's current operation."""
         return Standing(self.operation, self.bucket, self.step, self.since)
 
     def device(self) -> Standing | None:

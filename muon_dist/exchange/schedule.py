@@ -1,4 +1,4 @@
-"""What is sent where, as pure data: bounded buckets of matrices, and the element counts of every message."""
+"""The messages of a step as pure data: bounded buckets of matrices, and the elements of every message."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _WORKSPACE = {4: 16, 2: 10}
 
 
 def moves(plan: OwnershipPlan, matrices: Iterable[int]) -> bool:
-    """Whether any of `matrices` does not lie whole on its owner alone."""
+    """Whether any of `matrices` does not lie whole on its owner only."""
     return any(bool((plan.layout.matrices[i].fragments.rank != plan.owners[i]).any()) for i in matrices)
 
 
 def bytes_of_two_buckets(itemsize: int = 4, messages: bool = True, also: int = 0) -> int:
-    """What a pipelined step allocates at most, for each element of the bound of `make_buckets`.
+    """Largest number of bytes that a pipelined step allocates, per element of the bound of `make_buckets`.
 
     Args:
         itemsize: of the widest dtype of Newton-Schulz; in fp64 it takes more than is said here.
@@ -84,7 +84,7 @@ def pipelined_elements(
     """The bound of `make_buckets` when they are to overlap: smaller than `bucket_elements` where the busiest owner of
     `matrices` would otherwise have less than `_PIPELINED` buckets, but not below `smallest`.
 
-    Where every matrix lies whole on its owner alone it is `bucket_elements`: there is nothing to hide.
+    Where every matrix lies whole on its owner only it is `bucket_elements`: there is nothing to hide.
     """
     if not moves(plan, matrices):
         return bucket_elements
@@ -124,7 +124,7 @@ def elements_by_rank(world_size: int, ranks: Iterable[int], parts: Iterable[Part
 
 
 def relayed_parts(plan: OwnershipPlan, bucket: Bucket, rank: int, column: Sequence[int]) -> list[Part]:
-    """What comes to `rank` from the ranks of `column`, its own, in their order: what each of their domains makes."""
+    """The updates that `rank` receives from the ranks of its `column`, in their order: one part per domain."""
     if not column:
         return []
     domains = plan.layout.domains
@@ -141,14 +141,14 @@ def largest_end(plan: OwnershipPlan, i: int) -> int:
 
 
 class _Ends:
-    """What each rank sends, receives and stacks in a bucket while it grows: (kind, rank) -> elements."""
+    """Elements that each rank sends, receives and stacks while a bucket grows: (kind, rank) -> elements."""
 
     def __init__(self, plan: OwnershipPlan) -> None:
         self.plan = plan
         self.busy = np.zeros((6, plan.layout.world_size), dtype=np.int64)
 
     def of(self, i: int) -> np.ndarray:
-        """What matrix `i` adds: sent, received in the gather, sent, received in the scatter, stacked, relayed."""
+        """Elements that matrix `i` adds: sent and received in the gather, in the scatter, stacked, relayed."""
         added = np.zeros_like(self.busy)
         owner, given = self.plan.owners[i], self.plan.direct[i]
         np.add.at(added[0], self.plan.sources[i].rank, self.plan.sources[i].length)

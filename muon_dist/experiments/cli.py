@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 
 ProfileOption = Annotated[str, typer.Option(help="quick (all within 5 minutes on two cores) or full (more seeds).")]
-OutputOption = Annotated[Path, typer.Option(help="Folder for the result files: one JSON and one SVG an experiment.")]
+OutputOption = Annotated[Path, typer.Option(help="Folder for the result files: one JSON and one SVG per experiment.")]
 
 
 @app.command()
@@ -43,7 +43,7 @@ def newton_schulz(
     output: OutputOption = Path("spectra"),
     momentum: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads it on Python 3.10 too)
-        typer.Option(help="A torch.save file of name -> matrix, in place of momentum from E8's training."),
+        typer.Option(help="A torch.save file of name -> matrix, instead of momentum from E8's training."),
     ] = None,
     save_momentum: Annotated[
         Optional[Path],  # noqa: UP045
@@ -74,7 +74,7 @@ def report(
     results: Annotated[Path, typer.Argument(metavar="RESULTS", help="A folder that `spectra run` wrote.")],
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="The page to write; experiments.html in RESULTS unless given."),
+        typer.Option(help="The page to write; default: experiments.html in RESULTS."),
     ] = None,
 ) -> None:
     """One self-contained HTML page of the experiments in a folder."""

@@ -68,9 +68,9 @@ def actual_threshold(loss_at: Callable[[float], float], start: float) -> float:
 
 
 def probe_layer(loss: Callable[[], Tensor], weight: nn.Parameter, lanczos: int) -> dict[str, float]:
-    """Everything about one layer at one moment: thresholds, bounds, sharpness, and the gain of Muon over SGD.
+    """Measures of one layer at one moment: thresholds, bounds, sharpness, and the gain of Muon over SGD.
 
-    Exact polar factor; the Hessian is the block of this layer alone.
+    Exact polar factor; the Hessian is the block of this layer only.
     """
     (g,) = torch.autograd.grad(loss(), weight, create_graph=True)
     flat = g.detach().flatten(1)

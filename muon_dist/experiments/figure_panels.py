@@ -1,4 +1,4 @@
-"""What each panel of each experiment shows. A panel reads the result's file."""
+"""The panels of each experiment. A panel reads the result's file."""
 
 from __future__ import annotations
 

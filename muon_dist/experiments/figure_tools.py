@@ -1,4 +1,4 @@
-"""What the panels of the figures share: colours, the theory's line style, error bars over seeds."""
+"""Shared by the panels of the figures: colours, the theory's line style, error bars over seeds."""
 
 from __future__ import annotations
 

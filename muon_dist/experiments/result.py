@@ -1,4 +1,4 @@
-"""What an experiment hands back: criteria, a verdict that follows from them, and the file that holds every number."""
+"""The result of an experiment: criteria, the verdict that follows from them, and the file with every number."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def environment() -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """As it will stand in the file. JSON has no infinity: an infinite or undefined number becomes "inf" or "nan"."""
+    """The value as written to the file. JSON has no infinity: infinite and undefined numbers become "inf", "nan"."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

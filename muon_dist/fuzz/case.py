@@ -86,7 +86,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Setup:
-    """What holds the model.
+    """The framework and mesh that hold the model.
 
     Attributes:
         framework: "process", "ddp" (`replicate` ranks), "fsdp2" (any of the axes; without `shard` tensor parallelism
@@ -228,7 +228,7 @@ class Case:
         return self.dtype != "float32"
 
     def segments(self) -> list[tuple[Setup, range]]:
-        """What holds the model in which steps; two where another group of processes continues."""
+        """The setup of each range of steps; two if another group of processes continues."""
         if self.resume is None or self.resume.how == RELOAD:
             return [(self.setup, range(self.steps))]
         at = self.resume.at

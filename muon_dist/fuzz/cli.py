@@ -18,7 +18,7 @@ _ENVIRONMENT = {
 
 
 def fuzz(
-    seconds: Annotated[float, typer.Option(min=1, help="How long cases are begun.")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Start new cases for this many seconds.")] = 60.0,
     seed: Annotated[int, typer.Option(help="The same seed draws the same cases.")] = 0,
     json_file: Annotated[
         Optional[Path],  # noqa: UP045  (typer reads it on Python 3.10 too)
@@ -29,10 +29,10 @@ def fuzz(
     ] = "",
     replay: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="CASE", help="Run this one case, as a wrong one was printed."),
+        typer.Option(metavar="CASE", help="Run one case, in the form in which a wrong case was printed."),
     ] = None,
 ) -> None:
-    """Random models, meshes and options on processes of this machine, each against the plain algorithm.
+    """Compare random models, meshes and options, on processes of this machine, with the plain algorithm.
 
     Exit code 0 when no case is wrong, 12 when one is.
     """

@@ -94,7 +94,7 @@ def draw(seed: int, number: int, engines: bool = True) -> Case:
 
 
 def _with_options(r: random.Random, case: Case) -> Case:
-    """What rules, parts and the optimizer have besides."""
+    """The case with options of rules, parts and the optimizer."""
     own = {"normuon": {"beta2": 0.9}, "adamuon": {"beta2": 0.9}, "namo": {"mu2": 0.9}, "soap_muon": {"beta2": 0.8}}
     chosen: dict[str, float | bool] = dict(own.get(case.rule, {}) if r.random() < 0.3 else {})
     refused = RULES[case.rule].refused
@@ -161,7 +161,7 @@ def _holdable(case: Case) -> Case:
     """The case, changed where torch cannot hold it.
 
     FSDP2 takes no parameter of which tensor parallelism leaves a rank nothing. And where it leaves all of Muon's
-    parameters alone, the optimizer knows of no such axis.
+    parameters only, the optimizer knows of no such axis.
     """
     over = [setup.tp for setup, _ in case.segments() if setup.needs_elements]
     if not over:

@@ -52,6 +52,12 @@ class EngineHolder(Holder):
                 layer.uses = [replace(use, part=part) if use.key == p.fqn else use for use in layer.uses]
         return model
 
+    def fed(self, step: int, micro: int) -> Tensors:
+        """Below stage 3 DeepSpeed adds up the gradients of a sequence-parallel group: a rank has a part."""
+        found = super().fed(step, micro)
+        share = self.setup.sp if self.setup.stage < 3 else 1
+        return {name: given / share for name, given in found.items()}
+
     def backward(self, fed: Tensors, last: bool) -> None:
         self.engine.backward(self.engine(fed))
         if not last:
@@ -159,7 +165,6 @@ def _configuration(case: Case, setup: Setup) -> dict[str, Any]:
     return {
         **axes,
         "train_micro_batch_size_per_gpu": 1,
-        "train_batch_size": setup.replicate * case.accumulation,
         "gradient_accumulation_steps": case.accumulation,
         "gradient_clipping": case.clip or 0.0,
         "zero_allow_untested_optimizer": True,

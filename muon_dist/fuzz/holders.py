@@ -1,4 +1,4 @@
-"""What holds the model of a case on a rank: a process alone, DDP, and what every framework has in common."""
+"""Holders of a case's model on a rank: one process, DDP, and the parts common to all frameworks."""
 
 from __future__ import annotations
 

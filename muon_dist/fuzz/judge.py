@@ -37,7 +37,7 @@ class Outcome:
 
     Attributes:
         kind: "right", "wrong" or "refused".
-        error: the largest of any parameter, see `distance`; None where nothing could be compared.
+        error: the largest of any parameter, see `distance`; None if nothing could be compared.
         parameter: that has it.
         message: why it was refused or is wrong.
     """
@@ -145,7 +145,7 @@ def _groups(case: Case, setup: Setup) -> int:
 
 
 def _failed(answers: Sequence[Answer]) -> Outcome | None:
-    """What it means that not all ranks are done; None if they are."""
+    """The verdict if some ranks are not done; None if all are."""
     kinds = {answer.kind for answer in answers}
     if kinds == {"done"}:
         return None

@@ -41,7 +41,7 @@ def _numbered(case: Case) -> Iterator[tuple[int, Parameter]]:
 
 
 def sample(case: Case, step: int, number: int) -> Tensors:
-    """What sample `number` of a step feeds to the model, by FQN: the gradients of that sample's loss."""
+    """The inputs of sample `number` of a step, by FQN; they are the gradients of that sample's loss."""
     found = {}
     for i, p in _numbered(case):
         if p.kind == FROZEN or (step, p.name) in case.missing:

@@ -33,7 +33,7 @@ GRACE = 5.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What a rank came to. kind: "done", "refused" (one of our errors), "failed" (any other) or "hung"."""
+    """The outcome of a rank. kind: "done", "refused" (one of our errors), "failed" (any other) or "hung"."""
 
     kind: str
     value: Any

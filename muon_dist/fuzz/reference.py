@@ -1,4 +1,4 @@
-"""What a case must come to: the papers' formulas in fp64, in one process, on whole tensors.
+"""The right result of a case: the papers' formulas in fp64, in one process, on whole tensors.
 
 The formulas of rules and parts are those of `optim.plain`; nothing here is shared with the optimizer itself.
 """

@@ -40,7 +40,7 @@ class Wrong:
 
 @dataclass
 class Report:
-    """What came out.
+    """The result of a fuzzing run.
 
     Attributes:
         counts: right, wrong and refused.

@@ -1,4 +1,4 @@
-"""What each rank does with a case."""
+"""The work of each rank for a case."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FULL = "full.pt"
 
 @dataclass(frozen=True)
 class Found:
-    """What a rank has after the last step of a segment.
+    """The tensors of a rank after the last step of a segment.
 
     Attributes:
         weights: whole, by FQN.
@@ -91,7 +91,7 @@ def resumed(case: Case, setup: Setup, resume: Resume | None, folder: Path) -> Ho
         holder = hold(case, setup, saved["weights"])
         holder.optimizer.load_state_dict(saved["optimizer"])
         return holder
-    # Frozen parameters and all others get their values from the checkpoint alone.
+    # Frozen parameters and all others get their values from the checkpoint only.
     holder = hold(case, setup, {name: w + 1.0 for name, w in start(case).items()})
     ranks = Ranks(dist.group.WORLD)
     checkpoint = open_checkpoint(folder / checkpoint_name(resume.at), ranks)

@@ -31,7 +31,7 @@ class SpikeDetector:
         self._losses: deque[float] = deque(maxlen=window)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to make the same decisions."""
+        """State with which a resumed run makes the same decisions."""
         return {"losses": list(self._losses), "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

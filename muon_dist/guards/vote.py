@@ -1,4 +1,4 @@
-"""What the ranks tell each other once a step: loss, a wish to stop, and how long each was busy. One small all-reduce.
+"""The vote of a step: one small all-reduce of each rank's loss, wish to stop, and busy seconds.
 
 It begins with the backward pass and is read when the optimizer steps, so nobody waits for it.
 """
@@ -69,7 +69,7 @@ class Stopwatch:
             self._events[-1][1].record()
 
     def seconds(self) -> float:
-        """Of this step up to now."""
+        """Seconds of this step so far."""
         running = time.perf_counter() - self._since if self._since is not None else 0.0
         return max(self._seconds + running, self._kernels_before)
 

@@ -29,7 +29,7 @@ _LAST_WORDS = 1.0
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last published: a count of its publications, and where it stood."""
+    """The last publication of a rank: the number of its publications, and its operation."""
 
     count: int
     step: int
@@ -133,7 +133,7 @@ class Watchdog:
                 return
 
     def _standing(self) -> tuple[Standing, float]:
-        """Where this rank stands, and since when: what its device is in, or its host where the device keeps up."""
+        """This rank's operation and its start: the device's operation, or the host's if the device is not behind."""
         behind = self.progress.device()
         if behind is None:
             host = self.progress.host()
@@ -156,7 +156,7 @@ class Watchdog:
             _patiently(lambda: store.set(self._key(self.rank), text))
 
     def beats(self) -> dict[int, Beat]:
-        """What each rank last published; empty where the store does not answer."""
+        """The last publication of each rank; empty if the store does not answer."""
         if self._store is None:
             return {}
         store = self._store

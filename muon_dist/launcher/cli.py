@@ -27,19 +27,24 @@ Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads it on Python 3.10 too)
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as for muon-dist train."),
 ]
-NodesOption = Annotated[str, typer.Option("--nodes", metavar="N|MIN:MAX", help="Machines; a range when elastic.")]
-GpusOption = Annotated[int, typer.Option("--gpus-per-node", min=0, help="GPUs of a machine; 0: CPU.")]
+NodesOption = Annotated[
+    str, typer.Option("--nodes", metavar="N|MIN:MAX", help="Number of machines; a range for an elastic run.")
+]
+GpusOption = Annotated[int, typer.Option("--gpus-per-node", min=0, help="GPUs per machine; 0: CPU.")]
 ProcessesOption = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option("--processes-per-node", min=1, help="Processes on a machine; one a GPU unless given."),
+    typer.Option("--processes-per-node", min=1, help="Processes per machine; default: one per GPU."),
 ]
 OutputOption = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--output", "-o", help="The file to write; standard output unless given."),
+    typer.Option("--output", "-o", help="The file to write; default: standard output."),
 ]
 FolderOption = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--folder", help="Where the run starts, on every machine; where the file is started unless given."),
+    typer.Option(
+        "--folder",
+        help="Folder in which the run starts, on every machine; default: the folder in which the file is started.",
+    ),
 ]
 VenvOption = Annotated[
     Optional[str],  # noqa: UP045
@@ -51,13 +56,15 @@ InterfaceOption = Annotated[
 ]
 NameOption = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--name", help="Name of the job; the configuration's unless given."),
+    typer.Option("--name", help="Name of the job; default: the configuration's."),
 ]
 RunDirOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--run-dir", help="As for muon-dist train."),
 ]
-AddressOption = Annotated[str, typer.Option("--master-addr", help="The first machine, where the others meet.")]
+AddressOption = Annotated[
+    str, typer.Option("--master-addr", help="Address of the first machine, to which the others connect.")
+]
 PortOption = Annotated[int, typer.Option("--master-port", help="A free port of the first machine.")]
 
 
@@ -150,10 +157,12 @@ def torchrun(
     processes: ProcessesOption = None,
     master_addr: AddressOption = "127.0.0.1",
     master_port: PortOption = 29500,
-    static: Annotated[bool, typer.Option("--static", help="Give each machine its number, instead of c10d.")] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="Pass each machine's number by hand, instead of c10d.")
+    ] = False,
     max_restarts: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="Restarts after a failure; 0, or 3 when elastic."),
+        typer.Option(min=0, help="Restarts after a failure; default: 0, or 3 for an elastic run."),
     ] = None,
     name: NameOption = None,
     run_dir: RunDirOption = None,
@@ -185,15 +194,17 @@ def slurm(
     nodes: NodesOption = "1",
     gpus: GpusOption = 0,
     processes: ProcessesOption = None,
-    time: Annotated[str, typer.Option(help="Time limit, as sbatch takes it.")] = "24:00:00",
-    warn: Annotated[int, typer.Option(min=30, help="Seconds before the limit at which the run saves and ends.")] = 180,
+    time: Annotated[str, typer.Option(help="Time limit, in sbatch's format.")] = "24:00:00",
+    warn: Annotated[
+        int, typer.Option(min=30, help="The run saves and ends this many seconds before the limit.")
+    ] = 180,
     requeues: Annotated[int, typer.Option(min=0, help="How often the job may start itself again.")] = 50,
-    cpus: Annotated[Optional[int], typer.Option("--cpus-per-task", min=1, help="Cores of a machine.")] = None,  # noqa: UP045
-    memory: Annotated[Optional[str], typer.Option(help="Memory of a machine, such as 200G.")] = None,  # noqa: UP045
-    partition: Annotated[Optional[str], typer.Option(help="As sbatch takes it.")] = None,  # noqa: UP045
-    account: Annotated[Optional[str], typer.Option(help="As sbatch takes it.")] = None,  # noqa: UP045
-    qos: Annotated[Optional[str], typer.Option(help="As sbatch takes it.")] = None,  # noqa: UP045
-    constraint: Annotated[Optional[str], typer.Option(help="As sbatch takes it.")] = None,  # noqa: UP045
+    cpus: Annotated[Optional[int], typer.Option("--cpus-per-task", min=1, help="Cores per machine.")] = None,  # noqa: UP045
+    memory: Annotated[Optional[str], typer.Option(help="Memory per machine, such as 200G.")] = None,  # noqa: UP045
+    partition: Annotated[Optional[str], typer.Option(help="sbatch's option of this name.")] = None,  # noqa: UP045
+    account: Annotated[Optional[str], typer.Option(help="sbatch's option of this name.")] = None,  # noqa: UP045
+    qos: Annotated[Optional[str], typer.Option(help="sbatch's option of this name.")] = None,  # noqa: UP045
+    constraint: Annotated[Optional[str], typer.Option(help="sbatch's option of this name.")] = None,  # noqa: UP045
     exclusive: Annotated[bool, typer.Option("--exclusive", help="Share no machine with other jobs.")] = False,
     log: Annotated[str, typer.Option(help="sbatch's --output.")] = "%x-%j.out",
     name: NameOption = None,
@@ -226,15 +237,15 @@ def k8s(
     kind: Annotated[str, typer.Option(help="trainjob (Kubeflow Trainer v2) or pytorchjob (v1, can be elastic).")] = (
         "trainjob"
     ),
-    namespace: Annotated[Optional[str], typer.Option(help="Of the job.")] = None,  # noqa: UP045
+    namespace: Annotated[Optional[str], typer.Option(help="Namespace of the job.")] = None,  # noqa: UP045
     volume: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="CLAIM:/PATH", help="Mount a persistent volume claim; repeat it."),
     ] = None,
-    cpu: Annotated[Optional[str], typer.Option(help="Cores of a pod.")] = None,  # noqa: UP045
-    memory: Annotated[Optional[str], typer.Option(help="Memory of a pod, such as 200Gi.")] = None,  # noqa: UP045
+    cpu: Annotated[Optional[str], typer.Option(help="Cores per pod.")] = None,  # noqa: UP045
+    memory: Annotated[Optional[str], typer.Option(help="Memory per pod, such as 200Gi.")] = None,  # noqa: UP045
     shm: Annotated[str, typer.Option(help="Largest size of /dev/shm.")] = "8Gi",
-    grace: Annotated[int, typer.Option(min=30, help="Seconds for saving when a pod is told to end.")] = 180,
+    grace: Annotated[int, typer.Option(min=30, help="Seconds for saving when a pod is stopped.")] = 180,
     name: NameOption = None,
     run_dir: RunDirOption = None,
     folder: FolderOption = None,
@@ -262,9 +273,7 @@ def k8s(
 @app.command()
 def deepspeed(
     config: ConfigOption,
-    host: Annotated[
-        list[str], typer.Option(help="A machine, by the name that ssh takes; repeat it, the first first.")
-    ],
+    host: Annotated[list[str], typer.Option(help="A machine's ssh name; repeat it, first machine first.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The hostfile to write.")],
     overrides: Overrides = None,
     gpus: GpusOption = 0,

@@ -1,4 +1,4 @@
-"""What is to run, and where: the facts that every launcher's file is made from, checked before one is written."""
+"""The command to run and its machines: the input of every launcher's file, checked before a file is written."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ PORT = 29400  # PyTorchJob: the port of the c10d rendezvous
 
 @dataclass(frozen=True)
 class Kubernetes:
-    """Where and with what the containers run.
+    """Options of the containers: image, namespace, volumes, resources.
 
     kind: "trainjob" (Kubeflow Trainer v2) or "pytorchjob" (Training Operator v1, which has elastic jobs). volumes:
     "claim:/path" of persistent volume claims that all pods mount. grace: seconds that a pod has for saving when it is

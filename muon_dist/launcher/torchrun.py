@@ -19,7 +19,7 @@ def render_torchrun(
 ) -> str:
     """The script. `static`: each machine is told its number; else they come in any order (c10d rendezvous).
 
-    An elastic job is started again `restarts` times (3 unless given) after a failure, another never.
+    An elastic job is started again `restarts` times (3 by default) after a failure, another never.
     """
     numbered = job.nodes > 1 and static and not job.elastic
     if job.nodes == 1:

@@ -51,7 +51,7 @@ class Block:
         return divmod(part.start - self.start, self.stride) if self.rows > 1 else (0, part.start - self.start)
 
     def part_of_run(self, first: int, stop: int) -> list[Block]:
-        """What of this block lies in the run `[first, stop)`: at most a part of a row, whole rows, a part of a row."""
+        """The elements of this block in `[first, stop)`: at most a part of a row, whole rows, and a part of a row."""
         first, stop = max(first, self.start), min(stop, self.stop)
         if first >= stop:
             return []
@@ -91,7 +91,7 @@ class Block:
         return [Block.of(first * self.stride + begin, last - first, end - begin, self.stride)]
 
     def inside(self, part: Block) -> list[Block]:
-        """Where `part`, a block of this block's own elements taken in row-major order, stands in the storage.
+        """The place in the storage of `part`, a block of this block's elements in row-major order.
 
         One block, unless `part` is a run that begins or ends inside a row of a block with gaps.
         """

@@ -39,7 +39,7 @@ def _check_runs(f: Fragments, matrix: Matrix) -> None:
 
 
 def _check_blocks(f: Fragments, matrix: Matrix) -> None:
-    """On the grid of all borders of rows and columns: how many fragments hold each cell, in all and of one rank."""
+    """Count on the grid of all borders of rows and columns how many fragments hold each cell, in all and per rank."""
     if not ((f.stride == matrix.cols) | (f.rows == 1)).all():
         raise LayoutError(f"{matrix.name}: a fragment has other rows than the matrix, which has {matrix.cols} columns")
     found: set[tuple[int, ...]] = set()

@@ -54,7 +54,7 @@ class ShardedParameter:
                 f"{self.name}: {len(self.ranks)} ranks and {len(self.cuts)} placements on a mesh of {self.mesh_shape}"
             )
         if len(set(self.ranks)) != len(self.ranks):
-            raise LayoutError(f"{self.name}: a rank stands in the mesh {self.ranks} twice")
+            raise LayoutError(f"{self.name}: a rank is in the mesh {self.ranks} twice")
         cuts = tuple((cut, 1) if isinstance(cut, int) else cut for cut in self.cuts)
         object.__setattr__(self, "cuts", cuts)
         for axis in {cut[0] for cut in cuts if cut is not None}:
@@ -84,7 +84,7 @@ class ShardedParameter:
         return tuple(np.broadcast_to(numbers, self.mesh_shape).reshape(-1).tolist())
 
     def fragments(self, buffer: int) -> Fragments:
-        """What every rank holds of the flattened parameter, shard after shard, in its buffer number `buffer`."""
+        """The fragments of the flattened parameter on every rank, shard after shard, in buffer number `buffer`."""
         shard, start, rows, cols, stride, local, step = _blocks(self.shape, self.mesh_shape, self.cuts)
         holders = self._holders()
         copies = holders.shape[1]
@@ -144,7 +144,7 @@ def _chunk(index: np.ndarray, parts: int, number: int) -> np.ndarray:
 
 
 def _held(length: int, cuts: Sequence[tuple[int, int]], at: Sequence[int]) -> list[Interval]:
-    """What the rank at coordinates `at` holds along an axis that is cut as `cuts`, (split factor, parts)."""
+    """The range that the rank at coordinates `at` holds of an axis cut by `cuts`, (split factor, parts)."""
     index = np.arange(length)
     for i in _in_order("", list(cuts)):
         factor, parts = cuts[i] if len(cuts) == 1 else (1, cuts[i][1])

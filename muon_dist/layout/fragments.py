@@ -113,7 +113,7 @@ class Fragments(Sequence[Fragment]):
         return self.start + (self.rows - 1) * self.stride + self.cols
 
     def chosen(self, index: Any) -> Fragments:
-        """Those that a mask or an array of positions names."""
+        """The fragments selected by a mask or an array of positions."""
         return Fragments(*(column[index] for column in self._columns()))
 
     def in_buffer(self, number: int) -> Fragments:
@@ -122,7 +122,7 @@ class Fragments(Sequence[Fragment]):
         return Fragments(rank, start, rows, cols, stride, number, local, step)
 
     def on(self, rank: int) -> Fragments:
-        """Those that `rank` holds."""
+        """The fragments that `rank` holds."""
         return self.chosen(self.rank == rank)
 
     def tiles(self, numel: int) -> bool:
@@ -231,7 +231,7 @@ def _fragment(
 
 
 def _within(given: Fragment, part: Block) -> Iterator[Fragment]:
-    """What `given` holds of `part`, in the order of `part`."""
+    """The elements of `part` that `given` holds, in the order of `part`."""
     block, local = given.block, given.local
     contiguous = part.rows == 1 or part.cols == part.stride
     for shared in block.common(part):

@@ -134,7 +134,7 @@ class Layout:
         names = [m.matrix.name for m in self.matrices]
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
-            raise LayoutError(f"{twice} stands in the layout twice")
+            raise LayoutError(f"{twice} is in the layout twice")
         if self.domains and len(self.domains) != self.world_size:
             raise LayoutError(f"{len(self.domains)} domains for {self.world_size} ranks")
         if self.columns and not len(self.columns) == len(self.domains) == self.world_size:

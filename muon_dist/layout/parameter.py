@@ -1,4 +1,4 @@
-"""Where a parameter lies: the description from which layouts, checkpoints and checks of copies derive."""
+"""Which rank holds which blocks of a parameter: the input of layouts, checkpoints and comparisons of copies."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def _check_complete(path: Path, report: Mapping[str, Any]) -> None:
 def _from_checkpoint(
     checkpoint: Checkpoint, dtype: torch.dtype | None, config: PretrainedConfig | None = None
 ) -> PreTrainedModel:
-    """The model of a checkpoint: its weights alone, also where they lie in the files of many ranks."""
+    """The model of a checkpoint: its weights only, also where they lie in the files of many ranks."""
     path = checkpoint.path / MODEL_FOLDER
     model = _described(path, dtype, config)
     found = {WEIGHT: dict(model.named_parameters()), BUFFER: dict(model.named_buffers())}

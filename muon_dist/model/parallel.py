@@ -11,7 +11,7 @@ from muon_dist.model.build import number_of_experts
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the axes of a mesh must divide, and what they move.
+    """The sizes of a model that mesh axes must divide, and the data that they send.
 
     Attributes:
         name: class of the model, for messages.

@@ -1,7 +1,7 @@
 """Model folders that transformers 4.57 and 5.x, vLLM and llama.cpp's converter all read.
 
 transformers 5 writes some settings in a new place alone. A reader that does not know it takes a default instead, often
-without a word: a `rope_theta` of 500,000 is read as 10,000. So the old spelling is written too, with the same value.
+silently: a `rope_theta` of 500,000 is read as 10,000. So the old spelling is written too, with the same value.
 
 Read by their source: transformers 4.57 (`configuration_utils.py`, `modeling_rope_utils.py`, `tokenization_auto.py`),
 vLLM (`transformers_utils/config.py`: `rope_theta`, `rope_scaling`, `dtype` or `torch_dtype`), llama.cpp
@@ -24,7 +24,7 @@ from muon_dist.json_files import read_object, write_json
 
 Json = dict[str, Any]
 
-# Tokenizer classes of transformers 5 alone. All of them save tokenizer.json, which holds the whole tokenizer.
+# Tokenizer classes of transformers 5 only. All of them save tokenizer.json, which holds the whole tokenizer.
 _NEW_TOKENIZERS = frozenset({"TokenizersBackend", "PreTrainedTokenizer"})
 # Where and how this process loaded the tokenizer.
 _OF_THE_PROCESS = ("backend", "is_local", "local_files_only", "name_or_path")
@@ -40,7 +40,7 @@ def make_portable(folder: str | Path) -> list[str]:
     """Rewrite config.json and the tokenizer's files in `folder`, which transformers 5 has saved, for older readers.
 
     Sets `use_cache`, which training turns off; a `model_max_length` where there is none; and the modes of all files to
-    what the umask allows (weights are written for their owner alone). Removes training_args.bin, which is pickled, and
+    what the umask allows (weights are written for their owner only). Removes training_args.bin, which is pickled, and
     may hold secrets. Returns a sentence for each setting that version 4 cannot express.
     """
     root = Path(folder)
@@ -59,7 +59,7 @@ def make_portable(folder: str | Path) -> list[str]:
 
 
 def _other_tokenizer(root: Path) -> list[str]:
-    """What is to be said where AutoTokenizer of transformers 5 does not load what tokenizer.json holds."""
+    """A message if transformers 5's AutoTokenizer does not load the contents of tokenizer.json."""
     if not (root / "tokenizer_config.json").is_file():
         return []
     found = AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)

@@ -74,7 +74,7 @@ class Products:
 
 
 class AddedAfter(Products):
-    """On a CPU in fp32 and fp64: sums are taken after their products.
+    """Products on a CPU in fp32 and fp64: sums are added after their products.
 
     `baddbmm` begins by copying a summand to `out`, which waits for memory that the product has not yet brought near:
     adding to what the product has just written takes 0.95 of the time of the whole iteration for sides of 64. Not in
@@ -105,7 +105,7 @@ class SymmetricKernels(Products):
 
 
 class BlockedHalf(AddedAfter):
-    """On a CPU: block rows up to the diagonal, and the rest copied; of large matrices the copies are cheap."""
+    """Symmetric products on a CPU: block rows up to the diagonal, the rest copied. For large matrices."""
 
     name = "torch, symmetric products by half"
     symmetric_half = True
@@ -273,7 +273,7 @@ def _divided_on_device(x: Tensor, safety: float, out: Tensor, exact: Tensor) -> 
 
 
 def normal_dtype(given: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """In what `normalize` computes: fp32, or fp64 where the input or the iteration is fp64."""
+    """The dtype in which `normalize` computes: fp32, or fp64 if the input or the iteration is fp64."""
     return torch.promote_types(torch.promote_types(given, compute), torch.float32)
 
 

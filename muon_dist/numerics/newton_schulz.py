@@ -58,22 +58,22 @@ def newton_schulz(
 ) -> Tensor:
     """Approximate the polar factor U V^T of every matrix X = U S V^T.
 
-    X is normalised, then steps of X <- a X + (b A + c A^2) X with A = X X^T are taken, on the shorter side (Bernstein
-    and Newhouse, arXiv 2409.20325; Keller Jordan, 2024). The result depends on the direction of X alone: its norm is
-    taken in fp32 (fp64 for an fp64 input) after dividing by the largest magnitude, with no epsilon, so inputs of norm
-    1e-30 and fp16 inputs of 6e4 give what inputs of norm 1 give.
+    X is normalised, then each step computes X <- a X + (b A + c A^2) X with A = X X^T, on the shorter side (Bernstein
+    and Newhouse, arXiv 2409.20325; Keller Jordan, 2024). The result depends on the direction of X only: its norm is
+    computed in fp32 (fp64 for an fp64 input) after dividing by the largest magnitude, with no epsilon, so inputs of
+    norm 1e-30 and fp16 inputs of 6e4 give what inputs of norm 1 give.
 
     Args:
         x: (M, N) or (B, M, N), any real floating dtype. Not modified.
         steps: number of iterations; see `schedules.coefficients`.
-        schedule: one of `schedules.SCHEDULES`, or own rows [[a, b, c], ...].
-        dtype: compute dtype; None for the policy of `compute_dtype`.
+        schedule: one of `schedules.SCHEDULES`, or your own rows [[a, b, c], ...].
+        dtype: compute dtype; None: chosen by `compute_dtype`.
         compiled: through `torch.compile`, once for each shape of a stack; see `compiled.check_compiler`.
 
     Returns:
-        A contiguous tensor of the shape, dtype and device of `x`, without gradient. Every matrix of a stack is
-        treated alone: a zero matrix gives exactly zero, one with a NaN or an infinity gives NaN in all its entries,
-        and neither touches its neighbours. On one CPU thread a stack gives bit for bit what its matrices give alone;
+        A contiguous tensor of the shape, dtype and device of `x`, without gradient. The matrices
+        of a stack do not affect each other: a zero matrix gives exactly zero, and a matrix with a NaN or an infinity
+        gives NaN in all its entries. On one CPU thread a stack gives bit for bit what its matrices give alone;
         with several threads products are cut differently (3e-6 relative in fp32). Autocast does not apply inside.
 
     Raises:

@@ -92,7 +92,7 @@ def prove(products: Products, device: torch.device) -> None:
 def products_for(
     short: int, long: int, dtype: torch.dtype, device: torch.device, *, compiled: bool = False
 ) -> Products:
-    """What multiplies for matrices of sides `short` <= `long` in compute dtype `dtype` on `device`.
+    """The matrix products for sides `short` <= `long` in compute dtype `dtype` on `device`.
 
     The symmetric kernels need a GPU of compute capability 9.0 or newer, fp16 or bf16, a short side of 256 or more, and
     sides that are multiples of 8. A CPU takes symmetric products by half in fp32 and fp64 from a short side of 512 on,

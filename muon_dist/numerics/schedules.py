@@ -48,7 +48,7 @@ class Schedule:
 
     @property
     def fixed_length(self) -> int | None:
-        """Number of steps of a schedule that always runs whole; None where `steps` chooses."""
+        """Number of steps of a schedule that always runs whole; None if `steps` chooses."""
         return len(self.rows) if self.tail is None else None
 
     def coefficients(self, steps: int = DEFAULT_STEPS) -> tuple[Row, ...]:

@@ -19,7 +19,7 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class StableStep:
-    """What a step along -U may be, in units of U.
+    """Bounds on the length of a step along -U, in units of U.
 
     A threshold or bound is infinite where the curvature along the update (the largest curvature) is not positive, and
     0 or below where the update does not descend.

@@ -15,7 +15,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class SpectralStats:
     """Measures of one matrix. All are 0 for a zero matrix, but `residual` and `max_deviation` are 1 for a zero update.
-    The last three are None where no orthogonalized update was given."""
+    The last three are None if no orthogonalized update was given."""
 
     s_mean: float
     """Mean singular value, ||G||_* / r."""

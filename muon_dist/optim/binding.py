@@ -1,4 +1,4 @@
-"""What an adapter hands to the optimizer."""
+"""The data that an adapter gives to the optimizer: layout, tensors, process group, device."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ class Binding:
         device: where gathered matrices are orthogonalized and collectives run; buffers may be elsewhere (offload).
         gradient_factor: multiplies the gradients of Muon groups before momentum; an adapter uses it to take back a
             clip that the framework has applied to all gradients.
-        finite: whether all gradients of this step are finite, the same answer on every rank; None where the framework
+        finite: whether all gradients of this step are finite, the same answer on every rank; None if the framework
             has not found out: then the optimizer looks at the gradients itself.
         local: this rank's part of a buffer or of its stored momentum, where those are distributed tensors; called in
             every step, because a framework may replace the storage.
         column: the replica group of this rank: ranks of `group` with the same of `layout.columns`; None: all.
         everywhere: buffers of which every holder keeps the momentum, not the sources alone: all that have several
             holders if its second argument is True, else those whose sources the framework's checkpoint cannot express.
-        stored: the momentum of a buffer as it is in the optimizer's `state`, of this rank's part (None where it
+        stored: the momentum of a buffer as it is in the optimizer's `state`, of this rank's part (None if it
             keeps none); None to store nothing.
-        parts: this rank's part of a buffer and of its gradient, the same elements; None where those are plain tensors.
+        parts: this rank's part of a buffer and of its gradient, the same elements; None if those are plain tensors.
         stored_by_owner: as `stored`, of what the owner of a matrix keeps, a 1-D tensor (None on other ranks); given
             the number of the matrix in the layout, and at the end the length of that tensor.
         fragments: given name and tensor of any parameter, which elements of it this rank's part is.
         specs: the parameters that all ranks step, where these step different ones (experts); None: the optimizer's.
-        contents: what lies in a tensor that a framework has made of several parameters; None where every tensor is a
+        contents: what lies in a tensor that a framework has made of several parameters; None if every tensor is a
             parameter.
         before_step: raises FrameworkError where the framework is in a mode that the step cannot follow.
     """

@@ -46,7 +46,7 @@ class GroupStep:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What all buckets of a step share.
+    """Data shared by all buckets of a step.
 
     Attributes:
         groups: by index of the parameter group.

@@ -119,7 +119,7 @@ def check_names(group: Mapping[str, Any], where: str) -> None:
     names, count = group.get("param_names"), len(group["params"])
     if names is not None and len(names) != count:
         raise ConfigError(
-            f"{where}: {len(names)} param_names for {count} params: a list that was cut must be cut in both"
+            f"{where}: {len(names)} param_names for {count} params: both lists must have the same length"
         )
 
 

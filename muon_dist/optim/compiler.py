@@ -165,7 +165,7 @@ def _update_dtype(iteration: Set[torch.dtype], rules: Set[MuonRule]) -> torch.dt
 
 @dataclass(frozen=True)
 class Place:
-    """What the compiler needs to know of a matrix's parameter group and of its buffer on this rank."""
+    """The facts about a matrix's parameter group and its buffer on this rank that the compiler needs."""
 
     group: int
     scale: float
@@ -249,7 +249,7 @@ class BucketCompiler:
         return only if only.itemsize < self.wire[0].itemsize else self.wire[0]
 
     def _sends(self, bucket: Bucket) -> list[str]:
-        """What the rules of the bucket's matrices have sent besides the momentum; the same on all ranks."""
+        """The tensors that the rules of the bucket's matrices send besides momentum; equal on all ranks."""
         return sorted({name for i in bucket.matrices for name in self.rules[self.places[i].group].sends})
 
     def _sent(self, name: str, bucket: Bucket, stacks: list[Stack]) -> Sent:

@@ -31,7 +31,7 @@ _AS_THEY_ARE = ("process_group", "_options", "specs", "algorithms", "_kinds", "_
 
 
 def packed(optimizer: Any) -> dict[str, Any]:
-    """What a copy of a Muon is made of: groups, state, options. It plans for itself, at its own first step.
+    """Groups, state and options for a copy of a Muon. The copy makes its own plan at its first step.
 
     The plan, `diagnostics`, `audit`, and what others have hung on `guard` and `progress` stay with the original.
 

@@ -1,4 +1,4 @@
-"""What owners are balanced by: the analytic cost model, or seconds that rank 0 measured and told the others."""
+"""The cost model that balances owners: analytic, or seconds that rank 0 measured and sent to the others."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 def place(name: str) -> tuple[int | None, str]:
     """Layer and type of a matrix: "model.layers.3.mlp.up_proj.weight" -> (3, "mlp.up_proj").
 
-    The layer is the first whole number among the parts of the name, None where there is none; the type is what stands
+    The layer is the first whole number among the parts of the name, None if there is none; the type is what stands
     behind it, without ".weight" and without the index of a head or an expert ("mlp.experts.*.up_proj"), or before it
     where nothing is behind it.
     """
@@ -149,7 +149,7 @@ class Diagnostics:
         try:
             append_line(path, record)
         except OSError as error:
-            # Raising on this rank alone would leave the others waiting in a collective.
+            # Raising on this rank only would leave the others waiting in a collective.
             self._writable = False
             print(f"diagnostics: cannot write {path}: {error}; this rank measures on without it", file=sys.stderr)
 

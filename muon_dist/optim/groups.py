@@ -47,34 +47,34 @@ def param_groups(
     partitions: int | None = None,
     groups: Entries = (),
 ) -> list[dict[str, Any]]:
-    """The groups of `model` for `Muon`.
+    """The parameter groups of a model, for `Muon`.
 
-    They are "muon", "adamw" and "adamw_no_decay" (biases and norms), and one or more for each entry of `groups` that
-    gives options; empty ones are left out.
+    They are named "muon", "adamw" and "adamw_no_decay" (biases and norms). Each entry of `groups` with options makes
+    one or more groups of its own. Empty groups are left out.
 
     Args:
-        model: frozen parameters are left out, tied ones stand once.
-        lr, weight_decay: of the Muon group; None leaves them to the optimizer's arguments.
-        adamw_lr, adamw_weight_decay: of the AdamW groups; None means those of the Muon group.
-        overrides, splits: short forms of entries of `groups`; see `routing.route`. Plain dicts or their classes.
-            `splits="heads"` makes each head of the model's attention a matrix of its own; see docs/groups.md.
-        table: a routing table made for this model, in place of `overrides`, `splits` and `groups`; without one it is
-            printed.
-        partitions: ranks over which ZeRO stage 1 or 2 will cut each Muon group: its parameters are put into the order
-            in which its slices begin between matrices as far as possible (`partition_order`; docs/plan.md).
-        groups: what holds for parameters by name, as dicts: `pattern` (a regular expression for the whole name, or
-            the whole name without `.weight`), and any of `algorithm`, `lr`, `weight_decay`, `rule`, `rule_options`,
-            `scale` and `split` ({"heads": N}, {"sizes": [...]} or "heads"). The first that matches a parameter
-            decides; what it leaves out is as without an entry. `lr` and `weight_decay` hold for all parameters that it
-            takes, Muon's and AdamW's, biases and norms too; `rule`, `scale` and `split` for Muon's alone.
+        model: the model. Frozen parameters are left out; a tied parameter appears once.
+        lr, weight_decay: for the Muon group; None: the optimizer's own arguments.
+        adamw_lr, adamw_weight_decay: for the AdamW groups; None: as for the Muon group.
+        overrides, splits: short forms of entries of `groups`, as dicts or as objects; see `routing.route`.
+            `splits="heads"` makes each attention head a matrix of its own; see docs/groups.md.
+        table: a routing table of this model, instead of `overrides`, `splits` and `groups`. Without it, the new table
+            is printed.
+        partitions: number of ranks over which ZeRO stage 1 or 2 will cut each Muon group. The parameters are then
+            ordered so that as many slices as possible begin between matrices (`partition_order`; docs/plan.md).
+        groups: options by name. Each entry is a dict with `pattern` (a regular expression for the whole name, with or
+            without `.weight`) and any of `algorithm`, `lr`, `weight_decay`, `rule`, `rule_options`, `scale` and
+            `split` ({"heads": N}, {"sizes": [...]} or "heads"). The first entry that matches a parameter decides;
+            options that it leaves out have their normal value. `lr` and `weight_decay` apply to all matches, of Muon
+            and AdamW, biases and norms included; `rule`, `scale` and `split` apply to Muon's only.
 
     Returns:
         Dicts with `params`, `param_names` (FQNs), `name`, `algorithm`, for Muon `cuts`, and the options given.
 
     Raises:
         ConfigError: an entry has an unknown key, or a value that cannot be used.
-        RoutingError: nothing reaches Muon, or an entry does not fit.
-        FrameworkError: a framework has already made something else of the parameters.
+        RoutingError: no parameter goes to Muon, or an entry does not fit its parameters.
+        FrameworkError: a framework has already replaced or flattened the parameters.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     check_parameters(model)
@@ -154,17 +154,17 @@ def routing_table(
     splits: Splits = (),
     groups: Entries = (),
 ) -> FoldedTable:
-    """Where each parameter of `model` goes and why: one row for all equal layers, doubtful rows first.
+    """A table of which algorithm trains each parameter, and why. Equal layers share a row; doubtful rows come first.
 
         print(muon_dist.routing_table(model))
 
     Args:
-        model: on any device, also on the meta device. It is not run.
+        model: on any device, the meta device included. It is not run.
         overrides, splits, groups: as for `param_groups`.
 
     Returns:
         `FoldedRow`s with `pattern` (`model.layers.{0-79}.mlp.up_proj.weight`), `shape`, `algorithm`, `role`, `reason`
-        and `doubt` ("" where nothing is in doubt, else what is, and the line that settles it).
+        and `doubt` (empty, or a sentence with the override that removes the doubt).
 
     Raises:
         ConfigError: an entry has an unknown key, or a value that cannot be used.
@@ -174,7 +174,7 @@ def routing_table(
 
 
 def groups_of(params: Any, groups: Entries) -> Any:
-    """What `Muon` takes as `params`: the groups of a model, or what was given.
+    """The parameter groups for `Muon`: those of a model, or `params` unchanged.
 
     Raises:
         ConfigError: `groups` without a model, whose names its patterns would have to match.

@@ -1,6 +1,6 @@
 """Whether a step may be taken: decided by all ranks together, before anything is touched.
 
-A bad step is left out whole. Multiplying its update by zero would not do: 0 x NaN is NaN, and momentum would keep it.
+A bad step is skipped whole. Multiplying its update by zero would not do: 0 x NaN is NaN, and momentum would keep it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Allowed:
-    """What the ranks have found in a step that may be taken.
+    """The result of the check before a step that may be made.
 
     Attributes:
         present: whether each parameter has a gradient on some rank.
@@ -66,7 +66,7 @@ class StepGuard:
         skipped: steps left out for a gradient that was not finite, since the start.
         vetoed: steps left out by `veto`, since the start.
         in_a_row: steps left out for their gradients since the last good one.
-        applied: False when the current step is left out.
+        applied: False when the current step is skipped.
         begins: True in the first call of a step.
     """
 
@@ -80,7 +80,7 @@ class StepGuard:
         self._seen: set[int] = set()
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run must know."""
+        """State for a resumed run."""
         return {"skipped": self.skipped, "vetoed": self.vetoed, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ class MasterWeights:
     """fp32 masters of 16-bit parameters: a step changes the masters, and the parameters are the masters, rounded.
 
     A master is kept in the optimizer's `state` under `MASTER`, placed and sharded as its parameter is. Elements that
-    somebody else has changed in the parameter since (a load, an average of weights) are taken over by the master.
+    other code has changed in the parameter since (a load, an average of weights) are taken over by the master.
 
     Args:
         state: of the optimizer; asked every time, because a load replaces it.
@@ -50,7 +50,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def open(self, parameter: Tensor, part: Tensor) -> Tensor:
-        """What a step changes in place of `part`, this rank's part of `parameter`; `part` itself if it is wide."""
+        """The tensor that a step changes instead of `part`, this rank's part of `parameter`; `part` itself if fp32."""
         if not is_narrow(parameter):
             return part
         master = self._local(self.of(parameter))
@@ -75,7 +75,7 @@ class MasterWeights:
 def prepare(
     options: Options, named: Sequence[tuple[str, Tensor, str]], state: Callable[[], State], binding: Binding, rank: int
 ) -> tuple[MasterWeights | None, AdamWRounding | None]:
-    """What keeps the bits that 16-bit parameters lose, as the options say; warns on rank 0 if nothing does.
+    """The masters or the rounding that the options ask for; warns on rank 0 if 16-bit parameters have neither.
 
     Args:
         named: name, tensor and algorithm of every parameter; a tensor that a framework has made has any name.

@@ -1,4 +1,4 @@
-"""What rules keep besides momentum: numbers on the owner of a matrix, and a number for each matrix on all ranks."""
+"""State of rules besides momentum: numbers on a matrix's owner, and one number per matrix on all ranks."""
 
 from __future__ import annotations
 

@@ -52,60 +52,63 @@ if TYPE_CHECKING:
 
 
 class Muon(StateDicts):
-    """Momentum orthogonalized by Newton-Schulz for matrices, AdamW for the rest, exact under every sharding.
+    """Muon for matrices and AdamW for all other parameters, exact under every sharding.
 
     The update of a matrix W with gradient G and momentum buffer B (Keller Jordan 2024, and `torch.optim.Muon`):
 
         B <- lerp(B, G, 1 - momentum);  U <- lerp(G, B, momentum) if nesterov else B
         W <- W (1 - lr weight_decay) - lr scale(W) newton_schulz(U)
 
-    Momentum stays sharded. Each matrix is gathered to one owning rank, orthogonalized there, and the update
-    scattered back; under DDP it lives on the owner alone. The plan is made at the first step, because frameworks
-    replace parameters after an optimizer is made.
+    Momentum stays sharded; under DDP only the owner of a matrix has its momentum. Each matrix is gathered to its
+    owner, orthogonalized there, and the update is scattered back. The plan is made at the first step, because
+    frameworks replace parameters after the optimizer was created.
 
     Args:
-        params: a model, or parameter groups, as from `param_groups(model)`: dicts with `params` and `algorithm`
-            ("muon" or "adamw"), optionally `param_names` (FQNs), `cuts` (for each parameter None or a dict with
-            `heads`, `sizes`, `transposed`; see `layout.cut_parameter`) and any option below. A group without
-            `algorithm`, or a plain list of parameters, is Muon's. 3-D parameters are batches of matrices.
+        params: a model, or parameter groups such as those of `param_groups(model)`: dicts with `params` and
+            `algorithm` ("muon" or "adamw"). A group may also have `param_names` (FQNs), `cuts` (per parameter None or
+            a dict with `heads`, `sizes`, `transposed`; see `layout.cut_parameter`) and any option below. A group
+            without `algorithm`, or a plain list of parameters, goes to Muon. A 3-D parameter is a batch of matrices.
         lr: learning rate of groups that do not set their own.
-        weight_decay: decoupled, times lr.
-        momentum, nesterov: of Muon groups. Schedulers that cycle AdamW's beta1 cycle momentum as well.
-        ns_steps, ns_schedule, ns_dtype: see `numerics.newton_schulz`. `ns_schedule` is a name, or own rows
+        weight_decay: decoupled; a step multiplies the weights by 1 - lr * weight_decay.
+        momentum, nesterov: for Muon's groups. Schedulers that change AdamW's beta1 change momentum too.
+        ns_steps, ns_schedule, ns_dtype: see `numerics.newton_schulz`. `ns_schedule` is a name, or your own rows
             [[a, b, c], ...].
         scale: "match_rms_adamw", "spectral", "unit_rms" or "none"; see `update_scale`.
-        betas, eps: of AdamW groups.
-        process_group: ranks that share the work: by default all, with torch.distributed initialised; None: one.
+        betas, eps: for AdamW's groups.
+        process_group: the ranks that share the work. Default: all ranks of torch.distributed; None: this rank only.
         owner_policy: "balanced", "local" or "round_robin"; see `ownership.assign_owners`.
-        cost: what "balanced" balances: "analytic", "measured" (timed once on rank 0 and kept), or a `CostModel`.
-        bucket_mb: a step allocates at most twice this, in MiB, on top of the memory held between steps; a matrix too
-            large for that goes alone. See docs/performance.md.
-        overlap: gather the next bucket and scatter the one before while a bucket is orthogonalized; exact either way.
-        ns_compile: run Newton-Schulz through `torch.compile`, once for each shape; refused where that fails.
-        wire_dtype: dtype in which momentum and updates travel; None loses nothing, bfloat16 rounds what is gathered.
-        max_nonfinite: a step with a NaN or infinite gradient on any rank changes nothing; so many in a row: an error.
-        diagnostics: a `Diagnostics`, or its arguments: spectral measures of each matrix, taken on its owner.
-        rule, rule_options: update rule of Muon groups ("muon", "normuon", "adamuon", "soap_muon", "hyperball" or
-            "namo"; see docs/rules.md), and what it has besides the options above, such as `beta2` of "normuon", and
-            parts such as `cautious`.
-        master_weights: keep an fp32 master of every 16-bit parameter, 4 bytes for each element; see
+        cost: seconds that "balanced" balances: "analytic", "measured" (rank 0 times them once and keeps them), or a
+            `CostModel`.
+        bucket_mb: a step allocates at most twice this, in MiB, on top of the memory held between steps. A larger
+            matrix has a bucket of its own. See docs/performance.md.
+        overlap: gather the next bucket and scatter the one before while a bucket is orthogonalized. The weights are
+            bit-identical with and without it.
+        ns_compile: run Newton-Schulz through `torch.compile`, compiled once per shape; an error if that fails.
+        wire_dtype: dtype of sent momentum and updates. None: no rounding; bfloat16: half the bytes, rounded.
+        max_nonfinite: a step with a NaN or infinite gradient on any rank changes nothing; this many such steps in a
+            row raise NonFiniteError.
+        diagnostics: a `Diagnostics`, or its arguments: spectral measures of each matrix, computed by its owner.
+        rule: update rule of Muon's groups: "muon", "normuon", "adamuon", "soap_muon", "hyperball" or "namo"; see
+            docs/rules.md.
+        rule_options: the rule's own options, such as `beta2` of "normuon", and parts such as `cautious`.
+        master_weights: keep an fp32 master of every 16-bit parameter (4 bytes per element); see
             docs/low-precision.md.
-        stochastic_rounding: write bfloat16 parameters of both algorithms with random rounding whose mean is exact.
-            The random numbers are a function of `rounding_seed`, name, step and element: the same under every layout.
-        rounding_seed: see `stochastic_rounding`; the same on all ranks.
+        stochastic_rounding: round bfloat16 parameters of both algorithms randomly, so that their mean is exact. The
+            random numbers depend on `rounding_seed`, name, step and element only, so all layouts round equally.
+        rounding_seed: see `stochastic_rounding`; equal on all ranks.
         momentum_everywhere: every rank that holds a copy of a weight keeps its momentum too (DDP, ZeRO-0, HSDP), 4
-            bytes for each element, so that whatever saves `state_dict()` of one rank saves everything.
-        audit: an `audit.Audit`, or its settings such as {"every": 20}: other ranks recompute a share of the steps; see
+            bytes per element. Then `state_dict()` of any one rank is complete.
+        audit: an `audit.Audit`, or its settings such as {"every": 20}: other ranks recompute some of the steps; see
             docs/audit.md.
-        groups: options by name, where `params` is a model: as of `param_groups`.
+        groups: options by name, if `params` is a model; as in `param_groups`.
 
     Attributes:
-        specs: the parameters of each group as they were given, with the matrices of Muon's.
-        algorithms: of each group.
+        specs: per group, the parameters as they were given, with Muon's matrices.
+        algorithms: per group.
 
     Raises:
         ConfigError: an option is unknown or out of range.
-        RoutingError: no group is Muon's, or a parameter with fewer than two axes is in a Muon group.
+        RoutingError: no group goes to Muon, or a parameter with fewer than two axes is in a Muon group.
     """
 
     def __init__(
@@ -167,7 +170,7 @@ class Muon(StateDicts):
             raise RoutingError("no parameter group has algorithm 'muon': use torch.optim.AdamW if that is intended")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. After the first step it is a collective, and the next step plans again, over all groups."""
+        """Add a group. After the first step this is a collective, and the next step makes a new plan."""
         param_group, index = dict(param_group), len(self.param_groups)
         where = f"group {param_group.get('name', index)}"
         check_keys(param_group, self.defaults, where)
@@ -196,17 +199,17 @@ class Muon(StateDicts):
 
     @property
     def runtime(self) -> Runtime | None:
-        """What executes the plan; None before the first step or `bind`."""
+        """The object that executes the plan; None before the first step or `bind`."""
         return self._runtime
 
     @property
     def plan(self) -> OwnershipPlan | None:
-        """Layout and owners; None before the first step or `bind`."""
+        """The ownership plan, with its layout; None before the first step or `bind`."""
         return self._runtime.plan if self._runtime is not None else None
 
     @property
     def orthogonalized(self) -> int:
-        """Matrices orthogonalized on this rank since the start."""
+        """Number of matrices that this rank has orthogonalized since the start."""
         return 0 if self._runtime is None else self._runtime.orthogonalized
 
     def bind(
@@ -217,16 +220,16 @@ class Muon(StateDicts):
         *,
         compare_copies: bool = True,
     ) -> None:
-        """Plan on the tensors that a framework really keeps. Called by adapters, and at the first step otherwise.
+        """Make the plan for the framework's tensors. Adapters call it; otherwise the first step does.
 
         Args:
             binding: layout, buffers, process group and device.
             groups: index of the parameter group of each buffer.
             transport: carries the messages; by default over the binding's process group.
-            compare_copies: in the first step, compare what should be equal on several ranks.
+            compare_copies: in the first step, compare tensors that should be equal on several ranks.
 
         Raises:
-            LayoutError: the layout does not hold exactly the matrices that this optimizer was given.
+            LayoutError: the matrices of the layout are not those of this optimizer.
             PlanMismatchError: the ranks computed different plans.
         """
         transport = transport or Transport(binding.group, binding.device, self.progress, binding.column)
@@ -248,7 +251,7 @@ class Muon(StateDicts):
         )
 
     def bound_runtime(self) -> Runtime:
-        """The runtime, planned now if it was not yet; then a collective.
+        """The runtime. Makes the plan if there is none yet, which is a collective.
 
         Raises:
             FrameworkError: the framework around the optimizer is still being built.
@@ -276,12 +279,12 @@ class Muon(StateDicts):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step. With a process group it is a collective: every rank must call it.
 
-        A parameter without a gradient on any rank is left alone; one without a gradient on some counts as zero there.
-        With a gradient that is NaN or infinite on any rank, the step changes nothing on all ranks.
+        If a parameter has no gradient on any rank, it does not change; if only some lack it, it counts as zero there.
+        If a gradient is NaN or infinite on any rank, the step changes nothing on any rank.
 
         Raises:
             ConfigError: the algorithm or rule of a group was changed.
-            NonFiniteError: the `max_nonfinite`-th such step in a row.
+            NonFiniteError: `max_nonfinite` such steps in a row.
             ReplicaError: in the first step, ranks that should hold copies have different weights or gradients.
             PeerError: a message to or from another rank failed; names the operation, bucket and step.
         """

@@ -1,4 +1,4 @@
-"""Where fragments stand in the memory of the exchange: in messages, and in the owners' stacks."""
+"""Positions of fragments in the memory of the exchange: in messages and in the owners' stacks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def received_of(envelope: Envelope | None) -> Region | None:
 
 
 def key(part: Part) -> tuple[int, int]:
-    """What tells fragments of one rank apart."""
+    """A key that identifies a fragment among those of one rank."""
     return part[0], part[1].block.start
 
 
 def _shape(part: Part, listing: Listing | None) -> Shape:
-    """Of the view of a fragment: that of a listing's view, or its own rows and columns."""
+    """The shape of a fragment's view: that of a listing's view, or the fragment's rows and columns."""
     block = part[1].block
     return (block.rows, block.cols) if listing is None else listing.shapes[listing.numbers([part])[0]]
 

@@ -33,7 +33,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Stages:
-    """What a step was made of: the new weight is `decay` times the old one, minus `rate` times `direction`.
+    """The stages of a step: the new weight is `decay` times the old one, minus `rate` times `direction`.
 
     Attributes:
         momentum: (out, in), after the step.
@@ -169,7 +169,7 @@ def _namo(gradient: Tensor, m: Tensor, mu1: float, memory: Memory, o: Mapping[st
 
 
 def _hyperball(weight: Tensor, u: Tensor, lr: float, rest: float, memory: Memory) -> tuple[Tensor, float]:
-    """What `lr` multiplies, and the factor that brings the weight back to its norm."""
+    """The direction that `lr` multiplies, and the factor that restores the weight's norm."""
     radius = memory.setdefault("radius", weight.norm().clone()).to(weight.dtype)
     if not u.norm() > 0:
         return torch.zeros_like(u), 1.0

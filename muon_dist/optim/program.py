@@ -1,4 +1,4 @@
-"""What one rank does in a step, as data: what it reads, sends, stacks and changes, and in what memory.
+"""The program of one rank for a step, as data: tensors to read, send, stack and change, and their memory.
 
 Everything here is compiled once (`compiler.ProgramCompiler`) from the ownership plan and from the options that the
 ranks have agreed on. A step only runs it (`runtime.Runtime`, `bucket_run.BucketRun`).
@@ -110,7 +110,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Rebroadcast:
-    """What the ranks of a replica group send each other: the updates that the owners of each one's copy have made.
+    """Messages between the ranks of a replica group: each sends the updates that its copy's owners made.
 
     Attributes:
         counts: elements that each rank of the replica group sends, in their order.

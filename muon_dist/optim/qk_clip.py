@@ -275,7 +275,7 @@ def _check(optimizer: Muon, layers: Sequence[AttentionLayer]) -> None:
         for scaled in layer.scaled:
             if scaled.name not in rules:
                 raise FrameworkError(
-                    f"qk_clip: the optimizer does not step {scaled.name}: it is frozen, or an adapter stands in its "
+                    f"qk_clip: the optimizer does not step {scaled.name}: it is frozen, or an adapter takes its "
                     "place. Train it, or leave qk_clip out"
                 )
             rule = rules[scaled.name]

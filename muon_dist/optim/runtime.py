@@ -43,7 +43,7 @@ class Work:
 
 
 class Runtime:
-    """What one rank keeps of the optimizer's state, and the step over it.
+    """The optimizer state of one rank, and the step that updates it.
 
     Args:
         binding, plan: what is stepped and who owns it.

@@ -117,7 +117,7 @@ def say_bytes(runtime: Runtime) -> None:
 
 @dataclass
 class Loaded:
-    """What a state dict holds of a parameter under Muon.
+    """The entries of a state dict for one parameter of Muon.
 
     Attributes:
         momentum: None if it holds none.

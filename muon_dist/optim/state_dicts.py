@@ -65,9 +65,9 @@ class StateDicts(torch.optim.Optimizer):
         return full_state(self._runtime, local, indexed_parameters(self))
 
     def gather_state(self) -> None:
-        """Until `release_state`, let `state_dict()` be `full_state_dict()` on rank 0; a collective.
+        """Make `state_dict()` return `full_state_dict()` on rank 0 until `release_state`. A collective.
 
-        For a framework that saves the state dict of rank 0 alone: its hook before a save, on all ranks.
+        For a framework that saves the state dict of rank 0 only: its hook before a save, on all ranks.
         """
         self._gathered = self.full_state_dict() or None
 

@@ -1,4 +1,4 @@
-"""What orthogonalizing and moving a matrix costs, in seconds of a device; used to place owners and to plan."""
+"""Seconds that a device needs to orthogonalize and to send a matrix; used to choose owners and to plan."""
 
 from __future__ import annotations
 

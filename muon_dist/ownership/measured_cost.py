@@ -113,7 +113,7 @@ def measure(
 
 
 def cache_file(device: torch.device) -> Path:
-    """Of `device`, in the folder MUON_DIST_CACHE, else in the user's cache folder."""
+    """The cache file of `device`, in the folder MUON_DIST_CACHE or else in the user's cache folder."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     safe = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "muon_dist"

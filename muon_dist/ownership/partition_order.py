@@ -152,7 +152,7 @@ def _arrange(kinds: list[_Kind], partitions: int, size: int, model: CostModel) -
 
 
 class _Walk:
-    """What the choices at a boundary are, and what they cost."""
+    """The choices at a boundary, and their costs."""
 
     def __init__(self, kinds: list[_Kind], partitions: int, size: int, model: CostModel) -> None:
         self.kinds = kinds

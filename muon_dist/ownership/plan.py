@@ -162,7 +162,7 @@ def _seconds(
     steps: Callable[[MatrixLayout], int],
     dtype: Callable[[MatrixLayout], torch.dtype],
 ) -> list[float]:
-    """Of each matrix, as one of a stack of as many as each rank will have of its shape."""
+    """Seconds of each matrix, in a stack of as many matrices of its shape as each rank will have."""
     keys = []
     for i in members:
         m = layout.matrices[i]

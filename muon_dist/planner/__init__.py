@@ -1,4 +1,4 @@
-"""What a run will cost, from its configuration alone: memory, bytes, balance, time.
+"""The cost of a run, computed from its configuration: memory, bytes, balance, time.
 
 Re-exports nothing: the command line imports `planner.cli`, and must not wait for torch.
 """

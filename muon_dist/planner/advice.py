@@ -105,7 +105,7 @@ def _wire(plan: Plan, workload: Workload, settings: Settings, device: Device) ->
 
 
 def _policy(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Iterator[str]:
-    """Where the table shows that dealing matrices out in turn is more even, what the whole step says to that."""
+    """Advice on round-robin owners, if they are more even: the effect on the whole step."""
     ns = plan.newton_schulz
     if settings.owner_policy == "round_robin" or ns["round robin"] >= ns["max"] * (1 - _WORTH / 5):
         return
@@ -163,7 +163,7 @@ def _figures(o: Outline, own: Outline) -> str:
 
 
 def _reason(best: Outline, other: Outline) -> str:
-    """Where `best` gains most on `other`: memory if that one does not fit, else the part of the step."""
+    """The largest gain of `best` over `other`: memory if that one does not fit, else a part of the step."""
     if not other.fits:
         part = max(other.memory, key=lambda name: other.memory[name] - best.memory[name])
         return f"it fits: {part} {best.memory[part] / GIB:.1f} GiB in place of {other.memory[part] / GIB:.1f} GiB"

@@ -32,13 +32,13 @@ def plan(
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, for example optimizer.muon.bucket_mb=128."),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks on each.")] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="Ranks per machine.")] = 8,
     device: Annotated[
         str, typer.Option(help="a100, h100, h200, b200, mi300x, cpu, or measured for this machine.")
     ] = "h100",
     layout: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="ddp, zero1, zero2, zero3, fsdp2 or hsdp; that of the configuration unless given."),
+        typer.Option(help="ddp, zero1, zero2, zero3, fsdp2 or hsdp; default: from the configuration."),
     ] = None,
     tp: Annotated[_Ranks, typer.Option(help="Ranks of tensor parallelism.")] = None,
     cp: Annotated[_Ranks, typer.Option(help="Ranks of context parallelism (ring attention).")] = None,
@@ -51,8 +51,8 @@ def plan(
     order: Annotated[
         bool, typer.Option(help="Under ZeRO-1/2, order Muon's group so that slices begin between matrices.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.")] = False,
-    advice: Annotated[bool, typer.Option(help="Plan with other settings too, and say which are better.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    advice: Annotated[bool, typer.Option(help="Look for better settings and meshes.")] = True,
 ) -> None:
     """Memory, bytes by link, Newton-Schulz balance and overhead of a run on any number of machines; needs no GPU.
 

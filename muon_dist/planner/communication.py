@@ -1,4 +1,4 @@
-"""What the training step moves without Muon, by mesh axis and by link: bytes that a rank receives.
+"""Bytes that a rank receives in a training step without Muon, by mesh axis and link.
 
 Rings: an all-reduce brings 2 (W - 1) / W of the elements, a gather or a reduce-scatter half of that (Patarasuk and
 Yuan 2009). An all-to-all brings (W - 1) / W of what a rank holds.
@@ -31,7 +31,7 @@ def _split(volume: float, between: float) -> Links:
 
 
 def _ring(mesh: Mesh, volume: float, size: int, stride: int) -> Links:
-    """Of one pass of a ring over `volume` bytes."""
+    """Bytes per link of one pass of a ring over `volume` bytes."""
     return _split((size - 1) / size * volume, mesh.ring_between(size, stride))
 
 

@@ -1,4 +1,4 @@
-"""What one rank's device and its links can do."""
+"""Speed and memory of one rank's device, and speed of its links."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan moves and computes, counted from the real layouts, owners and buckets."""
+"""Bytes and FLOPs of a plan, counted from the real layouts, owners and buckets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Exchange:
     collectives: int
 
     def seconds(self, inside: float, between: float, per_collective: float) -> float:
-        """Of the rank with the slowest link, at bytes/s of a rank inside a node and between nodes."""
+        """Seconds of the rank with the slowest link, at a rank's bytes/s inside a node and between nodes."""
         slowest = max(
             float((way[INSIDE] / inside + way[BETWEEN] / between).max()) for way in (self.sent, self.received)
         )

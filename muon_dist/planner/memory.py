@@ -21,7 +21,7 @@ def usable(device: Device) -> float:
 
 
 def nccl_bytes(world: int) -> float:
-    """What NCCL itself allocates on a GPU, outside torch's allocator; an estimate that no GPU has confirmed.
+    """Bytes that NCCL allocates on a GPU outside torch's allocator; an estimate, not confirmed on a GPU.
 
     A communicator has 16 channels of 4 MiB (NCCL_BUFFSIZE) each way. An all-to-all opens 2 channels to every peer.
     """

@@ -31,7 +31,7 @@ class Mesh:
         per_node: consecutive ranks of a machine.
         pp: pipeline stages.
         dp_replicate: copies of the model under HSDP and DDP.
-        dp_shard: ranks with batches of their own among which a copy is cut.
+        dp_shard: data-parallel ranks that share one copy of the model.
         cp: ranks of ring attention.
         sp: ranks of DeepSpeed's Ulysses.
         tp: ranks of tensor parallelism; under ZeRO, of DeepSpeed's AutoTP.
@@ -73,7 +73,7 @@ class Mesh:
         return self.fsdp * self.tp // self.ep
 
     def options(self) -> str:
-        """As the command line takes them."""
+        """The mesh as command-line options."""
         words = [f"--layout {self.layout}"]
         for name in OPTIONS:
             if name == "dp_replicate" and (
@@ -100,7 +100,7 @@ class Mesh:
 
 
 def _copies(ranks: int, per_node: int, mesh: Mesh) -> int:
-    """Copies of the model under HSDP unless given: one on each node, or as few nodes as one copy needs."""
+    """Copies of the model under HSDP by default: one on each node, or as few nodes as one copy needs."""
     return max(1, ranks // mesh.pp // max(per_node, mesh.cp * mesh.tp))
 
 
@@ -142,7 +142,7 @@ def make_mesh(layout: str, world: int, per_node: int, axes: Mapping[str, int] | 
                 "copies as --dp-replicate"
             )
     if data % copies:
-        raise ConfigError(f"--dp-replicate {copies}: {data} ranks with batches of their own are not a multiple of it")
+        raise ConfigError(f"--dp-replicate {copies}: the {data} data-parallel ranks are not a multiple of it")
     return _with_data(mesh, copies, data // copies)
 
 
@@ -186,7 +186,7 @@ def check_model(mesh: Mesh, workload: Workload, settings: Settings) -> None:
 
 
 def problems(mesh: Mesh, workload: Workload, settings: Settings) -> Iterator[str]:
-    """What of `mesh` does not fit the model, each by its option."""
+    """The axes of `mesh` that do not fit the model, by option."""
     sizes = {name: getattr(mesh, name) for name in ("tp", "cp", "sp", "ep")}
     for axis, problem in misfits(sizes, workload.architecture, settings.sequence_length):
         yield f"--{axis} {sizes[axis]}: {problem}"
@@ -209,7 +209,7 @@ def own_loop(mesh: Mesh) -> tuple[str, ...]:
 
 
 def notes(mesh: Mesh) -> tuple[str, ...]:
-    """What a user must know who wants to run the mesh."""
+    """Remarks for a user who wants to run this mesh."""
     loop = own_loop(mesh)
     found = [f"takes a loop of your own ({'; '.join(loop)})"] if loop else []
     if mesh.cp > 1:

@@ -40,7 +40,7 @@ class PlannedParameter:
 
 @dataclass(frozen=True)
 class Settings:
-    """What of the optimizer's and the trainer's settings the plan depends on.
+    """The settings of optimizer and trainer on which a plan depends.
 
     micro_batch: samples of a rank in one forward pass. low_precision: the model computes in bf16. ordered: under
     ZeRO-1/2 each Muon group is put into the order of `partition_order`, as `MuonFactory` does. momentum_everywhere:
@@ -71,12 +71,12 @@ class Settings:
 
     @property
     def tokens(self) -> int:
-        """Of one rank in one optimizer step."""
+        """Tokens of one rank per optimizer step."""
         return self.sequence_length * self.micro_batch * self.accumulation
 
     @property
     def run(self) -> dict[str, int]:
-        """What activations depend on, for the heading of a plan."""
+        """The settings on which activations depend, for the heading of a plan."""
         return {
             "micro_batch": self.micro_batch,
             "sequence_length": self.sequence_length,

@@ -1,4 +1,4 @@
-"""Where each framework keeps the parameters: the layout that the optimizer would bind to, and bytes of memory a rank.
+"""How each framework stores the parameters: the layout that the optimizer would use, and bytes per rank.
 
 The rules are those of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py), of FSDP2 and of DDP; the tests
 compare the layouts with those that the adapters find on real engines.
@@ -32,7 +32,7 @@ __all__ = ["LAYOUTS", "Held", "Placement", "held_bytes", "place", "place_on", "s
 
 @dataclass(frozen=True)
 class Held:
-    """What lies on the rank with most, in bytes, whatever the optimizer's owners are.
+    """Bytes on the fullest rank, for any owners.
 
     Attributes:
         weights: as the model computes with them.

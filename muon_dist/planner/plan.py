@@ -201,7 +201,7 @@ def _sum(links: Iterable[Links]) -> Links:
 
 
 def _owners(placement: Placement, settings: Settings, model: CostModel, dtype: torch.dtype) -> OwnershipPlan:
-    """As `Muon.bind` chooses them."""
+    """The owners, chosen as `Muon.bind` does."""
     return assign_owners(
         placement.layout,
         policy=settings.owner_policy,
@@ -233,7 +233,7 @@ def iteration_dtype(settings: Settings, device: Device) -> torch.dtype:
 
 
 def cost_model(workload: Workload, settings: Settings, device: Device, world: int, dtype: torch.dtype) -> CostModel:
-    """Of `device`: analytic, or timed on this machine if that is what the device is."""
+    """The cost model of `device`: analytic, or timed if the device is this machine."""
     link = (device.between if world > 1 else device.inside) * LINK_SHARE
     analytic = CostModel(device.matmul(dtype), link)
     if device.name != "measured":

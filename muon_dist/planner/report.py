@@ -33,7 +33,7 @@ def show(plan: Plan, device: Device) -> None:
 
 
 def heading(plan: Plan, device: Device) -> str:
-    """What was planned, and for what."""
+    """Model, layout, device and mesh of a plan, as text."""
     muon, adamw = plan.elements
     stage = f" on the largest of {plan.mesh.pp} pipeline stages" if plan.mesh.pp > 1 else ""
     run = plan.run

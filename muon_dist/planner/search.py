@@ -128,7 +128,7 @@ def outlines(
 
 
 def ranked(found: list[Outline]) -> list[Outline]:
-    """Those that fit, best first. Of those about as fast as the fastest, the one with the fewest axes is the best."""
+    """The meshes that fit, best first. Among those about as fast as the fastest, fewest axes are best."""
     fitting = sorted((o for o in found if o.fits), key=lambda o: o.step)
     if not fitting:
         return []

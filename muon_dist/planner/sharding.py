@@ -1,4 +1,4 @@
-"""Where a parameter lies on a mesh of FSDP2, tensor and expert parallelism: the cuts that the libraries make.
+"""How the libraries cut a parameter over a mesh of FSDP2, tensor and expert parallelism.
 
 The rules are those of transformers 5.23 (`shard_param` of the styles in distributed/tensor_parallel.py and
 expert_parallel.py) and of `fully_shard`, which cuts axis 0 of what the others have left. tests/planner/test_mesh.py
@@ -38,7 +38,7 @@ _WHOLE = frozenset(
 
 
 def tensor_cut(p: PlannedParameter) -> Cut | None:
-    """The cut of tensor parallelism, None where every rank has the whole. Raises ConfigError for an unknown style."""
+    """The cut of tensor parallelism, None if every rank has the whole. Raises ConfigError for an unknown style."""
     if p.tp is None or p.tp in _WHOLE:
         return None
     if p.tp not in _CUTS:

@@ -31,7 +31,7 @@ def seconds_of(
         newton_schulz, exchange: seconds.
     """
     peak = (device.half if settings.low_precision else device.single) * TRAINING_SHARE
-    recompute = 4 / 3 if settings.checkpointing else 1.0  # the forward pass once more
+    recompute = 4 / 3 if settings.checkpointing else 1.0  # the forward pass is computed twice
     tokens = settings.tokens / (mesh.cp * mesh.sp * mesh.tp)
     arithmetic = workload.flops_per_token * tokens * recompute / peak
     data = _seconds((links for axis, links in axes.items() if axis in DATA_AXES), device)
@@ -71,6 +71,6 @@ def adamw_seconds(seconds: Mapping[str, float]) -> float:
 
 
 def muon_seconds(seconds: Mapping[str, float]) -> float:
-    """What Muon adds to `adamw_seconds`: its exchange hides behind its arithmetic where it is shorter."""
+    """Seconds that Muon adds to `adamw_seconds`; an exchange shorter than the arithmetic is hidden behind it."""
     muon = seconds["momentum and update"] + max(seconds["Newton-Schulz"], seconds["exchange"])
     return muon - seconds["AdamW's update of Muon's"]

@@ -204,7 +204,7 @@ def bars(name: str, labels: Sequence[str], values: Sequence[float], *, xlabel: s
 
 
 def newest(spectra: Sequence[Record], measure: str) -> dict[int, dict[str, Record]]:
-    """Round -> matrix -> its newest record up to that round. A matrix that was not measured in it keeps its last record."""
+    """Round -> matrix -> its newest record up to that round: the last one if it was not measured in this round."""
     held = [r for r in spectra if _is_number(r.get(measure))]
     rounds: dict[int, dict[str, Record]] = {}
     state: dict[str, Record] = {}

@@ -1,4 +1,4 @@
-"""What every page has in common: how its template is read, and how the finished page is written."""
+"""Common parts of all pages: reading the template, writing the finished page."""
 
 from __future__ import annotations
 

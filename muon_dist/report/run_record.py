@@ -26,7 +26,7 @@ _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 @dataclass
 class RunRecord:
-    """What a run folder holds.
+    """The contents of a run folder.
 
     Attributes:
         metrics, events, spectra, sharpness: the lines of the files, in order; spectra of all ranks, by step.
@@ -75,7 +75,7 @@ class RunRecord:
         return [line for line in self.metrics if "eval_loss" in line]
 
     def setting(self, *keys: str) -> Any:
-        """A value of the configuration by its path, None where it is not there."""
+        """A value of the configuration by its path, None if it is not there."""
         value: Any = self.config
         for key in keys:
             if not isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What an operation does with values of known origin: it fills a `Reading`."""
+"""The effect of operations on values of known origin; fills a `Reading`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Effects:
         self.reading = Reading()
 
     def is_parameter(self, origin: Origin) -> bool:
-        """True where the origin is a parameter itself, perhaps a parametrized one."""
+        """True if the origin is a parameter itself, perhaps a parametrized one."""
         if origin.kind != "ref" or not origin.path:
             return False
         found = resolve(self.module, origin.path)
@@ -194,7 +194,7 @@ class Effects:
         return active
 
     def call_module(self, origin: Origin, args: Value) -> Value:
-        """What the module at `origin` returns for arguments of these origins."""
+        """The value that the module at `origin` returns for arguments of these origins."""
         found = [m for m in resolve(self.module, origin.path) if isinstance(m, nn.Module)]
         if all(next(m.parameters(), None) is None for m in found):
             return self._without_weights(found, args)

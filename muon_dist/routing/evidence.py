@@ -20,7 +20,7 @@ _SHAPED = (nn.Dropout, nn.Identity, nn.Flatten, nn.Unflatten)
 
 @dataclass
 class Evidence:
-    """What is known of the parameters of one model, by `id()` of the parameter.
+    """The evidence about the parameters of a model, by `id()` of the parameter.
 
     found: every parameter and where it is registered. done: what the sources do with it (`effects.Effects`).
     tables: embedding tables. inputs: matrices among them, which `get_input_embeddings()` returns.
@@ -43,7 +43,7 @@ class Evidence:
 
 
 def gather(model: nn.Module) -> Evidence:
-    """Everything that `model` shows without running it."""
+    """All evidence that `model` gives without running it."""
     evidence = Evidence(uses_of(model))
     readings = _Readings(model)
     readings.fill(evidence)
@@ -82,7 +82,7 @@ class _Readings:
         return self.signatures[id(module)]
 
     def fill(self, evidence: Evidence) -> None:
-        """What the sources do with each parameter, which producers pick experts, which are low-rank factors."""
+        """Record how the sources use each parameter, which outputs pick experts, and which are low-rank factors."""
         for module in self.model.modules():
             reading = self.of(module)
             for path, kinds in reading.uses.items():

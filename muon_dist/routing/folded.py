@@ -63,7 +63,7 @@ class FoldedTable:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What parameters must share to stand in one row."""
+    """The properties that parameters of one row share."""
 
     shape: tuple[int, ...]
     algorithm: Algorithm
@@ -129,7 +129,7 @@ def _range(parts: tuple[str, ...]) -> str:
 
 
 def _line(names: tuple[tuple[str, ...], ...], algorithm: Algorithm) -> str:
-    """What to write to settle a doubt: an override for the other algorithm, and for this one."""
+    """The lines that remove a doubt: an override for the other algorithm, and for this one."""
     parts = [re.escape(n[0]) if len(n) == 1 else r"\d+" for n in names]
     pattern = r"\.".join(parts).removesuffix(r"\.weight")
     other = "adamw" if algorithm == "muon" else "muon"

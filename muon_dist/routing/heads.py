@@ -1,4 +1,4 @@
-"""Where the blocks of a model's own matrices are: heads of attention, parts of latent attention, fused gate and up.
+"""The blocks inside a model's weights: attention heads, parts of latent attention, fused gate and up.
 
 The number of heads comes from the model: attention modules of transformers and of torch hold the size of a head. Which
 projection is the output's comes from the source of `forward`, as roles do: names differ from model to model.

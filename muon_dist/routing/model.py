@@ -1,4 +1,4 @@
-"""What a model says about its parameters: where each is registered, what holds it, logical shapes."""
+"""Facts that a model gives about its parameters: where each is registered, its module, logical shapes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _unwrapped(module: nn.Module, attribute: str) -> str:
 
 
 def kind_of(use: Use) -> Kind | None:
-    """What the type of the holding module says that the parameter is; None for a type of no known meaning.
+    """The role of a parameter by the type of its module; None for an unknown type.
 
     Subclasses count as their parents. So do modules with the interface of `nn.Linear` or `nn.Embedding` (`in_features`
     and `out_features`, `num_embeddings` and `embedding_dim`), as tensor-parallel and quantized layers have it.
@@ -114,7 +114,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def offered(model: nn.Module, method: str) -> Iterator[nn.Module]:
-    """What each submodule's `method()` returns (Hugging Face models, also when wrapped), None left out."""
+    """The results of each submodule's `method()` (Hugging Face models, wrapped ones too), without None."""
     for module in model.modules():
         if callable(offer := getattr(module, method, None)):
             with contextlib.suppress(NotImplementedError, AttributeError):  # backbones without a text embedding
@@ -130,7 +130,7 @@ def is_transposed(use: Use, shape: tuple[int, ...]) -> bool:
 
 
 def storage_of(p: torch.Tensor) -> tuple[int, int, int] | None:
-    """(storage, offset, elements): equal for two parameters that are the same memory; None where there is none."""
+    """(storage, offset, elements): equal for two parameters that are the same memory; None if there is none."""
     local = getattr(p, "_local_tensor", p)
     with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
         if local.numel() and local.untyped_storage().nbytes():

@@ -11,7 +11,7 @@ ADDS = {"add", "sub", "where", "lerp", "rsub", "masked_fill", "maximum", "minimu
 SCALES = {"mul", "div", "addcmul", "pow"}
 JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
 CHOICES = {"softmax", "log_softmax", "argmax", "multinomial", "sigmoid", "gumbel_softmax", "Categorical"}
-# The result depends on the first operand alone.
+# The result depends on the first operand only.
 FIRST_ALONE = {
     "to",
     "type",
@@ -66,14 +66,14 @@ def is_loss(name: str) -> bool:
 
 
 def field_mark(name: str) -> str:
-    """What the name of a field in a model's output says of the value in it."""
+    """The meaning of a field of a model's output, by its name."""
     return "logits" if name.endswith("logits") or name == "loss" else "feature"
 
 
 def contraction(equation: str, position: int) -> tuple[bool, bool | None, bool]:
-    """What `torch.einsum(equation, ...)` does with the operand at `position`, a weight.
+    """How `torch.einsum(equation, ...)` uses the weight at `position` among its operands.
 
-    Returns whether an axis of it is summed, whether its input axis comes before its output axis (None where there is
+    Returns whether an axis of it is summed, whether its input axis comes before its output axis (None if there is
     not one of each), and whether a third axis only counts matrices.
     """
     inputs, _, output = equation.replace(" ", "").partition("->")

@@ -1,4 +1,4 @@
-"""Where values in the source of a module come from, and what was found out about them."""
+"""Origins of values in the source of a module, and the findings about them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict, nn.ParameterList, nn.
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value comes from.
+    """The origin of a value.
 
     kind: "ref" is the parameter or module at `path` itself, "out" what the module there returns, "mul" a product with
     the parameter there, "input" an activation from elsewhere.
@@ -36,7 +36,7 @@ INPUT: Value = frozenset({Origin("input")})
 
 @dataclass
 class Reading:
-    """What the source of one module says. Paths begin at that module.
+    """The findings from the source of one module. Paths begin at that module.
 
     uses: parameter -> what is done with it (`Effects`).
     passed_on: producer -> the submodules and parameters that take its output in.

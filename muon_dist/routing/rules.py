@@ -1,4 +1,4 @@
-"""What a user says about parameters by name: groups, and their short forms, overrides and splits."""
+"""A user's rules for parameters by name: groups, and their short forms, overrides and splits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class GroupRule:
 
     @property
     def needs_muon(self) -> bool:
-        """Whether it says something that holds for Muon's parameters alone."""
+        """Whether it says something that holds for Muon's parameters only."""
         return self.split is not None or any(key in self.options for key in MUON_OPTIONS)
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class SplitRule:
 
 @dataclass(frozen=True)
 class Choice:
-    """The entries that decide about one parameter: its algorithm, its split, its options; None where none does."""
+    """The entries that decide about one parameter: its algorithm, its split, its options; None if none does."""
 
     sender: GroupRule | None
     cutter: GroupRule | None
@@ -111,7 +111,7 @@ class Rules:
                 check_rule(r)
 
     def choose(self, names: Sequence[str]) -> Choice:
-        """What decides about a parameter of these names (a tied one has several)."""
+        """The rule for a parameter of these names (a tied parameter has several)."""
         found = [next((r for r, p in rules if _hit(p, names)), None) for rules in self._lists]
         matching = [r for r in found if r is not None]
         sender = next((r for r in matching if r.algorithm is not None), None)

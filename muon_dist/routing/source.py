@@ -1,4 +1,4 @@
-"""What the source of a module's `forward` does with its parameters and submodules, read without running it.
+"""Reads how a module's `forward` uses its parameters and submodules, without running it.
 
 `read(module)` walks the syntax tree of `forward` and of the functions that it calls, and gives each expression the
 set of its origins (`origins.py`). Branches are joined and loops are read twice. Where source cannot be had or
@@ -39,7 +39,7 @@ _SELF: Value = frozenset({Origin("ref")})
 
 
 def read(module: nn.Module) -> Reading:
-    """What the source of `module` says: nothing for modules of torch itself, and for those without source."""
+    """The findings from the source of `module`; empty for torch's own modules and for modules without source."""
     reader = _Reader(Effects(module))
     function = own_forward(module)
     if function is not None:
@@ -63,7 +63,7 @@ def _readable(function: Any) -> bool:
 
 @functools.lru_cache(maxsize=8192)
 def _tree(function: types.FunctionType) -> ast.FunctionDef | None:
-    """The syntax tree of a function, or None where its source cannot be had."""
+    """The syntax tree of a function, or None if its source cannot be had."""
     try:
         node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError, ValueError):
@@ -283,7 +283,7 @@ class _Reader(ast.NodeVisitor):
         return NOTHING
 
     def _member(self, origin: Origin, name: str) -> Any:
-        """What the class of a module has under a name: a function, a property, ..."""
+        """The member of a module's class with this name: a function, a property, ..."""
         owners = (m for m in resolve(self.module, origin.path) if isinstance(m, nn.Module))
         return next((inspect.getattr_static(type(m), name, None) for m in owners), None)
 

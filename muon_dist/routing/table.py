@@ -35,7 +35,7 @@ class Split:
 
 @dataclass(frozen=True)
 class GroupOptions:
-    """What the entry of `groups` that took a parameter says of its options; see `GroupRule`."""
+    """The options from the entry of `groups` that matched a parameter; see `GroupRule`."""
 
     pattern: str
     options: Mapping[str, Any]
@@ -55,7 +55,7 @@ class MatrixGroup:
 
 @dataclass(frozen=True)
 class Route:
-    """Where one parameter goes, and why.
+    """The algorithm that trains one parameter, and the reason.
 
     shape: the logical shape as stored. transposed: stored (in, out), or (E, in, out), instead of (out, in).
     aliases: the other FQNs of the same (tied) tensor. A frozen parameter is listed but takes no part in training.

@@ -19,8 +19,8 @@ def share_batch(global_batch_size: int, most_at_once: int, world_size: int) -> t
         possible = [n for n in range(1, min(global_batch_size, 4 * world_size) + 1) if global_batch_size % n == 0]
         raise ConfigError(
             f"data.global_batch_size: {global_batch_size} samples cannot be shared evenly by {world_size} processes; "
-            f"it can by {', '.join(map(str, possible))}. Choose a multiple of {world_size}, one that every number "
-            "of processes divides with which the run may have to continue"
+            f"possible numbers are {', '.join(map(str, possible))}. Choose a multiple of {world_size}, and of every "
+            "number of processes on which the run may have to continue"
         )
     micro = next(n for n in range(min(most_at_once, share), 0, -1) if share % n == 0)
     return micro, share // micro

@@ -91,7 +91,7 @@ def make_model(config: Config, tokenizer: Any) -> Any:
 
 
 def routing_table(config: Config, model: nn.Module) -> RoutingTable:
-    """Where each parameter goes under the routing rules of the configuration."""
+    """The routing table of a model under the rules of the configuration."""
     return route(model, **routing_rules(config.optimizer))
 
 
@@ -102,7 +102,7 @@ def optimizer_factory(
     audit: Path | None = None,
     muon: MuonConfig | None = None,
 ) -> tuple[type, dict[str, Any]]:
-    """What Trainer takes as `optimizer_cls_and_kwargs`.
+    """The value for Trainer's `optimizer_cls_and_kwargs`.
 
     spectra: the folder of the measures, if there are any. audit: the file of the audit, if there is one. muon: the
     settings of a part of the run, in place of the configuration's.
@@ -206,7 +206,7 @@ def _blamed(config: Config) -> str:
 
 
 def check_settings(config: Config, folder: RunFolder) -> None:
-    """Raises what `training_arguments`, the trainer and the model would raise of settings alone, before data are
+    """Raises what `training_arguments`, the trainer and the model would raise of settings only, before data are
     prepared for hours: trackers and kernels that are not installed, schedules, layouts, model settings, routing.
 
     Raises:

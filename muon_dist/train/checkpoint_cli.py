@@ -25,7 +25,9 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not
 
 
 @app.command(name="list")
-def list_(path: Source, as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+def list_(
+    path: Source, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False
+) -> None:
     """Steps, sizes, ranks and layouts. Damaged ones are marked where that shows without reading all bytes."""
     from muon_dist.train import checkpoints
 
@@ -51,7 +53,7 @@ def export(
     path: Source,
     out: Out,
     dtype: Annotated[
-        Optional[str], typer.Option(help="float32, bfloat16 or float16; as trained unless given.")  # noqa: UP045
+        Optional[str], typer.Option(help="float32, bfloat16 or float16; default: as trained.")  # noqa: UP045
     ] = None,
 ) -> None:
     """Write the model of a checkpoint, or of a run's newest good one, for AutoModelForCausalLM and AutoTokenizer."""
@@ -77,7 +79,7 @@ def convert(
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave out AdamW's state.")] = False,
     step: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="AdamW's step, which DeepSpeed's universal format of ZeRO-3 leaves out.", min=0),
+        typer.Option(help="AdamW's step, which is missing in DeepSpeed's universal format of ZeRO-3.", min=0),
     ] = None,
 ) -> None:
     """Make a checkpoint to begin a run with (train --resume OUT), or a Hugging Face folder from a checkpoint."""

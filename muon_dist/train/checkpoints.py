@@ -1,4 +1,4 @@
-"""What `muon-dist checkpoint` does: list, verify, export, convert."""
+"""`muon-dist checkpoint`: list, verify, export, convert."""
 
 from __future__ import annotations
 

@@ -34,17 +34,17 @@ def sources(config: Config, wanted: Sequence[SourceConfig] | None = None) -> lis
 
 
 def tokenizer_folder(config: Config) -> Path:
-    """Where the tokenizer of the configuration lies, or will lie."""
+    """The folder of the configuration's tokenizer; it may not exist yet."""
     return Path(config.tokenizer.path) if config.tokenizer.path is not None else Path(config.data.dir) / "tokenizer"
 
 
 def tokens_folder(config: Config) -> Path:
-    """Where the token shards lie, or will lie."""
+    """The folder of the token shards; it may not exist yet."""
     return Path(config.data.dir) / "tokens"
 
 
 def validation_data(config: Config) -> tuple[Path, str] | None:
-    """(prepared folder, split) of the text that is evaluated on; None where nothing is kept for it."""
+    """(prepared folder, split) of the text that is evaluated on; None if nothing is kept for it."""
     if config.data.validation_sources:
         return Path(config.data.dir) / "validation", "train"
     return (tokens_folder(config), "validation") if config.data.validation_fraction > 0 else None
@@ -142,7 +142,7 @@ class Datasets:
         return train, bytes_per_token(self.validation) if self.validation is not None else train
 
     def describe(self, config: Config) -> dict[str, Any]:
-        """What a run is trained on, for its folder."""
+        """A description of the training data, for the run folder."""
         splits = {"train": self.train, "validation": self.validation}
         return {
             "tokenizers": [Manifest.load(tokens_folder(config)).tokenizer_sha256],

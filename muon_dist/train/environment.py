@@ -1,4 +1,4 @@
-"""What a run ran on, without its secrets."""
+"""The machine, versions and command of a run, without secrets."""
 
 from __future__ import annotations
 

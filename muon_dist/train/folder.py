@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def data(self) -> Path:
-        """What the run is trained on: the tokenizer's hash, samples of each source."""
+        """The file that describes the data: the tokenizer's hash, samples of each source."""
         return self.root / DATA
 
     @property
@@ -57,7 +57,7 @@ class RunFolder:
 
     @property
     def routing(self) -> Path:
-        """Where each parameter went, for programs; routing.txt beside it for people."""
+        """The routing table for programs; routing.txt next to it is for people."""
         return self.root / "routing.json"
 
     @property
@@ -82,7 +82,7 @@ class RunFolder:
 
     @property
     def audit(self) -> Path:
-        """What other ranks have recomputed of the optimizer's steps, one JSON object a line."""
+        """The audit's record, one JSON object per line."""
         return self.root / AUDIT_FILE
 
     @property
@@ -185,7 +185,7 @@ class RunFolder:
                 path.rmdir()
 
     def _decided(self, resume: str | None, overwrite: bool, policy: str) -> tuple[str | None, bool]:
-        """What `resume` and `overwrite` come to, with what is in the folder."""
+        """The decision from `resume`, `overwrite` and the contents of the folder."""
         found = bool(self.finished_checkpoints())
         if policy != "never" and is_restart(self.launch):
             return (AUTO, False) if found else (resume if resume not in (AUTO, "if-any") else None, True)

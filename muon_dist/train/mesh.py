@@ -54,7 +54,7 @@ def check(config: Config, model: Any) -> None:
 
 
 def trainer_settings(config: Config) -> dict[str, Any]:
-    """What `TrainingArguments` must say for sequence and context parallelism; the other axes are the model's own."""
+    """`TrainingArguments` for sequence and context parallelism; the other axes are set on the model."""
     mesh = mesh_of(config)
     if mesh is None or mesh.cp * mesh.sp == 1:
         return {}

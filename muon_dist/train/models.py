@@ -1,4 +1,4 @@
-"""What is done with a trained model: evaluate, generate, export."""
+"""Commands for a trained model: evaluate, generate, export."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def find_weights(path: str | Path, choice: Choice = NEWEST) -> Weights:
     if (root / "config.json").is_file() or is_checkpoint(root):
         own = weights_at(root)
         if choice.best or choice.step not in (None, own.step):
-            raise CheckpointError(f"{own} is one state alone: --step and --best choose among those of a run folder")
+            raise CheckpointError(f"{own} is a single checkpoint or model: --step and --best need a run folder")
         return own
     found = choose_weights(root, choice)
     if found is None:
@@ -98,7 +98,7 @@ def evaluate_folder(
     weights = find_weights(path, choice)
     config = run_config(path)
     if config is None and ((data is None and text is None) or sequence_length is None):
-        raise ConfigError(f"{path} lies in no run folder: pass --data (or --text) and --sequence-length")
+        raise ConfigError(f"{path} is not inside a run folder: pass --data (or --text) and --sequence-length")
     if sequence_length is None:
         assert config is not None
         sequence_length = config.data.sequence_length

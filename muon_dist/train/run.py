@@ -118,7 +118,7 @@ def _begin(folder: RunFolder, start: Start, config: Config, table: RoutingTable,
 
 
 def _verified(folder: RunFolder, found: str | None, timeout: float) -> Checkpoint | None:
-    """The checkpoint to continue from, every byte of it checked; a damaged newest one gives way to the one before."""
+    """The checkpoint to continue from, every byte checked; if it is damaged, the one before."""
     if found is None:
         return None
     ranks = CheckpointRanks.of_the_run(timeout)

@@ -1,4 +1,4 @@
-"""Where trackers (TensorBoard, wandb, trackio) write: below the run folder, unless the user has said where."""
+"""Folders of trackers (TensorBoard, wandb, trackio): in the run folder, unless the user has set others."""
 
 from __future__ import annotations
 

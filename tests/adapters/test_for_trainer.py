@@ -72,8 +72,14 @@ def test_what_a_rule_does_not_have_is_an_error_at_once(tmp_path: Path) -> None:
 
 
 def test_an_unknown_option_is_an_error_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'adam_lr' .did you mean 'adamw_lr'"):
-        muon_dist.for_trainer(arguments(tmp_path), adam_lr=0.1)
+    for name, meant in (
+        ("adam_lr", "adamw_lr"),
+        ("muon_lr", "lr"),
+        ("adamw_betas", "betas"),
+        ("adjust_lr_fn", "scale"),
+    ):
+        with pytest.raises(ConfigError, match=rf"'{name}' .did you mean '{meant}'"):
+            muon_dist.for_trainer(arguments(tmp_path), **{name: 0.1})
 
 
 def test_a_stock_trainer_trains_with_it(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def test_every_matrix_of_a_stack_is_treated_alone(device: torch.device, figure: 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_is_that_of_the_cpu(rule: str, device: torch.device) -> None:
+    if device.type == "cpu" and rule != "muon":
+        pytest.skip("compares the CPU with itself")
     options = {"rule": rule, **({} if rule == "hyperball" else {"weight_decay": 0.1})}
     assert error(alone(device, **options), alone(torch.device("cpu"), **options)) < 1e-4
 

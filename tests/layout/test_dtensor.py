@@ -83,7 +83,7 @@ def test_eighteen_rows_on_eight_ranks_leave_two_empty():
         ({"cuts": (0, (0, 2))}, r"w: one axis is cut as .*torch does not say which elements a rank holds"),
         ({"cuts": (0,)}, r"w: 4 ranks and 1 placements on a mesh of \(2, 2\)"),
         ({"ranks": (0, 1, 2)}, r"w: 3 ranks and 2 placements"),
-        ({"ranks": (0, 1, 2, 2)}, r"w: a rank stands in the mesh \(0, 1, 2, 2\) twice"),
+        ({"ranks": (0, 1, 2, 2)}, r"w: a rank is in the mesh \(0, 1, 2, 2\) twice"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(change, message):

@@ -114,7 +114,7 @@ def test_layout_checks_ranks_names_and_buffers():
     whole = MatrixLayout(matrix(), (Fragment.run(2, 0, 12, 0, 0),))
     with pytest.raises(LayoutError, match="rank 2 of a world of 2"):
         Layout("flat", 2, (whole,))
-    with pytest.raises(LayoutError, match="w stands in the layout twice"):
+    with pytest.raises(LayoutError, match="w is in the layout twice"):
         Layout("flat", 3, (whole, whole))
     two = MatrixLayout(matrix(), (Fragment.run(0, 0, 6, 0, 0), Fragment.run(1, 6, 6, 1, 6)))
     with pytest.raises(LayoutError, match="different buffers"):

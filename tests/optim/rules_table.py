@@ -2,8 +2,8 @@
 
     python -m tests.optim.rules_table    # FSDP2, 2 forked gloo ranks, matrices of 256 x 256 and 1024 x 256
 
-State: bytes beside Muon's momentum, both ranks. Sent: bytes of a step, both ranks. Time: of the CPU, in the best step of the
-slower rank. Peak: the most that a step allocates at a time, of the rank with more.
+State: bytes beside Muon's momentum, both ranks. Sent: bytes of a step, both ranks. Time: of the CPU, in the best step
+of the slower rank. Peak: the most that a step allocates at a time, of the rank with more.
 """
 
 from __future__ import annotations

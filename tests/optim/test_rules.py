@@ -550,6 +550,23 @@ def test_the_example_of_a_rule_of_ones_own_is_exact_on_every_layout():
             assert_close(found, {n: w.double() for n, w in one.items()}, 1e-6)
 
 
+def test_a_misspelled_method_or_memory_of_a_rule_is_refused():
+    """It would train as Muon, and nothing would say so."""
+
+    class Method(MuonRule):
+        name = "method"
+
+        def directon(self, owned: Any, group: Any) -> None: ...
+
+    class Memory(MuonRule):
+        name = "memory"
+        owner_memori: ClassVar[Any] = {"a": lambda matrix: 1}
+
+    for rule, words in ((Method(), "'directon'; did you mean 'direction'"), (Memory(), "did you mean 'owner_memory'")):
+        with pytest.raises(ConfigError, match=words):
+            register_rule(rule)
+
+
 def test_names_that_are_taken_are_refused():
     class Other(MuonRule):
         name = "normuon"

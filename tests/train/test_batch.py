@@ -16,7 +16,7 @@ def test_the_product_is_the_global_batch(world: int, expected: tuple[int, int]) 
 
 
 def test_a_world_that_does_not_divide_it_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"global_batch_size: 16 .* 3 processes; it can by 1, 2, 4, 8"):
+    with pytest.raises(ConfigError, match=r"global_batch_size: 16 .* 3 processes; possible numbers are 1, 2, 4, 8"):
         share_batch(16, 8, 3)
 
 

@@ -1,4 +1,4 @@
-"""What muon_dist refuses under DeepSpeed, because it could not be exact."""
+"""DeepSpeed settings that muon_dist refuses, because training could not be exact with them."""
 
 from __future__ import annotations
 

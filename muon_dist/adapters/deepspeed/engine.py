@@ -29,21 +29,21 @@ WRAPPERS = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimize
 
 
 def attach(engine: DeepSpeedEngine, *, clip_muon: bool = False) -> Muon:
-    """Check the engine and plan on its tensors now; without this call the first step does so.
+    """Check a DeepSpeed engine and make Muon's plan now. Without this call the first step does it.
 
     A collective: every rank calls it, after `deepspeed.initialize` (or `accelerator.prepare`).
 
     Args:
-        engine: as `deepspeed.initialize` returned it.
-        clip_muon: keep `gradient_clipping` on the gradients of Muon groups too. By default they are exempt: the
-            orthogonalized update has no scale, and a clip would only weigh the gradients in the momentum unequally.
-            At stage 0 in fp32 they are exempt only with this call.
+        engine: the engine that `deepspeed.initialize` returned.
+        clip_muon: apply `gradient_clipping` to the gradients of Muon's groups too. By default they are exempt, because
+            the orthogonalized update does not depend on the gradient's size. At stage 0 in fp32 they are exempt only
+            with this call.
 
     Returns:
         The `Muon` inside the engine.
 
     Raises:
-        FrameworkError: the engine's optimizer is not ours any more, or a setting cannot be exact; names it.
+        FrameworkError: the engine's optimizer was replaced, or a setting cannot be exact; the message names it.
     """
     if not isinstance(engine, DeepSpeedEngine):
         raise FrameworkError(
@@ -67,12 +67,12 @@ def attach(engine: DeepSpeedEngine, *, clip_muon: bool = False) -> Muon:
 
 
 def prepare_process(gpu: bool) -> None:
-    """Before `TrainingArguments` and the model.
+    """Prepare this process for DeepSpeed. Call it before `TrainingArguments` and the model are made.
 
     Tells DeepSpeed of the process group that there is: `zero.Init`, under which transformers builds a model for
     ZeRO-3, would take the process for a single one. Without a GPU it first keeps DeepSpeed from compiling its
     shared-memory collectives for 40 s (training uses torch's; a build that is killed leaves a lock on which later
-    runs hang without a word).
+    runs hang silently).
     """
     if not gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -81,7 +81,7 @@ def prepare_process(gpu: bool) -> None:
 
 
 def bind(optimizer: Muon) -> Bound | NotReady | None:
-    """The binder: looks for the engine or wrapper that holds `optimizer`. None where DeepSpeed does not hold it.
+    """The binder: looks for the engine or wrapper that holds `optimizer`. None if DeepSpeed does not hold it.
 
     `NotReady` while `deepspeed.initialize` runs: FP16_UnfusedOptimizer makes a real step on zero gradients there.
     """
@@ -128,7 +128,7 @@ def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
     elif parallelism.sharded and isinstance(wrapper, (FP16_UnfusedOptimizer, Muon)):
         pass  # every rank that saves has all of its momentum: see `everywhere` below
     elif isinstance(wrapper, (FP16_UnfusedOptimizer, Muon)):
-        # DeepSpeed saves the optimizer of rank 0 alone, while momentum lives on its owners. It calls this hook on all
+        # DeepSpeed saves the optimizer of rank 0 only, while momentum lives on its owners. It calls this hook on all
         # ranks before a save.
         hooked: Any = wrapper
         hooked.checkpoint_event_prologue = optimizer.gather_state

@@ -1,4 +1,4 @@
-"""What DeepSpeed has done to the gradients of a step before the optimizer sees them."""
+"""How DeepSpeed changes gradients before the optimizer sees them: clipping and loss scale."""
 
 from __future__ import annotations
 

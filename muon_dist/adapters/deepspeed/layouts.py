@@ -22,7 +22,7 @@ from muon_dist.routing import logical_shape
 
 @dataclass(frozen=True)
 class Parts:
-    """What Muon steps of an engine.
+    """The parameters of an engine that Muon updates.
 
     Attributes:
         layout: of the buffers.
@@ -42,7 +42,7 @@ class Parts:
 
 
 def parts(engine: Any, optimizer: Muon, parallelism: Parallelism) -> Parts:
-    """What Muon steps of an engine. A collective where the ranks hold different parts of the model.
+    """The parameters of an engine that Muon updates. A collective if ranks hold different parts of the model.
 
     Raises:
         LayoutError: DeepSpeed holds other parameters than the optimizer was given.

@@ -47,10 +47,10 @@ class _Experts:
 
 
 class Parallelism:
-    """What the ranks of an engine hold of its model.
+    """Which part of the model each rank of an engine holds.
 
     Attributes:
-        sharded: False where every rank of a data-parallel group holds the whole model, as ZeRO by itself assumes.
+        sharded: False if every rank of a data-parallel group holds the whole model, as ZeRO by itself assumes.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -77,7 +77,7 @@ class Parallelism:
         return fqn
 
     def held(self, fqn: str, tensor: Any) -> Held:
-        """Where a parameter or buffer lies that this rank's module calls `fqn`.
+        """The place of a parameter or buffer, by its name in this rank's module.
 
         Raises:
             FrameworkError: AutoTP has cut it in a way that it does not describe.

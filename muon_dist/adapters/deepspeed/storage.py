@@ -1,4 +1,4 @@
-"""Where each ZeRO stage keeps the parameters. The only place that reads it; layouts and checkpoints derive from it.
+"""Reads where each ZeRO stage stores the parameters. Layouts and checkpoints are derived from the result.
 
 Attributes by DeepSpeed 0.19.8.
 """
@@ -40,7 +40,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Storage:
-    """Everything that a wrapper of DeepSpeed's steps.
+    """All parameters that a DeepSpeed optimizer wrapper updates.
 
     Attributes:
         kind: "replicated", "sharded" (stage 0, where ranks hold different parts), "flat" or "per_parameter", as of a
@@ -71,7 +71,7 @@ class Storage:
 
 
 def model_parameters(wrapper: Any) -> list[list[Any]] | None:
-    """The model's parameters in each parameter group; None where DeepSpeed has no wrapper (stage 0 in fp32)."""
+    """The model's parameters in each parameter group; None if DeepSpeed has no wrapper (stage 0 in fp32)."""
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         found: list[list[Any]] = [[] for _ in wrapper.optimizer.param_groups]
         for index, parameters in enumerate(wrapper.fp16_groups):
@@ -155,7 +155,7 @@ def _stage12(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
     buffers = []
     for index, (tensor, (parameters, offsets)) in enumerate(zip(slices, laid_out, strict=True)):
         at = {id(p): offset for p, offset in zip(parameters, offsets, strict=True)}
-        # In the order of the parameter group, which round_robin_gradients changes in the buffer alone.
+        # In the order of the parameter group, which round_robin_gradients changes in the buffer only.
         group = model_parameters(wrapper)
         assert group is not None
         placed = tuple(_placed(p, at[id(p)], specs) for p in group[index])
@@ -198,7 +198,7 @@ def _stage3(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
         buffers.append(Buffer(tensor, group, sub_group(placed, number, world)))
 
     def refresh() -> None:
-        """What `DeepSpeedZeroOptimizer_Stage3.load_state_dict` does after it has loaded the masters."""
+        """Copy loaded master weights to the weights, as `DeepSpeedZeroOptimizer_Stage3.load_state_dict` does."""
         for number in range(len(buffers)):
             wrapper._reassign_or_swap_out_partitioned_parameters(number)
         persistent = wrapper.persistent_parameters
@@ -251,7 +251,7 @@ def _over_all_ranks(storage: Storage, held: Mapping[str, Held], copies: dist.Pro
 
 
 def _told(p: StoredParameter, held: Held, rank: int, place: int) -> tuple[ParameterSpec, Fragments]:
-    """What this rank holds of a parameter, by its name in the whole model. place: of this rank in `p`."""
+    """This rank's part of a parameter, by its name in the whole model. place: this rank's place in `p`."""
     matrices = tuple(replace(m, name=held.name + m.name[len(p.name) :]) for m in p.matrices)
     return ParameterSpec(held.name, held.shard.shape, matrices), held.shard.fragments(rank, p.fragments.on(place))
 

@@ -30,7 +30,7 @@ from muon_dist.optim.muon import Muon
 
 
 def bind(optimizer: Muon) -> Bound | None:
-    """The binder: None where no parameter of `optimizer` is a DTensor.
+    """The binder: None if no parameter of `optimizer` is a DTensor.
 
     Raises:
         FrameworkError: a placement, mesh or process group that cannot be exact, FSDP1, or parameters that are not
@@ -183,7 +183,7 @@ def _new_group(ranks: list[int]) -> dist.ProcessGroup:
 
 
 def _device(parameter: Any) -> torch.device:
-    """Where the mesh of a DTensor computes: the shard's own device, but for shards that are offloaded to the CPU."""
+    """The device that computes: the shard's own device, or the mesh's device if the shard is offloaded to the CPU."""
     local, mesh = local_part(parameter).device, parameter.device_mesh
     if mesh.device_type == local.type:
         return local

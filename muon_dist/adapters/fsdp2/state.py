@@ -1,4 +1,4 @@
-"""What Muon remembers, as DTensors, so that torch.distributed.checkpoint saves and reshards it by itself."""
+"""Muon's state as DTensors, which torch.distributed.checkpoint saves and reshards."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DTensorState:
     Momentum without copies is placed like its parameter. With copies (HSDP) only the sources hold it: a DTensor over
     just those ranks, cut as the parameter is. If the matrices of one parameter (heads, experts) have their sources in
     different copies, there is no such mesh, and all copies keep the momentum of that parameter. All ranks keep the
-    momentum of a plain tensor beside DTensors. What an owner keeps of a matrix is a DTensor over that rank alone.
+    momentum of a plain tensor beside DTensors. What an owner keeps of a matrix is a DTensor over that rank only.
     """
 
     def __init__(self, parameters: list[Any], placed: list[ShardedParameter], group: dist.ProcessGroup) -> None:
@@ -95,7 +95,7 @@ class DTensorState:
         return DTensor.from_local(momentum, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
 
     def by_owner(self, plan: OwnershipPlan, matrix: int, kept: torch.Tensor | None, length: int) -> torch.Tensor:
-        """What the owner of a matrix keeps, `length` numbers, as a DTensor; an empty part on the others."""
+        """State that the owner of a matrix keeps (`length` numbers) as a DTensor; other ranks have an empty part."""
         p = self._parameters[plan.layout.matrices[matrix].buffer]
         device_type = p.device_mesh.device_type if isinstance(p, DTensor) else p.device.type
         mesh = self._mesh(device_type, (plan.owners[matrix],), (1,))

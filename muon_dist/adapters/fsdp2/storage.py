@@ -1,4 +1,4 @@
-"""Where DTensors lie. The only place that reads placements; layouts, checkpoints and checks of copies use it."""
+"""Reads placements of DTensors. Layouts, checkpoints and comparisons of copies are derived from the result."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def sharded(
     matrices: tuple[Matrix, ...] = (),
     rank_of: Callable[[int], int] = lambda rank: rank,
 ) -> ShardedParameter:
-    """Where a DTensor lies on its mesh.
+    """Which rank of its mesh holds which block of a DTensor.
 
     Args:
         name: for messages.
@@ -116,7 +116,7 @@ def sharded(
 def placed_over(
     group: dist.ProcessGroup, parameters: Sequence[tuple[str, torch.Tensor, tuple[Matrix, ...]]]
 ) -> list[ShardedParameter]:
-    """Where parameters lie over all ranks of `group`. A collective.
+    """Which rank of `group` holds which blocks of the parameters. A collective.
 
     A DTensor whose mesh has some of the ranks only (a norm or a router beside tensor parallelism) is on other meshes
     on the other ranks: each of these meshes holds a copy. A plain tensor is a copy on every rank.

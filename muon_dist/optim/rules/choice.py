@@ -18,13 +18,13 @@ class DefaultText(str):
 
 
 class DefaultNumber(float):
-    """As `DefaultText`."""
+    """`DefaultText` for a number."""
 
     __slots__ = ()
 
 
 class DefaultFlag(int):
-    """As `DefaultText`, for True or False."""
+    """`DefaultText` for True or False."""
 
     def __repr__(self) -> str:
         return repr(bool(self))

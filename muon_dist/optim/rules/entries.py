@@ -146,7 +146,7 @@ def check_number(values: Mapping[str, Any], key: str, where: str) -> float:
 
 
 def check_not_negative(values: Mapping[str, Any], key: str, where: str) -> float:
-    """As `check_number`, and at least 0."""
+    """Check that a value is a number of at least 0; see `check_number`."""
     number = check_number(values, key, where)
     if not number >= 0:
         raise ConfigError(f"{where}: {key} is {values[key]}: it must be at least 0")
@@ -215,7 +215,9 @@ def _each(entries: Any, where: str, example: str) -> Iterable[tuple[int, Any]]:
 def _located(entry: Any, where: str) -> str:
     """`where` with the pattern of the entry behind it."""
     if not isinstance(entry, Mapping):
-        raise ConfigError(f'{where} is {entry!r}: give a dict with "pattern" and what holds for the names it matches')
+        raise ConfigError(
+            f'{where} is {entry!r}: give a dict with "pattern" and the options of the names that it matches'
+        )
     return f"{where} ({entry['pattern']!r})" if isinstance(entry.get("pattern"), str) else where
 
 

@@ -116,7 +116,7 @@ class MuonRule:
         return type(self).direction is MuonRule.direction
 
     def problem(self, group: Group) -> str | None:
-        """What is wrong with the values of `rule_options`, for a ConfigError; None if nothing is."""
+        """The error in the values of `rule_options`, as text for a ConfigError; None if they are right."""
         return None
 
     def remember(self, momentum: list[Tensor], gradients: list[Tensor], group: Group) -> None:

@@ -36,7 +36,7 @@ class Part(MuonRule):
 
     @staticmethod
     def wrong(value: float) -> str | None:
-        """What is wrong with a value of the option; None if nothing is."""
+        """The error of a value of the option, as text; None if it is right."""
         return None
 
     @staticmethod
@@ -241,7 +241,9 @@ def with_parts(rule: MuonRule, parts: tuple[str, ...]) -> MuonRule:
         name: tuple(dict.fromkeys(wanted for part in (*chosen, rule) for wanted in getattr(part, name)))
         for name in ("sends", "norms_first", "norms_before", "norms_after")
     }
-    of_all["owner_memory"] = {k: size for part in (*chosen, rule) for k, size in part.owner_memory.items()}
+    of_all["owner_memory"] = {**rule.owner_memory}
+    for part in chosen:
+        of_all["owner_memory"] |= part.owner_memory
     if MomentumAtOwner in chosen and GRADIENT in of_all["sends"]:  # the message holds it already
         of_all["sends"] = tuple(name for name in of_all["sends"] if name != GRADIENT)
         of_all["gradient_stays"] = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from muon_dist.errors import ConfigError
 from muon_dist.optim.rules.adamuon import AdaMuonRule
 from muon_dist.optim.rules.hyperball import HyperballRule
@@ -31,7 +33,8 @@ def register_rule(rule: MuonRule) -> None:
         rule: an object of a subclass of `MuonRule` that can be made without arguments and keeps nothing itself.
 
     Raises:
-        ConfigError: a rule, or an entry of the state, has one of its names.
+        ConfigError: a rule, or an entry of the state, has one of its names; or an attribute looks like a misspelled
+            one of `MuonRule`, which would have no effect.
     """
     if not isinstance(rule, MuonRule):
         raise ConfigError(f"{rule!r} is not a rule: give an object of a subclass of muon_dist.optim.rules.MuonRule")
@@ -47,7 +50,19 @@ def register_rule(rule: MuonRule) -> None:
     for name in rule.options:
         if name in PARTS:
             raise ConfigError(f"rule '{rule.name}': its option '{name}' has the name of a part: choose another")
+    _check_names(type(rule), rule.name)
     RULES[rule.name] = rule
+
+
+def _check_names(kind: type[MuonRule], rule: str) -> None:
+    """Raise ConfigError for an attribute that looks like a misspelled one of `MuonRule`: nothing would call it."""
+    public = [name for name in dir(MuonRule) if not name.startswith("_")]
+    for name in vars(kind):
+        meant = [] if name in public else difflib.get_close_matches(name, public, n=1, cutoff=0.8)
+        if meant and not name.startswith("_") and meant[0] not in vars(kind):
+            raise ConfigError(
+                f"rule '{rule}': nothing uses '{name}'; did you mean '{meant[0]}'? (Begin names of your own with '_'.)"
+            )
 
 
 def _origin(rule: MuonRule) -> tuple[str, str]:

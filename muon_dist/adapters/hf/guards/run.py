@@ -1,4 +1,4 @@
-"""What the guards of one run share: the trainer, this step's vote, this rank's current operation, messages."""
+"""State shared by the guards of a run: trainer, vote of the step, this rank's current operation, messages."""
 
 from __future__ import annotations
 

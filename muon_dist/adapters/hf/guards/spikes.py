@@ -14,7 +14,7 @@ _MOST_ROLLBACKS = 3
 
 
 class SpikeGuard(Guard):
-    """Asked by `Muon` before each step (`StepGuard.veto`): True leaves the step out, on every rank.
+    """Tells `Muon` before each step whether to skip it, on every rank (`StepGuard.veto`).
 
     policy: one of `POLICIES`; see `Guards`.
 
