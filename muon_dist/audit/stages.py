@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -56,13 +57,13 @@ def bands(wrong: Tensor) -> dict[str, Cut]:
         inside = (wrong > 0).any(dim=1 - dim)
         places = inside.nonzero().flatten().tolist()
         if places and len(places) < len(inside) and places[-1] - places[0] + 1 == len(places):
-            here, others = inside.nonzero().flatten(), (~inside).nonzero().flatten()
             name = f"{word} {places[0]} to {places[-1]}" if len(places) > 1 else f"{word[:-1]} {places[0]}"
-            return {
-                name: lambda t, d=dim, i=here: t.index_select(d, i.to(t.device)),
-                "the others": lambda t, d=dim, i=others: t.index_select(d, i.to(t.device)),
-            }
+            return {name: partial(_where, dim, inside), "the others": partial(_where, dim, ~inside)}
     return {}
+
+
+def _where(dim: int, chosen: Tensor, matrix: Tensor) -> Tensor:
+    return matrix.index_select(dim, chosen.nonzero().flatten())
 
 
 def _parts(held: Mapping[int, Cut], wrong: Tensor) -> dict[str, tuple[Cut, tuple[int, ...]]]:
