@@ -57,14 +57,13 @@ def bands(wrong: Tensor) -> dict[str, Cut]:
         inside = (wrong > 0).any(dim=1 - dim)
         places = inside.nonzero().flatten().tolist()
         if places and len(places) < len(inside) and places[-1] - places[0] + 1 == len(places):
-            here, others = inside.nonzero().flatten(), (~inside).nonzero().flatten()
             name = f"{word} {places[0]} to {places[-1]}" if len(places) > 1 else f"{word[:-1]} {places[0]}"
-            return {name: partial(_selected, dim, here), "the others": partial(_selected, dim, others)}
+            return {name: partial(_where, dim, inside), "the others": partial(_where, dim, ~inside)}
     return {}
 
 
-def _selected(dim: int, places: Tensor, whole: Tensor) -> Tensor:
-    return whole.index_select(dim, places.to(whole.device))
+def _where(dim: int, chosen: Tensor, matrix: Tensor) -> Tensor:
+    return matrix.index_select(dim, chosen.nonzero().flatten())
 
 
 def _parts(held: Mapping[int, Cut], wrong: Tensor) -> dict[str, tuple[Cut, tuple[int, ...]]]:
