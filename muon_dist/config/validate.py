@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from muon_dist.config.curriculum import changes_rule, curriculum_problems, muon_of_parts, packing_problems
 from muon_dist.config.data import SourceConfig
@@ -67,6 +69,7 @@ def _tokenizer_and_data(config: Config) -> Found:
                 ("tokenizer", name),
                 f"is for a tokenizer that is trained, and tokenizer.path is {tokenizer.path}: remove one of them",
             )
+    yield from _outputs_among_data(config)
     for index, source in enumerate(data.sources if data.path is None else ()):
         yield from _source(("data", "sources", index), source)
     for index, source in enumerate(data.validation_sources):
@@ -81,6 +84,25 @@ def _tokenizer_and_data(config: Config) -> Found:
             f"is 0, so trainer.eval_strategy = {config.trainer['eval_strategy']} has nothing to evaluate: "
             "raise it or set trainer.eval_strategy to 'no'",
         )
+
+
+def _outputs_among_data(config: Config) -> Found:
+    """Folders that we write and that a source would read the next time. Hidden ones are not read."""
+    for source in (*config.data.chosen, *config.data.validation_sources):
+        paths = source.path if isinstance(source.path, tuple) else (source.path,)
+        for path in (source.dataset, *paths):
+            if path is None or not os.path.isdir(path):
+                continue
+            corpus = Path(path).resolve()
+            for keys, folder in ((("data", "dir"), config.data.dir), (("run_dir",), config.run_dir)):
+                place = Path(folder).resolve()
+                inside = place.is_relative_to(corpus) and place.relative_to(corpus).parts
+                if inside is not False and not any(part.startswith(".") for part in inside):
+                    yield (
+                        keys,
+                        f"({folder}) lies in the data source {path}, which would read it as text the next time: "
+                        "choose a folder outside",
+                    )
 
 
 def _source(keys: Keys, source: SourceConfig) -> Found:

@@ -124,22 +124,23 @@ class DataFile:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
+        unreadable = DataError if self.remote is None else SourceGoneError  # a server may be away
         try:
             yield
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             raise DataError(f"{self.path}: damaged or cut off, cannot be decompressed ({one_line(error)}).") from None
         except FileNotFoundError:
-            raise DataError(f"{self.path}: no such file (it was there when the source was listed).") from None
+            raise unreadable(f"{self.path}: no such file (it was there when the source was listed).") from None
         except OSError as error:
             if error.filename is not None and self.remote is None:
                 raise  # says itself which file
-            raise DataError(f"{self.path}: cannot be read ({one_line(error)}).") from None
+            raise unreadable(f"{self.path}: cannot be read ({one_line(error)}).") from None
         except (DataError, GeneratorExit, KeyboardInterrupt, MemoryError):
             raise
         except Exception as error:
             if self.remote is None:
                 raise
-            raise DataError(f"{self.path}: cannot be read ({type(error).__name__}: {one_line(error)}).") from None
+            raise unreadable(f"{self.path}: cannot be read ({type(error).__name__}: {one_line(error)}).") from None
 
 
 def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
@@ -214,12 +215,14 @@ def _find_remote(url: str) -> list[DataFile]:
         system, path = fsspec.core.url_to_fs(url)
         if url.lower().startswith(("file://", "local://")):
             return _find_local(Path(path))
+        system.invalidate_cache()  # a listing of before does not know what came since
         if system.isfile(path):
             names = [path]
         elif _GLOB.search(path):
             names = [name for name in sorted(system.glob(path)) if system.isfile(name)]
         else:
             names = sorted(system.find(path))
+        base = path if system.isdir(path) else str(PurePosixPath(path).parent)
     except ImportError as error:
         raise DataError(f"{url}: a package is missing to read such URLs ({one_line(error)}).") from None
     except ValueError as error:
@@ -231,7 +234,6 @@ def _find_remote(url: str) -> list[DataFile]:
             f"{url}: cannot be reached ({type(error).__name__}: {one_line(error)}). "
             "Check the URL, the network and your credentials."
         ) from None
-    base = path if system.isdir(path) else str(PurePosixPath(path).parent)
     files = [DataFile(name, name.removeprefix(base).lstrip("/"), system) for name in names]
     files = [file for file in files if not fnmatch.fnmatch(f"/{file.name}", "*/.*")]
     if not files:

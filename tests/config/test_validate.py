@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,19 @@ def test_contradictions_name_both_keys(tmp_path: Path, overrides: list[str], fir
     assert "errors in the configuration" not in text, text
     assert first in text and second in text, text
     assert caught.value.exit_code == 2
+
+
+def test_what_is_written_may_not_lie_in_what_is_read(tmp_path: Path) -> None:
+    """The tokens, the tokenizer and the figures of a run would be text of the next one."""
+    (tmp_path / "corpus").mkdir()
+    path = tmp_path / "run.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    source = f"data.sources=[{{path: {tmp_path}/corpus}}]"
+    for key, place in (("data.dir", "corpus/data"), ("data.dir", "corpus"), ("run_dir", "corpus/a/../runs")):
+        with pytest.raises(ConfigError, match=rf"{re.escape(key)}: .*lies in the data source {tmp_path}/corpus"):
+            load_config(path, [source, f"{key}={tmp_path}/{place}"])
+    for place in ("corpus-data", "corpus/.cache", "corpus/../data"):
+        assert load_config(path, [source, f"data.dir={tmp_path}/{place}"]).data.dir.endswith(place)
 
 
 def test_contradictions_are_found_beside_other_errors(tmp_path: Path) -> None:

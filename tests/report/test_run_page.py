@@ -214,9 +214,10 @@ def test_parts_of_a_curriculum_and_losses_of_sources(run: Path) -> None:
     before = Page(render(read_run(run)))
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 40, "eval_loss": 0.3, "eval_loss/books": 0.2, "eval_loss/code": 0.4}) + "\n")
-    page = Page(render(read_run(run)))
-    assert "2 20 data.weights [1, 3], optimizer.muon.rule normuon" in " ".join(page.words.split())
-    assert "3 90 (not begun) lr_scheduler_type linear" in " ".join(page.words.split())
+    text = render(read_run(run))
+    page = Page(text)
+    assert "<td>2</td><td>20</td><td>data.weights [1, 3], optimizer.muon.rule normuon</td>" in text
+    assert "<td>3</td><td>90 (not begun)</td><td>lr_scheduler_type linear</td>" in text
     assert "a part of the curriculum begins" in page.words and "code: 0.4 at step 40" in page.words
     assert [tag for tag, _ in page.tags].count("svg") == [tag for tag, _ in before.tags].count("svg") + 1
     (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "curriculum": 3}))
