@@ -39,6 +39,9 @@ KEPT_AT_MOST = 4
 WATCHED = ("torch.distributed", "torch.distributed.distributed_c10d", "torch.distributed.fsdp", "transformers.trainer")
 """Modules whose functions tests patch, beside all of muon_dist."""
 
+FORGOTTEN = ("muon_dist.routing.announce", "_shown")
+"""The tables that a process has shown: no change, since `forget` empties it."""
+
 Fingerprint = dict[tuple[str, str], Any]
 """By module or class and name: the value, kept alive so that no other value gets its identity."""
 
@@ -241,7 +244,7 @@ def code_of_process() -> Fingerprint:
         if not isinstance(module, types.ModuleType) or not (ours or name in WATCHED):
             continue
         for key, value in list(vars(module).items()):
-            if key.startswith("__"):
+            if key.startswith("__") or (name, key) == FORGOTTEN:
                 continue
             if callable(value):
                 found[name, key] = value

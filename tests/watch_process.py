@@ -1,8 +1,8 @@
 """What each test costs, and what it leaves changed in its process: `pytest -p tests.watch_process --watch FILE`.
 
 FILE gets one line of JSON for each test: seconds, CPU seconds of the process, and of its kept ranks and of children
-that have ended; calls that kept ranks ran and calls that forked their own; and what the test left changed
-(`kept_ranks.changed`). Sums by file of tests are printed at the end.
+that have ended; calls that kept ranks ran, calls that forked their own, ranks made to be kept; and what the test left
+changed (`kept_ranks.changed`). Sums by file of tests are printed at the end.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Watch:
             "cpu": time.process_time(),
             "children": ended.ru_utime + ended.ru_stime + ranks_so_far,
             **self.calls,
+            "made": distributed._kept.forks,
         }
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
