@@ -16,7 +16,7 @@ _README = """\
 
 ```bash
 muon-dist train configs/quickstart.yaml                                        # one process
-bash launch/torchrun.sh --nproc-per-node 2 train configs/quickstart.yaml       # two processes
+bash launch/torchrun.sh --nproc-per-node 2 train configs/quickstart.yaml name=two    # two processes
 muon-dist train configs/quickstart.yaml data.path=FOLDER data.dir=data/mine name=mine    # your own text
 muon-dist report runs/quickstart                                               # one HTML page of the run
 ```
