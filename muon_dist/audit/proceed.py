@@ -305,7 +305,7 @@ def _judged(
 
 
 def _between(changed: Sequence[tuple[bool, bool, bool]]) -> list[dict[str, Any]]:
-    """The alarm of what was changed between two steps, on any rank."""
+    """The alarm for a change between two steps, on any rank."""
     momentum = tuple(r for r, (m, _, _) in enumerate(changed) if m)
     weight = tuple(r for r, (_, w, _) in enumerate(changed) if w)
     resumed = any(r for _, _, r in changed)

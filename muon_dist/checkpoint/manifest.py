@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint holds, where, and the sizes and hashes by which damage is found.
+"""manifest.json: contents and places of a checkpoint's tensors, sizes and hashes of its files.
 
 The first line is the SHA-256 of all bytes after it, so that a damaged manifest is not believed either.
 """

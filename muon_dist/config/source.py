@@ -75,7 +75,7 @@ class Problem:
 
 @dataclass
 class Document:
-    """Plain data, where each of its values was written, and what was wrong on the way."""
+    """The plain data of a YAML document, with the place of each value and the problems found."""
 
     data: Any
     places: dict[Keys, Place] = field(default_factory=dict)

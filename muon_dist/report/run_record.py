@@ -1,4 +1,4 @@
-"""Reads a run folder as it is: unfinished, incomplete or damaged. What is wrong with it is said, never hidden."""
+"""Reads a run folder, also an unfinished, incomplete or damaged one. Every problem is reported."""
 
 from __future__ import annotations
 
