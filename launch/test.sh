@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install with the test extras and run the tests. Arguments go to pytest: `bash launch/test.sh -m "not slow" tests/optim`.
-#   MUON_TEST_WORKERS   files that are tested at a time (default 2); 0 runs one test after another, as -s and --pdb need
+#   MUON_TEST_WORKERS   files that are tested at a time (default: one for each core, and at least 2);
+#                       0 runs one test after another, as -s and --pdb need
 set -euo pipefail
 # shellcheck source=launch/_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
@@ -14,4 +15,5 @@ muon_env test
 # One thread a process: the tests start several processes on few cores. The others keep DeepSpeed on the CPU build-free.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
 # The order is that of tests/conftest.py: the longest files first.
-exec python -m pytest -n "${MUON_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
+cores="$(nproc 2>/dev/null || printf 2)"
+exec python -m pytest -n "${MUON_TEST_WORKERS:-$((cores > 2 ? cores : 2))}" --dist loadfile --no-loadscope-reorder "$@"

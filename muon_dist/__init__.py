@@ -13,8 +13,8 @@ from muon_dist.version import __version__ as __version__
 if TYPE_CHECKING:
     from muon_dist.adapters.deepspeed import attach
     from muon_dist.adapters.factory import MuonFactory, for_trainer
-    from muon_dist.adapters.hf_guards import Guards
-    from muon_dist.adapters.hf_trainer import MuonTrainer
+    from muon_dist.adapters.hf.guarded import Guards
+    from muon_dist.adapters.hf.trainer import MuonTrainer
     from muon_dist.audit.witness import witness
     from muon_dist.numerics.newton_schulz import newton_schulz
     from muon_dist.numerics.schedules import register_schedule
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from muon_dist.report.log_table import metrics
 
 _HOMES = {
-    "Guards": "muon_dist.adapters.hf_guards",
+    "Guards": "muon_dist.adapters.hf.guarded",
     "attach": "muon_dist.adapters.deepspeed",
     "Muon": "muon_dist.optim.muon",
     "MuonFactory": "muon_dist.adapters.factory",
-    "MuonTrainer": "muon_dist.adapters.hf_trainer",
+    "MuonTrainer": "muon_dist.adapters.hf.trainer",
     "for_trainer": "muon_dist.adapters.factory",
     "metrics": "muon_dist.report.log_table",
     "newton_schulz": "muon_dist.numerics.newton_schulz",

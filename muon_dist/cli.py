@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -15,10 +14,12 @@ from muon_dist import failures, streams
 from muon_dist.arguments import existing_run, existing_runs
 from muon_dist.audit.cli import verify as verify_run
 from muon_dist.bench.cli import app as bench
+from muon_dist.defaults import PROMPT, TEMPERATURE, TOP_K
 from muon_dist.doctor.cli import doctor
 from muon_dist.errors import ConfigError, MuonDistError
 from muon_dist.experiments.cli import app as spectra
 from muon_dist.fuzz.cli import fuzz
+from muon_dist.json_files import indented, one_line
 from muon_dist.launcher.cli import app as launch
 from muon_dist.planner.cli import app as planner
 from muon_dist.train.checkpoint_cli import app as checkpoint
@@ -222,16 +223,16 @@ def evaluate(
             max_samples=max_samples,
             choice=choice,
         )
-    typer.echo(json.dumps(figures))
+    typer.echo(one_line(figures))
 
 
 @app.command()
 def generate(
     run: RunPath,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The",
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = PROMPT,
     tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=1, help="Choose among this many most probable tokens.")] = 40,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = TEMPERATURE,
+    top_k: Annotated[int, typer.Option(min=1, help="Choose among this many most probable tokens.")] = TOP_K,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     step: Step = None,
     best: Best = False,
@@ -266,8 +267,11 @@ def export(
 
 @app.command()
 def compare(
-    config: ConfigPath,
-    overrides: Overrides = None,
+    config: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run folder.")],
+    overrides: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[KEY=VALUE|RUN]...", help="Settings to change, or more run folders."),
+    ] = None,
     lr: Annotated[
         Optional[list[float]], typer.Option(help="A learning rate of the grid; repeat it. Default 0.003 0.01 0.03.")  # noqa: UP045
     ] = None,
@@ -275,14 +279,11 @@ def compare(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each in one process with one thread.")] = 2,
     output: Annotated[Path, typer.Option(help="Folder for the runs and the table.")] = Path("results/compare"),
 ) -> None:
-    """Muon against AdamW, each at its best learning rate of one grid, over several seeds; all else is equal."""
+    """Two or more run folders side by side; or, for one configuration, Muon against AdamW, each at its best rate."""
     _quiet()
-    from muon_dist.train.compare import compare_optimizers
+    from muon_dist.train.compare import compare as compared
 
-    report = compare_optimizers(
-        config, overrides or [], lrs=lr or [0.003, 0.01, 0.03], seeds=seeds, jobs=jobs, output=output
-    )
-    typer.echo(report["table"])
+    typer.echo(compared(config, overrides or [], lrs=lr, seeds=seeds, jobs=jobs, output=output))
 
 
 @app.command()
@@ -359,7 +360,7 @@ def schema() -> None:
     """Print the JSON Schema of a configuration file, for an editor."""
     from muon_dist.config import json_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    typer.echo(indented(json_schema()))
 
 
 def _quiet() -> None:

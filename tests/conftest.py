@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 
-from tests import distributed
+from tests import distributed, kept_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,6 +42,12 @@ def _launchers_variables_of_its_own() -> Iterator[None]:
             os.environ[name] = value
 
 
+@pytest.fixture(autouse=True)
+def _nothing_remembered() -> None:
+    """A test begins without what accelerate and the routing tables keep for a whole process."""
+    kept_ranks.forget()
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository root."""
@@ -50,19 +56,28 @@ def root() -> Path:
 
 LONGEST = (
     "test_kept_ranks.py",  # in a process that no test has changed yet
-    "faults/test_bar.py",
     "train/test_launch.py",
     "adapters/test_deepspeed.py",
-    "adapters/test_deepspeed_checkpoint.py",
-    "optim/test_runtime.py",
-    "adapters/test_fsdp2.py",
     "optim/test_rules.py",
-    "adapters/test_deepspeed_failures.py",
-    "optim/test_at_rest.py",
-    "train/test_run.py",
+    "faults/test_bar.py",
     "optim/test_touched_state.py",
+    "adapters/test_fsdp2.py",
+    "train/test_run.py",
+    "train/test_parallel.py",
+    "adapters/test_deepspeed_checkpoint.py",
+    "adapters/test_deepspeed_failures.py",
     "test_fuzz.py",
+    "adapters/test_deepspeed_traffic.py",
+    "optim/test_at_rest.py",
+    "optim/test_runtime.py",
     "bench/test_fake_cuda.py",
+    "adapters/test_meshes.py",
+    "adapters/test_qk_clip.py",
+    "checkpoint/test_reshard.py",
+    "adapters/hf/test_checkpoint.py",
+    "adapters/hf/test_trainer.py",
+    "checkpoint/test_rule_memory.py",
+    "test_failures.py",
 )
 """Files that take more than 20 s, and one that must be first. They start first, so that no process is left alone with
 one of them at the end."""

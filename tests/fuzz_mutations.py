@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -23,6 +24,7 @@ import torch.distributed as dist
 
 import muon_dist.adapters.fsdp2.storage as fsdp2_storage
 import muon_dist.optim.compiler as compiler
+import muon_dist.optim.rules.parts as parts
 import muon_dist.optim.state as state
 from muon_dist.fuzz.case import Case
 from muon_dist.fuzz.judge import RIGHT, Judge
@@ -176,6 +178,92 @@ def no_rest() -> None:
     Runtime._begin = changed  # type: ignore[method-assign]
 
 
+def unscaled_floor() -> None:
+    """The part `row_floor` forgets the scale of the update."""
+    parts.update_scale = lambda kind, matrix: 1.0  # type: ignore[attr-defined]
+
+
+def careless_decay() -> None:
+    """The part `cautious` decays every element."""
+    parts.Cautious.decay = parts._Late.decay  # type: ignore[method-assign]
+
+
+def repeated_row() -> None:
+    """Of an own `ns_schedule` the first row is used in every iteration."""
+    original = compiler.orthogonalizer
+
+    def changed(rows: int, cols: int, device: Any, steps: int, schedule: Any, *args: Any, **kwargs: Any) -> Any:
+        own = not isinstance(schedule, str) and schedule is not None
+        return original(rows, cols, device, steps, [schedule[0]] * len(schedule) if own else schedule, *args, **kwargs)
+
+    compiler.orthogonalizer = changed  # type: ignore[attr-defined]
+
+
+def scale_of_a_part() -> None:
+    """The scale of a matrix that is cut by columns is that of half its columns."""
+    original, compile_all = compiler.update_scale, ProgramCompiler.compile
+    cut: set[int] = set()
+
+    def noted(self: Any, *args: Any) -> Any:
+        for m in self.plan.layout.matrices:
+            if any(f.block.cols < m.matrix.cols and f.block.rows == m.matrix.rows for f in m.fragments):
+                cut.add(id(m.matrix))
+        return compile_all(self, *args)
+
+    def changed(kind: str, matrix: Any) -> float:
+        out, inputs = matrix.fan
+        part: Any = SimpleNamespace(fan=(out, max(1, inputs // 2)))
+        return original(kind, part if id(matrix) in cut else matrix)
+
+    ProgramCompiler.compile = noted  # type: ignore[method-assign]
+    compiler.update_scale = changed  # type: ignore[attr-defined]
+
+
+def experts_of_others() -> None:
+    """Ranks of DTensors' expert parallelism are taken in reverse: an expert has the number of another."""
+    original = fsdp2_storage.sharded
+
+    def changed(name: str, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(name, tensor, *args, **kwargs)
+        shared = "ep" in (tensor.device_mesh.mesh_dim_names or ())
+        return replace(found, ranks=found.ranks[::-1]) if shared else found
+
+    fsdp2_storage.sharded = changed  # type: ignore[assignment]
+
+
+def experts_misnumbered() -> None:
+    """The experts of DeepSpeed's MoE layers are numbered from the last rank of `ep` to the first."""
+    from muon_dist.adapters.deepspeed import parallel
+
+    original = parallel._experts
+
+    def changed(engine: Any) -> Any:
+        found = list(original(engine))
+        last = max((experts.first for experts in found), default=0)
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, last)
+        for experts in found:
+            yield replace(experts, first=max(every) - experts.first)
+
+    parallel._experts = changed
+
+
+def shards_in_reverse() -> None:
+    """What AutoTP leaves to its first rank is taken for the last's."""
+    from muon_dist.layout import Shard
+
+    original = Shard.cut.__func__  # type: ignore[attr-defined]
+
+    def changed(cls: Any, shape: Any, axis: int, widths: Any, part: int) -> Any:
+        even = all(len(set(of_sub)) == 1 for of_sub in widths)
+        return original(cls, shape, axis, widths, len(widths[0]) - 1 - part if even else part)
+
+    Shard.cut = classmethod(changed)  # type: ignore[assignment, method-assign]
+
+
+ONLY = {"experts_of_others": "ep", "experts_misnumbered": "MoE", "shards_in_reverse": "AutoTP"}
+"""The cases that are drawn for a mutation of what few cases have, as `muon-dist fuzz --only` takes them."""
+
 MUTATIONS: tuple[Callable[[], None], ...] = (
     swapped_owners,
     dropped_copy,
@@ -190,14 +278,21 @@ MUTATIONS: tuple[Callable[[], None], ...] = (
     stale_stack,
     other_rate,
     no_rest,
+    unscaled_floor,
+    careless_decay,
+    repeated_row,
+    scale_of_a_part,
+    experts_of_others,
+    experts_misnumbered,
+    shards_in_reverse,
 )
 
 
 def find(mutation: Callable[[], None], seed: int, limit: float = LIMIT, shrink_seconds: float = 0.0) -> Report:
     """Fuzz with a mutation until it is found or the time is over."""
     return fuzz(
-        limit, seed, lambda line: None, prepare=mutation, stop_at_first=True, shrink_seconds=shrink_seconds,
-        patience=20.0,
+        limit, seed, lambda line: None, only=ONLY.get(mutation.__name__, ""), prepare=mutation, stop_at_first=True,
+        shrink_seconds=shrink_seconds, patience=20.0,
     )  # fmt: skip
 
 
@@ -213,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="names of mutations; all unless given")
     chosen = parser.parse_args(arguments)
-    print("| mutation | seconds | cases |\n|---|---|---|", flush=True)
+    print("| mutation | `--only` | seconds | cases |\n|---|---|---|---|", flush=True)
     lost = 0
     for mutation in MUTATIONS:
         if chosen.only and mutation.__name__ not in chosen.only:
@@ -225,7 +320,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise AssertionError(f"wrong without a mutation too: {report.wrong[0].replay()}")
         lost += not report.wrong
         seconds = f"{taken:.0f}" if report.wrong else "not found"
-        print(f"| {mutation.__doc__} | {seconds} | {report.counts.total()} |", flush=True)
+        only = ONLY.get(mutation.__name__, "")
+        print(f"| {mutation.__doc__} | {only} | {seconds} | {report.counts.total()} |", flush=True)
         if report.wrong:
             print(f"{report.wrong[0].outcome.message.splitlines()[-1][:150]}", file=sys.stderr, flush=True)
     return int(lost > 0)

@@ -1,12 +1,14 @@
 """Forked ranks that run one function after another: a fork of a large process costs more than most functions.
 
 The ranks are replaced as soon as one is not as it was: when it died, or its function left behind patched code, a
-thread, a device mesh, another default dtype or DeepSpeed's state.
+thread, a device mesh, another default dtype or DeepSpeed's state. They are also replaced when the code of this process
+is no longer that from which they were forked.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import multiprocessing as mp
 import os
@@ -17,6 +19,7 @@ import tempfile
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -26,9 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor.debug
 from torch.distributed.device_mesh import DeviceMesh
 
 from muon_dist.bench import ranks
+from muon_dist.routing.announce import _shown
 
 KEPT_AT_MOST = 4
 WATCHED = ("torch.distributed", "torch.distributed.distributed_c10d", "torch.distributed.fsdp", "transformers.trainer")
@@ -58,14 +63,14 @@ class KeptRanks:
         self._unsuited: set[Callable[..., Any]] = set()
 
     def suits(self, fn: Callable[..., Any]) -> bool:
-        """Whether kept ranks can run `fn`: it left no rank changed before, and this process is as at their fork."""
-        if fn in self._unsuited:
-            return False
-        return not self._members or not changed(self._parent, code_of_process())
+        """Whether kept ranks can run `fn`: it left no rank changed before."""
+        return fn not in self._unsuited
 
     def run(self, fn: Callable[..., Any], world_size: int, args: tuple, timeout: float) -> list[Any]:
         """`fn(*args)` on the first `world_size` ranks; raises as `muon_dist.bench.ranks.run_ranks`."""
         self.jobs += 1
+        if self._members and changed(self._parent, code_of_process()):
+            self.close()
         self._fork_up_to(world_size)
         used = self._members[:world_size]
         with tempfile.TemporaryDirectory() as folder:
@@ -120,6 +125,7 @@ class KeptRanks:
             atexit.register(self.close)  # before that of multiprocessing, which waits for the ranks
         sys.stdout.flush()
         sys.stderr.flush()
+        _caches[:] = caches()  # a rank does not find those among its own objects, as they are frozen there
         # Objects that are frozen are not touched by the ranks' garbage collector, so their pages stay shared.
         gc.freeze()
         while len(self._members) < world_size:
@@ -134,17 +140,12 @@ class KeptRanks:
 
 
 class _Answer:
-    """The pipe that `_rank_main` answers through: adds whether the rank is no longer as it was."""
+    """Stands for the pipe of `_rank_main`: keeps the outcome until the rank has tidied up."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self.pipe = pipe
-        self.before: Fingerprint = {}
+    outcome = b""
 
     def send_bytes(self, outcome: bytes) -> None:
-        forget_accelerate()
-        now = state_of_process()
-        self.pipe.send_bytes(pickle.dumps((outcome, bool(changed(self.before, now)))))
-        self.before = now  # with the modules that were imported since
+        self.outcome = outcome
 
     def close(self) -> None:
         """The pipe stays open for the next function."""
@@ -153,8 +154,8 @@ class _Answer:
 def _serve(pipe: Connection) -> None:
     """What a rank does until its parent ends."""
     parent = os.getppid()
-    _count_meshes()
-    answer: Any = _Answer(pipe)
+    _follow_meshes()
+    before: Fingerprint = {}
     while True:
         while not pipe.poll(2.0):  # ranks hold each other's ends of pipes: none sees that the parent has died
             if os.getppid() != parent:
@@ -164,24 +165,60 @@ def _serve(pipe: Connection) -> None:
         os.environ.update(environment)
         os.chdir(folder)
         set_random_state(state)
-        answer.before = answer.before or state_of_process()
+        before = before or state_of_process()
+        answer: Any = _Answer()
         ranks._rank_main(fn, rank, world_size, store, timeout, answer, args)
         if dist.is_initialized():  # the function failed; ranks that still wait for this one now see that it left
             dist.destroy_process_group()
+        del fn, args
+        forget()
+        now = state_of_process()
+        pipe.send_bytes(pickle.dumps((answer.outcome, bool(changed(before, now)))))
+        before = now  # with the modules that were imported since
 
 
-_meshes_made = [0]
+_caches: list[Any] = []
 
 
-def _count_meshes() -> None:
-    """Count device meshes from here on: DTensor's caches keep them, and so the names of dead process groups."""
+def caches() -> list[Any]:
+    """Of torch.distributed, among the objects that are not frozen."""
+    kind = functools._lru_cache_wrapper
+    return [x for x in gc.get_objects() if type(x) is kind and str(x.__module__).startswith("torch.distributed")]
+
+
+DTENSOR_CACHES = {
+    "torch.distributed.tensor._redistribute": "clear_redistribute_planner_cache",
+    "torch.distributed.tensor.debug": "_clear_sharding_prop_cache",
+}
+"""Caches that are no `functools.lru_cache`: module and function that empties them. An older torch has fewer."""
+
+_meshes: list[weakref.ref[DeviceMesh]] = []
+
+
+def _follow_meshes() -> None:
+    """Know each device mesh from here on."""
     original = DeviceMesh.__init__
 
-    def counted(self: DeviceMesh, *args: Any, **options: Any) -> None:
-        _meshes_made[0] += 1
+    def followed(self: DeviceMesh, *args: Any, **options: Any) -> None:
+        _meshes.append(weakref.ref(self))
         original(self, *args, **options)
 
-    DeviceMesh.__init__ = counted  # type: ignore[method-assign]
+    DeviceMesh.__init__ = followed  # type: ignore[method-assign]
+
+
+def meshes_left() -> int:
+    """Device meshes that something still holds, and so the names of dead process groups.
+
+    DTensor's caches hold them: they are emptied.
+    """
+    if any(mesh() is not None for mesh in _meshes):
+        for cache in _caches + caches():
+            cache.cache_clear()
+        for module, clear in DTENSOR_CACHES.items():
+            getattr(sys.modules.get(module), clear, lambda: None)()
+        gc.collect()
+    _meshes[:] = [mesh for mesh in _meshes if mesh() is not None]
+    return len(_meshes)
 
 
 def random_state() -> tuple[Any, ...]:
@@ -229,7 +266,7 @@ def state_of_process() -> Fingerprint:
         "gradients": torch.is_grad_enabled(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "torch threads": torch.get_num_threads(),
-        "meshes": _meshes_made[0],
+        "meshes": meshes_left(),
         "deepspeed": getattr(deepspeed, "cdb", None) is not None,
     }
     return code_of_process() | {("process", key): value for key, value in settings.items()}
@@ -246,8 +283,9 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, str | int | float) and type(a) is type(b) and a == b)
 
 
-def forget_accelerate() -> None:
-    """Drop accelerate's state of the process, as tests/adapters/conftest.py does in the parent."""
+def forget() -> None:
+    """Drop what accelerate and the routing tables remember of earlier tests: a process is then as good as new."""
+    _shown.clear()
     state = sys.modules.get("accelerate.state")
     if state is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)

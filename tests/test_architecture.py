@@ -16,19 +16,32 @@ MAX_FUNCTION_LINES = 60
 
 # One row a floor; an import goes to a lower floor, or stays inside its own unit.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("arguments", "errors", "failures", "frameworks", "numerics", "project", "ranks", "streams", "version"),
+    (
+        "arguments",
+        "defaults",
+        "errors",
+        "failures",
+        "json_files",
+        "numerics",
+        "project",
+        "ranks",
+        "streams",
+        "version",
+        "waiting",
+    ),
     ("routing", "layout"),
-    ("cost", "measured_cost", "ownership", "partition_order", "optim.rules"),
+    ("ownership", "optim.rules"),
     ("config", "exchange", "checkpoint"),
+    ("guards",),
     ("optim", "audit"),
     ("adapters", "data", "model"),
     ("planner", "bench", "experiments", "report", "launcher", "fuzz"),
     ("train", "doctor", "cli"),
 )
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
-# Neighbours on one floor do not import each other, but for these: everybody raises typed errors, a plan is made from
-# costs, the command line is a thin face of train/, `muon-dist spectra report` writes a page, and `bench host` places a
-# model as a plan does. An audit reads the optimizer that it is an option of.
+# Neighbours on one floor do not import each other, but for these: everybody raises typed errors, the command line is a
+# thin face of train/, `muon-dist spectra report` writes a page, and `bench host` places a model as a plan does. An
+# audit reads the optimizer that it is an option of. The Trainer logs MFU, for which `model` knows the peak.
 SIDEWAYS = {
     ("arguments", "errors"),
     ("numerics", "errors"),
@@ -36,10 +49,6 @@ SIDEWAYS = {
     ("failures", "errors"),
     ("ranks", "errors"),
     ("ranks", "failures"),
-    ("measured_cost", "cost"),
-    ("ownership", "cost"),
-    ("partition_order", "cost"),
-    ("partition_order", "ownership"),
     ("cli", "train"),
     ("cli", "doctor"),
     ("doctor", "train"),
@@ -47,6 +56,7 @@ SIDEWAYS = {
     ("bench", "planner"),
     ("audit", "optim"),
     ("optim", "audit"),
+    ("adapters", "model"),
 }
 
 # A framework is imported in its own adapter alone. The longest matching prefix decides.
@@ -58,17 +68,17 @@ HOMES: dict[str, tuple[str, ...]] = {
         "bench.peers_deepspeed",
         "fuzz.engines",
     ),
-    "accelerate": ("adapters.hf_parallel", "adapters.deepspeed"),
+    "accelerate": ("adapters.hf.parallel", "adapters.deepspeed"),
     "transformers": ("adapters", "audit.follow_trainer", "model", "data.tokenizer", "routing", "config"),
-    "transformers.Trainer": ("adapters.hf_private",),
+    "transformers.Trainer": ("adapters.hf.private",),
     "transformers.TrainingArguments": (
-        "adapters.hf_trainer",
-        "adapters.hf_checkpoint",
-        "adapters.hf_private",
+        "adapters.hf.trainer",
+        "adapters.hf.checkpoint",
+        "adapters.hf.private",
         "config",
     ),
-    "transformers.trainer": ("adapters.hf_trainer", "adapters.hf_checkpoint", "adapters.hf_private"),
-    "transformers.training_args": ("adapters.hf_trainer", "config"),
+    "transformers.trainer": ("adapters.hf.trainer", "adapters.hf.checkpoint", "adapters.hf.private"),
+    "transformers.training_args": ("adapters.hf.trainer", "config"),
     "datasets": ("data",),
     "sentencepiece": ("data",),
     "torch.distributed.fsdp": ("adapters.fsdp2", "bench.peers_fsdp2", "fuzz.meshes"),

@@ -280,7 +280,7 @@ def test_metrics_that_were_cut(tmp_path: Path) -> None:
     """A kill or a full disk leaves half a line; a resumed run goes on and drops it."""
     from types import SimpleNamespace
 
-    from muon_dist.adapters.hf_callbacks import MetricsFile
+    from muon_dist.adapters.hf.callbacks import MetricsFile
 
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1.0}) for step in (0, 1, 2, 3)]
@@ -393,7 +393,7 @@ def test_a_failing_sample_and_tracker_fail_no_run(
 def test_a_tracker_that_cannot_begin_ends_the_start() -> None:
     from transformers.integrations import integration_utils
 
-    from muon_dist.adapters.hf_settings import outlive_trackers
+    from muon_dist.adapters.hf.settings import outlive_trackers
     from muon_dist.errors import ConfigError
 
     class Tracker(integration_utils.TensorBoardCallback):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 pytest.importorskip("deepspeed")
@@ -14,6 +16,9 @@ from muon_dist.fuzz.run import command, fuzz
 from tests import fuzz_mutations
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(300)]
+
+SECONDS = float(os.environ.get("MUON_DIST_FUZZ_SECONDS", "20"))
+"""How long new cases are begun. `.ci/extended slow` sets 60."""
 
 
 def test_a_case_survives_its_text() -> None:
@@ -60,7 +65,7 @@ def test_what_it_has_found_is_mended() -> None:
 
 def test_nothing_is_wrong() -> None:
     said: list[str] = []
-    report = fuzz(9.0, 1, said.append)
+    report = fuzz(SECONDS, 1, said.append)
     assert not report.wrong, "\n".join(said)
     assert report.counts[RIGHT] >= 5 and not report.refusals, report.table()
 
@@ -68,7 +73,7 @@ def test_nothing_is_wrong() -> None:
 @pytest.mark.parametrize("name", ["dropped_copy", "missing_nesterov", "other_rate"])
 def test_a_mistake_is_found_and_shrunk(name: str) -> None:
     mutation = getattr(fuzz_mutations, name)
-    report = fuzz_mutations.find(mutation, seed=0, shrink_seconds=8.0)
+    report = fuzz_mutations.find(mutation, seed=0, shrink_seconds=4.0)
     (wrong,) = report.wrong
     assert len(wrong.case.to_json()) < len(wrong.drawn.to_json())
     with Judge(mutation) as judge:

@@ -7,9 +7,12 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import muon_dist.ownership
-from tests import distributed
+from muon_dist.routing import announce, route
+from tests import distributed, kept_ranks
 from tests.conftest import LONGEST, ROOT
 from tests.distributed import RankFailure, run_ranks
 
@@ -27,6 +30,26 @@ def sees() -> tuple[str | None, float, str, int]:
 
 def patches() -> int:
     muon_dist.ownership.digest = None
+    return os.getpid()
+
+
+def announces() -> int:
+    announce(route(torch.nn.Linear(3, 2)))
+    return os.getpid()
+
+
+def uses_a_mesh() -> int:
+    mesh = init_device_mesh("cpu", (2,))
+    tensor = distribute_tensor(torch.arange(4.0), mesh, [Shard(0)])
+    assert (tensor + 1).full_tensor().tolist() == [1, 2, 3, 4]
+    return os.getpid()
+
+
+held = []
+
+
+def holds_a_mesh() -> int:
+    held.append(init_device_mesh("cpu", (2,)))
     return os.getpid()
 
 
@@ -79,15 +102,30 @@ def test_failures_and_deaths_are_reported_and_leave_good_ranks() -> None:
     assert run_ranks(sees, 2)[0][3] == 2
 
 
-def test_a_process_that_was_changed_since_forks_its_own() -> None:
-    kept = run_ranks(process, 2)
+def test_ranks_are_forked_anew_when_this_process_was_changed() -> None:
+    before = run_ranks(process, 2)
     original = muon_dist.ownership.digest
     muon_dist.ownership.digest = None
     try:
         assert run_ranks(is_patched, 2) == [True, True]
     finally:
         muon_dist.ownership.digest = original
-    assert run_ranks(is_patched, 2) == [False, False] and run_ranks(process, 2) == kept
+    assert run_ranks(is_patched, 2) == [False, False]
+    kept = run_ranks(process, 2)
+    assert run_ranks(process, 2) == kept != before
+
+
+def test_what_a_test_announced_is_forgotten() -> None:
+    kept = run_ranks(announces, 2)
+    announces()
+    kept_ranks.forget()
+    assert run_ranks(announces, 2) == kept and run_ranks(process, 2) == kept
+
+
+def test_device_meshes_are_forgotten_with_the_caches_of_dtensor() -> None:
+    kept = run_ranks(uses_a_mesh, 2)
+    assert run_ranks(uses_a_mesh, 2) == kept
+    assert run_ranks(holds_a_mesh, 2) == kept != run_ranks(process, 2)
 
 
 def test_fixtures_that_patch_and_deepspeed_fork_their_own() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from muon_dist.audit.alarm import Alarm, Circumstances
 from muon_dist.audit.chain import Chain
 from muon_dist.audit.collect import MatrixParts, SliceParts
-from muon_dist.audit.follow import Follow
-from muon_dist.audit.judge import Alarm
+from muon_dist.audit.follow import Follow, of_matrix, of_parameter
 from muon_dist.audit.proceed import Audited, MatrixAudit, SliceAudit, proceed
 from muon_dist.audit.settings import AuditSettings, in_rotation, number_of, other_rank
 from muon_dist.audit.undo import Undo
@@ -98,7 +98,7 @@ class Audit:
             self._undo = Undo() if self._due and self.settings.on_alarm == "undo" else None
             self._rates.append({})
         self._rates[-1].update(zip(dict.fromkeys(index for index, _ in present), rates[::3], strict=False))
-        self.follow.before(runtime, work)
+        self._track(optimizer, call)
         if self._due:
             if self._undo is not None:
                 self._undo.keep(runtime, work, adamw, optimizer.state)
@@ -117,17 +117,42 @@ class Audit:
         if call.audited:
             self._begin(runtime)
             sent = runtime.transport.bytes_sent
-            earlier = [[of_step[g] for of_step in list(self._rates)[-2::-1] if g in of_step]
-                       for g in range(len(optimizer._groups))]  # fmt: skip
-            lines = proceed(runtime, call.audited, self.settings, self.follow.changed(), earlier)
+            around = [self._circumstances(optimizer, audited) for audited in call.audited]
+            lines = proceed(runtime, call.audited, self.settings, self.follow, around)
             self.bytes_sent += runtime.transport.bytes_sent - sent
             taken_back = self._note(runtime, lines)
         if taken_back:
             optimizer.guard.applied = False  # what a framework still steps of this step is skipped as well
             self.follow.forget()
         else:
-            self.follow.after(runtime, call.work, self._next_matrix(runtime))
+            self._go_on(optimizer, call)
         self.seconds += time.perf_counter() - began
+
+    def _track(self, optimizer: Any, call: Call) -> None:
+        """Compare what is audited next with what the last step left."""
+        runtime, follow = optimizer.runtime, self.follow
+        follow.matrix.before(of_matrix(runtime, call.work, follow.matrix.number) or {})
+        named, number = _of_adamw(optimizer), follow.parameter.number
+        parameter = named[number][1] if 0 <= number < len(named) else None
+        follow.parameter.before(of_parameter(runtime.binding, call.adamw, optimizer.state, parameter) or {})
+
+    def _go_on(self, optimizer: Any, call: Call) -> None:
+        """Keep what this step left of what is audited next."""
+        runtime, step = optimizer.runtime, (self.step // self.settings.every + 1) * self.settings.every
+        number = in_rotation(self.settings.seed, len(runtime.plan.layout.matrices), self._turn(step))[0]
+        self.follow.matrix.after(number, of_matrix(runtime, call.work, number))
+        if named := _of_adamw(optimizer):
+            number, _ = self._next_parameter(step, len(named))
+            now = of_parameter(runtime.binding, call.adamw, optimizer.state, named[number][1])
+            self.follow.parameter.after(number, now)
+
+    def _circumstances(self, optimizer: Any, audited: Audited) -> Circumstances:
+        """What may explain a wrong step of a tensor: the rates of other steps and groups."""
+        own = next(i for i, group in enumerate(optimizer._groups) if group is audited.group)
+        *before, now = self._rates
+        earlier = [rates[own] for rates in reversed(before) if own in rates]
+        others = [lr for index, lr in now.items() if index != own]
+        return Circumstances(earlier, others, optimizer.runtime.transport.world_size, self.settings.tolerance)
 
     def _step_of(self, runtime: Runtime) -> int:
         """Number of the step that is being made. Steps that are left out for their gradients count as well."""
@@ -145,9 +170,9 @@ class Audit:
     def _turn(self, step: int) -> int:
         return (step // self.settings.every - 1) * self.settings.matrices
 
-    def _next_matrix(self, runtime: Runtime) -> int:
-        step = (self.step // self.settings.every + 1) * self.settings.every
-        return in_rotation(self.settings.seed, len(runtime.plan.layout.matrices), self._turn(step))[0]
+    def _next_parameter(self, step: int, count: int) -> tuple[int, int]:
+        """(index, rotation) of the AdamW parameter that is audited in a step."""
+        return in_rotation(number_of(self.settings.seed, "adamw"), count, step // self.settings.every - 1)
 
     def _matrices(self, runtime: Runtime, call: Call) -> list[Audited]:
         layouts, world, seed = runtime.plan.layout.matrices, runtime.transport.world_size, self.settings.seed
@@ -166,12 +191,10 @@ class Audit:
 
     def _parameter(self, optimizer: Any, call: Call) -> list[Audited]:
         """One AdamW parameter, if it is stepped in this call; the same one on all ranks."""
-        named = [(name, p) for name, p, algorithm in optimizer._named() if algorithm == "adamw"]
-        named = [(name, p) for name, p in named if p.is_floating_point()]
+        named = _of_adamw(optimizer)
         if not named:
             return []
-        turn = self.step // self.settings.every - 1
-        index, rotation = in_rotation(number_of(self.settings.seed, "adamw"), len(named), turn)
+        index, rotation = self._next_parameter(self.step, len(named))
         name, parameter = named[index]
         groups = [g for g, p in call.present if p is parameter]
         if not groups:
@@ -233,6 +256,10 @@ class Audit:
         """The optimizer's state was loaded: expect nothing of it in the next step."""
         self.follow.forget()
 
+    def forget_weights(self) -> None:
+        """Weights are written after the step on purpose: expect momentum and moments alone in the next one."""
+        self.follow.matrix.forget("weight")
+
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint: the step, and digest and length of the chain; equal on all ranks."""
         if not self._begun and self._resumed is not None:
@@ -244,6 +271,11 @@ class Audit:
         self.begin_at(int(state["step"]))
         self._begun = False
         self._resumed = (str(state["head"]), int(state["lines"]))
+
+
+def _of_adamw(optimizer: Any) -> list[tuple[str, Tensor]]:
+    """Name and tensor of all AdamW parameters, in one order on all ranks."""
+    return [(name, p) for name, p, kind in optimizer._named() if kind == "adamw" and p.is_floating_point()]
 
 
 def sentence(alarms: Sequence[Mapping[str, Any] | Alarm]) -> str:

@@ -162,7 +162,7 @@ def explain(
     got: Tensor,
     want: Tensor,
     *,
-    directions: Sequence[Direction] = (),
+    directions: Iterable[Direction] = (),
     factors: Sequence[Factor] = (),
     tolerance: float,
 ) -> Verdict:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from muon_dist.json_files import append_line, one_line
+
 BEGINNING = "0" * 64
 """The digest before the first line: there is no line to hash."""
 FILE = "audit.jsonl"
@@ -19,6 +21,7 @@ _NEEDED = {"start": ("previous", "step"), "audit": _AUDIT}
 
 def digest_of(previous: str, record: Mapping[str, Any]) -> str:
     """SHA-256 of the digest before and of the record as JSON with sorted keys, in hexadecimal."""
+    # As it stands in the file: what earlier versions wrote may hold NaN.
     text = json.dumps({k: v for k, v in record.items() if k != "digest"}, sort_keys=True)
     return hashlib.sha256(f"{previous}{text}".encode()).hexdigest()
 
@@ -40,13 +43,11 @@ class Chain:
         """Write a record; it as written, with its digest."""
         # Once through JSON, so that what is hashed is what a reader gets.
         self.lines += 1
-        plain = json.loads(json.dumps({"line": self.lines, **record}))
+        plain = json.loads(one_line({"line": self.lines, **record}))
         plain["digest"] = self.head = digest_of(self.head, plain)
         if self._path is not None:
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(plain, sort_keys=True) + "\n")
+                append_line(self._path, plain, sort_keys=True)
             except OSError as error:
                 # Raising on this rank only would leave the others waiting in a collective.
                 print(f"audit: cannot write {self._path}: {error}; the audit continues without it", file=sys.stderr)
@@ -94,6 +95,9 @@ def read_chain(path: Path) -> Read:
     """Read and check a file; see `Read`. A problem is reported once: lines behind it are checked from it on."""
     found = Read()
     text = path.read_bytes()
+    if not text.strip():
+        found.problems.append("the file is empty")
+        return found
     lines = text.split(b"\n")
     ends = lines.pop() == b""
     if not ends:
@@ -119,7 +123,10 @@ def _link(found: Read, number: int, record: dict[str, Any], claimed: str) -> Non
     if record.get("kind") == "start":
         previous = str(record.get("previous"))
         if previous not in {BEGINNING, *found.digests}:
-            found.problems.append(f"line {number}: continues from a line that is missing")
+            where = (
+                "which is missing" if found.records else "which is in another file: put that file's lines before it"
+            )
+            found.problems.append(f"line {number}: continues from line {int(record.get('line', 0)) - 1}, {where}")
         kept = found.digests.get(previous, 0)
         found.abandoned |= {n for n, _ in found.records if n > kept}
     if previous and digest_of(previous, record) != claimed:
@@ -130,9 +137,14 @@ def _link(found: Read, number: int, record: dict[str, Any], claimed: str) -> Non
 
 
 def _broken(found: Read, number: int, record: dict[str, Any]) -> str:
-    """Whether lines before this one are missing, or it was changed."""
-    last = max((r.get("line", 0) for n, r in found.records if n not in found.abandoned), default=0)
-    missing = record.get("line", 0) - last - 1
+    """Whether lines before this one are missing, or it stands elsewhere than it was written, or it was changed."""
+    numbers = [r.get("line", 0) for n, r in found.records if n not in found.abandoned]
+    own, last = record.get("line", 0), numbers[-1] if numbers else 0
+    if str(record["digest"]) in found.digests:
+        return f"line {number}: is line {found.digests[str(record['digest'])]} once more"
+    if numbers and own <= last:
+        return f"line {number}: out of order, it was written as line {own} and stands behind line {last}"
+    missing = own - max(numbers, default=0) - 1
     if missing > 0:
         return f"line {number}: {missing} line{'s' if missing > 1 else ''} missing before it"
     return f"line {number}: changed, or the digest of the line before it was"

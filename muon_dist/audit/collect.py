@@ -6,17 +6,19 @@ has made the owner, and what it has gathered there, does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from muon_dist.audit.recompute import Before
 from muon_dist.exchange.transport import Transport
-from muon_dist.layout import Fragments, view
+from muon_dist.guards.replicas import checksum
+from muon_dist.layout import Fragment, Fragments, view
 from muon_dist.optim.adamw import AdamWork
-from muon_dist.optim.replicas import checksum
+from muon_dist.optim.rules.parts import OWNER_MOMENTUM
 from muon_dist.optim.runtime import Runtime
 
 SLICE = 2**16
@@ -52,7 +54,8 @@ class MatrixParts:
         self.owner = int(plan.owners[self.number])
         self.rank = runtime.transport.rank
         self.held, self.cover = held.fragments, held.sources(self.auditor, plan.layout.domains)
-        self.sources = _ordered(plan.sources[self.number])
+        at_owner = self.buffer in runtime.at_owners
+        self.sources = _ordered([] if at_owner else plan.sources[self.number])
         self.device = runtime.binding.device
         self.dtype = torch.float64 if self.parameter.dtype == torch.float64 else torch.float32
         memory = runtime.memory
@@ -116,6 +119,8 @@ class MatrixParts:
                     sizes = [self.runtime.memory.size(name, self.number) for name in self.rows]
                     kept = part[_count(self.sources, rank) :].split(sizes) if sizes else ()
                     rows.update(zip(self.rows, kept, strict=True))
+        for name, rows in zip(("momentum", "momentum after"), memory, strict=True):
+            found[name] = rows.pop(OWNER_MOMENTUM, found[name])
         shape = (self.matrix.rows, self.matrix.cols)
         whole = {name: tensor.view(shape) for name, tensor in found.items()}
         before = Before(whole["weight"], whole["gradient"], whole["momentum"], {**self.numbers, **memory[0]})
@@ -135,16 +140,25 @@ class MatrixParts:
         return found
 
     def on(self, rank: int, whole: Tensor) -> Tensor:
-        """The elements of a whole tensor that `rank` holds, flat, in the order of `copy_of`."""
-        flat = whole.contiguous().view(-1)
-        return torch.cat([view(flat, f.block).reshape(-1) for f in self.held.on(rank)])
+        """What of a whole tensor `rank` holds, flat, in the order of `copy_of`."""
+        return _cut(self.held, rank, whole)
+
+
+def cuts(fragments: Fragments) -> dict[int, Callable[[Tensor], Tensor]]:
+    """By rank, what takes its fragments out of a whole matrix, flat."""
+    return {rank: partial(_cut, fragments, rank) for rank in sorted({int(r) for r in fragments.rank})}
+
+
+def _cut(fragments: Fragments, rank: int, whole: Tensor) -> Tensor:
+    flat = whole.contiguous().view(-1)
+    return torch.cat([view(flat, f.block).reshape(-1) for f in fragments.on(rank)])
 
 
 def _count(fragments: Fragments, rank: int) -> int:
     return int(fragments.length[fragments.rank == rank].sum())
 
 
-def _ordered(fragments: Fragments) -> Fragments:
+def _ordered(fragments: Iterable[Fragment]) -> Fragments:
     return Fragments.of(sorted(fragments, key=lambda f: f.block.start))
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from muon_dist.audit.cause import Cause, Kind
 from muon_dist.numerics.schedules import SCHEDULES, Row
 
 # Polar Express with another safety factor (1.02, five rows, no limit row): nanochat, modded-nanogpt, dion.
@@ -36,6 +37,8 @@ class Iteration:
         safety: the input is divided by this as well, after its Frobenius norm.
         aol: the rows are scaled by the sums of the Gram matrix first (arXiv 2512.04632).
         dtype: "fp64" means fp32 and better; or "bf16", "fp16".
+        fused: a step's sums are rounded once, as `addmm` and a compiler do. Otherwise each operation is rounded, as in
+            plain PyTorch code: two to four times as far from fp64.
         epsilon: added to the Frobenius norm.
     """
 
@@ -44,10 +47,11 @@ class Iteration:
     safety: float = 1.0
     aol: bool = False
     dtype: str = "fp64"
+    fused: bool = True
     epsilon: float = 0.0
 
-    def in_dtype(self, dtype: str) -> Iteration:
-        return replace(self, dtype=dtype)
+    def in_dtype(self, dtype: str, fused: bool = True) -> Iteration:
+        return replace(self, dtype=dtype, fused=fused)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The orthogonalized (rows, columns) matrix, in fp64. 16-bit products add in fp32, as hardware does."""
@@ -63,10 +67,14 @@ class Iteration:
         def rounded(t: Tensor) -> Tensor:
             return t if half is None else t.to(half).float()
 
+        def term(t: Tensor) -> Tensor:
+            return t if self.fused else rounded(t)
+
         x = rounded(x)
         for a, b, c in self.rows:
             gram = rounded(x @ x.mT)
-            x = rounded(a * x + rounded(b * gram + c * (gram @ gram)) @ x)
+            inner = rounded(term(b * gram) + term(c * term(gram @ gram)))
+            x = rounded(term(a * x) + term(inner @ x))
         return x.double()
 
 
@@ -77,6 +85,30 @@ def named(name: str, steps: int = 5) -> Iteration:
     schedule = SCHEDULES[name]
     rows = schedule.rows if schedule.tail is None else schedule.coefficients(steps)
     return Iteration(name, rows, schedule.safety, schedule.normalization == "aol")
+
+
+VARIANTS = (("fp64", True), ("fp16", True), ("bf16", True), ("bf16", False))
+"""(dtype, fused) in which an iteration is tried."""
+EPSILON, FAINT = 1e-7, 1e-4
+"""What most implementations add to the Frobenius norm, and the norm below which that is felt."""
+
+
+def choices(iteration: Iteration, asked: Iteration | None, norm: float) -> list[Cause]:
+    """What an iteration does differently from what was asked, or from Keller Jordan's if nothing was.
+
+    norm: of the smallest matrix that it gets.
+    """
+    found = []
+    expected = asked or named("keller")
+    if iteration.rows != expected.rows:
+        found.append(Cause("coefficients", f"coefficients: {iteration.name}", "choice"))
+    if iteration.epsilon:
+        kind: Kind = "fault" if norm < 20 * iteration.epsilon else "choice"
+        what = f"a gradient of norm {norm:.1g} is shortened by the iteration's epsilon of {iteration.epsilon:.0e}"
+        found.append(Cause("epsilon", what, kind))
+    if iteration.dtype in HALVES:
+        found.append(Cause("precision", f"Newton-Schulz runs in {iteration.dtype}", "choice"))
+    return found
 
 
 def known_iterations() -> tuple[Iteration, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from muon_dist.audit.cause import Cause, Difference, Direction, Factor
 from muon_dist.audit.recompute import Before, Hyperparameters, plain_step, scale_factor
 from muon_dist.errors import ConfigError
 from muon_dist.numerics import SCHEDULES
+from muon_dist.optim.reference import plain_newton_schulz
 
 _SCALES = ("match_rms_adamw", "spectral", "unit_rms", "none")
 FLIPPED = Cause("bit_flipped", "one element of what the owner gathered differs in one bit")
@@ -20,18 +23,24 @@ BIAS = "bias_correction"
 SWAPPED = Cause("swapped", "the direction of another matrix, or of other inputs: a swapped result or a stale stack")
 
 
-def factors(asked: Hyperparameters, before: Before, earlier: Sequence[float], world_size: int) -> list[Factor]:
-    """Numbers that may stand before an update.
+RATES = ("old_rate", "other_group")
+"""Causes that are another learning rate."""
 
-    Args:
-        earlier: rates of the group in the steps before.
-        world_size: ranks that share the work.
-    """
+
+def rates(asked: Hyperparameters, earlier: Sequence[float], others: Sequence[float]) -> list[Factor]:
+    """Other learning rates over the one that was asked for: of the steps before, and of the other groups."""
     found = []
-    for lr in dict.fromkeys(earlier):
-        if asked.lr and lr != asked.lr:
-            sentence = f"rate {lr:g} of a step before, asked {asked.lr:g}"
-            found.append(Factor(Cause("old_rate", sentence), lr / asked.lr))
+    for name, what, values in (("old_rate", "a step before", earlier), ("other_group", "another group", others)):
+        for lr in dict.fromkeys(values):
+            if asked.lr and lr > 0 and lr != asked.lr:
+                sentence = f"rate {lr:g} of {what}, asked {asked.lr:g}"
+                found.append(Factor(Cause(name, sentence), lr / asked.lr))
+    return found
+
+
+def factors(asked: Hyperparameters, before: Before, world_size: int) -> list[Factor]:
+    """Numbers that may stand before an update, beside other learning rates. world_size: ranks that share the work."""
+    found = []
     if asked.rule == "adamw":
         found += _corrections(asked, float(before.memory["step"]) + 1)
     if asked.rule not in ("adamw", "hyperball"):
@@ -41,10 +50,15 @@ def factors(asked: Hyperparameters, before: Before, earlier: Sequence[float], wo
             if kind != asked.scale:
                 value = scale_factor(kind, rows, cols, asked.transposed) / own
                 found.append(Factor(Cause("wrong_scale", f"scale '{kind}', asked '{asked.scale}'"), value))
+        turned = scale_factor(asked.scale, rows, cols, not asked.transposed) / own
+        found.append(Factor(Cause("wrong_scale", f"scale '{asked.scale}' of the transposed shape"), turned))
     for ranks in {world_size} - {1}:
         found.append(Factor(Cause("summed", f"summed over {ranks} ranks, not averaged"), float(ranks)))
         found.append(Factor(Cause("averaged_twice", f"divided by {ranks} ranks once too often"), 1 / ranks))
     found.append(Factor(Cause("twice", "applied twice"), 2.0))
+    if asked.weight_decay:
+        late = Cause("decay_order", "weight decay was applied after the update, and to it")
+        found.append(Factor(late, 1 - asked.lr * asked.weight_decay))
     return found
 
 
@@ -64,9 +78,11 @@ def _corrections(asked: Hyperparameters, steps: float) -> list[Factor]:
     return [Factor(Cause(BIAS, sentence), value) for sentence, value in ways]
 
 
-def gradient_factors(asked: Hyperparameters, world_size: int) -> list[Factor]:
-    """Numbers that may stand before the gradient in momentum."""
+def gradient_factors(asked: Hyperparameters, beta: float, world_size: int) -> list[Factor]:
+    """Numbers that may stand before the gradient in momentum, a moving average with `beta`."""
     found = []
+    if beta:
+        found.append(Factor(Cause("summed_momentum", "added in full, as in a sum of gradients"), 1 / (1 - beta)))
     if asked.gradient_factor != 1.0:
         f = asked.gradient_factor
         found.append(Factor(Cause("clipped_twice", f"its factor {f:g} was applied twice"), f))
@@ -77,11 +93,19 @@ def gradient_factors(asked: Hyperparameters, world_size: int) -> list[Factor]:
     return found
 
 
-def directions(before: Before, asked: Hyperparameters, momentum: Tensor, memory: dict[str, Tensor]) -> list[Direction]:
-    """Updates of known deviations, likelier ones first. momentum, memory: after the step."""
+def directions(
+    before: Before, asked: Hyperparameters, momentum: Tensor, memory: dict[str, Tensor], got: Tensor, world_size: int
+) -> list[Direction]:
+    """Updates of known deviations, likelier ones first.
+
+    Args:
+        momentum, memory: after the step.
+        got: the update that was seen, over the rate.
+        world_size: ranks that share the work.
+    """
     if asked.rule == "adamw":
-        return list(_of_adamw(before, asked, momentum, memory))
-    return list(_of_muon(before, asked, momentum))
+        return list(_of_adamw(before, asked, momentum, memory, got))
+    return [*_of_muon(before, asked, momentum), *_of_blocks(before, asked, momentum, world_size)]
 
 
 def _of_muon(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterator[Direction]:
@@ -95,8 +119,14 @@ def _of_muon(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterat
         yield Direction(Cause("nesterov", f"computed {said} the Nesterov look-ahead"), of(
             replace(asked, nesterov=not asked.nesterov)))  # fmt: skip
     if bool(before.momentum.any()):
-        yield Direction(Cause("stale_momentum", "made of the momentum before this step"), of(without, before.momentum))
+        stale = Cause("stale_momentum", "made of the momentum before this step")
+        yield Direction(stale, of(without, before.momentum))
     yield Direction(Cause("no_momentum", "made of the gradient alone"), of(without, gradient))
+    f = asked.gradient_factor
+    if f != 1.0 and asked.nesterov:
+        for name, how, other in (("clipped_twice", "applied twice", f * f), ("not_clipped", "not applied", 1.0)):
+            cause = Cause(name, f"the gradient's factor {f:g} was {how} in the look-ahead")
+            yield Direction(cause, of(replace(asked, gradient_factor=other)))
     for steps in (asked.ns_steps - 1, asked.ns_steps + 1):
         if steps > 0 and _known(asked.ns_schedule, steps):
             sentence = f"{steps} Newton-Schulz steps, asked {asked.ns_steps}"
@@ -109,6 +139,37 @@ def _of_muon(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterat
         yield Direction(Cause("wrong_rule", f"rule 'muon', asked '{asked.rule}'"), of(replace(asked, rule="muon")))
 
 
+def _of_blocks(before: Before, asked: Hyperparameters, momentum: Tensor, world_size: int) -> Iterator[Direction]:
+    """Newton-Schulz of blocks of the matrix."""
+
+    def of(count: int, axis: int) -> Tensor:
+        def iteration(x: Tensor) -> Tensor:
+            parts = [plain_newton_schulz(part, asked.ns_steps, asked.ns_schedule) for part in x.chunk(count, dim=axis)]
+            return torch.cat(parts, dim=axis)
+
+        return plain_step(before, asked, iteration, momentum).direction
+
+    counts = dict.fromkeys((world_size, 2, 3, 4, 8))
+    for count, (axis, word) in itertools.product(counts, ((0, "outputs"), (1, "inputs"))):
+        if 1 < count <= before.weight.size(axis if not asked.transposed else 1 - axis):
+            cause = Cause("by_shards", f"orthogonalized by shards, {count} blocks of {word}")
+            yield Direction(cause, partial(of, count, axis))
+
+
+def halves(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterator[Direction]:
+    """Newton-Schulz in 16 bits; as far from the plain one as two of its roundings are from each other."""
+
+    def of(dtype: torch.dtype) -> Tensor:
+        def iteration(x: Tensor) -> Tensor:
+            return plain_newton_schulz((x / x.norm()).to(dtype), asked.ns_steps, asked.ns_schedule).to(x.dtype)
+
+        return plain_step(before, asked, iteration, momentum).direction
+
+    for dtype, limit in ((torch.float16, 0.008), (torch.bfloat16, 0.06)):
+        name = str(dtype).removeprefix("torch.")
+        yield Direction(Cause("precision", f"Newton-Schulz in {name}"), partial(of, dtype), limit)
+
+
 def _known(schedule: str, steps: int) -> bool:
     try:
         return bool(SCHEDULES[schedule].coefficients(steps))
@@ -117,7 +178,7 @@ def _known(schedule: str, steps: int) -> bool:
 
 
 def _of_adamw(
-    before: Before, asked: Hyperparameters, momentum: Tensor, memory: dict[str, Tensor]
+    before: Before, asked: Hyperparameters, momentum: Tensor, memory: dict[str, Tensor], got: Tensor
 ) -> Iterator[Direction]:
     second, steps = memory["exp_avg_sq"], float(before.memory["step"]) + 1
     beta1, beta2 = asked.betas
@@ -133,15 +194,33 @@ def _of_adamw(
         if other > 0:
             cause = Cause(BIAS, f"bias correction of step {other:.0f}, asked {steps:.0f}")
             yield Direction(cause, of(1 - beta1**other, 1 - beta2**other))
-    for other_eps in (1e-6, 1e-8, 1e-10, 1e-15):
-        if other_eps != asked.eps:
-            cause = Cause("eps", f"eps {other_eps:g}, asked {asked.eps:g}")
-            yield Direction(cause, of(c1, c2, other_eps))
+    moved = got != 0
+    # got = mean / (root + eps), element by element.
+    found = float(((momentum / c1)[moved] / got[moved] - (second / c2).sqrt()[moved]).median()) if moved.any() else 0.0
+    if found > 0:
+        yield Direction(Cause("eps", f"eps {found:.3g}, asked {asked.eps:g}"), of(c1, c2, found))
 
 
 def swapped(difference: Difference) -> bool:
     """Whether an update has about the length and nothing of the direction that it should have."""
     return math.isfinite(difference.error) and abs(difference.factor) < 0.3 and 0.5 < difference.error < 3.0
+
+
+def trait(got: Tensor, want: Tensor) -> Cause | None:
+    """What an unexplained direction of Muon has in common with the right one.
+
+    With the same singular vectors, got want^T and want^T got are symmetric. Newton-Schulz leaves singular values
+    between .65 and 1.35 of full rank, whatever it was given.
+    """
+    got, want = got.double(), want.double()
+    pairs = (got @ want.mT, want.mT @ got)
+    if all(float((s - s.mT).norm()) < 0.02 * float(s.norm()) for s in pairs):
+        sentence = "singular vectors are right and values are not: other coefficients, steps or scaling"
+        return Cause("ns_coefficients", sentence)
+    values = torch.linalg.svdvals(got)
+    if float(values.min()) > 0.4 * float(values.max()):
+        return Cause("other_inputs", "orthogonalized, but from other inputs: of another step, rank or matrix")
+    return None
 
 
 def flipped(before: Before, asked: Hyperparameters, momentum: Tensor, got: Tensor, want: Tensor, limit: float) -> str:

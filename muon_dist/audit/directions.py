@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from muon_dist.audit.asked import Asked
-from muon_dist.audit.cause import Cause, Difference, Factor, Kind
-from muon_dist.audit.convention import HALVES, Iteration, known_iterations, named
+from muon_dist.audit.cause import Cause, Difference, Factor
+from muon_dist.audit.convention import EPSILON, FAINT, HALVES, VARIANTS, Iteration, choices, known_iterations, named
 from muon_dist.audit.memory import BASE, BF16, CLIPPED, LOCAL, RESET, SCALED, STALE, TWICE, Memory
 
 # What fp32 arithmetic leaves of a well-conditioned step, with room for one order of magnitude.
 TIGHT = 2e-3
 # An update that its dtypes blur by more than this share of its length cannot be judged.
 BLURRED = 0.5
-# What most implementations add to the Frobenius norm, and the norm below which that is felt.
-EPSILON, FAINT = 1e-7, 1e-4
 ADAM_BETAS = ((0.9, 0.95), (0.9, 0.999))
 
 MEMORY_CAUSES = {
@@ -117,12 +115,13 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Deviation:
-    """A direction as a function of the iteration; no cause: as asked."""
+    """A direction as a function of the iteration; no cause: as asked. label: the running mean it is made of."""
 
     name: str
     cause: Cause | None
     direction: Callable[[Iteration], Tensor]
     iterates: bool = True
+    label: str = BASE
 
 
 @torch.no_grad()
@@ -187,9 +186,9 @@ class Judge:
             return iteration(u)
         return torch.cat([iteration(part) for part in u.split(list(self.asked.pieces))])
 
-    def smallest(self) -> float:
-        """Norm of the smallest running mean that may be orthogonalized."""
-        return min(float(mean.norm()) for mean in self.memory.means.values())
+    def norm(self, deviation: Deviation) -> float:
+        """Of the running mean that a deviation is made of."""
+        return float(self.memory.means[deviation.label].norm())
 
     def base(self) -> Deviation:
         if self.asked.rule == "adamw":
@@ -227,7 +226,7 @@ class Judge:
         yield Deviation("nesterov", cause, lambda it: self._finish(self._orthogonal(it, self._ahead(nesterov=other))))
         for label, why in MEMORY_CAUSES.items():
             if label in self.memory.means:
-                yield Deviation(label, why, functools.partial(self._of_label, label))
+                yield Deviation(label, why, functools.partial(self._of_label, label), label=label)
         raw = self.memory.gradients[BASE]
         yield Deviation(
             "no_momentum", Cause("no_momentum", "the momentum is not used"), lambda it: self._orthogonal(it, raw)
@@ -258,7 +257,8 @@ class Judge:
                     cause = Cause("by_blocks", f"orthogonalized by {cut} blocks of {word}, such as heads", "choice")
                 for label in (BASE, CLIPPED) if CLIPPED in self.memory.means and cut in shards else (BASE,):
                     run = functools.partial(blocks, cut, axis, self._ahead(label))
-                    yield Deviation(f"{cut} {word} {label}", cause, functools.partial(self._of_blocks, run))
+                    finished = functools.partial(self._of_blocks, run)
+                    yield Deviation(f"{cut} {word} {label}", cause, finished, label=label)
                 if self.asked.rule == "normuon" and axis == 0 and cut in shards:
                     why = Cause("rescaled_by_shards", f"NorMuon's norm was restored by shards ({cut} blocks of rows)")
                     yield Deviation(f"rescale {cut}", why, functools.partial(self._rescaled, cut))
@@ -267,10 +267,14 @@ class Judge:
         """How far the dtypes may turn the update, as a share of its length.
 
         The weight's rounding, the rounding of the gradient as far as the iteration amplifies it, and the iteration's
-        own: three times its distance from fp64, since two programs round at different places, and some more often.
+        own: three times its distance from fp64, since two programs round at different places; half of that where each
+        operation is rounded already.
         """
+        margin = 3.0 if iteration.fused else 1.5
         weight = 0.6 * self.step.facts.weight_eps * float(self.step.before.norm()) / max(size, 1e-300)
-        return TIGHT + weight + self._gradient_blur(deviation, direction) + 3 * self.precision(deviation, iteration)
+        return (
+            TIGHT + weight + self._gradient_blur(deviation, direction) + margin * self.precision(deviation, iteration)
+        )
 
     def precision(self, deviation: Deviation, iteration: Iteration) -> float:
         """Error of the iteration's dtype against fp64, for this step's matrix."""
@@ -330,7 +334,7 @@ def judge(step: Step, habit: Habit | None = None, *, search: bool = True) -> Jud
         name = deviation.name if choice else ""
         return _judgement(judging, deviation, iteration, found, Habit(iteration, name, deviation.name))
     found, _, _ = judging.attempt(known[""], first.iteration)
-    noise = judging.precision(known[""], asked.in_dtype("bf16"))
+    noise = judging.precision(known[""], asked.in_dtype("bf16", fused=False))
     unknown = _judgement(judging, known[""], first.iteration, found, first)
     if noise > max(0.2, found.left / 3):
         cause = Cause("blurred", f"cannot be judged: in bf16 this update is {100 * noise:.0f}% noise", "choice")
@@ -340,11 +344,11 @@ def judge(step: Step, habit: Habit | None = None, *, search: bool = True) -> Jud
 
 def _judgement(judging: Judge, deviation: Deviation, iteration: Iteration, found: Fit, habit: Habit) -> Judgement:
     step = judging.step
-    wanted = step.asked.lr * judging.direction(judging.base(), replace(iteration, dtype="fp64", epsilon=0.0))
+    wanted = step.asked.lr * judging.direction(judging.base(), replace(iteration.in_dtype("fp64"), epsilon=0.0))
     update = -(judging.change + found.decay * step.before)
     causes = [deviation.cause] if deviation.cause is not None else []
     if deviation.iterates:
-        causes += _choices(iteration, step.asked.iteration, judging.smallest())
+        causes += choices(iteration, step.asked.iteration, judging.norm(deviation))
     noise = judging.precision(deviation, iteration)
     return Judgement(tuple(causes), True, found, Difference.between(update, wanted), habit, noise)
 
@@ -355,44 +359,33 @@ Explained = tuple[Deviation, Iteration, Fit]
 def _best(judging: Judge, deviations: Sequence[Deviation], asked: Iteration) -> Explained | None:
     """The direction that leaves least, where a further cause must pay for itself.
 
-    16-bit precision is tried where fp64 comes near, since it is the dearer one.
+    16-bit precision is tried where fp64 comes near, since it is the dearer one. Of an iteration in 16 bits, what is
+    left below half of its own error says nothing: another rounding leaves as much.
     """
     found: list[tuple[float, Explained]] = []
     for deviation in deviations:
         base = deviation.cause is None
         common = (named("keller"), named("polar_express_102"))
         iterations = (asked, *(known_iterations() if base else common)) if deviation.iterates else (asked,)
-        small = deviation.iterates and 0 < judging.smallest() < FAINT
+        small = deviation.iterates and 0 < judging.norm(deviation) < FAINT
         if small:
             iterations = (*iterations, *(replace(i, epsilon=EPSILON) for i in (asked, *common)))
         for iteration in dict.fromkeys(iterations):
             left = 1.0
-            for dtype in ("fp64", "fp16", "bf16") if deviation.iterates else ("fp64",):
+            for dtype, fused in VARIANTS if deviation.iterates else VARIANTS[:1]:
                 if dtype != "fp64" and left > BLURRED and not (base and iteration in (asked, *common)):
                     break
-                one = iteration.in_dtype(dtype)
+                one = iteration.in_dtype(dtype, fused)
                 fitted, _, fits = judging.attempt(deviation, one)
                 left = min(left, fitted.left)
                 if fits:
                     causes = (not base) + (
-                        len(_choices(one, judging.asked.iteration, judging.smallest())) if deviation.iterates else 0
+                        len(choices(one, judging.asked.iteration, judging.norm(deviation)))
+                        if deviation.iterates
+                        else 0
                     )
-                    found.append(((fitted.left + 1e-4) * (1 + causes), (deviation, one, fitted)))
+                    least = max(fitted.left, judging.precision(deviation, one) / 2)
+                    found.append(((least + 1e-4) * (1 + causes), (deviation, one, fitted)))
                 if fitted.left < 1e-5:
                     return deviation, one, fitted
     return min(found, key=lambda f: f[0])[1] if found else None
-
-
-def _choices(iteration: Iteration, asked: Iteration | None, norm: float) -> list[Cause]:
-    """Differences of an iteration from the one asked for, or from Keller Jordan's if none was asked for."""
-    found = []
-    expected = asked or named("keller")
-    if iteration.rows != expected.rows:
-        found.append(Cause("coefficients", f"coefficients: {iteration.name}", "choice"))
-    if iteration.epsilon:
-        kind: Kind = "fault" if norm < 20 * iteration.epsilon else "choice"
-        what = f"a gradient of norm {norm:.1g} is shortened by the iteration's epsilon of {iteration.epsilon:.0e}"
-        found.append(Cause("epsilon", what, kind))
-    if iteration.dtype in HALVES:
-        found.append(Cause("precision", f"Newton-Schulz runs in {iteration.dtype}", "choice"))
-    return found

@@ -1,82 +1,138 @@
-"""Some elements of the matrix that is audited next, followed from one step to the next."""
+"""Some elements of the tensors that are audited next, followed from one step to the next."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from muon_dist.layout import view
+from muon_dist.optim.adamw import AdamWork
+from muon_dist.optim.binding import Binding
 from muon_dist.optim.runtime import Runtime, Work
 
 _SIDE = 8
 """At most this many rows, and columns, of a matrix on each rank."""
+Samples = dict[str, Tensor]
+"""Elements by what they are of: "momentum" and "weight", or "moments" and "steps" of AdamW."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What was changed between two steps, and not by the optimizer.
+
+    Attributes:
+        of: names of `Samples`.
+        resumed: the run was resumed between these steps.
+    """
+
+    of: frozenset[str] = frozenset()
+    resumed: bool = False
+
+
+@dataclass
+class Track:
+    """One followed tensor. number: which it is; -1 for none yet."""
+
+    number: int = -1
+    _left: Samples | None = None
+    _gaps: Samples = field(default_factory=dict)
+    _resumed: bool = False
+
+    def forget(self, name: str | None = None) -> None:
+        """The samples of this name were written by others, or all: the next step begins with other numbers."""
+        if name is None:
+            self._left, self._gaps, self._resumed = None, {}, False
+        elif self._left is not None:
+            self._left.pop(name, None)
+
+    def before(self, now: Samples) -> None:
+        """At the beginning of a step."""
+        left = self._left or {}
+        if {name: t.shape for name, t in now.items() if name in left} != {name: t.shape for name, t in left.items()}:
+            return
+        for name, kept in left.items():
+            gap = (now[name].float() - kept.to(now[name].device)).abs().amax()
+            self._gaps[name] = gap.maximum(self._gaps[name]) if name in self._gaps else gap
+
+    def after(self, number: int, now: Samples | None) -> None:
+        """At the end of a step. number: what is audited next; now: None if it was no part of this call."""
+        if number != self.number:
+            self.forget()
+            self.number = number
+        if now is not None:
+            self._left = {name: t.detach().float().clone() for name, t in now.items()}
+
+    def changed(self) -> Changed:
+        """What was changed since this was asked last."""
+        found = frozenset(name for name, gap in self._gaps.items() if float(gap) != 0.0)
+        self._gaps = {}
+        return Changed(found, self._resumed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.number, "left": self._left}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.forget()
+        self.number, left = int(state["number"]), state["left"]
+        self._left = None if left is None else {name: t.clone() for name, t in left.items()}
+        self._resumed = True
 
 
 class Follow:
-    """Compares momentum and weight at the beginning of a step with what the last step left.
+    """Compares momentum, weight and AdamW's moments at the beginning of a step with what the last step left.
 
-    It reads nothing on the host and sends nothing: `changed` is asked in an audited step only.
+    It reads nothing on the host and sends nothing: `changed` is asked in an audited step alone.
+
+    Attributes:
+        matrix, parameter: the Muon matrix and the AdamW parameter that are audited next.
     """
 
     def __init__(self) -> None:
-        self._number = -1
-        self._left: list[Tensor] | None = None
-        self._gaps: list[Tensor] | None = None
-        self._resumed = False
+        self.matrix, self.parameter = Track(), Track()
 
     def forget(self) -> None:
-        """State was loaded, so the next step begins with other numbers."""
-        self._left = self._gaps = None
-        self._resumed = False
-
-    def before(self, runtime: Runtime, work: dict[int, Work]) -> None:
-        """At the beginning of a step."""
-        if self._left is None or self._number < 0:
-            return
-        now = self._samples(runtime, work)
-        if [t.shape for t in now] != [t.shape for t in self._left]:
-            return
-        kept = [t.to(n.device) for t, n in zip(self._left, now, strict=True)]
-        gaps = [(n.float() - k).abs().amax() for n, k in zip(now, kept, strict=True)]
-        self._gaps = gaps if self._gaps is None else [g.maximum(h) for g, h in zip(gaps, self._gaps, strict=True)]
-
-    def after(self, runtime: Runtime, work: dict[int, Work], number: int) -> None:
-        """At the end of a step. number: the matrix that is audited next."""
-        buffer = runtime.plan.layout.matrices[number].buffer
-        if buffer not in work:  # a framework steps its groups one by one, or there was no gradient
-            if number != self._number:
-                self.forget()
-                self._number = number
-            return
-        if number != self._number:
-            self._gaps, self._resumed = None, False
-        self._number = number
-        self._left = [t.detach().float().clone() for t in self._samples(runtime, work)]
-
-    def _samples(self, runtime: Runtime, work: dict[int, Work]) -> list[Tensor]:
-        held = runtime.plan.layout.matrices[self._number]
-        if held.buffer not in work:
-            return []
-        found = [v for m, _, v in runtime.momentum_pieces(held.buffer) if m == held.matrix][:1]
-        parameter = work[held.buffer].parameter.detach()
-        fragments = held.on(runtime.transport.rank)
-        if len(fragments) and parameter.is_contiguous() and found:
-            found.append(view(parameter, fragments[0].local))
-        return [t[:: -(-t.size(0) // _SIDE), :: -(-t.size(1) // _SIDE)] for t in found if t.numel()]
-
-    def changed(self) -> tuple[bool, bool, bool]:
-        """Whether momentum and weight were changed between steps, and whether the run was resumed meanwhile."""
-        found = [float(g) != 0.0 for g in self._gaps or ()]
-        self._gaps = None
-        return (found[0] if found else False), (found[1] if len(found) > 1 else False), self._resumed
+        """State was loaded: expect nothing in the next step."""
+        self.matrix.forget()
+        self.parameter.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state for a resumed run."""
-        return {"number": self._number, "left": self._left}
+        """What a resumed run must find again on this rank."""
+        return {"matrix": self.matrix.state_dict(), "parameter": self.parameter.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Expect the momentum and the weight of the saved run."""
-        self._number, left = int(state["number"]), state["left"]
-        self._left = None if left is None else [t.clone() for t in left]
-        self._gaps, self._resumed = None, True
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Expect the momentum, weight and moments of the saved run."""
+        for name, track in (("matrix", self.matrix), ("parameter", self.parameter)):
+            if name in state:
+                track.load_state_dict(state[name])
+
+
+def of_matrix(runtime: Runtime, work: Mapping[int, Work], number: int) -> Samples | None:
+    """Of a Muon matrix; None if it is no part of this call."""
+    if number < 0:
+        return None
+    held = runtime.plan.layout.matrices[number]
+    if held.buffer not in work:
+        return None
+    found: Samples = {}
+    momentum = [v for m, _, v in runtime.momentum_pieces(held.buffer) if m == held.matrix]
+    if momentum:
+        found["momentum"] = momentum[0]
+    parameter, fragments = work[held.buffer].parameter.detach(), held.on(runtime.transport.rank)
+    if len(fragments) and parameter.is_contiguous():
+        found["weight"] = view(parameter, fragments[0].local)
+    return {name: t[:: -(-t.size(0) // _SIDE), :: -(-t.size(1) // _SIDE)] for name, t in found.items() if t.numel()}
+
+
+def of_parameter(
+    binding: Binding, adamw: Mapping[int, Sequence[AdamWork]], state: Mapping[Tensor, Any], parameter: Tensor | None
+) -> Samples | None:
+    """Of an AdamW parameter; None if it is no part of this call."""
+    if parameter is None or not any(p is parameter for items in adamw.values() for p, _, _ in items):
+        return None
+    kept = state.get(parameter, {})
+    if "exp_avg" not in kept or not (flat := binding.local(kept["exp_avg"]).detach().reshape(-1)).numel():
+        return {}
+    return {"moments": flat[:: -(-flat.numel() // _SIDE**2)], "steps": kept["step"].reshape(1)}

@@ -1,24 +1,26 @@
 """DeepSpeed: engines of stages 0 to 3 and AutoTP, around their own Muon or any client optimizer.
 
-The gradient is taken by hooks on the parameters, before DeepSpeed reduces it: at stages 1 to 3 its own Muon leaves the
-orthogonalized update where the gradient was. Ranks are averaged here.
+At stages 1 to 3 the gradient is taken by hooks on the parameters, before DeepSpeed reduces it: its own Muon leaves the
+orthogonalized update where the gradient was. Ranks are averaged here. At stage 0 it is `p.grad` when the step begins.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, SubParamColumnParallel, TensorParallel_Layer
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
 from muon_dist.audit.asked import is_muon_group
 from muon_dist.audit.cause import Cause, Factor
-from muon_dist.audit.memory import BASE, LOCAL, SCALED, TWICE
+from muon_dist.audit.memory import BASE, LOCAL, SCALED
 from muon_dist.audit.sources import Circumstances, Names, shared_factors, size_of_group
 from muon_dist.errors import FrameworkError
 
@@ -37,6 +39,7 @@ class DeepSpeedSource:
         self._sums: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         self._scale = 1.0
+        self._norm: float | None = None
         self._step: Callable[..., Any] | None = None
         self._save: Callable[..., Any] | None = None
         self._homes = dict(_homes(engine))
@@ -60,7 +63,9 @@ class DeepSpeedSource:
         if not self.matrices:
             raise FrameworkError("the witness found no two-dimensional parameter in the engine's optimizer")
         some = next(iter(self._parameters.values()))
-        self.gradient_eps = torch.finfo(some.dtype).eps
+        # Stage 0 does not multiply the loss, and divides the gradient all the same.
+        self._scales_loss = isinstance(engine.optimizer, ZeROOptimizer)
+        self.gradient_eps = torch.finfo(some.dtype).eps if self._scales_loss else 0.0
 
     def listen(self, before: Callable[[Names], None], after: Callable[[Names], None]) -> None:
         original = self._step = self.engine.step
@@ -69,6 +74,7 @@ class DeepSpeedSource:
             if not self.engine.is_gradient_accumulation_boundary():
                 return original(*args, **kwargs)
             self._scale = self._loss_scale()
+            self._norm = None if self._scales_loss or not self.clip else self._gradient_norm()
             before(list(self.matrices))
             result = original(*args, **kwargs)
             after(list(self.matrices))
@@ -107,11 +113,14 @@ class DeepSpeedSource:
         if ranks > 1:
             dist.all_reduce(mean, group=self.group)
             mean /= ranks
-        labels = {BASE: mean / self._scale}
-        if self._scale != 1.0:
-            labels |= {SCALED: mean, TWICE: mean / self._scale**2}
+        scale = self._scale if self._scales_loss else 1.0
+        if not self._scales_loss and p.grad is not None:
+            mean = self._joined(name, p.grad.detach().double())
+        labels = {BASE: mean / scale}
+        if scale != 1.0:
+            labels[SCALED] = mean
         if ranks > 1:
-            labels[LOCAL] = local / self._scale
+            labels[LOCAL] = local / scale
         return labels
 
     def weight(self, name: str) -> Tensor:
@@ -149,14 +158,33 @@ class DeepSpeedSource:
         return tuple(sorted(s for s in sizes if s > 1))
 
     def circumstances(self) -> Circumstances:
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if self._norm is None else self._norm
         clip = 1.0
         factors = shared_factors(size_of_group(self.group), self.engine.gradient_accumulation_steps(), self._scale)
         if self.clip and norm is not None and float(norm) > self.clip:
             clip = self.clip / (float(norm) + 1e-6)
             cause = Cause("clipped_update", "clipped after orthogonalization")
             factors = (Factor(cause, clip), *factors)
-        return Circumstances(self.engine.was_step_applied(), factors, clip, self._scale)
+        # Stage 0 raises its scale first, and divides by the new one.
+        scale = self._scale if self._scales_loss else self._loss_scale()
+        return Circumstances(self.engine.was_step_applied(), factors, clip, scale)
+
+    def _gradient_norm(self) -> float:
+        """Of the whole model's gradients, at stage 0."""
+        whole = sliced = 0.0
+        for p in self.engine.module.parameters():
+            if p.grad is not None:
+                square = float(p.grad.double().square().sum())
+                if getattr(p, "tensor_model_parallel", False):
+                    sliced += square
+                else:
+                    whole += square
+        layers = [layer for _, layer in self._slices.values()]
+        if layers:
+            total = torch.tensor(sliced, dtype=torch.float64, device=layers[0].weight.device)
+            dist.all_reduce(total, group=layers[0].mp_group)
+            sliced = float(total)
+        return math.sqrt(whole + sliced)
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -17,6 +17,7 @@ from muon_dist.audit.lengths import Decay
 from muon_dist.audit.memory import Memory
 from muon_dist.audit.sources import Source, TorchSource
 from muon_dist.errors import ConfigError, RoutingError
+from muon_dist.optim.unwrap import layers
 from muon_dist.routing import table_of
 
 
@@ -96,9 +97,9 @@ def source_of(optimizer: Any, model: nn.Module | None, clip: float | None) -> So
     several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     plain = []
     for one in several:
-        while not hasattr(type(one), "register_step_pre_hook") or type(one).__name__ == "AcceleratedOptimizer":
-            if not hasattr(one, "optimizer"):
-                raise ConfigError(f"{type(one).__name__} is not a torch optimizer, DeepSpeed engine or Trainer")
-            one = one.optimizer
-        plain.append(one)
+        hooked = (layer for layer in layers(one) if hasattr(type(layer), "register_step_pre_hook"))
+        found = next((layer for layer in hooked if type(layer).__name__ != "AcceleratedOptimizer"), None)
+        if found is None:
+            raise ConfigError(f"{type(one).__name__} is not a torch optimizer, DeepSpeed engine or Trainer")
+        plain.append(found)
     return TorchSource(plain, model, clip)

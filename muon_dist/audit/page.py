@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from rich.console import Console
 from rich.table import Table
 
 from muon_dist.audit.verify import Verified
+from muon_dist.json_files import indented
 
 _SHOWN = 12
 
@@ -15,7 +14,7 @@ _SHOWN = 12
 def to_json(found: Verified) -> str:
     """One object with everything, for programs."""
     counts = found.counts()
-    return json.dumps(
+    return indented(
         {
             "good": found.good,
             "lines": found.lines,
@@ -29,8 +28,7 @@ def to_json(found: Verified) -> str:
             "periods": [period.__dict__ for period in found.periods()],
             "missing_steps": found.gaps,
             "alarms": found.alarms,
-        },
-        indent=2,
+        }
     )
 
 

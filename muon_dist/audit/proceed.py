@@ -10,18 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muon_dist.audit.collect import MatrixParts, SliceParts, exchange
-from muon_dist.audit.judge import Alarm, Circumstances, Finding, Observed, Written, judge, length_alarm
+from muon_dist.audit.alarm import Alarm, Circumstances, Observed
+from muon_dist.audit.collect import MatrixParts, SliceParts, cuts, exchange
+from muon_dist.audit.follow import Changed, Follow
+from muon_dist.audit.judge import Finding, judge
 from muon_dist.audit.recompute import Before, Hyperparameters
 from muon_dist.audit.settings import AuditSettings, number_of, other_rank
+from muon_dist.audit.stages import length_alarm
 from muon_dist.audit.tolerance import Precision
+from muon_dist.audit.written import Written
 from muon_dist.errors import AuditError
 from muon_dist.numerics import compute_dtype
 from muon_dist.optim.binding import Group
 from muon_dist.optim.rules import RULES, MuonRule
 from muon_dist.optim.runtime import Runtime
 
-_STALE = "momentum is not what the {0} had: stale after a load"
+_STALE = "{0} not what the {1} had: stale after a load"
 _ALONE = "the weight was changed between two steps and momentum was not: stale after a load, or another writes weights"
 _TOUCHED = "momentum was changed between two steps, and not by the optimizer"
 
@@ -90,6 +94,7 @@ class MatrixAudit:
         before, momentum, weight, memory = self.parts.whole(received)
         seen = Observed(before, momentum, weight, memory)
         asked, precision = self.asked(), self.precision()
+        around = replace(around, weights=cuts(self.parts.cover), momentum=cuts(self.parts.sources))
         finding = judge(seen, asked, precision, around)
         wrong = [self._copy(rank, flat, seen, finding, messages) for rank, flat in copies.items()]
         alarms = [alarm for alarm in wrong if alarm is not None]
@@ -114,7 +119,7 @@ class MatrixAudit:
         w = Written.part(old, flat, update, decay, asked, self.precision(), finding.limit)
         if not w.wrong:
             return None if finding.alarms else unequal
-        found = length_alarm(w, asked, [])
+        found = length_alarm(w, [])
         own = messages[rank]["rates"]
         if own != self.rates:
             said = f"rank {rank} stepped with lr, decay, momentum {own}, the auditor with {self.rates}"
@@ -188,10 +193,14 @@ class SliceAudit:
         precision = Precision(torch.float32, written, moments, None, stochastic, arithmetic)
         return judge(seen, asked, precision, around), []
 
-    def unequal(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Ranks whose copy after the step is not that of the rank that was audited; for a replicated layout."""
-        sums = messages[self.held_by]["sums"]
-        return [rank for rank, m in enumerate(messages) if m["length"] and m["sums"][1] != sums[1]]
+    def unequal(self, messages: Sequence[Mapping[str, Any]], columns: Sequence[int]) -> list[int]:
+        """Ranks whose copy after the step is not that of the rank that was audited.
+
+        columns: the layout's replica-group id per rank; empty without copies.
+        """
+        held = self.held_by
+        copies = [r for r, m in enumerate(messages) if m["length"] and columns and columns[r] == columns[held]]
+        return [rank for rank in copies if messages[rank]["sums"][1] != messages[held]["sums"][1]]
 
 
 @dataclass
@@ -199,11 +208,12 @@ class Told:
     """Data that one rank sends to all others.
 
     Attributes:
-        changed: see `Follow.changed`.
+        matrix, parameter: what was changed between two steps on its rank.
         each: message of each audited tensor.
     """
 
-    changed: tuple[bool, bool, bool]
+    matrix: Changed
+    parameter: Changed
     each: list[dict[str, Any]]
 
 
@@ -214,21 +224,23 @@ def proceed(
     runtime: Runtime,
     audited: Sequence[Audited],
     settings: AuditSettings,
-    changed: tuple[bool, bool, bool],
-    earlier: Sequence[Sequence[float]],
+    follow: Follow,
+    around: Sequence[Circumstances],
 ) -> list[dict[str, Any]]:
     """The line of each audited tensor, the same on all ranks; a collective.
 
     Args:
-        changed: see `Follow.changed`.
-        earlier: learning rates of each parameter group in the steps before.
+        follow: what was audited next until this step.
+        around: what may explain a difference, for each audited tensor.
 
     Raises:
         AuditError: on all ranks, if the recomputation itself failed on one.
     """
     transport = runtime.transport
     transport.progress.enter("audit")
-    told = transport.ranks.gather(Told(changed, [a.message() for a in audited]))
+    told = transport.ranks.gather(
+        Told(follow.matrix.changed(), follow.parameter.changed(), [a.message() for a in audited])
+    )
     lines: list[tuple[int, Audited, int]] = []
     own: list[tuple[int, dict[str, Any]]] = []
     for n, a in enumerate(audited):
@@ -244,9 +256,7 @@ def proceed(
         received = exchange(transport, parts, sizes if transport.rank == auditor else [0] * len(told), dtype)
         copies = _copies(runtime, a, messages, auditor, dtype)
         if transport.rank == auditor:
-            around = Circumstances([lr for of_group in earlier for lr in of_group], transport.world_size,
-                                   settings.tolerance)  # fmt: skip
-            own.append((n, _judged(runtime, a, received, messages, around, copies)))
+            own.append((n, _judged(runtime, a, received, messages, around[n], copies)))
         lines.append((n, a, auditor))
     results = [dict(of_rank) for of_rank in transport.ranks.gather(own)]
     found: list[dict[str, Any]] = []
@@ -254,8 +264,10 @@ def proceed(
         line = results[auditor][n]
         if "failed" in line:
             raise AuditError(f"the audit of {a.name} failed on rank {auditor}: {line['failed']}")
-        if isinstance(a, MatrixAudit) and not found:
-            line["alarms"] = [*_between([t.changed for t in told]), *line["alarms"]]
+        if isinstance(a, SliceAudit):
+            line["alarms"] = [*_of_moments([t.parameter for t in told]), *line["alarms"]]
+        elif not found:
+            line["alarms"] = [*_between([t.matrix for t in told]), *line["alarms"]]
         found.append(line)
     return found
 
@@ -288,7 +300,7 @@ def _judged(
     except Exception as error:
         return {"failed": f"{type(error).__name__}: {error}"}
     alarms = [*finding.alarms, *others]
-    if isinstance(a, SliceAudit) and runtime.plan.layout.kind == "replicated" and (odd := a.unequal(messages)):
+    if isinstance(a, SliceAudit) and (odd := a.unequal(messages, runtime.plan.layout.columns)):
         said = f"the copy of rank {', '.join(map(str, odd))} is another than that of rank {a.held_by}"
         alarms.append(Alarm("copy", said, ("wrong_copy",), ranks=tuple(odd)))
     matrix = isinstance(a, MatrixAudit)
@@ -304,14 +316,25 @@ def _judged(
     }
 
 
-def _between(changed: Sequence[tuple[bool, bool, bool]]) -> list[dict[str, Any]]:
-    """The alarm for a change between two steps, on any rank."""
-    momentum = tuple(r for r, (m, _, _) in enumerate(changed) if m)
-    weight = tuple(r for r, (_, w, _) in enumerate(changed) if w)
-    resumed = any(r for _, _, r in changed)
+def _between(changed: Sequence[Changed]) -> list[dict[str, Any]]:
+    """The alarm of a matrix that was changed between two steps, on any rank."""
+    momentum = tuple(r for r, c in enumerate(changed) if "momentum" in c.of)
+    weight = tuple(r for r, c in enumerate(changed) if "weight" in c.of)
+    resumed = any(c.resumed for c in changed)
     if momentum and (resumed or not weight):
-        sentence = _STALE.format("saved run") if resumed else _TOUCHED
+        sentence = _STALE.format("momentum is", "saved run") if resumed else _TOUCHED
         return [Alarm("momentum", sentence, ("stale_momentum",), ranks=momentum).plain()]
     if weight and not momentum:
         return [Alarm("momentum", _ALONE, ("stale_momentum",), ranks=weight).plain()]
     return []
+
+
+def _of_moments(changed: Sequence[Changed]) -> list[dict[str, Any]]:
+    """The alarm of AdamW's state that was changed between two steps, on any rank."""
+    ranks = tuple(r for r, c in enumerate(changed) if c.of)
+    if not ranks:
+        return []
+    what = "AdamW's moments are" if any("moments" in c.of for c in changed) else "AdamW's count of steps is"
+    resumed = any(c.resumed for c in changed)
+    sentence = _STALE.format(what, "saved run" if resumed else "last step")
+    return [Alarm("momentum", sentence, ("stale_momentum",), ranks=ranks).plain()]

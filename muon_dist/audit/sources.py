@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from muon_dist.audit.asked import is_muon_group
 from muon_dist.audit.cause import Cause, Factor
 from muon_dist.audit.memory import BASE
+from muon_dist.checkpoint.piece import clean_name
 from muon_dist.errors import FrameworkError
 
 Names = Sequence[str]
@@ -31,7 +32,7 @@ class Circumstances:
         applied: False if the step was skipped, such as after an overflow.
         factors: numbers that a mistake may have put before an update.
         clip: coefficient of the gradient clip, 1 without one.
-        scale: loss scale of this step's gradients.
+        scale: loss scale of this step, by which a mistake may have divided its gradients once more.
     """
 
     applied: bool = True
@@ -136,7 +137,7 @@ class TorchSource:
 
     def __post_init__(self) -> None:
         self.group = world_group()
-        names = {id(p): _plain(n) for n, p in self.model.named_parameters()} if self.model is not None else {}
+        names = {id(p): clean_name(n) for n, p in self.model.named_parameters()} if self.model is not None else {}
         for i, optimizer in enumerate(self.optimizers):
             for j, group in enumerate(optimizer.param_groups):
                 for k, p in enumerate(group["params"]):
@@ -213,10 +214,3 @@ class TorchSource:
             return 0.0
         found = [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]
         return float(torch.stack([whole(g.norm()).double() for g in found]).norm()) if found else 0.0
-
-
-def _plain(name: str) -> str:
-    """A name without what DDP, torch.compile and activation checkpointing put into it."""
-    for part in ("_orig_mod.", "_checkpoint_wrapped_module."):
-        name = name.replace(part, "")
-    return name.removeprefix("module.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterable
@@ -145,19 +146,29 @@ def _gaps(steps: Iterable[int], every: int | None) -> Iterable[tuple[int, int]]:
 
 
 def _check_heads(found: Verified, chain: Read, run: Path) -> None:
-    """Every checkpoint must know a line of this chain: a chain that was cut or rewritten does not have it."""
+    """Every checkpoint of an audited step must name a line of this chain: one that was cut or rewritten has none."""
+    every = int(found.settings.get("every") or 1)
+    steps = {r["step"] + n for _, r in chain.records for n in range(every)}
+    without: list[str] = []
     folders = [f for f in (run / "checkpoints", run) if f.is_dir()]
     for path in (path for folder in folders for path in commits(folder)):
         try:
-            checkpoint = open_checkpoint(path)
-            state = checkpoint.state().get(STATE)
-            checkpoint.close()
+            with contextlib.closing(open_checkpoint(path)) as checkpoint:
+                state, audited = (
+                    checkpoint.state().get(STATE),
+                    checkpoint.step in steps and not checkpoint.weights_only,
+                )
         except MuonDistError as error:
             found.problems.append(f"{path.name}: {error}")
             continue
-        if state is None:  # saved without an audit
+        if state is None:
+            without += [path.name] if audited else []
             continue
-        if state["lines"] and state["head"] not in chain.digests:
-            found.problems.append(f"{path.name}: line {state['lines']}, which it names, is not in the chain")
-        else:
+        head, lines = state.get("head"), state.get("lines")
+        if not isinstance(lines, int) or (lines and head not in chain.digests):
+            found.problems.append(f"{path.name}: line {lines}, which it names, is not in the chain")
+        elif lines:
             found.heads.append(path.name)
+    # A loop of the user's own may save no head at all.
+    for name in without if found.heads else ():
+        found.problems.append(f"{name}: it names no line of the chain, though its step was audited")

@@ -18,7 +18,7 @@ from muon_dist.audit.convention import SCALES
 from muon_dist.audit.directions import ADAM_BETAS, Facts, Step, judge
 from muon_dist.audit.followed import Followed, candidates, digest, draw, source_of
 from muon_dist.audit.lengths import Length, Scale, causes_of, find_scale, tells_rate
-from muon_dist.audit.memory import BASE, CLIPPED, Memory
+from muon_dist.audit.memory import BASE, CLIPPED, TWICE, Memory
 from muon_dist.audit.record import Finding, Findings, Seen
 from muon_dist.audit.sources import Circumstances, Source, size_of_group
 from muon_dist.errors import ConfigError, InexactError
@@ -198,6 +198,8 @@ class Witness:
             cause = Cause("not_finite", "a gradient that is not finite was stepped")
             self._note(f.name, cause, Difference.between(labels[BASE], change), cause.sentence)
             return None
+        if said.scale != 1.0:
+            labels = {**labels, TWICE: labels[BASE] / said.scale}
         if said.clip != 1.0:
             labels = {**labels, CLIPPED: labels[BASE] * said.clip}
             if self.wanted.rule == "adamw":

@@ -116,11 +116,11 @@ def host(
     ] = None,
 ) -> None:
     """Operations that a step dispatches on one of many ranks, and their time on the host; needs no GPU."""
-    import json
 
     from muon_dist.bench.host import measure
     from muon_dist.config import load_config
     from muon_dist.errors import ConfigError
+    from muon_dist.json_files import write_json
     from muon_dist.planner.cli import routed, unpack
     from muon_dist.project import packaged
 
@@ -138,5 +138,5 @@ def host(
         f"{found['newton_schulz']['matrices']} matrices in {found['newton_schulz']['stacks']} stacks"
     )
     if json_file is not None:
-        json_file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        write_json(json_file, found)
         typer.echo(f"-> {json_file}")

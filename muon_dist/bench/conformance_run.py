@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from muon_dist.audit.witness import Witness, witness
@@ -114,7 +115,7 @@ def _loop(case: Case) -> Training:
 
     def step() -> None:
         if case.condition == "clip":
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            _clip(list(model.parameters()))
         still = _still(count[0], model) if case.condition == "zero gradients" else None
         if still is not None and still.grad is not None:
             still.grad.zero_()
@@ -132,6 +133,15 @@ def _loop(case: Case) -> Training:
             optimizer.load_state_dict(state)
 
     return Training(optimizers, model, backward, step, save, load)
+
+
+def _clip(parameters: list[nn.Parameter]) -> None:
+    """`clip_grad_norm_` over plain tensors and DTensors together, which torch's own refuses to stack."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = [g.norm() for g in gradients]
+    total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    for g in gradients:
+        g.mul_(min(1.0, CLIP / (float(total) + 1e-6)))
 
 
 def _sharded(case: Case, model: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from muon_dist.json_files import write_json
 
 PACKAGES = ("muon-dist", "torch", "deepspeed", "transformers", "muon-fsdp2", "dtensor-muon", "muon-optimizer")
 
@@ -67,9 +68,8 @@ def _commit() -> str | None:
 
 def write(folder: Path, name: str, record: dict[str, Any], text: str) -> tuple[Path, Path]:
     """`name`.json and `name`.md in `folder`, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = folder / f"{name}.json", folder / f"{name}.md"
-    files[0].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(files[0], record)
     files[1].write_text(text, encoding="utf-8")
     return files
 

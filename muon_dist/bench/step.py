@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from muon_dist.bench.exact import Exact, make_exact
 from muon_dist.bench.ranks import RankFailure, run_ranks
 from muon_dist.bench.rows import Row, figures, merge, row_of, table
 from muon_dist.errors import ConfigError, PeerError
+from muon_dist.json_files import read_object
 
 TIMEOUT = 600.0  # seconds for a case; ranks that hang are ended then
 
@@ -140,4 +140,4 @@ def _usable(device: str, launched: bool) -> str:
 
 
 def _existing(path: Path) -> list[Row]:
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return read_object(path)["rows"] if path.exists() else []

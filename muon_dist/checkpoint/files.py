@@ -73,8 +73,8 @@ def write_bytes(path: Path, data: bytes, rank: int) -> FileRecord:
         file.abandon()
 
 
-def write_json(path: Path, value: Any, rank: int) -> FileRecord:
-    """Write a new JSON file and sync it."""
+def write_state(path: Path, value: Any, rank: int) -> FileRecord:
+    """Write small state into a new JSON file and sync it. NaN and infinity stay as they are: a resume needs them."""
     return write_bytes(path, (json.dumps(value, indent=1) + "\n").encode(), rank)
 
 

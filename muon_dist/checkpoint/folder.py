@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from muon_dist.checkpoint.files import sync_folder
-from muon_dist.checkpoint.manifest import NAME
+from muon_dist.checkpoint.manifest import is_checkpoint
 from muon_dist.checkpoint.phases import enter
 
 _COMMIT = re.compile(r"checkpoint-(\d+)")
@@ -45,7 +45,7 @@ def commits(root: str | Path) -> list[Path]:
     for pattern in (_OLD, _COMMIT):  # where both are, the newer has taken its place
         for path in Path(root).iterdir() if Path(root).is_dir() else ():
             match = pattern.fullmatch(path.name)
-            if match and not path.is_symlink() and (path / NAME).is_file():
+            if match and not path.is_symlink() and is_checkpoint(path):
                 found[int(match[1])] = path
     return [path for _, path in sorted(found.items())]
 

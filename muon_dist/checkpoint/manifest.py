@@ -92,6 +92,16 @@ def rank_file(rank: int, suffix: str) -> str:
     return f"rank-{rank:05d}.{suffix}"
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` is a committed checkpoint of ours. Its bytes are not looked at."""
+    return (folder / NAME).is_file()
+
+
+def model_folder(folder: Path) -> Path:
+    """Where the configuration and the tokenizer lie in `folder`, a checkpoint of ours or a model folder."""
+    return folder / MODEL_FOLDER if is_checkpoint(folder) else folder
+
+
 def write_manifest(folder: Path, manifest: Manifest, rank: int) -> None:
     """Write the manifest into `folder` and sync it."""
     tensors: dict[str, dict[str, Any]] = {}

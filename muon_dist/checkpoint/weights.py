@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Collection, Iterator
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from muon_dist.checkpoint.folder import commits, step_of
-from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.manifest import is_checkpoint
 from muon_dist.checkpoint.reader import Checkpoint
 from muon_dist.errors import CheckpointError
+from muon_dist.json_files import read_lines, read_object, write_json
 
 RECORD = "muon_dist.json"
 """File in the folder of a final model that says of which optimizer step the weights are."""
@@ -65,12 +65,12 @@ def record_step(folder: Path, step: int | None, reached: int | None = None, toke
         record["reached"] = reached
     if tokenizers:
         record["tokenizers"] = sorted(tokenizers)
-    (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    write_json(folder / RECORD, record)
 
 
 def weights_at(folder: Path) -> Weights:
     """The weights in a checkpoint or a model folder, with their step. CheckpointError for a damaged manifest."""
-    if (folder / MANIFEST).is_file():
+    if is_checkpoint(folder):
         return Weights(folder, Checkpoint.look(folder).manifest.step)
     return Weights(folder, _number(folder / RECORD, "step"))
 
@@ -167,15 +167,11 @@ def _held(root: Path) -> dict[int, Weights]:
 def _logged(file: Path, name: str) -> Iterator[tuple[int, float]]:
     """(step, value) of each line of a log that holds a finite number `name`."""
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line for _, line in read_lines(file) if line is not None]
     except OSError:
         return
-    for text in lines:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        value = line.get(name) if isinstance(line, dict) else None
+    for line in lines:
+        value = line.get(name)
         if isinstance(value, (int, float)) and math.isfinite(value) and isinstance(line.get("step"), int):
             yield line["step"], float(value)
 
@@ -188,8 +184,7 @@ def _number(file: Path, key: str) -> int | None:
 def _value(file: Path, key: str, kind: type) -> Any:
     """The value of `key` in a JSON file; None if it is missing or has another type."""
     try:
-        value: Any = json.loads(file.read_text(encoding="utf-8"))
+        found = read_object(file).get(key)
     except (OSError, ValueError):
         return None
-    found = value.get(key) if isinstance(value, dict) else None
     return found if isinstance(found, kind) else None

@@ -127,7 +127,7 @@ def _write_own(target: Path, rank: int, snapshot: Snapshot) -> tuple[dict[str, F
         )
     records = {
         tensors: files.write_tensors(target / tensors, snapshot.items, rank),
-        state: files.write_json(target / state, snapshot.rank_state, rank),
+        state: files.write_state(target / state, snapshot.rank_state, rank),
     }
     enter("gather", target, rank)
     return records, snapshot.index

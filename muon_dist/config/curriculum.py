@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from muon_dist.config.data import DataConfig
-from muon_dist.config.kinds import Block, NonNegative, PositiveInt
+from muon_dist.config.kinds import BelowOne, Block, NonNegative, PositiveInt, RuleOptions, Scale, Schedule
 from muon_dist.config.source import Keys
 
 
@@ -29,11 +29,35 @@ class PartDataConfig(Block):
     )
 
 
+class PartMuonConfig(Block):
+    """Settings of the Muon groups in a part; what is null is as in the part before."""
+
+    rule: str | None = Field(
+        default=None, description="update rule; momentum stays, and what the new rule remembers begins at zero"
+    )
+    rule_options: RuleOptions | None = Field(
+        default=None, description="of the rule; null: as before, or with another rule its defaults"
+    )
+    weight_decay: NonNegative | None = None
+    momentum: BelowOne | None = None
+    nesterov: bool | None = None
+    ns_steps: PositiveInt | None = None
+    ns_schedule: Schedule | None = None
+    scale: Scale | None = None
+
+
+class PartOptimizerConfig(Block):
+    """The optimizer of a part."""
+
+    muon: PartMuonConfig = PartMuonConfig()
+
+
 class PartConfig(Block):
     """A part of a run; the part before ends where it begins."""
 
     from_step: PositiveInt = Field(description="optimizer steps that are done when the part begins")
     data: PartDataConfig = PartDataConfig()
+    optimizer: PartOptimizerConfig = PartOptimizerConfig()
     lr_scheduler_type: str | None = Field(
         default=None,
         description="transformers name of a schedule over the steps of the part; null: the one before continues",
@@ -66,6 +90,21 @@ def data_of_parts(data: DataConfig, curriculum: Sequence[PartConfig]) -> tuple[P
         weights = own.weights if own.weights is not None else before.weights
         parts.append(PartData(part.from_step, length, own.packing or before.packing, weights))
     return tuple(parts)
+
+
+def muon_of_parts(muon: dict[str, Any], curriculum: Sequence[PartConfig]) -> list[dict[str, Any]]:
+    """The settings of the Muon groups in each part; those of the first are `muon`."""
+    parts = [muon]
+    for part in curriculum:
+        before, own = parts[-1], part.optimizer.muon.model_dump(exclude_none=True)
+        other_rule = own.get("rule", before["rule"]) != before["rule"]
+        parts.append({**before, **({"rule_options": {}} if other_rule else {}), **own})
+    return parts
+
+
+def changes_rule(part: PartConfig) -> bool:
+    """Whether a part sets anything of the Muon groups."""
+    return bool(part.optimizer.muon.model_dump(exclude_none=True))
 
 
 def curriculum_problems(

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from muon_dist import defaults
 from muon_dist.config.kinds import BelowOne, Block, DataPath, Flag, LocalPath, NonNegative, OnBadRecord, PositiveInt
 
 
@@ -20,7 +21,7 @@ class TokenizerConfig(Block):
         default=None, description="size of the vocabulary to train (4096 unless given); null when path is given"
     )
     sample_bytes: PositiveInt = Field(
-        default=50_000_000, description="UTF-8 bytes of text that the training reads at most"
+        default=defaults.SAMPLE_BYTES, description="UTF-8 bytes of text that the training reads at most"
     )
     special_tokens: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
@@ -32,7 +33,7 @@ class TokenizerConfig(Block):
     @classmethod
     def _default_vocabulary(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("path") is None and "vocab_size" not in data:
-            return {**data, "vocab_size": 4096}
+            return {**data, "vocab_size": defaults.VOCAB_SIZE}
         return data
 
 
@@ -52,7 +53,8 @@ class SourceConfig(Block):
         Field(default="auto", description="of the files of path; auto: known by their content")
     )
     text_field: str = Field(
-        default="text", description="field with the text, of records of any kind; a.b for one inside another"
+        default=defaults.TEXT_FIELD,
+        description="field with the text, of records of any kind; a.b for one inside another",
     )
     config: str | None = Field(default=None, description="configuration name of the dataset")
     split: str = Field(default="train", description="split of the dataset")
@@ -62,7 +64,7 @@ class SourceConfig(Block):
     # left out of repr: the default of data in the public signature of Config stays as it is
     document_bytes: Annotated[int, Field(ge=64)] = Field(
         repr=False,
-        default=16384,
+        default=defaults.DOCUMENT_BYTES,
         description="plain text is cut into documents at the first blank line after so many bytes",
     )
     separator: Annotated[str, Field(min_length=1)] | None = Field(
@@ -86,7 +88,7 @@ class DataConfig(Block):
     )
     sources: tuple[SourceConfig, ...] = (SourceConfig(builtin="stdlib"),)
     text_field: str = Field(
-        repr=False, default="text", description="of path: field with the text, of records of any kind"
+        repr=False, default=defaults.TEXT_FIELD, description="of path: field with the text, of records of any kind"
     )
     on_bad_record: OnBadRecord = Field(
         repr=False,
@@ -94,7 +96,9 @@ class DataConfig(Block):
         description="a record that cannot be read ends the preparation, or is skipped and counted",
     )
     max_bad_records: Annotated[int, Field(ge=0)] = Field(
-        repr=False, default=1000, description="with skip: more bad records than this in a source end the preparation"
+        repr=False,
+        default=defaults.MAX_BAD_RECORDS,
+        description="with skip: more bad records than this in a source end the preparation",
     )
     add_bos: Flag | None = Field(
         repr=False,
@@ -102,20 +106,24 @@ class DataConfig(Block):
         description="begin each document with the beginning-of-sequence token; null: as the tokenizer does it",
     )
     dir: LocalPath = Field(default="data", description="folder of the tokenizer and the token shards")
-    sequence_length: Annotated[int, Field(ge=2)] = Field(default=1024, description="tokens in a sample")
+    sequence_length: Annotated[int, Field(ge=2)] = Field(
+        default=defaults.SEQUENCE_LENGTH, description="tokens in a sample"
+    )
     packing: Literal["concatenate", "document_mask", "best_fit"] = Field(
         repr=False,
         default="concatenate",
         description="how documents share a sample: cut from one stream; cut so, with attention, positions and loss "
         "inside each document; or so, and no document is cut that fits into a sample",
     )
-    validation_fraction: BelowOne = Field(default=0.02, description="share of the documents kept for validation")
+    validation_fraction: BelowOne = Field(
+        default=defaults.VALIDATION_FRACTION, description="share of the documents kept for validation"
+    )
     validation_sources: tuple[SourceConfig, ...] = Field(
         repr=False,
         default=(),
         description="text to evaluate on; with it, nothing of sources is kept for validation",
     )
-    shard_tokens: PositiveInt = Field(default=10_000_000, description="tokens in one shard file")
+    shard_tokens: PositiveInt = Field(default=defaults.SHARD_TOKENS, description="tokens in one shard file")
     workers: PositiveInt = Field(default=2, description="processes that tokenize")
     global_batch_size: PositiveInt | None = Field(
         default=None,

@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from muon_dist.config.paths import expand_path
+from muon_dist.config.source import closest
 
 DType = Literal["float32", "bfloat16", "float16"]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
-Scale = Literal["match_rms_adamw", "spectral", "unit_rms", "none"]
 
 
 def _known_schedule(schedule: Any) -> Any:
@@ -23,6 +23,16 @@ def _known_schedule(schedule: Any) -> Any:
 
     found = get_schedule(schedule)  # a ConfigError that names the closest, and a ValueError as pydantic needs it
     return schedule if isinstance(schedule, str) else found.rows
+
+
+def _known_scale(scale: str) -> str:
+    from muon_dist.optim.rules.scale import SCALES  # imports torch
+
+    if scale not in SCALES:
+        hint = closest(scale, SCALES)
+        hint = hint if hint.startswith("; did") else ""
+        raise ValueError(f"{scale!r} is not one of {', '.join(SCALES)}{hint}")
+    return scale
 
 
 def _number_or_switch(value: Any) -> Any:
@@ -64,13 +74,21 @@ OnBadRecord = Literal["stop", "skip"]
 _NUMBERS = {"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3}
 
 
+def _scale_names(json_schema: dict[str, Any]) -> None:
+    from muon_dist.optim.rules.scale import SCALES  # imports torch
+
+    json_schema.update({"type": "string", "examples": list(SCALES)})  # a plugin may have others
+
+
 def _schedule_names(json_schema: dict[str, Any]) -> None:
     from muon_dist.numerics import SCHEDULES  # imports torch
 
-    names = {"type": "string", "enum": list(SCHEDULES)}
+    names = {"type": "string", "examples": list(SCHEDULES)}
     json_schema["anyOf"] = [names, {"type": "array", "items": _NUMBERS, "minItems": 1}]
 
 
+Scale = Annotated[str, AfterValidator(_known_scale), Field(json_schema_extra=_scale_names)]
+"""A factor on the update, by name."""
 Schedule = Annotated[Any, AfterValidator(_known_schedule), Field(json_schema_extra=_schedule_names)]
 """Of the Newton-Schulz iteration: a name, or own rows."""
 RuleOptions = dict[

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from muon_dist.config.paths import expand_path
+from muon_dist.config.plugins import import_plugins
 from muon_dist.config.redact import is_secret, redact
 from muon_dist.config.schema import Config
 from muon_dist.config.source import Document, Keys, Place, Problem, closest, comment_after_value, parse, read
@@ -44,6 +45,7 @@ def _check(document: Document) -> Config:
     if isinstance(data.get("trainer"), dict):
         data["trainer"] = with_switches(data["trainer"])
         found += trainer_problems(data["trainer"])
+    found += import_plugins(data)
     try:
         config: Config | None = _validated(data)
     except ValidationError as error:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
+from muon_dist import defaults
 from muon_dist.config.curriculum import PartConfig, PartData, data_of_parts
 from muon_dist.config.data import DataConfig, TokenizerConfig
 from muon_dist.config.kinds import (
@@ -36,18 +37,21 @@ class MuonConfig(Block):
     """Settings of the Muon groups. What is null has the default of the rule."""
 
     lr: NonNegative
-    rule: str = Field(default="muon", description="update rule: muon, normuon, adamuon, soap_muon, hyperball or namo")
+    rule: str = Field(
+        default=defaults.RULE,
+        description="update rule: muon, normuon, adamuon, soap_muon, hyperball, namo, or one of a plugin",
+    )
     rule_options: RuleOptions = Field(
         default_factory=dict,
         description="what the rule has besides these settings, such as beta2 of normuon, and parts: cautious, "
-        "row_floor, radial_brake, muoneq, muon_plus",
+        "row_floor, radial_brake, muoneq, muon_plus, momentum_at_owner",
     )
     weight_decay: NonNegative | None = Field(default=None, description="decoupled; null: 0.1, or 0 under hyperball")
-    momentum: BelowOne = 0.95
+    momentum: BelowOne = defaults.MOMENTUM
     nesterov: bool | None = Field(default=None, description="null: true, or false under namo")
-    ns_steps: PositiveInt = Field(default=5, description="Newton-Schulz steps")
+    ns_steps: PositiveInt = Field(default=defaults.NS_STEPS, description="Newton-Schulz steps")
     ns_schedule: Schedule = Field(
-        default="keller",
+        default=defaults.NS_SCHEDULE,
         description="coefficients of the Newton-Schulz iteration: a name, or [[a, b, c], ...], one row per step",
     )
     ns_dtype: DType | None = Field(
@@ -56,10 +60,11 @@ class MuonConfig(Block):
     scale: Scale | None = Field(
         default=None,
         description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); "
-        "sqrt(m/n) of m outputs and n inputs; or 1; null: the first, or the last under hyperball and namo",
+        "sqrt(m/n) of m outputs and n inputs; 1; or one of a plugin; null: the first, or 1 under hyperball and namo",
     )
     bucket_mb: Positive = Field(
-        default=128.0, description="a step allocates at most twice this, in MiB; a larger matrix has its own bucket"
+        default=defaults.BUCKET_MB,
+        description="a step allocates at most twice this, in MiB; a larger matrix has its own bucket",
     )
     overlap: Flag = Field(default=True, description="send other buckets while one is orthogonalized; same bits")
     ns_compile: Flag = Field(default=False, description="Newton-Schulz through torch.compile")
@@ -67,10 +72,10 @@ class MuonConfig(Block):
         default=None, description="dtype in which momentum and updates travel; null: not rounded"
     )
     owner_policy: Literal["balanced", "local", "round_robin"] = Field(
-        default="balanced", description="which rank orthogonalizes which matrix"
+        default=defaults.OWNER_POLICY, description="which rank orthogonalizes which matrix"
     )
     cost: Literal["analytic", "measured"] = Field(
-        default="analytic",
+        default=defaults.COST,
         description="the seconds that balanced owners balance; measured: timed once, kept in a file",
     )
     master_weights: Flag = Field(
@@ -91,9 +96,11 @@ class AdamWConfig(Block):
     """Settings of the AdamW groups: embeddings, output head, vectors; of everything when optimizer.name is adamw."""
 
     lr: NonNegative
-    weight_decay: NonNegative = Field(default=0.1, description="decoupled; not applied to biases and norms")
-    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
-    eps: Positive = 1e-8
+    weight_decay: NonNegative = Field(
+        default=defaults.WEIGHT_DECAY, description="decoupled; not applied to biases and norms"
+    )
+    betas: tuple[BelowOne, BelowOne] = defaults.BETAS
+    eps: Positive = defaults.EPS
 
 
 class ClipConfig(Block):
@@ -103,15 +110,15 @@ class ClipConfig(Block):
     """
 
     muon: Positive | None = None
-    adamw: Positive | None = 1.0
+    adamw: Positive | None = defaults.CLIP_ADAMW
 
 
 class QKClipConfig(Block):
     """Scale the query and key weights of heads with large attention logits down after each step."""
 
-    threshold: Positive = Field(default=100.0, description="heads with a larger logit are scaled down")
+    threshold: Positive = Field(default=defaults.QK_THRESHOLD, description="heads with a larger logit are scaled down")
     alpha: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.5, description="share of the exponent that the queries take; the keys take the rest"
+        default=defaults.QK_ALPHA, description="share of the exponent that the queries take; the keys take the rest"
     )
 
 
@@ -174,16 +181,19 @@ class OptimizerConfig(Block):
     qk_clip: QKClipConfig | None = Field(default=None, description="null: logits are not clipped")
     routing: RoutingConfig = RoutingConfig()
     groups: tuple[GroupConfig, ...] = Field(default=(), description="options of parameters by name")
+    plugins: tuple[str, ...] = Field(
+        default=(), description="Python modules that register rules, scales or schedules; imported on every rank first"
+    )
     audit: AuditConfig = AuditConfig()
 
 
 class EvaluationConfig(Block):
     """The sample that is generated at the end."""
 
-    generate_prompt: str = Field(default="The", description="text that the sample continues")
+    generate_prompt: str = Field(default=defaults.PROMPT, description="text that the sample continues")
     generate_tokens: Annotated[int, Field(ge=0)] = Field(default=64, description="tokens to generate; 0: no sample")
-    temperature: NonNegative = Field(default=0.8, description="0: always the most probable token")
-    top_k: PositiveInt = Field(default=40, description="choose among this many most probable tokens")
+    temperature: NonNegative = Field(default=defaults.TEMPERATURE, description="0: always the most probable token")
+    top_k: PositiveInt = Field(default=defaults.TOP_K, description="choose among this many most probable tokens")
 
 
 class DiagnosticsConfig(Block):
@@ -191,7 +201,8 @@ class DiagnosticsConfig(Block):
 
     every: Annotated[int, Field(ge=0)] = Field(default=0, description="steps between two rounds of measures; 0: none")
     budget: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.02, description="largest share of the time that measuring may take; 1: no limit"
+        default=defaults.DIAGNOSTICS_BUDGET,
+        description="largest share of the time that measuring may take; 1: no limit",
     )
 
 
@@ -217,24 +228,28 @@ class GuardsConfig(Block):
     """Settings of the guards of a run."""
 
     max_nonfinite: PositiveInt = Field(
-        default=5, description="this many skipped steps in a row (NaN or infinite gradient) end the run"
+        default=defaults.MAX_NONFINITE,
+        description="this many skipped steps in a row (NaN or infinite gradient) end the run",
     )
     spike: Literal["off", "skip", "rollback"] = Field(
         default="off",
         description="if the loss jumps: nothing; skip the step; or skip it and return to the last checkpoint",
     )
     spike_window: Annotated[int, Field(ge=4)] = Field(
-        default=128, description="earlier losses that a loss is compared with"
+        default=defaults.SPIKE_WINDOW, description="earlier losses that a loss is compared with"
     )
-    spike_sigmas: Positive = Field(default=6.0, description="a spike is this many standard deviations above them")
+    spike_sigmas: Positive = Field(
+        default=defaults.SPIKE_SIGMAS, description="a spike is this many standard deviations above them"
+    )
     hash_every: Annotated[int, Field(ge=0)] = Field(
-        default=100, description="steps between two comparisons of copies of parameters, also before saves; 0: none"
+        default=defaults.HASH_EVERY,
+        description="steps between two comparisons of copies of parameters, also before saves; 0: none",
     )
     watchdog_seconds: NonNegative | None = Field(
         default=None, description="longest operation; null: 0.9 of trainer.ddp_timeout; 0: no watchdog"
     )
     straggler_seconds: NonNegative = Field(
-        default=0.1, description="name a rank that is repeatedly slower by this; 0: never"
+        default=defaults.STRAGGLER_SECONDS, description="name a rank that is repeatedly slower by this; 0: never"
     )
     signals: Flag = Field(default=True, description="on SIGTERM and SIGUSR1 save a checkpoint and exit with 75")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from muon_dist.config.curriculum import curriculum_problems, packing_problems
+from muon_dist.config.curriculum import changes_rule, curriculum_problems, muon_of_parts, packing_problems
 from muon_dist.config.data import SourceConfig
 from muon_dist.config.schema import Config, GroupConfig, MuonConfig
 from muon_dist.config.source import Keys
@@ -129,21 +129,14 @@ def _model(config: Config) -> Found:
 
 
 def _optimizer(config: Config) -> Found:
-    from muon_dist.numerics import get_schedule  # imports torch: seconds, which a file that is missing should not cost
-
     muon, routing = config.optimizer.muon, config.optimizer.routing
-    schedule = get_schedule(muon.ns_schedule)
-    try:
-        schedule.coefficients(muon.ns_steps)
-    except ConfigError as error:
-        yield ("optimizer", "muon", "ns_steps"), str(error)
-    if schedule.fp32_only and muon.ns_dtype not in (None, "float32"):
-        yield (
-            ("optimizer", "muon", "ns_dtype"),
-            f"is {muon.ns_dtype}, but optimizer.muon.ns_schedule = {schedule.name} is defined in float32: "
-            "set ns_dtype to float32 or null, or choose another schedule",
-        )
-    yield from _rule(muon)
+    yield from _muon(("optimizer", "muon"), muon)
+    for index, own in enumerate(muon_of_parts(muon.model_dump(), config.curriculum)[1:]):
+        keys: Keys = ("curriculum", index, "optimizer", "muon")
+        if changes_rule(config.curriculum[index]) and config.optimizer.name != "muon":
+            yield keys, f"is of Muon, and optimizer.name is {config.optimizer.name}: leave it out"
+        else:
+            yield from _muon(keys, MuonConfig(**own))
     yield from _low_precision(config)
     yield from _qk_clip(config)
     for index, override in enumerate(routing.overrides):
@@ -172,7 +165,20 @@ def _qk_clip(config: Config) -> Found:
         yield ("optimizer", "qk_clip"), f"belongs to Muon, and optimizer.name is {config.optimizer.name}: leave it out"
 
 
-def _rule(muon: MuonConfig) -> Found:
+def _muon(keys: Keys, muon: MuonConfig) -> Found:
+    from muon_dist.numerics import get_schedule  # imports torch: seconds, which a file that is missing should not cost
+
+    schedule = get_schedule(muon.ns_schedule)
+    try:
+        schedule.coefficients(muon.ns_steps)
+    except ConfigError as error:
+        yield (*keys, "ns_steps"), str(error)
+    if schedule.fp32_only and muon.ns_dtype not in (None, "float32"):
+        yield (
+            (*keys, "ns_dtype"),
+            f"is {muon.ns_dtype}, but optimizer.muon.ns_schedule = {schedule.name} is defined in float32: "
+            "set ns_dtype to float32 or null, or choose another schedule",
+        )
     if muon.rule == "muon" and not muon.rule_options:
         return
     from muon_dist.optim.rules.choice import check_options  # imports torch: seconds
@@ -180,7 +186,7 @@ def _rule(muon: MuonConfig) -> Found:
     try:
         check_options(muon.model_dump(exclude_none=True))
     except ConfigError as error:
-        yield ("optimizer", "muon"), str(error)
+        yield keys, str(error)
 
 
 def _group(keys: Keys, group: GroupConfig, muon: MuonConfig) -> Found:

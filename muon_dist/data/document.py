@@ -76,6 +76,8 @@ def row_document(record: Any, field: str, origin: str) -> Item:
 
 
 def _pick(record: Any, field: str, origin: str) -> Any:
+    if isinstance(record, DataError):  # in the place of an object that is ambiguous
+        raise DataError(f"{origin}: {record}")
     if not isinstance(record, dict):
         raise DataError(f"{origin}: a JSON object is needed, this is {type(record).__name__}.")
     if field in record:
@@ -86,6 +88,8 @@ def _pick(record: Any, field: str, origin: str) -> Any:
             value = value[part]
         elif isinstance(value, (list, tuple)) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
+        elif isinstance(value, DataError):
+            raise DataError(f"{origin}: {value}")
         else:
             raise missing_field(origin, field, record)
     return value

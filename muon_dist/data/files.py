@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from muon_dist.errors import DataError
+from muon_dist.json_files import canonical, read_object
+from muon_dist.waiting import told
 
 BLOCK_BYTES = 1 << 20  # unit in which damage is located
 
@@ -35,25 +36,17 @@ def sha256_file(path: Path) -> str:
 
 def sha256_json(value: Any) -> str:
     """SHA-256 of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file; durable once ``commit`` has synced its folder."""
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; DataError names the file if it is missing or damaged."""
     try:
-        value = json.loads(path.read_bytes())
+        return read_object(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: damaged, not JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: damaged, not a JSON object.")
-    return value
+    except ValueError as error:
+        raise DataError(f"{path}: damaged, not a JSON object ({error}).") from None
 
 
 def fsync(path: Path) -> None:
@@ -80,7 +73,11 @@ def folder_lock(out: Path) -> Iterator[None]:
         yield
         return
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with told(f"{out}: another process builds it; this one waits", after=1.0):
+                fcntl.flock(lock, fcntl.LOCK_EX)
         for stale in (*out.parent.glob(f".{out.name}.tmp-*"), *out.parent.glob(f".{out.name}.old-*")):
             shutil.rmtree(stale)
         yield

@@ -7,31 +7,31 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from muon_dist.data.document import Item, missing_field, row_document
+from muon_dist.data.json_files import json_line, json_values
 from muon_dist.data.storage import HEAD_BYTES, DataFile
 from muon_dist.data.text import read_separated, read_text
 from muon_dist.data.token_files import read_datatrove, read_megatron
+from muon_dist.defaults import DOCUMENT_BYTES, TEXT_FIELD
 from muon_dist.errors import DataError
 from muon_dist.failures import one_line
-
-_CHUNK = 1 << 20
-_LONGEST_VALUE = 1 << 30  # characters of one value of a JSON file
 
 
 @dataclass(frozen=True)
 class Options:
     """The settings of a source that a reader needs; see ``Source``."""
 
-    text_field: str = "text"
-    document_bytes: int = 16384
+    text_field: str = TEXT_FIELD
+    document_bytes: int = DOCUMENT_BYTES
     separator: str | None = None
 
 
@@ -106,9 +106,12 @@ class Parquet(Format):
 
 
 def _column(file: DataFile, names: list[str], field: str) -> str:
+    """The name of the column with `field`. Raises DataError where there is none, or more than one."""
     column = field if field in names else field.split(".")[0]
     if column not in names:
         raise missing_field(file.path, field, names, "column")
+    if names.count(column) > 1:
+        raise DataError(f"{file.path}: has {names.count(column)} columns named {column!r}: rename all but one.")
     return column
 
 
@@ -176,6 +179,8 @@ class JsonLines(Format):
     suffixes = (".jsonl", ".ndjson", ".json")
 
     def matches(self, head: Head, options: Options) -> bool:
+        if "\r" in head.text and "\n" not in head.text:
+            return False  # its lines end in \\r alone: objects one after the other
         if head.lines and _is_object(head.lines[0]):
             return True
         if head.lines and head.file.suffix not in (".jsonl", ".ndjson"):
@@ -189,27 +194,14 @@ class JsonLines(Format):
             for number, line in enumerate(stream, start=1):
                 start, offset = offset, offset + len(line)
                 if line.strip():
-                    yield _json_line(line, f"{file.path}:{number}", start, file.path, options.text_field)
+                    yield json_line(line, f"{file.path}:{number}", start, file.path, options.text_field)
 
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(line, parse_int=float), dict)
     except (ValueError, RecursionError):
         return False
-
-
-def _json_line(line: bytes, origin: str, start: int, path: str, field: str) -> Item:
-    try:
-        record = json.loads(line.removeprefix(codecs.BOM_UTF8) if start == 0 else line)
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{line[error.start]:02x}"
-        return DataError(f"{path}: not UTF-8 at byte offset {start + error.start} ({byte}: {error.reason}).")
-    except json.JSONDecodeError as error:
-        return DataError(f"{origin}: not a JSON object ({error.msg}, column {error.colno}).")
-    except (ValueError, RecursionError) as error:  # a number of 10,000 digits, 100,000 brackets
-        return DataError(f"{origin}: a JSON object that cannot be read ({error}).")
-    return row_document(record, field, origin)
 
 
 class Json(Format):
@@ -226,7 +218,7 @@ class Json(Format):
             return False
         start = len(text) - len(text[1:].lstrip())
         try:
-            _, end = json.JSONDecoder().raw_decode(text, start)
+            _, end = json.JSONDecoder(parse_int=float).raw_decode(text, start)  # `int` refuses long ones
         except json.JSONDecodeError as error:
             return (not head.whole and error.pos >= len(text) - 1) or error.msg.startswith("Unterminated")
         except RecursionError:
@@ -234,58 +226,11 @@ class Json(Format):
         return text[end:].lstrip()[:1] in (",", "]", "")
 
     def read(self, file: DataFile, options: Options) -> Iterator[Item]:
-        for number, value in enumerate(_json_values(file)):
+        for number, value in enumerate(json_values(file, options.text_field)):
             origin = f"{file.path} record {number}"
             if isinstance(value, str):
                 value = {options.text_field: value}
             yield row_document(value, options.text_field, origin)
-
-
-def _json_values(file: DataFile) -> Iterator[Any]:
-    """The values of a JSON file, those of an array one by one; holds little more than one value."""
-    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
-    buffer, position, in_array, count, taken, need = "", 0, False, 0, 0, 1
-    with file.decompressed() as stream:
-        ended = False
-        while True:
-            while not ended and len(buffer) - position < need:
-                block = stream.read(max(_CHUNK, need))
-                ended = not block
-                buffer = buffer[position:] + _decoded(utf8, block, taken, file)
-                taken, position = taken + len(block), 0
-            skipped = re.compile(r"[\s,]*" if in_array else r"\s*").match(buffer, position)
-            position = skipped.end() if skipped else position
-            mark = buffer[position : position + 1]
-            if not mark and not ended:
-                need = 1
-            elif not mark and in_array:
-                raise DataError(f"{file.path}: the JSON array does not end: the file is cut off.")
-            elif not mark:
-                return
-            elif mark == "[" and not in_array:
-                in_array, position = True, position + 1
-            elif mark == "]" and in_array:
-                in_array, position = False, position + 1
-            else:
-                try:
-                    value, end = decoder.raw_decode(buffer, position)
-                except (ValueError, RecursionError) as error:
-                    need = 2 * max(len(buffer) - position, _CHUNK)
-                    if ended or need > _LONGEST_VALUE:
-                        raise DataError(f"{file.path} record {count}: not JSON ({one_line(error)}).") from None
-                    continue
-                if end == len(buffer) and not ended:  # a number may continue in the next block
-                    need = 2 * (len(buffer) - position)
-                    continue
-                position, count, need = end, count + 1, 1
-                yield value
-
-
-def _decoded(utf8: Any, block: bytes, start: int, file: DataFile) -> str:
-    try:
-        return str(utf8.decode(block, final=not block))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file.path}: not UTF-8 near byte offset {start + error.start} ({error.reason}).") from None
 
 
 class Csv(Format):
@@ -297,31 +242,46 @@ class Csv(Format):
 
     def matches(self, head: Head, options: Options) -> bool:
         # prose has commas too: only a header that names the field is certain
-        return len(head.lines) > 1 and self._delimiter(head.lines[0], options.text_field) is not None
+        return len(head.lines) > 1 and self._delimiter(head, options.text_field) is not None
 
-    def _delimiter(self, header: str, field: str) -> str | None:
+    def _delimiter(self, head: Head, field: str) -> str | None:
         for mark in self.delimiters:
-            names = next(csv.reader([header], delimiter=mark), [])
+            try:
+                names = next(csv.reader(io.StringIO(head.text, newline=""), delimiter=mark), [])
+            except csv.Error:
+                continue
             if len(names) > 1 and field in (name.strip() for name in names) and all(map(_is_name, names)):
                 return mark
         return None
 
     def read(self, file: DataFile, options: Options) -> Iterator[Item]:
         csv.field_size_limit((1 << 31) - 1)
+        mark = self._delimiter(Head(file, file.head()), options.text_field) or self.delimiters[0]
         with file.decompressed() as stream:
-            header = stream.readline().decode("utf-8-sig", "surrogateescape")
-            mark = self._delimiter(header.rstrip("\r\n"), options.text_field) or self.delimiters[0]
-            names = [name.strip() for name in next(csv.reader([header], delimiter=mark), [])]
-            if options.text_field not in names:
-                raise missing_field(file.path, options.text_field, names, "column")
-            rows = csv.reader((line.decode("utf-8", "surrogateescape") for line in stream), delimiter=mark)
+            text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+            rows = csv.reader(text, delimiter=mark, strict=True)
+            begun = 1
             try:
+                names = [name.strip() for name in next(rows, [])]
+                _column(file, names, options.text_field)
+                begun = rows.line_num + 1
                 for row in rows:
                     if row:
-                        origin = f"{file.path}:{rows.line_num + 1}"
-                        yield _csv_row(row, names, options.text_field, origin)
+                        yield _csv_row(row, names, options.text_field, f"{file.path}:{rows.line_num}")
+                    begun = rows.line_num + 1
             except csv.Error as error:
-                raise DataError(f"{file.path}:{rows.line_num + 1}: not {self.name} ({error}).") from None
+                raise DataError(_broken_row(f"{file.path}:{begun}", self.name, error)) from None
+            finally:
+                text.detach()  # else it closes the stream, which is not its own
+
+
+def _broken_row(origin: str, name: str, error: csv.Error) -> str:
+    if "unexpected end" in str(error) or "expected after" in str(error):
+        return (
+            f"{origin}: a quotation mark that begins a column of this row is not closed at the column's end: write "
+            'marks inside a quoted column twice (""), and quote a column that begins with one.'
+        )
+    return f"{origin}: not {name} ({error})."
 
 
 def _is_name(text: str) -> bool:

@@ -24,8 +24,13 @@ _FOREIGN = (
     (b"%PDF-", "a PDF", "extract its text first"),
     (b"PK\x03\x04", "a zip archive (or an office document)", "unpack it, or extract its text first"),
     (b"{\\rtf", "an RTF document", "extract its text first"),
+    (b"\xff\xfe\0\0", "UTF-32", "convert it to UTF-8"),
+    (b"\0\0\xfe\xff", "UTF-32", "convert it to UTF-8"),
     (b"\xff\xfe", "UTF-16", "convert it to UTF-8"),
     (b"\xfe\xff", "UTF-16", "convert it to UTF-8"),
+    (b"\x1f\x8b", "compressed twice (gzip)", "decompress it once"),
+    (b"\x28\xb5\x2f\xfd", "compressed twice (zstd)", "decompress it once"),
+    (b"\x04\x22\x4d\x18", "compressed by lz4", "decompress it, or use gzip, zstd, bzip2 or xz"),
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch the file with git lfs pull"),
 )
 _MARKUP = re.compile(r"\s*(?:<!--.*?-->\s*)?<(?:!doctype\s+html|html|\?xml|head|body)\b", re.IGNORECASE | re.DOTALL)
@@ -185,12 +190,8 @@ class Files(Origin):
         _refuse_foreign(head)
         if promised is not None:
             return promised
-        columns = _columns(head)
-        if columns > 1:
-            say(
-                f"{file.path}: looks like a table of {columns} columns and is read as plain text; for a table set "
-                "format to csv or tsv, and text_field to the column with the text"
-            )
+        if (other := _looks_like(head)) is not None:
+            say(f"{file.path}: looks like {other}")
         return by_content
 
 
@@ -218,6 +219,21 @@ def _refuse_foreign(head: Head) -> None:
             f"{head.file.path}: is HTML or XML, not plain text: extract its text first, or set format to text to "
             "train on the markup."
         )
+
+
+def _looks_like(head: Head) -> str | None:
+    """What else plain text seems to be, and what to do then; None for text as one expects it."""
+    columns = _columns(head)
+    if columns > 1:
+        return (
+            f"a table of {columns} columns and is read as plain text; for a table set format to csv or tsv, and "
+            "text_field to the column with the text"
+        )
+    if re.match(r"\s*\{\s*'[^'\n]*'\s*:", head.text):
+        return "Python dictionaries, which are not JSON, and is read as plain text; write JSON lines (json.dumps)"
+    if re.match(r"\s*<(\w+)[^<>]*>", head.text) and len(re.findall(r"</\w+>", head.text)) > 1:
+        return "HTML or XML and is read as plain text, its markup too; extract its text first if that is not meant"
+    return None
 
 
 def _columns(head: Head) -> int:

@@ -36,6 +36,7 @@ from muon_dist.data.shards import (
     token_dtype,
 )
 from muon_dist.data.tokenizer import load_tokenizer
+from muon_dist.defaults import SHARD_TOKENS, VALIDATION_FRACTION
 from muon_dist.errors import DataError
 
 _BATCH_BYTES = 1 << 20  # text that one task of a worker holds
@@ -48,8 +49,8 @@ def prepare(
     tokenizer_dir: str | Path,
     out_dir: str | Path,
     *,
-    validation_fraction: float = 0.02,
-    shard_tokens: int = 10_000_000,
+    validation_fraction: float = VALIDATION_FRACTION,
+    shard_tokens: int = SHARD_TOKENS,
     workers: int = 1,
     seed: int = 0,
     progress: bool = True,

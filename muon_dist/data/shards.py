@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from muon_dist.data.files import BLOCK_BYTES, read_json, sha256_file, sha256_json, write_json
+from muon_dist.data.files import BLOCK_BYTES, read_json, sha256_file, sha256_json
 from muon_dist.errors import DataError
+from muon_dist.json_files import write_json
 
 VERSION = 1
 MANIFEST_FILE = "manifest.json"

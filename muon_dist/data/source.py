@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from muon_dist.data.formats import NAMES
+from muon_dist.defaults import DOCUMENT_BYTES, MAX_BAD_RECORDS, TEXT_FIELD
 from muon_dist.errors import DataError
 
 BUILTINS = ("stdlib",)
@@ -32,17 +33,17 @@ class Source:
     path: str | Path | Sequence[str | Path] | None = None
     dataset: str | None = None
     format: str = "auto"
-    text_field: str = "text"
+    text_field: str = TEXT_FIELD
     config: str | None = None
     split: str = "train"
     streaming: bool = True
     revision: str | None = None
     max_documents: int | None = None
     weight: float = 1.0
-    document_bytes: int = 16384
+    document_bytes: int = DOCUMENT_BYTES
     separator: str | None = None
     on_bad_record: str = "stop"
-    max_bad_records: int = 1000
+    max_bad_records: int = MAX_BAD_RECORDS
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.builtin, self.path, self.dataset)) != 1:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from muon_dist.data.document import SourceGoneError
+from muon_dist.data.document import SourceGoneError, say
 from muon_dist.data.files import sha256_stream
 from muon_dist.errors import DataError
 from muon_dist.failures import one_line
@@ -166,9 +166,15 @@ def _find_local(root: Path) -> list[DataFile]:
         root = root.with_name(root.name + ".idx")  # the prefix by which Megatron names a pair of files
     if not root.exists() and _GLOB.search(str(root)):
         matches = sorted(Path(name) for name in glob.glob(str(root), recursive=True))
-        files = [file for match in matches for file in ([match] if match.is_file() else ())]
+        files = [match for match in matches if match.is_file()]
+        folders = [match for match in matches if match.is_dir() and root.parts[-1] != "**"]
         if not any(file.stat().st_size for file in files):
-            raise SourceGoneError(f"{root}: no non-empty file matches this pattern.")
+            only = f", only folders such as {folders[0]}: write {root}/* or {root}/**" if folders else ""
+            raise SourceGoneError(f"{root}: no non-empty file matches this pattern{only}.")
+        if folders and "**" not in root.parts:
+            say(
+                f"{root}: matches folders too, which are left out, such as {folders[0]}; for what is in them: {root}/*"
+            )
         return [DataFile(str(file), file.name) for file in files]
     if not root.exists():
         raise SourceGoneError(f"{root}: no such file or folder (a data source's path).")

@@ -20,10 +20,19 @@ from typing import Any
 
 from muon_dist.data.corpus import Source, documents, same_source, size_hint, source_record
 from muon_dist.data.document import say
-from muon_dist.data.encoder import Encoder, TokenizerInfo, bos_ids, definition, vocabulary_size
-from muon_dist.data.files import folder_lock, new_folder, read_json, sha256_file, sha256_json, write_json
+from muon_dist.data.encoder import (
+    Encoder,
+    TokenizerInfo,
+    bos_ids,
+    definition,
+    pretrained_tokenizer,
+    vocabulary_size,
+)
+from muon_dist.data.files import folder_lock, new_folder, read_json, sha256_file, sha256_json
+from muon_dist.defaults import VOCAB_SIZE
 from muon_dist.errors import DataError
 from muon_dist.failures import one_line
+from muon_dist.json_files import write_json
 
 MODEL_TYPES = ("bpe", "unigram")
 UNK, BOS, EOS, PAD = "<unk>", "<|bos|>", "<|eos|>", "<|pad|>"  # ids 0 to 3; not <s>, which HTML pages contain
@@ -43,7 +52,7 @@ def train_tokenizer(
     out_dir: str | Path,
     *,
     model_type: str = "bpe",
-    vocab_size: int = 4096,
+    vocab_size: int = VOCAB_SIZE,
     sample_bytes: int = 20_000_000,
     seed: int = 0,
     threads: int = 1,
@@ -355,13 +364,11 @@ def load_tokenizer(path: str | Path, add_bos: bool | None = None) -> Encoder:
 
     ``add_bos``: whether documents begin with the beginning-of-sequence token; None: as the tokenizer does it.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such tokenizer folder.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = pretrained_tokenizer(folder)
     except Exception as error:  # transformers raises many kinds on a damaged or incomplete folder
         raise DataError(
             f"{folder}: AutoTokenizer cannot load this folder ({type(error).__name__}: {one_line(error)})."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from muon_dist.doctor.verdict import Verdict, worst
+from muon_dist.json_files import indented
 
 
 def doctor(
@@ -36,7 +36,7 @@ def doctor(
 
 
 def _json(found: list[Verdict]) -> str:
-    return json.dumps({"level": worst(found), "verdicts": [verdict.to_json() for verdict in found]}, indent=2)
+    return indented({"level": worst(found), "verdicts": [verdict.to_json() for verdict in found]})
 
 
 def _text(found: list[Verdict]) -> str:

@@ -6,10 +6,10 @@ import os
 import resource
 import shlex
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from muon_dist.doctor.verdict import Level, Verdict
+from muon_dist.waiting import build_locks, extensions_folder
 
 GIB = 2**30
 
@@ -46,23 +46,14 @@ def check_shared_memory(path: Path = Path("/dev/shm"), wanted: float = 1.0) -> l
     return [Verdict("shared memory", level, f"{text}, wanted {wanted:g} GiB", fix, figures=figures)]
 
 
-def extensions_folder(variables: Mapping[str, str] = os.environ) -> Path:
-    """The folder of torch's compiled extensions."""
-    if variables.get("TORCH_EXTENSIONS_DIR"):
-        return Path(variables["TORCH_EXTENSIONS_DIR"])
-    cache = variables.get("XDG_CACHE_HOME") or Path(variables.get("HOME", "~")).expanduser() / ".cache"
-    return Path(cache) / "torch_extensions"
-
-
 def check_locks(folder: Path | None = None) -> list[Verdict]:
     """Locks that a killed build left: a later run waits for them forever, silently.
 
     torch keeps a lock open while it builds (torch.utils.file_baton), so one that no process has open is stale.
     """
-    folder = extensions_folder() if folder is None else folder
-    locks = sorted(folder.rglob("lock")) if folder.is_dir() else []
+    locks = build_locks(folder)
     if not locks:
-        return [Verdict("extension locks", "ok", f"none in {folder}")]
+        return [Verdict("extension locks", "ok", f"none in {folder if folder is not None else extensions_folder()}")]
     verdicts = []
     for lock in locks:
         holder = _process_with(lock)

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 
-from muon_dist.adapters.device import gpus_of_driver
 from muon_dist.doctor.verdict import Verdict
+from muon_dist.train.device import gpus_of_driver
 
 # The ranges of pyproject.toml: package -> (lowest, first that is too new or None).
 RANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
     "torch": ((2, 9), None),
     "deepspeed": ((0, 19, 8), None),
-    "transformers": ((5,), (6,)),
+    "transformers": ((5, 3), (6,)),
     "accelerate": ((1, 12), None),
     "datasets": ((4,), None),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -15,7 +14,7 @@ from typing import Any
 import numpy
 import torch
 
-from muon_dist.errors import DataError
+from muon_dist.json_files import write_json
 
 HOLDS = "holds"
 HOLDS_IN_PART = "holds in part"
@@ -135,17 +134,4 @@ def plain(value: Any) -> Any:
 
 def write_result(record: dict[str, Any], path: Path) -> None:
     """Write one result as strict JSON (no NaN, no Infinity)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plain(record), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """Read a result file; raises DataError naming the file and the key when it is not one."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable result file ({error}); run `muon-dist spectra run` again") from error
-    for key in ("experiment", "verdict", "criteria"):
-        if not isinstance(record, dict) or key not in record:
-            raise DataError(f"{path}: not an experiment result, the key {key!r} is missing")
-    return record
+    write_json(path, plain(record))

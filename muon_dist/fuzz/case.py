@@ -14,6 +14,8 @@ from muon_dist.errors import ConfigError
 MUON, ADAMW, FROZEN = "muon", "adamw", "frozen"
 PROCESS, DDP, FSDP2, ZERO = "process", "ddp", "fsdp2", "zero"
 RELOAD, FULL, CHECKPOINT = "reload", "full", "checkpoint"
+EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
+"""Where an MoE layer of DeepSpeed keeps its experts."""
 SECOND_GROUP: dict[str, Any] = {"scale": "spectral", "momentum": 0.9, "nesterov": False, "weight_decay": 0.02}
 """Options of the parameters with `group` 1, with half the learning rate; their rule is Muon's."""
 ADAMW_OPTIONS: dict[str, Any] = {"weight_decay": 0.05, "betas": (0.9, 0.95), "eps": 1e-8}
@@ -24,7 +26,7 @@ class Parameter:
     """A parameter of the model.
 
     Attributes:
-        name: unique; the parameter is `layers.<layer>.<name>` of the model.
+        name: unique; the parameter is `layers.<layer>.<name>.weight` of the model.
         shape: (M, N), (E, M, N) for experts, or one axis under AdamW.
         kind: who steps it: "muon", "adamw" or, "frozen", nobody.
         layer: module that holds it.
@@ -33,6 +35,7 @@ class Parameter:
         tp: the tensor axis that tensor parallelism cuts; None for a plain copy on all its ranks.
         tied: the module holds the parameter under a second name too, and uses both.
         fsdp_dim: the tensor axis that FSDP2 cuts, where it divides evenly; else 0.
+        listed: the parts along the first axis are experts of an MoE layer of DeepSpeed, parameters of their own.
     """
 
     name: str
@@ -46,10 +49,18 @@ class Parameter:
     tp: int | None = None
     tied: bool = False
     fsdp_dim: int = 0
+    listed: bool = False
 
     @property
     def fqn(self) -> str:
-        return f"layers.{self.layer}.{self.name}"
+        return f"layers.{self.layer}.{self.name}.weight"
+
+    @property
+    def fqns(self) -> tuple[str, ...]:
+        """Names of the model's parameters that hold it: one, or one for each expert."""
+        if not self.listed:
+            return (self.fqn,)
+        return tuple(f"layers.{self.layer}.{self.name}.{EXPERTS}.{i}.weight" for i in range(self.shape[0]))
 
     @property
     def cut(self) -> dict[str, Any]:
@@ -79,8 +90,9 @@ class Setup:
 
     Attributes:
         framework: "process", "ddp" (`replicate` ranks), "fsdp2" (any of the axes; without `shard` tensor parallelism
-            alone) or "zero" (DeepSpeed on `replicate` ranks).
-        replicate, shard, tp: ranks along the axes of the mesh.
+            alone) or "zero" (DeepSpeed: `replicate`, and one of `tp`, AutoTP, `sp`, Ulysses, and `ep`, MoE layers).
+        replicate, shard, tp, sp: ranks along the axes of the mesh.
+        ep: ranks that share the experts of a layer, of the others; under "fsdp2" a multiple of `tp`.
         stage: of ZeRO.
     """
 
@@ -89,20 +101,56 @@ class Setup:
     shard: int = 1
     tp: int = 1
     stage: int = 0
+    sp: int = 1
+    ep: int = 1
 
     @property
     def world(self) -> int:
-        return self.replicate * self.shard * self.tp
+        return self.replicate * self.shard * self.tp * self.sp
 
     @property
     def data(self) -> int:
-        """Ranks with samples of their own."""
-        return self.replicate * self.shard
+        """Ranks with samples, or parts of samples, of their own."""
+        return self.replicate * self.shard * self.sp
+
+    @property
+    def for_good(self) -> bool:
+        """DeepSpeed keeps the groups of these axes for as long as the process lives."""
+        return self.framework == ZERO and max(self.tp, self.sp, self.ep) > 1
+
+    @property
+    def needs_elements(self) -> bool:
+        """FSDP2 and AutoTP take no parameter of which tensor parallelism leaves a rank nothing."""
+        return self.tp > 1 and (self.shard > 1 or self.framework == ZERO)
+
+    def shares(self, p: Parameter) -> bool:
+        """Whether the ranks of `ep` share the experts of a parameter."""
+        kind = p.listed if self.framework == ZERO else len(p.shape) == 3 and p.tp == 0 and not p.listed
+        return self.ep > 1 and kind and p.shape[0] % self.ep == 0
+
+    def problem(self) -> str | None:
+        """Why no framework has this mesh; None if one has."""
+        if self.framework not in (PROCESS, DDP, FSDP2, ZERO):
+            return "framework must be process, ddp, fsdp2 or zero"
+        if self.framework == ZERO:
+            if self.shard > 1 or sum(size > 1 for size in (self.tp, self.sp, self.ep)) > 1:
+                return "zero takes replicate, and one of tp, sp and ep"
+            if self.ep > 1 and (self.stage == 3 or self.replicate % self.ep):
+                return "DeepSpeed's MoE layers need a stage below 3, and an ep that divides replicate"
+        elif self.framework == FSDP2:
+            if self.sp > 1 or (
+                self.ep > 1 and (self.shard == 1 or self.ep % self.tp or self.shard * self.tp % self.ep)
+            ):
+                return "under fsdp2 ep must be a multiple of tp that divides shard x tp, and shard more than 1; no sp"
+        elif max(self.shard, self.tp, self.sp, self.ep) > 1:
+            return f"{self.framework} has no axis but replicate"
+        return None
 
     def label(self) -> str:
         if self.framework == ZERO:
-            return f"ZeRO-{self.stage} x{self.replicate}"
-        axes = ((self.replicate, "copies"), (self.shard, "shards"), (self.tp, "tp"))
+            own = ((self.tp, "AutoTP"), (self.sp, "Ulysses"), (self.ep, "MoE ep"))
+            return " ".join([f"ZeRO-{self.stage} x{self.replicate}", *(f"{n}{size}" for size, n in own if size > 1)])
+        axes = ((self.replicate, "copies"), (self.shard, "shards"), (self.tp, "tp"), (self.ep, "ep"))
         return " ".join([self.framework, *(f"{name}{size}" for size, name in axes if size > 1)])
 
 
@@ -193,6 +241,11 @@ class Case:
         """The learning rate of a step: schedules change it."""
         return self.lr * (1 + step % 3) / 2
 
+    def labels(self) -> list[str]:
+        """Under which a report counts this case: what holds the model first, the rule, the way to resume."""
+        resume = [f"resume {self.resume.how}"] if self.resume is not None else []
+        return [self.setup.label(), f"rule {self.rule}", *resume]
+
     def to_json(self) -> str:
         """One line; what is as by default is left out."""
         return json.dumps(_sparse(self), separators=(",", ":"))
@@ -222,13 +275,16 @@ class Case:
             return "steps and accumulation must be at least 1"
         if self.resume is not None and not 0 < self.resume.at < self.steps:
             return "resume.at must lie between the first step and the last"
-        if any(setup.framework not in (PROCESS, DDP, FSDP2, ZERO) for setup, _ in self.segments()):
-            return "framework must be process, ddp, fsdp2 or zero"
+        wrong = [said for setup, _ in self.segments() if (said := setup.problem()) is not None]
+        if wrong:
+            return wrong[0]
+        if any(p.listed and (p.tied or p.tp is not None) for p in self.parameters):
+            return "a listed parameter is neither tied nor cut by tp"
         if self.exact and (self.clip is not None or any(not self.sums_exactly(s) for s, _ in self.segments())):
             return "16-bit gradients are summed exactly: without clip, and over 1, 2, 4, ... samples"
         for setup, _ in self.segments():
-            if setup.shard > 1 and any(p.leaves_empty(setup.tp) for p in self.parameters):
-                return "torch's FSDP2 takes no parameter of which tensor parallelism leaves a rank nothing"
+            if setup.needs_elements and any(p.leaves_empty(setup.tp) for p in self.parameters):
+                return "FSDP2 and AutoTP take no parameter of which tensor parallelism leaves a rank nothing"
         return None
 
     def sums_exactly(self, setup: Setup) -> bool:

@@ -24,6 +24,9 @@ def fuzz(
         Optional[Path],  # noqa: UP045  (typer reads it on Python 3.10 too)
         typer.Option("--json", help="Write counts, refusals and wrong cases to this file."),
     ] = None,
+    only: Annotated[
+        str, typer.Option(metavar="TEXT", help="Cases alone of which a label has TEXT: ZeRO, AutoTP, 'rule namo'.")
+    ] = "",
     replay: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="CASE", help="Run one case, in the form in which a wrong case was printed."),
@@ -38,4 +41,4 @@ def fuzz(
         os.environ.setdefault(name, value)
     from muon_dist.fuzz.run import command
 
-    command(seconds, seed, json_file, replay, typer.echo)
+    command(seconds, seed, json_file, replay, typer.echo, only)

@@ -21,33 +21,40 @@ from muon_dist.fuzz.case import (
     Resume,
     Setup,
 )
-from muon_dist.optim.rules import RULES
+from muon_dist.optim.rules import PARTS, RULES
 
 SIDES = (1, 2, 3, 4, 5, 7, 8, 12, 16, 24, 33)
 _MESHES = (
-    (1, 2, 1),
-    (1, 3, 1),
-    (1, 4, 1),
-    (2, 2, 1),
-    (1, 1, 2),
-    (1, 1, 3),
-    (1, 2, 2),
-    (1, 3, 2),
-    (1, 2, 3),
-    (2, 2, 2),
+    ((1, 2, 1, 1), 8),
+    ((1, 3, 1, 1), 6),
+    ((1, 4, 1, 1), 4),
+    ((2, 2, 1, 1), 6),
+    ((1, 1, 2, 1), 6),
+    ((1, 1, 3, 1), 3),
+    ((1, 2, 2, 1), 8),
+    ((1, 3, 2, 1), 2),
+    ((1, 2, 3, 1), 2),
+    ((2, 2, 2, 1), 1),
+    ((1, 2, 1, 2), 3),
+    ((1, 4, 1, 2), 2),
+    ((2, 2, 1, 2), 2),
+    ((1, 2, 2, 2), 2),
+    ((1, 2, 2, 4), 2),
 )
-"""(replicate, shard, tp) of FSDP2, HSDP and tensor parallelism."""
-_WEIGHTS = (8, 6, 4, 6, 6, 3, 8, 2, 2, 1)
+"""((replicate, shard, tp, ep) of FSDP2, HSDP, tensor and expert parallelism, how often)."""
 _PARTS: dict[str, float | bool] = {
     "cautious": True,
     "row_floor": 0.3825,
     "radial_brake": 0.5,
     "muoneq": True,
     "muon_plus": True,
+    "momentum_at_owner": True,
 }
 _ROWS = (((3.4445, -4.775, 2.0315), (2.0, -1.5, 0.5)), ((4.0848, -6.8946, 2.927), (1.875, -1.25, 0.375)) * 2)
-_ENGINES = 0.06
+_ENGINES = 0.07
 """Share of DeepSpeed: an engine costs as much as ten others."""
+_AXES = {"": 6, "tp": 3, "ep": 3, "sp": 1}
+"""AutoTP, MoE layers and Ulysses, how often: their processes are forked for one case."""
 
 
 def draw(seed: int, number: int, engines: bool = True) -> Case:
@@ -83,7 +90,7 @@ def draw(seed: int, number: int, engines: bool = True) -> Case:
         case = replace(case, parameters=tuple(_squared(r, p) for p in case.parameters))
     if case.steps > 1 and r.random() < 0.3:
         case = replace(case, resume=_resume(r, case, engines))
-    return _with_gaps(r, _holdable(_with_dtype(r, case)))
+    return _with_gaps(r, _holdable(_with_experts(r, _with_dtype(r, case))))
 
 
 def _with_options(r: random.Random, case: Case) -> Case:
@@ -92,7 +99,8 @@ def _with_options(r: random.Random, case: Case) -> Case:
     chosen: dict[str, float | bool] = dict(own.get(case.rule, {}) if r.random() < 0.3 else {})
     refused = RULES[case.rule].refused
     for name, value in _PARTS.items():
-        if name not in refused and r.random() < 0.12:
+        fits = name not in refused and PARTS[name].misfit(RULES[case.rule]) is None
+        if fits and r.random() < 0.12:
             chosen[name] = value
     rows = r.choice(_ROWS) if r.random() < 0.12 else ()
     patterns = r.random() < 0.15 and not any(p.transposed for p in case.parameters)
@@ -135,13 +143,27 @@ def _with_dtype(r: random.Random, case: Case) -> Case:
     return case
 
 
+def _with_experts(r: random.Random, case: Case) -> Case:
+    """With a parameter that the ranks of `ep` share, if there are any."""
+    sizes = [setup.ep for setup, _ in case.segments() if setup.ep > 1]
+    if not sizes:
+        return case
+    listed = any(setup.framework == ZERO and setup.ep > 1 for setup, _ in case.segments())
+    count = max(sizes) * r.choice((1, 1, 2))
+    p = Parameter("experts", (count, r.choice(SIDES), r.choice(SIDES)), tp=None if listed else 0, listed=listed)
+    p = replace(p, transposed=not case.by_pattern and r.random() < 0.2, group=int(r.random() < 0.2))
+    if case.rule == "soap_muon":
+        p = _squared(r, p)
+    return replace(case, parameters=(*case.parameters, p))
+
+
 def _holdable(case: Case) -> Case:
     """The case, changed where torch cannot hold it.
 
     FSDP2 takes no parameter of which tensor parallelism leaves a rank nothing. And where it leaves all of Muon's
     parameters only, the optimizer knows of no such axis.
     """
-    over = [setup.tp for setup, _ in case.segments() if setup.shard > 1 and setup.tp > 1]
+    over = [setup.tp for setup, _ in case.segments() if setup.needs_elements]
     if not over:
         return case
 
@@ -149,6 +171,7 @@ def _holdable(case: Case) -> Case:
         return not any(p.leaves_empty(tp) for tp in over)
 
     first, *others = case.parameters
+    first = replace(first, listed=False)
     cut = next((q for q in (replace(first, tp=axis) for axis in range(len(first.shape))) if fits(q)), None)
     if cut is None:
         resume = case.resume
@@ -158,17 +181,30 @@ def _holdable(case: Case) -> Case:
 
 
 def _without_tp(setup: Setup) -> Setup:
-    return replace(setup, tp=1) if setup.shard > 1 else setup
+    return replace(setup, tp=1, ep=1) if setup.needs_elements else setup
 
 
 def draw_setup(r: random.Random, engines: bool) -> Setup:
     if engines and r.random() < _ENGINES:
-        return Setup(ZERO, replicate=r.choice((1, 2, 2, 3)), stage=r.randint(0, 3))
+        return _engine(r)
     if r.random() < 0.12:
         return Setup()
     if r.random() < 0.22:
         return Setup(DDP, replicate=r.choice((2, 2, 3, 4)))
-    return Setup(FSDP2, *r.choices(_MESHES, _WEIGHTS)[0])
+    replicate, shard, tp, ep = r.choices([mesh for mesh, _ in _MESHES], [often for _, often in _MESHES])[0]
+    return Setup(FSDP2, replicate, shard, tp, ep=ep)
+
+
+def _engine(r: random.Random) -> Setup:
+    axis = r.choices(tuple(_AXES), tuple(_AXES.values()))[0]
+    if axis == "tp":
+        return Setup(ZERO, replicate=r.choice((1, 2)), tp=r.choice((2, 2, 3)), stage=r.randint(0, 3))
+    if axis == "sp":
+        return Setup(ZERO, replicate=r.choice((1, 2)), sp=2, stage=r.randint(0, 3))
+    if axis == "ep":
+        ep = r.choice((2, 2, 4))
+        return Setup(ZERO, replicate=ep * (r.choice((1, 2)) if ep == 2 else 1), ep=ep, stage=r.randint(0, 2))
+    return Setup(ZERO, replicate=r.choice((1, 2, 2, 3)), stage=r.randint(0, 3))
 
 
 def _parameters(r: random.Random) -> tuple[Parameter, ...]:
@@ -181,7 +217,8 @@ def _parameters(r: random.Random) -> tuple[Parameter, ...]:
             found.append(replace(like, name=f"p{i}", layer=r.randrange(layers)))
             continue
         made = _matrix(r, f"p{i}") if kind == MUON else _other(r, f"p{i}", kind)
-        found.append(replace(made, layer=r.randrange(layers), tied=kind != FROZEN and r.random() < 0.1))
+        tied = kind != FROZEN and r.random() < 0.1 and not made.listed
+        found.append(replace(made, layer=r.randrange(layers), tied=tied))
     used = {layer: i for i, layer in enumerate(sorted({p.layer for p in found}))}
     return tuple(replace(p, layer=used[p.layer]) for p in found)
 
@@ -196,7 +233,8 @@ def _matrix(r: random.Random, name: str) -> Parameter:
     elif out > 2 and r.random() < 0.15:
         first = r.randint(1, out - 1)
         p = replace(p, sizes=(first, out - first))
-    return replace(p, tp=r.choice((None, *range(len(shape)))), fsdp_dim=r.choice((0, 0, 0, 1)))
+    p = replace(p, tp=r.choice((None, *range(len(shape)))), fsdp_dim=r.choice((0, 0, 0, 1)))
+    return replace(p, listed=True, tp=None) if len(shape) == 3 and r.random() < 0.25 else p
 
 
 def _other(r: random.Random, name: str, kind: str) -> Parameter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,16 +15,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from muon_dist.adapters import module_state
 from muon_dist.checkpoint import Checkpoint, Holding
-from muon_dist.fuzz.case import ADAMW, ADAMW_OPTIONS, DDP, FROZEN, MUON, Case, Parameter, Setup, second_group
+from muon_dist.fuzz.case import ADAMW, ADAMW_OPTIONS, DDP, FROZEN, MUON, ZERO, Case, Parameter, Setup, second_group
 from muon_dist.fuzz.model import Model, Tensors, named, sample
 from muon_dist.optim.groups import param_groups
 from muon_dist.optim.muon import Muon
+from muon_dist.routing import expert_group
 
 SECOND = "second"
 
 
 def make_optimizer(case: Case, model: Any, parameters: Mapping[str, Any]) -> Muon:
-    """The optimizer of a case over the parameters of `model`, which are given by FQN too."""
+    """The optimizer of a case over the parameters of `model`, which are given by FQN in the whole model too."""
     own = {"weight_decay": case.weight_decay, "scale": case.scale, "nesterov": case.nesterov}
     first: dict[str, Any] = {
         "rule": case.rule,
@@ -47,12 +48,12 @@ def make_optimizer(case: Case, model: Any, parameters: Mapping[str, Any]) -> Muo
         groups = _by_pattern(case, model, options)
     else:
         groups = [
-            _group(case, parameters, MUON, 0, name="muon", **options["muon"]),
-            _group(case, parameters, MUON, 1, name=SECOND, **options[SECOND]),
-            _group(case, parameters, ADAMW, 0, name="adamw", **options["adamw"]),
+            *_groups(case, model, parameters, MUON, 0, name="muon", **options["muon"]),
+            *_groups(case, model, parameters, MUON, 1, name=SECOND, **options[SECOND]),
+            *_groups(case, model, parameters, ADAMW, 0, name="adamw", **options["adamw"]),
         ]
     return Muon(
-        [g for g in groups if g["params"]],
+        groups,
         lr=case.lr,
         master_weights=case.rounding == "master",
         stochastic_rounding=case.rounding == "stochastic",
@@ -67,11 +68,21 @@ def make_optimizer(case: Case, model: Any, parameters: Mapping[str, Any]) -> Muo
     )
 
 
-def _group(case: Case, parameters: Mapping[str, Any], kind: str, number: int, **options: Any) -> dict[str, Any]:
-    chosen = [p for p in case.parameters if p.kind == kind and p.group == number]
-    names = [p.fqn for p in chosen]
-    cuts = {"cuts": [p.cut for p in chosen]} if kind == MUON else {}
-    return {"params": [parameters[n] for n in names], "param_names": names, "algorithm": kind, **cuts, **options}
+def _groups(
+    case: Case, model: Any, parameters: Mapping[str, Any], kind: str, number: int, **options: Any
+) -> Iterator[dict[str, Any]]:
+    """One for all parameters but the experts of MoE layers, and one for these, as DeepSpeed asks."""
+    own_names = {id(q): name for name, q in model.named_parameters()}
+    by_ranks: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+    for p in case.parameters:
+        if p.kind == kind and p.group == number:
+            for q in (parameters[fqn] for fqn in p.fqns if fqn in parameters):
+                by_ranks.setdefault(expert_group(q) or "", []).append((q, p.cut))
+    for ranks, chosen in sorted(by_ranks.items()):
+        made = {"params": [q for q, _ in chosen], "param_names": [own_names[id(q)] for q, _ in chosen]}
+        made |= {"algorithm": kind, **options}
+        made |= {"cuts": [cut for _, cut in chosen]} if kind == MUON else {}
+        yield made | ({"moe": True, "name": ranks} if ranks else {})
 
 
 def _by_pattern(case: Case, model: Any, options: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -81,14 +92,14 @@ def _by_pattern(case: Case, model: Any, options: Mapping[str, dict[str, Any]]) -
     entries = []
     for p in trained:
         chosen = options[_options_of(p)]
-        entry: dict[str, Any] = {"pattern": re.escape(p.fqn), "algorithm": p.kind}
+        entry: dict[str, Any] = {"pattern": "|".join(map(re.escape, p.fqns)), "algorithm": p.kind}
         entry |= {key: chosen[key] for key in said if key in chosen}
         if p.kind == MUON and (p.heads or p.sizes):
             entry["split"] = {"heads": p.heads} if p.heads else {"sizes": list(p.sizes or ())}
         entries.append(entry)
     with contextlib.redirect_stdout(io.StringIO()):  # the routing table of every case
         groups = param_groups(model, groups=entries)
-    by_fqn = {p.fqn: p for p in trained}
+    by_fqn = {fqn: p for p in trained for fqn in p.fqns}
     for group in groups:
         kind = _options_of(by_fqn[group["param_names"][0]])
         group |= {key: value for key, value in options[kind].items() if key not in said}
@@ -110,10 +121,11 @@ class Holder:
     def __init__(self, case: Case, setup: Setup, weights: Mapping[str, torch.Tensor]) -> None:
         self.case, self.setup = case, setup
         self.model: Any = self.wrap(Model(case, weights))
-        self.parameters = named(case, self.model)
         module = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        self.parameters = named(module)
         self.optimizer = make_optimizer(case, module, self.parameters)
-        second = {id(self.parameters[p.fqn]) for p in case.parameters if _options_of(p) == SECOND}
+        names = [fqn for p in case.parameters if _options_of(p) == SECOND for fqn in p.fqns]
+        second = {id(self.parameters[fqn]) for fqn in names if fqn in self.parameters}
         # By index: an engine puts tensors of its own into the groups.
         self._second = [any(id(p) in second for p in group["params"]) for group in self.optimizer.param_groups]
 
@@ -131,8 +143,26 @@ class Holder:
         self.set_rate(step)
         for micro in range(self.case.accumulation):
             last = micro == self.case.accumulation - 1
-            self.backward(sample(self.case, step, self.data_rank * self.case.accumulation + micro), last)
+            self.backward(self.fed(step, micro), last)
         self.finish()
+
+    def fed(self, step: int, micro: int) -> Tensors:
+        """What this rank's micro-batch feeds to the model, by `Parameter.fqn`.
+
+        Experts get the tokens of all ranks that share those of a layer. Their gradients are then divided by all data
+        ranks under DeepSpeed; FSDP2 divides by those that hold the same experts.
+        """
+        case, setup = self.case, self.setup
+        found = sample(case, step, self.data_rank * case.accumulation + micro)
+        count = max(1, setup.ep // setup.tp)
+        first = self.data_rank // count * count
+        shared = [p.fqn for p in case.parameters if setup.shares(p) and p.fqn in found]
+        if shared and count > 1:
+            every = [sample(case, step, (first + i) * case.accumulation + micro) for i in range(count)]
+            for name in shared:
+                total = torch.stack([one[name] for one in every]).sum(0)
+                found[name] = total if setup.framework == ZERO else total / count
+        return found
 
     def set_rate(self, step: int) -> None:
         for group, second in zip(self.optimizer.param_groups, self._second, strict=True):
@@ -159,7 +189,15 @@ class Holder:
             (g.to_local() if isinstance(g, DTensor) else g).mul_(factor)
 
     def whole(self) -> Tensors:
-        """The weights, whole, by FQN; a collective."""
+        """The weights, whole, by `Parameter.fqn`; a collective."""
+        found = self.wholes()
+        return {
+            p.fqn: torch.stack([found[name] for name in p.fqns]) if p.listed else found[p.fqn]
+            for p in self.case.parameters
+        }
+
+    def wholes(self) -> Tensors:
+        """The weights by the names of the model's parameters."""
         return {name: self._whole(p) for name, p in self.parameters.items()}
 
     def _whole(self, p: Any) -> torch.Tensor:

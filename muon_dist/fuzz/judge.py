@@ -81,7 +81,7 @@ class Judge:
 
     def __exit__(self, *_: object) -> None:
         for world in list(self._pools):
-            self._pools.pop(world).close()
+            self._close(world)
 
     def run(self, case: Case) -> Outcome:
         """One case."""
@@ -90,7 +90,7 @@ class Judge:
             reference, orthogonalized = Reference(case), 0
             noisy = Reference(case, ROUNDED_NOISE if case.wire == "bfloat16" else NOISE)
             for number, (setup, steps) in enumerate(case.segments()):
-                answers = self._answers(setup.world, text, number, folder)
+                answers = self._answers(setup, text, number, folder)
                 failed = _failed(answers)
                 if failed is not None:
                     return failed
@@ -105,14 +105,22 @@ class Judge:
             return Outcome(WRONG, outcome.error, outcome.parameter, said)
         return outcome
 
-    def _answers(self, world: int, text: str, number: int, folder: str) -> list[Answer]:
+    def _answers(self, setup: Setup, text: str, number: int, folder: str) -> list[Answer]:
+        world = setup.world
+        if setup.for_good:
+            self._close(world)
         pool = self._pools.get(world)
         if pool is None:
             pool = self._pools[world] = Pool(world, self._patience, self._prepare)
         answers = pool.run(run_segment, text, number, folder)
-        if pool.jobs >= _JOBS_OF_A_POOL or any(a.kind != "done" for a in answers):  # messages may be on their way
-            self._pools.pop(world).close()
+        spent = setup.for_good or pool.jobs >= _JOBS_OF_A_POOL
+        if spent or any(a.kind != "done" for a in answers):  # messages may be on their way
+            self._close(world)
         return answers
+
+    def _close(self, world: int) -> None:
+        if world in self._pools:
+            self._pools.pop(world).close()
 
     def _compare(self, case: Case, reference: Reference, noisy: Reference, found: Sequence[Found]) -> Outcome:
         first = start(case)
@@ -132,7 +140,7 @@ class Judge:
 
 def _groups(case: Case, setup: Setup) -> int:
     """Groups of ranks that step the same matrices, not knowing of each other: no matrix lies on the axis of tp."""
-    known = setup.shard == 1 or any(p.kind == MUON and p.tp is not None for p in case.parameters)
+    known = setup.shard == 1 or any(p.kind == MUON and (p.tp is not None or setup.shares(p)) for p in case.parameters)
     return 1 if known else setup.tp
 
 

@@ -14,7 +14,7 @@ from muon_dist.fuzz.case import Parameter, Setup
 from muon_dist.fuzz.holders import Holder
 from muon_dist.fuzz.model import TIED, Model
 
-REPLICATE, SHARD, TP = "dp_replicate", "dp_shard", "tp"
+REPLICATE, SHARD, TP, EP = "dp_replicate", "dp_shard", "tp", "ep"
 
 
 @functools.cache
@@ -25,17 +25,32 @@ def mesh_of(setup: Setup) -> DeviceMesh:
     return init_device_mesh("cpu", tuple(used.values()), mesh_dim_names=tuple(used))
 
 
+@functools.cache
+def mesh_of_experts(setup: Setup) -> DeviceMesh:
+    """The second view of the same ranks: `ep` and what it leaves of shard x tp, also where that is one rank."""
+    axes = {REPLICATE: setup.replicate, SHARD: setup.shard * setup.tp // setup.ep, EP: setup.ep}
+    used = {name: size for name, size in axes.items() if size > 1 or name == SHARD}
+    return init_device_mesh("cpu", tuple(used.values()), mesh_dim_names=tuple(used))
+
+
+def _data(mesh: DeviceMesh, setup: Setup) -> Any:
+    """The axes of a mesh over which `fully_shard` cuts and copies."""
+    return mesh[(REPLICATE, SHARD)] if setup.replicate > 1 else mesh[SHARD]
+
+
 class MeshHolder(Holder):
     """Parameters as `parallelize_module` leaves them, below `fully_shard` of every layer and of the whole."""
 
     def wrap(self, model: Model) -> Any:
-        mesh = mesh_of(self.setup)
-        if self.setup.tp > 1:
-            for p in self.case.parameters:
-                if p.tp is not None:
-                    _distribute(model.layers[p.layer], p, mesh[TP])
+        for p in self.case.parameters:
+            if self.setup.shares(p):
+                experts = mesh_of_experts(self.setup)
+                _distribute(model.layers[p.layer], p, experts[EP])
+                fully_shard(model.layers[p.layer].get_submodule(p.name), mesh=_data(experts, self.setup))
+            elif self.setup.tp > 1 and p.tp is not None:
+                _distribute(model.layers[p.layer], p, mesh_of(self.setup)[TP])
         if self.setup.shard > 1:
-            over: Any = mesh[(REPLICATE, SHARD)] if self.setup.replicate > 1 else mesh[SHARD]
+            over = _data(mesh_of(self.setup), self.setup)
             for layer in (*model.layers, model):
                 if any(True for _ in layer.parameters()):
                     fully_shard(layer, mesh=over, shard_placement_fn=self._placements(layer))
@@ -43,21 +58,22 @@ class MeshHolder(Holder):
 
     def _placements(self, layer: nn.Module) -> Any:
         by_name = {p.name: p for p in self.case.parameters}
-        by_id = {id(q): by_name.get(name.rpartition(".")[2]) for name, q in layer.named_parameters()}
+        by_id = {id(q): by_name.get(name.split(".")[0]) for name, q in layer.named_parameters()}
 
         def placement(parameter: nn.Parameter) -> Shard | None:
             p = by_id.get(id(parameter))
             if p is None or p.fsdp_dim == 0 or (p.tp is not None and self.setup.tp > 1):
                 return None
-            return Shard(p.fsdp_dim) if p.shape[p.fsdp_dim] % self.setup.shard == 0 else None
+            return Shard(p.fsdp_dim) if parameter.shape[p.fsdp_dim] % self.setup.shard == 0 else None
 
         return placement
 
 
 def _distribute(layer: Any, p: Parameter, mesh: DeviceMesh) -> None:
-    """Distribute a layer like `ColwiseParallel` and `RowwiseParallel`, for experts too."""
-    given = getattr(layer, p.name)
+    """As `ColwiseParallel` and `RowwiseParallel` do with a Linear; these take no experts."""
+    module = layer.get_submodule(p.name)
+    given = module.weight
     cut = nn.Parameter(distribute_tensor(given.detach(), mesh, [Shard(p.tp or 0)]), requires_grad=given.requires_grad)
-    layer.register_parameter(p.name, cut)
+    module.weight = cut
     if p.tied:
-        layer.register_parameter(p.name + TIED, cut)
+        layer.get_submodule(p.name + TIED).weight = cut

@@ -5,14 +5,15 @@ So the real DDP, FSDP2 and DeepSpeed average, shard, accumulate and clip, and on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from muon_dist.fuzz.case import FROZEN, Case, Parameter
+from muon_dist.fuzz.case import EXPERTS, FROZEN, Case, Parameter
 
 Tensors = dict[str, torch.Tensor]
 TIED = "_again"
@@ -56,29 +57,88 @@ def sample(case: Case, step: int, number: int) -> Tensors:
     return found
 
 
+class Weight(nn.Module):
+    """One parameter, as an `nn.Linear` holds it: AutoTP replaces such modules."""
+
+    bias = None
+
+    def __init__(self, value: torch.Tensor, dtype: torch.dtype, trained: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(value.to(dtype, copy=True), requires_grad=trained)
+
+    def forward(self, fed: torch.Tensor) -> torch.Tensor:
+        return product(self.weight, fed)
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a layer does with one of its modules.
+
+    Attributes:
+        fqn: of its weight in the whole model.
+        path: of the module in the layer.
+        key, expert: what it is fed, or which part of that along the first axis.
+        part: takes from that what belongs to this rank's part of the weight.
+    """
+
+    fqn: str
+    path: str
+    key: str
+    expert: int | None = None
+    part: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def fed(self, fed: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        given = fed[self.key] if self.expert is None else fed[self.key][self.expert]
+        return given if self.part is None else self.part(given)
+
+
 class Layer(nn.Module):
-    """Parameters that one module holds."""
+    """Parameters that one module holds.
+
+    Attributes:
+        uses: a wrapper that replaces modules changes them.
+    """
 
     def __init__(self, parameters: list[Parameter], weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
         super().__init__()
-        self.fqns = {p.name: p.fqn for p in parameters}
-        self.tied = {p.name for p in parameters if p.tied}
+        self.uses: list[Use] = []
         for p in parameters:
-            made = nn.Parameter(weights[p.fqn].to(dtype, copy=True), requires_grad=p.kind != FROZEN)
-            self.register_parameter(p.name, made)
+            made = [Weight(value, dtype, p.kind != FROZEN) for value in pieces(p, weights[p.fqn])]
+            self.add_module(p.name, _listed(made) if p.listed else made[0])
+            of_layer = f"layers.{p.layer}."
+            for i, fqn in enumerate(p.fqns):
+                path = fqn.removeprefix(of_layer).removesuffix(".weight")
+                self.uses.append(Use(fqn, path, p.fqn, i if p.listed else None))
             if p.tied:
-                self.register_parameter(p.name + TIED, made)
+                self.add_module(p.name + TIED, again := Weight(weights[p.fqn], dtype, True))
+                again.weight = made[0].weight
+                self.uses.append(Use(p.fqn, p.name + TIED, p.fqn))
 
     def forward(self, fed: Mapping[str, torch.Tensor]) -> torch.Tensor:
         terms = [torch.zeros(())]
-        for name, fqn in self.fqns.items():
-            if fqn in fed:
-                terms += [_product(getattr(self, name), fed[fqn])]
-                terms += [_product(getattr(self, name + TIED), fed[fqn])] if name in self.tied else []
+        for use in self.uses:
+            if use.key in fed:
+                module: Any = self.get_submodule(use.path)
+                given = use.fed(fed)
+                # A module of AutoTP's multiplies in another way.
+                terms.append(module(given) if isinstance(module, Weight) else product(module.weight, given))
         return torch.stack(terms).sum()
 
 
-def _product(parameter: Any, fed: torch.Tensor) -> torch.Tensor:
+def pieces(p: Parameter, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What the model's parameters hold of a whole tensor, in the order of `Parameter.fqns`."""
+    return list(tensor) if p.listed else [tensor]
+
+
+def _listed(experts: list[Weight]) -> nn.Module:
+    """The experts below the names that an MoE layer of DeepSpeed gives them."""
+    found: nn.Module = nn.ModuleList(experts)
+    for name in reversed(EXPERTS.split(".")):
+        found = nn.ModuleDict({name: found})
+    return found
+
+
+def product(parameter: Any, fed: torch.Tensor) -> torch.Tensor:
     if isinstance(parameter, DTensor):  # this rank's part of the sum is enough: its gradient is this rank's part
         mesh = parameter.device_mesh
         whole = DTensor.from_local(fed, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -101,7 +161,6 @@ class Model(nn.Module):
         return torch.stack([layer(fed) for layer in self.layers]).sum()
 
 
-def named(case: Case, model: nn.Module) -> dict[str, Any]:
-    """The parameters by FQN, whatever is wrapped around the model; tied ones once."""
-    found = {name.removeprefix("module."): p for name, p in model.named_parameters()}
-    return {p.fqn: found[p.fqn] for p in case.parameters}
+def named(model: Any) -> dict[str, Any]:
+    """This rank's parameters by their FQN in the whole model; tied ones once. model: without a wrapper around it."""
+    return {use.fqn: layer.get_submodule(use.path).weight for layer in model.layers for use in layer.uses}

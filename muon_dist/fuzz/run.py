@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,14 +12,16 @@ from typing import Any
 
 import torch
 
-from muon_dist.errors import InexactError
+from muon_dist.errors import ConfigError, InexactError
 from muon_dist.fuzz.case import Case
 from muon_dist.fuzz.draw import draw
 from muon_dist.fuzz.judge import PATIENCE, RIGHT, WRONG, Judge, Outcome
 from muon_dist.fuzz.shrink import shrink
+from muon_dist.json_files import write_json
 
 Say = Callable[[str], None]
 SHRINK_SECONDS = 60.0
+_SEARCHED = 20_000
 
 
 @dataclass
@@ -58,9 +59,7 @@ class Report:
 
     def add(self, case: Case, outcome: Outcome) -> None:
         self.counts[outcome.kind] += 1
-        labels = [case.setup.label(), f"rule {case.rule}"]
-        labels += [f"resume {case.resume.how}"] if case.resume is not None else []
-        for label in labels:
+        for label in case.labels():
             self.by.setdefault(label, Counter())[outcome.kind] += 1
         if outcome.kind == RIGHT and case.wire != "bfloat16" and (outcome.error or 0.0) > self.largest[0]:
             self.largest = outcome.error or 0.0, case.to_json()
@@ -103,6 +102,7 @@ def fuzz(
     seed: int,
     say: Say = print,
     *,
+    only: str = "",
     engines: bool | None = None,
     prepare: Callable[[], None] | None = None,
     stop_at_first: bool = False,
@@ -114,11 +114,15 @@ def fuzz(
     Args:
         seed: the cases follow from it; how many there are follows from the machine.
         say: prints a line.
+        only: text that a label of each case must contain.
         engines: whether DeepSpeed may be drawn; by default if it is installed.
         prepare: called in every rank, for tests.
         stop_at_first: end with the first wrong case.
         shrink_seconds: for each wrong case.
         patience: seconds after which a case hangs.
+
+    Raises:
+        ConfigError: no case has a label with the text `only`.
     """
     if engines is None:
         engines = importlib.util.find_spec("deepspeed") is not None
@@ -126,7 +130,7 @@ def fuzz(
     report, begun, number = Report(seed), time.monotonic(), 0
     with Judge(prepare, patience) as judge:
         while time.monotonic() - begun < seconds:
-            case = draw(seed, number, engines)
+            number, case = _next(seed, number, engines, only)
             outcome = judge.run(case)
             report.add(case, outcome)
             report.seconds = time.monotonic() - begun
@@ -139,6 +143,15 @@ def fuzz(
                     break
             number += 1
     return report
+
+
+def _next(seed: int, number: int, engines: bool, only: str) -> tuple[int, Case]:
+    """The first case from `number` on with a label that contains `only`."""
+    for at in range(number, number + _SEARCHED):
+        case = draw(seed, at, engines)
+        if any(only in label for label in case.labels()):
+            return at, case
+    raise ConfigError(f"--only '{only}': none of {_SEARCHED} cases has such a label; the table of a run lists labels")
 
 
 def replay(text: str, say: Say = print) -> Outcome:
@@ -161,19 +174,19 @@ def warm(engines: bool) -> None:
         import muon_dist.fuzz.engines  # noqa: F401
 
 
-def command(seconds: float, seed: int, json_file: Path | None, case: str | None, say: Say) -> None:
+def command(seconds: float, seed: int, json_file: Path | None, case: str | None, say: Say, only: str = "") -> None:
     """`muon-dist fuzz`.
 
     Raises:
         InexactError: a case is wrong.
-        ConfigError: `case` is none.
+        ConfigError: `case` is none, or nothing has a label with the text `only`.
     """
     if case is not None:
         outcome = replay(case, say)
         if outcome.kind == WRONG:
             raise InexactError("the case is wrong")
         return
-    report = fuzz(seconds, seed, say)
+    report = fuzz(seconds, seed, say, only=only)
     say(report.table())
     say(
         f"{report.counts.total()} cases in {report.seconds:.0f} s from seed {seed}: {report.counts['right']} right, "
@@ -181,7 +194,7 @@ def command(seconds: float, seed: int, json_file: Path | None, case: str | None,
         f"{report.largest[0]:.1e}"
     )
     if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=1), encoding="utf-8")
+        write_json(json_file, report.to_json())
         say(f"-> {json_file}")
     if report.wrong:
         raise InexactError(f"{len(report.wrong)} cases are wrong; the lines above run them again")

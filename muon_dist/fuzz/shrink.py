@@ -70,7 +70,7 @@ def _smaller(setup: Setup) -> Iterator[Setup]:
         yield Setup()
     if setup.framework in (ZERO, FSDP2) and setup.world > 2:
         yield Setup(DDP, replicate=2)
-    for axis in ("replicate", "shard", "tp"):
+    for axis in ("replicate", "shard", "tp", "sp", "ep"):
         size = getattr(setup, axis)
         for less in (1, 2):
             if less < size:
@@ -83,11 +83,11 @@ def _smaller(setup: Setup) -> Iterator[Setup]:
 
 def _simpler(p: Parameter) -> Iterator[Parameter]:
     plain = Parameter(p.name, p.shape, p.kind, p.layer)
-    for name in ("tied", "group", "transposed", "tp", "fsdp_dim", "layer"):
+    for name in ("tied", "group", "transposed", "tp", "fsdp_dim", "listed", "layer"):
         if getattr(p, name) != getattr(plain, name) or (name == "layer" and p.layer):
             changed: dict[str, Any] = {name: 0 if name == "layer" else getattr(plain, name)}
             yield replace(p, **changed)
     if p.heads is not None or p.sizes is not None:
         yield replace(p, heads=None, sizes=None)
     if len(p.shape) == 3 and p.tp in (None, 1, 2):
-        yield replace(p, shape=p.shape[1:], tp=None if p.tp is None else p.tp - 1)
+        yield replace(p, shape=p.shape[1:], tp=None if p.tp is None else p.tp - 1, listed=False)

@@ -11,7 +11,7 @@ import yaml
 
 from muon_dist.errors import ConfigError
 from muon_dist.launcher.job import Job, check_address
-from muon_dist.launcher.shell import header, script, words
+from muon_dist.launcher.shell import header, words
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def render_hostfile(job: Job, hosts: Sequence[str], port: int, command: Sequence
         )
     for host in hosts:
         check_address(host, port, 1)
-    lines = [*header(command, []), *(f"{host} slots={job.processes}" for host in hosts)]
+    lines = [header(command), *(f"{host} slots={job.processes}" for host in hosts)]
     # --module: what follows is a module; --no_local_rank: muon-dist takes it from the environment, not as an argument
     last = ["--master_port", str(port), "--no_local_rank", "--module"]
     if job.nodes == 1:
@@ -71,7 +71,7 @@ def render_accelerate(job: Job, address: str, port: int, command: Sequence[str])
         "same_network": True,
         "use_cpu": job.gpus == 0,
     }
-    text = script(header(command, []), [yaml.safe_dump(settings, sort_keys=False).rstrip()])
+    text = f"{header(command)}\n{yaml.safe_dump(settings, sort_keys=False)}"
     rank = " --machine_rank NODE_RANK" if job.nodes > 1 else ""
     return Files(text=text, command=f"accelerate launch --config_file {{file}}{rank} {words(job)}")
 

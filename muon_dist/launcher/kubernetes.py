@@ -16,7 +16,7 @@ import yaml
 
 from muon_dist.errors import ConfigError
 from muon_dist.launcher.job import Job
-from muon_dist.launcher.shell import ALONE, ALONE_OPTIONS, OWN_STORE, WAIT, header, preparation
+from muon_dist.launcher.shell import header, script
 
 _LABEL = re.compile(r"^[a-z]([a-z0-9-]{0,48}[a-z0-9])?$")  # RFC 1035, with room for the suffixes of pods
 _QUANTITY = re.compile(r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")
@@ -97,22 +97,16 @@ def render_kubernetes(job: Job, kubernetes: Kubernetes, command: Sequence[str]) 
         _trainjob(name, job, kubernetes) if kubernetes.kind == "trainjob" else [_pytorchjob(name, job, kubernetes)]
     )
     text = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)
-    return "\n".join([*header(command, ["kubectl apply -f FILE"]), text])
+    return f"{header(command, 'kubectl apply -f FILE')}\n{text}"
 
 
 def _container(name: str, job: Job, kubernetes: Kubernetes) -> dict[str, Any]:
     """The container with the training: bash, a fixed script, and the words of the command as its arguments."""
-    start = f"python -m torch.distributed.run --nproc-per-node {job.processes}"
-    # torchrun takes the number of machines, this one's and the meeting place from PET_ variables
-    if job.nodes == 1:
-        run = [*ALONE, f'{start} --nnodes 1 {ALONE_OPTIONS} "$@" &', *WAIT]
-    else:
-        run = [OWN_STORE, f'exec {start} "$@"']
-    lines = [*preparation(job), f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={max(30, kubernetes.grace - 30)}", *run]
+    text = script("container.sh", job=job, seconds=max(30, kubernetes.grace - 30)).rstrip("\n")
     container: dict[str, Any] = {
         "name": name,
         "image": kubernetes.image,
-        "command": ["bash", "-c", literal("\n".join(lines)), "muon-dist"],
+        "command": ["bash", "-c", literal(text), "muon-dist"],
         "args": [literal(word) for word in ("-m", "muon_dist.cli", *job.arguments)],
     }
     amounts: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from muon_dist.errors import ConfigError
 from muon_dist.launcher.job import Job
-from muon_dist.launcher.shell import ALONE, ALONE_OPTIONS, AWAIT, header, preparation, words
+from muon_dist.launcher.shell import header, script, words
 
 # What sbatch takes for its own options. It parses #SBATCH lines itself, with rules of its own for quotes, so nothing
 # that would need any is let in.
@@ -48,31 +48,6 @@ class Slurm:
                 )
 
 
-_MEETING = (
-    'MASTER_ADDR="$(scontrol show hostnames "${SLURM_JOB_NODELIST:?this file is for sbatch}" | head -n 1)"',
-    "# a port of the job's own, so that two jobs that share a first machine do not meet",
-    'MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"',
-    "export MASTER_ADDR MASTER_PORT",
-)
-# srun is waited for in the background, because bash runs a trap only between commands. SIGUSR1 goes to the steps (not
-# --batch); there only the training processes heed it: they agree on a step, save and end. SIGTERM, which SLURM sends
-# to all when the job is cancelled or preempted, does the same, and then the job is not requeued from here.
-_SIGNALS = (
-    "warned=",
-    "# shellcheck disable=SC2329",
-    "on_warning() {",
-    '    [[ -z "$warned" ]] || return 0',
-    "    warned=yes",
-    '    echo "time is nearly over: telling the run to save and end" >&2',
-    '    scancel --signal=USR1 "$SLURM_JOB_ID"',
-    "}",
-    "trap on_warning USR1",
-    "trap : TERM",
-    "# torchrun must not pass on a SIGTERM that its processes had from SLURM: a second one would end them at once",
-    "export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGINT,SIGHUP,SIGQUIT",
-)
-
-
 def render_slurm(job: Job, slurm: Slurm, command: Sequence[str]) -> str:
     """The sbatch script. Raises ConfigError for an elastic job: SLURM's allocations are fixed."""
     if job.elastic:
@@ -96,48 +71,7 @@ def render_slurm(job: Job, slurm: Slurm, command: Sequence[str]) -> str:
         "open-mode": "append",
         "signal": f"B:USR1@{slurm.warn}",
     }
-    lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value is not None]
-    lines += ["#SBATCH --requeue", *(["#SBATCH --exclusive"] if slurm.exclusive else [])]
     note = "Submit it with sbatch, from a folder that all machines share. Prepare the data once before."
-    return (
-        "\n".join(
-            [
-                "#!/usr/bin/env bash",
-                *lines,
-                *header(command, [note]),
-                *preparation(job),
-                *_SIGNALS,
-                *_step(job),
-                *AWAIT,
-                *_requeue(slurm),
-                'exit "$status"',
-            ]
-        )
-        + "\n"
+    return script(
+        "slurm.sbatch", job=job, slurm=slurm, directives=directives, header=header(command, note), words=words(job)
     )
-
-
-def _step(job: Job) -> list[str]:
-    """srun with torchrun on every machine."""
-    options, meeting = ALONE_OPTIONS, list(ALONE)
-    if job.nodes > 1:
-        # each machine sees its own SLURM_NODEID, so it is read there
-        options = "--node-rank $SLURM_NODEID --master-addr $MASTER_ADDR --master-port $MASTER_PORT"
-        meeting = list(_MEETING)
-    start = f"python -m torch.distributed.run --nnodes {job.nodes} --nproc-per-node {job.processes} {options}"
-    return [
-        *meeting,
-        "# shellcheck disable=SC2016",
-        f'srun --kill-on-bad-exit=1 bash -c \'trap "" TERM USR1; exec {start} "$@"\' torchrun \\',
-        f"    {words(job)} &",
-        "child=$!",
-    ]
-
-
-def _requeue(slurm: Slurm) -> list[str]:
-    return [
-        f'if [[ -n "$warned" ]] && ((${{SLURM_RESTART_COUNT:-0}} < {slurm.requeues})); then',
-        '    echo "requeued: the run continues from its newest checkpoint" >&2',
-        '    scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
-    ]

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from muon_dist.checkpoint import BUFFER, MODEL_FOLDER, WEIGHT, Checkpoint, open_checkpoint
-from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.manifest import is_checkpoint, model_folder
+from muon_dist.data.encoder import pretrained_tokenizer
 from muon_dist.errors import CheckpointError, DataError
-
-PLAIN_TOKENIZERS = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
-"""Classes that take tokenizer.json as it is, in transformers 5 and 4."""
 
 
 def load_model(
@@ -35,7 +30,7 @@ def load_model(
     in the folder.
     """
     path = Path(folder)
-    if (path / MANIFEST).is_file():
+    if is_checkpoint(path):
         return _from_checkpoint(open_checkpoint(path), dtype, config)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path}: no model there (config.json is missing)")
@@ -119,25 +114,12 @@ def parameter_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def replaced(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """AutoTokenizer has put the class of the model's type (Qwen2Tokenizer for qwen2) in the place of what
-    tokenizer.json holds, although tokenizer_config.json names the class that takes it as it is."""
-    file = folder / "tokenizer_config.json"
-    named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
-    return named in PLAIN_TOKENIZERS and type(tokenizer).__name__ not in PLAIN_TOKENIZERS
-
-
 def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, for text in and out. Raises DataError."""
-    path = Path(folder)
-    if (path / MANIFEST).is_file():
-        path = path / MODEL_FOLDER
+    path = model_folder(Path(folder))
     if not path.is_dir():
         raise DataError(f"{path}: no such tokenizer folder")
     try:
-        found = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if replaced(path, found):
-            found = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-        return found
+        return cast(PreTrainedTokenizerBase, pretrained_tokenizer(path))
     except Exception as error:  # as above
         raise DataError(f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {error})") from error

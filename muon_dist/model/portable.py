@@ -10,7 +10,6 @@ vLLM (`transformers_utils/config.py`: `rope_theta`, `rope_scaling`, `dtype` or `
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,8 @@ import transformers
 from transformers import AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from muon_dist.model.load import replaced
+from muon_dist.data.encoder import replaced
+from muon_dist.json_files import read_object, write_json
 
 Json = dict[str, Any]
 
@@ -73,9 +73,9 @@ def _other_tokenizer(root: Path) -> list[str]:
 
 
 def _rewrite(file: Path, change: Callable[[Json], Any]) -> Any:
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = read_object(file)
     found = change(settings)
-    file.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(file, settings, sort_keys=True)
     return found
 
 

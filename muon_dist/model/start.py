@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from muon_dist.checkpoint import MODEL_FOLDER
-from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.manifest import is_checkpoint, model_folder
 from muon_dist.checkpoint.weights import newest_weights
 from muon_dist.errors import ConfigError
 from muon_dist.failures import one_line
@@ -21,7 +20,7 @@ def starting_folder(path: str) -> Path:
     Raises ConfigError when there is none.
     """
     root = Path(path)
-    if (root / "config.json").is_file() or (root / MANIFEST).is_file():
+    if (root / "config.json").is_file() or is_checkpoint(root):
         return root
     found = newest_weights(root) if root.is_dir() else None
     if found is None:
@@ -32,18 +31,13 @@ def starting_folder(path: str) -> Path:
     return found.path
 
 
-def model_within(folder: Path) -> Path:
-    """The folder of config.json and the tokenizer: the folder itself, or a part of a checkpoint."""
-    return folder / MODEL_FOLDER if (folder / MANIFEST).is_file() else folder
-
-
 def starting_config(folder: Path, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> PretrainedConfig:
     """The configuration of the model in `folder`, with what the `model` block changes (`arguments`) and what follows
     from the tokenizer (`given`).
 
     Raises ConfigError that names the key: it cannot be read, or a change is not taken.
     """
-    path = model_within(folder)
+    path = model_folder(folder)
     try:
         config = AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, **{**arguments, **given}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from muon_dist.numerics.iteration import (
     normalize,
 )
 from muon_dist.numerics.schedules import Row, Schedule, get_schedule
+from muon_dist.waiting import told
 
 _SHAPES = 1024
 """Compiled forms that are kept; PyTorch's own bound is 8, beyond which it would stop compiling."""
@@ -44,6 +46,17 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_whole, dynamic=False, fullgraph=True)
 
 
+_begun: set[tuple[object, ...]] = set()
+
+
+def _first(shape: tuple[int, ...], *kind: object) -> AbstractContextManager[None]:
+    """Says aloud that a compiler runs, the first time that a stack of this shape and kind comes."""
+    if (shape, *kind) in _begun:
+        return nullcontext()
+    _begun.add((shape, *kind))
+    return told(f"torch.compile builds Newton-Schulz for a stack of shape {shape}")
+
+
 def compiled_iteration(
     x: Tensor, schedule: Schedule, rows: tuple[Row, ...], segment: int, dtype: torch.dtype, products: Products
 ) -> Tensor:
@@ -53,8 +66,9 @@ def compiled_iteration(
     """
     import torch._dynamo  # only here: it takes 2 s to import
 
+    built = _first(tuple(x.shape), x.dtype, dtype, x.device.type, len(rows), segment)
     try:
-        with torch._dynamo.config.patch(recompile_limit=_SHAPES, accumulated_recompile_limit=_SHAPES):
+        with built, torch._dynamo.config.patch(recompile_limit=_SHAPES, accumulated_recompile_limit=_SHAPES):
             return _compiled()(x, schedule, rows, segment, dtype, products)
     except Exception as error:
         raise ConfigError(

@@ -32,6 +32,7 @@ class GroupStep:
     Attributes:
         lr: learning rate.
         factors: what `MuonRule.begin` returned; None if it returned None.
+        features: by matrix, the norms of the output features of its weight, for a rule with `feature_norms`.
         position: of each matrix in `factors`.
     """
 
@@ -40,6 +41,7 @@ class GroupStep:
     lr: float
     factors: Tensor | None
     position: Mapping[int, int]
+    features: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,6 @@ class BucketRun:
         step = self.step
         step.progress.enter("orthogonalize", self.program.number)
         for s in self.program.stacks:
-            before = s.view.clone() if step.observer is not None else None
             of_group = step.groups[s.group]
             owned = Owned(s.view, s.matrices, s.newton_schulz, sent=s.sent)
             if step.orthogonalize is not None:
@@ -145,6 +146,11 @@ class BucketRun:
             if of_group.factors is not None:
                 places = tuple(of_group.position[i] for i in s.numbers)
                 owned.factors = of_group.factors[index_on(of_group.factors.device, places)]
+            if of_group.rule.feature_norms:
+                owned.feature_norms = torch.stack([of_group.features[i] for i in s.numbers])
+            if of_group.rule.momentum_at_owner:
+                of_group.rule.receive(owned, of_group.group)
+            before = s.view.clone() if step.observer is not None else None
             of_group.rule.direction(owned, of_group.group)
             for place, i in enumerate(s.numbers) if step.rest else ():
                 if i in step.rest:
@@ -217,7 +223,7 @@ class BucketRun:
             if p.scratch is not None:
                 p.scratch.allocated = True
                 out = p.scratch_views
-            if of_group.group["nesterov"]:
+            if of_group.group["nesterov"] or of_group.rule.momentum_at_owner:
                 torch._foreach_copy_(out, [step.gradients[n] for n in p.numbers])
                 if step.gradient_factor != 1.0:
                     torch._foreach_mul_(out, step.gradient_factor)

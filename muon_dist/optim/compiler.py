@@ -84,7 +84,8 @@ class ProgramCompiler:
                 places[i] = Place(group, update_scale(groups[group]["scale"], layouts[i].matrix), p.device)
         iteration = _iteration_dtypes(groups.values(), self.device)
         widest = max((d.itemsize for d in iteration), default=4)
-        also = max((len(self.rules[index].sends) for index in groups), default=0)
+        rules = [self.rules[index] for index in groups]
+        also = max((len(rule.sends) + rule.gradient_stays for rule in rules), default=0)
         elements = bucket_elements(self.options.bucket_bytes, widest, moves(self.plan, places), also)
         smallest = smallest_bucket(self.device.type)
         buckets = make_buckets(self.plan, sorted(places), elements, self.options.overlap, smallest)
@@ -97,6 +98,7 @@ class ProgramCompiler:
             sources,
             places,
             (self.options.wire_dtype or torch.float32, updates),
+            self._gradient_dtypes(gradients, groups),
             self.device,
             elements,
             groups,
@@ -133,9 +135,20 @@ class ProgramCompiler:
             sources=sent,
             source_positions=torch.tensor(positions, dtype=torch.int64, device=self.device),
             everywhere=everywhere,
-            remembered=[n for n in sent if sources.matrices[n] not in of_copies],
+            remembered=[
+                n for n in sent if sources.matrices[n] not in of_copies and not self.rules[index].momentum_at_owner
+            ],
             fp32=all(gradients[b].dtype == torch.float32 for b in buffers),
         )
+
+    def _gradient_dtypes(self, gradients: Mapping[int, Tensor], groups: Mapping[int, Group]) -> dict[int, torch.dtype]:
+        """By parameter group whose owners keep the momentum, the dtype of its gradients; the same on all ranks."""
+        found = {}
+        for index in groups:
+            dtypes = {g.dtype for b, g in gradients.items() if self.group_of[b] == index}
+            if self.rules[index].momentum_at_owner and len(dtypes) == 1:
+                found[index] = dtypes.pop()
+        return found
 
 
 def _iteration_dtypes(groups: Iterable[Group], device: torch.device) -> set[torch.dtype]:
@@ -169,6 +182,7 @@ class BucketCompiler:
         weights, sources: the fragments that this rank changes, and those that it sends from.
         places: by matrix.
         wire: dtypes of the messages to the owners and back.
+        gradients: by parameter group that sends its gradients alone, their dtype.
         device: of the exchange.
         bucket_elements: bound on what may be under way.
         groups, rules: options and rule of each parameter group.
@@ -182,6 +196,7 @@ class BucketCompiler:
     sources: Listing
     places: Mapping[int, Place]
     wire: tuple[torch.dtype, torch.dtype]
+    gradients: Mapping[int, torch.dtype]
     device: torch.device
     bucket_elements: int
     groups: Mapping[int, Group]
@@ -196,7 +211,8 @@ class BucketCompiler:
         stacked, stacks, starts = self._stacks(owned)
         momentum, asked = gather_parts(plan, bucket, rank)
         updates, awaited = scatter_parts(plan, bucket, rank)
-        gather = self._envelope(self.wire[0], self._to_owners(momentum), self._to_holders(asked), bucket.gathers)
+        dtype = self._gathered_dtype(bucket)
+        gather = self._envelope(dtype, self._to_owners(momentum), self._to_holders(asked), bucket.gathers)
         scatter = self._envelope(self.wire[1], self._to_holders(updates), self._to_owners(awaited), bucket.scatters)
         own = [(i, f) for i in owned for f in plan.sources[i].on(rank)]
         kept = [(i, f) for i in owned for f in plan.layout.matrices[i].on(rank)]
@@ -208,7 +224,7 @@ class BucketCompiler:
             number=number,
             gather=gather,
             scatter=scatter,
-            sent_sources=self._sources(momentum, in_message(sent_of(gather), self.sources), self.wire[0]),
+            sent_sources=self._sources(momentum, in_message(sent_of(gather), self.sources), dtype),
             own_sources=self._sources(own, stacked_views(self.sources), torch.float32),
             arrivals=Copies(stacked_views(None)(asked), in_message(received_of(gather), None)(asked)),
             stacked=stacked,
@@ -225,6 +241,12 @@ class BucketCompiler:
             envelope.sent.allocated = False
             envelope.received.allocated = False
         return program
+
+    def _gathered_dtype(self, bucket: Bucket) -> torch.dtype:
+        """Of the gather: `wire`, or less where gradients that are narrower are all that is sent."""
+        dtypes = {self.gradients.get(self.places[i].group, torch.float32) for i in bucket.matrices}
+        only = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        return only if only.itemsize < self.wire[0].itemsize else self.wire[0]
 
     def _sends(self, bucket: Bucket) -> list[str]:
         """The tensors that the rules of the bucket's matrices send besides momentum; equal on all ranks."""

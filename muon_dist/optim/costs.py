@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError
 from muon_dist.layout import MatrixLayout
-from muon_dist.measured_cost import measure
 from muon_dist.numerics import compute_dtype
 from muon_dist.optim.binding import Binding, Group
 from muon_dist.optim.options import ANALYTIC, Options, iterations
 from muon_dist.ownership import OwnershipPlan, assign_owners, stack_length
+from muon_dist.ownership.cost import CostModel
+from muon_dist.ownership.measured_cost import measure
 from muon_dist.ranks import Ranks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from muon_dist.defaults import DIAGNOSTICS_BUDGET
 from muon_dist.errors import ConfigError
+from muon_dist.json_files import append_line, keep_lines, strict
 from muon_dist.layout import Matrix
 from muon_dist.numerics.spectral_gram import gram_spectral_stats
 
@@ -58,7 +59,7 @@ class Diagnostics:
         ConfigError: `every` or `budget` out of range.
     """
 
-    def __init__(self, every: int, folder: str | Path | None = None, *, budget: float = 0.02) -> None:
+    def __init__(self, every: int, folder: str | Path | None = None, *, budget: float = DIAGNOSTICS_BUDGET) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigError(f"diagnostics: every is {every!r}; it must be a whole number of steps, 1 or more")
         if not 0 < budget <= 1:
@@ -136,7 +137,7 @@ class Diagnostics:
             "type": kind,
             "rows": matrix.rows,
             "cols": matrix.cols,
-            **{name: value if math.isfinite(value) else None for name, value in measures.items()},
+            **strict(measures),
         }
         self.latest[matrix.name] = record
         return record
@@ -146,9 +147,7 @@ class Diagnostics:
         if path is None or not self._writable:
             return
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            append_line(path, record)
         except OSError as error:
             # Raising on this rank only would leave the others waiting in a collective.
             self._writable = False
@@ -170,19 +169,7 @@ def _rank_of(path: Path) -> int:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and damaged ones (a run that was killed may leave half of its last line)."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    if not kept:
+    """Drop the lines after `step`, and the file when none is left."""
+    keep_lines(path, lambda line: isinstance(line.get("step"), int) and line["step"] <= step)
+    if path.exists() and path.stat().st_size == 0:
         path.unlink()
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)

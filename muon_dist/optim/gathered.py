@@ -78,12 +78,11 @@ def full_state(runtime: Runtime, local: dict[str, Any], parameters: Iterable[Ten
 
 def _padded(runtime: Runtime, buffer: int, parameter: Tensor) -> dict[str, Tensor]:
     """What the ranks hold different parts of, whole, with zeros where this rank holds nothing."""
-    memory = runtime.memory
-    momentum = torch.zeros(parameter.shape, dtype=torch.float32, device=runtime.binding.device)
-    if buffer in runtime.momentum:
+    memory, found = runtime.memory, dict[str, Tensor]()
+    if buffer not in runtime.at_owners:
+        found[MOMENTUM] = torch.zeros(parameter.shape, dtype=torch.float32, device=runtime.binding.device)
         for _, f, piece in runtime.momentum_pieces(buffer):
-            view(momentum.view(-1), f.local).copy_(piece)
-    found = {MOMENTUM: momentum}
+            view(found[MOMENTUM].view(-1), f.local).copy_(piece)
     for name in memory.owner_names[buffer]:
         sizes = [memory.size(name, i) for i in memory.matrices[buffer]]
         found[name] = torch.zeros(sum(sizes), dtype=torch.float32, device=runtime.binding.device)

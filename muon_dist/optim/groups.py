@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from muon_dist.errors import ConfigError
-from muon_dist.frameworks import loaded_checks
 from muon_dist.layout import cut_parameter
+from muon_dist.optim.frameworks import loaded_checks
 from muon_dist.optim.rules import RULES
 from muon_dist.optim.rules.entries import Splits, group_rules, override_rules, split_rules
-from muon_dist.partition_order import partition_order
+from muon_dist.ownership.partition_order import partition_order
 from muon_dist.routing import (
     FoldedTable,
     GroupRule,

@@ -102,6 +102,13 @@ class RuleMemory:
                 found.update(zip(self.matrices[b], map(int, steps.tolist()), strict=True))
         return found
 
+    def adopt(self, other: RuleMemory) -> None:
+        """Keep the tensors of `other`, a memory of the same plan, wherever both have some of the same name."""
+        for buffer, numbers in self.numbers.items():
+            numbers.update({name: kept for name, kept in other.numbers[buffer].items() if name in numbers})
+        for name, of_name in self.owners.items():
+            of_name.update({i: kept for i, kept in other.owners.get(name, {}).items() if i in of_name})
+
     def clear(self, buffer: int) -> None:
         """Back to the beginning, for one buffer."""
         kept = [self.owners[name] for name in self.owner_names[buffer]]

@@ -9,17 +9,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from muon_dist.cost import CostModel
+from muon_dist.defaults import (
+    BETAS,
+    BUCKET_MB,
+    COST,
+    EPS,
+    MAX_NONFINITE,
+    MOMENTUM,
+    NS_SCHEDULE,
+    NS_STEPS,
+    OWNER_POLICY,
+    RULE,
+    WEIGHT_DECAY,
+)
 from muon_dist.errors import ConfigError, FrameworkError, RoutingError
 from muon_dist.exchange.progress import Progress
 from muon_dist.exchange.transport import Transport
-from muon_dist.frameworks import loaded_binders
 from muon_dist.numerics import ScheduleLike
 from muon_dist.optim.adamw import AdamWork, adamw_step
 from muon_dist.optim.binding import Binding, Group, NotReady, ParameterSpec
 from muon_dist.optim.checks import Kind, check_changed, check_keys, kind_of, unplanned
 from muon_dist.optim.copies import MUON, packed, unpack
 from muon_dist.optim.diagnostics import Diagnostics
+from muon_dist.optim.frameworks import loaded_binders
 from muon_dist.optim.gathered import carried
 from muon_dist.optim.groups import Entries, groups_of
 from muon_dist.optim.guard import StepGuard, parameter_names
@@ -33,6 +45,7 @@ from muon_dist.optim.runtime import Runtime, Work
 from muon_dist.optim.state import Loaded, follow, install, say_bytes
 from muon_dist.optim.state_dicts import StateDicts
 from muon_dist.ownership import OwnershipPlan
+from muon_dist.ownership.cost import CostModel
 
 if TYPE_CHECKING:
     from muon_dist.audit.auditor import Audit
@@ -102,26 +115,26 @@ class Muon(StateDicts):
         self,
         params: Iterable[Any],
         lr: float | torch.Tensor = 1e-3,
-        weight_decay: float = DefaultNumber(0.1),
-        momentum: float = 0.95,
+        weight_decay: float = DefaultNumber(WEIGHT_DECAY),
+        momentum: float = MOMENTUM,
         nesterov: bool = DefaultFlag(True),  # type: ignore[assignment]
-        ns_steps: int = 5,
-        ns_schedule: ScheduleLike = "keller",
+        ns_steps: int = NS_STEPS,
+        ns_schedule: ScheduleLike = NS_SCHEDULE,
         ns_dtype: torch.dtype | None = None,
         scale: str = DefaultText("match_rms_adamw"),
         *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
+        betas: tuple[float, float] = BETAS,
+        eps: float = EPS,
         process_group: dist.ProcessGroup | str | None = DEFAULT_GROUP,
-        owner_policy: str = "balanced",
-        cost: str | CostModel = "analytic",
-        bucket_mb: float = 256.0,
+        owner_policy: str = OWNER_POLICY,
+        cost: str | CostModel = COST,
+        bucket_mb: float = BUCKET_MB,
         overlap: bool = True,
         ns_compile: bool = False,
         wire_dtype: torch.dtype | None = None,
-        max_nonfinite: int = 5,
+        max_nonfinite: int = MAX_NONFINITE,
         diagnostics: Diagnostics | Mapping[str, Any] | None = None,
-        rule: str = "muon",
+        rule: str = RULE,
         rule_options: Mapping[str, float | bool] | None = None,
         master_weights: bool = False,
         stochastic_rounding: bool = False,

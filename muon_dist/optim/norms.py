@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from muon_dist.exchange.transport import Transport
-from muon_dist.layout import Matrix
+from muon_dist.layout import Block, Matrix
 from muon_dist.optim.memory import RuleMemory
-from muon_dist.optim.program import GroupProgram
+from muon_dist.optim.program import GroupProgram, Program
 from muon_dist.optim.rules import Group
 
 Wanted = tuple[GroupProgram, str]
@@ -42,6 +43,57 @@ def matrix_norms(
         squares.append(total)
     norms = transport.sum(torch.cat(squares)).sqrt_().split([len(s) for s in squares])
     return {key: norm * factor if key[1] == "gradient" else norm for key, norm in zip(wanted, norms, strict=True)}
+
+
+def feature_norms(
+    program: Program, weights: list[Tensor], matrices: Sequence[Matrix], transport: Transport
+) -> dict[int, Tensor]:
+    """By matrix of the rules that ask for it, the norm of each output feature of the weight, (outputs,) in fp64.
+
+    One small all-reduce for all of them.
+
+    Args:
+        weights: this rank's fragments by the numbers of the sources; empty if no rule looks at weights.
+        matrices: of the layout.
+    """
+    asked = [p for p in program.groups if p.rule.feature_norms]
+    if not asked:
+        return {}
+    wanted = [i for p in asked for i in p.matrices]
+    sizes = [matrices[i].fan[0] for i in wanted]
+    starts = dict(zip(wanted, accumulate(sizes, initial=0), strict=False))
+    squares = torch.zeros(sum(sizes), dtype=torch.float64, device=transport.device)
+    for n in (n for p in asked for n in p.sources):
+        i = program.sources.matrices[n]
+        for feature, piece in _features(weights[n], program.sources.blocks[n], matrices[i]):
+            norms = torch.linalg.vector_norm(piece, dim=0 if matrices[i].transposed else 1, dtype=torch.float64)
+            at = starts[i] + feature
+            squares[at : at + len(norms)] += norms.to(transport.device).square_()
+    return dict(zip(wanted, transport.sum(squares).sqrt_().split(sizes), strict=True))
+
+
+def _features(piece: Tensor, block: Block, matrix: Matrix) -> Iterator[tuple[int, Tensor]]:
+    """A fragment as blocks of the matrix, each with the output feature that it begins with.
+
+    A run that crosses rows is the rest of a row, whole rows, and the begin of a row.
+    """
+    row, col = divmod(block.start, matrix.cols)
+    if block.rows > 1 or col + block.cols <= matrix.cols:
+        parts = [(row, col, piece.reshape(block.rows, block.cols))]
+    else:
+        flat = piece.reshape(-1)
+        first = -col % matrix.cols
+        whole = (len(flat) - first) // matrix.cols
+        begin, rows, end = flat.split([first, whole * matrix.cols, len(flat) - first - whole * matrix.cols])
+        after = row + (first > 0)
+        parts = [
+            (row, col, begin.view(1, -1)),
+            (after, 0, rows.view(-1, matrix.cols)),
+            (after + whole, 0, end.view(1, -1)),
+        ]
+    for row, col, part in parts:
+        if part.numel():
+            yield col if matrix.transposed else row, part
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from muon_dist.cost import CostModel
+from muon_dist.defaults import BUCKET_MB, COST, OWNER_POLICY
 from muon_dist.errors import ConfigError, RoutingError
-from muon_dist.frameworks import loaded_checks
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import get_schedule
 from muon_dist.optim.binding import Group, ParameterSpec
 from muon_dist.optim.checks import check_cuts, check_group, check_names
+from muon_dist.optim.frameworks import loaded_checks
 from muon_dist.optim.rules import MuonRule
 from muon_dist.optim.rules.choice import choose_rule
+from muon_dist.ownership.cost import CostModel
 from muon_dist.routing import logical_shape
 
 DEFAULT_GROUP = "default"
@@ -32,9 +33,9 @@ class Options:
         ConfigError: one cannot be used; names it and its value.
     """
 
-    owner_policy: str = "balanced"
-    cost: str | CostModel = ANALYTIC
-    bucket_mb: float = 256.0
+    owner_policy: str = OWNER_POLICY
+    cost: str | CostModel = COST
+    bucket_mb: float = BUCKET_MB
     overlap: bool = True
     ns_compile: bool = False
     wire_dtype: torch.dtype | None = None

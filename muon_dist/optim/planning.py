@@ -17,6 +17,7 @@ from muon_dist.numerics.products import SYMMETRIC_TILE, products_for
 from muon_dist.optim.binding import Binding, Bound, Group, ParameterSpec
 from muon_dist.optim.costs import agreed_cost, owners_for
 from muon_dist.optim.options import Options
+from muon_dist.optim.rules import PARTS
 from muon_dist.ownership import OwnershipPlan
 
 
@@ -161,6 +162,13 @@ def check_rules(saved: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> 
                 f"group '{group.get('name', index)}': the saved state is of rule '{was}', this optimizer has rule "
                 f"'{group.get('rule', 'muon')}': make the optimizer with rule='{was}', or start without that state"
             )
+        for name, part in PARTS.items():
+            has, had = (bool((g.get("rule_options") or {}).get(name)) for g in (group, before))
+            if part.owner_memory and has != had and group["algorithm"] == "muon":
+                raise ConfigError(
+                    f"group '{group.get('name', index)}': the saved state is of {name} {had}, this optimizer's of "
+                    f"{has}: write rule_options: {{{name}: {str(had).lower()}}}, or start without that state"
+                )
 
 
 def group_fields(

@@ -215,4 +215,4 @@ class Program:
     @functools.cached_property
     def looks_at_weights(self) -> bool:
         """Whether some rule looks at norms, or has weights sent."""
-        return bool(self.summed) or any(WEIGHT in p.rule.sends for p in self.groups)
+        return bool(self.summed) or any(WEIGHT in p.rule.sends or p.rule.feature_norms for p in self.groups)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from muon_dist.checkpoint.piece import clean_name
+from muon_dist.defaults import QK_ALPHA, QK_THRESHOLD
 from muon_dist.errors import ConfigError, FrameworkError, NonFiniteError
 from muon_dist.layout.block import Block, view
 from muon_dist.optim.muon import Muon
@@ -142,7 +143,7 @@ class QKClip:
         FrameworkError: a parameter that the optimizer does not step.
     """
 
-    def __init__(self, optimizer: Muon, maxima: Maxima, threshold: float = 100.0) -> None:
+    def __init__(self, optimizer: Muon, maxima: Maxima, threshold: float = QK_THRESHOLD) -> None:
         self.optimizer = optimizer
         self.maxima = maxima
         self.threshold = threshold
@@ -162,6 +163,8 @@ class QKClip:
         if optimizer.guard.begins:  # frameworks make one step of many calls
             self._decide(runtime)
         if self._pending:
+            if optimizer.audit is not None:
+                optimizer.audit.forget_weights()
             for tensor, name, part in _stepped(optimizer, runtime):
                 self._scale(optimizer, tensor, name, part)
 
@@ -255,7 +258,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Raises ConfigError for an option of QK-clip that is unknown or out of range."""
     if unknown := sorted(set(options) - {"threshold", "alpha"}):
         raise ConfigError(f"qk_clip: unknown {', '.join(unknown)}; known are alpha, threshold")
-    threshold, alpha = options.get("threshold", 100.0), options.get("alpha", 0.5)
+    threshold, alpha = options.get("threshold", QK_THRESHOLD), options.get("alpha", QK_ALPHA)
     if not (isinstance(threshold, (int, float)) and 0 < threshold < math.inf):
         raise ConfigError(f"qk_clip: threshold is {threshold!r}: it must be a number above 0, 100 in the paper")
     if not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):

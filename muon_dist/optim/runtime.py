@@ -20,7 +20,7 @@ from muon_dist.optim.bucket_run import BucketRun, GroupStep, Observer, Orthogona
 from muon_dist.optim.compiler import COMPILED, ProgramCompiler
 from muon_dist.optim.guard import Split
 from muon_dist.optim.memory import RuleMemory
-from muon_dist.optim.norms import RuleSums
+from muon_dist.optim.norms import RuleSums, feature_norms
 from muon_dist.optim.options import Options
 from muon_dist.optim.program import Program
 from muon_dist.optim.rounding import MuonRounding, is_rounded
@@ -59,6 +59,7 @@ class Runtime:
             order of the buffer, or nothing.
         memory: what the rules keep besides momentum.
         everywhere: buffers of which every holder keeps the momentum, not its sources alone.
+        at_owners: buffers of which the owners keep the momentum, among what the rule keeps.
         in_state: by parameter, the entries that stand for it in the optimizer's `state`: what is another object there
             was put there by others. None: there is none.
         orthogonalize: replaces a stack by its orthogonalized update; None for Newton-Schulz as the group says.
@@ -89,21 +90,16 @@ class Runtime:
         self.momentum: dict[int, Tensor] = {}
         self.in_state: dict[Tensor, dict[str, Tensor | None]] = {}
         self._group_of = group_of
-        self._rules = rules if rules is not None else dict.fromkeys(group_of.values(), RULES["muon"])
         self._elements = bucket_elements(options.bucket_bytes)
         self.orthogonalize = orthogonalize
-        self._programs: dict[tuple[object, ...], Program] = {}
         self._matrices = [m.matrix for m in plan.layout.matrices]
-        of_buffers = {b: self._rules[group_of[b]] for b in range(len(binding.buffers))}
-        self.everywhere = everywhere = binding.everywhere(plan, options.momentum_everywhere)
+        rules = rules if rules is not None else dict.fromkeys(group_of.values(), RULES["muon"])
+        self.at_owners = {b for b in range(len(binding.buffers)) if rules[group_of[b]].momentum_at_owner}
+        self.everywhere = everywhere = binding.everywhere(plan, options.momentum_everywhere) - self.at_owners
         self._rounds = options.stochastic_rounding
         self._names = [clean_name(m.name) for m in self._matrices]
-        rounded = {b for b, tensor in enumerate(binding.buffers) if self._rounds and is_rounded(tensor)}
-        on_all = options.momentum_everywhere and plan.layout.kind == "replicated" and transport.world_size > 1
-        self.memory = RuleMemory(plan, transport.rank, binding.device, of_buffers, rounded, on_all)
-        self._compiler = ProgramCompiler(
-            plan, transport, options, binding.device, self.memory.matrices, group_of, self._rules, everywhere
-        )
+        self._rounded = {b for b, tensor in enumerate(binding.buffers) if self._rounds and is_rounded(tensor)}
+        self.use_rules(rules)
         self._place_momentum(everywhere)
         self._counts = np.zeros(len(self._matrices))  # the memory of `resting`: indexing it is no operation of torch
         self.resting = torch.from_numpy(self._counts)
@@ -111,6 +107,18 @@ class Runtime:
         self.splits = {b: self._split(b, members) for b, members in self.memory.matrices.items()}
 
     # State ------------------------------------------------------------------------------------------------------
+
+    def use_rules(self, rules: Mapping[int, MuonRule]) -> None:
+        """Step by other rules from now on; local. Their memory begins at zero. rules: of each parameter group."""
+        plan, transport, options, everywhere = self.plan, self.transport, self.options, self.everywhere
+        self._rules = rules
+        self._programs: dict[tuple[object, ...], Program] = {}
+        of_buffers = {b: rules[self._group_of[b]] for b in range(len(self.binding.buffers))}
+        on_all = options.momentum_everywhere and plan.layout.kind == "replicated" and transport.world_size > 1
+        self.memory = RuleMemory(plan, transport.rank, self.binding.device, of_buffers, self._rounded, on_all)
+        self._compiler = ProgramCompiler(
+            plan, transport, options, self.binding.device, self.memory.matrices, self._group_of, rules, everywhere
+        )
 
     def _place_momentum(self, everywhere: Set[int]) -> None:
         rank, layouts = self.transport.rank, self.plan.layout.matrices
@@ -120,6 +128,8 @@ class Runtime:
         self._sources = Listing({b: parts_on(rank, matrices[b], self.plan.sources) for b in shapes}, shapes)
         self._readers: dict[int, Reader] = {}
         for buffer, tensor in enumerate(local):
+            if buffer in self.at_owners:
+                continue
             length = sum(f.length for _, f in self._sources.parts[buffer])
             whole = buffer in everywhere or length == sum(layouts[i].held(rank) for i in matrices[buffer])
             if whole or length:
@@ -221,16 +231,19 @@ class Runtime:
             program = self._programs[key] = self._compiler.compile(parameters, gradients, groups)
         weights = _views(program.weights.readers, parameters)
         sent = _views(program.sources.readers, gradients)
-        momentum = _views({b: self._readers[b] for b in parameters if b in self.momentum}, self.momentum)
+        # Where the owners keep the momentum, the gradients stand in for it: the numbers of the fragments stay.
+        readers = {**{b: program.sources.readers[b] for b in self.at_owners & work.keys()}, **self._readers}
+        momentum = _views({b: readers[b] for b in parameters if b in readers}, {**gradients, **self.momentum})
         for p in program.groups:
             kept = [momentum[n] for n in p.remembered] + [self.momentum[b] for b in p.everywhere]
             new = [sent[n] for n in p.remembered] + [gradients[b] for b in p.everywhere]
             for of_part in [(kept, new)] if p.fp32 and factor == 1.0 else _fp32(kept, new, factor, self._elements):
                 if of_part[0]:
                     p.rule.remember(*of_part, groups[p.index])
-        sums, factors, source_weights = None, {}, list[Tensor]()
+        sums, factors, source_weights, features = None, {}, list[Tensor](), dict[int, Tensor]()
         if program.looks_at_weights:
             source_weights = _views(program.sources.readers, parameters)
+            features = feature_norms(program, source_weights, self._matrices, self.transport)
         if program.summed:
             lists = {MOMENTUM: momentum, GRADIENT: sent, WEIGHT: source_weights}
             sums = RuleSums(program.summed, groups, self.memory, self._matrices, self.transport, lists, factor)
@@ -238,7 +251,7 @@ class Runtime:
         of_groups, rest = {}, {}
         for p in program.groups:
             group, of_matrices = groups[p.index], factors.get(p.index)
-            of_groups[p.index] = GroupStep(group, p.rule, float(group["lr"]), of_matrices, p.position)
+            of_groups[p.index] = GroupStep(group, p.rule, float(group["lr"]), of_matrices, p.position, features)
             if self.unmoved:
                 self.unmoved.difference_update(i for i in p.matrices if i not in zero)
             if zero or self._counts.any():

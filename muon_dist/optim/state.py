@@ -15,7 +15,7 @@ from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.layout import view
 from muon_dist.optim.low_precision import MASTER
 from muon_dist.optim.memory import ROUNDINGS
-from muon_dist.optim.rules import memory_names
+from muon_dist.optim.rules import MuonRule, memory_names
 from muon_dist.optim.runtime import Runtime
 
 logger = logging.getLogger("muon_dist")
@@ -45,7 +45,7 @@ def entries(runtime: Runtime, buffer: int) -> dict[str, Tensor]:
     """The state of a buffer as it is in `optimizer.state`: live tensors, or DTensors of them."""
     binding, plan, memory = runtime.binding, runtime.plan, runtime.memory
     found: dict[str, Tensor | None] = {
-        MOMENTUM: binding.stored(plan, buffer, runtime.momentum.get(buffer)),
+        MOMENTUM: None if buffer in runtime.at_owners else binding.stored(plan, buffer, runtime.momentum.get(buffer)),
         **memory.numbers[buffer],
     }
     for name in memory.owner_names[buffer]:
@@ -78,8 +78,13 @@ def warn_if_partial(runtime: Runtime, state: Mapping[Tensor, Mapping[str, Any]])
     """
     if runtime.transport.world_size == 1:
         return False
-    held = [(p, state.get(p, {}).get(MOMENTUM)) for p in runtime.binding.buffers]
-    missing = sum(momentum is None or momentum.shape != p.shape for p, momentum in held)
+    held = [(b, p, state.get(p, {}).get(MOMENTUM)) for b, p in enumerate(runtime.binding.buffers)]
+    missing = sum(
+        not runtime.memory.everywhere and runtime.plan.layout.kind == "replicated"
+        if b in runtime.at_owners
+        else momentum is None or momentum.shape != p.shape
+        for b, p, momentum in held
+    )
     if not missing:
         return False
     warnings.warn(
@@ -197,7 +202,8 @@ def install(
         own = _own(state, parameter)
         given = loaded.get(parameter, Loaded()) if loaded is not None else None
         absent = given is not None and not (own or given.entries() or given.fresh)
-        if absent and buffer in runtime.momentum and not parameter.requires_grad:
+        kept = buffer in runtime.momentum or buffer in runtime.at_owners
+        if absent and kept and not parameter.requires_grad:
             frozen.append(runtime.plan.layout.matrices[runtime.memory.matrices[buffer][0]].matrix.parameter)
             given = None
         if given is not None and _same(own, given.entries()):
@@ -207,7 +213,7 @@ def install(
             _take(runtime, buffer, own, given.matrices if given is not None else None)
         _place(runtime, state, buffer)
     runtime.memory.started.clear()
-    if frozen and runtime.momentum:
+    if frozen:
         warnings.warn(
             f"the state dict has no momentum of {len(frozen)} parameters that are frozen ({', '.join(frozen[:3])}): "
             "torch.distributed.checkpoint leaves it out. If they are unfrozen later, their momentum begins at zero. "
@@ -230,6 +236,19 @@ def follow(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> N
         if any(own.get(key) is not kept for key, kept in put.items()):
             _take(runtime, buffer, own, None)
             _place(runtime, state, buffer)
+
+
+def change_rules(
+    runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]], rules: Mapping[int, MuonRule]
+) -> None:
+    """Step by other rules from now on. Momentum stays, and memory that the old and the new rule both have; what the
+    new one needs beside it begins at zero. Local. rules: of each parameter group."""
+    settle(runtime, state)
+    before = runtime.memory
+    runtime.use_rules(rules)
+    runtime.memory.adopt(before)
+    for buffer in range(len(runtime.binding.buffers)):
+        _place(runtime, state, buffer)
 
 
 def put(state: MutableMapping[Tensor, dict[str, Any]], parameter: Tensor, found: Mapping[str, Tensor]) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from muon_dist.cost import CostModel
 from muon_dist.layout import replicated_layout
 from muon_dist.ownership import OwnershipPlan, assign_owners
+from muon_dist.ownership.cost import CostModel
 from muon_dist.planner.devices import Device
 from muon_dist.planner.model import Settings, Workload
 from muon_dist.planner.plan import iteration_dtype

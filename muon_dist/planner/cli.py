@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from muon_dist.config.parallel import Parallel
 from muon_dist.errors import ConfigError
+from muon_dist.json_files import indented, read_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,7 +80,7 @@ def plan(
         typer.echo(f"looking for a better mesh of {ranks:,} ranks (--no-advice skips this) ...", err=True)
         made = advise(made, workload, settings, chosen)
     if as_json:
-        typer.echo(json.dumps(made.to_json(), indent=1))
+        typer.echo(indented(made.to_json()))
     else:
         show(made, chosen)
 
@@ -111,6 +111,7 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
     """The model of a configuration, routed on the meta device, and the settings that a plan depends on."""
     from muon_dist.config.routing import routing_rules
     from muon_dist.model import DTYPES
+    from muon_dist.optim.rules.choice import check_options
     from muon_dist.planner.model import Settings, describe_model
 
     muon, trainer = config.optimizer.muon, config.trainer
@@ -138,6 +139,7 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
         sub_group_size=int(zero.get("sub_group_size", 10**9)),
         ordered=not zero.get("round_robin_gradients", False),
         momentum_everywhere=muon.momentum_everywhere,
+        rule=check_options(muon.model_dump(exclude_none=True)),
     )
     return workload, settings
 
@@ -172,7 +174,7 @@ def axes_of(config: Config, layout: str) -> dict[str, int]:
     """Ranks by axis that the configuration asks for under `layout`: its `parallel:` block, or DeepSpeed's keys.
 
     Raises:
-        ConfigError: DeepSpeed's AutoTP, whose layout is not planned.
+        ConfigError: AutoTP with a `partition_config`.
     """
     block = config.parallel
     axes = {} if block is None else {name: getattr(block, name) for name in ("tp", "cp", "sp", "ep")}
@@ -183,11 +185,12 @@ def axes_of(config: Config, layout: str) -> dict[str, int]:
     settings = _deepspeed(config)
     tensor = settings.get("tensor_parallel") or {}
     size = int(tensor.get("autotp_size", (tensor.get("tp") or {}).get("tp_size", 0)) or 0)
-    if size > 1:
+    if tensor.get("partition_config"):
         raise ConfigError(
-            f"deepspeed.tensor_parallel.autotp_size: {size}: Muon runs under DeepSpeed's AutoTP, but plan does not "
-            f"know how it cuts a model: remove tensor_parallel, or plan --layout fsdp2 --tp {size}"
+            "deepspeed.tensor_parallel.partition_config: plan cuts a model by its own tensor-parallel plan: remove "
+            "the key to plan so"
         )
+    axes["tp"] = max(axes.get("tp", 1), size)
     return {**axes, "sp": max(axes.get("sp", 1), int(settings.get("sequence_parallel_size", 1)))}
 
 
@@ -210,4 +213,4 @@ def _deepspeed(config: Config) -> dict[str, Any]:
     given = config.deepspeed
     if given is None or isinstance(given, dict):
         return given or {}
-    return dict(json.loads(Path(given).read_text(encoding="utf-8")))
+    return read_object(Path(given))

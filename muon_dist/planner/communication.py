@@ -43,7 +43,8 @@ def _data(workload: Workload, settings: Settings, mesh: Mesh) -> dict[str, Links
     these an all-reduce of the shard among the copies.
     """
     low = 2 if settings.low_precision else 4
-    total, rounds, world = float(workload.parameters), settings.accumulation, mesh.stage_ranks
+    rounds, world = settings.accumulation, mesh.stage_ranks // mesh.tp
+    total = sum(n * p.numel / whole_parts(p, mesh)[0] for p, n, _ in workload.kinds)
     if mesh.layout in ("ddp", "zero1", "zero2", "zero3"):
         volume = {
             "ddp": 2 * 4 * total,
@@ -51,7 +52,7 @@ def _data(workload: Workload, settings: Settings, mesh: Mesh) -> dict[str, Links
             "zero2": (2 * rounds + 1) * low * total,
             "zero3": 3 * rounds * low * total,
         }[mesh.layout]
-        return {"dp_replicate" if mesh.layout == "ddp" else "dp_shard": _ring(mesh, volume, world, 1)}
+        return {"dp_replicate" if mesh.layout == "ddp" else "dp_shard": _ring(mesh, volume, world, mesh.tp)}
     each = rounds * (2 * low + 4)
     dense = sum(n * p.numel / whole_parts(p, mesh)[0] for p, n, _ in workload.kinds if not by_experts(p, mesh))
     experts = sum(n * p.numel / mesh.ep for p, n, _ in workload.kinds if by_experts(p, mesh))

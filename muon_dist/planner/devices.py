@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from muon_dist.adapters.device import gpu_peak_flops, peak_flops
 from muon_dist.errors import ConfigError
+from muon_dist.model.peaks import gpu_peak_flops, peak_flops
 
 GB = 1e9
 GIB = 2**30
@@ -64,7 +64,7 @@ def _gpu(
 
 
 # Memory in GB, memory bandwidth and NVLink or Infinity Fabric in GB/s one way, from the vendors' data sheets; peak
-# rates stand in adapters/device.py. Between nodes: one 400 Gbit/s card a GPU (50 GB/s), as in DGX H100, H200 and B200;
+# rates stand in model/peaks.py. Between nodes: one 400 Gbit/s card a GPU (50 GB/s), as in DGX H100, H200 and B200;
 # 200 Gbit/s for A100 (DGX A100).
 DEVICES: dict[str, Device] = {
     "a100": _gpu("a100", "A100", 80, 2039, 300, 25, "NVIDIA A100 80GB SXM data sheet, 2021; NVLink 600 GB/s"),

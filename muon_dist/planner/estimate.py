@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from muon_dist.cost import CostModel
 from muon_dist.exchange.schedule import cut_buckets, smallest_bucket
+from muon_dist.optim.rules import MuonRule
 from muon_dist.ownership import OwnershipPlan
+from muon_dist.ownership.cost import CostModel
 
 INSIDE, BETWEEN = 0, 1
 
@@ -58,8 +59,12 @@ def exchange_of(
     per_node: int,
     gather_bytes: int,
     scatter_bytes: int,
+    gathers: int = 1,
 ) -> Exchange:
-    """Bytes and collectives of a step of `plan` in `buckets`, with `per_node` consecutive ranks on each node."""
+    """Bytes and collectives of a step of `plan` in `buckets`, with `per_node` consecutive ranks on each node.
+
+    gather_bytes, scatter_bytes: of an element in each message. gathers: tensors that owners get of each matrix.
+    """
     world = plan.layout.world_size
     node = np.arange(world) // per_node
     sent, received = np.zeros((2, world)), np.zeros((2, world))
@@ -73,7 +78,7 @@ def exchange_of(
             owner, given = plan.owners[i], plan.direct[i]
             if plan.layout.relayed(i):
                 np.add.at(relays, given.rank, given.length * scatter_bytes)
-            ways = (plan.sources[i], gather_bytes), (given, scatter_bytes)
+            ways = (plan.sources[i], gather_bytes * gathers), (given, scatter_bytes)
             for way, (pieces, width) in enumerate(ways):
                 elsewhere = pieces.rank != owner
                 ranks, volume = pieces.rank[elsewhere], pieces.length[elsewhere] * width
@@ -83,7 +88,7 @@ def exchange_of(
                 np.add.at(from_others, (link, ranks), volume)
                 for kind in (INSIDE, BETWEEN):
                     to_others[kind, owner] += volume[link == kind].sum()
-        collectives += sum(moves) + int(np.bincount(columns, weights=relays > 0).max())
+        collectives += gathers * moves[0] + moves[1] + int(np.bincount(columns, weights=relays > 0).max())
         broadcast += relays
     for column in set(plan.layout.columns):
         ranks = np.flatnonzero(columns == column)
@@ -140,9 +145,11 @@ def newton_schulz_seconds(
     return loads, float(end.max())
 
 
-def momentum_bytes(plan: OwnershipPlan) -> np.ndarray:
-    """fp32 momentum of each rank, without the padding of flat groups."""
+def momentum_bytes(plan: OwnershipPlan, rule: MuonRule) -> np.ndarray:
+    """fp32 momentum of each rank, without the padding of flat groups, and what the rule keeps on owners."""
     held = np.zeros(plan.layout.world_size)
-    for pieces in plan.sources:
-        np.add.at(held, pieces.rank, pieces.length * 4)
+    for owner, pieces, m in zip(plan.owners, plan.sources, plan.layout.matrices, strict=True):
+        if not rule.momentum_at_owner:
+            np.add.at(held, pieces.rank, pieces.length * 4)
+        held[owner] += 4 * sum(size(m.matrix) for size in rule.owner_memory.values())
     return held

@@ -51,7 +51,8 @@ def activation_bytes(workload: Workload, settings: Settings, mesh: Mesh) -> floa
 def bucket_bytes(settings: Settings, owners: OwnershipPlan, dtype: torch.dtype) -> float:
     """Muon's two buckets: `bucket_mb` each, or more for one matrix that alone is larger."""
     every = range(len(owners.layout.matrices))
-    alone = bytes_of_two_buckets(dtype.itemsize, moves(owners, every)) * max(
+    also = len(settings.rule.sends) + settings.rule.gradient_stays
+    alone = bytes_of_two_buckets(dtype.itemsize, moves(owners, every), also) * max(
         (largest_end(owners, i) for i in every), default=0
     )
     return float(max(2 * settings.bucket_mb * 2**20, alone)) if every else 0.0

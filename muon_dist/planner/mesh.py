@@ -17,6 +17,7 @@ from muon_dist.planner.model import Settings, Workload
 
 LAYOUTS = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp")
 _ON_DTENSORS = ("fsdp2", "hsdp")
+_AUTOTP = tuple(("tp", layout) for layout in ("zero1", "zero2", "zero3"))
 OPTIONS = ("tp", "cp", "sp", "ep", "pp", "dp_replicate")
 """The axes that a user chooses; dp_shard is what is left of the ranks."""
 
@@ -33,7 +34,7 @@ class Mesh:
         dp_shard: data-parallel ranks that share one copy of the model.
         cp: ranks of ring attention.
         sp: ranks of DeepSpeed's Ulysses.
-        tp: ranks of tensor parallelism.
+        tp: ranks of tensor parallelism; under ZeRO, of DeepSpeed's AutoTP.
         ep: ranks that share the experts of a layer, within dp_shard x cp x tp.
     """
 
@@ -160,8 +161,10 @@ def _check_layout(mesh: Mesh, copies: int | None) -> None:
     """Which axes the libraries offer with a layout, as far as Muon runs there."""
     layout = mesh.layout
     for name in ("tp", "cp", "ep"):
-        if getattr(mesh, name) > 1 and layout not in _ON_DTENSORS:
+        if getattr(mesh, name) > 1 and layout not in _ON_DTENSORS and (name, layout) not in _AUTOTP:
             raise ConfigError(f"--{name} {getattr(mesh, name)} with --layout {layout}: use --layout fsdp2 or hsdp")
+    if mesh.tp > 1 and mesh.sp > 1:
+        raise ConfigError(f"--tp {mesh.tp} with --sp {mesh.sp}: DeepSpeed has AutoTP or Ulysses: use one of them")
     if mesh.sp > 1 and layout in _ON_DTENSORS:
         raise ConfigError(
             f"--sp {mesh.sp} with --layout {layout}: Ulysses is DeepSpeed's: use --layout zero1, zero2 or zero3, or "

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from muon_dist.defaults import BUCKET_MB, NS_SCHEDULE, NS_STEPS, OWNER_POLICY, SEQUENCE_LENGTH
 from muon_dist.layout import Matrix, cut_parameter
 from muon_dist.model import build_model, count_parameters, flops_per_token
 from muon_dist.model.parallel import Architecture, architecture
 from muon_dist.numerics import ScheduleLike, get_schedule
+from muon_dist.optim.rules import RULES, MuonRule
 from muon_dist.routing import GroupRule, Override, RoutedGroup, SplitRule, route, routed_groups
 
 
@@ -42,17 +44,17 @@ class Settings:
 
     micro_batch: samples of a rank in one forward pass. low_precision: the model computes in bf16. ordered: under
     ZeRO-1/2 each Muon group is put into the order of `partition_order`, as `MuonFactory` does. momentum_everywhere:
-    see `Muon`.
+    see `Muon`. rule: of `optimizer.muon`, with its parts; entries of `groups` count as if they had it.
     """
 
-    ns_steps: int = 5
-    ns_schedule: ScheduleLike = "keller"
+    ns_steps: int = NS_STEPS
+    ns_schedule: ScheduleLike = NS_SCHEDULE
     ns_dtype: torch.dtype | None = None
     wire_dtype: torch.dtype | None = None
-    bucket_mb: float = 32.0
+    bucket_mb: float = BUCKET_MB
     overlap: bool = True
-    owner_policy: str = "balanced"
-    sequence_length: int = 1024
+    owner_policy: str = OWNER_POLICY
+    sequence_length: int = SEQUENCE_LENGTH
     micro_batch: int = 8
     accumulation: int = 1
     checkpointing: bool = False
@@ -60,6 +62,7 @@ class Settings:
     sub_group_size: int = 10**9
     ordered: bool = True
     momentum_everywhere: bool = False
+    rule: MuonRule = RULES["muon"]
 
     @property
     def iterations(self) -> int:

@@ -6,19 +6,23 @@ compare the layouts with those that the adapters find on real engines.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from muon_dist.layout import (
     FlatGroup,
     Layout,
     PlacedParameter,
+    StoredParameter,
     dtensor_layout,
     flat_layout,
+    matrix_layouts,
     per_parameter_layout,
     replicated_layout,
 )
-from muon_dist.layout.per_parameter import slice_length
-from muon_dist.partition_order import partition_order, slice_elements
+from muon_dist.layout.per_parameter import slice_length, sub_group
+from muon_dist.ownership.partition_order import partition_order, slice_elements
+from muon_dist.planner.autotp import over_tensor_parallel_ranks
 from muon_dist.planner.mesh import LAYOUTS, Mesh, make_mesh
 from muon_dist.planner.model import PlannedParameter, Settings, Workload
 from muon_dist.planner.sharding import largest_part, sharded_parameter, whole_parts
@@ -69,8 +73,9 @@ def place_on(workload: Workload, settings: Settings, mesh: Mesh) -> Placement:
 def held_bytes(workload: Workload, settings: Settings, mesh: Mesh) -> Held:
     """Bytes of the rank with most, of a stage whose part of the model is `workload`."""
     low = 2 if settings.low_precision else 4
-    total, adamw, world = workload.parameters, workload.adamw_elements, mesh.stage_ranks
-    layers = max(workload.layers, 1)
+    world, layers = mesh.stage_ranks // mesh.tp, max(workload.layers, 1)
+    total = sum(n * p.numel / whole_parts(p, mesh)[0] for p, n, _ in workload.kinds)
+    adamw = sum(n * p.numel / whole_parts(p, mesh)[0] for p, n, muon in workload.kinds if not muon)
     layer = low * 2 * total / layers  # weights and gradients of a layer
     if mesh.layout == "ddp":
         # autocast: weights stay fp32 and so do gradients, DDP's buckets are their storage
@@ -91,26 +96,52 @@ def _layout(workload: Workload, settings: Settings, mesh: Mesh) -> tuple[Layout,
     muon, world, kind = workload.muon, mesh.stage_ranks, mesh.layout
     if kind == "ddp":
         return replicated_layout([p.matrices for p in muon], world), False
-    if kind in ("zero1", "zero2"):
-        flat, ordered = [], False
-        for members in workload.by_muon_group:
-            order = partition_order([p.matrices for p in members], world if settings.ordered else 1)
-            numels = [members[i].numel for i in order]
-            placed = _end_to_end([members[i] for i in order], numels)
-            flat.append(FlatGroup(placed, slice_elements(numels, world)))
-            ordered = ordered or order != list(range(len(members)))
-        return flat_layout(flat, world), ordered
-    if kind == "zero3":
-        sub = [
-            _end_to_end(g, [slice_length(p.numel, world) for p in g])
-            for members in workload.by_muon_group
-            for g in sub_groups(members, world, settings.sub_group_size)
-        ]
-        return per_parameter_layout(sub, world), False
+    if kind in ("zero1", "zero2", "zero3"):
+        return _zero_layout(workload, settings, mesh)
     return dtensor_layout([sharded_parameter(p, mesh) for p in muon], world), False
 
 
-def _end_to_end(parameters: list[PlannedParameter], lengths: list[int]) -> tuple[PlacedParameter, ...]:
+def _zero_layout(workload: Workload, settings: Settings, mesh: Mesh) -> tuple[Layout, bool]:
+    """ZeRO over the ranks that hold the same: all of them but for AutoTP."""
+    ranks, stage3, ordered = mesh.stage_ranks // mesh.tp, mesh.layout == "zero3", False
+    members = [list(group) for group in workload.by_muon_group]
+    if not stage3 and settings.ordered:
+        orders = [partition_order([p.matrices for p in group], ranks) for group in members]
+        ordered = any(order != sorted(order) for order in orders)
+        members = [[group[i] for i in order] for group, order in zip(members, orders, strict=True)]
+    size = settings.sub_group_size
+    if mesh.tp == 1 and stage3:
+        return per_parameter_layout(_placed_sub_groups(members, ranks, size), ranks), False
+    if mesh.tp == 1:
+        return flat_layout(_flat_groups(members, ranks), ranks), ordered
+
+    def zero(of_rank: Sequence[Sequence[PlannedParameter]]) -> list[list[StoredParameter]]:
+        if stage3:
+            return [sub_group(g, i, ranks) for i, g in enumerate(_placed_sub_groups(of_rank, ranks, size))]
+        return [group.stored(i, ranks) for i, group in enumerate(_flat_groups(of_rank, ranks))]
+
+    buffers = over_tensor_parallel_ranks(members, mesh.tp, ranks, zero)
+    matrices = matrix_layouts([p for buffer in buffers for p in buffer])
+    phases = tuple((number,) for number in range(len(buffers)))
+    kind = "per_parameter" if stage3 else "flat"
+    return Layout(kind, mesh.stage_ranks, matrices, phases, complete_gradients=True), ordered
+
+
+def _flat_groups(members: Sequence[Sequence[PlannedParameter]], ranks: int) -> list[FlatGroup]:
+    """Stages 1 and 2: the parameters of each group end to end."""
+    numels = [[p.numel for p in group] for group in members]
+    return [FlatGroup(_end_to_end(g, n), slice_elements(n, ranks)) for g, n in zip(members, numels, strict=True)]
+
+
+def _placed_sub_groups(
+    members: Sequence[Sequence[PlannedParameter]], ranks: int, size: int
+) -> list[tuple[PlacedParameter, ...]]:
+    """Stage 3: the slices of each sub-group's parameters end to end."""
+    groups = [g for group in members for g in sub_groups(group, ranks, size)]
+    return [_end_to_end(g, [slice_length(p.numel, ranks) for p in g]) for g in groups]
+
+
+def _end_to_end(parameters: Sequence[PlannedParameter], lengths: Sequence[int]) -> tuple[PlacedParameter, ...]:
     placed = []
     at = 0
     for p, length in zip(parameters, lengths, strict=True):
@@ -119,7 +150,7 @@ def _end_to_end(parameters: list[PlannedParameter], lengths: list[int]) -> tuple
     return tuple(placed)
 
 
-def sub_groups(parameters: tuple[PlannedParameter, ...], world: int, size: int) -> list[list[PlannedParameter]]:
+def sub_groups(parameters: Sequence[PlannedParameter], world: int, size: int) -> list[list[PlannedParameter]]:
     """Stage 3's sub-groups: their slices reach `size` elements per rank (`_create_fp16_sub_groups`)."""
     groups: list[list[PlannedParameter]] = [[]]
     reached = 0

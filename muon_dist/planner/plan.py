@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError
 from muon_dist.exchange.schedule import bucket_elements, moves
-from muon_dist.measured_cost import measure
 from muon_dist.numerics import compute_dtype, get_schedule, newton_schulz_flops
 from muon_dist.ownership import OwnershipPlan, assign_owners, stack_length
+from muon_dist.ownership.cost import CostModel
+from muon_dist.ownership.measured_cost import measure
 from muon_dist.planner.communication import Links, bytes_by_axis
 from muon_dist.planner.devices import COLLECTIVE_SECONDS, LINK_SHARE, Device
 from muon_dist.planner.estimate import (
@@ -136,9 +136,12 @@ def plan_on(mesh: Mesh, workload: Workload, settings: Settings, device: Device, 
     buckets = buckets_of(owners, _bound(owners, settings, dtype), settings.overlap, device.type)
     wire = settings.wire_dtype
     there, back = (wire or torch.float32).itemsize, (wire or dtype).itemsize
-    exchange = exchange_of(owners, buckets, per_node=mesh.per_node, gather_bytes=there, scatter_bytes=back)
+    gathers = 1 + len(settings.rule.sends)
+    exchange = exchange_of(
+        owners, buckets, per_node=mesh.per_node, gather_bytes=there, scatter_bytes=back, gathers=gathers
+    )
     loads, waiting = newton_schulz_seconds(owners, buckets, model, settings.iterations, dtype)
-    axes, momentum = bytes_by_axis(stage, settings, mesh), float(momentum_bytes(owners).max())
+    axes, momentum = bytes_by_axis(stage, settings, mesh), float(momentum_bytes(owners, settings.rule).max())
     if settings.momentum_everywhere:  # every holder of a copy keeps all of its part
         momentum = max(momentum, (held.master or held.weights) * stage.muon_elements / max(stage.parameters, 1))
     parts = seconds_of(
@@ -212,7 +215,8 @@ def _owners(placement: Placement, settings: Settings, model: CostModel, dtype: t
 def _bound(owners: OwnershipPlan, settings: Settings, dtype: torch.dtype) -> int:
     """Elements of the largest bucket, as `optim.compiler` takes them."""
     messages = moves(owners, range(len(owners.layout.matrices)))
-    return bucket_elements(int(settings.bucket_mb * 2**20), dtype.itemsize, messages)
+    also = len(settings.rule.sends) + settings.rule.gradient_stays
+    return bucket_elements(int(settings.bucket_mb * 2**20), dtype.itemsize, messages, also)
 
 
 def _pair(both: np.ndarray) -> tuple[float, float]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from muon_dist.cost import CostModel
 from muon_dist.errors import ConfigError
 from muon_dist.exchange.schedule import bytes_of_two_buckets
+from muon_dist.ownership.cost import CostModel
 from muon_dist.planner.communication import bytes_by_axis
 from muon_dist.planner.devices import LINK_SHARE, Device
 from muon_dist.planner.memory import memory_of, usable

@@ -1,7 +1,7 @@
 """How the libraries cut a parameter over a mesh of FSDP2, tensor and expert parallelism.
 
 The rules are those of transformers 5.23 (`shard_param` of the styles in distributed/tensor_parallel.py and
-expert_parallel.py) and of `fully_shard`, which cuts axis 0 of what the others have left. tests/planner/test_meshes.py
+expert_parallel.py) and of `fully_shard`, which cuts axis 0 of what the others have left. tests/planner/test_mesh.py
 compares the layouts with those of real models.
 """
 
@@ -58,7 +58,9 @@ def whole_parts(p: PlannedParameter, mesh: Mesh) -> tuple[int, int]:
     """(parts that tensor or expert parallelism makes of a parameter, ranks among which FSDP2 cuts each part)."""
     if by_experts(p, mesh):
         return mesh.ep, mesh.efsdp
-    return (mesh.tp if mesh.tp > 1 and tensor_cut(p) is not None else 1), mesh.fsdp
+    # DeepSpeed's AutoTP leaves embeddings whole.
+    whole = tensor_cut(p) is None or (mesh.layout.startswith("zero") and p.tp == "embedding_rowwise")
+    return (mesh.tp if mesh.tp > 1 and not whole else 1), mesh.fsdp
 
 
 def largest_part(p: PlannedParameter, mesh: Mesh) -> int:

@@ -59,9 +59,14 @@ def render(records: Sequence[RunRecord]) -> str:
         legend=list(zip(names, figures.PALETTE, records, strict=False)),
         status=status,
         curves=curves(records, names),
-        figures=_table([dict(_plain(tiles(record))) for record in records]),
+        figures=figures_of(records),
         settings=differences(records),
     )
+
+
+def figures_of(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """(name, a value for each run) of what a reader asks first."""
+    return _table([dict(_plain(tiles(record))) for record in records])
 
 
 def curves(records: Sequence[RunRecord], names: Sequence[str]) -> list[tuple[str, Markup]]:

@@ -5,7 +5,6 @@ The page makes no request: styles and figures are in it, there is no script.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from muon_dist.errors import DataError
+from muon_dist.json_files import read_object
 from muon_dist.report.page import save, template
 
 _KEYS = ("experiment", "title", "claim", "verdict", "criteria", "notes", "profile", "seconds", "environment", "config")
@@ -71,12 +71,12 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     records = []
     for path in sorted(folder.glob("*.json")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_object(path)
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{path}: cannot be read as JSON ({error}); run the experiment again, or remove the file"
+                f"{path}: cannot be read as a result ({error}); run the experiment again, or remove the file"
             ) from error
-        missing = [key for key in _KEYS if not isinstance(record, dict) or key not in record]
+        missing = [key for key in _KEYS if key not in record]
         if missing:
             raise DataError(f"{path}: not an experiment result, without {', '.join(missing)}; move it elsewhere")
         name = re.escape(record["experiment"])

@@ -121,13 +121,15 @@ def lines(
     log: bool = False,
     zero: bool = False,
     marks: Sequence[float] = (),
+    parts: Sequence[float] = (),
     dots: Iterable[str] = (),
     legend: bool = True,
 ) -> Markup | None:
     """Curves over steps; None when no series holds a point. A pointer over a curve shows label, step and value.
 
-    log: logarithmic y. zero: y begins at 0. marks: steps with a fine vertical line (checkpoints). dots: labels whose
-    points are marked, being far apart. legend: False if the page has one for several figures; the colours follow
+    log: logarithmic y. zero: y begins at 0. marks: steps with a fine vertical line (checkpoints). parts: steps at
+    which part 2, 3, ... of the run begins: a line with its number. dots: labels whose points are marked, being far
+    apart. legend: False where the page has one for several figures; the colours follow
     the order of `series`, whether all of them hold points or not.
     """
     colours = {label: PALETTE[index % len(PALETTE)] for index, label in enumerate(series)}
@@ -147,6 +149,10 @@ def lines(
             hover[f"hover{index}"] = [f"{label}: {b:.5g} at step {a:,.0f}" for a, b in zip(*spots, strict=True)]
         for step in marks:
             ax.axvline(step, color=_INK, alpha=0.3, linewidth=0.8, linestyle=":")
+        for number, step in enumerate(parts, start=2):
+            ax.axvline(step, color=_INK, alpha=0.6, linewidth=0.8)
+            place = ax.get_xaxis_transform()  # x in steps, y from the bottom (0) to the top (1) of the figure
+            ax.text(step, 0.98, f" {number}", transform=place, va="top", fontsize=8.5, clip_on=True)
         if log and all(v > 0 for _, y in shown.values() for v in y):
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def render(record: RunRecord) -> str:
         status=status(record),
         tiles=tiles(record),
         curves=curves(record),
+        parts=parts(record),
         owners=owner_table(record),
         loads=load_figure(record),
         heat=heat,
@@ -109,20 +110,24 @@ def tiles(record: RunRecord) -> list[tuple[str, str]]:
 def curves(record: RunRecord) -> list[tuple[str, Markup]]:
     """(caption, figure): loss, learning rates, throughput, gradient norms; those that have data."""
     train, evaluations = record.training, record.evaluations
+    begun = [part["from_step"] for part in parts(record) if part["begun"]]
     marks = [c["step"] for c in record.checkpoints]
     wanted = [
         (
-            "Loss, nats per token. Dotted lines: checkpoints on disk",
+            "Loss, nats per token. Dotted lines: checkpoints on disk"
+            + (". Lines with a number: a part of the curriculum begins" if begun else ""),
             figures.lines(
                 "loss",
                 {"training": figures.curve(train, "loss"), "validation": figures.curve(evaluations, "eval_loss")},
                 ylabel="loss",
                 description="training and validation loss over steps",
                 marks=marks,
+                parts=begun,
                 dots=["validation"],
             ),
         ),
-        ("Learning rates", _keyed("lr", train, "lr/", "learning rate", zero=True)),
+        ("Validation loss of each source", _keyed("sources", evaluations, "eval_loss/", "loss", parts=begun)),
+        ("Learning rates", _keyed("lr", train, "lr/", "learning rate", zero=True, parts=begun)),
         (
             "Throughput of all ranks, evaluation and saving left out",
             figures.lines(
@@ -141,7 +146,29 @@ def curves(record: RunRecord) -> list[tuple[str, Markup]]:
 def _keyed(name: str, records: list[Record], prefix: str, ylabel: str, **style: Any) -> Markup | None:
     keys = list(dict.fromkeys(k for line in records for k in line if k.startswith(prefix)))
     series = {key.removeprefix(prefix): figures.curve(records, key) for key in keys}
-    return figures.lines(name, series, ylabel=ylabel, description=f"{ylabel} of each group over steps", **style)
+    return figures.lines(name, series, ylabel=ylabel, description=f"{ylabel} of each over steps", **style)
+
+
+def parts(record: RunRecord) -> list[Record]:
+    """The parts of the curriculum after the first, in order: number (from 2), from_step, begun, and what changes."""
+    last = max((line["step"] for line in record.metrics), default=0)
+    found = []
+    given = record.setting("curriculum")
+    known = [p for p in given if isinstance(p, dict) and "from_step" in p] if isinstance(given, list) else []
+    for number, part in enumerate(known, start=2):
+        about = ", ".join(f"{name} {value}" for name, value in _settings(part) if name != "from_step")
+        start = part["from_step"]
+        found.append({"number": number, "from_step": start, "begun": start < last, "about": about or "as before"})
+    return found
+
+
+def _settings(block: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of the settings of a block that say something."""
+    for name, value in block.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{name}.")
+        elif value is not None and (name, value) != ("warmup_steps", 0):
+            yield f"{prefix}{name}", value
 
 
 def kinds(record: RunRecord) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,10 +12,12 @@ import yaml
 
 from muon_dist.audit.chain import FILE as AUDIT_FILE
 from muon_dist.audit.verify import Verified, verify
-from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.manifest import is_checkpoint
 from muon_dist.checkpoint.weights import Weights, newest_weights
 from muon_dist.config import redact
 from muon_dist.errors import DataError
+from muon_dist.json_files import read_lines as lines_of
+from muon_dist.json_files import read_object
 
 Record = dict[str, Any]
 
@@ -94,10 +95,10 @@ def read_run(folder: str | Path) -> RunRecord:
         raise DataError(f"{root}: no such folder; give a run folder, such as runs/quickstart")
     record = RunRecord(root)
     problems = record.problems
-    config = _whole(root / "config.yaml", yaml.safe_load, problems, "settings are not shown")
+    config = _whole(root / "config.yaml", _yaml, problems, "settings are not shown")
     record.config = redact(config) if config is not None else None
-    record.environment = _whole(root / "environment.json", json.loads, problems, "versions are not shown")
-    record.routing = _whole(root / "routing.json", json.loads, problems, "routing is not shown", ("routes", "totals"))
+    record.environment = _whole(root / "environment.json", read_object, problems, "versions are not shown")
+    record.routing = _whole(root / "routing.json", read_object, problems, "routing is not shown", ("routes", "totals"))
     record.metrics = read_lines(root / "metrics.jsonl", problems, "no curves can be drawn", ("step",))
     record.events = read_lines(
         root / "events.jsonl", problems, "starts and ends are not known", ("time", "event", "step")
@@ -110,7 +111,7 @@ def read_run(folder: str | Path) -> RunRecord:
     if record.setting("optimizer", "name") != "adamw":
         record.ownership = _whole(
             root / "ownership.json",
-            json.loads,
+            read_object,
             problems,
             "it is written after the first step; owners are not shown",
             ("layout", "policy", "world_size", "matrices", "loads"),
@@ -121,15 +122,15 @@ def read_run(folder: str | Path) -> RunRecord:
     if (root / AUDIT_FILE).is_file():
         record.audit = verify(root)
         problems += [f"{AUDIT_FILE}: {problem}." for problem in record.audit.problems]
-    record.summary = _whole(root / "summary.json", json.loads, problems, "the run has not finished")
+    record.summary = _whole(root / "summary.json", read_object, problems, "the run has not finished")
     return record
 
 
 def _whole(
-    path: Path, parse: Callable[[str], Any], problems: list[str], consequence: str, needed: tuple[str, ...] = ()
+    path: Path, read: Callable[[Path], Any], problems: list[str], consequence: str, needed: tuple[str, ...] = ()
 ) -> Record | None:
     try:
-        value = parse(path.read_text(encoding="utf-8"))
+        value = read(path)
     except FileNotFoundError:
         problems.append(f"{path.name} is missing: {consequence}.")
         return None
@@ -146,6 +147,10 @@ def _whole(
     return value
 
 
+def _yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -153,7 +158,7 @@ def _first_line(error: Exception) -> str:
 def read_lines(path: Path, problems: list[str], consequence: str, needed: tuple[str, ...]) -> list[Record]:
     """The objects of a JSON-lines file; a line that is none, or lacks a field, is left out and named."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = list(lines_of(path))
     except FileNotFoundError:
         problems.append(f"{path.name} is missing: {consequence}.")
         return []
@@ -162,16 +167,11 @@ def read_lines(path: Path, problems: list[str], consequence: str, needed: tuple[
         return []
     found: list[Record] = []
     damaged: list[int] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-            if not isinstance(value, dict) or any(name not in value for name in needed):
-                raise ValueError
-            if not isinstance(value.get("step", 0), int):
-                raise ValueError
-            found.append(value)
-        except ValueError:
+    for number, value in lines:
+        if value is None or any(name not in value for name in needed) or not isinstance(value.get("step", 0), int):
             damaged.append(number)
+        else:
+            found.append(value)
     if damaged:
         shown = ", ".join(map(str, damaged[:8])) + (" and more" if len(damaged) > 8 else "")
         problems.append(
@@ -212,7 +212,7 @@ def _checkpoints(folder: Path) -> list[Record]:
         found.append(
             {
                 "step": int(match.group(1)),
-                "finished": (path / MANIFEST).is_file(),
+                "finished": is_checkpoint(path),
                 "bytes": sum(p.stat().st_size for p in files),
                 "time": max((p.stat().st_mtime for p in files), default=None),
             }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+from muon_dist.json_files import strict
 
 Algorithm = Literal["muon", "adamw"]
 Axis = Literal["outputs", "inputs"]
@@ -123,7 +124,7 @@ class RoutingTable:
     def to_json(self) -> dict[str, Any]:
         """The table as plain data (dicts, lists, strings, numbers), for the run folder."""
         rows = [{**asdict(r), "matrices": [asdict(g) for g in r.matrices()]} for r in self.routes]
-        return json.loads(json.dumps({"routes": rows, "totals": self.totals()}))  # tuples become lists
+        return cast("dict[str, Any]", strict({"routes": rows, "totals": self.totals()}))
 
     def render(self) -> str:
         """A plain-text table, one line for each parameter, then the totals."""

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from muon_dist.adapters.device import refuse_unseen_gpus
-from muon_dist.adapters.hf_callbacks import Console
-from muon_dist.adapters.hf_curriculum import PartLog, follow_parts
-from muon_dist.adapters.hf_guards import Guards
-from muon_dist.adapters.hf_private import use_one_gpu
-from muon_dist.adapters.hf_records import EventsFile, OwnershipFile
-from muon_dist.adapters.hf_settings import check_frameworks, trial_scheduler
-from muon_dist.adapters.hf_trainer import (
+from muon_dist.adapters.hf.callbacks import Console
+from muon_dist.adapters.hf.curriculum import PartLog, PartRules, follow_parts
+from muon_dist.adapters.hf.guarded import Guards
+from muon_dist.adapters.hf.private import use_one_gpu
+from muon_dist.adapters.hf.records import EventsFile, OwnershipFile
+from muon_dist.adapters.hf.settings import check_frameworks, trial_scheduler
+from muon_dist.adapters.hf.trainer import (
     CheckpointOptions,
     MuonFactory,
     MuonTrainer,
@@ -25,8 +24,10 @@ from muon_dist.adapters.hf_trainer import (
     leave_deepspeed,
 )
 from muon_dist.config import Config
+from muon_dist.config.curriculum import changes_rule, muon_of_parts
 from muon_dist.config.redact import redact
 from muon_dist.config.routing import routing_rules
+from muon_dist.config.schema import MuonConfig
 from muon_dist.data.encoder import vocabulary_size
 from muon_dist.errors import ConfigError
 from muon_dist.failures import one_line
@@ -36,6 +37,7 @@ from muon_dist.optim.groups import param_groups
 from muon_dist.routing import RoutingTable, route
 from muon_dist.train import mesh
 from muon_dist.train.batch import share_batch
+from muon_dist.train.device import refuse_unseen_gpus
 from muon_dist.train.folder import RunFolder
 from muon_dist.train.parts import check_starting_tokenizer, prepare_for_parts, rate_parts
 
@@ -94,13 +96,18 @@ def routing_table(config: Config, model: nn.Module) -> RoutingTable:
 
 
 def optimizer_factory(
-    config: Config, table: RoutingTable, spectra: Path | None = None, audit: Path | None = None
+    config: Config,
+    table: RoutingTable,
+    spectra: Path | None = None,
+    audit: Path | None = None,
+    muon: MuonConfig | None = None,
 ) -> tuple[type, dict[str, Any]]:
     """The value for Trainer's `optimizer_cls_and_kwargs`.
 
-    spectra: the folder of the measures, if there are any. audit: the file of the audit, if there is one.
+    spectra: the folder of the measures, if there are any. audit: the file of the audit, if there is one. muon: the
+    settings of a part of the run, in place of the configuration's.
     """
-    muon, adamw = config.optimizer.muon, config.optimizer.adamw
+    muon, adamw = muon if muon is not None else config.optimizer.muon, config.optimizer.adamw
     shared: dict[str, Any] = {"table": table, "betas": tuple(adamw.betas), "eps": adamw.eps}
     if config.optimizer.name == "adamw":
         return AdamWFactory, {**shared, "lr": adamw.lr, "weight_decay": adamw.weight_decay}
@@ -119,6 +126,17 @@ def optimizer_factory(
         "diagnostics": {**config.diagnostics.model_dump(), "folder": spectra} if config.diagnostics.every else None,
         "audit": {**of_audit, "seed": config.seed, "path": audit} if of_audit["every"] else None,
     }
+
+
+def part_rules(config: Config, table: RoutingTable) -> PartRules | None:
+    """The update rules of the parts of the curriculum; None where no part changes any."""
+    if not any(map(changes_rule, config.curriculum)):
+        return None
+    starts = (0, *(part.from_step for part in config.curriculum))
+    of_parts = muon_of_parts(config.optimizer.muon.model_dump(), config.curriculum)
+    made = [optimizer_factory(config, table, muon=MuonConfig(**muon))[1] for muon in of_parts]
+    plain = [{k: v for k, v in arguments.items() if k not in ("diagnostics", "audit")} for arguments in made]
+    return PartRules(list(zip(starts, plain, strict=True)))
 
 
 def training_arguments(config: Config, folder: RunFolder, train_samples: int) -> TrainingArguments:
@@ -301,6 +319,7 @@ def make_trainer(
         flops_per_token=flops_per_token(model, config.data.sequence_length),
         metrics_path=folder.metrics,
         guards=guards,
+        rule_parts=part_rules(config, table),
         qk_clip=config.optimizer.qk_clip.model_dump() if config.optimizer.qk_clip is not None else None,
         checkpoint=checkpoint_options(config, begin),
         train_dataset=train_dataset,

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from muon_dist.adapters.hf_callbacks import quiet_transformers
-from muon_dist.checkpoint import MODEL_FOLDER, Checkpoint, Contents, Ranks, commits, newest_good, open_checkpoint
-from muon_dist.checkpoint.manifest import NAME as MANIFEST
-from muon_dist.checkpoint.piece import WEIGHT, Piece, whole
-from muon_dist.checkpoint.writer import commit, take
+from muon_dist.adapters.hf.callbacks import quiet_transformers
+from muon_dist.checkpoint import Checkpoint, commits, newest_good, open_checkpoint
+from muon_dist.checkpoint.manifest import is_checkpoint
+from muon_dist.checkpoint.piece import WEIGHT
 from muon_dist.errors import CheckpointError, ConfigError
-from muon_dist.model.load import load_model, parameter_shapes
+from muon_dist.json_files import indented
+from muon_dist.train.checkpoint_formats import NAME, Given, format_of
 from muon_dist.train.folder import RunFolder
 from muon_dist.train.models import export_folder
-
-_TAG = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-# what transformers needs besides the weights; never code
-_DOCUMENTS = ("*.json", "*.model", "*.txt", "*.jinja")
-_WEIGHT_FILES = re.compile(r".*\.(safetensors|safetensors\.index\.json|bin|pt|pth)")
-# file of DeepSpeed's universal format -> our kind
-_UNIVERSAL = {"fp32": WEIGHT, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum_buffer": "momentum"}
 
 
 def found(path: str | Path) -> list[Path]:
@@ -35,7 +23,7 @@ def found(path: str | Path) -> list[Path]:
     Raises CheckpointError when there is none.
     """
     root = Path(path)
-    if (root / MANIFEST).exists():
+    if is_checkpoint(root):
         return [root]
     paths = RunFolder(root).finished_checkpoints() or commits(root)
     if not paths:
@@ -110,102 +98,9 @@ def convert(
     path, target = Path(source), Path(out)
     if target.exists():
         raise ConfigError(f"{target} exists already: choose another folder")
-    if not _TAG.fullmatch(target.name):
+    if not NAME.fullmatch(target.name):
         raise ConfigError(f"{target.name!r}: a checkpoint's name has letters, digits, and . _ - behind the first")
-    if (path / MANIFEST).is_file():
-        export_folder(path, target)
-        return "a Hugging Face folder"
-    if (path / "zero").is_dir():
-        if model is None:
-            raise ConfigError(f"{path} says nothing of the model: name a folder with its config.json by --model")
-        documents = _documents(Path(model))
-        _write(target, list(_universal(path / "zero", parameter_shapes(model), weights_only, step)), documents)
-        return "a checkpoint, from DeepSpeed's universal format"
-    _refuse_deepspeed(path)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path}: no checkpoint ({MANIFEST}), no Hugging Face folder (config.json), and not DeepSpeed's universal "
-            "format (zero/)"
-        )
-    parameters = load_model(path).named_parameters()
-    pieces = [p for name, tensor in parameters for p in whole(name, WEIGHT, tuple(tensor.shape), tensor)]
-    _write(target, pieces, _documents(path))
-    return "a checkpoint, from Hugging Face weights"
-
-
-def _write(target: Path, pieces: list[Piece], documents: dict[str, bytes]) -> None:
-    snapshot, _ = take(pieces, 0, {})
-    contents = Contents(0, "converted", documents=documents, name=target.name)
-    commit(target.parent, Ranks(), snapshot, contents)
-
-
-def _documents(folder: Path) -> dict[str, bytes]:
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: no config.json there")
-    paths = {p for pattern in _DOCUMENTS for p in folder.glob(pattern) if p.is_file() and not p.is_symlink()}
-    return {
-        f"{MODEL_FOLDER}/{p.name}": p.read_bytes()
-        for p in sorted(paths)
-        if not _WEIGHT_FILES.fullmatch(p.name) and _TAG.fullmatch(p.name)
-    }
-
-
-# DeepSpeed -------------------------------------------------------------------------------------------------------
-
-
-def _refuse_deepspeed(path: Path) -> None:
-    tag = path / "latest"
-    step = path / tag.read_text(encoding="utf-8").strip() if tag.is_file() else path
-    if any(step.glob("*_states.pt")):
-        raise CheckpointError(
-            f"{path} is DeepSpeed's own format, which is pickled: make the universal format of it where you trust it "
-            f"(python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder {step} "
-            "--output_folder NEW), and convert that. It keeps weights and AdamW's state; a Muon run continues "
-            "from our checkpoints"
-        )
-
-
-def _universal(
-    zero: Path, shapes: Mapping[str, tuple[int, ...]], weights_only: bool, step: int | None
-) -> Iterator[Piece]:
-    """The pieces of `zero/NAME/{fp32,exp_avg,...}.pt`; tensors and numbers alone are unpickled.
-
-    Of ZeRO-3 the tensors are flat and AdamW's step is missing: `shapes` and `step` say what they are.
-    """
-    found = {p.name: p for p in sorted(zero.iterdir()) if (p / "fp32.pt").is_file() and not p.is_symlink()}
-    if missing := shapes.keys() - found.keys():
-        raise CheckpointError(f"{zero} does not hold {min(missing)}, which config.json says the model has")
-    if unknown := found.keys() - shapes.keys():
-        raise CheckpointError(f"{zero} holds {min(unknown)}, which config.json says the model does not have")
-    for name, folder in found.items():
-        files = {kind: folder / f"{file}.pt" for file, kind in _UNIVERSAL.items() if (folder / f"{file}.pt").is_file()}
-        for kind, file in files.items():
-            if weights_only and kind != WEIGHT:
-                continue
-            tensor = _tensor(file)
-            if tensor.numel() != math.prod(shapes[name]):
-                raise CheckpointError(f"{file} has {tensor.numel()} elements, {name} is of shape {shapes[name]}")
-            yield from whole(name, kind, shapes[name], tensor.reshape(shapes[name]).contiguous())
-        if "exp_avg" in files and not weights_only:
-            yield from whole(name, "step", (), _adamw_step(folder / "step.pt", step))
-
-
-def _adamw_step(file: Path, given: int | None) -> torch.Tensor:
-    if not file.is_file() and given is None:
-        raise CheckpointError(
-            f"{file} is missing: of ZeRO-3 the universal format leaves AdamW's step out: name it by --step (it is "
-            "in its source folder's name), or leave AdamW's state out by --weights-only"
-        )
-    value = _tensor(file) if file.is_file() else given
-    return torch.as_tensor(value, dtype=torch.float32).reshape(())
-
-
-def _tensor(path: Path) -> Any:
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds on what it refuses to unpickle
-        raise CheckpointError(f"{path} is not a plain tensor: {type(error).__name__}: {error}") from error
-    return value["param"] if isinstance(value, dict) else value
+    return format_of(path).convert(path, target, Given(model, weights_only, step))
 
 
 # Tables ----------------------------------------------------------------------------------------------------------
@@ -227,4 +122,4 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def to_json(rows: list[dict[str, Any]]) -> str:
     """The list for programs."""
-    return json.dumps(rows, indent=2)
+    return indented(rows)

@@ -1,8 +1,7 @@
-"""Two optimizers on the same everything else, each at its best learning rate of one grid, over several seeds."""
+"""Muon against AdamW, each at its best learning rate of one grid, over several seeds; or runs that are there."""
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
@@ -14,10 +13,12 @@ from pathlib import Path
 
 from muon_dist.config import load_config
 from muon_dist.errors import ConfigError, MuonDistError
+from muon_dist.json_files import read_object, write_json
+from muon_dist.report.compare_text import compare_runs
 from muon_dist.train import corpus
-from muon_dist.train.folder import write_json
 
 OPTIMIZERS = ("muon", "adamw")
+LRS = (0.003, 0.01, 0.03)
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,28 @@ class Result:
     seed: int
     loss: float
     bits_per_byte: float
+
+
+def compare(
+    what: Path,
+    more: Sequence[str],
+    *,
+    lrs: Sequence[float] | None,
+    seeds: int,
+    jobs: int,
+    output: Path,
+) -> str:
+    """The table of `compare_runs` where `what` is a run folder and `more` are others, else of `compare_optimizers`.
+
+    Raises:
+        ConfigError: learning rates with finished runs; see also both.
+    """
+    if not what.is_dir():
+        given = lrs if lrs is not None else LRS
+        return str(compare_optimizers(what, more, lrs=given, seeds=seeds, jobs=jobs, output=output)["table"])
+    if lrs is not None:
+        raise ConfigError("--lr belongs to a configuration; run folders are compared as they are")
+    return compare_runs([what, *more])
 
 
 def compare_optimizers(
@@ -101,7 +124,7 @@ def _run(config_path: Path, overrides: Sequence[str], output: Path, optimizer: s
             code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
             raise MuonDistError(f"the run {name} ended with exit code {code}: see {log}")
-    figures = json.loads(summary.read_text(encoding="utf-8"))
+    figures = read_object(summary)
     return Result(optimizer, lr, seed, figures["validation_loss"], figures["validation_bits_per_byte"])
 
 

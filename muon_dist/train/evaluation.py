@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from muon_dist.adapters.hf_trainer import bits_per_byte
-from muon_dist.checkpoint import MODEL_FOLDER
-from muon_dist.checkpoint.manifest import NAME as CHECKPOINT
+from muon_dist.adapters.hf.trainer import bits_per_byte
+from muon_dist.checkpoint.manifest import model_folder
 from muon_dist.checkpoint.weights import trained_with
 from muon_dist.data import Manifest, Source, load_tokenizer, prepare
 from muon_dist.data.dataset import MixtureDataset
@@ -58,17 +57,12 @@ def is_prepared(path: str | Path) -> bool:
     return (Path(path) / MANIFEST_FILE).is_file()
 
 
-def tokenizer_within(folder: Path) -> Path:
-    """The folder of the tokenizer in a model folder or a checkpoint."""
-    return folder / MODEL_FOLDER if (folder / CHECKPOINT).is_file() else folder
-
-
 def check_tokenizer(data: str | Path, folder: Path) -> None:
     """Raises DataError unless the tokens of a prepared folder mean what they mean to the model in `folder`.
 
     A loss over tokens of another tokenizer is a number like any other, and says nothing.
     """
-    path = tokenizer_within(folder)
+    path = model_folder(folder)
     manifest = Manifest.load(data)
     own = load_tokenizer(path)
     if manifest.tokenizer_sha256 == own.info.sha256 or manifest.tokenizer_sha256 in trained_with(folder):
@@ -91,7 +85,7 @@ def text_dataset(
     with tempfile.TemporaryDirectory(prefix="muon-dist-eval-") as temporary:
         out = Path(temporary) / "tokens"
         tokenizer = shutil.copytree(
-            tokenizer_within(folder),
+            model_folder(folder),
             Path(temporary) / "tokenizer",
             ignore=shutil.ignore_patterns("*.safetensors*", "config.json"),
         )  # without the model's type, for which AutoTokenizer may choose another class

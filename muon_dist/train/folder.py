@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -14,8 +13,10 @@ from typing import Any
 from muon_dist.audit.chain import FILE as AUDIT_FILE
 from muon_dist.checkpoint import commits
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.checkpoint.manifest import is_checkpoint
 from muon_dist.checkpoint.weights import DATA, set_model_aside
 from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.json_files import write_json
 from muon_dist.train.restarts import is_restart, launch_names
 
 AUTO = "auto"
@@ -130,7 +131,7 @@ class RunFolder:
             raise CheckpointError(
                 f"--resume auto: {self.checkpoints} holds no finished checkpoint; leave --resume out to start again"
             )
-        if resume not in (None, AUTO) and not (Path(resume) / MANIFEST).is_file():
+        if resume not in (None, AUTO) and not is_checkpoint(Path(resume)):
             raise CheckpointError(f"--resume {resume}: no finished checkpoint there ({MANIFEST} is missing)")
         own = resume == AUTO or (resume is not None and Path(resume).resolve().parent == self.checkpoints.resolve())
         if not own and not overwrite and (self.metrics.exists() or self.checkpoints.exists()):
@@ -193,13 +194,6 @@ class RunFolder:
         if policy == "always" and resume is None and not overwrite and found:
             return AUTO, False
         return resume, overwrite
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON completely or not at all."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from muon_dist.data.encoder import frame, text_ids
+from muon_dist.defaults import TEMPERATURE, TOP_K
 from muon_dist.errors import ConfigError, NonFiniteError
 
 
@@ -18,8 +19,8 @@ def generate(
     prompt: str,
     tokens: int,
     *,
-    temperature: float = 0.8,
-    top_k: int = 40,
+    temperature: float = TEMPERATURE,
+    top_k: int = TOP_K,
     seed: int = 0,
 ) -> str:
     """`prompt` and its continuation by at most `tokens` tokens.

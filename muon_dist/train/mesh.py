@@ -58,7 +58,7 @@ def trainer_settings(config: Config) -> dict[str, Any]:
     mesh = mesh_of(config)
     if mesh is None or mesh.cp * mesh.sp == 1:
         return {}
-    from muon_dist.adapters.hf_parallel import context_parallelism, sequence_parallelism  # imports accelerate
+    from muon_dist.adapters.hf.parallel import context_parallelism, sequence_parallelism  # imports accelerate
 
     if mesh.sp > 1:
         return sequence_parallelism(mesh, config.model.get("attn_implementation", "sdpa"))
@@ -70,7 +70,7 @@ def shard(config: Config, model: Any) -> Any:
     mesh = mesh_of(config)
     if mesh is None or config.deepspeed is not None or mesh.cp > 1:
         return model
-    from muon_dist.adapters.hf_parallel import shard as sharded
+    from muon_dist.adapters.hf.parallel import shard as sharded
 
     return sharded(model, mesh)
 

@@ -8,9 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from muon_dist.adapters.hf_callbacks import quiet_transformers
-from muon_dist.checkpoint import MODEL_FOLDER
-from muon_dist.checkpoint.manifest import NAME as MANIFEST
+from muon_dist.adapters.hf.callbacks import quiet_transformers
+from muon_dist.checkpoint.manifest import is_checkpoint, model_folder
 from muon_dist.checkpoint.weights import (
     NEWEST,
     Choice,
@@ -39,7 +38,7 @@ def find_weights(path: str | Path, choice: Choice = NEWEST) -> Weights:
     Raises CheckpointError when there are none, or none of those that `choice` means.
     """
     root = Path(path)
-    if (root / "config.json").is_file() or (root / MANIFEST).is_file():
+    if (root / "config.json").is_file() or is_checkpoint(root):
         own = weights_at(root)
         if choice.best or choice.step not in (None, own.step):
             raise CheckpointError(f"{own} is a single checkpoint or model: --step and --best need a run folder")
@@ -149,9 +148,8 @@ def export_folder(path: str | Path, out: str | Path, dtype: str | None = None, c
     weights = find_weights(path, choice)
     folder = weights.path
     model = load_model(folder, DTYPES[dtype] if dtype is not None else None)
-    within = folder / MODEL_FOLDER if (folder / MANIFEST).is_file() else folder
     # weights that came without one are exported without one
-    tokenizer = load_text_tokenizer(folder) if (within / "tokenizer_config.json").is_file() else None
+    tokenizer = load_text_tokenizer(folder) if (model_folder(folder) / "tokenizer_config.json").is_file() else None
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from muon_dist.adapters.hf_curriculum import RatePart
+from muon_dist.adapters.hf.curriculum import RatePart
+from muon_dist.checkpoint.manifest import model_folder
 from muon_dist.checkpoint.weights import trained_with
 from muon_dist.config import Config
 from muon_dist.data import load_tokenizer
 from muon_dist.errors import ConfigError
 from muon_dist.model import check_sequence_length
 from muon_dist.model.packed import keep_documents_apart
-from muon_dist.model.start import model_within, starting_folder
+from muon_dist.model.start import starting_folder
 from muon_dist.train import corpus
 
 
@@ -35,7 +36,7 @@ def check_starting_tokenizer(config: Config) -> None:
     if config.model.get("init_from") is None:
         return
     folder = starting_folder(config.model["init_from"])
-    within = model_within(folder)
+    within = model_folder(folder)
     if not (within / "tokenizer_config.json").is_file():
         return
     own = load_tokenizer(corpus.tokenizer_folder(config)).info
@@ -51,7 +52,8 @@ def rate_parts(config: Config) -> list[RatePart]:
     found = []
     for part in config.curriculum:
         plain = part.model_dump(exclude={"from_step"}, exclude_defaults=True)
-        about = ", ".join(f"{name} {value}" for name, value in (plain.pop("data", {}) | plain).items())
+        muon = plain.pop("optimizer", {}).get("muon", {})
+        about = ", ".join(f"{name} {value}" for name, value in (plain.pop("data", {}) | muon | plain).items())
         own = (part.lr_scheduler_type, part.lr_scheduler_kwargs, part.warmup_steps, part.lr_scale)
         found.append(RatePart(part.from_step, *own, about or "as before"))
     return found

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from muon_dist.adapters.factory import MuonFactory
-from muon_dist.adapters.hf_callbacks import quiet_transformers
+from muon_dist.adapters.hf.callbacks import quiet_transformers
 from muon_dist.config import Config, load_config
 from muon_dist.data.dataset import MixtureDataset
 from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.json_files import read_lines, write_lines
 from muon_dist.model.load import load_model
 from muon_dist.optim.sharpness import probe_sharpness
 from muon_dist.train import build, corpus
@@ -82,27 +82,17 @@ def _lr(folder: RunFolder, step: int, config: Config) -> float:
     lr = config.optimizer.muon.lr
     if not folder.metrics.is_file():
         return lr
-    for text in folder.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and line.get("step", step + 1) <= step and "lr/muon" in line:
+    for _, line in read_lines(folder.metrics):
+        if line is not None and line.get("step", step + 1) <= step and "lr/muon" in line:
             lr = float(line["lr/muon"])
     return lr
 
 
 def _add(path: Path, record: dict[str, Any]) -> None:
     """Put a probe into the file, in the place of an earlier one of the same step."""
-    kept = []
-    if path.is_file():
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        kept = [line for line in lines if line["step"] != record["step"]]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    ordered = sorted([*kept, record], key=lambda line: line["step"])
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in ordered), encoding="utf-8")
-    temporary.replace(path)
+    lines = [line for _, line in read_lines(path) if line is not None] if path.is_file() else []
+    kept = [line for line in lines if line["step"] != record["step"]]
+    write_lines(path, sorted([*kept, record], key=lambda line: line["step"]))
 
 
 def table(record: dict[str, Any]) -> str:

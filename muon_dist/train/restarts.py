@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+
+from muon_dist.json_files import read_object
 
 
 def launch_names(environment: Mapping[str, str] | None = None, *, restarting: bool = False) -> list[str]:
@@ -43,7 +44,7 @@ def _parent() -> str:
 def is_restart(record: Path) -> bool:
     """`record` was left by an earlier start of the launch that this process belongs to."""
     try:
-        left = json.loads(record.read_text(encoding="utf-8"))["names"]
+        left = read_object(record)["names"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return isinstance(left, list) and not set(launch_names(restarting=True)).isdisjoint(left)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import yaml
 
-from muon_dist.adapters.hf_callbacks import quiet_transformers
-from muon_dist.adapters.hf_guards import stop_text
-from muon_dist.adapters.hf_trainer import MuonTrainer, leave_deepspeed
+from muon_dist.adapters.hf.callbacks import quiet_transformers
+from muon_dist.adapters.hf.guarded import stop_text
+from muon_dist.adapters.hf.trainer import MuonTrainer, leave_deepspeed
 from muon_dist.checkpoint import Checkpoint, newest_good, open_checkpoint
 from muon_dist.checkpoint import Ranks as CheckpointRanks
 from muon_dist.checkpoint.weights import record_step, trained_with
@@ -24,6 +24,7 @@ from muon_dist.config import Config
 from muon_dist.data.encoder import vocabulary_size
 from muon_dist.errors import PeerError, Stopped
 from muon_dist.failures import one_line
+from muon_dist.json_files import write_json
 from muon_dist.model import count_parameters
 from muon_dist.model.load import load_model
 from muon_dist.model.portable import make_portable
@@ -32,7 +33,7 @@ from muon_dist.routing import RoutingTable
 from muon_dist.routing.folded import fold
 from muon_dist.train import build, corpus, distributed, environment, mesh, summary
 from muon_dist.train.command import continuing
-from muon_dist.train.folder import AUTO, RunFolder, Start, changed_settings, write_json
+from muon_dist.train.folder import AUTO, RunFolder, Start, changed_settings
 from muon_dist.train.generation import generate
 from muon_dist.train.signals import StopSignals
 from muon_dist.train.trackers import TrackerFolder

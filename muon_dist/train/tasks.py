@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from muon_dist.adapters.hf_callbacks import quiet_transformers
+from muon_dist.adapters.hf.callbacks import quiet_transformers
 from muon_dist.checkpoint.weights import NEWEST, Choice
 from muon_dist.errors import ConfigError, DataError
 from muon_dist.failures import one_line

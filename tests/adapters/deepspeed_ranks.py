@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from muon_dist.numerics import newton_schulz
 from muon_dist.optim.muon import Muon
 from muon_dist.optim.reference import reference_step
 from muon_dist.ownership import OwnershipPlan
+from muon_dist.routing import route
 
 ds_logger.setLevel("ERROR")
 # Built by JIT at init otherwise: 40 s, and a lock file that hangs later runs when killed.
@@ -108,6 +111,20 @@ def make_muon(model: nn.Module, case: Case) -> Muon:
     decay = None if case.muon.get("rule") == "hyperball" else 0.1
     groups = muon_dist.param_groups(model, lr=case.lr, weight_decay=decay, adamw_lr=3e-3, adamw_weight_decay=0.05)
     return Muon(groups, ns_dtype=torch.float32, **case.muon)
+
+
+# What an engine imports when it is made, and what `route` reads of a model's source: here once, else in every
+# forked rank again.
+for _name in (
+    "comm.mori", "module_inject.auto_ep_layer", "ops.triton_ops", "runtime.superoffload.superoffload_stage3",
+    "runtime.zero.muon.original_muon", "runtime.zero.stage3", "runtime.zero.stage_1_and_2", "utils.pin_memory",
+):  # fmt: skip
+    with contextlib.suppress(ImportError):  # another version of DeepSpeed
+        importlib.import_module(f"deepspeed.{_name}")
+importlib.import_module("muon_dist.adapters.deepspeed.engine")
+with torch.random.fork_rng():
+    for _name in MODELS:
+        route(make_model(_name))
 
 
 def ds_config(case: Case, world: int) -> dict[str, Any]:

@@ -239,6 +239,34 @@ def test_a_llama_under_every_stage_is_that_of_one_process() -> None:
     checked([Run(Case(stage)) for stage in range(4)] + [Run(Case(0), model=UNEVEN), Run(Case(1), model=UNEVEN)])
 
 
+def rounded(stages: list[int]) -> list[float]:
+    """The largest difference of an fp32 master from the reference, after steps in bfloat16 at each stage."""
+    found = []
+    for stage in stages:
+        run = Run(Case(stage, dtype="bf16"))
+        engine, optimizer = run.engine()
+        start = masters(engine, optimizer)
+        whole_model = {n: p.detach().bfloat16().float() for n, p in run.made().named_parameters()}
+        assert all(torch.equal(w, whole_model[n]) for n, w in start.items())
+        truth = Truth(start, optimizer)
+        for step in range(STEPS):
+            run.backward(engine, step)
+            gradients = {n: whole(p, full_gradient(engine, p)) for n, p in trained(engine).items()}
+            engine.step()
+            truth.step(gradients)
+        now = masters(engine, optimizer)
+        assert all((now[n] - w).abs().max() > 0 for n, w in start.items())
+        found.append(max((now[n] - truth.weights[n]).abs().max().item() for n in now))
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stages", [[0, 1], pytest.param([2, 3], marks=pytest.mark.slow)])
+def test_masters_of_16_bit_weights_are_those_of_the_reference(stages: list[int]) -> None:
+    for errors in run_ranks(rounded, 2, stages, timeout=200):
+        assert errors == [0.0] * len(stages)
+
+
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 

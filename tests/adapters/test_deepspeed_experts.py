@@ -96,8 +96,11 @@ class Run:
 
     def backward(self, engine: Any, step: int) -> None:
         generator = torch.Generator().manual_seed(step)
-        parts = torch.randn(2, SAMPLES, WIDTH, generator=generator).chunk(
-            dist.get_world_size() * self.case.accumulation, dim=1
+        dtype = next(engine.module.parameters()).dtype
+        parts = (
+            torch.randn(2, SAMPLES, WIDTH, generator=generator)
+            .to(dtype)
+            .chunk(dist.get_world_size() * self.case.accumulation, dim=1)
         )
         for micro in range(self.case.accumulation):
             engine.backward(engine(*parts[micro * dist.get_world_size() + dist.get_rank()]))
@@ -170,6 +173,33 @@ def test_experts_on_some_ranks_are_those_of_one_process() -> None:
 @pytest.mark.slow
 def test_experts_of_two_ranks_are_those_of_one_process() -> None:
     checked(2, [Run(Case(stage), sizes) for stage in (0, 1, 2) for sizes in ((1,), (2,))])
+
+
+def rounded(stages: list[int]) -> list[list[str]]:
+    """At each stage, the weights in bfloat16 that are not the reference's fp32 ones, rounded."""
+    found = []
+    for stage in stages:
+        run = Run(Case(stage, config={"bf16": {"enabled": True}}))
+        engine, optimizer = run.engine()
+        trained = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+        start = {n: p.detach().float() for n, p in trained.items()}
+        truth = Truth(start, optimizer)
+        for step in range(STEPS):
+            run.backward(engine, step)
+            gradients = {n: full_gradient(engine, p) for n, p in trained.items()}
+            engine.step()
+            truth.step(gradients)
+        moved = [n for n in truth.momentum if torch.equal(trained[n].float(), start[n])]
+        wrong = [n for n in truth.momentum if not torch.equal(trained[n], truth.weights[n].bfloat16())]
+        found.append(moved + wrong)
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stages", [[1], pytest.param([0, 2], marks=pytest.mark.slow)])
+def test_experts_in_16_bits_are_the_rounded_reference(stages: list[int]) -> None:
+    for wrong in run_ranks(rounded, 2, stages, timeout=200):
+        assert wrong == [[]] * len(stages)
 
 
 def resumed(run: Run, folder: str) -> list[Weights]:

@@ -17,7 +17,7 @@ from muon_dist.adapters.module_state import holding
 from muon_dist.checkpoint import Contents, Ranks, Saver, load, open_checkpoint
 from tests.distributed import run_ranks
 from tests.optim.test_muon import gradients
-from tests.optim.test_rules import Run, Tensors, assert_close, options_of, plain
+from tests.optim.test_rules import WITH_MEMORY, Run, Tensors, assert_close, options_of, plain
 
 FROZEN = ("wide", "experts", "heads")
 
@@ -42,16 +42,22 @@ def advance(run: Run, first: int, last: int) -> None:
         run.parameters = real
 
 
+def made(layout: str, name: str) -> Run:
+    """A run of a rule, or of a case of `WITH_MEMORY`."""
+    rule, options = WITH_MEMORY.get(name, (name, {}))
+    return Run(layout, rule, **options)
+
+
 def thawed(layout: str, rule: str) -> Tensors:
-    run = Run(layout, rule)
+    run = made(layout, rule)
     advance(run, 0, 7)
     return run.weights()
 
 
 @pytest.mark.parametrize(("layout", "world"), [("copies", 1), ("copies", 3), ("fsdp2", 3)])
-@pytest.mark.parametrize("rule", ["muon", "normuon", "namo"])
+@pytest.mark.parametrize("rule", ["muon", "normuon", "namo", "momentum_at_owner"])
 def test_frozen_matrices_stay_and_go_on_with_their_momentum(layout: str, world: int, rule: str) -> None:
-    reference = plain(rule, 2)
+    reference = plain(WITH_MEMORY.get(rule, (rule, {}))[0], 2)
     for step in range(2, 7):
         reference.step({n: g for n, g in gradients(step).items() if n not in FROZEN or step >= 5})
     for found in run_ranks(thawed, world, layout, rule):
@@ -59,7 +65,7 @@ def test_frozen_matrices_stay_and_go_on_with_their_momentum(layout: str, world: 
 
 
 def written(folder: str, rule: str) -> Tensors:
-    run = Run("fsdp2", rule)
+    run = made("fsdp2", rule)
     advance(run, 0, 4)
     state = {"weights": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
     dcp.save(state, checkpoint_id=folder)
@@ -68,7 +74,7 @@ def written(folder: str, rule: str) -> Tensors:
 
 
 def resumed(folder: str, rule: str, frozen_first: bool) -> Tensors:
-    run = Run("fsdp2", rule)
+    run = made("fsdp2", rule)
     if frozen_first:
         for name in FROZEN:
             run.parameters[name].requires_grad_(False)
@@ -80,13 +86,13 @@ def resumed(folder: str, rule: str, frozen_first: bool) -> Tensors:
     return run.weights()
 
 
-@pytest.mark.parametrize("rule", ["muon", "namo"])
+@pytest.mark.parametrize("rule", ["muon", "namo", "momentum_at_owner"])
 def test_dcp_resumes_while_layers_are_frozen(tmp_path: Path, rule: str) -> None:
     expected = run_ranks(written, 2, str(tmp_path), rule)[0]
     for found in run_ranks(resumed, 2, str(tmp_path), rule, False):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     # torch leaves out the state of what is frozen when it loads: as with AdamW, it begins at zero when it thaws.
-    reference = plain(rule, 2)
+    reference = plain(WITH_MEMORY.get(rule, (rule, {}))[0], 2)
     for step in range(2, 7):
         if step == 5:
             cut = [m.name for name in FROZEN for m in reference.matrices[name]]

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, DistributedConfig
 
@@ -133,3 +135,34 @@ def test_a_checkpoint_goes_on_under_another_mesh(tmp_path: Path) -> None:
             assert found.keys() == wanted.keys()
             for n, w in wanted.items():
                 assert torch.allclose(found[n], w, rtol=0, atol=2e-5), (n, mesh)
+
+
+def flattened() -> tuple[float, int, int]:
+    """As `stepped`: `fully_shard` over dp_shard x cp as one axis, which is how ring attention lies; each rank has
+    samples, or a part of a sample, of its own."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "cp"))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 7, bias=False), torch.nn.Linear(7, 10, bias=False))
+    fully_shard(model, mesh=mesh["dp_shard", "cp"]._flatten("dp_shard_cp"))
+    named = dict(model.named_parameters())
+    optimizer = Muon(param_groups(model, lr=LR, weight_decay=0.1), ns_dtype=torch.float32)
+    matrices = {n: cut_parameter(n, tuple(p.shape)) for n, p in named.items()}
+    truth = {n: full(p) for n, p in named.items()}
+    momentum = {n: torch.zeros_like(w) for n, w in truth.items()}
+    for step in range(STEPS):
+        x = torch.randn(4, 10, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        (model(x) - x).square().mean().backward()
+        for n, p in named.items():
+            reference_step(
+                truth[n], full(p.grad), momentum[n], matrices[n], lr=LR, weight_decay=0.1, iteration=newton_schulz
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+    return max(float((full(p) - truth[n]).abs().max()) for n, p in named.items()), 2, optimizer.orthogonalized
+
+
+def test_the_layout_of_context_parallelism_is_exact() -> None:
+    """Its attention has no CPU kernel, so that this is all of it that runs here."""
+    found = run_ranks(flattened, 4)
+    assert max(difference for difference, *_ in found) == 0.0
+    assert sum(calls for *_, calls in found) == STEPS * found[0][1]

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM, DistributedConfig, TrainingArguments
 
 from muon_dist import Muon, MuonTrainer, param_groups
-from muon_dist.adapters.hf_attention import attach, highest_logits
+from muon_dist.adapters.hf.attention import attach, highest_logits
 from muon_dist.errors import ConfigError, FrameworkError, NonFiniteError
 from tests.adapters.plain_qk_clip import (
     ADAMW_LR,
@@ -193,7 +193,7 @@ def test_logits_of_long_sequences_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     every = torch.einsum("bhtd,bhsd->bhts", q, k.repeat_interleave(2, 1)) * 0.3
     seen = torch.ones(70, 70, dtype=torch.bool).tril()
     window = seen & ~seen.tril(-5)
-    monkeypatch.setattr("muon_dist.adapters.hf_attention._SCORES", 1)
+    monkeypatch.setattr("muon_dist.adapters.hf.attention._SCORES", 1)
     wanted = every.masked_fill(~seen, -torch.inf).amax((0, 2, 3))
     torch.testing.assert_close(highest_logits(q, k, None, 0.3, True), wanted)
     torch.testing.assert_close(highest_logits(q, k, None, 0.3, False), every.amax((0, 2, 3)))

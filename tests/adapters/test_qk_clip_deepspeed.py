@@ -14,7 +14,7 @@ pytest.importorskip("deepspeed")
 
 import deepspeed
 
-from muon_dist.adapters.hf_attention import attach
+from muon_dist.adapters.hf.attention import attach
 from tests.adapters.deepspeed_ranks import Case, ds_config, master
 from tests.adapters.plain_qk_clip import STEPS, batch, labels_in, loss_of, make_model, plain_weights
 from tests.adapters.test_qk_clip import TOLERANCE, make_muon, shared_of

@@ -5,6 +5,7 @@ MuonTrainer: tests/train/test_parallel.py, which compares gradients and order of
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ pytest.importorskip("deepspeed")
 import deepspeed
 from accelerate import ParallelismConfig, PartialState
 from accelerate.utils import DeepSpeedSequenceParallelConfig
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import muon_dist
@@ -84,3 +86,39 @@ def test_a_stock_trainer_under_sequence_parallelism(tmp_path: Path, stage: int) 
     [alone] = run_ranks(trained, 1, str(tmp_path), None)
     for losses in run_ranks(trained, 2, str(tmp_path), stage):
         assert losses == pytest.approx(alone, rel=0, abs=2e-5) and len(losses) == STEPS
+
+
+SAMPLES = 7  # on two ranks in batches of two, the last batch is filled up
+
+
+def make_sample(index: int) -> dict[str, torch.Tensor]:
+    """A sample that predicts fewer tokens than the one before."""
+    ids = batch(index)[0]
+    return {"input_ids": ids, "labels": torch.where(torch.arange(SEQUENCE) <= index, -100, ids)}
+
+
+def evaluated(folder: str) -> tuple[dict[str, float], dict[str, float]]:
+    """What MuonTrainer finds after a step under sequence parallelism, and what a loop over single tokens finds."""
+    samples = [make_sample(index) for index in range(SAMPLES)]
+    args = TrainingArguments(
+        output_dir=folder, max_steps=1, per_device_train_batch_size=1, per_device_eval_batch_size=2,
+        save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False, **sequence_parallel(1),
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(model_config("llama"), attn_implementation="sdpa")
+    trainer = muon_dist.MuonTrainer(
+        model, args, muon={"print_routing": False}, train_dataset=samples, eval_dataset=samples, data_collator=collate
+    )
+    trainer.train()
+    losses = []
+    with torch.no_grad():
+        for sample in samples:
+            logits = model.eval()(input_ids=sample["input_ids"][None]).logits[0]
+            targets = sample["labels"][1:]
+            chosen = (targets != -100).nonzero().flatten().tolist()
+            losses += [functional.cross_entropy(logits[t], targets[t]).item() for t in chosen]
+    return trainer.evaluate(), {"eval_loss": math.fsum(losses) / len(losses)}
+
+
+def test_validation_loss_is_plain_cross_entropy(tmp_path: Path) -> None:
+    for found, wanted in run_ranks(evaluated, 2, str(tmp_path)):
+        assert found["eval_loss"] == pytest.approx(wanted["eval_loss"], rel=2e-6)

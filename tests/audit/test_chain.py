@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,15 +81,49 @@ def test_a_forged_digest_shows_in_the_next_line(path: Path):
     assert [p.partition(":")[0] for p in read_chain(path).problems] == ["line 4", "line 5"]
 
 
-def test_missing_lines_are_counted(path: Path):
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:2] + lines[4:]))
-    assert read_chain(path).problems == ["line 3: 2 lines missing before it"]
+Lines = list[str]
+BROKEN: dict[str, tuple[Callable[[Lines], Lines], list[str]]] = {
+    "two lines removed": (lambda t: t[:2] + t[4:], ["line 3: 2 lines missing before it"]),
+    "first line removed": (lambda t: t[1:], ["line 1: 1 line missing before it"]),
+    "a line moved back": (
+        lambda t: [*t[:2], t[3], t[2], *t[4:]],
+        ["line 3: 1 line missing before it", "line 4: out of order, it was written as line 3 and stands behind line 4",
+         "line 5: changed, or the digest of the line before it was"],
+    ),
+    "a line twice": (
+        lambda t: [*t[:4], t[3], *t[4:]], ["line 5: is line 4 once more"],
+    ),
+    "cut inside a line": (lambda t: [*t[:-1], t[-1][:-40]], ["line 7: cut off: it has no end",
+                                                            "line 7: not a record with a digest"]),
+    "no end of the last line": (lambda t: [*t[:-1], t[-1].rstrip()], ["line 7: cut off: it has no end"]),
+    "empty": (lambda t: [], ["the file is empty"]),
+    "only an end of line": (lambda t: ["\n"], ["the file is empty"]),
+    "an empty line": (lambda t: [*t[:3], "\n", *t[3:]], ["line 4: not a record with a digest"]),
+}  # fmt: skip
 
 
-def test_a_cut_line_is_named(path: Path):
-    path.write_bytes(path.read_bytes()[:-40])
-    assert any(p.startswith("line 7") for p in read_chain(path).problems)
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_chain_is_named(path: Path, name: str):
+    change_lines, said = BROKEN[name]
+    path.write_text("".join(change_lines(path.read_text().splitlines(keepends=True))))
+    assert read_chain(path).problems == said
+    result = CliRunner().invoke(app, ["verify", str(path)])
+    assert isinstance(result.exception, AuditError) and result.exception.exit_code == 13
+    assert said[0] in " ".join(result.output.split())
+
+
+def test_a_run_that_was_resumed_into_another_file_is_whole_when_the_files_are_put_together(path: Path):
+    lines = path.read_text().splitlines()
+    second = path.with_name("second.jsonl")
+    resumed = Chain(second, writes=True)
+    resumed.start({**START, "step": 6}, json.loads(lines[3])["digest"], 4)
+    resumed.append(audit(8))
+    assert read_chain(second).problems == [
+        "line 1: continues from line 4, which is in another file: put that file's lines before it"
+    ]
+    second.write_text(path.read_text() + second.read_text())
+    found = verify(second)
+    assert found.good and found.abandoned == 3 and found.starts == 2
 
 
 def test_lines_that_a_resumed_run_left_are_a_branch(path: Path):
@@ -106,7 +141,7 @@ def test_lines_that_a_resumed_run_left_are_a_branch(path: Path):
 
 def test_a_resume_from_a_line_that_is_gone_is_a_problem(path: Path):
     Chain(path, writes=True).start(START, "a" * 64, 4)
-    assert read_chain(path).problems == ["line 8: continues from a line that is missing"]
+    assert read_chain(path).problems == ["line 8: continues from line 4, which is missing"]
 
 
 def test_a_new_run_in_an_old_file_begins_anew(path: Path):

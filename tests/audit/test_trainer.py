@@ -10,21 +10,23 @@ import torch
 from transformers import TrainerCallback
 
 from muon_dist import MuonTrainer
-from muon_dist.adapters.hf_trainer import CheckpointOptions
-from muon_dist.adapters.unwrap import find_muon
+from muon_dist.adapters.hf.trainer import CheckpointOptions
 from muon_dist.audit.verify import STATE, verify
 from muon_dist.checkpoint import Checkpoint
 from muon_dist.errors import ConfigError
-from tests.adapters.test_hf_trainer import Order, Words, arguments, losses, make_model
+from muon_dist.optim.unwrap import find_muon
+from tests.adapters.hf.test_trainer import Order, Words, arguments, losses, make_model
 
 
-def trainer_for(folder: Path, audit: dict[str, Any] | None, *callbacks: TrainerCallback) -> MuonTrainer:
+def trainer_for(
+    folder: Path, audit: dict[str, Any] | None, *callbacks: TrainerCallback, qk_clip: dict[str, float] | None = None
+) -> MuonTrainer:
     args = arguments(folder, save_strategy="steps", save_steps=2, per_device_train_batch_size=4)
     muon = {"adamw_lr": 1e-3, "print_routing": False, "ns_dtype": torch.float32, "audit": audit}
     options = CheckpointOptions(say=lambda text: None)
     return MuonTrainer(
         make_model(), args, muon=muon, train_dataset=Words(), train_sampler=Order, checkpoint=options,
-        callbacks=list(callbacks),
+        callbacks=list(callbacks), qk_clip=qk_clip,
     )  # fmt: skip
 
 
@@ -77,6 +79,34 @@ def test_momentum_that_was_lost_in_a_resume_is_named(run: tuple[Path, list[float
     found = verify(folder)
     assert not found.good and found.alarms[0]["step"] == 3
     assert found.alarms[0]["alarms"][0]["causes"] == ["stale_momentum"]
+
+
+def test_weights_that_qk_clip_scales_raise_no_alarm(tmp_path: Path):
+    trainer = trainer_for(tmp_path, {"every": 1, "matrices": 4}, qk_clip={"threshold": 1e-3})
+    trainer.train()
+    assert trainer.qk_clip is not None and trainer.qk_clip.clipped > 0
+    assert verify(tmp_path).good
+
+
+class HeadLess(TrainerCallback):
+    """From the third step on, checkpoints do not name the chain."""
+
+    trainer: MuonTrainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            del self.trainer.providers[STATE]
+
+
+def test_checkpoints_must_name_a_line_of_the_chain(tmp_path: Path):
+    callback = HeadLess()
+    callback.trainer = trainer = trainer_for(tmp_path, {"every": 1}, callback)
+    trainer.train()
+    said = [f"checkpoint-{n}: it names no line of the chain, though its step was audited" for n in (4, 6)]
+    assert verify(tmp_path).problems == said
+    chain = next(tmp_path.rglob("audit.jsonl"))
+    chain.write_text("".join(chain.read_text().splitlines(keepends=True)[:3]))
+    assert verify(tmp_path).problems == ["checkpoint-2: line 5, which it names, is not in the chain"]
 
 
 def test_wrong_settings_are_refused_when_the_trainer_is_made(tmp_path: Path):

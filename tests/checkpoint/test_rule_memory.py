@@ -18,11 +18,19 @@ from tests.distributed import RankFailure, run_ranks
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(600)]
 
-MEMORY = {
-    "normuon": {"row_second_moment"},
-    "hyperball": {"radius"},
-    "namo": {"gradient_second_moment", "gradient_steps"},
+AT_OWNER = {"momentum_at_owner": True}
+CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "normuon": ({"rule": "normuon"}, {"row_second_moment", "momentum"}),
+    "hyperball": ({"rule": "hyperball"}, {"radius", "momentum"}),
+    "namo": ({"rule": "namo"}, {"gradient_second_moment", "gradient_steps", "momentum"}),
+    "adamuon": ({"rule": "adamuon"}, {"update_second_moment", "momentum"}),
+    "soap_muon": (
+        {"rule": "soap_muon", "rule_options": {"frequency": 2}},
+        {"row_covariance", "column_basis", "projected_second_moment", "basis_steps", "momentum"},
+    ),
+    "momentum_at_owner": ({"rule_options": AT_OWNER}, {"owner_momentum"}),
 }
+"""Options of Muon, and what a checkpoint has of them."""
 POINTS = [
     (("ddp", 2), ("zero3", 3), "gpt2"),  # weights stored (in, out); strided thirds of c_attn
     (("zero1", 3), ("fsdp2", 2), "mixtral"),  # experts
@@ -43,16 +51,24 @@ def _save(run: Run, folder: str, step: int) -> None:
     Saver(folder, run.ranks).save(held.pieces, Contents(step, held.layout))
 
 
-def _begin(folder: str, layout: str, kind: str, rule: str) -> list[float]:
-    run = Run(layout, kind, muon={"rule": rule})
+def _begin(folder: str, layout: str, kind: str, muon: dict[str, Any]) -> list[float]:
+    run = Run(layout, kind, muon=muon)
     for step in range(3):
         run.step(step)
     _save(run, folder, 3)
     return [run.step(step) for step in range(3, 6)]
 
 
-def _continue(folder: str, layout: str, kind: str, rule: str) -> list[float]:
-    run = Run(layout, kind, muon={"rule": rule})
+def _begin_all(folder: str, layout: str, kind: str) -> dict[str, list[float]]:
+    return {case: _begin(f"{folder}/{case}", layout, kind, muon) for case, (muon, _) in CASES.items()}
+
+
+def _continue_all(folder: str, layout: str, kind: str) -> dict[str, list[float]]:
+    return {case: _continue(f"{folder}/{case}", layout, kind, muon) for case, (muon, _) in CASES.items()}
+
+
+def _continue(folder: str, layout: str, kind: str, muon: dict[str, Any]) -> list[float]:
+    run = Run(layout, kind, muon=muon)
     run.step(900)  # memory of its own, to be overwritten
     checkpoint = open_checkpoint(Path(folder) / "checkpoint-3", run.ranks)
     load(checkpoint, run.holding(checkpoint), run.ranks)
@@ -65,16 +81,17 @@ def contents(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
     return {key: checkpoint.tensor(*key) for key in checkpoint.manifest.tensors}
 
 
-@pytest.mark.parametrize("rule", MEMORY)
 @pytest.mark.parametrize(("before", "after", "kind"), POINTS)
-def test_memory_moves_between_layouts(tmp_path, before, after, kind, rule):
-    losses = run_ranks(_begin, before[1], str(tmp_path), before[0], kind, rule)[0]
-    assert run_ranks(_continue, after[1], str(tmp_path), after[0], kind, rule)[0] == pytest.approx(losses, abs=2e-5)
-    first, again = contents(tmp_path), contents(tmp_path / "again")
-    assert {kind for kind, _ in first} >= MEMORY[rule] | {"momentum"}
-    assert first.keys() == again.keys()
-    for key, tensor in first.items():
-        assert torch.equal(tensor, again[key]), key
+def test_memory_moves_between_layouts(tmp_path, before, after, kind):
+    losses = run_ranks(_begin_all, before[1], str(tmp_path), before[0], kind)[0]
+    continued = run_ranks(_continue_all, after[1], str(tmp_path), after[0], kind)[0]
+    for case, (_, kept) in CASES.items():
+        assert continued[case] == pytest.approx(losses[case], abs=2e-5), case
+        first, again = contents(tmp_path / case), contents(tmp_path / case / "again")
+        assert {kind for kind, _ in first} >= kept
+        assert first.keys() == again.keys()
+        for key, tensor in first.items():
+            assert torch.equal(tensor, again[key]), (case, key)
 
 
 def _silent(folder: str, layout: str, again: bool) -> dict[str, torch.Tensor]:
@@ -131,6 +148,6 @@ def _load(folder: str, rule: str) -> Any:
     ],
 )
 def test_a_checkpoint_of_another_rule_is_refused_before_anything_changes(tmp_path, was, now, words):
-    run_ranks(_begin, 2, str(tmp_path), "zero1", "llama", was)
+    run_ranks(_begin, 2, str(tmp_path), "zero1", "llama", {"rule": was})
     with pytest.raises(RankFailure, match=words):
         run_ranks(_load, 2, str(tmp_path), now)

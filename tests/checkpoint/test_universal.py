@@ -22,9 +22,9 @@ from muon_dist.checkpoint import Checkpoint, open_checkpoint
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.model.load import load_model
 from muon_dist.train import checkpoints
-from tests.checkpoint.test_cli import make_model
 from tests.checkpoint.test_damage import Canary
 from tests.distributed import run_ranks
+from tests.train.test_checkpoint_cli import make_model
 
 pytestmark = pytest.mark.deepspeed
 STEPS = 3

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from muon_dist.config import Config, json_schema, load_config
 from muon_dist.errors import ConfigError
+from muon_dist.optim.rules import SCALES
 
 MINIMAL = """\
 name: tiny
@@ -249,11 +251,33 @@ def test_saved_configuration_holds_no_secret(tmp_path: Path) -> None:
     assert "shard_tokens: 77" in config.to_yaml()
 
 
+def test_a_plugin_registers_names_before_they_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "own_scale_of_a_test.py").write_text(
+        "import muon_dist\nmuon_dist.register_scale('quarter of a test', lambda out, fan_in: (out / fan_in) ** 0.25)\n"
+    )
+    text = MINIMAL.replace("muon: {lr: 1e-2}", "plugins: [own_scale_of_a_test]\n  muon: {lr: 1e-2}")
+    scale = "optimizer.muon.scale=quarter of a test"
+    assert load_config(write(tmp_path, text), [scale]).optimizer.muon.scale == "quarter of a test"
+    SCALES.pop("quarter of a test")
+    assert errors(write(tmp_path, MINIMAL), scale)[0].startswith("override optimizer.muon.scale=quarter of a test: ")
+    for names, problem in (
+        ("[nothing_of_this_name]", ".0: 'nothing_of_this_name' cannot be imported: ModuleNotFoundError: No module"),
+        ("[own.py]", ".0: 'own.py' cannot be imported: .*: write the name of a module, not the path of a file"),
+        ("own", ": should be a valid array, not 'own'"),
+    ):
+        [line] = errors(write(tmp_path, text), f"optimizer.plugins={names}")
+        assert re.fullmatch(f"override optimizer.plugins=.*: optimizer.plugins{problem}.*", line), line
+
+
 def test_json_schema_knows_every_key() -> None:
     schema = json_schema()
     assert {"name", "base", "optimizer", "trainer"} <= set(schema["properties"])
     muon = schema["$defs"]["MuonConfig"]
-    assert "keller" in muon["properties"]["ns_schedule"]["anyOf"][0]["enum"] and muon["additionalProperties"] is False
+    assert (
+        "keller" in muon["properties"]["ns_schedule"]["anyOf"][0]["examples"] and muon["additionalProperties"] is False
+    )
     assert set(schema["required"]) == {"name", "model", "optimizer"}
 
 

@@ -17,7 +17,7 @@ from muon_dist.data.sampler import MixtureSampler
 from muon_dist.data.shards import SplitIndex, SplitWriter, damages
 
 from .refusal import refused
-from .test_prepare import stream
+from .test_preparation import stream
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

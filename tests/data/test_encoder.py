@@ -20,7 +20,7 @@ from muon_dist.train import generation
 
 from .refusal import refused
 from .test_identity import CONFIG
-from .test_prepare import files_of, stream
+from .test_preparation import files_of, stream
 
 BYTES = pre_tokenizers.ByteLevel.alphabet()
 

@@ -21,7 +21,7 @@ from muon_dist.errors import DataError
 from muon_dist.train import corpus
 
 from .refusal import refused
-from .test_prepare import files_of, in_a_fork
+from .test_preparation import files_of, in_a_fork
 
 CONFIG = """\
 name: tiny

@@ -14,7 +14,7 @@ from muon_dist.data.packing import IGNORED, best_fit
 from muon_dist.data.sampler import MixtureSampler
 
 from .refusal import refused
-from .test_prepare import stream
+from .test_preparation import stream
 
 
 def plain_best_fit(lengths: list[int], capacity: int) -> list[int]:

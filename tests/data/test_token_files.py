@@ -17,7 +17,7 @@ from muon_dist.data.token_files import export_tokens
 from muon_dist.errors import ConfigError
 
 from .refusal import refused
-from .test_prepare import files_of, stream
+from .test_preparation import files_of, stream
 
 DOCUMENTS = [[5, 6, 7, 2], [8, 2], [9, 10, 11, 12, 13, 2]]
 FLAT = [one for ids in DOCUMENTS for one in ids]

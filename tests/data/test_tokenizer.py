@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from muon_dist.data import Source, TokenizerInfo, load_tokenizer, train_tokenizer
 from muon_dist.data.tokenizer import BOS, EOS, MODEL_FILE, PAD, UNK, _sample
+from muon_dist.model.load import load_text_tokenizer
 
 from .refusal import refused
 
@@ -89,6 +90,20 @@ def test_beside_a_model_configuration_it_stays_the_same(folder: Path, config: ob
     for text in HARD:
         assert auto(text)["input_ids"] == ours(text)["input_ids"]
         assert auto.decode(auto(text)["input_ids"]) == text
+
+
+def test_the_class_of_a_model_type_takes_no_tokenizers_place(folder: Path, tmp_path: Path) -> None:
+    """For qwen2 AutoTokenizer puts Qwen2Tokenizer there, which splits text in another way: data and prompts would have
+    other tokens than the model in that folder was trained on."""
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    Qwen2Config().save_pretrained(tmp_path)
+    auto, prompts = AutoTokenizer.from_pretrained(tmp_path), load_text_tokenizer(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    wanted = load_tokenizer(folder)
+    assert any(auto(text)["input_ids"] != wanted.encode([text])[0].tolist() for text in HARD), "no longer needed"
+    assert ours.info.sha256 == wanted.info.sha256
+    for text in HARD:
+        assert ours.encode([text])[0].tolist() == wanted.encode([text])[0].tolist() == prompts(text)["input_ids"]
 
 
 def test_it_loads_without_a_network_and_without_sentencepiece(tokenizer: TokenizerInfo) -> None:

@@ -138,11 +138,6 @@ def test_stale_lock_and_one_in_use(tmp_path: Path) -> None:
     assert one(machine.check_locks(tmp_path)).level == "ok"
 
 
-def test_extensions_folder() -> None:
-    assert machine.extensions_folder({"TORCH_EXTENSIONS_DIR": "/x"}) == Path("/x")
-    assert machine.extensions_folder({"HOME": "/h"}) == Path("/h/.cache/torch_extensions")
-
-
 def test_disk(tmp_path: Path) -> None:
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize / machine.GIB
     assert one(machine.check_disk(tmp_path, wanted=1e-6)).level == "ok"

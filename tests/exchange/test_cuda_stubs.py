@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from muon_dist.adapters.device import gpu_peak_flops
 from muon_dist.adapters.fsdp2 import binder
 from muon_dist.checkpoint import RandomState
 from muon_dist.doctor import software
 from muon_dist.errors import FrameworkError
-from muon_dist.exchange.vote import Stopwatch
+from muon_dist.guards.vote import Stopwatch
+from muon_dist.model.peaks import gpu_peak_flops
 from muon_dist.ranks import Ranks
 from tests.distributed import run_ranks
 

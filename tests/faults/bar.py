@@ -59,7 +59,7 @@ def _terminations() -> Count:
 
 
 BAR = (
-    _sweep(1, "kill -9 in a step: peers end, the resumed run is bit-identical", points_runs.kills, 50, slow=5, ci=2),
+    _sweep(1, "kill -9 in a step: peers end, the resumed run is bit-identical", points_runs.kills, 50, slow=5, ci=1),
     Point(
         2,
         "kill -9 at the boundaries of a save: always a whole commit",
@@ -112,11 +112,11 @@ BAR = (
         14,
         "SIGTERM to one rank: all commit one step, exact resume",
         {
-            "ci": lambda: points_runs.terminations(2),
+            "ci": lambda: points_runs.terminations(1),
             "slow": lambda: points_runs.terminations(5),
             "full": _terminations,
         },
-        {"ci": 2, "slow": 5, "full": 21},
+        {"ci": 1, "slow": 5, "full": 21},
     ),
     _tests(
         15,

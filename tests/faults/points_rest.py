@@ -220,7 +220,7 @@ BAD_INPUT = {
     "gradient None on one rank, on all": MISSING[:2],
     "3-D expert weights": (
         "tests/test_routing.py::test_experts_are_batches_of_matrices",
-        "tests/layout/test_fragment.py::test_experts_are_a_batch_and_may_be_cut_further",
+        "tests/layout/test_fragments.py::test_experts_are_a_batch_and_may_be_cut_further",
     ),
 }
 HOSTILE = (

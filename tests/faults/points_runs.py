@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from muon_dist.errors import PeerError, ReplicaError, Stopped
-from muon_dist.optim.replicas import ReplicaCheck
+from muon_dist.guards.replicas import ReplicaCheck
 from tests.faults.injector import Fault, struck
 from tests.faults.processes import launch, succeeded
 from tests.faults.table import Count

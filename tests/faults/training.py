@@ -18,10 +18,10 @@ from torch import nn
 from muon_dist.adapters.module_state import holding
 from muon_dist.checkpoint import Checkpoint, Contents, RandomState, Ranks, Saver, load, newest_good, open_checkpoint
 from muon_dist.errors import Stopped
-from muon_dist.exchange.vote import Ballot, StepVote, StragglerReport
-from muon_dist.exchange.watchdog import Watchdog, default_store
+from muon_dist.guards.spikes import SpikeDetector
+from muon_dist.guards.vote import Ballot, StepVote, StragglerReport
+from muon_dist.guards.watchdog import Watchdog, default_store
 from muon_dist.optim import Muon, param_groups
-from muon_dist.optim.spikes import SpikeDetector
 from muon_dist.train.signals import StopSignals
 from tests.faults.injector import Fault, Injector
 

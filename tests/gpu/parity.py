@@ -128,6 +128,19 @@ def run(layout: str, device: torch.device, options: dict[str, Any]) -> list[torc
     return [(p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu() for p in held]
 
 
+def compare(layout: str, device: torch.device) -> dict[str, Any]:
+    """This rank's weights against one process, against the other ranks' and with overlap on and off."""
+    on, off = (run(layout, device, {"bucket_mb": 2.0, "overlap": overlap}) for overlap in (True, False))
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, on)
+    return {
+        "error": error(on, alone(device)),
+        "copies_equal": all(torch.equal(a, b) for other in every for a, b in zip(on, other, strict=True)),
+        "overlap_same_bits": all(torch.equal(a, b) for a, b in zip(on, off, strict=True)),
+        "overlap_error": error(on, off),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("layout", choices=LAYOUTS)
@@ -142,16 +155,8 @@ def main() -> None:
         os.environ.update(NCCL_HOSTID=f"rank-{os.environ['RANK']}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
         os.environ["LOCAL_RANK"] = str(device.index or 0)
     dist.init_process_group(given.backend)
-    on, off = (run(given.layout, device, {"bucket_mb": 2.0, "overlap": overlap}) for overlap in (True, False))
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, on)
+    found = compare(given.layout, device)
     if dist.get_rank() == 0:
-        found = {
-            "error": error(on, alone(device)),
-            "copies_equal": all(torch.equal(a, b) for other in every for a, b in zip(on, other, strict=True)),
-            "overlap_same_bits": all(torch.equal(a, b) for a, b in zip(on, off, strict=True)),
-            "overlap_error": error(on, off),
-        }
         print(json.dumps(found), flush=True)
     dist.destroy_process_group()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from muon_dist.exchange.watchdog import Watchdog, default_store
+from muon_dist.guards.watchdog import Watchdog, default_store
 from muon_dist.optim import Muon
 
 

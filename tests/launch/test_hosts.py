@@ -40,6 +40,7 @@ def wait_for(paths: list[Path], processes: list[subprocess.Popen[Any]], logs: li
         time.sleep(0.05)
 
 
+@pytest.mark.slow  # two hosts import everything; the others here are the same links, without training
 @pytest.mark.deepspeed
 def test_training_over_good_slow_and_lossy_links(root: Path, tmp_path: Path) -> None:
     """DDP, ZeRO-2 and ZeRO-3 on two hosts: a slow link, and one with delay and loss, change no bit of the result."""

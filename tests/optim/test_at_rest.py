@@ -30,7 +30,10 @@ def silent(step: int, names: tuple[str, ...] | None = None) -> Tensors:
     ("rule", "scale"), [*((rule, 1.0) for rule in RULES), ("muon", 1e-6), ("muon", 1e6), ("soap_muon", 1e-6)]
 )
 def test_a_matrix_that_learns_nothing_more_moves_at_most_four_times_its_norm(rule: str, scale: float) -> None:
-    """lr 1e-3 without decay, 20 steps with gradients and 1,000 without: before, its norm grew to 9.7 times."""
+    """lr 1e-3 without decay, 20 steps with gradients, then without until 50 in a row have moved nothing.
+
+    Before, it moved for 1,000 steps and its norm grew to 9.7 times.
+    """
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(64, 64) * 0.02)
     options = {} if rule == "hyperball" else {"weight_decay": 0.0}
@@ -39,14 +42,17 @@ def test_a_matrix_that_learns_nothing_more_moves_at_most_four_times_its_norm(rul
         weight.grad = torch.randn_like(weight) * scale
         optimizer.step()
     before = weight.detach().clone()
-    moved = 0.0
+    moved, still = 0.0, 0
     for _ in range(1000):
         last = weight.detach().clone()
         weight.grad = torch.zeros_like(weight)
         optimizer.step()
         moved += float((weight.detach() - last).norm())
+        still = still + 1 if torch.equal(weight, last) else 0
+        if still == 50:
+            break
     assert moved <= 4 * float(before.norm())
-    assert torch.equal(weight, last), "it still moves"
+    assert still == 50, "it still moves"
 
 
 def stopped(layout: str, rule: str) -> Tensors:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from muon_dist import Muon, register_rule, register_scale, register_schedule
+from muon_dist.bench.traffic import Traffic
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.optim import Binding
 from muon_dist.optim.reference import plain_newton_schulz
@@ -26,7 +27,6 @@ from tests.optim.plain_rules import PlainRule
 from tests.optim.test_distributed import flat_binding
 from tests.optim.test_muon import CUTS, gradients, make_groups, make_parameters
 
-WITH_MEMORY = ("normuon", "adamuon", "soap_muon", "hyperball", "namo")
 LAYOUTS = [("copies", 1), ("copies", 3), ("flat", 1), ("flat", 3), ("fsdp2", 3), ("fsdp2 and tp", 4)]
 STEPS, TOLERANCE = 6, 2e-5
 OF_TP = {"square": 1, "tall": 0, "wide": 1, "row": 1, "column": 0, "experts": 2, "heads": 1, "fused": 0}
@@ -38,15 +38,28 @@ PARTS_ALONE: dict[str, dict[str, Any]] = {
     "radial_brake": {"rule_options": {"radial_brake": 0.3}, "weight_decay": 0.0, "lr": 0.2},
     "muoneq": {"rule_options": {"muoneq": True}},
     "muon_plus": {"rule_options": {"muon_plus": True}},
+    "momentum_at_owner": {"rule_options": {"momentum_at_owner": True}},
 }
 ALL_PARTS = {"cautious": True, "row_floor": 0.5, "radial_brake": 0.3, "muoneq": True, "muon_plus": True}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
+AT_OWNER = {"momentum_at_owner": True}
+Case = tuple[str, dict[str, Any]]
+"""A rule and its other options."""
+CASES: dict[str, Case] = {
     **{rule: (rule, {}) for rule in RULES},
-    "muon with parts": ("muon", {"rule_options": ALL_PARTS, "lr": 0.2, "scale": "unit_rms"}),
-    "namo with parts": (
-        "namo",
-        {"rule_options": {"cautious": True, "radial_brake": 0.3, "row_floor": 0.1}, "lr": 0.2},
-    ),
+    **{part: ("muon", options) for part, options in PARTS_ALONE.items()},
+    **{
+        f"{rule} with parts": (rule, {"rule_options": ALL_PARTS | AT_OWNER, "lr": 0.2, "scale": "unit_rms"})
+        for rule in ("muon", "normuon", "adamuon")
+    },
+    "soap_muon with parts": ("soap_muon", {"rule_options": {"frequency": 2, **ALL_PARTS, **AT_OWNER}}),
+    "hyperball with parts": ("hyperball", {"rule_options": {"muoneq": True, "muon_plus": True, **AT_OWNER}}),
+    "namo with parts": ("namo", {"rule_options": {**ALL_PARTS, "row_floor": 0.1}, "lr": 0.2}),
+    "without look-ahead": ("muon", {"rule_options": AT_OWNER, "nesterov": False}),
+}
+WITH_MEMORY: dict[str, Case] = {
+    **{rule: (rule, {}) for rule in RULES if rule != "muon"},
+    "momentum_at_owner": ("muon", {"rule_options": AT_OWNER}),
+    "soap_muon with momentum_at_owner": ("soap_muon", {"rule_options": {"frequency": 2, **AT_OWNER}}),
 }
 
 
@@ -162,6 +175,8 @@ def test_every_rule_is_the_formula_of_its_paper(layout, world):
         for of_rank in results:
             assert_close(of_rank[case][0], expected, TOLERANCE)
         assert sum(of_rank[case][1] for of_rank in results) == STEPS * (5 + 4 + 4 + 3), case
+    for of_rank in results:  # where momentum is kept changes no bit
+        assert all(torch.equal(w, of_rank["muon"][0][n]) for n, w in of_rank["momentum_at_owner"][0].items())
 
 
 def alone(rule: str, options: dict[str, Any]) -> Tensors:
@@ -190,7 +205,8 @@ def test_a_part_is_its_formula_and_changes_something(rule, part):
     expected = plain(rule, STEPS, **options).weights
     assert way(alone(rule, options), expected) <= TOLERANCE
     without = plain(rule, STEPS, **{**options, "rule_options": {}}).weights
-    nothing = rule == "adamuon" and part in ("muoneq", "muon_plus")  # all rows of a sign are alike; it sets the norm
+    # all rows of a sign are alike; adamuon sets the norm; where momentum is kept changes nothing
+    nothing = part == "momentum_at_owner" or (rule == "adamuon" and part in ("muoneq", "muon_plus"))
     assert (way(without, expected) > 0.01) != nothing
 
 
@@ -230,12 +246,12 @@ def test_options_of_a_rule_have_the_meaning_of_its_paper(rule, options):
 
 
 def all_saved_and_loaded(layout: str, how: str) -> dict[str, tuple[bool, bool]]:
-    return {rule: saved_and_loaded(layout, rule, how) for rule in WITH_MEMORY}
+    return {name: saved_and_loaded(layout, case, how) for name, case in WITH_MEMORY.items()}
 
 
-def saved_and_loaded(layout: str, rule: str, how: str) -> tuple[bool, bool]:
+def saved_and_loaded(layout: str, case: Case, how: str) -> tuple[bool, bool]:
     """Train 3 steps, save, go on for 3; a new run loads and goes on: same bits? And was there memory of the rule?"""
-    first, second = Run(layout, rule), Run(layout, rule)
+    first, second = (Run(layout, case[0], **case[1]) for _ in range(2))
     for step in range(3):
         first.step(gradients(step))
     second.step(gradients(77))  # memory of its own, to be overwritten
@@ -256,7 +272,7 @@ def saved_and_loaded(layout: str, rule: str, how: str) -> tuple[bool, bool]:
             run.step(gradients(step))
     keys = {key.partition(":")[0] for entry in first.optimizer.state.values() for key in entry}
     after, again = first.weights(), second.weights()
-    return all(torch.equal(after[n], again[n]) for n in after), keys > {"momentum_buffer"}
+    return all(torch.equal(after[n], again[n]) for n in after), bool(keys - {"momentum_buffer"})
 
 
 @pytest.mark.parametrize(
@@ -271,19 +287,19 @@ def test_a_state_dict_brings_back_what_a_rule_remembers(layout, world, how):
         assert any(of_rank[rule][1] for of_rank in results), rule
 
 
-def full_of(rule: str, steps: int) -> tuple[dict[str, Any], Tensors]:
-    run = Run("copies", rule)
+def full_of(case: Case, steps: int) -> tuple[dict[str, Any], Tensors]:
+    run = Run("copies", case[0], **case[1])
     for step in range(steps):
         run.step(gradients(step))
     return run.optimizer.full_state_dict(), run.weights()
 
 
 def full_of_all() -> dict[str, tuple[dict[str, Any], Tensors]]:
-    return {rule: full_of(rule, 3) for rule in WITH_MEMORY}
+    return {name: full_of(case, 3) for name, case in WITH_MEMORY.items()}
 
 
-def continued(rule: str, state: dict[str, Any], weights: Tensors) -> Tensors:
-    run = Run("copies", rule)
+def continued(case: Case, state: dict[str, Any], weights: Tensors) -> Tensors:
+    run = Run("copies", case[0], **case[1])
     run.optimizer.load_state_dict(copy.deepcopy(state))
     with torch.no_grad():
         for n, p in run.parameters.items():
@@ -294,45 +310,45 @@ def continued(rule: str, state: dict[str, Any], weights: Tensors) -> Tensors:
 
 
 def all_continued(saved: dict[str, tuple[dict[str, Any], Tensors]]) -> dict[str, Tensors]:
-    return {rule: continued(rule, *of_rule) for rule, of_rule in saved.items()}
+    return {name: continued(WITH_MEMORY[name], *of_case) for name, of_case in saved.items()}
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2)])
 def test_a_full_state_dict_loads_on_any_number_of_ranks(before, after):
     saved, *_ = run_ranks(full_of_all, before)
     for found in run_ranks(all_continued, after, saved):
-        for rule in WITH_MEMORY:
-            assert_close(found[rule], plain(rule, STEPS).weights, TOLERANCE)
+        for name, (rule, options) in WITH_MEMORY.items():
+            assert_close(found[name], plain(rule, STEPS, **options).weights, TOLERANCE)
 
 
 def written_by_dcp(layout: str, folder: str) -> None:
-    for rule in WITH_MEMORY:
-        run = Run(layout, rule)
+    for name, (rule, options) in WITH_MEMORY.items():
+        run = Run(layout, rule, **options)
         for step in range(3):
             run.step(gradients(step))
         state = {"weights": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
-        dcp.save(state, checkpoint_id=f"{folder}/{rule}")
+        dcp.save(state, checkpoint_id=f"{folder}/{name}")
 
 
 def read_by_dcp(layout: str, folder: str) -> dict[str, Tensors]:
     found = {}
-    for rule in WITH_MEMORY:
-        run = Run(layout, rule)
+    for name, (rule, options) in WITH_MEMORY.items():
+        run = Run(layout, rule, **options)
         run.optimizer.bound_runtime()
         state = {"weights": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
-        dcp.load(state, checkpoint_id=f"{folder}/{rule}")
+        dcp.load(state, checkpoint_id=f"{folder}/{name}")
         set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
         for step in range(3, STEPS):
             run.step(gradients(step))
-        found[rule] = run.weights()
+        found[name] = run.weights()
     return found
 
 
 def test_torchs_checkpoints_reshard_what_a_rule_remembers(tmp_path):
     run_ranks(written_by_dcp, 3, "fsdp2", str(tmp_path))
     for found in run_ranks(read_by_dcp, 4, "fsdp2 and tp", str(tmp_path)):
-        for rule in WITH_MEMORY:
-            assert_close(found[rule], plain(rule, STEPS).weights, TOLERANCE)
+        for name, (rule, options) in WITH_MEMORY.items():
+            assert_close(found[name], plain(rule, STEPS, **options).weights, TOLERANCE)
 
 
 # At rest ------------------------------------------------------------------------------------------------------------
@@ -390,6 +406,7 @@ def test_the_decay_of_16_bit_weights_rounds_the_product_alone(rule):
         ({"rule": "hyperball", "rule_options": {"cautious": True}}, "hyperball.*no cautious.*no weight decay"),
         ({"rule": "hyperball", "rule_options": {"radial_brake": 0.5}}, "hyperball.*no radial_brake"),
         ({"rule": "muon", "rule_options": {"cautius": True}}, r"no option 'cautius' \(did you mean cautious"),
+        ({"rule": "namo", "rule_options": AT_OWNER}, "namo.*no momentum_at_owner: it takes norms of the momentum"),
         ({"rule": "muon", "rule_options": {"cautious": 0.5}}, "cautious.*True or False"),
         ({"rule": "muon", "rule_options": {"row_floor": True}}, "row_floor.*must be a number"),
         ({"rule": "muon", "rule_options": {"radial_brake": 1.5}}, r"radial_brake.*\[0, 1\]"),
@@ -438,6 +455,53 @@ def test_a_state_of_another_rule_is_refused_before_anything_changes():
     with pytest.raises(ConfigError, match="rule 'normuon'"):
         optimizer.load_state_dict(other.state_dict())
     assert torch.equal(kept["state"][0]["momentum_buffer"], optimizer.state[weight]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("saved", [{}, {"rule_options": AT_OWNER}])
+def test_a_state_with_momentum_in_another_place_is_refused(saved):
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    weight.grad = torch.randn(2, 3)
+    before = Muon([weight], **saved)
+    before.step()
+    optimizer = Muon([weight], **({} if saved else {"rule_options": AT_OWNER}))
+    with pytest.raises(ConfigError, match=f"momentum_at_owner: {'false' if not saved else 'true'}"):
+        optimizer.load_state_dict(before.state_dict())
+
+
+def bytes_of_a_step(options: dict[str, Any]) -> tuple[int, Tensors]:
+    """Sent by this rank in the last of 3 steps of bfloat16 weights with masters under FSDP2, and these."""
+    torch.manual_seed(0)
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(48, 32)) for _ in range(6)]).to(torch.bfloat16)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = Muon(list(model.parameters()), lr=0.02, master_weights=True, **options)
+    for step in range(3):
+        for n, p in enumerate(model.parameters()):
+            torch.manual_seed(100 * step + n)
+            p.grad = distribute_tensor(torch.randn(48, 32).bfloat16(), p.device_mesh, p.placements)
+        with Traffic() as traffic:
+            optimizer.step()
+    masters = {str(n): optimizer.master_weights()[p] for n, p in enumerate(model.parameters())}
+    return traffic.total_sent, {n: m.full_tensor() for n, m in masters.items()}
+
+
+def bytes_of_steps() -> list[tuple[int, Tensors]]:
+    cases = ({}, {"rule_options": AT_OWNER}, {"wire_dtype": torch.bfloat16}, {"rule": "soap_muon"},
+             {"rule": "soap_muon", "rule_options": AT_OWNER})  # fmt: skip
+    return [bytes_of_a_step(options) for options in cases]
+
+
+def test_gradients_in_16_bits_are_sent_as_they_are():
+    """Half the bytes of the gather, none of the bits; rounded momentum saves as much, and changes the weights."""
+    found = run_ranks(bytes_of_steps, 2)
+    momentum, gradients_, rounded, soap, soap_at_owner = (sum(of_rank[n][0] for of_rank in found) for n in range(5))
+    way = 6 * 48 * 32 // 2  # elements that go to their owner, or back
+    few = 100  # votes and norms
+    assert (momentum, gradients_, rounded) == pytest.approx((8 * way, 6 * way, 4 * way), rel=0, abs=few)
+    assert (soap, soap_at_owner) == pytest.approx((12 * way, 6 * way), rel=0, abs=few)
+    for weights in found:
+        same = [all(torch.equal(w, weights[n][1][k]) for k, w in weights[m][1].items())
+                for n, m in ((0, 1), (0, 2), (3, 4))]  # fmt: skip
+        assert same == [True, False, True]
 
 
 def test_a_state_without_the_memory_of_the_rule_is_refused():

@@ -76,9 +76,9 @@ def test_bf16_on_a_gpu_and_what_was_asked_for(tiny):
 def test_waiting_in_buckets():
     """Two ranks, two matrices each, two buckets with one matrix of each rank: nobody waits. With both matrices of a
     bucket on one rank the other waits."""
-    from muon_dist.cost import CostModel
     from muon_dist.layout import cut_parameter, replicated_layout
     from muon_dist.ownership import OwnershipPlan
+    from muon_dist.ownership.cost import CostModel
 
     layout = replicated_layout([cut_parameter(f"m{i}", (8, 8)) for i in range(6)], 2)
     plan = OwnershipPlan(layout, (0, 1, 0, 1, 0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import deepspeed
 
 import muon_dist
 from muon_dist.exchange.schedule import bucket_elements
+from muon_dist.optim.rules.choice import check_options
 from muon_dist.ownership import assign_owners
 from muon_dist.planner.devices import DEVICES
 from muon_dist.planner.estimate import BETWEEN, INSIDE, Exchange, buckets_of, exchange_of
@@ -42,7 +44,8 @@ def predicted(model: str, kind: str, world: int, per_node: int, settings: Settin
     layout = place(workload(model), settings, kind, world, per_node).layout
     plan = assign_owners(layout)
     buckets = buckets_of(plan, bucket_elements(int(settings.bucket_mb * 2**20)), settings.overlap)
-    return exchange_of(plan, buckets, per_node=per_node, gather_bytes=4, scatter_bytes=4)
+    gathers = 1 + len(settings.rule.sends)
+    return exchange_of(plan, buckets, per_node=per_node, gather_bytes=4, scatter_bytes=4, gathers=gathers)
 
 
 def _engine(case: Case) -> tuple[Any, muon_dist.Muon]:
@@ -81,11 +84,11 @@ def _under_deepspeed(cases: list[Case]) -> list[dict[str, Any]]:
     return found
 
 
-def check(rows: list[dict[str, Any]], model: str, kind: str, per_node: int) -> None:
+def check(rows: list[dict[str, Any]], model: str, kind: str, per_node: int, settings: Settings = SETTINGS) -> None:
     """Layout and owners are those that ran, and each rank's bytes and collectives are the predicted ones."""
     world = len(rows)
     made = place(workload(model), SETTINGS, kind, world, per_node)
-    exchange = predicted(model, kind, world, per_node)
+    exchange = predicted(model, kind, world, per_node, settings)
     for rank, row in enumerate(rows):
         assert row["layout"] == made.layout, kind
         assert row["owners"] == assign_owners(made.layout).owners
@@ -121,10 +124,14 @@ def a_plan(model: str, kind: str, world: int, settings: Settings) -> Plan:
     return make_plan(workload(model), settings, DEVICES["cpu"], layout=kind, nodes=1, per_node=world)
 
 
-def _under_fsdp2(shape: tuple[int, ...]) -> dict[str, Any]:
+def _under_fsdp2(shape: tuple[int, ...], cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [_of_rule(shape, case) for case in cases]
+
+
+def _of_rule(shape: tuple[int, ...], case: dict[str, Any]) -> dict[str, Any]:
     model = make_model("llama")
     shard(model, make_mesh(shape))
-    optimizer = muon_dist.Muon(muon_dist.param_groups(model, lr=0.02), bucket_mb=SETTINGS.bucket_mb)
+    optimizer = muon_dist.Muon(muon_dist.param_groups(model, lr=0.02), bucket_mb=SETTINGS.bucket_mb, **case)
     for step in range(2):
         tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE), generator=torch.Generator().manual_seed(step))
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -136,8 +143,15 @@ def _under_fsdp2(shape: tuple[int, ...]) -> dict[str, Any]:
 @pytest.mark.parametrize("shape", [(3,), (2, 2)])
 def test_fsdp2_moves_what_was_predicted(shape):
     world = torch.Size(shape).numel()
-    rows = run_ranks(_under_fsdp2, world, shape)
-    check(rows, "llama", "fsdp2" if len(shape) == 1 else "hsdp", shape[-1])
+    cases: list[dict[str, Any]] = [{"rule": "muon", "rule_options": {part: value}} for part, value in
+             (("cautious", True), ("row_floor", 0.4), ("momentum_at_owner", True))]  # fmt: skip
+    cases += [{"rule": "soap_muon"}, {"rule": "soap_muon", "rule_options": {"momentum_at_owner": True}}]
+    found = run_ranks(_under_fsdp2, world, shape, cases)
+    for number, case in enumerate(cases):
+        settings = replace(SETTINGS, rule=check_options({"scale": "none", "nesterov": True, **case}))
+        assert len(settings.rule.sends) == (case == {"rule": "soap_muon"})
+        rows = [of_rank[number] for of_rank in found]
+        check(rows, "llama", "fsdp2" if len(shape) == 1 else "hsdp", shape[-1], settings)
 
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp2", "hsdp"])

@@ -205,6 +205,24 @@ def test_damage_is_named(run: Path) -> None:
     Page(render(record))
 
 
+def test_parts_of_a_curriculum_and_losses_of_sources(run: Path) -> None:
+    parts = [
+        {"from_step": 20, "data": {"weights": [1, 3], "packing": None}, "optimizer": {"muon": {"rule": "normuon"}}},
+        {"from_step": 90, "lr_scheduler_type": "linear", "warmup_steps": 0},
+    ]
+    (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "curriculum": parts}))
+    before = Page(render(read_run(run)))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 40, "eval_loss": 0.3, "eval_loss/books": 0.2, "eval_loss/code": 0.4}) + "\n")
+    page = Page(render(read_run(run)))
+    assert "2 20 data.weights [1, 3], optimizer.muon.rule normuon" in " ".join(page.words.split())
+    assert "3 90 (not begun) lr_scheduler_type linear" in " ".join(page.words.split())
+    assert "a part of the curriculum begins" in page.words and "code: 0.4 at step 40" in page.words
+    assert [tag for tag, _ in page.tags].count("svg") == [tag for tag, _ in before.tags].count("svg") + 1
+    (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "curriculum": 3}))
+    Page(render(read_run(run)))
+
+
 def test_values_that_are_not_finite(run: Path) -> None:
     lines = [{"step": 10, "time": 0, "loss": None}, {"step": 20, "time": 0, "loss": float("nan"), "lr/muon": 0.0}]
     write_lines(run / "metrics.jsonl", lines)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from muon_dist.checkpoint import Checkpoint
 from muon_dist.config import load_config
 from muon_dist.data.dataset import MixtureDataset
 from muon_dist.errors import CheckpointError, ConfigError
@@ -80,6 +81,41 @@ def test_two_ranks_go_on_with_the_same_samples(finished: dict[str, Any], workspa
     source = Path(finished["run"]) / "checkpoints" / "checkpoint-4"
     losses = run_ranks(two_ranks, 2, str(workspace), str(source))[0]
     assert losses == pytest.approx([line["loss"] for line in lines(finished["run"])][4:], abs=2e-4)
+
+
+RULES = (
+    "trainer.save_steps=1",
+    "curriculum=[{from_step: 3, optimizer: {muon: {rule: normuon, rule_options: {beta2: 0.9}, scale: unit_rms}}},"
+    " {from_step: 6, optimizer: {muon: {momentum: 0.5, weight_decay: 0}}}]",
+)
+
+
+def by_rules(workspace: Path, name: str, more: Sequence[str] = RULES, **options: Any) -> dict[int, float]:
+    """Step -> loss of a run whose rule changes twice."""
+    config = load_config(workspace / "tiny.yaml", [f"name={name}", "data.global_batch_size=4", *more])
+    return {line["step"]: line["loss"] for line in lines(run.train(config, **options)["run"])}
+
+
+def rules_on_two(workspace: str, source: str) -> dict[int, float]:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # accelerate asks; the process group is there already
+    return by_rules(Path(workspace), "rules-on-two", resume=source)
+
+
+def test_a_rule_changes_on_the_way(workspace: Path) -> None:
+    """As a run by one rule that is stopped there and goes on with a curriculum; and resumed inside each part."""
+    whole = by_rules(workspace, "rules")
+    saved = workspace / "runs" / "rules" / "checkpoints"
+    rules = [Checkpoint.look(saved / f"checkpoint-{step}").manifest.info["position"]["rules"] for step in (3, 4, 8)]
+    assert rules == [{"muon": "muon"}, {"muon": "normuon"}, {"muon": "normuon"}]
+    plain = by_rules(workspace, "one-rule", ["trainer.save_steps=3"])
+    stopped = workspace / "runs" / "one-rule" / "checkpoints" / "checkpoint-3"
+    assert plain[3] == whole[3] and plain[5] != whole[5]
+    assert by_rules(workspace, "stopped", resume=str(stopped)) == {k: v for k, v in whole.items() if k > 3}
+    for step in (2, 3, 5, 6, 7):
+        again = by_rules(workspace, f"rules-{step}", resume=str(saved / f"checkpoint-{step}"))
+        assert again == {k: v for k, v in whole.items() if k > step}, step
+    on_two = run_ranks(rules_on_two, 2, str(workspace), str(saved / "checkpoint-5"))[0]
+    assert list(on_two.values()) == pytest.approx([whole[6], whole[7], whole[8]], abs=2e-4)
 
 
 def test_what_is_done_cannot_be_changed_and_what_comes_can(finished: dict[str, Any], workspace: Path) -> None:
@@ -155,6 +191,14 @@ def test_starting_weights_of_another_tokenizer_are_refused(finished: dict[str, A
         ("curriculum=[{from_step: 5, data: {sequence_length: 65}}]", r"curriculum\.0\.data\.sequence_length.*64"),
         ("curriculum=[{from_step: 5, data: {weight: [1]}}]", r"curriculum\.0\.data\.weight.*weights"),
         ("curriculum=[{from_step: 5, warmup_steps: 2}]", r"curriculum\.0\.warmup_steps.*lr_scheduler_type"),
+        (
+            "curriculum=[{from_step: 5, optimizer: {muon: {rule: normoun}}}]",
+            r"curriculum\.0\.optimizer\.muon.*did you mean normuon",
+        ),
+        (
+            "curriculum=[{from_step: 5, optimizer: {muon: {rule: hyperball, weight_decay: 0.1}}}]",
+            r"curriculum\.0\.optimizer\.muon.*no weight_decay",
+        ),
         ("data.sources.0.weight=0", r"data\.sources.*weight 0"),
         ("model.init_from=3", r"model\.init_from"),
     ],

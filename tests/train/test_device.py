@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from muon_dist.adapters.device import refuse_unseen_gpus
-from muon_dist.adapters.hf_guards import GuardedTrainer, Guards
-from muon_dist.adapters.hf_private import PrivateTrainer
-from muon_dist.adapters.hf_trainer import MuonTrainer, TrainingArguments
+from muon_dist.adapters.hf.guarded import GuardedTrainer, Guards
+from muon_dist.adapters.hf.private import PrivateTrainer
+from muon_dist.adapters.hf.trainer import MuonTrainer, TrainingArguments
 from muon_dist.config import load_config
 from muon_dist.errors import ConfigError
 from muon_dist.train import build, distributed
+from muon_dist.train.device import refuse_unseen_gpus
 from muon_dist.train.folder import RunFolder
 
 # ---- a GPU that torch does not see
@@ -131,7 +131,7 @@ def test_a_loss_per_gpu_is_averaged_for_the_vote() -> None:
         def __init__(self) -> None:
             pass  # what the loss needs stands above
 
-        def compute_loss(self, model: Any, inputs: Any) -> torch.Tensor:
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             return torch.tensor([1.0, 3.0])
 
     class Guarded(GuardedTrainer, Loop):

@@ -15,7 +15,7 @@ from muon_dist.config import load_config
 from muon_dist.errors import ConfigError
 from muon_dist.model.load import load_model
 from muon_dist.train import run
-from tests.distributed import run_ranks
+from tests.distributed import RankFailure, run_ranks
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -25,6 +25,8 @@ MIXTURE = (
     "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, "
     "max_position_embeddings: 64}"
 )
+CLIP = ("optimizer.qk_clip={threshold: 0.05}",)  # of the 8 heads some are clipped and some are not
+GPT2 = "model={model_type: gpt2, n_embd: 32, n_layer: 1, n_head: 2, n_positions: 64}"
 STEPS, TOLERANCE = 4, 2e-5
 Curves = dict[str, dict[str, list[float]]]
 
@@ -37,7 +39,7 @@ def trained(workspace: Path, folder: Path, name: str, *settings: str, resume: Pa
     config = load_config(workspace / "tiny.yaml", [*fixed, *settings])
     run.train(config, run_dir=str(folder), resume=str(resume) if resume is not None else None)
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    figures = ("loss", "eval_loss", "grad_norm", "grad_norm/adamw", "tokens")
+    figures = ("loss", "eval_loss", "grad_norm", "grad_norm/adamw", "tokens", "qk_clip/max_logit", "qk_clip/heads")
     return {f: [line[f] for line in lines if f in line and (f != "grad_norm" or "loss" in line)] for f in figures}
 
 
@@ -47,9 +49,9 @@ def several(workspace: Path, folder: Path, runs: dict[str, tuple[str, ...]]) -> 
 
 @pytest.fixture(scope="module")
 def alone(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Curves]:
-    """The folder and the curves of one process: a dense model, and a mixture of experts."""
+    """The folder and the curves of one process: a dense model, a mixture of experts, a dense model with QK-clip."""
     folder = tmp_path_factory.mktemp("alone")
-    return folder, run_ranks(several, 1, workspace, folder, {"dense": (), "mixture": (MIXTURE,)})[0]
+    return folder, run_ranks(several, 1, workspace, folder, {"dense": (), "mixture": (MIXTURE,), "clipped": CLIP})[0]
 
 
 def assert_same(found: dict[str, list[float]], wanted: dict[str, list[float]], name: str) -> None:
@@ -104,13 +106,36 @@ def _one(workspace: Path, folder: Path, half: Path) -> dict[str, Any]:
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize(("ranks", "stage"), [pytest.param(2, 3, marks=pytest.mark.slow), (4, 1)])
-def test_ulysses(workspace: Path, tmp_path: Path, alone: tuple[Path, Curves], ranks: int, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "ranks", "stage"),
+    [
+        ("dense", 4, 1),
+        pytest.param("dense", 2, 3, marks=pytest.mark.slow),
+        ("clipped", 4, 1),
+        pytest.param("clipped", 4, 2, marks=pytest.mark.slow),
+        pytest.param("clipped", 2, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_ulysses(
+    workspace: Path, tmp_path: Path, alone: tuple[Path, Curves], name: str, ranks: int, stage: int
+) -> None:
     """One group of two ranks, or two. Gradients are those of one process, so the clip is; two groups train on the
-    samples in their order, so a run can go on between any two steps."""
+    samples in their order, so a run can go on between any two steps. With QK-clip each rank sees half the heads."""
     settings = ("parallel.sp=2", f"deepspeed={ROOT}/configs/deepspeed/zero{stage}.json")
-    found = run_ranks(several, ranks, workspace, tmp_path, {"sp": settings})[0]["sp"]
-    assert_same(found, alone[1]["dense"], "sp")
+    settings += CLIP if name == "clipped" else ()
+    found = run_ranks(several, ranks, workspace, tmp_path, {name: settings})[0][name]
+    assert_same(found, alone[1][name], name)
+    if name == "clipped":
+        assert 0 < sum(found["qk_clip/heads"]) < 8 * STEPS and found["loss"] != alone[1]["dense"]["loss"]
+
+
+@pytest.mark.deepspeed
+@pytest.mark.slow
+def test_ulysses_without_reduce_scatter_is_refused(workspace: Path, tmp_path: Path) -> None:
+    zero = "{stage: 3, reduce_scatter: false}"
+    settings = ("parallel.sp=2", f"deepspeed={{zero_optimization: {zero}, zero_allow_untested_optimizer: true}}")
+    with pytest.raises(RankFailure, match=r"zero_optimization\.reduce_scatter: is false"):
+        run_ranks(several, 2, workspace, tmp_path, {"sp": settings})
 
 
 # What is refused ---------------------------------------------------------------------------------------------
@@ -124,6 +149,7 @@ def test_ulysses(workspace: Path, tmp_path: Path, alone: tuple[Path, Curves], ra
         (8, ["parallel.tp=8"], "parallel.tp: is 8: does not divide the 4 attention heads"),
         (4, ["parallel.tp=4", MIXTURE], "parallel.tp: is 4: does not divide the 2 key and value heads"),
         (4, ["parallel.tp=4", "model.intermediate_size=66"], "parallel.tp: is 4: does not divide model.intermediate"),
+        (2, ["parallel.tp=2", GPT2], "parallel.tp: is 2: transformers has no tensor-parallel plan for GPT2"),
         (2, ["parallel.ep=2"], "parallel.ep: is 2: LlamaForCausalLM has no experts"),
         (8, ["parallel.ep=8", MIXTURE], "parallel.ep: is 8: does not divide the 4 experts"),
         (4, ["parallel={tp: 4, ep: 2}", MIXTURE], "parallel.ep: is 2, and must be a multiple of parallel.tp = 4"),

@@ -6,9 +6,11 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,12 +22,14 @@ from muon_dist.checkpoint.weights import Choice, Weights
 from muon_dist.config import load_config
 from muon_dist.errors import CheckpointError, ConfigError, DataError
 from muon_dist.model.load import load_model, load_text_tokenizer
-from muon_dist.optim.rules import RULES
+from muon_dist.numerics.schedules import _SCHEDULES
+from muon_dist.optim.rules import RULES, SCALES
 from muon_dist.report.run_page import status, tiles
 from muon_dist.report.run_record import read_run
 from muon_dist.train import run
 from muon_dist.train.folder import RunFolder
 from muon_dist.train.models import evaluate_folder, export_folder, find_weights, generate_from_folder
+from tests.optim.test_rules import example_of_the_docs
 
 
 def train(path: Path, overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
@@ -161,6 +165,26 @@ def test_a_rule_is_one_line_away_and_resumes(workspace: Path, tmp_path: Path, ru
     assert same(weights(train(workspace / "tiny.yaml", halted, resume="auto")["model"]), whole)
     with pytest.raises(CheckpointError, match="trained by another algorithm or rule"):
         train(workspace / "tiny.yaml", [*halted[2:], "trainer.max_steps=6"], resume="auto")
+
+
+def test_a_rule_of_a_plugin_trains_and_resumes(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example of docs/rules.md, as a module in the current folder, from the YAML alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "own_rule_of_a_test.py").write_text(example_of_the_docs().replace("averaged", "averaged by a plugin"))
+    chosen = ["optimizer.plugins=[own_rule_of_a_test]", "optimizer.muon.rule=averaged by a plugin",
+              "optimizer.muon.rule_options={beta: 0.8, cautious: true}", "optimizer.muon.scale=quarter",
+              "optimizer.muon.ns_schedule=gentle", "run_dir=" + str(tmp_path),
+              "trainer.max_steps=4", "trainer.save_steps=2"]  # fmt: skip
+    with patch.dict(RULES), patch.dict(SCALES), patch.dict(_SCHEDULES):
+        out = train(workspace / "tiny.yaml", chosen)
+        whole = weights(out["model"])
+        assert "average" in Checkpoint.look(out["checkpoint"]).manifest.kinds()
+        (tmp_path / "tiny" / "checkpoints" / "checkpoint-4" / "manifest.json").unlink()
+        (tmp_path / "tiny" / "summary.json").unlink()
+        assert same(weights(train(workspace / "tiny.yaml", chosen, resume="auto")["model"]), whole)
 
 
 def test_an_epoch_is_a_pass_over_the_data(finished: dict[str, Any], workspace: Path, tmp_path: Path) -> None:

@@ -19,9 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import muon_dist
 from muon_dist.config import load_config
 from muon_dist.errors import ConfigError, DataError
+from muon_dist.json_files import append_line
 from muon_dist.report.compare_page import write_compare_page
 from muon_dist.report.log_table import as_csv, as_text, read_log
 from muon_dist.train import corpus, run
+from muon_dist.train.compare import compare
 from muon_dist.train.models import evaluate_folder, export_folder
 from muon_dist.train.tasks import evaluate_tasks
 from tests.report.test_run_page import Page, make_run
@@ -146,6 +148,30 @@ def test_runs_on_one_page(finished: dict[str, Any], tmp_path: Path) -> None:
     assert "data.sequence_length" in page.words, "a setting that differs"
     with pytest.raises(ConfigError, match="named twice"):
         write_compare_page([other, other], tmp_path / "out.html")
+
+
+def test_runs_in_one_table(finished: dict[str, Any], tmp_path: Path) -> None:
+    """Any two runs; their losses stand at the last step that both have evaluated."""
+    run, other = Path(finished["run"]), tmp_path / "longer"
+    shutil.copytree(run, other)
+    (other / "summary.json").unlink()
+    append_line(other / "metrics.jsonl", {"step": 99, "eval_loss": 1.0})
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(re.sub(r"^name: .*$", "name: longer", config, flags=re.MULTILINE))
+    options: dict[str, Any] = {"seeds": 1, "jobs": 1, "output": tmp_path}
+    table = compare(run, [str(other)], lrs=None, **options)
+    assert f"validation loss, all at step 8 {finished['validation_loss']:.4f} {finished['validation_loss']:.4f}" in (
+        " ".join(table.split())
+    )
+    assert "finished" in table and "not finished: last logged at step 99" in table
+    assert table.splitlines()[-1].split()[0] == "name" and table.splitlines()[-1].split()[2] == "longer"
+    for wrong, lrs, message in (
+        ([], None, "two or more"),
+        ([str(run)], None, "each once"),
+        ([str(other)], [0.1], "--lr"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compare(run, wrong, lrs=lrs, **options)
 
 
 # ---- validation sources

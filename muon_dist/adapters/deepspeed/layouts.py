@@ -16,6 +16,7 @@ from muon_dist.errors import LayoutError
 from muon_dist.layout import Layout, StoredParameter, matrix_layouts
 from muon_dist.optim.binding import ParameterSpec
 from muon_dist.optim.muon import Muon
+from muon_dist.ranks import Ranks
 from muon_dist.routing import logical_shape
 
 
@@ -49,11 +50,16 @@ def parts(engine: Any, optimizer: Muon, parallelism: Parallelism) -> Parts:
     """
     given = model_parameters(engine.optimizer) or [group["params"] for group in optimizer.param_groups]
     match = _by_name(engine, parallelism) if parallelism.sharded else _by_order
-    specs = {
-        id(p): spec
-        for index, (parameters, of_group) in enumerate(zip(given, optimizer.specs, strict=True))
-        for p, spec in match(parameters, of_group, index)
-    }
+
+    def paired() -> dict[int, ParameterSpec]:
+        return {
+            id(p): spec
+            for index, (parameters, of_group) in enumerate(zip(given, optimizer.specs, strict=True))
+            for p, spec in match(parameters, of_group, index)
+        }
+
+    # Ranks have names of their own: what is wrong on one may be right on another, which would wait for it.
+    specs = Ranks(dist.group.WORLD).everywhere(paired) if parallelism.sharded else paired()
     storage = read(engine, specs, parallelism)
     muon = [b for b in storage.buffers if _is_muon(b, optimizer)]
     others = [b.tensor for b in storage.buffers if not _is_muon(b, optimizer)]

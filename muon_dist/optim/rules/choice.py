@@ -64,9 +64,9 @@ def choose_rule(group: Group, given: Set[str], where: str, default: Mapping[str,
     return rule
 
 
-def check_options(options: Group) -> None:
-    """Raises ConfigError as `choose_rule` does, for options that were all given, with `rule` and `rule_options`."""
-    _chosen(dict(options), set(options), set())
+def check_options(options: Group) -> MuonRule:
+    """The rule of options that were all given, with `rule` and `rule_options`. Raises ConfigError as `choose_rule`."""
+    return _chosen(dict(options), set(options), set())
 
 
 def _chosen(group: Group, given: Set[str], by_default: Set[str]) -> MuonRule:
@@ -127,6 +127,9 @@ def _check_part(rule: MuonRule, name: str, value: Any) -> None:
         raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: it must be True or False")
     if not part.switch and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: it must be a number")
+    misfit = part.misfit(rule)
+    if misfit is not None and value is not False:
+        raise ConfigError(f"rule '{rule.name}' has no {name}: {misfit}. Leave {name} out")
     wrong = part.wrong(float(value))
     if wrong is not None:
         raise ConfigError(f"{name} of rule '{rule.name}' is {value!r}: {wrong}")

@@ -32,6 +32,7 @@ class Owned:
         memory: by name of `owner_memory`, for each of the B matrices its numbers, 1-D in fp32; written in place.
         sent: by name of `sends`, that tensor of the B matrices, (B, rows, cols) in fp32.
         factors: (B,) in fp64: what `begin` returned for these matrices; None if it returned None.
+        feature_norms: (B, outputs) in fp64, for a rule with `feature_norms`.
     """
 
     stack: Tensor
@@ -40,6 +41,7 @@ class Owned:
     memory: Mapping[str, list[Tensor]] = field(default_factory=dict)
     sent: Mapping[str, Tensor] = field(default_factory=dict)
     factors: Tensor | None = None
+    feature_norms: Tensor | None = None
 
 
 class MuonRule:
@@ -56,7 +58,8 @@ class MuonRule:
     2. `begin`: every rank computes a factor for each matrix, from norms over all fragments of the matrix.
     3. `decay`: every rank decays the weights that it holds.
     4. `send`: every rank writes what it sends to the owners.
-    5. `direction`: the owner replaces the whole matrix by its update.
+    5. `receive`, with `momentum_at_owner` alone: the owner makes momentum of the gradients that it got. Then
+       `direction`: the owner replaces the whole matrix by its update.
     6. `apply`: every rank changes the weights that it holds.
     7. `end`: as `begin`, for a factor on the new weights.
 
@@ -74,7 +77,11 @@ class MuonRule:
             adapter takes back) or "weight", before this step's decay if the rule `decays_late`. Costs the bytes of
             another gather.
         decays_late: `decay` depends on the update: it is called once more, with it, right before `apply`.
+        momentum_at_owner: the sources keep no momentum and send gradients; `receive` makes momentum on the owner.
+        gradient_stays: `receive` leaves the gradient in `Owned.sent`, though no source sends it a second time.
         matrix_memory: what every rank keeps: one fp64 number for each matrix.
+        feature_norms: `direction` gets the norm of each output feature of the weight before the step, in
+            `Owned.feature_norms`. Costs one small all-reduce.
         norms_first: tensors of which `start` gets the norms.
         norms_before: tensors of which `begin` gets the norms.
         norms_after: tensors of which `end` gets the norms.
@@ -90,7 +97,10 @@ class MuonRule:
     owner_memory: ClassVar[Mapping[str, Size]] = {}
     sends: ClassVar[tuple[str, ...]] = ()
     decays_late: ClassVar[bool] = False
+    momentum_at_owner: ClassVar[bool] = False
+    gradient_stays: ClassVar[bool] = False
     matrix_memory: ClassVar[tuple[str, ...]] = ()
+    feature_norms: ClassVar[bool] = False
     norms_first: ClassVar[tuple[str, ...]] = ()
     norms_before: ClassVar[tuple[str, ...]] = ()
     norms_after: ClassVar[tuple[str, ...]] = ()
@@ -158,11 +168,17 @@ class MuonRule:
             torch._foreach_mul_(weights, factor)
 
     def send(self, out: list[Tensor], momentum: list[Tensor], group: Group) -> None:
-        """Write what the owners get into `out`, in fp32. If the group has `nesterov`, `out` holds the gradients."""
+        """Write what the owners get into `out`, in fp32.
+
+        If the group has `nesterov`, or the rule `momentum_at_owner`, `out` holds the gradients.
+        """
         if group["nesterov"]:
             torch._foreach_lerp_(out, momentum, group["momentum"])
         else:
             torch._foreach_copy_(out, momentum)
+
+    def receive(self, owned: Owned, group: Group) -> None:
+        """Replace the gradients in `owned.stack` by what is orthogonalized; only with `momentum_at_owner`."""
 
     def direction(self, owned: Owned, group: Group) -> None:
         """Replace `owned.stack` by the update, which `apply` multiplies by the learning rate and by `scale`."""

@@ -11,12 +11,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from muon_dist.errors import ConfigError
 from muon_dist.optim.rules.factors import stack_norms
-from muon_dist.optim.rules.muon import WEIGHT, Group, MuonRule, Owned
+from muon_dist.optim.rules.muon import GRADIENT, MOMENTUM, WEIGHT, Group, MuonRule, Owned, Size
 from muon_dist.optim.rules.scale import update_scale
 
 # fp32 rounds each element by a relative 6e-8. A norm within this of the wanted one is left alone.
 _ROUNDING = 1e-7
+OWNER_MOMENTUM = "owner_momentum"
 
 
 class Part(MuonRule):
@@ -35,6 +37,11 @@ class Part(MuonRule):
     @staticmethod
     def wrong(value: float) -> str | None:
         """The error of a value of the option, as text; None if it is right."""
+        return None
+
+    @staticmethod
+    def misfit(rule: MuonRule) -> str | None:
+        """Why a rule cannot have the part; None if it can."""
         return None
 
 
@@ -93,7 +100,7 @@ class RowFloor(_Late):
 
     option: ClassVar[str] = "row_floor"
     switch: ClassVar[bool] = False
-    sends: ClassVar[tuple[str, ...]] = (WEIGHT,)
+    feature_norms: ClassVar[bool] = True
 
     @staticmethod
     def wrong(value: float) -> str | None:
@@ -103,7 +110,8 @@ class RowFloor(_Late):
         super().direction(owned, group)
         inputs = -2 if owned.matrices[0].transposed else -1
         floor = group["rule_options"][RowFloor.option] / update_scale(group["scale"], owned.matrices[0])
-        wanted = torch.linalg.vector_norm(owned.sent[WEIGHT], dim=inputs, keepdim=True).mul_(floor)
+        assert owned.feature_norms is not None
+        wanted = owned.feature_norms.unsqueeze(inputs).to(owned.stack.dtype).mul_(floor)
         found = torch.linalg.vector_norm(owned.stack, dim=inputs, keepdim=True)
         owned.stack.mul_(torch.where(found > 0, wanted / found, 1.0).clamp_min_(1.0))
 
@@ -180,7 +188,45 @@ def _renormed(orthogonalize: Callable[[Tensor], None], stack: Tensor) -> None:
     stack.mul_(torch.where(norms > 0, math.sqrt(min(stack.shape[-2:])) / norms, 1.0))
 
 
-PARTS: Mapping[str, type[Part]] = {part.option: part for part in (Cautious, RowFloor, RadialBrake, MuonEq, MuonPlus)}
+class MomentumAtOwner(Part):
+    """The sources send gradients, and the owner of a matrix keeps its momentum, in fp32.
+
+    The numbers are Muon's. Gradients in 16 bits are sent in 16 bits, and nothing is lost; momentum would have to be
+    sent in fp32, or rounded (docs/performance.md). A rule that has gradients sent as well gets them from the same
+    message.
+    """
+
+    option: ClassVar[str] = "momentum_at_owner"
+    momentum_at_owner: ClassVar[bool] = True
+    owner_memory: ClassVar[Mapping[str, Size]] = {OWNER_MOMENTUM: lambda matrix: matrix.numel}
+
+    @staticmethod
+    def misfit(rule: MuonRule) -> str | None:
+        if MOMENTUM in (*rule.norms_first, *rule.norms_before, *rule.norms_after):
+            return "it takes norms of the momentum, for which the sources must keep it"
+        own = type(rule).send is not MuonRule.send or type(rule).remember is not MuonRule.remember
+        return "it makes its momentum in a way of its own" if own else None
+
+    def send(self, out: list[Tensor], momentum: list[Tensor], group: Group) -> None:
+        """The gradients are in `out` already."""
+
+    def receive(self, owned: Owned, group: Group) -> None:
+        if not group["rule_options"][MomentumAtOwner.option]:
+            raise ConfigError("momentum_at_owner was switched off after the first step: make a new optimizer")
+        updates, beta = list(owned.stack), group["momentum"]
+        kept = [m.view_as(updates[0]) for m in owned.memory[OWNER_MOMENTUM]]
+        if self.gradient_stays:
+            owned.sent = {**owned.sent, GRADIENT: owned.stack.clone()}
+        torch._foreach_lerp_(kept, updates, 1 - beta)
+        if group["nesterov"]:
+            torch._foreach_lerp_(updates, kept, beta)
+        else:
+            torch._foreach_copy_(updates, kept)
+
+
+PARTS: Mapping[str, type[Part]] = {
+    part.option: part for part in (Cautious, RowFloor, RadialBrake, MuonEq, MuonPlus, MomentumAtOwner)
+}
 """By the name of the option, in the order in which they stand before a rule."""
 
 
@@ -195,5 +241,11 @@ def with_parts(rule: MuonRule, parts: tuple[str, ...]) -> MuonRule:
         name: tuple(dict.fromkeys(wanted for part in (*chosen, rule) for wanted in getattr(part, name)))
         for name in ("sends", "norms_first", "norms_before", "norms_after")
     }
+    of_all["owner_memory"] = {**rule.owner_memory}
+    for part in chosen:
+        of_all["owner_memory"] |= part.owner_memory
+    if MomentumAtOwner in chosen and GRADIENT in of_all["sends"]:  # the message holds it already
+        of_all["sends"] = tuple(name for name in of_all["sends"] if name != GRADIENT)
+        of_all["gradient_stays"] = True
     made = type(" ".join((*parts, rule.name)), (*chosen, type(rule)), of_all)
     return cast(MuonRule, made())

@@ -70,5 +70,6 @@ def _origin(rule: MuonRule) -> tuple[str, str]:
 
 
 def memory_names() -> set[str]:
-    """Names in the state of everything that rules keep besides momentum."""
-    return {name for rule in RULES.values() for name in (*rule.owner_memory, *rule.matrix_memory)}
+    """What rules and parts keep besides momentum, by the names in the state."""
+    of_rules = {name for rule in RULES.values() for name in (*rule.owner_memory, *rule.matrix_memory)}
+    return of_rules.union(*(part.owner_memory for part in PARTS.values()))

@@ -1,0 +1,1 @@
+"""The Hugging Face Trainer with Muon: its training loop, checkpoints, guards and records."""

@@ -1,0 +1,363 @@
+"""Trainer with our checkpoints in place of its own: committed, verified, for every layout, nothing pickled."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import HubStrategy
+
+from muon_dist.adapters import deepspeed_state, module_state
+from muon_dist.adapters.hf.flow import BeginRun
+from muon_dist.adapters.hf.guarded import GuardedTrainer
+from muon_dist.adapters.rates import GroupRates
+from muon_dist.checkpoint import (
+    BUFFER,
+    MODEL_FOLDER,
+    WEIGHT,
+    Checkpoint,
+    Contents,
+    Holding,
+    Provider,
+    RandomState,
+    Ranks,
+    Saver,
+    checkpoint_name,
+    load,
+    newest_good,
+    open_checkpoint,
+    set_aside_after,
+    tidy,
+)
+from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.optim.muon import Muon
+from muon_dist.optim.unwrap import bare_optimizer
+
+TRAINER_STATE = "trainer_state.json"
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+@dataclass
+class CheckpointOptions:
+    """How a `MuonTrainer` saves.
+
+    background: hold training for the copy to host memory only. keep_last, keep_every: see `checkpoint.folder.retire`;
+    `save_total_limit` is the default of the first. on_error: "stop" or "continue" when a save fails. config: the
+    run's configuration, plain and without secrets, kept in every manifest. say: for messages; called on the first
+    rank. begin: called on the first rank before the run changes anything in its folder, right before the first step;
+    its error ends the run on all ranks.
+    """
+
+    background: bool = False
+    keep_last: int | None = None
+    keep_every: int | None = None
+    on_error: str = "stop"
+    config: Mapping[str, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = _print
+    begin: Callable[[], None] = lambda: None
+
+
+@contextlib.contextmanager
+def _sharded_at_load(args: TrainingArguments | None, model: Any) -> Iterator[None]:
+    """While a Trainer is made: Trainer refuses to save the optimizer of a model that transformers sharded at load time
+    (`DistributedConfig`), unless it saves the model only. Its checkpoints cannot, ours can."""
+    if args is None or args.save_only_model or not getattr(model, "is_distributed_loading_by_transformers", False):
+        yield
+        return
+    args.save_only_model = True
+    try:
+        yield
+    finally:
+        args.save_only_model = False
+
+
+class CheckpointTrainer(GuardedTrainer):
+    """A `Trainer` that saves and resumes through `muon_dist.checkpoint`.
+
+    Attributes:
+        providers: name -> small state that goes into checkpoints, the same on every rank; add before `train`.
+        rank_providers: the same, one for each rank.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *rest: Any,
+        checkpoint: CheckpointOptions | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is not None and args.push_to_hub and args.hub_strategy != HubStrategy.END:
+            raise ConfigError(
+                f"hub_strategy={args.hub_strategy.value} would push checkpoints while they are written: use "
+                "hub_strategy='end', or push what `muon-dist checkpoint export` makes of one"
+            )
+        with _sharded_at_load(args, model):
+            super().__init__(model, args, *rest, **kwargs)
+        self.checkpoint_options = checkpoint or CheckpointOptions()
+        self.providers: dict[str, Provider] = {}
+        self._random = RandomState()
+        self.rank_providers: dict[str, Provider] = {"random": self._random}
+        self._saver: Saver | None = None
+        self._source: Checkpoint | None = None
+        self._documents: dict[str, bytes] | None = None
+        self._best_step: int | None = None
+        self.add_callback(BeginRun(self))
+
+    @property
+    def weights_step(self) -> int:
+        """The optimizer step of the weights that the model holds: an earlier one once the best were loaded."""
+        return self._best_step if self._best_step is not None else self.state.global_step
+
+    # ---- saving
+
+    @property
+    def saver(self) -> Saver:
+        """What commits checkpoints; made at the first use, on all ranks."""
+        if self._saver is None:
+            options = self.checkpoint_options
+            self._saver = Saver(
+                self.args.output_dir,
+                Ranks.of_the_run(self.args.ddp_timeout),
+                background=options.background,
+                on_error=options.on_error,
+                keep_last=options.keep_last or self.args.save_total_limit,
+                keep_every=options.keep_every,
+            )
+        return self._saver
+
+    def commit(self) -> Path | None:
+        """Save now and wait until it is committed: between two steps, on every rank. The newest commit."""
+        self.write_checkpoint(Path(self.args.output_dir))
+        return self.saver.wait()
+
+    def position(self) -> dict[str, Any]:
+        """Where in the data the run stands; for the manifest."""
+        return {"global_step": self.state.global_step, "world_size": self.args.world_size}
+
+    def write_checkpoint(self, folder: Path) -> None:
+        """Save `checkpoint-STEP` below `folder`, in place of Trainer's; every rank calls it."""
+        super().write_checkpoint(folder)
+        self.store_flos()
+        root = self.saver.root = folder
+        best = self.state.best_global_step
+        if best and (best == self.state.global_step or (root / checkpoint_name(best)).is_dir()):
+            self.state.best_model_checkpoint = str(root / checkpoint_name(best))
+        held = self.holding()
+        state = {name: provider.state_dict() for name, provider in self._shared().items()}
+        if self.args.save_only_model:
+            held.pieces = [p for p in held.pieces if p.kind in (WEIGHT, BUFFER)]
+            state = {}
+        first = self.saver.ranks.rank == 0
+        contents = Contents(
+            step=self.state.global_step,
+            layout=held.layout,
+            info={"position": self.position(), "config": dict(self.checkpoint_options.config), **_versions()},
+            documents={TRAINER_STATE: self._trainer_state(), **self._model_documents()} if first else {},
+        )
+        self.saver.save(
+            held.pieces,
+            contents,
+            state=state,
+            rank_state={name: provider.state_dict() for name, provider in self.rank_providers.items()},
+            protected=[Path(self.state.best_model_checkpoint)] if self.state.best_model_checkpoint else (),
+        )
+
+    def holding(self, source: Checkpoint | None = None) -> Holding:
+        """What this rank holds of the model and its optimizer."""
+        if self.is_deepspeed_enabled:
+            return deepspeed_state.holding(self.deepspeed, source=source)
+        return module_state.holding(self.model, bare_optimizer(self.optimizer), self.saver.ranks.size, source=source)
+
+    def _shared(self) -> dict[str, Provider]:
+        """The named states that are the same on every rank. The rates last: the scheduler's come from them."""
+        found: dict[str, Provider] = dict(self.providers)
+        found["scheduler"] = self.lr_scheduler
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None:
+            found["scaler"] = scaler
+        if self.is_deepspeed_enabled:
+            found["deepspeed"] = deepspeed_state.EngineState(self.deepspeed)
+        found["rates"] = GroupRates(self.optimizer, self.lr_scheduler, self._first)
+        return found
+
+    def _first(self, text: str) -> None:
+        if self.saver.ranks.rank == 0:
+            self.checkpoint_options.say(text)
+
+    def _trainer_state(self) -> bytes:
+        """As Trainer writes it: with the state of callbacks that have one."""
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if not isinstance(callback, ExportableState):
+                continue
+            name, state = callback.__class__.__name__, callback.state()
+            kept = self.state.stateful_callbacks.get(name)
+            if isinstance(kept, list):
+                kept.append(state)
+            else:
+                self.state.stateful_callbacks[name] = state
+        return (json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n").encode()
+
+    def _model_documents(self) -> dict[str, bytes]:
+        """Configuration and tokenizer as transformers saves them; they do not change while a run lasts."""
+        if self._documents is None:
+            with tempfile.TemporaryDirectory() as folder:
+                model = self.accelerator.unwrap_model(self.model)
+                parts: list[Any] = [getattr(model, name, None) for name in ("config", "generation_config")]
+                for part in (*parts, self.processing_class):
+                    if hasattr(part, "save_pretrained"):
+                        part.save_pretrained(folder)
+                self._documents = {
+                    f"{MODEL_FOLDER}/{p.name}": p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()
+                }
+        return self._documents
+
+    # ---- resuming
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. `resume_from_checkpoint`: a path, an opened `Checkpoint`, or True for the newest good one.
+
+        A checkpoint of weights alone is a beginning: step 0, fresh optimizer.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged, or of another model.
+        """
+        self._source = self._opened(resume_from_checkpoint)
+        self._best_step = None
+        self.begin_at(self._source if self._source is not None and not self._source.beginning else None)
+        path = None
+        if self._source is not None and self._source.beginning:
+            what = "weights alone" if self._source.weights_only else "weights and optimizer state, of no run of ours"
+            self._first(f"{self._source.path} holds {what}: the run begins at step 0 with them")
+        elif self._source is not None:
+            path = str(self._source.path)
+        try:
+            result = super().train(path, *args, **kwargs)
+        except BaseException:
+            if self._saver is not None:  # not made here: the other ranks may be elsewhere
+                self._saver.settle()  # its group must not be left while it works; what ends the run comes first
+            raise
+        self.saver.wait()
+        return result
+
+    def begin_at(self, source: Checkpoint | None) -> None:
+        """Training is about to begin after `source`, or at step 0 if None. Called before the data loader is made."""
+
+    def _opened(self, wanted: Any) -> Checkpoint | None:
+        if wanted is None or wanted is False or isinstance(wanted, Checkpoint):
+            return wanted or None
+        if wanted is not True:
+            return open_checkpoint(wanted, self.saver.ranks)
+        found = newest_good(self.args.output_dir, self.saver.ranks, self.saver.warn)
+        if found is None:
+            raise CheckpointError(f"{self.args.output_dir} holds no finished checkpoint")
+        return found
+
+    def begin_run(self) -> None:
+        """Make the folder ready for the first step; on every rank. Until then nothing in it is changed."""
+        self.saver.ranks.first(self._make_room)
+
+    def _make_room(self) -> None:
+        """On the first rank: begin the run, clear away what a killed process left, and set aside later checkpoints,
+        which belong to an abandoned branch of the run."""
+        self.checkpoint_options.begin()
+        root, source = Path(self.args.output_dir), self._source
+        tidy(root)
+        if source is not None and not source.beginning and source.path.resolve().parent == root.resolve():
+            for moved in set_aside_after(root, source.step):
+                self._first(f"a checkpoint of a later step than the one to go on from is now {moved}")
+
+    def restore(self) -> None:
+        """Weights, optimizer state and the named states of the checkpoint that `train` was given, if any."""
+        if self._source is not None:
+            self._fill(self._source)
+            if not self._source.beginning:
+                self._restore_states(self._source)
+
+    def _fill(self, source: Checkpoint) -> None:
+        """Weights and optimizer state."""
+        if self.is_deepspeed_enabled and isinstance(self.deepspeed.basic_optimizer, Muon):
+            from muon_dist.adapters.deepspeed import attach  # imports DeepSpeed, so only where it is used
+
+            attach(self.deepspeed)
+        load(source, self.holding(source), self.saver.ranks)
+        source.close()
+
+    def _restore_states(self, source: Checkpoint) -> None:
+        saved = source.state()
+        for name, provider in self._shared().items():
+            if name in saved:
+                provider.load_state_dict(saved.pop(name))
+            else:
+                self._first(f"{source.path} holds no state of '{name}', which starts afresh")
+        for name in saved:
+            self._first(f"{source.path} holds a state of '{name}', which this run does not have: it is left out")
+        source.close()
+
+    def restore_rank(self) -> None:
+        """The random generators, and what else each rank keeps for itself."""
+        source = self._source
+        if source is None or source.beginning:
+            return
+        rank = self.saver.ranks.rank
+        saved = source.rank_state(rank)
+        source.close()
+        if saved is None or source.manifest.world_size != self.saver.ranks.size:
+            # at another world size nothing is drawn as it would have been; what matters is that ranks differ
+            self._random.start_anew(self.args.seed + 1_000_003 * (source.step + 1) + rank)
+            return
+        for name, provider in self.rank_providers.items():
+            if name in saved:
+                provider.load_state_dict(saved[name])
+
+    def roll_back(self) -> str:
+        """Give weights and optimizer state back from the newest good checkpoint, on every rank; its name.
+
+        Step count, schedule, data and random generators stay. Raises CheckpointError when there is none.
+        """
+        self.saver.wait()
+        source = newest_good(self.saver.root, self.saver.ranks, self.saver.warn)
+        if source is None:
+            raise CheckpointError(f"{self.saver.root} holds no checkpoint to roll back to: save more often")
+        self._fill(source)
+        return source.path.name
+
+    def load_best_weights(self, path: Path) -> None:
+        """The weights of the checkpoint `path`; the optimizer's state stays."""
+        source = open_checkpoint(path, self.saver.ranks)
+        held = self.holding(source)
+        held.pieces = [p for p in held.pieces if p.kind in (WEIGHT, BUFFER)]
+        load(source, held, self.saver.ranks)
+        self._best_step = source.step
+        source.close()
+
+    def finish_saves(self) -> None:
+        """Wait until the last save is committed."""
+        self.saver.wait()
+
+
+def _versions() -> dict[str, Any]:
+    import transformers
+
+    return {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+
+
+def read_position(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where in the data a checkpoint stands. Raises CheckpointError when it does not say."""
+    position = checkpoint.manifest.info.get("position", {})
+    wrong = [k for k in ("global_step", "consumed_samples", "tokens") if not isinstance(position.get(k), int)]
+    if wrong or "order" not in position:
+        raise CheckpointError(f"{checkpoint.path} does not say where in the data it stands ({', '.join(wrong)})")
+    return dict(position)

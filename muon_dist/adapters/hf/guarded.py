@@ -1,0 +1,210 @@
+"""The guards of a `MuonTrainer` run, one file each in guards/, and where its loop tells them what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from muon_dist.adapters.hf.guards.hangs import HangGuard
+from muon_dist.adapters.hf.guards.nonfinite import NonFiniteGuard
+from muon_dist.adapters.hf.guards.replicas import ReplicaGuard
+from muon_dist.adapters.hf.guards.run import Guard, GuardedRun
+from muon_dist.adapters.hf.guards.spikes import SpikeGuard
+from muon_dist.adapters.hf.guards.stops import StopGuard, stop_text
+from muon_dist.adapters.hf.guards.stragglers import StragglerGuard
+from muon_dist.adapters.hf.parallel import SequenceParallelTrainer
+from muon_dist.defaults import HASH_EVERY, MAX_NONFINITE, SPIKE_SIGMAS, SPIKE_WINDOW, STRAGGLER_SECONDS
+from muon_dist.guards.spikes import SpikeDetector
+
+__all__ = ["GuardedTrainer", "Guards", "stop_text"]
+
+
+class Guards(TrainerCallback):
+    """Guards of one run; give it to `MuonTrainer(guards=...)`.
+
+    spike: what happens to a step whose loss, averaged over all ranks, jumps (see `SpikeDetector`): "off" nothing;
+        "skip" it is left out, with parameters and state unchanged; "rollback" it is left out, and parameters and
+        optimizer state go back to the last commit, while step count, schedule and data go on.
+    spike_window, spike_sigmas: of the detector.
+    hash_every: steps between two comparisons of the copies of parameters; also before each save, and after a step
+        that was left out for NaN or infinity; 0: never.
+    watchdog_seconds: the run ends with a message when one operation takes longer; None: 0.9 of the process group's
+        timeout; 0: never.
+    straggler_seconds: a rank that takes so much longer for its own work, step after step, is named; 0: never.
+    max_nonfinite: so many steps in a row that DeepSpeed leaves out for NaN or infinity end the run; `Muon` counts
+        its own. Not in fp16 with a dynamic loss scale, where such steps are usual.
+    stop_requested: the number of the signal that asked this rank to stop, or 0.
+    say: for messages; called on the first rank.
+
+    Each guard is a callback of its own, in the order of `parts`. At the end of a step all of them read the same vote.
+    """
+
+    def __init__(
+        self,
+        *,
+        spike: str = "off",
+        spike_window: int = SPIKE_WINDOW,
+        spike_sigmas: float = SPIKE_SIGMAS,
+        hash_every: int = HASH_EVERY,
+        watchdog_seconds: float | None = None,
+        straggler_seconds: float = STRAGGLER_SECONDS,
+        max_nonfinite: int = MAX_NONFINITE,
+        stop_requested: Callable[[], int] = lambda: 0,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.run = GuardedRun(say)
+        self.stragglers = StragglerGuard(self.run, straggler_seconds)
+        self.nonfinite = NonFiniteGuard(self.run, max_nonfinite)
+        self.spike = SpikeGuard(self.run, spike, SpikeDetector(spike_window, spike_sigmas))
+        self.replicas = ReplicaGuard(self.run, hash_every, self.nonfinite)
+        self.stop = StopGuard(self.run, stop_requested)
+        self.hangs = HangGuard(self.run, watchdog_seconds)
+
+    @property
+    def parts(self) -> tuple[Guard, ...]:
+        """The guards, in the order in which they act at the end of a step."""
+        return (self.stragglers, self.nonfinite, self.spike, self.replicas, self.stop, self.hangs)
+
+    @property
+    def stopped(self) -> dict[int, int]:
+        """Rank -> signal of the ranks that asked to stop, once all ranks have committed a checkpoint for it."""
+        return self.stop.stopped
+
+    @property
+    def committed(self) -> str | None:
+        """Name of the newest checkpoint then; an older one where saves may fail (`on_error: continue`)."""
+        return self.stop.committed
+
+    @property
+    def spikes(self) -> int:
+        """Steps left out for their loss."""
+        return self.spike.spikes
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the weights went back to a commit."""
+        return self.spike.rollbacks
+
+    # ---- state in checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know to decide as this one would."""
+        muon = self.run.muon
+        return {
+            "detector": self.spike.detector.state_dict(),
+            "spikes": self.spike.spikes,
+            "rollbacks": self.spike.rollbacks,
+            "bad_in_row": self.nonfinite.in_a_row,
+            "step_guard": muon.guard.state_dict() if muon is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what a checkpoint holds."""
+        self.spike.detector.load_state_dict(state["detector"])
+        self.spike.spikes, self.spike.rollbacks = int(state["spikes"]), int(state["rollbacks"])
+        self.nonfinite.in_a_row = int(state["bad_in_row"])
+        muon = self.run.muon
+        if muon is not None and state["step_guard"] is not None:
+            muon.guard.load_state_dict(state["step_guard"])
+
+    # ---- called by MuonTrainer
+
+    def attach(self, trainer: Any) -> None:
+        """Belong to `trainer`, as its callbacks; before training."""
+        self.run.trainer = trainer
+        for callback in (self, *self.parts):
+            trainer.add_callback(callback)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()  # `auto_find_batch_size` begins again after an attempt that ran out of memory
+        self.run.begin(args.device, state.global_step)
+
+    def begin_step(self) -> None:
+        """This rank begins to read the batches of the next step."""
+        self.run.begin_step()
+        self.stragglers.begin_step()
+
+    def add_loss(self, loss: torch.Tensor, last: bool) -> None:
+        """A micro-batch's part of this step's loss, before its backward pass; `last` begins the vote."""
+        self.stragglers.pause()
+        self.run.add_loss(loss, last, self.stop.requested() if last else 0)
+
+    def close(self) -> None:
+        """End what runs beside training; also after an error."""
+        self.hangs.close()  # first: what follows is under no watchdog
+        for guard in self.parts:
+            guard.close()
+
+
+class _Reading:
+    """A data loader's iterator. Reading a batch is own work of this rank; what comes after it may wait for others."""
+
+    def __init__(self, batches: Iterator[Any], guard: StragglerGuard) -> None:
+        self.batches, self.guard = batches, guard
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        self.guard.resume()
+        try:
+            return next(self.batches)
+        finally:
+            self.guard.pause()
+
+
+class GuardedTrainer(SequenceParallelTrainer):
+    """A `Trainer` that tells its guards where it stands. It works without guards, too."""
+
+    guards: Guards | None = None
+
+    def watch_with(self, guards: Guards) -> None:
+        """Let `guards` watch over this trainer."""
+        self.guards = guards
+        guards.attach(self)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. A message between ranks that failed becomes a `PeerError` with operation and step."""
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            named = self.guards.run.named(error) if self.guards is not None else None
+            if named is None:
+                raise
+            raise named from error
+        finally:
+            if self.guards is not None:
+                self.guards.close()
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of a step, as Trainer's. Counting their tokens asks all ranks."""
+        if self.guards is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.guards.begin_step()
+        read = _Reading(epoch_iterator, self.guards.stragglers)
+        batches = super().get_batch_samples(read, num_batches, device)
+        self.guards.stragglers.resume()
+        return batches
+
+    def write_checkpoint(self, folder: Any) -> None:
+        """Say that a save is under way."""
+        if self.guards is not None:
+            self.guards.run.progress.enter("save")
+        super().write_checkpoint(folder)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's; the guards are told the loss."""
+        if self.guards is None or not model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.guards.stragglers.pause()
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        # weighted as training_step weights micro-batches
+        scaled = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+        loss = found[0] if isinstance(found, tuple) else found
+        part = loss if scaled or self.compute_loss_func else loss / self.current_gradient_accumulation_steps
+        # a loss of several elements, one per GPU under DataParallel, is averaged as training_step averages it
+        self.guards.add_loss(part.mean(), last=self.accelerator.sync_gradients)
+        return found

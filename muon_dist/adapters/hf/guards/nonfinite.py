@@ -1,0 +1,42 @@
+"""Too many steps in a row whose gradients are NaN or infinite end the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from muon_dist.adapters.hf.guards.run import Guard, GuardedRun
+from muon_dist.errors import NonFiniteError
+
+
+class NonFiniteGuard(Guard):
+    """Counts the steps that DeepSpeed leaves out: it does not ask the optimizer, and continues forever.
+
+    `Muon` counts its own bad steps. With fp16 and a dynamic loss scale bad steps are usual, and not counted.
+
+    most: bad steps in a row that end the run.
+    """
+
+    def __init__(self, run: GuardedRun, most: int) -> None:
+        super().__init__(run)
+        self.most = most
+        self.in_a_row = 0
+
+    @property
+    def found(self) -> bool:
+        """The last step was left out for NaN or infinity, by DeepSpeed or by `Muon`."""
+        muon = self.run.muon
+        return self.in_a_row > 0 or (muon is not None and muon.guard.in_a_row > 0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wrapper = getattr(getattr(self.run.trainer, "deepspeed", None), "optimizer", None)
+        dynamic = getattr(getattr(wrapper, "loss_scaler", None), "dynamic", False)
+        if not getattr(wrapper, "overflow", False) or dynamic:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        if self.in_a_row >= self.most:
+            raise NonFiniteError(
+                f"gradients were NaN or infinite in {self.in_a_row} optimizer steps in a row (max_nonfinite), the "
+                f"last one step {state.global_step}; DeepSpeed's norm over all parameters says so on "
+                "every rank. Nothing was changed by those steps. Lower the learning rate, or look at the data"
+            )

@@ -1,0 +1,105 @@
+"""State shared by the guards of a run: trainer, vote of the step, this rank's current operation, messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from muon_dist.errors import PeerError
+from muon_dist.exchange.progress import Progress, place
+from muon_dist.exchange.transport import is_network_error
+from muon_dist.guards.vote import Ballot, StepVote
+from muon_dist.optim.muon import Muon
+from muon_dist.optim.unwrap import find_muon
+
+
+class GuardedRun:
+    """State that the guards of one trainer share.
+
+    Attributes:
+        trainer: the `MuonTrainer`; None until `Guards.attach`.
+        progress: this rank's current operation; Muon's own once training begins.
+        vote: one small all-reduce per step; None before training.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.trainer: Any = None
+        self.progress = Progress()
+        self.vote: StepVote | None = None
+        self._say = say
+        self._loss: torch.Tensor | float = 0.0
+        self._ballot: Ballot | None = None
+
+    @property
+    def rank(self) -> int:
+        """This rank; 0 before training."""
+        return self.vote.rank if self.vote is not None else 0
+
+    @property
+    def muon(self) -> Muon | None:
+        """The trainer's `Muon`; None with another optimizer, or before the optimizer is made."""
+        return find_muon(getattr(self.trainer, "optimizer", None))
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group of all ranks; None for a single process."""
+        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+    def say(self, message: str) -> None:
+        """A message, on the first rank only."""
+        if self.rank == 0:
+            self._say(message)
+
+    def begin(self, device: torch.device, step: int) -> None:
+        """Training begins after `step` steps; the votes lie on `device`."""
+        self.vote = StepVote(self.group, device)
+        muon = self.muon
+        if muon is not None:
+            self.progress = muon.progress
+        self.progress.step = step
+
+    def begin_step(self) -> None:
+        """This rank begins to read the batches of the next step; the last step's vote is forgotten."""
+        self.progress.enter("data")
+        self._loss, self._ballot = 0.0, None
+
+    def add_loss(self, loss: torch.Tensor, last: bool, stop: int) -> None:
+        """Add a micro-batch's part of this step's loss; the last one begins the vote.
+
+        stop: the signal that asked this rank to stop, or 0.
+        """
+        self._loss = self._loss + loss.detach()
+        if last and self.vote is not None:
+            self.vote.cast(self._loss, stop)
+
+    def ballot(self) -> Ballot | None:
+        """This step's vote, the same on every rank; None if none was cast. The first call of a step waits for it."""
+        if self._ballot is None and self.vote is not None:
+            self.progress.enter("step vote")
+            self._ballot = self.vote.result()
+        return self._ballot
+
+    def named(self, error: RuntimeError) -> PeerError | None:
+        """A failed message between ranks as an error that names operation and step; None for any other error."""
+        if not is_network_error(error):
+            return None
+        p = self.progress
+        first_line = str(error).strip().partition("\n")[0]
+        return PeerError(
+            f"rank {self.rank}: {place(p.operation, p.bucket, p.step)} failed: {first_line}. Another rank has ended, "
+            "or the network is down: look for the first error of the other ranks"
+        )
+
+
+class Guard(TrainerCallback):
+    """One guard: a Trainer callback with one concern. All guards of a run share one `GuardedRun`."""
+
+    def __init__(self, run: GuardedRun) -> None:
+        self.run = run
+
+    def close(self) -> None:
+        """End what runs during training. Called at the end, also after an error, and possibly twice."""

@@ -1,0 +1,91 @@
+"""Another update rule, or other settings of it, between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from muon_dist.errors import ConfigError
+from muon_dist.optim.checks import kind_of
+from muon_dist.optim.muon import Muon
+from muon_dist.optim.rules import MuonRule
+from muon_dist.optim.state import change_rules
+
+_SETTINGS = ("momentum", "nesterov", "ns_steps", "ns_schedule", "ns_dtype", "scale", "weight_decay")
+_OF_RULE = ("rule", "rule_options")  # a group of the rule "muon" has neither
+
+
+@dataclass(frozen=True)
+class RuleSettings:
+    """By what the Muon groups of an optimizer are stepped, beside their learning rates.
+
+    groups: of each parameter group its options; None for AdamW's. rules: the rule that goes with them.
+    """
+
+    groups: tuple[Mapping[str, Any] | None, ...]
+    rules: tuple[MuonRule | None, ...]
+
+    def names(self) -> dict[str, str]:
+        """Group -> name of its rule, for Muon's groups."""
+        return {
+            str(group["name"]): rule.name
+            for group, rule in zip(self.groups, self.rules, strict=True)
+            if group is not None and rule is not None
+        }
+
+
+def rule_settings(optimizer: Muon) -> RuleSettings:
+    """The settings that an optimizer has now."""
+    groups = [
+        {key: group[key] for key in (*_SETTINGS, *_OF_RULE) if key in group} | {"name": group.get("name", index)}
+        if algorithm == "muon"
+        else None
+        for index, (group, algorithm) in enumerate(zip(optimizer._groups, optimizer.algorithms, strict=True))
+    ]
+    return RuleSettings(tuple(groups), tuple(optimizer._rules))
+
+
+def check_change(before: RuleSettings, after: RuleSettings) -> None:
+    """Raises ConfigError if a run cannot change from one to the other: groups differ, or where momentum is kept."""
+    if [g is None for g in after.groups] != [g is None for g in before.groups]:
+        raise ConfigError("the rule of other parameter groups cannot be taken over: make them from the same model")
+    for group, old, new in zip(after.groups, before.rules, after.rules, strict=True):
+        if (
+            group is not None
+            and old is not None
+            and new is not None
+            and old.momentum_at_owner != new.momentum_at_owner
+        ):
+            raise ConfigError(
+                f"group {group['name']}: rule_options.momentum_at_owner says where the momentum is kept, and must be "
+                "the same in all parts of a run"
+            )
+
+
+def change_rule(optimizer: Muon, settings: RuleSettings) -> None:
+    """Let an optimizer step by `settings` from now on: those of another optimizer with the same groups.
+
+    Momentum and learning rates stay, and what a rule remembers where the group keeps its rule. What another rule
+    remembers begins at zero, and what the old one remembered is dropped. Local, and the same under every layout: all
+    ranks call it between the same two steps.
+
+    Raises:
+        ConfigError: as `check_change`.
+    """
+    now = rule_settings(optimizer)
+    if settings == now:
+        return
+    check_change(now, settings)
+    for group, new in zip(optimizer._groups, settings.groups, strict=True):
+        if new is not None:
+            for key in _OF_RULE:
+                group.pop(key, None)
+            group.update({key: value for key, value in new.items() if key != "name"})
+    optimizer._rules = list(settings.rules)
+    optimizer._kinds = [kind_of(group) for group in optimizer._groups]
+    if optimizer.audit is not None:
+        optimizer.audit.forget()
+    if optimizer.runtime is not None:
+        rules = {index: rule for index, rule in enumerate(settings.rules) if rule is not None}
+        change_rules(optimizer.runtime, optimizer.state, rules)
