@@ -109,7 +109,7 @@ class PartRates:
     rate_parts: Sequence[RatePart] = ()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As Trainer's, which makes it once."""
+        """Create the scheduler of the present part; Trainer's own method creates only one."""
         trainer: Any = self
         made = trainer.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
@@ -162,7 +162,7 @@ class PartLog(TrainerCallback):
         self._said = -1
 
     def _part(self, step: int) -> int:
-        """Number of the part that trains after `step` steps; 0 is what comes before all parts."""
+        """Number of the part that trains after `step` steps; 0: before all parts."""
         return sum(part.from_step <= step for part in self.parts)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -84,7 +84,7 @@ class PlainLoss:
         return {f"{prefix}_loss/{name}": _mean(part) for name, part in zip(names, parts, strict=True)}
 
     def trains_on_plain_loss(self) -> bool:
-        """The training loss is the cross entropy alone, so that it can be told in bits per byte."""
+        """Whether the training loss is only the cross entropy, so that it can be given in bits per byte."""
         trainer: Any = self
         smoothed = trainer.args.label_smoothing_factor > 0 or trainer.compute_loss_func is not None
         return not smoothed and not getattr(getattr(trainer.model, "config", None), "output_router_logits", False)

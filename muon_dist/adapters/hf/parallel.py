@@ -126,7 +126,7 @@ class SequenceParallelTrainer(PrivateTrainer):
     """A `Trainer` whose training loss under sequence parallelism is `sequence_parallel_loss`."""
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """As Trainer's; under sequence parallelism without its hang over gloo."""
+        """Trainer's `compute_loss`, but under sequence parallelism without its hang over gloo."""
         if self.get_sp_size() == 1 or not model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss, outputs = sequence_parallel_loss(model, inputs)
@@ -174,7 +174,7 @@ def consecutive(samples: Iterable[int], batch: int, mesh: tuple[int, int]) -> It
 
 
 def sequence_parallelism(mesh: Parallel, attention: str) -> dict[str, Any]:
-    """Arguments of `TrainingArguments` for DeepSpeed's Ulysses, beside `deepspeed`.
+    """Arguments of `TrainingArguments` for DeepSpeed's Ulysses, besides `deepspeed`.
 
     Args:
         attention: the model's `attn_implementation`.

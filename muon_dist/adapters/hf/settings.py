@@ -63,7 +63,7 @@ def _tried(keys: str, work: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def _silent_deletions() -> Iterator[None]:
-    """What fails in a `__del__` meanwhile is not printed."""
+    """Does not print errors in `__del__` while it is active."""
     before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
         yield
