@@ -98,7 +98,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def model_folder(folder: Path) -> Path:
-    """Where the configuration and the tokenizer lie in `folder`, a checkpoint of ours or a model folder."""
+    """Where the configuration and the tokenizer lie in `folder`, one of our checkpoints or a model folder."""
     return folder / MODEL_FOLDER if is_checkpoint(folder) else folder
 
 

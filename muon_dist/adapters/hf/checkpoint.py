@@ -239,7 +239,7 @@ class CheckpointTrainer(GuardedTrainer):
         self.begin_at(self._source if self._source is not None and not self._source.beginning else None)
         path = None
         if self._source is not None and self._source.beginning:
-            what = "weights alone" if self._source.weights_only else "weights and optimizer state, of no run of ours"
+            what = "weights alone" if self._source.weights_only else "weights and optimizer state, of another program"
             self._first(f"{self._source.path} holds {what}: the run begins at step 0 with them")
         elif self._source is not None:
             path = str(self._source.path)
@@ -277,7 +277,7 @@ class CheckpointTrainer(GuardedTrainer):
         tidy(root)
         if source is not None and not source.beginning and source.path.resolve().parent == root.resolve():
             for moved in set_aside_after(root, source.step):
-                self._first(f"a checkpoint of a later step than the one to go on from is now {moved}")
+                self._first(f"a checkpoint of a later step than the one to continue from is now {moved}")
 
     def restore(self) -> None:
         """Weights, optimizer state and the named states of the checkpoint that `train` was given, if any."""
@@ -359,5 +359,5 @@ def read_position(checkpoint: Checkpoint) -> dict[str, Any]:
     position = checkpoint.manifest.info.get("position", {})
     wrong = [k for k in ("global_step", "consumed_samples", "tokens") if not isinstance(position.get(k), int)]
     if wrong or "order" not in position:
-        raise CheckpointError(f"{checkpoint.path} does not say where in the data it stands ({', '.join(wrong)})")
+        raise CheckpointError(f"{checkpoint.path} does not contain its position in the data ({', '.join(wrong)})")
     return dict(position)

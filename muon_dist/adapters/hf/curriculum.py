@@ -26,7 +26,7 @@ Factor = Callable[[int], float]
 
 @dataclass(frozen=True)
 class RatePart:
-    """The learning rates of a part. schedule: its transformers name, None where the one before goes on; scale: see
+    """The learning rates of a part. schedule: its transformers name, None where the one before continues; scale: see
     `lr_scale` of the configuration; about: a line for the log."""
 
     from_step: int
@@ -91,7 +91,7 @@ def _schedule(number: int, part: RatePart, steps: int, peak: float) -> Factor:
             f"curriculum.{number}.lr_scheduler_type, curriculum.{number}.lr_scheduler_kwargs: {one_line(error)}"
         ) from error
     if type(found) is not LambdaLR:
-        raise ConfigError(f"curriculum.{number}.lr_scheduler_type: {part.schedule} is no function of the step alone")
+        raise ConfigError(f"curriculum.{number}.lr_scheduler_type: {part.schedule} does not depend on the step only")
     return found.lr_lambdas[0]
 
 

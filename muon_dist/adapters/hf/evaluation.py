@@ -22,7 +22,7 @@ class PlainLoss:
 
     Trainer averages means of batches, and fills up the last batches of the ranks with samples of the beginning, so
     that its figure depends on the number of processes. Its loss is also the one that is trained, with label smoothing
-    and auxiliary losses. Models that are no causal language model, and losses of a user's own, stay Trainer's.
+    and auxiliary losses. Models that are not causal language models, and losses of a user's own, stay Trainer's.
     """
 
     _rows: list[torch.Tensor] | None = None

@@ -27,7 +27,7 @@ class Guards(TrainerCallback):
 
     spike: what happens to a step whose loss, averaged over all ranks, jumps (see `SpikeDetector`): "off" nothing;
         "skip" it is left out, with parameters and state unchanged; "rollback" it is left out, and parameters and
-        optimizer state go back to the last commit, while step count, schedule and data go on.
+        optimizer state go back to the last commit, while step count, schedule and data continue.
     spike_window, spike_sigmas: of the detector.
     hash_every: steps between two comparisons of the copies of parameters; also before each save, and after a step
         that was left out for NaN or infinity; 0: never.

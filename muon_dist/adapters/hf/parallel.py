@@ -157,7 +157,7 @@ def consecutive(samples: Iterable[int], batch: int, mesh: tuple[int, int]) -> It
 
     Each rank loads batches of its own, as without sequence parallelism; then the ranks of a group go through all of
     them together, one after another. So a step of several groups is of batches that lie a group apart, and a run that
-    goes on in between would train on some samples twice and on others never.
+    continues in between would train on some samples twice and on others never.
 
     Args:
         batch: samples of a micro-batch.

@@ -114,7 +114,7 @@ def _guard(callback: TrainerCallback, again: bool = False) -> None:
                         "trainer.report_to to none"
                     ) from error
                 if not failed:
-                    rest = "tries again" if again else "goes on without it, and metrics.jsonl holds the figures"
+                    rest = "tries again" if again else "continues without it, and metrics.jsonl holds the figures"
                     print(
                         f"warning: {name} failed in {event} ({type(error).__name__}: {one_line(error)}); "
                         f"the run {rest}",

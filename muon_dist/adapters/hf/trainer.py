@@ -58,7 +58,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         `optimizer_cls_and_kwargs` or `optimizers` as to `Trainer`.
     clip_muon, clip_adamw: bounds on the gradient norm over all parameters. If the norm is larger, the gradients of
         Muon's or AdamW's parameters are scaled down. None: no bound. Muon's update does not depend on the gradient's
-        size, so it needs none. Leave `max_grad_norm` at its default, except under DeepSpeed, where it is AdamW's bound.
+        size, so it needs none. Leave `max_grad_norm` at its default; only under DeepSpeed it is AdamW's bound.
     train_sampler: a function from the number of consumed samples to the next indices into `train_dataset`. A resumed
         run then continues with the next sample, at another world size too; `max_steps` is needed.
     bytes_per_token: (train, eval) bytes of text per token, for bits per byte; None: not logged.
@@ -200,7 +200,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         if self._order is not None and order != self._order:
             raise CheckpointError(
                 f"{self._source.path if self._source else ''} was trained on another order of samples (data, weights, "
-                "sequence length or seed differ): go on with those, or start a new run"
+                "sequence length or seed differ): continue with those, or start a new run"
             )
         self._order = order
         sp = self.get_sp_size()
@@ -239,7 +239,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         """The raw norm over all parameters; on the way each algorithm's gradients are scaled down by its own bound.
 
         The factor is min(1, bound / norm over *all* parameters), as DeepSpeed must have it, which knows one norm only:
-        so a configuration trains alike under DDP and under every ZeRO stage.
+        so a configuration trains the same under DDP and under every ZeRO stage.
         """
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super().clip_gradients(model, norm)
