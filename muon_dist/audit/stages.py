@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -58,11 +59,12 @@ def bands(wrong: Tensor) -> dict[str, Cut]:
         if places and len(places) < len(inside) and places[-1] - places[0] + 1 == len(places):
             here, others = inside.nonzero().flatten(), (~inside).nonzero().flatten()
             name = f"{word} {places[0]} to {places[-1]}" if len(places) > 1 else f"{word[:-1]} {places[0]}"
-            return {
-                name: lambda t, d=dim, i=here: t.index_select(d, i.to(t.device)),
-                "the others": lambda t, d=dim, i=others: t.index_select(d, i.to(t.device)),
-            }
+            return {name: partial(_selected, dim, here), "the others": partial(_selected, dim, others)}
     return {}
+
+
+def _selected(dim: int, places: Tensor, whole: Tensor) -> Tensor:
+    return whole.index_select(dim, places.to(whole.device))
 
 
 def _parts(held: Mapping[int, Cut], wrong: Tensor) -> dict[str, tuple[Cut, tuple[int, ...]]]:

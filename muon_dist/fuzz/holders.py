@@ -79,7 +79,7 @@ def _groups(
             for q in (parameters[fqn] for fqn in p.fqns if fqn in parameters):
                 by_ranks.setdefault(expert_group(q) or "", []).append((q, p.cut))
     for ranks, chosen in sorted(by_ranks.items()):
-        made = {"params": [q for q, _ in chosen], "param_names": [own_names[id(q)] for q, _ in chosen]}
+        made: dict[str, Any] = {"params": [q for q, _ in chosen], "param_names": [own_names[id(q)] for q, _ in chosen]}
         made |= {"algorithm": kind, **options}
         made |= {"cuts": [cut for _, cut in chosen]} if kind == MUON else {}
         yield made | ({"moe": True, "name": ranks} if ranks else {})

@@ -20,6 +20,7 @@ import pytest
 from muon_dist.config.data import SourceConfig
 from muon_dist.data import Source, document
 from muon_dist.data.corpus import FORMATS, documents
+from muon_dist.data.source import BUILTINS
 
 from .refusal import refused
 
