@@ -50,7 +50,7 @@ def _good(source: Source) -> Iterator[Document]:
         if bad > source.max_bad_records:
             raise DataError(
                 f"{source.label}: more than {source.max_bad_records} bad records, the last one: {item} Raise "
-                "data.max_bad_records if that is as it should be."
+                "data.max_bad_records if so many are expected."
             )
         if bad == 1:
             say(f"{source.label}: a bad record is skipped: {item}")

@@ -31,7 +31,7 @@ def render_hostfile(job: Job, hosts: Sequence[str], port: int, command: Sequence
     _fixed(job, "deepspeed")
     if len(hosts) != job.nodes or len(set(hosts)) != len(hosts):
         raise ConfigError(
-            f"--host: {len(set(hosts))} different hosts for --nodes {job.nodes}; name each once, the first first"
+            f"--host: {len(set(hosts))} different hosts for --nodes {job.nodes}; name each once, the first machine first"
         )
     for host in hosts:
         check_address(host, port, 1)

@@ -89,7 +89,7 @@ class Universal(CheckpointFormat):
     @staticmethod
     def convert(path: Path, target: Path, given: Given) -> str:
         if given.model is None:
-            raise ConfigError(f"{path} says nothing of the model: name a folder with its config.json by --model")
+            raise ConfigError(f"{path} does not describe the model: name a folder with its config.json by --model")
         documents = _documents(Path(given.model))
         _write(target, Universal._pieces(path / "zero", parameter_shapes(given.model), given), documents)
         return "a checkpoint, from DeepSpeed's universal format"
