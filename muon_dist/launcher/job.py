@@ -96,7 +96,7 @@ def check_address(address: str, port: int, nodes: int) -> list[str]:
     loopback = address == "localhost" or (ip is not None and ip.is_loopback)
     if loopback and nodes > 1:
         raise ConfigError(
-            f"--master-addr: {address} is an address of this machine only; {nodes} machines need one that all can reach"
+            f"--master-addr: {address} is this machine only; {nodes} machines need an address that all reach"
         )
     if nodes == 1:
         return []
