@@ -272,9 +272,7 @@ def compare(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[KEY=VALUE|RUN]...", help="Settings to change, or more run folders."),
     ] = None,
-    lr: Annotated[
-        Optional[list[float]], typer.Option(help="A learning rate of the grid; repeat it. Default 0.003 0.01 0.03.")  # noqa: UP045
-    ] = None,
+    lr: Annotated[Optional[list[float]], typer.Option(help="Grid; repeat it (0.003 0.01 0.03).")] = None,  # noqa: UP045
     seeds: Annotated[int, typer.Option(min=1, help="Seeds at each optimizer's best learning rate.")] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each in one process with one thread.")] = 2,
     output: Annotated[Path, typer.Option(help="Folder for the runs and the table.")] = Path("results/compare"),

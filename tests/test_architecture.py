@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "version",
         "waiting",
     ),
-    ("routing", "layout"),
+    ("routing", "layout", "pretrained"),
     ("ownership", "optim.rules"),
     ("config", "exchange", "checkpoint"),
     ("guards",),
@@ -41,10 +41,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 # Neighbours on one floor do not import each other, but for these: everybody raises typed errors, the command line is a
 # thin face of train/, `muon-dist spectra report` writes a page, and `bench host` places a model as a plan does. An
-# audit reads the optimizer that it is an option of. The Trainer logs MFU, for which `model` knows the peak.
+# audit reads the optimizer that it is an option of. The Trainer logs MFU, for which `model` knows the peak. Building a
+# kernel takes long, which is said aloud.
 SIDEWAYS = {
     ("arguments", "errors"),
     ("numerics", "errors"),
+    ("numerics", "waiting"),
     ("project", "errors"),
     ("failures", "errors"),
     ("ranks", "errors"),
@@ -69,7 +71,15 @@ HOMES: dict[str, tuple[str, ...]] = {
         "fuzz.engines",
     ),
     "accelerate": ("adapters.hf.parallel", "adapters.deepspeed"),
-    "transformers": ("adapters", "audit.follow_trainer", "model", "data.tokenizer", "routing", "config"),
+    "transformers": (
+        "adapters",
+        "audit.follow_trainer",
+        "model",
+        "data.tokenizer",
+        "pretrained",
+        "routing",
+        "config",
+    ),
     "transformers.Trainer": ("adapters.hf.private",),
     "transformers.TrainingArguments": (
         "adapters.hf.trainer",

@@ -25,7 +25,6 @@ from muon_dist.data.encoder import (
     TokenizerInfo,
     bos_ids,
     definition,
-    pretrained_tokenizer,
     vocabulary_size,
 )
 from muon_dist.data.files import folder_lock, new_folder, read_json, sha256_file, sha256_json
@@ -33,6 +32,7 @@ from muon_dist.defaults import VOCAB_SIZE
 from muon_dist.errors import DataError
 from muon_dist.failures import one_line
 from muon_dist.json_files import write_json
+from muon_dist.pretrained import pretrained_tokenizer
 
 MODEL_TYPES = ("bpe", "unigram")
 UNK, BOS, EOS, PAD = "<unk>", "<|bos|>", "<|eos|>", "<|pad|>"  # ids 0 to 3; not <s>, which HTML pages contain

@@ -17,8 +17,8 @@ from transformers import (
 
 from muon_dist.checkpoint import BUFFER, MODEL_FOLDER, WEIGHT, Checkpoint, open_checkpoint
 from muon_dist.checkpoint.manifest import is_checkpoint, model_folder
-from muon_dist.data.encoder import pretrained_tokenizer
 from muon_dist.errors import CheckpointError, DataError
+from muon_dist.pretrained import pretrained_tokenizer
 
 
 def load_model(

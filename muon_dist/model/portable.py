@@ -19,8 +19,8 @@ import transformers
 from transformers import AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from muon_dist.data.encoder import replaced
 from muon_dist.json_files import read_object, write_json
+from muon_dist.pretrained import replaced
 
 Json = dict[str, Any]
 
