@@ -1,4 +1,4 @@
-"""Exact sharded Muon: the optimizer, its parameter groups, and what plugs it into the Hugging Face Trainer.
+"""Exact sharded Muon: the optimizer, its parameter groups, and the classes for the Hugging Face Trainer.
 
 Names load on first use, so that `import muon_dist` imports neither transformers nor DeepSpeed.
 """

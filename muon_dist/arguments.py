@@ -1,4 +1,4 @@
-"""Checks of command-line arguments that need neither torch nor transformers, so that a typo is said at once."""
+"""Checks of command-line arguments without torch and transformers, so that a typo is reported at once."""
 
 from __future__ import annotations
 

@@ -296,9 +296,7 @@ def report(
     ],
     output: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(
-            help="The page to write. Default: report.html in the run folder; for several runs compare.html here."
-        ),
+        typer.Option(help="The page to write; default: report.html in the run folder, compare.html for several runs."),
     ] = None,
     step: Step = None,
     best: Best = False,

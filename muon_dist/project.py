@@ -16,8 +16,8 @@ _README = """\
 
 ```bash
 muon-dist train configs/quickstart.yaml                                        # one process
-bash launch/torchrun.sh --nproc-per-node 2 train configs/quickstart.yaml       # two processes
-muon-dist train configs/quickstart.yaml data.path=FOLDER                       # your own text
+bash launch/torchrun.sh --nproc-per-node 2 train configs/quickstart.yaml name=two    # two processes
+muon-dist train configs/quickstart.yaml data.path=FOLDER data.dir=data/mine name=mine    # your own text
 muon-dist report runs/quickstart                                               # one HTML page of the run
 ```
 
@@ -25,7 +25,7 @@ muon-dist report runs/quickstart                                               #
   `muon-dist schema` prints every key, and `muon-dist plan CONFIG` says what a run will cost.
 - `launch/torchrun.sh`: several processes or machines. `launch/slurm.sbatch`: the same under SLURM.
   `muon-dist launch --help`: files for Kubernetes and others.
-- `runs/` and `data/`: what runs write. `.gitignore` leaves them out.
+- `runs/` and `data/`: written by runs; `.gitignore` excludes them.
 """
 _GITIGNORE = "runs/\ndata/\nresults/\n"
 

@@ -28,7 +28,7 @@ class _Outcome:
 
 
 class Ranks:
-    """The ranks of a process group, or a single process. For what is small and rare: values travel by pickle.
+    """The ranks of a process group, or a single process. For small and rare messages: values are pickled.
 
     One instance serves one thread at a time.
 

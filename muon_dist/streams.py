@@ -22,7 +22,7 @@ def make_safe() -> None:
 
 
 class Lasting:
-    """A text stream whose failing writes are dropped, so that a run outlives whoever reads its lines (`| head`)."""
+    """A text stream that ignores failed writes, so that a run continues after its reader has ended (`| head`)."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -41,7 +41,7 @@ class Lasting:
             self._leave(error)
 
     def _leave(self, error: OSError) -> None:
-        """From here on what is written goes nowhere; what the buffer still holds as well."""
+        """Discard everything written from now on, and the contents of the buffer."""
         with contextlib.suppress(OSError, ValueError):
             number = self._stream.fileno()
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -56,7 +56,7 @@ class Lasting:
 
 
 def outlive_readers() -> None:
-    """From here on no failing write to standard output or standard error ends the command."""
+    """After this call a failed write to standard output or standard error does not end the command."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):

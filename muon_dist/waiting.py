@@ -53,7 +53,7 @@ def extensions_folder(variables: Mapping[str, str] = os.environ) -> Path:
 
 
 def build_locks(folder: Path | None = None) -> list[Path]:
-    """The locks of builds in torch's folder of extensions. A killed build leaves one; others then wait for ever."""
+    """The locks of builds in torch's folder of extensions. A killed build leaves one; others then wait forever."""
     folder = extensions_folder() if folder is None else folder
     return sorted(folder.rglob("lock")) if folder.is_dir() else []
 

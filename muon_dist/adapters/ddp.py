@@ -1,4 +1,4 @@
-"""DistributedDataParallel: what it can do that Muon cannot follow."""
+"""DistributedDataParallel: refuses `join()`, which Muon cannot support."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class _HeldPlaces(module_state.Places):
 
 
 def _of(held: Held, kind: str, tensor: torch.Tensor) -> list[Piece]:
-    """The pieces of a tensor that lies as `held` says."""
+    """The pieces of a tensor that is stored as `held` describes."""
     return [
         Piece(held.name, kind, held.shard.shape, block, shaped(tensor, place), held.holders)
         for block, place in held.shard.blocks
@@ -225,7 +225,7 @@ class EngineState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back; what this engine's scaler does not have is left out."""
+        """Load them; values that this engine's scaler does not have are ignored."""
         for name, value in state["counters"].items():
             setattr(self._engine, name, value)
         scaler = self._scaler()

@@ -45,7 +45,7 @@ def for_trainer(args: Any, **options: Any) -> tuple[type[MuonFactory], dict[str,
 
 
 def check_trainer(args: Any) -> None:
-    """Look at what the Trainer of `args` would do to Muon.
+    """Check whether a Trainer with `args` would replace Muon or its learning rates.
 
     Warns on the first rank where it would leave out FSDP.
 

@@ -117,7 +117,7 @@ def state_pieces(optimizer: torch.optim.Optimizer, name: str, p: torch.Tensor, p
 def make_state(
     optimizer: torch.optim.Optimizer, p: torch.Tensor, name: str, source: Checkpoint, group: dict[str, Any]
 ) -> None:
-    """Make the state that the optimizer would make at its first step, as far as the checkpoint has it."""
+    """Create the optimizer state of the first step, for all entries that the checkpoint has."""
     for kind, tensor in source.states.get(name, {}).items():
         state = optimizer.state[p]
         if kind in state or (isinstance(optimizer, Muon) and (kind == MOMENTUM_KIND or is_own(kind))):
@@ -134,7 +134,7 @@ def make_state(
 
 
 class Places:
-    """Which ranks of a checkpoint hold what of every tensor.
+    """Which blocks of every tensor each rank of a checkpoint holds.
 
     Where the ranks of the checkpoint are those of the default group, DTensors on a part of them are looked up on the
     others too: it is a collective then, if there are DTensors at all.

@@ -45,7 +45,7 @@ class Call:
 
 
 class Audit:
-    """Recomputes a share of an optimizer's steps on other ranks, and keeps a chain of what was found.
+    """Recomputes some of an optimizer's steps on other ranks, and writes a chain of the results.
 
     It changes nothing of a step. Between audited steps it costs a few operations on 64 elements; an audited step sends
     the parts of one matrix to one rank.
@@ -221,7 +221,7 @@ class Audit:
         self.chain.start(first, *(self._resumed or ()))
 
     def _note(self, runtime: Runtime, lines: Sequence[dict[str, Any]]) -> bool:
-        """Write the lines, and do what an alarm asks for. Whether the step was taken back."""
+        """Write the lines and act on an alarm. Returns whether the step was undone."""
         texts = []
         for line in lines:
             undone = bool(line["alarms"]) and self._undo is not None

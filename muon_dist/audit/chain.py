@@ -55,7 +55,7 @@ class Chain:
         return dict(plain)
 
     def start(self, record: Mapping[str, Any], head: str = BEGINNING, lines: int = 0) -> None:
-        """Begin, or continue behind the line with digest `head`, the `lines`-th, with a line that says so.
+        """Begin a chain, or continue after line number `lines` with digest `head`. A line records the start.
 
         What the file holds behind that line belongs to an abandoned branch of the run, or to an older run, and stays.
         """

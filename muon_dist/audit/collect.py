@@ -225,7 +225,7 @@ class SliceParts:
 def exchange(
     transport: Transport, sent: Sequence[Sequence[Tensor]], sizes: Sequence[int], dtype: torch.dtype
 ) -> list[Tensor]:
-    """Send flat tensors to each rank; what each rank has sent to this one. A collective.
+    """Send flat tensors to each rank. Returns those that each rank sent to this one. A collective.
 
     Args:
         sent: for each rank, in its order.

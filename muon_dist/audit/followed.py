@@ -1,4 +1,4 @@
-"""Which matrices a witness follows, where it reads them, and what it keeps of each."""
+"""The matrices that a witness follows: where it reads them, and its record of each."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def _off(seen: Observed, step: Step, limit: Tolerance) -> dict[str, Difference]:
 
 
 def _basis_error(name: str, seen: Observed) -> float:
-    """How far the columns of a basis are from orthonormal; 0 where there is none yet."""
+    """The distance of a basis's columns from orthonormal; 0 if there is no basis yet."""
     if name not in seen.memory or not bool(seen.memory[name].any()):
         return 0.0
     side = math.isqrt(seen.memory[name].numel())

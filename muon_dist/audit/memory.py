@@ -80,7 +80,7 @@ class Memory:
         self.means = {k: v.to(device) for k, v in self.means.items()}
 
     def keep_rows(self, orthogonalized: Tensor) -> None:
-        """Take NorMuon's second moments of the rows one step further."""
+        """Update NorMuon's second moments of the rows for one step."""
         before = self.rows if self.rows is not None else torch.zeros_like(orthogonalized[:, :1])
         self.rows = before.lerp(orthogonalized.square().mean(dim=1, keepdim=True), 0.05)
 

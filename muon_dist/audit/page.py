@@ -33,7 +33,7 @@ def to_json(found: Verified) -> str:
 
 
 def summary(found: Verified) -> list[tuple[str, str]]:
-    """(label, text) of what a reader asks first."""
+    """(label, text) of the most important results."""
     counts = found.counts()
     visited = sum(n > 0 for n in counts.values())
     chain = "whole" if not found.problems else f"{len(found.problems)} problems"

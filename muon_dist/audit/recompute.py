@@ -1,4 +1,4 @@
-"""One optimizer step of one matrix or of one AdamW parameter, whole: what every audited step must equal.
+"""One optimizer step of a whole matrix or AdamW parameter, with which every audited step is compared.
 
 Muon's rules are those of `optim.plain`; here a matrix as it is stored becomes the (out, in) of the papers, and back.
 Nothing is shared with the optimizer's own step except the tables of Newton-Schulz coefficients. All functions compute

@@ -56,7 +56,7 @@ class Findings:
     def add(
         self, step: int, matrix: str, cause: Cause, difference: Difference, sentence: str | None = None
     ) -> Finding | None:
-        """Count a cause; the finding if it is new."""
+        """Count a cause. Returns the finding if it is new."""
         known = self._all.get((matrix, cause.name))
         if known is not None:
             known.last, known.count = step, known.count + 1

@@ -77,7 +77,7 @@ def in_rotation(seed: int, count: int, number: int) -> tuple[int, int]:
 
 
 def other_rank(rank: int, world_size: int, *parts: object, rotation: int) -> int:
-    """A rank that is not `rank`, if there is one; another one in the next rotation."""
+    """A rank other than `rank`, if there is one; the next rotation takes another."""
     if world_size == 1:
         return rank
     return (rank + 1 + (number_of(*parts) + rotation) % (world_size - 1)) % world_size

@@ -1,4 +1,4 @@
-"""How far the rounding of its dtypes alone may take the step of one matrix."""
+"""The largest effect of dtype rounding on the step of one matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step that can be taken back."""
+"""A step that can be undone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from muon_dist.optim.runtime import Runtime, Work
 
 
 class Undo:
-    """Copies of everything that a step changes on this rank: parameters, momentum, what rules and AdamW remember."""
+    """Copies of all tensors that a step changes on this rank: parameters, momentum, state of rules and AdamW."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[Tensor, Tensor]] = []

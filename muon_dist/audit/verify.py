@@ -82,7 +82,7 @@ class Verified:
         return found
 
     def ranks(self) -> dict[int, tuple[int, int]]:
-        """By rank, how often its work was audited and how often it audited others."""
+        """Per rank: how often it was audited, and how often it was the auditor."""
         owners, auditors = Counter(r["owner"] for r in self.audits), Counter(r["auditor"] for r in self.audits)
         world = range(int(self.settings.get("world_size", 1)))
         return {rank: (owners[rank], auditors[rank]) for rank in sorted({*world, *owners, *auditors})}

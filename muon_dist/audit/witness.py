@@ -66,7 +66,7 @@ class Witness:
 
     @property
     def findings(self) -> list[Finding]:
-        """Faults: what the optimizer was asked for and does not do. Empty if every judged step was right."""
+        """Faults: differences from what was asked for. Empty if every judged step was right."""
         return self._findings.of("fault")
 
     @property
@@ -93,7 +93,7 @@ class Witness:
         return {n: {"memory": f.memory.copy().__dict__, "weight": f.after} for n, f in self._followed.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict` of another process: what the loaded optimizer should remember is in it."""
+        """Continue from the `state_dict` of another process, which has the expected state of the loaded optimizer."""
         for name, kept in state.items():
             if name in self._followed:
                 memory = self._followed[name].memory
@@ -182,7 +182,7 @@ class Witness:
             self._choose()
 
     def _judge(self, f: Followed, said: Circumstances) -> Length | None:
-        """Take in the step of one matrix; what its update shows, if anything can be said."""
+        """Judge the step of one matrix. Returns the explanation of its update, if there is one."""
         assert self._source is not None and f.before is not None and f.after is not None
         asked = read(self._source.options(f.name), self.wanted, f.pieces)
         if self._rotate and self._rotate <= self._warm(asked):

@@ -1,4 +1,4 @@
-"""``muon-dist bench conformance``: does an optimizer step as its own documentation says?"""
+"""``muon-dist bench conformance``: does an optimizer do what its documentation says?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which optimizers are examined, and under what: their options are set as their documentation says."""
+"""The examined optimizers and conditions, with options set as their documentation says."""
 
 from __future__ import annotations
 

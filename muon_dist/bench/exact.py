@@ -1,4 +1,4 @@
-"""The exact update: what each side's weights must have become, in fp64, after the same gradients."""
+"""The exact update: the right weights after the same gradients, in fp64."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ PER_NODE = 8
 
 
 class _Without(Transport):
-    """Messages are counted and never arrive: what depends on their values has the usual answer."""
+    """Counts messages and sends none; results that depend on their values have the usual answer."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)

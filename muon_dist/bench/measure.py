@@ -133,7 +133,7 @@ def _first_steps(side: Side, exact: Exact, model_name: str, device: str) -> Meas
 
 
 def _all_done(device: str) -> None:
-    """Waits until every rank, and its device, has done what it was given."""
+    """Waits until every rank and its device have finished."""
     if device == "cuda":
         torch.cuda.synchronize()
     dist.barrier()

@@ -66,7 +66,7 @@ class Side(ABC):
 
     @abstractmethod
     def give(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """From now on, let these full gradients, by FQN, stand in place of backward's; {} for none."""
+        """Use these full gradients, by FQN, instead of backward's from now on; {}: use backward's."""
 
     @abstractmethod
     def whole(self, name: str) -> torch.Tensor:

@@ -108,7 +108,7 @@ def command(
     done: list[Row] = []
 
     def report(row: Row) -> None:
-        """Write after every case, so that what was measured outlives a later one that fails."""
+        """Write the results after every case, so that a failing case does not lose earlier ones."""
         done.append(row)
         if not writes:
             return

@@ -125,7 +125,7 @@ class Traffic:
 
 
 class _Counted:
-    """Stands in place of a functional collective, with its overloads."""
+    """Replaces a functional collective, with its overloads."""
 
     def __init__(self, traffic: Traffic, name: str, original: Any) -> None:
         self._traffic, self._name, self._original = traffic, name, original

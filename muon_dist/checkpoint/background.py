@@ -1,4 +1,4 @@
-"""Saves one after another, during training or in its way, under one policy for errors and for what is kept."""
+"""Saves checkpoints one after another, in the background or not, with one policy for errors and old checkpoints."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Saver:
         return self.last
 
     def settle(self) -> None:
-        """Wait for the save in the background, and keep what it came to for the next `save` or `wait`."""
+        """Wait for the save in the background, and keep its outcome for the next `save` or `wait`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,4 +1,4 @@
-"""The folder of checkpoints: which are committed, which are kept, and what a killed process left behind.
+"""The folder of checkpoints: commits, which of them are kept, and left-overs of killed processes.
 
 Names: `checkpoint-STEP` is a commit. Names with a dot are not: `.checkpoint-STEP.tmp-X` is being written,
 `.checkpoint-STEP.old-X` is a commit whose place a newer one of the same step is taking, `.trash-X` is being removed.
@@ -76,7 +76,7 @@ def remove(path: Path, rank: int = 0) -> None:
 
 
 def tidy(root: str | Path) -> list[Path]:
-    """Clear away what killed processes left; the folders that it removed. Nobody may be saving there.
+    """Remove left-overs of killed processes. Returns the removed folders. No save may be running there.
 
     A commit that was to be replaced and was not gets its name back.
     """
@@ -114,7 +114,7 @@ def retire(
     protected: Collection[Path] = (),
     rank: int = 0,
 ) -> list[Path]:
-    """Remove what the policy does not keep; what was removed.
+    """Remove the checkpoints that the policy does not keep. Returns them.
 
     newest: the commit just made, which is always kept. keep_last: so many of the newest, this one counted; None
     keeps all. keep_every: steps that are multiples of it are kept too. protected: kept in any case (the best model).

@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint holds, where, and the sizes and hashes by which damage is found.
+"""manifest.json: contents and places of a checkpoint's tensors, sizes and hashes of its files.
 
 The first line is the SHA-256 of all bytes after it, so that a damaged manifest is not believed either.
 """
@@ -98,7 +98,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def model_folder(folder: Path) -> Path:
-    """Where the configuration and the tokenizer lie in `folder`, a checkpoint of ours or a model folder."""
+    """Where the configuration and the tokenizer lie in `folder`, one of our checkpoints or a model folder."""
     return folder / MODEL_FOLDER if is_checkpoint(folder) else folder
 
 

@@ -7,7 +7,7 @@ from muon_dist.errors import CheckpointError
 
 
 class Ranks(ranks.Ranks):
-    """Ranks that save and load together: whatever fails on one is a CheckpointError on all.
+    """Ranks that save and load together: a failure on one rank is a CheckpointError on all.
 
     A save in the background and a load use one instance one after another.
     """

@@ -1,4 +1,4 @@
-"""Loading: a checkpoint is believed only when every byte is right, and each rank reads what it holds, no more."""
+"""Loading: every byte is verified before use, and each rank reads only its own part."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Problem:
 
 @dataclass
 class Document:
-    """Plain data, where each of its values was written, and what was wrong on the way."""
+    """The plain data of a YAML document, with the place of each value and the problems found."""
 
     data: Any
     places: dict[Keys, Place] = field(default_factory=dict)
@@ -248,7 +248,7 @@ class _Plain:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" with the names that `name` most likely stands for, or all names when none is close."""
+    """ "; did you mean X?" with the names that `name` most likely means, or all names when none is close."""
     names = list(known)
     found = _expanded(name, names) or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if found:

@@ -50,7 +50,7 @@ def _good(source: Source) -> Iterator[Document]:
         if bad > source.max_bad_records:
             raise DataError(
                 f"{source.label}: more than {source.max_bad_records} bad records, the last one: {item} Raise "
-                "data.max_bad_records if that is as it should be."
+                "data.max_bad_records if so many are expected."
             )
         if bad == 1:
             say(f"{source.label}: a bad record is skipped: {item}")
@@ -64,7 +64,7 @@ def size_hint(source: Source) -> int | None:
 
 
 def source_record(source: Source, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a manifest keeps to recognise the source: its description, and by what a change of its content is noticed.
+    """A source's record in the manifest: its description, and data that shows whether its content has changed.
 
     ``known`` is the record of an earlier run: a file of unchanged size and times is not read again (as git does), and
     where the source is not there any more, but described as it was, ``known`` stands.

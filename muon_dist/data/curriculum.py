@@ -93,7 +93,7 @@ class CurriculumSampler(Sampler[int]):
         return bisect_right(self.starts, position) - 1
 
     def passes(self, position: int) -> list[float]:
-        """Passes over each source that the positions up to `position` make."""
+        """Number of passes over each source after `position` samples."""
         number = self.part(max(position - 1, 0))
         return self.samplers[number].passes(position - self.starts[number])
 

@@ -128,7 +128,7 @@ def vocabulary_size(tokenizer: Any) -> int:
 
 
 def text_ids(tokenizer: Any, text: str, framed: bool) -> list[int]:
-    """The ids of a text by a transformers tokenizer, with what it puts before and behind a text or without."""
+    """The token ids of a text, with or without the tokenizer's own tokens before and after it."""
     ids = tokenizer(text, add_special_tokens=framed, return_token_type_ids=False)["input_ids"]
     return [int(one) for one in np.asarray(ids).reshape(-1)]
 

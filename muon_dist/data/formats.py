@@ -60,7 +60,7 @@ class Head:
 
 
 class Format(ABC):
-    """How one file becomes documents.
+    """A file format: how a file becomes documents.
 
     ``suffixes`` are names that promise this format where the content says nothing else. ``records``: the file is a
     list of records, so plain text beside it in a folder is no data.

@@ -98,7 +98,7 @@ def json_values(file: DataFile, field: str) -> Iterator[Any]:
                     if ended or need > _LONGEST_VALUE:
                         raise DataError(f"{file.path} record {count}: not JSON ({one_line(error)}).") from None
                     continue
-                if end == len(buffer) and not ended:  # a number may go on in the next block
+                if end == len(buffer) and not ended:  # a number may continue in the next block
                     need = 2 * (len(buffer) - position)
                     continue
                 position, count, need = end, count + 1, 1

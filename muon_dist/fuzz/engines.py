@@ -80,7 +80,7 @@ class EngineHolder(Holder):
         return found
 
     def _of_this_rank(self) -> Tensors:
-        """Of what this rank's module calls a parameter."""
+        """The whole weights, by their names in this rank's module."""
         found = {}
         for name, p in self.parameters.items():
             if not p.requires_grad:

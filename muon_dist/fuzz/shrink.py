@@ -1,4 +1,4 @@
-"""Makes a wrong case small: it stays wrong while parts are taken away."""
+"""Makes a failing case smaller: removes parts while it still fails."""
 
 from __future__ import annotations
 

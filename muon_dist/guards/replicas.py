@@ -27,7 +27,7 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
 
 FAULTY_HARDWARE = (
     "copies of parameters that must be equal are not: {found}. Memory or a network card of that host may be faulty: "
-    "go on from the last checkpoint, without that host"
+    "continue from the last checkpoint, without that host"
 )
 """Message of a check in the middle of a run: the copies were equal once."""
 
@@ -96,8 +96,8 @@ class ReplicaCheck:
 def check_everywhere(checks: Iterable[ReplicaCheck], group: dist.ProcessGroup | None) -> None:
     """Run the checks of this rank's groups; what any rank found is raised on all ranks of `group`. A collective.
 
-    Under HSDP each shard has a group of its own: without this, ranks whose shard is good would go on and wait for the
-    others.
+    Under HSDP each shard has a group of its own: without this, ranks whose shard is good would continue and wait
+    for the others.
 
     Raises:
         ReplicaError: what this rank found, or else the lowest rank that found something.

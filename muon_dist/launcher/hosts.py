@@ -30,9 +30,7 @@ def render_hostfile(job: Job, hosts: Sequence[str], port: int, command: Sequence
     """
     _fixed(job, "deepspeed")
     if len(hosts) != job.nodes or len(set(hosts)) != len(hosts):
-        raise ConfigError(
-            f"--host: {len(set(hosts))} different hosts for --nodes {job.nodes}; name each once, the first first"
-        )
+        raise ConfigError(f"--host: {len(set(hosts))} different hosts for --nodes {job.nodes}; name each once")
     for host in hosts:
         check_address(host, port, 1)
     lines = [header(command), *(f"{host} slots={job.processes}" for host in hosts)]

@@ -95,7 +95,9 @@ def check_address(address: str, port: int, nodes: int) -> list[str]:
         ip = None
     loopback = address == "localhost" or (ip is not None and ip.is_loopback)
     if loopback and nodes > 1:
-        raise ConfigError(f"--master-addr: {address} is this machine alone; {nodes} machines need one they all reach")
+        raise ConfigError(
+            f"--master-addr: {address} is this machine only; {nodes} machines need an address that all reach"
+        )
     if nodes == 1:
         return []
     if ip is not None and ip.is_global:

@@ -87,7 +87,7 @@ class Maxima:
         self._found: dict[int, Tensor] = {}
 
     def record(self, layer: int, highest: Tensor) -> None:
-        """Take the (heads of this process,) largest logits of one forward pass into account."""
+        """Record the largest logits of one forward pass, (heads of this process,)."""
         before = self._found.get(layer)
         self._found[layer] = highest if before is None else torch.maximum(before, highest)
         self.recorded = True

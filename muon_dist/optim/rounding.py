@@ -110,7 +110,7 @@ def is_narrow(parameter: Tensor) -> bool:
 
 
 def is_rounded(weight: Tensor) -> bool:
-    """Whether stochastic rounding is for this tensor; wider ones are changed as they are."""
+    """Whether this tensor is rounded stochastically; wider tensors are changed directly."""
     return weight.dtype == torch.bfloat16
 
 

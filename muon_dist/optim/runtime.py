@@ -280,7 +280,7 @@ class Runtime:
         return list(self._programs.values())
 
     def kernels(self, groups: Sequence[Group]) -> dict[tuple[int, int], str]:
-        """For each shape that this rank orthogonalizes, which form of the iteration runs and what multiplies.
+        """The form of the iteration and the matrix products, for each shape that this rank orthogonalizes.
 
         `groups` are the optimizer's parameter groups.
         """

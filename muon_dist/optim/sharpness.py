@@ -1,4 +1,4 @@
-"""The learning rate in use against what the curvature allows, for a model whose parameters are whole here."""
+"""The learning rate compared with the limit from the curvature, for a model whose parameters are whole here."""
 
 from __future__ import annotations
 

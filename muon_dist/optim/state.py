@@ -72,7 +72,7 @@ def _held_matrices(runtime: Runtime, buffer: int) -> list[str]:
 
 
 def warn_if_partial(runtime: Runtime, state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-    """Whether momentum lies on other ranks, so that this rank's state dict lacks it; warns of it.
+    """Whether this rank's state dict lacks momentum that other ranks hold; warns if so.
 
     Not under ZeRO and FSDP2: there each rank's part of the state belongs to its part of the parameters.
     """
@@ -100,7 +100,7 @@ def warn_if_partial(runtime: Runtime, state: Mapping[Tensor, Mapping[str, Any]])
 
 
 def say_bytes(runtime: Runtime) -> None:
-    """Log once, on rank 0, what `momentum_everywhere` costs."""
+    """Log the memory that `momentum_everywhere` needs, once, on rank 0."""
     if not runtime.everywhere or not runtime.options.momentum_everywhere or runtime.transport.rank:
         return
     kept = sum(runtime.momentum[b].numel() for b in runtime.everywhere)
@@ -224,7 +224,7 @@ def install(
 
 
 def follow(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
-    """Take over what others have replaced, cleared or added in the optimizer's `state` since it was put there.
+    """Take over changes that other code made in the optimizer's `state`: replaced, removed or added entries.
 
     An entry that is gone begins at zero again. Local.
 
@@ -276,7 +276,7 @@ def _place(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]], buff
 
 
 def _take(runtime: Runtime, buffer: int, own: Mapping[str, Any], matrices: list[str] | None) -> None:
-    """Copy what others have put into the state of a buffer into this rank's part; what they have removed is zero.
+    """Copy entries that other code put into a buffer's state into this rank's part; removed entries become zero.
 
     Entries that are still those of `runtime.in_state` keep their values.
     """

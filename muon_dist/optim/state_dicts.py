@@ -1,4 +1,4 @@
-"""State dicts of `Muon`: what goes in and out, on one rank and of all ranks."""
+"""State dicts of `Muon`: saving and loading, for one rank and for all ranks."""
 
 from __future__ import annotations
 

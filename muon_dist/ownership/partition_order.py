@@ -113,7 +113,7 @@ def _offsets(kinds: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _State:
-    """How many parameters of each kind lie before a boundary.
+    """Number of parameters of each kind before a boundary.
 
     price: seconds that this has cost so far. edge: the kind of the parameter that the boundary cuts, the last of the
     slice (`sticks_out`) or the first of the next. before: the state at the boundary before.

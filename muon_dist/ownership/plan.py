@@ -1,4 +1,4 @@
-"""Which rank orthogonalizes each matrix: deterministic, balanced, and placed where the data already lies."""
+"""Chooses the owner of each matrix: deterministic, balanced, and if possible a rank that already holds the matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which settings would be better, found by planning with them."""
+"""Finds better settings by planning with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How evenly Newton-Schulz spreads over many ranks, whatever the layout: the table of docs/plan.md."""
+"""The balance of Newton-Schulz over many ranks, for any layout: the table of docs/plan.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``muon-dist plan``: what a run will cost, before there is a GPU."""
+"""``muon-dist plan``: the cost of a run, computed without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes of a rank by what they are for."""
+"""Bytes of a rank by purpose."""
 
 from __future__ import annotations
 

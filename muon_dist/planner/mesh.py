@@ -50,7 +50,7 @@ class Mesh:
 
     @property
     def stage_ranks(self) -> int:
-        """Ranks of one pipeline stage: those of one Muon."""
+        """Ranks of one pipeline stage; they share one Muon."""
         return self.dp_replicate * self.dp_shard * self.cp * self.sp * self.tp
 
     @property
@@ -195,7 +195,7 @@ def problems(mesh: Mesh, workload: Workload, settings: Settings) -> Iterator[str
 
 
 def own_loop(mesh: Mesh) -> tuple[str, ...]:
-    """Why no library runs `mesh` by itself; empty where one does."""
+    """The reasons why no library runs `mesh`; empty if one does."""
     found = []
     if mesh.pp > 1:
         found.append("pp: build the stages with torch.distributed.pipelining, with one Muon on each")

@@ -1,4 +1,4 @@
-"""The model of a configuration on the meta device, routed, and what of the rest of the configuration costs."""
+"""The routed model of a configuration on the meta device, and the settings that affect cost."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def status(record: RunRecord) -> str:
 
 
 def tiles(record: RunRecord) -> list[tuple[str, str]]:
-    """(label, figure) of what a reader asks first; of the last log lines where there is no summary."""
+    """(label, figure) of the main results; from the last log lines if there is no summary."""
     last_train: Record = record.training[-1] if record.training else {}
     last_eval: Record = record.evaluations[-1] if record.evaluations else {}
     summary: Record = record.final or {}

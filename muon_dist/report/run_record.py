@@ -1,4 +1,4 @@
-"""Reads a run folder as it is: unfinished, incomplete or damaged. What is wrong with it is said, never hidden."""
+"""Reads a run folder, also an unfinished, incomplete or damaged one. Every problem is reported."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def read_run(folder: str | Path) -> RunRecord:
     record.checkpoints = _checkpoints(root / "checkpoints")
     record.weights = newest_weights(root)
     if not (record.config or record.metrics or record.routing or record.checkpoints):
-        raise DataError(f"{root}: nothing of a run in it (no config.yaml, metrics.jsonl, routing.json or checkpoints)")
+        raise DataError(f"{root}: not a run folder (no config.yaml, metrics.jsonl, routing.json or checkpoints)")
     wanted = record.setting("diagnostics", "every")
     if record.setting("optimizer", "name") != "adamw":
         record.ownership = _whole(

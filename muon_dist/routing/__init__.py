@@ -1,4 +1,4 @@
-"""Which parameter goes to Muon, which to AdamW, and why."""
+"""Routing: which parameters Muon trains, which AdamW, and why."""
 
 from muon_dist.routing.announce import announce, is_rank_zero
 from muon_dist.routing.decide import embedding_weights, output_head, route, table_of

@@ -1,4 +1,4 @@
-"""The routing table is shown once: in a loop of the user's own, nobody else would show it."""
+"""Prints the routing table once per process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameter goes to Muon, which to AdamW.
+"""Decides which parameters Muon trains and which AdamW.
 
 The decision rests on what a weight does: the type of the module that holds it, ties, and what the source of the
 forward does with it (`evidence.py`), never on its name: names lie. Users correct it, cut fused matrices and give

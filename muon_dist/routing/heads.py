@@ -83,7 +83,7 @@ def _attention(module: nn.Module, path: str, found: Found, output_beside: bool) 
 
 
 def _output(linear: dict[str, nn.Module], reading: Reading) -> str | None:
-    """The projection that takes what the others have made: its output is returned, and no other one takes it in."""
+    """The output projection: its output is returned, and is no input of another projection."""
     returned = {o.path[0] for o in reading.returned if o.kind == "out" and len(o.path) == 1 and o.path[0] in linear}
     takers = {taker[:1] for of_one in reading.passed_on.values() for taker in of_one}
     last = [

@@ -1,4 +1,4 @@
-"""From evidence to a role: what one parameter is, which algorithm trains it, and how sure that is."""
+"""Derives the role of a parameter from the evidence: algorithm, and degree of certainty."""
 
 from __future__ import annotations
 

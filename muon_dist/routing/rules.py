@@ -18,7 +18,7 @@ MUON_OPTIONS = ("rule", "rule_options", "scale")
 
 @dataclass(frozen=True)
 class GroupRule:
-    """An entry of `groups`: what holds for every parameter whose name matches `pattern`.
+    """An entry of `groups`: the options of every parameter whose name matches `pattern`.
 
     The pattern is a regular expression that must match the whole FQN, or the whole FQN without its `.weight`. The
     first entry of `groups` that matches a parameter decides; what it leaves out stays as it is without any entry.
@@ -43,7 +43,7 @@ class GroupRule:
 
     @property
     def needs_muon(self) -> bool:
-        """Whether it says something that holds for Muon's parameters only."""
+        """Whether the entry has options for Muon's parameters only."""
         return self.split is not None or any(key in self.options for key in MUON_OPTIONS)
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class GroupRule:
 
 @dataclass(frozen=True)
 class Override:
-    """Short form of a `GroupRule` with an algorithm alone.
+    """Short form of a `GroupRule` with only an algorithm.
 
     When several overrides match, the last one decides. An entry of `groups` with an algorithm decides before them.
     """
@@ -67,7 +67,7 @@ class Override:
 
 @dataclass(frozen=True)
 class SplitRule:
-    """Short form of a `GroupRule` with a split alone; see `Split`.
+    """Short form of a `GroupRule` with only a split; see `Split`.
 
     When several split rules match, the last one decides. An entry of `groups` with a split decides before them.
     """
@@ -124,7 +124,7 @@ class Rules:
         return any(rule.asks_model for rules in self._lists for rule, _ in rules)
 
     def check_all_used(self, routes: Sequence[Route]) -> None:
-        """Raise RoutingError for the first entry that decides nothing."""
+        """Raise RoutingError for the first entry that applies to no parameter."""
         names = [n for r in routes for n in (r.fqn, *r.aliases)]
         for rules in self._lists:
             for index, (rule, pattern) in enumerate(rules):

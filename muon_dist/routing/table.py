@@ -1,4 +1,4 @@
-"""The result of routing: where each parameter goes, and why."""
+"""The result of routing: the algorithm of each parameter, and why."""
 
 from __future__ import annotations
 

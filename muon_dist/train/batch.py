@@ -1,4 +1,4 @@
-"""The same samples in every optimizer step, whatever the number of processes."""
+"""The same samples in every optimizer step for any number of processes."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from muon_dist.train.models import export_folder
 
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 """Of a checkpoint, and of a file in one."""
-# what transformers needs beside the weights; never code
+# what transformers needs besides the weights; never code
 _DOCUMENTS = ("*.json", "*.model", "*.txt", "*.jinja")
 _WEIGHT_FILES = re.compile(r".*\.(safetensors|safetensors\.index\.json|bin|pt|pth)")
 
@@ -59,7 +59,7 @@ class CheckpointFormat(ABC):
 
 
 class Own(CheckpointFormat):
-    """A checkpoint of ours, which becomes a Hugging Face folder."""
+    """One of our checkpoints, which becomes a Hugging Face folder."""
 
     @staticmethod
     def matches(path: Path) -> bool:
@@ -89,7 +89,7 @@ class Universal(CheckpointFormat):
     @staticmethod
     def convert(path: Path, target: Path, given: Given) -> str:
         if given.model is None:
-            raise ConfigError(f"{path} says nothing of the model: name a folder with its config.json by --model")
+            raise ConfigError(f"{path} does not describe the model: name a folder with its config.json by --model")
         documents = _documents(Path(given.model))
         _write(target, Universal._pieces(path / "zero", parameter_shapes(given.model), given), documents)
         return "a checkpoint, from DeepSpeed's universal format"
@@ -134,12 +134,12 @@ class DeepSpeed(CheckpointFormat):
             f"{path} is DeepSpeed's own format, which is pickled: make the universal format of it where you trust it "
             "(python -m deepspeed.checkpoint.ds_to_universal --inject_missing_state --input_folder "
             f"{DeepSpeed._step_folder(path)} --output_folder NEW), and convert that. It keeps weights and AdamW's "
-            "state; a Muon run of ours goes on from checkpoints of ours"
+            "state; a Muon run continues from our checkpoints"
         )
 
 
 class HuggingFace(CheckpointFormat):
-    """A model as transformers saves it, which becomes a checkpoint of ours."""
+    """A model as transformers saves it, which becomes one of our checkpoints."""
 
     @staticmethod
     def matches(path: Path) -> bool:
@@ -198,5 +198,5 @@ def _tensor(path: Path) -> Any:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds on what it refuses to unpickle
-        raise CheckpointError(f"{path} is no plain tensor: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{path} is not a plain tensor: {type(error).__name__}: {error}") from error
     return value["param"] if isinstance(value, dict) else value

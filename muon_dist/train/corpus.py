@@ -82,7 +82,7 @@ def text_tokenizer(config: Config) -> Any:
 
 
 def prepare(config: Config, overwrite: bool = False, verify: bool = False, rebuild: bool = True) -> Manifest:
-    """Tokenizer and token shards of the configuration; what is done already stays.
+    """Make tokenizer and token shards of the configuration, if they do not exist yet.
 
     Both are made again when what makes them has changed, unless `rebuild` is off, which makes it a DataError.
     """

@@ -36,7 +36,7 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def redact_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that bear on a run, secret-looking ones replaced."""
+    """The environment variables that affect a run; values that look secret are replaced."""
     return {
         name: REDACTED if is_secret(name) and not name.startswith("TOKENIZERS_") else value
         for name, value in sorted(variables.items())

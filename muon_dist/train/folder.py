@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and whether a run may start in it."""
+"""The folder of a run: its files, and whether a run may start in it."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class RunFolder:
         return commits(self.checkpoints)
 
     def decide(self, resume: str | None, overwrite: bool, policy: str = "auto") -> Start:
-        """How a run would begin here; nothing in the folder is changed before `begin`.
+        """The decision how a run begins in the folder; nothing changes before `begin`.
 
         resume: "auto" (the newest checkpoint), "if-any" (the same, and from the start when there is none: for
         launchers that repeat the command), the path of a checkpoint, or None.

@@ -1,4 +1,4 @@
-"""The `parallel:` block of a run: what it makes of the ranks, the model and the trainer's settings."""
+"""The `parallel:` block of a run: its mesh, and its effect on the model and on the trainer's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`muon-dist spectra probe`: the learning rate of a run against what the curvature at a checkpoint allows."""
+"""`muon-dist spectra probe`: the learning rate of a run compared with the limit from the curvature."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is this process a restart of the launch that made the run folder? Then it continues without being told to."""
+"""Detects a restart of the launch that made the run folder; such a process resumes by itself."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _decide(folder: RunFolder, config: Config, resume: str | None, overwrite: bo
 
 
 def _begin(folder: RunFolder, start: Start, config: Config, table: RoutingTable, step: int) -> None:
-    """Make the run folder ready and write down what the run is. step: the one that it continues from."""
+    """Prepare the run folder and write the run's description. step: the step from which the run continues."""
     folder.begin(start, step)
     folder.config.write_text(config.to_yaml(), encoding="utf-8")
     write_json(folder.environment, environment.describe())

@@ -63,7 +63,7 @@ optimizer:
         (
             ["optimizer.muon={lr: 0.1, rule: normuon, rule_options: {beta1: 0.9}}"],
             "optimizer.muon: ",
-            "'beta1' of rule 'normuon' is the option momentum",
+            "rule 'normuon': 'beta1' is called momentum here",
         ),
         (["optimizer.muon={lr: 0.1, rule: namo, nesterov: true}"], "optimizer.muon: ", "has no nesterov"),
         (["optimizer.muon={lr: 0.1, rule: hyperball, weight_decay: 0.1}"], "optimizer.muon: ", "has no weight_decay"),

@@ -353,7 +353,10 @@ def test_accelerate_takes_its_file(capsys: pytest.CaptureFixture[str], config: P
     [
         ("--nodes: '0'", ["torchrun", "--nodes", "0"]),
         ("--nodes: '4:2' begins above its end", ["torchrun", "--nodes", "4:2"]),
-        ("127.0.0.1 is this machine alone; 2 machines need one they all reach", ["torchrun", "--nodes", "2"]),
+        (
+            "127.0.0.1 is this machine only; 2 machines need an address that all reach",
+            ["torchrun", "--nodes", "2"],
+        ),
         ("--master-addr: 'a;b' is not a host name", ["torchrun", "--nodes", "2", "--master-addr", "a;b"]),
         ("--master-port: 80", ["torchrun", "--master-port", "80"]),
         ("--static: an elastic job", ["torchrun", "--nodes", "2:3", "--static", "--master-addr", "a"]),

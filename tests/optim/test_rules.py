@@ -400,7 +400,7 @@ def test_the_decay_of_16_bit_weights_rounds_the_product_alone(rule):
         ({"rule": "normuon", "rule_options": [0.9]}, "rule_options is"),
         ({"rule": "namo", "nesterov": True}, "nesterov.*namo.*no nesterov"),
         ({"rule": "namo", "rule_options": {"mu2": -1}}, "mu2 is -1"),
-        ({"rule": "namo", "rule_options": {"mu1": 0.9}}, "'mu1' of rule 'namo' is the option momentum"),
+        ({"rule": "namo", "rule_options": {"mu1": 0.9}}, "rule 'namo': 'mu1' is called momentum here"),
         ({"rule": "hyperball", "scale": "match_rms_adamw"}, "scale.*hyperball.*no scale"),
         ({"rule": "hyperball", "weight_decay": 0.1}, "weight_decay.*hyperball.*no weight_decay"),
         ({"rule": "hyperball", "rule_options": {"cautious": True}}, "hyperball.*no cautious.*no weight decay"),

@@ -229,7 +229,7 @@ def test_links_of_an_axis() -> None:
         ("llama", "fsdp2", {"sp": 2}, "--sp 2 with --layout fsdp2: Ulysses is DeepSpeed's"),
         ("llama", "zero1", {"pp": 2}, "--pp 2 with --layout zero1: DeepSpeed"),
         ("llama", "fsdp2", {"dp_replicate": 2}, "--dp-replicate 2 with --layout fsdp2"),
-        ("llama", "hsdp", {"dp_replicate": 3}, "--dp-replicate 3: 16 ranks"),
+        ("llama", "hsdp", {"dp_replicate": 3}, "--dp-replicate 3: the 16 data-parallel ranks"),
         ("llama", "fsdp2", {"tp": 0}, "--tp 0: must be at least 1"),
     ],
 )

@@ -248,7 +248,7 @@ def test_refused(tmp_path: Path, run: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         read_run(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="nothing of a run in it"):
+    with pytest.raises(DataError, match="not a run folder"):
         read_run(tmp_path / "empty")
     with pytest.raises(DataError, match=re.escape(f"cannot write {tmp_path}")):
         write_run_page(run, tmp_path)

@@ -1,4 +1,4 @@
-"""DeepSpeed: where ZeRO 0, 1, 2 and 3 keep the tensors that Muon steps, and what cannot be exact there.
+"""DeepSpeed: where ZeRO 0, 1, 2 and 3 store Muon's tensors, and which settings cannot be exact.
 
 The only package that knows DeepSpeed (0.19.8; attributes by that version). Nothing is patched on a class and nothing
 is set on a parameter: a `use_muon` attribute would make DeepSpeed orthogonalize as well.

@@ -99,7 +99,7 @@ def check_partitioned(model: nn.Module, config: Mapping[str, Any]) -> None:
 
 
 def _warn_of_half_weights(engine: DeepSpeedEngine) -> None:
-    """Warn of 16-bit weights in a float32 engine: `zero.Init` of DeepSpeed 0.19.8 makes such, whatever its `dtype`."""
+    """Warn of 16-bit weights in a float32 engine: DeepSpeed 0.19.8's `zero.Init` ignores its `dtype`."""
     if engine.fp16_enabled() or engine.bfloat16_enabled():
         return
     for name, p in engine.module.named_parameters():

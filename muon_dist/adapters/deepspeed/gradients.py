@@ -14,7 +14,7 @@ _CLIP_EPSILON = 1e-6  # in every clip of DeepSpeed's: gradient / max(1, (norm + 
 
 
 class Clip:
-    """The factor that gives a Muon group its true gradient back, from what DeepSpeed made of it for this step."""
+    """The factor that undoes DeepSpeed's clip and loss scale on the gradient of a Muon group."""
 
     def __init__(self, engine: DeepSpeedEngine, clip_muon: bool) -> None:
         self.engine = engine
@@ -62,7 +62,7 @@ def _growth(wrapper: Any) -> float:
 
 
 def is_finite(wrapper: Any) -> bool | None:
-    """From the norm that the wrapper has taken over all ranks; None at stage 0 in fp32, where there is no wrapper.
+    """The factor from the wrapper's norm over all ranks; None at stage 0 in fp32, where there is no wrapper.
 
     Mostly DeepSpeed leaves a bad step out itself and `step` is not called; not so in bf16 without check_grad_overflow.
     """

@@ -61,7 +61,7 @@ class Parallelism:
 
     @cached_property
     def copies(self) -> dist.ProcessGroup:
-        """The ranks that hold all the same: those of one tensor-parallel rank, or of the same experts."""
+        """The ranks that hold the same tensors: those of one tensor-parallel rank, or of the same experts."""
         if self._tensor > 1:
             return self._engine.seq_data_parallel_group
         wanted = {e.group_name for e in self._experts}
@@ -69,7 +69,7 @@ class Parallelism:
         return min(every, key=dist.get_world_size)
 
     def name(self, fqn: str) -> str:
-        """The name in the whole model of what this rank's module calls `fqn`."""
+        """The name in the whole model of this rank's parameter or buffer `fqn`."""
         for experts in self._experts:
             if fqn.startswith(experts.prefix):
                 number, dot, rest = fqn[len(experts.prefix) :].partition(".")

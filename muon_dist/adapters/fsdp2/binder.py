@@ -151,7 +151,7 @@ def _process_group(optimizer: Muon, meshes: list[tuple[str, DeviceMesh]]) -> dis
 
 
 def _column(layout: Layout, meshes: list[DeviceMesh], group: dist.ProcessGroup) -> dist.ProcessGroup | None:
-    """The process group of the ranks that hold what this one holds: a mesh's own where there is one."""
+    """The process group of the ranks that hold the same shard as this rank: the mesh's own group if there is one."""
     if not layout.columns or len(set(layout.columns)) == 1:
         return None
     own = layout.columns[dist.get_rank(group)]

@@ -78,7 +78,7 @@ _watched: WeakKeyDictionary[nn.Module, tuple[Maxima, int]] = WeakKeyDictionary()
 
 
 def _around_sdpa() -> None:
-    """Register a function as "sdpa" that looks at the logits of watched modules and calls what was registered before.
+    """Register a function as "sdpa" that reads the logits of watched modules and calls the earlier function.
 
     Under the name of sdpa, because masks, sequence parallelism and models ask for it by that name.
     """
@@ -277,7 +277,7 @@ def _out(name: str, module: nn.Module, child: str) -> int:
 
 
 def _of_child(name: str, module: nn.Module, child: str, axis: int, features: Features) -> list[Scaled]:
-    """What is scaled of a projection: weight and bias, or those of the norm behind it, which would undo it."""
+    """The tensors of a projection to scale: weight and bias, or those of a norm after it that would undo it."""
     sizes, groups, powers = zip(*features, strict=True)
     group, power = np.repeat(groups, sizes), np.repeat(powers, sizes)
     side = next((s for s in (0, 1) if any(child == pair[s] for pair in _PAIRS)), None)

@@ -39,7 +39,7 @@ class MetricsFile(RunRecord):
 
 
 class AttachDeepSpeed(TrainerCallback):
-    """Plans on DeepSpeed's tensors before the first step, so that what cannot be exact is refused at the start.
+    """Makes the plan for DeepSpeed's tensors before the first step, so that settings that cannot be exact fail early.
 
     At stage 0 in fp32 only this call exempts Muon's gradients from DeepSpeed's clip.
     """
@@ -97,7 +97,7 @@ class Console(TrainerCallback):
 
 
 def log_line(logs: dict[str, Any], step: int, steps: int, left: float | None = None) -> str | None:
-    """What a person reads of one entry of the log; None for entries that only programs need.
+    """One entry of the log as a line for people; None for entries that only programs need.
 
     left: seconds until the last step.
     """

@@ -125,7 +125,7 @@ class CheckpointTrainer(GuardedTrainer):
 
     @property
     def saver(self) -> Saver:
-        """What commits checkpoints; made at the first use, on all ranks."""
+        """The object that commits checkpoints; made at the first use, on all ranks."""
         if self._saver is None:
             options = self.checkpoint_options
             self._saver = Saver(
@@ -144,7 +144,7 @@ class CheckpointTrainer(GuardedTrainer):
         return self.saver.wait()
 
     def position(self) -> dict[str, Any]:
-        """Where in the data the run stands; for the manifest."""
+        """The run's position in the data, for the manifest."""
         return {"global_step": self.state.global_step, "world_size": self.args.world_size}
 
     def write_checkpoint(self, folder: Path) -> None:
@@ -176,7 +176,7 @@ class CheckpointTrainer(GuardedTrainer):
         )
 
     def holding(self, source: Checkpoint | None = None) -> Holding:
-        """What this rank holds of the model and its optimizer."""
+        """This rank's part of the model and its optimizer."""
         if self.is_deepspeed_enabled:
             return deepspeed_state.holding(self.deepspeed, source=source)
         return module_state.holding(self.model, bare_optimizer(self.optimizer), self.saver.ranks.size, source=source)
@@ -198,7 +198,7 @@ class CheckpointTrainer(GuardedTrainer):
             self.checkpoint_options.say(text)
 
     def _trainer_state(self) -> bytes:
-        """As Trainer writes it: with the state of callbacks that have one."""
+        """Trainer's state, with the state of its callbacks, as Trainer writes it."""
         for callback in (*self.callback_handler.callbacks, self.control):
             if not isinstance(callback, ExportableState):
                 continue
@@ -227,7 +227,7 @@ class CheckpointTrainer(GuardedTrainer):
     # ---- resuming
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. `resume_from_checkpoint`: a path, an opened `Checkpoint`, or True for the newest good one.
+        """Trainer's `train`. `resume_from_checkpoint`: a path, an open `Checkpoint`, or True for the newest good one.
 
         A checkpoint of weights alone is a beginning: step 0, fresh optimizer.
 
@@ -239,7 +239,7 @@ class CheckpointTrainer(GuardedTrainer):
         self.begin_at(self._source if self._source is not None and not self._source.beginning else None)
         path = None
         if self._source is not None and self._source.beginning:
-            what = "weights alone" if self._source.weights_only else "weights and optimizer state, of no run of ours"
+            what = "weights alone" if self._source.weights_only else "weights and optimizer state, of another program"
             self._first(f"{self._source.path} holds {what}: the run begins at step 0 with them")
         elif self._source is not None:
             path = str(self._source.path)
@@ -277,7 +277,7 @@ class CheckpointTrainer(GuardedTrainer):
         tidy(root)
         if source is not None and not source.beginning and source.path.resolve().parent == root.resolve():
             for moved in set_aside_after(root, source.step):
-                self._first(f"a checkpoint of a later step than the one to go on from is now {moved}")
+                self._first(f"a checkpoint of a later step than the one to continue from is now {moved}")
 
     def restore(self) -> None:
         """Weights, optimizer state and the named states of the checkpoint that `train` was given, if any."""
@@ -307,7 +307,7 @@ class CheckpointTrainer(GuardedTrainer):
         source.close()
 
     def restore_rank(self) -> None:
-        """The random generators, and what else each rank keeps for itself."""
+        """Restore the random generators and the other state of this rank."""
         source = self._source
         if source is None or source.beginning:
             return
@@ -355,9 +355,9 @@ def _versions() -> dict[str, Any]:
 
 
 def read_position(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where in the data a checkpoint stands. Raises CheckpointError when it does not say."""
+    """A checkpoint's position in the data. Raises CheckpointError if it has none."""
     position = checkpoint.manifest.info.get("position", {})
     wrong = [k for k in ("global_step", "consumed_samples", "tokens") if not isinstance(position.get(k), int)]
     if wrong or "order" not in position:
-        raise CheckpointError(f"{checkpoint.path} does not say where in the data it stands ({', '.join(wrong)})")
+        raise CheckpointError(f"{checkpoint.path} does not contain its position in the data ({', '.join(wrong)})")
     return dict(position)

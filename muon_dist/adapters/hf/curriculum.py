@@ -26,7 +26,7 @@ Factor = Callable[[int], float]
 
 @dataclass(frozen=True)
 class RatePart:
-    """The learning rates of a part. schedule: its transformers name, None where the one before goes on; scale: see
+    """The learning rates of a part. schedule: its transformers name, None where the one before continues; scale: see
     `lr_scale` of the configuration; about: a line for the log."""
 
     from_step: int
@@ -91,7 +91,7 @@ def _schedule(number: int, part: RatePart, steps: int, peak: float) -> Factor:
             f"curriculum.{number}.lr_scheduler_type, curriculum.{number}.lr_scheduler_kwargs: {one_line(error)}"
         ) from error
     if type(found) is not LambdaLR:
-        raise ConfigError(f"curriculum.{number}.lr_scheduler_type: {part.schedule} is no function of the step alone")
+        raise ConfigError(f"curriculum.{number}.lr_scheduler_type: {part.schedule} does not depend on the step only")
     return found.lr_lambdas[0]
 
 
@@ -109,7 +109,7 @@ class PartRates:
     rate_parts: Sequence[RatePart] = ()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As Trainer's, which makes it once."""
+        """Create the scheduler of the present part; Trainer's own method creates only one."""
         trainer: Any = self
         made = trainer.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
@@ -162,7 +162,7 @@ class PartLog(TrainerCallback):
         self._said = -1
 
     def _part(self, step: int) -> int:
-        """Number of the part that trains after `step` steps; 0 is what comes before all parts."""
+        """Number of the part that trains after `step` steps; 0: before all parts."""
         return sum(part.from_step <= step for part in self.parts)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

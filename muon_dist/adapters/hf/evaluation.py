@@ -22,7 +22,7 @@ class PlainLoss:
 
     Trainer averages means of batches, and fills up the last batches of the ranks with samples of the beginning, so
     that its figure depends on the number of processes. Its loss is also the one that is trained, with label smoothing
-    and auxiliary losses. Models that are no causal language model, and losses of a user's own, stay Trainer's.
+    and auxiliary losses. Models that are not causal language models, and losses of a user's own, stay Trainer's.
     """
 
     _rows: list[torch.Tensor] | None = None
@@ -84,7 +84,7 @@ class PlainLoss:
         return {f"{prefix}_loss/{name}": _mean(part) for name, part in zip(names, parts, strict=True)}
 
     def trains_on_plain_loss(self) -> bool:
-        """The training loss is the cross entropy alone, so that it can be told in bits per byte."""
+        """Whether the training loss is only the cross entropy, so that it can be given in bits per byte."""
         trainer: Any = self
         smoothed = trainer.args.label_smoothing_factor > 0 or trainer.compute_loss_func is not None
         return not smoothed and not getattr(getattr(trainer.model, "config", None), "output_router_logits", False)

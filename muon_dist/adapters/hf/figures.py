@@ -42,7 +42,7 @@ class Figures(TrainerCallback):
         self._group_lrs: dict[str, float] = {}
 
     def begin_at(self, tokens: int) -> None:
-        """The next training goes on after `tokens` tokens."""
+        """The next training continues after `tokens` tokens."""
         self.tokens = self._tokens_logged = self._tokens_resumed = tokens
         self._seconds = self.train_seconds = 0.0
 
@@ -74,7 +74,7 @@ class Figures(TrainerCallback):
             self._step_started = None
 
     def training(self, loss: float) -> dict[str, float]:
-        """Figures beside the training loss; the rate is over the time since the last call."""
+        """Figures logged with the training loss; the throughput is measured since the last call."""
         figures: dict[str, float] = dict(self._group_lrs)
         figures.update({f"grad_norm/{name}": norm.item() for name, norm in self.grad_norms.items()})
         clip = self.trainer.qk_clip
@@ -96,7 +96,7 @@ class Figures(TrainerCallback):
         return figures
 
     def evaluation(self, loss: float, prefix: str) -> dict[str, float]:
-        """Figures beside a validation loss; `prefix` is "eval" or that of one data set."""
+        """Figures logged with a validation loss; `prefix` is "eval" or the prefix of one data set."""
         figures = {f"{prefix}_perplexity": math.exp(loss) if loss < 700 else math.inf}
         if self.bytes_per_token is not None:
             figures[f"{prefix}_bits_per_byte"] = bits_per_byte(loss, self.bytes_per_token[1])

@@ -1,4 +1,4 @@
-"""When a run begins to change its folder, and what an epoch is: passes over the data."""
+"""Decides when a run begins to change its folder, and counts epochs as passes over the data."""
 
 from __future__ import annotations
 

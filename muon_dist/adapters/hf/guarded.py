@@ -1,4 +1,4 @@
-"""The guards of a `MuonTrainer` run, one file each in guards/, and where its loop tells them what it does."""
+"""The guards of a `MuonTrainer` run (one file each in guards/), and the calls to them from its loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Guards(TrainerCallback):
 
     spike: what happens to a step whose loss, averaged over all ranks, jumps (see `SpikeDetector`): "off" nothing;
         "skip" it is left out, with parameters and state unchanged; "rollback" it is left out, and parameters and
-        optimizer state go back to the last commit, while step count, schedule and data go on.
+        optimizer state go back to the last commit, while step count, schedule and data continue.
     spike_window, spike_sigmas: of the detector.
     hash_every: steps between two comparisons of the copies of parameters; also before each save, and after a step
         that was left out for NaN or infinity; 0: never.
@@ -91,7 +91,7 @@ class Guards(TrainerCallback):
     # ---- state in checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know to decide as this one would."""
+        """State with which a resumed run makes the same decisions."""
         muon = self.run.muon
         return {
             "detector": self.spike.detector.state_dict(),
@@ -102,7 +102,7 @@ class Guards(TrainerCallback):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds."""
+        """Load the state of a checkpoint."""
         self.spike.detector.load_state_dict(state["detector"])
         self.spike.spikes, self.spike.rollbacks = int(state["spikes"]), int(state["rollbacks"])
         self.nonfinite.in_a_row = int(state["bad_in_row"])
@@ -133,14 +133,14 @@ class Guards(TrainerCallback):
         self.run.add_loss(loss, last, self.stop.requested() if last else 0)
 
     def close(self) -> None:
-        """End what runs beside training; also after an error."""
+        """End everything that runs during training; called after an error too."""
         self.hangs.close()  # first: what follows is under no watchdog
         for guard in self.parts:
             guard.close()
 
 
 class _Reading:
-    """A data loader's iterator. Reading a batch is own work of this rank; what comes after it may wait for others."""
+    """A data loader's iterator. Reading a batch counts as this rank's own work; later parts may wait for others."""
 
     def __init__(self, batches: Iterator[Any], guard: StragglerGuard) -> None:
         self.batches, self.guard = batches, guard
@@ -157,7 +157,7 @@ class _Reading:
 
 
 class GuardedTrainer(SequenceParallelTrainer):
-    """A `Trainer` that tells its guards where it stands. It works without guards, too."""
+    """A `Trainer` that reports its operations to its guards. It also works without guards."""
 
     guards: Guards | None = None
 
@@ -167,7 +167,7 @@ class GuardedTrainer(SequenceParallelTrainer):
         guards.attach(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's. A message between ranks that failed becomes a `PeerError` with operation and step."""
+        """Trainer's `train`. A failed message between ranks becomes a `PeerError` with operation and step."""
         try:
             return super().train(*args, **kwargs)
         except RuntimeError as error:
@@ -196,7 +196,7 @@ class GuardedTrainer(SequenceParallelTrainer):
         super().write_checkpoint(folder)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; the guards are told the loss."""
+        """Trainer's `compute_loss`, which also reports the loss to the guards."""
         if self.guards is None or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         self.guards.stragglers.pause()

@@ -126,7 +126,7 @@ class SequenceParallelTrainer(PrivateTrainer):
     """A `Trainer` whose training loss under sequence parallelism is `sequence_parallel_loss`."""
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """As Trainer's; under sequence parallelism without its hang over gloo."""
+        """Trainer's `compute_loss`, but under sequence parallelism without its hang over gloo."""
         if self.get_sp_size() == 1 or not model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss, outputs = sequence_parallel_loss(model, inputs)
@@ -157,7 +157,7 @@ def consecutive(samples: Iterable[int], batch: int, mesh: tuple[int, int]) -> It
 
     Each rank loads batches of its own, as without sequence parallelism; then the ranks of a group go through all of
     them together, one after another. So a step of several groups is of batches that lie a group apart, and a run that
-    goes on in between would train on some samples twice and on others never.
+    continues in between would train on some samples twice and on others never.
 
     Args:
         batch: samples of a micro-batch.
@@ -174,7 +174,7 @@ def consecutive(samples: Iterable[int], batch: int, mesh: tuple[int, int]) -> It
 
 
 def sequence_parallelism(mesh: Parallel, attention: str) -> dict[str, Any]:
-    """Arguments of `TrainingArguments` for DeepSpeed's Ulysses, beside `deepspeed`.
+    """Arguments of `TrainingArguments` for DeepSpeed's Ulysses, besides `deepspeed`.
 
     Args:
         attention: the model's `attn_implementation`.

@@ -1,7 +1,7 @@
 """All that we touch of the Hugging Face Trainer's private parts, each with its reason.
 
 `PrivateTrainer` overrides private methods of `transformers.Trainer`. Each override is one or two lines and calls a
-public method of ours, which says what it is for; the classes above override those and touch nothing private. A new
+public method, which says what it is for; the classes above override those and touch nothing private. A new
 version of transformers may change any of these names: `check_private` refuses a version that lacks one, and
 tests/adapters/hf/test_private.py names each one whose signature changed or that Trainer no longer calls.
 """
@@ -125,8 +125,8 @@ class PrivateTrainer(Trainer):
         self.load_best_weights(Path(self.state.best_model_checkpoint))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        # With `save_total_limit=1` Trainer removes all checkpoints but the best here, file by file; a run must go on
-        # from the newest. The event `on_train_end` comes after that.
+        # With `save_total_limit=1` Trainer removes all checkpoints but the best here, file by file; a run must be able
+        # to continue from the newest. The event `on_train_end` comes after that.
         self.finish_saves()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:

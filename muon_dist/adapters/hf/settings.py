@@ -63,7 +63,7 @@ def _tried(keys: str, work: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def _silent_deletions() -> Iterator[None]:
-    """What fails in a `__del__` meanwhile is not printed."""
+    """Does not print errors in `__del__` while it is active."""
     before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
         yield
@@ -114,7 +114,7 @@ def _guard(callback: TrainerCallback, again: bool = False) -> None:
                         "trainer.report_to to none"
                     ) from error
                 if not failed:
-                    rest = "tries again" if again else "goes on without it, and metrics.jsonl holds the figures"
+                    rest = "tries again" if again else "continues without it, and metrics.jsonl holds the figures"
                     print(
                         f"warning: {name} failed in {event} ({type(error).__name__}: {one_line(error)}); "
                         f"the run {rest}",

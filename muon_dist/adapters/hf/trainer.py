@@ -1,4 +1,4 @@
-"""`MuonTrainer`: the Hugging Face Trainer with what a stock one lacks for Muon. `MuonFactory` serves a stock one."""
+"""`MuonTrainer`: the Hugging Face Trainer with additions for Muon. For a stock Trainer there is `MuonFactory`."""
 
 from __future__ import annotations
 
@@ -52,25 +52,25 @@ class _Stream(Sampler[int]):
 
 
 class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
-    """A `Trainer` that trains with Muon and logs what pretraining is judged by.
+    """A `Trainer` that trains with Muon, logs the figures of pretraining, and writes sharded checkpoints.
 
-    muon: keyword arguments of `MuonFactory`; `lr` and `weight_decay` default to those of `args`. Instead of it,
-        `optimizer_cls_and_kwargs` or `optimizers` as in `Trainer`.
-    clip_muon, clip_adamw: bounds on the gradient norm over all parameters, by which the gradients of Muon's and of
-        AdamW's parameters are scaled down; None for no bound. Muon is scale-free, so it needs none. They replace
-        `max_grad_norm`, which must be left alone; except under DeepSpeed, where `max_grad_norm` is AdamW's.
-    train_sampler: samples already consumed -> indices into `train_dataset` from there on. With it a resumed run goes
-        on with the next sample, also at another world size; `max_steps` is needed.
-    bytes_per_token: (train, eval) bytes of text for each token, for bits per byte; None leaves them out.
-    passes: samples consumed -> passes over each source of the data, by name, for the log (`passes/<source>`).
-    flops_per_token: forward and backward, for MFU; default 6 x the parameters outside embeddings.
-    peak_flops: of one rank's device; default from a table (GPU) or measured (CPU).
-    metrics_path: a JSON-lines file for all that is logged.
-    guards: what watches over the run; None: only Muon's own check that gradients are finite.
-    checkpoint: how it saves; see `CheckpointOptions` and `CheckpointTrainer`.
-    rule_parts: the update rules of parts of the run; None: one for all of it.
+    muon: keyword arguments of `MuonFactory`. `lr` and `weight_decay` default to those of `args`. You may instead pass
+        `optimizer_cls_and_kwargs` or `optimizers` as to `Trainer`.
+    clip_muon, clip_adamw: bounds on the gradient norm over all parameters. If the norm is larger, the gradients of
+        Muon's or AdamW's parameters are scaled down. None: no bound. Muon's update does not depend on the gradient's
+        size, so it needs none. Leave `max_grad_norm` at its default; only under DeepSpeed it is AdamW's bound.
+    train_sampler: a function from the number of consumed samples to the next indices into `train_dataset`. A resumed
+        run then continues with the next sample, at another world size too; `max_steps` is needed.
+    bytes_per_token: (train, eval) bytes of text per token, for bits per byte; None: not logged.
+    passes: a function from consumed samples to passes over each data source, for the log (`passes/<source>`).
+    flops_per_token: forward and backward, for MFU; default: 6 x the parameters outside embeddings.
+    peak_flops: FLOP/s of one rank's device; default: from a table (GPU) or measured (CPU).
+    metrics_path: a JSON-lines file for everything that is logged.
+    guards: checks during the run; None: only Muon's own check that gradients are finite.
+    checkpoint: how to save; see `CheckpointOptions` and `CheckpointTrainer`.
+    rule_parts: the update rules of parts of the run; None: one rule for the whole run.
     qk_clip: clip attention logits after each step: a dict with `threshold` (100) and `alpha` (0.5), {} for both
-        defaults, None to leave it out; see docs/qk-clip.md.
+        defaults; None: no clipping. See docs/qk-clip.md.
 
     In the logs: `lr/<group>`, `grad_norm` (raw, all parameters), `grad_norm/muon`, `grad_norm/adamw`, `tokens_per_s`
     (all ranks, evaluation and saving left out), `tokens`, `mfu`, `bits_per_byte`, `eval_bits_per_byte`,
@@ -146,7 +146,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
 
     @property
     def _readers(self) -> int:
-        """Ranks that are given the same tokens in a step: those of tensor and context parallelism."""
+        """Ranks that read the same tokens in a step: those of tensor and context parallelism."""
         return int(self.get_tp_size() * self.get_cp_size())
 
     @property
@@ -155,7 +155,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         return self._first_sample + (self.state.global_step - self._first_step) * self.samples_per_step
 
     def position(self) -> dict[str, Any]:
-        """Where in the data the run stands, and the rules that made its state; for the manifest of a checkpoint."""
+        """The run's position in the data, and the rules of its state, for the manifest of a checkpoint."""
         muon = find_muon(self.optimizer)
         return {
             "rules": rule_settings(muon).names() if muon is not None else {},
@@ -175,7 +175,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
             self.audit.forget()
 
     def begin_at(self, source: Checkpoint | None) -> None:
-        """The data and the counts go on where `source` stands; None: from the beginning."""
+        """Continue data and counts at the position of `source`; None: from the beginning."""
         position = read_position(source) if source is not None else {}
         self._first_step, self._first_sample = position.get("global_step", 0), position.get("consumed_samples", 0)
         self._order: str | None = position.get("order")
@@ -183,7 +183,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         self.figures.begin_at(position.get("tokens", 0))
 
     def restore(self) -> None:
-        """As `CheckpointTrainer`'s; the first batch after it restores the random generators once more."""
+        """`CheckpointTrainer.restore`; the first batch afterwards restores the random generators again."""
         super().restore()
         self._first_batch = self._source is not None
 
@@ -200,7 +200,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         if self._order is not None and order != self._order:
             raise CheckpointError(
                 f"{self._source.path if self._source else ''} was trained on another order of samples (data, weights, "
-                "sequence length or seed differ): go on with those, or start a new run"
+                "sequence length or seed differ): continue with those, or start a new run"
             )
         self._order = order
         sp = self.get_sp_size()
@@ -224,7 +224,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
     # ---- the optimizer
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, with QK-clip behind its steps."""
+        """Trainer's `create_optimizer`, with QK-clip after each step."""
         made = super().create_optimizer(*args, **kwargs)
         options, optimizer = self._qk_clip_options, getattr(made, "optimizer", made)
         if self.rule_parts is not None:
@@ -239,7 +239,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         """The raw norm over all parameters; on the way each algorithm's gradients are scaled down by its own bound.
 
         The factor is min(1, bound / norm over *all* parameters), as DeepSpeed must have it, which knows one norm only:
-        so a configuration trains alike under DDP and under every ZeRO stage.
+        so a configuration trains the same under DDP and under every ZeRO stage.
         """
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super().clip_gradients(model, norm)
@@ -266,13 +266,13 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         return cast(torch.Tensor, loss)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, with each sample counted once, also where several ranks evaluate it together."""
+        """Trainer's `evaluation_loop`, but each sample counts once even if several ranks evaluate it."""
         if self._readers > 1:  # Trainer takes accelerate's again at the end
             self.gather_function = gather_once(self.accelerator, self._readers)
         return super().evaluation_loop(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's, with our figures added to `logs`."""
+        """Trainer's `log`, with more figures in `logs`."""
         if "loss" in logs:
             logs.update(self.figures.training(logs["loss"]))
         for name in [name for name in logs if name.startswith("eval") and name.endswith("_loss")]:

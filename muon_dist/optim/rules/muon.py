@@ -1,4 +1,4 @@
-"""Muon: the first rule, and what the others have in common with it."""
+"""Muon's rule, and the base class of all other rules."""
 
 from __future__ import annotations
 

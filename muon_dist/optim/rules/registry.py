@@ -1,4 +1,4 @@
-"""Which rules there are, and how others are added."""
+"""The registry of update rules, and functions that add to it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _WATCHDOG_SHARE = 0.9  # of the process group's timeout: our message, which name
 
 
 class HangGuard(Guard):
-    """Starts the watchdog, and tells it what the trainer does between two optimizer steps.
+    """Starts the watchdog, and reports the trainer's operations between two optimizer steps to it.
 
     It must be the last guard: at the end of a step it says that nothing is under way any more.
 

@@ -1,4 +1,4 @@
-"""A rank that is slower than the others, step after step, is named."""
+"""Names a rank that is repeatedly slower than the others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StragglerGuard(Guard):
             self.work.start()
 
     def pause(self) -> None:
-        """From here on this rank may wait for others."""
+        """Stop the measurement: from now on this rank may wait for others."""
         if self.work is not None:
             self.work.pause()
 
