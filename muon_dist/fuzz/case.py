@@ -124,9 +124,9 @@ class Setup:
         return self.tp > 1 and (self.shard > 1 or self.framework == ZERO)
 
     def shares(self, p: Parameter) -> bool:
-        """Whether the ranks of `ep` share the experts of a parameter."""
+        """Whether the ranks of `ep` share the experts of a parameter; `fully_shard` takes no module of a tied one."""
         kind = p.listed if self.framework == ZERO else len(p.shape) == 3 and p.tp == 0 and not p.listed
-        return self.ep > 1 and kind and p.shape[0] % self.ep == 0
+        return self.ep > 1 and kind and not p.tied and p.shape[0] % self.ep == 0
 
     def problem(self) -> str | None:
         """Why no framework has this mesh; None if one has."""
