@@ -124,9 +124,9 @@ class Setup:
         return self.tp > 1 and (self.shard > 1 or self.framework == ZERO)
 
     def shares(self, p: Parameter) -> bool:
-        """Whether the ranks of `ep` share the experts of a parameter."""
+        """Whether the ranks of `ep` share the experts of a parameter; `fully_shard` takes no module of a tied one."""
         kind = p.listed if self.framework == ZERO else len(p.shape) == 3 and p.tp == 0 and not p.listed
-        return self.ep > 1 and kind and p.shape[0] % self.ep == 0
+        return self.ep > 1 and kind and not p.tied and p.shape[0] % self.ep == 0
 
     def problem(self) -> str | None:
         """Why no framework has this mesh; None if one has."""
@@ -282,10 +282,18 @@ class Case:
             return "a listed parameter is neither tied nor cut by tp"
         if self.exact and (self.clip is not None or any(not self.sums_exactly(s) for s, _ in self.segments())):
             return "16-bit gradients are summed exactly: without clip, and over 1, 2, 4, ... samples"
+        if self.clip is not None and self.clips_moe:
+            return "DeepSpeed clips MoE layers by the mean of the ranks' norms, not by the norm of all gradients"
         for setup, _ in self.segments():
             if setup.needs_elements and any(p.leaves_empty(setup.tp) for p in self.parameters):
                 return "FSDP2 and AutoTP take no parameter of which tensor parallelism leaves a rank nothing"
         return None
+
+    @property
+    def clips_moe(self) -> bool:
+        """Whether a bound of the norm would change what MoE layers of DeepSpeed come to: Muon's are exempt."""
+        moe = any(setup.framework == ZERO and setup.ep > 1 for setup, _ in self.segments())
+        return moe and (self.clip_muon or any(p.kind == ADAMW for p in self.parameters))
 
     def sums_exactly(self, setup: Setup) -> bool:
         """Whether the mean over the samples of a step is exact for gradients of few bits."""

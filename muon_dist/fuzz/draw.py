@@ -148,6 +148,8 @@ def _with_experts(r: random.Random, case: Case) -> Case:
     sizes = [setup.ep for setup, _ in case.segments() if setup.ep > 1]
     if not sizes:
         return case
+    if case.clips_moe:
+        case = replace(case, clip=None)
     listed = any(setup.framework == ZERO and setup.ep > 1 for setup, _ in case.segments())
     count = max(sizes) * r.choice((1, 1, 2))
     p = Parameter("experts", (count, r.choice(SIDES), r.choice(SIDES)), tp=None if listed else 0, listed=listed)
