@@ -75,6 +75,7 @@ class Audit:
         self._offset: int | None = None
         self._resumed: tuple[str, int] | None = None
         self._undo: Undo | None = None
+        self._followed: tuple[int, Tensor | None] = (-1, None)  # the AdamW parameter that is audited next
         self._rates: deque[dict[int, float]] = deque(maxlen=_RATES_KEPT)
 
     def before(
@@ -132,19 +133,22 @@ class Audit:
         """Compare what is audited next with what the last step left."""
         runtime, follow = optimizer.runtime, self.follow
         follow.matrix.before(of_matrix(runtime, call.work, follow.matrix.number) or {})
-        named, number = _of_adamw(optimizer), follow.parameter.number
-        parameter = named[number][1] if 0 <= number < len(named) else None
-        follow.parameter.before(of_parameter(runtime.binding, call.adamw, optimizer.state, parameter) or {})
+        number = follow.parameter.number
+        if self._followed[0] != number:  # a resumed run
+            self._followed = number, dict(enumerate(p for _, p in _of_adamw(optimizer))).get(number)
+        now = of_parameter(runtime.binding, call.adamw, optimizer.state, self._followed[1])
+        follow.parameter.before(now or {})
 
     def _go_on(self, optimizer: Any, call: Call) -> None:
         """Keep what this step left of what is audited next."""
         runtime, step = optimizer.runtime, (self.step // self.settings.every + 1) * self.settings.every
         number = in_rotation(self.settings.seed, len(runtime.plan.layout.matrices), self._turn(step))[0]
         self.follow.matrix.after(number, of_matrix(runtime, call.work, number))
-        if named := _of_adamw(optimizer):
-            number, _ = self._next_parameter(step, len(named))
-            now = of_parameter(runtime.binding, call.adamw, optimizer.state, named[number][1])
-            self.follow.parameter.after(number, now)
+        if (self._due or self._followed[1] is None) and (named := _of_adamw(optimizer)):
+            index = self._next_parameter(step, len(named))[0]
+            self._followed = index, named[index][1]
+        now = of_parameter(runtime.binding, call.adamw, optimizer.state, self._followed[1])
+        self.follow.parameter.after(self._followed[0], now)
 
     def _circumstances(self, optimizer: Any, audited: Audited) -> Circumstances:
         """What may explain a wrong step of a tensor: the rates of other steps and groups."""

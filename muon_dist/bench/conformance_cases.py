@@ -15,6 +15,7 @@ from torch import nn
 from muon_dist.model import build_model
 from muon_dist.optim.groups import param_groups
 from muon_dist.optim.muon import Muon
+from muon_dist.routing import table_of
 
 LR, MOMENTUM, DECAY = 0.02, 0.95, 0.1
 MODEL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -93,7 +94,7 @@ def _torch(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def _ours(model: nn.Module) -> list[torch.optim.Optimizer]:
-    groups = param_groups(model, lr=LR, weight_decay=DECAY, adamw_lr=3e-3)
+    groups = param_groups(model, table=table_of(model), lr=LR, weight_decay=DECAY, adamw_lr=3e-3)
     return [Muon(groups, momentum=MOMENTUM, ns_dtype=torch.float32)]
 
 
