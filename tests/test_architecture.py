@@ -28,7 +28,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 FLOOR = {unit: floor for floor, units in enumerate(FLOORS) for unit in units}
 # Neighbours on one floor do not import each other, but for these: everybody raises typed errors, a plan is made from
 # costs, the command line is a thin face of train/, `muon-dist spectra report` writes a page, and `bench host` places a
-# model as a plan does. An audit reads the optimizer that it is an option of.
+# model as a plan does. An audit reads the optimizer that it is an option of. The tokenizer beside a model is loaded as
+# the one of the data is.
 SIDEWAYS = {
     ("arguments", "errors"),
     ("numerics", "errors"),
@@ -47,6 +48,7 @@ SIDEWAYS = {
     ("bench", "planner"),
     ("audit", "optim"),
     ("optim", "audit"),
+    ("model", "data"),
 }
 
 # A framework is imported in its own adapter alone. The longest matching prefix decides.

@@ -126,10 +126,9 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
             self.providers["audit"], self.rank_providers["audit"] = self.audit, self.audit.follow
         if factory is not None and factory[0] is MuonFactory:
             self.add_callback(AttachDeepSpeed(self))
-        if train_sampler is not None:
-            self.add_callback(Passes(self))
-        if rule_parts is not None:
-            self.add_callback(RuleChange(self))
+        for wanted, callback in ((train_sampler, Passes), (rule_parts, RuleChange)):
+            if wanted is not None:
+                self.add_callback(callback(self))
         if metrics_path is not None:
             self.add_callback(MetricsFile(metrics_path))
         outlive_trackers(self.callback_handler.callbacks)

@@ -147,12 +147,7 @@ def lines(
             spots = [x[i] for i in points], [y[i] for i in points]
             ax.plot(*spots, "o", markersize=7, color=colours[label], alpha=0, clip_on=False, gid=f"hover{index}")
             hover[f"hover{index}"] = [f"{label}: {b:.5g} at step {a:,.0f}" for a, b in zip(*spots, strict=True)]
-        for step in marks:
-            ax.axvline(step, color=_INK, alpha=0.3, linewidth=0.8, linestyle=":")
-        for number, step in enumerate(parts, start=2):
-            ax.axvline(step, color=_INK, alpha=0.6, linewidth=0.8)
-            place = ax.get_xaxis_transform()  # x in steps, y from the bottom (0) to the top (1) of the figure
-            ax.text(step, 0.98, f" {number}", transform=place, va="top", fontsize=8.5, clip_on=True)
+        _vertical(ax, marks, parts)
         if log and all(v > 0 for _, y in shown.values() for v in y):
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
@@ -175,6 +170,16 @@ def lines(
                 columnspacing=1.0,
             )
         return _svg(figure, name, description, hover)
+
+
+def _vertical(ax: Axes, marks: Sequence[float], parts: Sequence[float]) -> None:
+    """Vertical lines: see `lines`."""
+    for step in marks:
+        ax.axvline(step, color=_INK, alpha=0.3, linewidth=0.8, linestyle=":")
+    for number, step in enumerate(parts, start=2):
+        ax.axvline(step, color=_INK, alpha=0.6, linewidth=0.8)
+        place = ax.get_xaxis_transform()  # x in steps, y from the bottom (0) to the top (1) of the figure
+        ax.text(step, 0.98, f" {number}", transform=place, va="top", fontsize=8.5, clip_on=True)
 
 
 def _finite(x: Sequence[Any], y: Sequence[Any]) -> tuple[list[float], list[float]]:
