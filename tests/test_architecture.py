@@ -61,7 +61,15 @@ HOMES: dict[str, tuple[str, ...]] = {
         "fuzz.engines",
     ),
     "accelerate": ("adapters.hf_parallel", "adapters.deepspeed"),
-    "transformers": ("adapters", "audit.follow_trainer", "model", "data.tokenizer", "routing", "config"),
+    "transformers": (
+        "adapters",
+        "audit.follow_trainer",
+        "model",
+        "data.pretrained",
+        "data.tokenizer",
+        "routing",
+        "config",
+    ),
     "transformers.Trainer": ("adapters.hf_private",),
     "transformers.TrainingArguments": (
         "adapters.hf_trainer",

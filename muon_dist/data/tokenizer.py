@@ -25,10 +25,10 @@ from muon_dist.data.encoder import (
     TokenizerInfo,
     bos_ids,
     definition,
-    pretrained_tokenizer,
     vocabulary_size,
 )
 from muon_dist.data.files import folder_lock, new_folder, read_json, sha256_file, sha256_json, write_json
+from muon_dist.data.pretrained import pretrained_tokenizer
 from muon_dist.errors import DataError
 from muon_dist.failures import one_line
 

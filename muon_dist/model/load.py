@@ -17,7 +17,7 @@ from transformers import (
 
 from muon_dist.checkpoint import BUFFER, MODEL_FOLDER, WEIGHT, Checkpoint, open_checkpoint
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
-from muon_dist.data.encoder import pretrained_tokenizer
+from muon_dist.data.pretrained import pretrained_tokenizer
 from muon_dist.errors import CheckpointError, DataError
 
 

@@ -20,7 +20,7 @@ import transformers
 from transformers import AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from muon_dist.data.encoder import replaced
+from muon_dist.data.pretrained import replaced
 
 Json = dict[str, Any]
 
