@@ -117,8 +117,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         self.figures = Figures(self, bytes_per_token, passes, flops_per_token, peak_flops)
         self._order: str | None = None
         self._samples: Any = None  # the order of samples, while there is one
-        self._first_sample = self._first_step = 0
-        self._first_batch = False
+        self._first_sample, self._first_step, self._first_batch = 0, 0, False
         if diagnostics is not None:
             self.add_callback(SpectraLog(diagnostics))  # before the file, which takes the log as it finds it
         if self.audit is not None:
@@ -126,9 +125,10 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
             self.providers["audit"], self.rank_providers["audit"] = self.audit, self.audit.follow
         if factory is not None and factory[0] is MuonFactory:
             self.add_callback(AttachDeepSpeed(self))
-        for wanted, callback in ((train_sampler, Passes), (rule_parts, RuleChange)):
-            if wanted is not None:
-                self.add_callback(callback(self))
+        if train_sampler is not None:
+            self.add_callback(Passes(self))
+        if rule_parts is not None:
+            self.add_callback(RuleChange(self))
         if metrics_path is not None:
             self.add_callback(MetricsFile(metrics_path))
         outlive_trackers(self.callback_handler.callbacks)
