@@ -96,8 +96,8 @@ def _outputs_among_data(config: Config) -> Found:
             corpus = Path(path).resolve()
             for keys, folder in ((("data", "dir"), config.data.dir), (("run_dir",), config.run_dir)):
                 place = Path(folder).resolve()
-                inside = place.is_relative_to(corpus) and place.relative_to(corpus).parts
-                if inside is not False and not any(part.startswith(".") for part in inside):
+                hidden = any(part.startswith(".") for part in place.parts[len(corpus.parts) :])
+                if place.is_relative_to(corpus) and not hidden:
                     yield (
                         keys,
                         f"({folder}) lies in the data source {path}, which would read it as text the next time: "
