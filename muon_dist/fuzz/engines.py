@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,9 +37,10 @@ class EngineHolder(Holder):
         if setup.sp > 1:
             parallel_state_sp.initialize_sequence_parallel(setup.sp)
             mpu = parallel_state_sp
-        self.engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=self.optimizer, config=_configuration(case, setup), mpu=mpu
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # each MoE layer prints the group that it makes
+            self.engine, *_ = deepspeed.initialize(
+                model=self.model, optimizer=self.optimizer, config=_configuration(case, setup), mpu=mpu
+            )
         attach(self.engine, clip_muon=case.clip_muon)
         self.parameters = named(self.engine.module)
 
