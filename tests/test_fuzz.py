@@ -53,6 +53,10 @@ FOUND = [
     # a step of AdamW's group alone
     '{"seed":883,"parameters":[{"name":"p1","shape":[7,8]},{"name":"p3","shape":[8,1],"kind":"adamw"}],'
     '"setup":{"framework":"zero","stage":1}}',
+    # copies over the tensor-parallel ranks, whose gradients FSDP2 adds in buckets of two sizes
+    '{"seed":39,"steps":5,"parameters":[{"name":"p0","shape":[7,1],"layer":1,"group":1,"tp":0},{"name":"p1",'
+    '"shape":[24,5],"layer":1,"transposed":true},{"name":"p2","shape":[7,1],"group":1}],"setup":{"framework":"fsdp2",'
+    '"shard":3,"tp":2},"accumulation":2}',
 ]
 
 

@@ -35,7 +35,11 @@ class Wrong:
 
     def replay(self) -> str:
         """The command that runs it again."""
-        return f"muon-dist fuzz --replay '{self.case.to_json()}'"
+        return _replay_of(self.case)
+
+
+def _replay_of(case: Case) -> str:
+    return f"muon-dist fuzz --replay '{case.to_json()}'"
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Report:
         counts: right, wrong and refused.
         by: of each framework, rule and way to resume, cases by outcome.
         refusals: messages, their first line, and how often.
+        refused_cases: the same messages, and the command that runs the first case of each again.
         largest: the largest error of a right case, with messages as wide as the updates, and its replay.
     """
 
@@ -54,6 +59,7 @@ class Report:
     counts: Counter[str] = field(default_factory=Counter)
     by: dict[str, Counter[str]] = field(default_factory=dict)
     refusals: Counter[str] = field(default_factory=Counter)
+    refused_cases: dict[str, str] = field(default_factory=dict)
     wrong: list[Wrong] = field(default_factory=list)
     largest: tuple[float, str] = (0.0, "")
 
@@ -64,7 +70,9 @@ class Report:
         if outcome.kind == RIGHT and case.wire != "bfloat16" and (outcome.error or 0.0) > self.largest[0]:
             self.largest = outcome.error or 0.0, case.to_json()
         elif outcome.kind not in (RIGHT, WRONG):
-            self.refusals[outcome.message.partition("\n")[0]] += 1
+            message = outcome.message.partition("\n")[0]
+            self.refusals[message] += 1
+            self.refused_cases.setdefault(message, _replay_of(case))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -75,6 +83,7 @@ class Report:
             "largest_error_of_a_right_case": {"error": self.largest[0], "case": self.largest[1]},
             "by": {label: dict(self.by[label]) for label in sorted(self.by)},
             "refusals": dict(self.refusals.most_common()),
+            "refused_cases": self.refused_cases,
             "wrong_cases": [
                 {
                     "number": w.number,
@@ -93,7 +102,8 @@ class Report:
         rows = [f"{'':28s} {'right':>7s} {'wrong':>7s} {'refused':>7s}"]
         for label, found in [*sorted(self.by.items()), ("all", self.counts)]:
             rows.append(f"{label:28s} " + " ".join(f"{found[kind]:7d}" for kind in ("right", "wrong", "refused")))
-        rows += [f"refused {count} times: {message}" for message, count in self.refusals.most_common()]
+        for message, count in self.refusals.most_common():
+            rows += [f"refused {count} times: {message}", f"the first of them: {self.refused_cases[message]}"]
         return "\n".join(rows)
 
 

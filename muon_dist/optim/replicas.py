@@ -41,6 +41,11 @@ _RATES = (
 )
 
 
+ROUNDING = 2**-7
+"""By how much gradients may differ that ranks have added in different orders, relative to their norm: one digit of
+bfloat16."""
+
+
 def check_alike(
     binding: Binding, transport: Transport, groups: Sequence[Mapping[str, Any]], rates: Sequence[float]
 ) -> None:
@@ -110,27 +115,60 @@ def check_copies(binding: Binding) -> None:
 def _check_across(binding: Binding, some: Sequence[tuple[int, str, torch.Tensor | None]], message: str) -> None:
     """Compare fragments over all ranks that hold the same elements, whichever these are. A collective.
 
-    By fragments, because a flat buffer of ZeRO holds copies beside what only this rank has.
+    By fragments, because a flat buffer of ZeRO holds copies beside what only this rank has. Gradients may differ by
+    rounding: a framework that reduces them in buckets adds in another order where a bucket has another size, as beside
+    uneven shards. The owner's update goes to all copies, so these stay equal all the same.
     """
     ranks = Ranks(binding.group)
     every = ranks.gather([_sums(binding, ranks.rank, buffer, tensor) for buffer, _, tensor in some])
     globally = dist.get_process_group_ranks(binding.group) if binding.group is not None else list(range(len(every)))
-    found: dict[str, str] = {}
+    odd: list[tuple[int, _Elements, dict[int, int]]] = []
     for place in range(len(some)):
         holders: dict[_Elements, dict[int, int]] = {}
         for rank, sums in enumerate(every):
             for elements, total in sums[place].items():
                 holders.setdefault(elements, {})[rank] = total
-        for elements, values in holders.items():
-            if len({*values.values()}) > 1:
-                name = binding.layout.matrices[elements[0]].matrix.parameter
-                found.setdefault(name, f"{name}: {odd_copies(values, [globally[r] for r in values])}")
+        odd += [(place, elements, values) for elements, values in holders.items() if len({*values.values()}) > 1]
+    if odd and message is NOT_AVERAGED:
+        prints = ranks.gather([_prints(binding, ranks.rank, some[place], elements) for place, elements, _ in odd])
+        odd = [entry for n, entry in enumerate(odd) if not _rounded([every[n] for every in prints])]
+    found: dict[str, str] = {}
+    for _, elements, values in odd:
+        name = binding.layout.matrices[elements[0]].matrix.parameter
+        found.setdefault(name, f"{name}: {odd_copies(values, [globally[r] for r in values])}")
     if found:
         raise ReplicaError(message.format(found="; ".join([*found.values()][:3]), world=len(every)))
 
 
 _Elements = tuple[int, int, int, int]
 """Index of a matrix in the layout; first element, rows and columns of a block of it."""
+
+
+def _prints(
+    binding: Binding, rank: int, entry: tuple[int, str, torch.Tensor | None], elements: _Elements
+) -> list[float] | None:
+    """Norm of a fragment of a gradient, and its products with four vectors of random signs, the same on all ranks. By
+    these, fragments that differ by `d` differ by about the norm of `d`. None where this rank has no such fragment."""
+    buffer, _, tensor = entry
+    index, start, rows, cols = elements
+    matrix = binding.layout.matrices[index]
+    if tensor is None or matrix.buffer != buffer:
+        return None
+    held = [f for f in matrix.on(rank) if (f.block.start, f.block.rows, f.block.cols) == (start, rows, cols)]
+    if not held:
+        return None
+    values = view(tensor.contiguous().view(-1), held[0].local).reshape(-1).double().cpu()
+    generator = torch.Generator().manual_seed(start)
+    signs = torch.randint(0, 2, (4, len(values)), generator=generator).double() * 2 - 1
+    return [float(values.norm()), *(signs @ values).tolist()]
+
+
+def _rounded(prints: Sequence[list[float] | None]) -> bool:
+    """Whether fragments differ by rounding alone. Gradients that were not averaged differ by about their own norm."""
+    held = [p for p in prints if p is not None]
+    largest = max((p[0] for p in held), default=0.0)
+    gap = max((abs(a - b) for p in held for a, b in zip(p, held[0], strict=True)), default=0.0)
+    return gap <= ROUNDING * largest  # False for NaN
 
 
 def _sums(binding: Binding, rank: int, buffer: int, tensor: torch.Tensor | None) -> dict[_Elements, int]:
