@@ -257,9 +257,8 @@ def test_a_device_is_no_corpus(capsys: pytest.CaptureFixture[str], config: Path)
     refused(capsys, 3, "/dev/null: neither a file nor a folder", "prepare", config, "data.sources.0.path=/dev/null")
 
 
-@pytest.mark.parametrize("line", ['{"text": ' + "[" * 100_000, '{"text": "a", "n": ' + "1" * 10_000 + "}"])
-def test_json_that_python_cannot_read(capsys: pytest.CaptureFixture[str], config: Path, line: str) -> None:
-    (config.parent / "x.jsonl").write_text(line + "\n")
+def test_json_that_python_cannot_read(capsys: pytest.CaptureFixture[str], config: Path) -> None:
+    (config.parent / "x.jsonl").write_text('{"text": ' + "[" * 100_000 + "\n")
     refused(capsys, 3, "x.jsonl:1: ", "prepare", config, f"data.sources.0.path={config.parent / 'x.jsonl'}")
 
 

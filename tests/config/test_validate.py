@@ -111,7 +111,7 @@ optimizer:
         ),
         (["parallel={cp: 2, tp: 2}"], "parallel.cp: and parallel.tp", "no library has both"),
         (["parallel={cp: 2, ep: 2}"], "parallel.cp: and parallel.ep", "no library has both"),
-        (["parallel={cp: 2, sp: 2}", "deepspeed=ds.json"], "parallel.cp: and parallel.sp", "no library has both"),
+        (["parallel={cp: 2, sp: 2}", "deepspeed=ds.json"], "parallel.cp: is 2 and deepspeed", "set parallel.sp"),
         (["parallel.dp_replicate=2", "deepspeed=ds.json"], "parallel.dp_replicate: is 2 and deepspeed", "ZeRO stage"),
         (["parallel={}", "model.partitioned_init=true"], "model.partitioned_init: is ZeRO-3's", "parallel is set"),
         (["trainer.parallelism_config=null"], "trainer.parallelism_config: is decided by parallel", "set that"),

@@ -121,7 +121,7 @@ def test_balance_is_within_grahams_bound(tiny):
 
 
 def test_errors_name_the_option(tiny):
-    with pytest.raises(ConfigError, match="--device h900: use one of a100"):
+    with pytest.raises(ConfigError, match="--device h900: unknown device; use measured, or one of a100"):
         find_device("h900")
     with pytest.raises(ConfigError, match="--layout zero4: use one of ddp"):
         place(tiny, Settings(), "zero4", 4, 4)

@@ -26,7 +26,6 @@ MIXTURE = (
     "max_position_embeddings: 64}"
 )
 CLIP = ("optimizer.qk_clip={threshold: 0.05}",)  # of the 8 heads some are clipped and some are not
-GPT2 = "model={model_type: gpt2, n_embd: 32, n_layer: 1, n_head: 2, n_positions: 64}"
 STEPS, TOLERANCE = 4, 2e-5
 Curves = dict[str, dict[str, list[float]]]
 
@@ -149,7 +148,6 @@ def test_ulysses_without_reduce_scatter_is_refused(workspace: Path, tmp_path: Pa
         (8, ["parallel.tp=8"], "parallel.tp: is 8: does not divide the 4 attention heads"),
         (4, ["parallel.tp=4", MIXTURE], "parallel.tp: is 4: does not divide the 2 key and value heads"),
         (4, ["parallel.tp=4", "model.intermediate_size=66"], "parallel.tp: is 4: does not divide model.intermediate"),
-        (2, ["parallel.tp=2", GPT2], "parallel.tp: is 2: transformers has no tensor-parallel plan for GPT2"),
         (2, ["parallel.ep=2"], "parallel.ep: is 2: LlamaForCausalLM has no experts"),
         (8, ["parallel.ep=8", MIXTURE], "parallel.ep: is 8: does not divide the 4 experts"),
         (4, ["parallel={tp: 4, ep: 2}", MIXTURE], "parallel.ep: is 2, and must be a multiple of parallel.tp = 4"),
