@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -13,6 +14,8 @@ from tests.kept_ranks import KEPT_AT_MOST, KeptRanks
 
 # A time-out ends what hangs. No test needs it to pass, so it is long enough for a machine that does other work.
 PATIENCE = 240.0
+KEPT_PATIENCE = 120.0
+"""Seconds for kept ranks; a test has 300 in all."""
 
 PATCHING = frozenset({"monkeypatch", "capfd", "capsys", "caplog", "recwarn"})
 """Fixtures that change this process for one test: ranks that were forked earlier would not see it."""
@@ -57,7 +60,14 @@ def run_ranks(
             pass  # a function inside a function: only a fork can take it along
         else:
             if _kept.suits(fn):
-                return _kept.run(fn, world_size, args, timeout)
+                try:
+                    return _kept.run(fn, world_size, args, KEPT_PATIENCE)
+                except RankFailure as failure:
+                    if "no result within" not in str(failure) or "Traceback" in str(failure):
+                        raise
+                # What a rank still holds of an earlier call may make it hang. A fault of `fn` hangs fresh ranks too.
+                warnings.warn(f"{fn.__qualname__} hung on kept ranks, and runs again on fresh ones", stacklevel=2)
+                _kept.close()
     return ranks.run_ranks(fn, world_size, *args, timeout=timeout)
 
 

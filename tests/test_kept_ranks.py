@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +102,23 @@ def test_failures_and_deaths_are_reported_and_leave_good_ranks() -> None:
     with pytest.raises(RankFailure, match=r"rank 0 died without a result \(exit 3\)"):
         run_ranks(dies, 2)
     assert run_ranks(sees, 2)[0][3] == 2
+
+
+def hangs_once(folder: str) -> int:
+    mark = Path(folder) / str(dist.get_rank())
+    if not mark.exists():
+        mark.touch()
+        time.sleep(60)
+    return dist.get_rank()
+
+
+def test_what_hangs_on_kept_ranks_runs_again_on_fresh_ones(tmp_path: Path) -> None:
+    patience, distributed.KEPT_PATIENCE = distributed.KEPT_PATIENCE, 1.0
+    try:
+        with pytest.warns(UserWarning, match="hangs_once hung on kept ranks"):
+            assert run_ranks(hangs_once, 2, str(tmp_path)) == [0, 1]
+    finally:
+        distributed.KEPT_PATIENCE = patience
 
 
 def test_ranks_are_forked_anew_when_this_process_was_changed() -> None:
