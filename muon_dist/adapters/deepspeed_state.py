@@ -83,7 +83,7 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
 
 
 class _HeldPlaces(module_state.Places):
-    """Places of those stage-0 tensors of which ranks hold different parts. held: by `id()` of the tensors."""
+    """Places of the stage-0 tensors that are split over ranks. held: by `id()` of the tensors."""
 
     def __init__(self, held: Mapping[int, Held]) -> None:
         super().__init__([], dist.get_world_size())

@@ -93,7 +93,7 @@ def rank_file(rank: int, suffix: str) -> str:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` is a committed checkpoint of ours. Its bytes are not looked at."""
+    """Whether `folder` is a committed checkpoint. Its data files are not read."""
     return (folder / NAME).is_file()
 
 

@@ -126,7 +126,7 @@ def _number_problem(name: str, value: Any) -> str | None:
 
 
 def _is_enum(kind: Any) -> bool:
-    # Python 3.10 takes list[str] for a type, of which issubclass then fails.
+    # Python 3.10 treats list[str] as a type, and issubclass then fails on it.
     return isinstance(kind, type) and typing.get_origin(kind) is None and issubclass(kind, enum.Enum)
 
 

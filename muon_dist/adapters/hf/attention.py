@@ -52,7 +52,7 @@ def attach(
 
     Raises:
         ConfigError: an option out of range, or a rule that would undo the scaling.
-        FrameworkError: an attention module of which it is not known how logits depend on its parameters; names it.
+        FrameworkError: an attention module whose logits we cannot relate to its parameters; names it.
     """
     check_options({"threshold": threshold, "alpha": alpha})
     if not isinstance(optimizer, Muon):
@@ -227,7 +227,7 @@ def _latent(name: str, module: Any, alpha: float) -> _Read:
 
 
 def _fused_child(module: nn.Module) -> str | None:
-    """The one weight of queries, keys and values, of the kinds of which the order is known."""
+    """The fused weight of queries, keys and values, for the classes whose order is known."""
     kinds = {"c_attn": "GPT2", "qkv_proj": "Phi3", "query_key_value": "GPTNeoX"}
     of_kind = (c for c, kind in kinds.items() if type(module).__name__.startswith(kind) and hasattr(module, c))
     return next(of_kind, None)
