@@ -120,7 +120,7 @@ class Setup:
 
     @property
     def needs_elements(self) -> bool:
-        """FSDP2 and AutoTP take no parameter of which tensor parallelism leaves a rank nothing."""
+        """FSDP2 and AutoTP refuse a parameter if tensor parallelism leaves a rank without elements of it."""
         return self.tp > 1 and (self.shard > 1 or self.framework == ZERO)
 
     def shares(self, p: Parameter) -> bool:
@@ -286,7 +286,7 @@ class Case:
             return "DeepSpeed clips MoE layers by the mean of the ranks' norms, not by the norm of all gradients"
         for setup, _ in self.segments():
             if setup.needs_elements and any(p.leaves_empty(setup.tp) for p in self.parameters):
-                return "FSDP2 and AutoTP take no parameter of which tensor parallelism leaves a rank nothing"
+                return "FSDP2 and AutoTP refuse a parameter if tensor parallelism leaves a rank without elements of it"
         return None
 
     @property

@@ -25,7 +25,7 @@ def fuzz(
         typer.Option("--json", help="Write counts, refusals and wrong cases to this file."),
     ] = None,
     only: Annotated[
-        str, typer.Option(metavar="TEXT", help="Cases alone of which a label has TEXT: ZeRO, AutoTP, 'rule namo'.")
+        str, typer.Option(metavar="TEXT", help="Only cases with TEXT in a label: ZeRO, AutoTP, 'rule namo'.")
     ] = "",
     replay: Annotated[
         Optional[str],  # noqa: UP045

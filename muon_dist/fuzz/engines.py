@@ -124,7 +124,7 @@ def cut_by_autotp(p: Parameter, setup: Setup) -> bool:
 
 
 def _fused(p: Parameter, tp: int) -> tuple[int, ...]:
-    """The parts, along the first axis, of which each rank has a share; one unless the weight is a fused one."""
+    """The parts along the first axis that are each split over the ranks; a weight that is not fused has one part."""
     fused = p.sizes is not None and not p.transposed and p.tp == 0 and all(n % tp == 0 for n in p.sizes)
     return p.sizes if fused and p.sizes is not None else (p.shape[p.tp or 0],)
 
