@@ -20,16 +20,17 @@ class Reference:
     """The weights of a case, stepped plainly.
 
     Args:
-        noise: of what Newton-Schulz gets and of SOAP's gradients, relative to their norm. Two references, one with
+        noise: of what Newton-Schulz gets and of SOAP's products, relative to their norm. Two references, one with
             noise, tell how much of a case rounding decides.
+        seed: of the noise.
 
     Attributes:
         weights: by FQN, in fp64.
         orthogonalized: matrices that a step has to orthogonalize, over all steps so far.
     """
 
-    def __init__(self, case: Case, noise: float = 0.0) -> None:
-        self.case, self._noise = case, noise
+    def __init__(self, case: Case, noise: float = 0.0, seed: int = 0) -> None:
+        self.case, self._noise, self._seed = case, noise, seed
         self.weights: Tensors = {n: w.double() for n, w in start(case).items()}
         self.memory: dict[tuple[str, int], dict[str, Any]] = {}
         self.orthogonalized = 0
@@ -86,24 +87,24 @@ class Reference:
         pairs = zip(p.matrices(self.weights[p.fqn]), p.matrices(gradient), strict=True)
         for i, (w, g) in enumerate(pairs):
             kept = self.memory.setdefault((p.name, i), {"rest": 0, "moved": False})
-            if case.rule == "soap_muon":
-                g = self._noisy(g)
             if p.transposed:  # (out, in), as in the papers
                 w, g = w.mT, g.mT
             zero = not bool(g.any())
             kept["moved"] |= not zero
             kept["rest"] = kept["rest"] + 1 if zero and kept["moved"] else 0
             rest = options["momentum"] ** kept["rest"]
-            plain_step(w, g, kept, rule, rest=rest, orthogonalize=self._orthogonalize, **options)
+            plain_step(
+                w, g, kept, rule, rest=rest, orthogonalize=self._orthogonalize, rounded=self._rounded, **options
+            )
             self.orthogonalized += 1
 
     def _orthogonalize(self, u: torch.Tensor) -> torch.Tensor:
         rows = self.case.ns_rows
-        return plain_newton_schulz(self._noisy(u), len(rows) or self.case.ns_steps, rows or "keller")
+        return plain_newton_schulz(self._rounded(u), len(rows) or self.case.ns_steps, rows or "keller")
 
-    def _noisy(self, x: torch.Tensor) -> torch.Tensor:
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         if not self._noise:
             return x
-        generator = torch.Generator().manual_seed(self.orthogonalized)
+        generator = torch.Generator().manual_seed(1_000_003 * self._seed + self.orthogonalized)
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
         return x + self._noise * x.norm() * noise / noise.norm()

@@ -62,6 +62,7 @@ def plain_step(
     rest: float = 1.0,
     orthogonalize: Orthogonalize = plain_newton_schulz,
     made_of: Tensor | None = None,
+    rounded: Callable[[Tensor], Tensor] = lambda x: x,
     **options: Any,
 ) -> Stages:
     """One step of one matrix, in place; returns its stages.
@@ -73,6 +74,7 @@ def plain_step(
         rest: what an update is multiplied by while the gradient is exactly zero (momentum ** steps); 1 otherwise.
         orthogonalize: of (out, in); by default five of Keller Jordan's steps.
         made_of: momentum after the step that the update is made of, in place of what is computed here.
+        rounded: applied to the products that SOAP divides by and turns its bases by; a fuzzer adds noise there.
         options: `scale`, `nesterov`, and what may stand in `rule_options`, parts included.
     """
     o = {"nesterov": True, **DEFAULTS[rule], **options}
@@ -89,7 +91,7 @@ def plain_step(
     elif rule == "adamuon":
         update = _adamuon(ns(look_ahead.sign()), memory, o)
     elif rule == "soap_muon":
-        update = ns(_soap(look_ahead, gradient, memory, o))
+        update = ns(_soap(look_ahead, gradient, memory, o, rounded))
     elif rule == "namo":
         strength = _namo(gradient, m, momentum, memory, o)
         update = strength * ns(m)
@@ -180,7 +182,9 @@ def _hyperball(weight: Tensor, u: Tensor, lr: float, rest: float, memory: Memory
     return direction, back
 
 
-def _soap(u: Tensor, gradient: Tensor, memory: Memory, o: Mapping[str, Any]) -> Tensor:
+def _soap(
+    u: Tensor, gradient: Tensor, memory: Memory, o: Mapping[str, Any], rounded: Callable[[Tensor], Tensor]
+) -> Tensor:
     """The preconditioned look-ahead, and the basis of the next step.
 
     Covariances and bases are in fp32, as the state keeps them: the eigenvectors of a singular covariance depend on its
@@ -190,7 +194,7 @@ def _soap(u: Tensor, gradient: Tensor, memory: Memory, o: Mapping[str, Any]) -> 
     x = u
     if steps:
         left, right = memory["row_basis"].to(u), memory["column_basis"].to(u)
-        p = left.T @ u @ right
+        p = rounded(left.T @ u @ right)
         v = beta2 * memory.get("projected_second_moment", 0.0) + (1 - beta2) * p * p
         memory["projected_second_moment"] = v
         x = left @ (p / (v.sqrt() + 1e-8)) @ right.T
@@ -199,7 +203,8 @@ def _soap(u: Tensor, gradient: Tensor, memory: Memory, o: Mapping[str, Any]) -> 
         return x
     g = gradient.float()
     for name, basis, outer in (
-        ("row_covariance", "row_basis", g @ g.T), ("column_covariance", "column_basis", g.T @ g)
+        ("row_covariance", "row_basis", rounded(g @ g.T)),
+        ("column_covariance", "column_basis", rounded(g.T @ g)),
     ):  # fmt: skip
         covariance = memory.setdefault(name, torch.zeros_like(outer))
         covariance.lerp_(outer, 1 - beta2)
