@@ -114,10 +114,11 @@ def train(
     streams.outlive_readers()
     from muon_dist.config import load_config
 
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        settings = load_config(config, overrides or [])
+        settings = load_config(config, overrides or [], reads_text=first)
     except MuonDistError as error:
-        error.reported_elsewhere = os.environ.get("RANK", "0") != "0"
+        error.reported_elsewhere = not first
         raise
     from muon_dist.train.run import train as run  # seconds, so after the configuration is known to be right
 
@@ -129,7 +130,7 @@ def tokenizer(config: ConfigPath, overrides: Overrides = None, overwrite: Overwr
     """Train the tokenizer on the configuration's text and save it for AutoTokenizer."""
     from muon_dist.config import load_config
 
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, overrides or [], reads_text=True)
     from muon_dist.train import corpus  # seconds, so after the configuration is known to be right
 
     info = corpus.make_tokenizer(settings, overwrite)
@@ -149,7 +150,7 @@ def prepare(
     """Turn the configuration's text into token shards. Existing shards are kept if their inputs have not changed."""
     from muon_dist.config import load_config
 
-    settings = load_config(config, overrides or [])
+    settings = load_config(config, overrides or [], reads_text=True)
     from muon_dist.train import corpus  # seconds, so after the configuration is known to be right
 
     manifest = corpus.prepare(settings, overwrite, verify)

@@ -33,6 +33,23 @@ def contradictions(config: Config) -> Found:
     yield from packing_problems(config.parts, config.parallel, config.model, config.deepspeed is not None)
 
 
+def missing_text(config: Config) -> Found:
+    """Local sources that are not there, while no tokens are prepared either. URLs and the hub are not asked."""
+    from muon_dist.data.storage import is_there, is_url  # imports numpy, for which --help should not wait
+
+    if (Path(config.data.dir) / "tokens").exists():
+        return
+    data = config.data
+    own: list[tuple[Keys, str | tuple[str, ...] | None]] = [(("data", "path"), data.path)]
+    listed = data.sources if data.path is None else ()
+    for name, sources in (("sources", listed), ("validation_sources", data.validation_sources)):
+        own += [(("data", name, index, "path"), source.path) for index, source in enumerate(sources)]
+    for keys, paths in own:
+        for path in (paths,) if isinstance(paths, str) else paths or ():
+            if not is_url(path) and not is_there(Path(path)):
+                yield keys, f"{path}: no such file or folder"
+
+
 def _guards(config: Config) -> Found:
     guards = config.guards
     if guards.spike != "off" and config.optimizer.name != "muon":

@@ -162,9 +162,19 @@ def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
     return found
 
 
+def is_there(root: Path) -> bool:
+    """Whether a local path of a source leads to anything: a file, a folder, a pattern or the prefix of token files."""
+    return root.exists() or _prefix(root).is_file() or _GLOB.search(str(root)) is not None
+
+
+def _prefix(root: Path) -> Path:
+    """The file beside a path that is the prefix by which Megatron names a pair of files."""
+    return root.with_name(root.name + ".idx")
+
+
 def _find_local(root: Path) -> list[DataFile]:
-    if not root.exists() and root.with_name(root.name + ".idx").is_file():
-        root = root.with_name(root.name + ".idx")  # the prefix by which Megatron names a pair of files
+    if not root.exists() and _prefix(root).is_file():
+        root = _prefix(root)
     if not root.exists() and _GLOB.search(str(root)):
         matches = sorted(Path(name) for name in glob.glob(str(root), recursive=True))
         files = [match for match in matches if match.is_file()]

@@ -175,3 +175,24 @@ def test_trainer_values(tmp_path: Path, value: str, expected: str | None) -> Non
         with pytest.raises(ConfigError) as caught:
             load_config(path, [f"trainer.{value}"])
         assert expected in str(caught.value)
+
+
+def test_text_that_is_not_there(tmp_path: Path) -> None:
+    """Said with its key before torch is imported; not where tokens are prepared, and not by what reads no text."""
+    path, gone, data = tmp_path / "c.yaml", tmp_path / "gone", tmp_path / "data"
+    path.write_text(MINIMAL)
+    (tmp_path / "pair.idx").touch()
+    there = [str(tmp_path / "pair"), str(tmp_path / "*.txt"), "s3://bucket/gone"]
+    sources = f"data.sources=[{{path: {there}}}, {{path: [{path}, {gone}]}}]"
+    listed = [f"data.dir={data}", sources, f"data.validation_sources=[{{path: {gone}}}]"]
+    with pytest.raises(ConfigError) as error:
+        load_config(path, listed, reads_text=True)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert any(f"data.sources.1.path: {gone}: no such file or folder" in line for line in lines)
+    assert any(f"data.validation_sources.0.path: {gone}: no such file or folder" in line for line in lines)
+    with pytest.raises(ConfigError, match=r"data.path: .*gone: no such file or folder"):
+        load_config(path, [f"data.dir={data}", f"data.path={gone}"], reads_text=True)
+    load_config(path, listed)
+    (data / "tokens").mkdir(parents=True)
+    load_config(path, listed, reads_text=True)
