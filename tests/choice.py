@@ -34,7 +34,9 @@ def mark_the_others_slow(items: Iterable[Any]) -> None:
         if item.get_closest_marker("each_choice") is not None:
             functions.setdefault((item.parent.nodeid, item.originalname), []).append(item)
     for cases in functions.values():
-        chosen = set(each_choice([case.callspec.indices for case in cases]))
+        chosen = set(
+            each_choice([{name: str(value) for name, value in case.callspec.params.items()} for case in cases])
+        )
         for number, case in enumerate(cases):
             if number not in chosen:
                 case.add_marker(pytest.mark.slow)
