@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from muon_dist.errors import ConfigError
 from muon_dist.layout import cut_parameter
 from muon_dist.optim.frameworks import loaded_checks
+from muon_dist.optim.other_names import refuse_arguments
 from muon_dist.optim.rules import RULES
 from muon_dist.optim.rules.entries import Splits, group_rules, override_rules, split_rules
 from muon_dist.ownership.partition_order import partition_order
@@ -46,6 +47,7 @@ def param_groups(
     table: RoutingTable | None = None,
     partitions: int | None = None,
     groups: Entries = (),
+    **unknown: NoReturn,
 ) -> list[dict[str, Any]]:
     """The parameter groups of a model, for `Muon`.
 
@@ -67,15 +69,18 @@ def param_groups(
             `split` ({"heads": N}, {"sizes": [...]} or "heads"). The first entry that matches a parameter decides;
             options that it leaves out have their normal value. `lr` and `weight_decay` apply to all matches, of Muon
             and AdamW, biases and norms included; `rule`, `scale` and `split` apply to Muon's only.
+        unknown: there are no other arguments; the error says what to write for those of other optimizers.
 
     Returns:
         Dicts with `params`, `param_names` (FQNs), `name`, `algorithm`, for Muon `cuts`, and the options given.
 
     Raises:
-        ConfigError: an entry has an unknown key, or a value that cannot be used.
+        ConfigError: an unknown argument, or an entry has an unknown key or a value that cannot be used.
         RoutingError: no parameter goes to Muon, or an entry does not fit its parameters.
         FrameworkError: a framework has already replaced or flattened the parameters.
     """
+    if unknown:
+        refuse_arguments("param_groups", unknown, ["param_groups"])
     parameters = dict(model.named_parameters(remove_duplicate=False))
     check_parameters(model)
     made = routing_for(model, overrides, splits, groups, table)
