@@ -33,7 +33,31 @@ def contradictions(config: Config) -> Found:
     yield from packing_problems(config.parts, config.parallel, config.model, config.deepspeed is not None)
 
 
-def missing_text(config: Config) -> Found:
+def missing_files(config: Config) -> Found:
+    """Files and folders that the configuration names and that are not there."""
+    yield from _missing_text(config)
+    if config.tokenizer.path is not None and not Path(config.tokenizer.path).exists():
+        yield (
+            ("tokenizer", "path"),
+            f"{config.tokenizer.path}: no such folder. A tokenizer of the hub must be downloaded first: hf download "
+            "NAME --local-dir FOLDER",
+        )
+    start = config.model.get("init_from")
+    if isinstance(start, str) and not Path(start).exists():
+        yield (
+            ("model", "init_from"),
+            f"{start}: no such folder. A model of the hub must be downloaded first: hf download NAME --local-dir "
+            "FOLDER",
+        )
+    if isinstance(config.deepspeed, str) and not Path(config.deepspeed).is_file():
+        yield (
+            ("deepspeed",),
+            f"{config.deepspeed}: no such file. Name a JSON file, such as configs/deepspeed/zero2.json, or write the "
+            "settings here",
+        )
+
+
+def _missing_text(config: Config) -> Found:
     """Local sources that are not there, while no tokens are prepared either. URLs and the hub are not asked."""
     from muon_dist.data.storage import is_there, is_url  # imports numpy, for which --help should not wait
 

@@ -207,6 +207,12 @@ def test_malformed_files(tmp_path: Path, raw: bytes, expected: str) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     assert errors(tmp_path / "run.yaml") == ["run.yaml: no such file"]
+    assert errors(tmp_path) == [f"{tmp_path.name}: not a file"]
+    (tmp_path / "runs.yaml").touch()
+    assert errors(tmp_path / "run.yaml") == ["run.yaml: no such file; did you mean runs.yaml?"]
+    assert errors(tmp_path) == [
+        f"{tmp_path.name}: not a file; name a YAML file in it, such as {tmp_path.name}/runs.yaml"
+    ]
     with pytest.raises(ConfigError, match="not a file"):
         load_config(tmp_path)
 
