@@ -86,8 +86,8 @@ def _guards(config: Config) -> Found:
     if guards.watchdog_seconds is not None and guards.watchdog_seconds >= timeout:
         yield (
             ("guards", "watchdog_seconds"),
-            f"is {guards.watchdog_seconds:g} and trainer.ddp_timeout is {timeout}, whose end comes first and names "
-            "nothing: set it lower",
+            f"is {guards.watchdog_seconds:g} and trainer.ddp_timeout is {timeout}: the run would end before the "
+            "watchdog names the slow rank. Set watchdog_seconds below ddp_timeout",
         )
 
 
@@ -101,14 +101,14 @@ def _tokenizer_and_data(config: Config) -> Found:
     if tokenizer.path is None and tokenizer.vocab_size is None:
         yield ("tokenizer", "vocab_size"), "is null and so is tokenizer.path: set one of them"
     if data.path is None and data.text_field != "text":
-        yield ("data", "text_field"), "is of data.path, which is not set: set data.sources.0.text_field"
+        yield ("data", "text_field"), "belongs to data.path, which is not set: set data.sources.0.text_field instead"
     if not data.chosen:
         yield ("data", "sources"), "is empty: name a source, for instance {builtin: stdlib}"
     if tokenizer.path is not None:
         for name in sorted(n for n in ("special_tokens", "split_digits") if getattr(tokenizer, n)):
             yield (
                 ("tokenizer", name),
-                f"is for a tokenizer that is trained, and tokenizer.path is {tokenizer.path}: remove one of them",
+                f"needs a tokenizer that is trained here, but tokenizer.path is {tokenizer.path}: remove one of them",
             )
     yield from _outputs_among_data(config)
     for index, source in enumerate(data.sources if data.path is None else ()):
@@ -197,7 +197,7 @@ def _optimizer(config: Config) -> Found:
     for index, own in enumerate(muon_of_parts(muon.model_dump(), config.curriculum)[1:]):
         keys: Keys = ("curriculum", index, "optimizer", "muon")
         if changes_rule(config.curriculum[index]) and config.optimizer.name != "muon":
-            yield keys, f"is of Muon, and optimizer.name is {config.optimizer.name}: leave it out"
+            yield keys, f"belongs to Muon, but optimizer.name is {config.optimizer.name}: leave it out"
         else:
             yield from _muon(keys, MuonConfig(**own))
     yield from _low_precision(config)
@@ -215,7 +215,9 @@ def _optimizer(config: Config) -> Found:
 def _low_precision(config: Config) -> Found:
     muon = config.optimizer.muon
     if muon.master_weights and muon.stochastic_rounding:
-        problem = "and optimizer.muon.master_weights are both on: masters lose nothing, so leave one out"
+        problem = (
+            "and optimizer.muon.master_weights are both on: set one of them to false (masters need no random rounding)"
+        )
         yield ("optimizer", "muon", "stochastic_rounding"), problem
     for name in ("master_weights", "stochastic_rounding"):
         if getattr(muon, name) and config.optimizer.name == "adamw":
@@ -225,7 +227,7 @@ def _low_precision(config: Config) -> Found:
 
 def _qk_clip(config: Config) -> Found:
     if config.optimizer.qk_clip is not None and config.optimizer.name != "muon":
-        yield ("optimizer", "qk_clip"), f"belongs to Muon, and optimizer.name is {config.optimizer.name}: leave it out"
+        yield ("optimizer", "qk_clip"), f"belongs to Muon, but optimizer.name is {config.optimizer.name}: leave it out"
 
 
 def _muon(keys: Keys, muon: MuonConfig) -> Found:
@@ -343,15 +345,18 @@ def _parallel(config: Config) -> Found:
             yield ("parallel", name), f"is {getattr(block, name)} and deepspeed is set: {instead[name]}"
         size = deepspeed.get("sequence_parallel_size", block.sp) if isinstance(deepspeed, dict) else block.sp
         if size != block.sp:
-            yield ("parallel", "sp"), f"is {block.sp}, but deepspeed.sequence_parallel_size is {size}: set both alike"
+            yield (
+                ("parallel", "sp"),
+                f"is {block.sp}, but deepspeed.sequence_parallel_size is {size}: set both to the same number",
+            )
     elif block.sp > 1:
         yield (
             ("parallel", "sp"),
-            f"is {block.sp} and deepspeed is null: Ulysses is DeepSpeed's: set deepspeed, for instance to "
-            "configs/deepspeed/zero1.json, or set parallel.cp instead, on GPUs",
+            f"is {block.sp} and deepspeed is null: sequence parallelism (Ulysses) needs DeepSpeed. Set deepspeed, for "
+            "instance to configs/deepspeed/zero1.json; or, on GPUs, set parallel.cp instead",
         )
     for first, second in (("cp", "sp"), ("cp", "tp"), ("cp", "ep")):
         if getattr(block, first) > 1 and getattr(block, second) > 1:
             yield ("parallel", first), f"and parallel.{second} are both above 1: no library has both; keep one of them"
     if config.model.get("partitioned_init") and deepspeed is None:
-        yield ("model", "partitioned_init"), "is ZeRO-3's, and parallel is set without deepspeed: remove it"
+        yield ("model", "partitioned_init"), "needs DeepSpeed's ZeRO-3, but deepspeed is not set: remove it"

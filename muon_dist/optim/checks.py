@@ -77,8 +77,8 @@ def check_group(group: Group, where: str) -> None:
 def unplanned(p: torch.Tensor, index: int) -> LayoutError:
     """The error for a tensor of a Muon group that came in by itself."""
     return LayoutError(
-        f"a tensor of shape {tuple(p.shape)} in group {index} is not one that the plan was made for: parameters may "
-        "not be replaced after the first step. To add some, call add_param_group"
+        f"group {index} has a tensor of shape {tuple(p.shape)} that is not one that the plan was made for: parameters "
+        "must not be replaced after the first step. To add parameters, call add_param_group"
     )
 
 
@@ -138,7 +138,7 @@ def check_changed(groups: Sequence[Group], kinds: Sequence[Kind]) -> None:
                 was, now = (sorted(x) if isinstance(x, frozenset) else x for x in (was, now))
                 raise ConfigError(
                     f"group {group.get('name', index)}: {key} was {was!r} when the optimizer was made, and is {now!r} "
-                    "now. The state belongs to the former: set it back, or make a new optimizer. lr, weight_decay, "
+                    "now. The optimizer's state belongs to the first value: set it back, or make a new optimizer. lr, weight_decay, "
                     "momentum, scale and the values in rule_options may change at any time"
                 )
         check_group(group, f"group {group.get('name', index)}")

@@ -346,7 +346,7 @@ def test_own_text_takes_the_place_of_the_sources_and_comes_back(tmp_path: Path) 
     assert [(source.path, source.text_field) for source in config.data.chosen] == [("mine/$", "a.b")]
     assert load_config(write(tmp_path, config.to_yaml(), "again.yaml")) == config
     (line,) = errors(path, "data.text_field=body")
-    assert "data.text_field: is of data.path" in line and "data.sources.0.text_field" in line
+    assert "data.text_field: belongs to data.path" in line and "data.sources.0.text_field" in line
 
 
 def test_yaml_as_people_write_it(tmp_path: Path) -> None:
