@@ -138,7 +138,7 @@ def check_changed(groups: Sequence[Group], kinds: Sequence[Kind]) -> None:
                 was, now = (sorted(x) if isinstance(x, frozenset) else x for x in (was, now))
                 raise ConfigError(
                     f"group {group.get('name', index)}: {key} was {was!r} when the optimizer was made, and is {now!r} "
-                    "now. The optimizer's state belongs to the first value: set it back, or make a new optimizer. lr, weight_decay, "
-                    "momentum, scale and the values in rule_options may change at any time"
+                    "now. The optimizer's state belongs to the first value: set it back, or make a new optimizer. lr, "
+                    "weight_decay, momentum, scale and the values in rule_options may change at any time"
                 )
         check_group(group, f"group {group.get('name', index)}")

@@ -195,7 +195,7 @@ def groups_of(params: Any, groups: Entries) -> Any:
 
 
 def check_parameters(model: nn.Module) -> None:
-    """Raise FrameworkError for a parameter of which a framework has already made something that Muon cannot step."""
+    """Raise FrameworkError for a parameter that a framework has replaced by something that Muon cannot step."""
     for check in loaded_checks():
         for fqn, p in model.named_parameters():
             check(fqn, p)
