@@ -112,7 +112,7 @@ class Maxima:
             whole = len(seen) == layer.heads  # also where a mesh does not cut a fused projection
             if not whole and len(seen) * shares != layer.heads:
                 raise FrameworkError(
-                    f"qk_clip: {layer.name} has {layer.heads} heads on {shares} ranks, and this rank sees {len(seen)}. "
+                    f"qk_clip: {layer.name} has {layer.heads} heads on {shares} ranks, and this one sees {len(seen)}. "
                     "Under tensor or sequence parallelism use MuonTrainer, which knows which heads each rank has"
                 )
             at = start if whole else start + share * len(seen)

@@ -168,7 +168,7 @@ def _of_model_parallelism(engine: DeepSpeedEngine) -> Iterator[str]:
     if tensor:
         for name, module in engine.module.named_modules():
             if isinstance(module, (conv_LinearLayer, Conv_LinearALlreduce)):
-                yield f"AutoTP of {name}, a Conv1D, because AutoTP describes its cut wrongly: leave tensor_parallel out"
+                yield f"AutoTP of {name}, a Conv1D, because AutoTP describes its cut wrong: leave tensor_parallel out"
 
 
 def check_expert_groups(engine: DeepSpeedEngine) -> None:
@@ -182,8 +182,8 @@ def check_expert_groups(engine: DeepSpeedEngine) -> None:
             if dist.get_process_group_ranks(copies) != over:
                 raise FrameworkError(
                     f"group {index} of Muon is cut over ranks {over}, but some of its parameters have copies on ranks "
-                    f"{dist.get_process_group_ranks(copies)}. The experts of each ep_size of DeepSpeed's MoE layers need groups of their own: create Muon from "
-                    "muon_dist.param_groups(model), which makes these groups"
+                    f"{dist.get_process_group_ranks(copies)}. The experts of each ep_size of DeepSpeed's MoE layers "
+                    "need groups of their own: create Muon from muon_dist.param_groups(model), which makes these groups"
                 )
 
 
