@@ -183,7 +183,7 @@ def check_expert_groups(engine: DeepSpeedEngine) -> None:
                 raise FrameworkError(
                     f"group {index} of Muon is cut over ranks {over}, but some of its parameters have copies on ranks "
                     f"{dist.get_process_group_ranks(copies)}. The experts of each ep_size of DeepSpeed's MoE layers "
-                    "need groups of their own: create Muon from muon_dist.param_groups(model), which makes these groups"
+                    "need groups of their own: create Muon from muon_dist.param_groups(model), which makes them"
                 )
 
 
