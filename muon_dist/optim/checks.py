@@ -14,7 +14,7 @@ from muon_dist.numerics import compute_dtype, get_schedule
 from muon_dist.optim.other_names import RENAMED, UNNEEDED
 from muon_dist.optim.rules import Group
 from muon_dist.optim.rules.choice import closest
-from muon_dist.optim.rules.entries import ALGORITHMS, check_not_negative, check_number, refuse_unknown
+from muon_dist.optim.rules.entries import ALGORITHMS, check_flag, check_not_negative, check_number, refuse_unknown
 from muon_dist.optim.rules.scale import update_scale
 
 _OWN = {"params", "param_names", "name", "algorithm", "cuts", "rule", "rule_options", "moe"}
@@ -64,6 +64,7 @@ def check_group(group: Group, where: str) -> None:
         return
     if not 0 <= check_number(group, "momentum", where) < 1:
         raise ConfigError(f"{where}: momentum is {group['momentum']}: it must be in [0, 1)")
+    check_flag(group, "nesterov", where)
     if not isinstance(group["ns_steps"], int) or isinstance(group["ns_steps"], bool):
         raise ConfigError(f"{where}: ns_steps is {group['ns_steps']!r}: it must be a whole number")
     schedule = get_schedule(group["ns_schedule"])

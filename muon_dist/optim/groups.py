@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -81,8 +81,8 @@ def param_groups(
     """
     if unknown:
         refuse_arguments("param_groups", unknown, ["param_groups"])
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     check_parameters(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     made = routing_for(model, overrides, splits, groups, table)
     table = made if table is not None else announce(made)
     adamw_lr = lr if adamw_lr is None else adamw_lr
@@ -175,6 +175,7 @@ def routing_table(
         ConfigError: an entry has an unknown key, or a value that cannot be used.
         RoutingError: a pattern is malformed or matches nothing, or a rule does not fit.
     """
+    check_model(model)
     return fold(table_of(model, override_rules(overrides), split_rules(splits), group_rules(groups, None)))
 
 
@@ -191,11 +192,28 @@ def groups_of(params: Any, groups: Entries) -> Any:
             "groups goes by the names of a model's parameters, but params are not a model: write Muon(model, "
             "groups=...), or Muon(muon_dist.param_groups(model, groups=...))"
         )
+    if not isinstance(params, Iterable):
+        raise ConfigError(f"params is {params!r}: pass a model, or muon_dist.param_groups(model)")
     return params
 
 
+def check_model(model: nn.Module) -> None:
+    """Raise ConfigError for anything but a model, such as its parameters: routing needs names and modules."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the model is needed, and this is a {type(model).__name__}: write param_groups(model), not "
+            "param_groups(model.parameters())"
+        )
+
+
 def check_parameters(model: nn.Module) -> None:
-    """Raise FrameworkError for a parameter that a framework has replaced by something that Muon cannot step."""
+    """Check the parameters before they are routed.
+
+    Raises:
+        ConfigError: `model` is not a model.
+        FrameworkError: a framework has replaced a parameter by something that Muon cannot step.
+    """
+    check_model(model)
     for check in loaded_checks():
         for fqn, p in model.named_parameters():
             check(fqn, p)

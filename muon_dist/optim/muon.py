@@ -156,7 +156,7 @@ class Muon(StateDicts):
         )  # fmt: skip
         self.guard = StepGuard(max_nonfinite)
         self.progress = Progress()
-        self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
+        self.diagnostics = Diagnostics.of(diagnostics)
         self.audit = _audit(audit)
         self.specs: list[list[ParameterSpec]] = []
         self.algorithms: list[str] = []
@@ -373,8 +373,10 @@ class Muon(StateDicts):
 
 def _audit(given: Audit | Mapping[str, Any] | None) -> Audit | None:
     """The argument `audit` as an object. Raises ConfigError for a setting that cannot be used."""
-    if not isinstance(given, Mapping):
-        return given
+    if given is None:
+        return None
     from muon_dist.audit.auditor import Audit  # it imports modules of this package
 
-    return Audit(given)
+    if not isinstance(given, (Audit, Mapping)):
+        raise ConfigError(f'audit is {given!r}: give a dict such as {{"every": 20}}, or an Audit')
+    return Audit(given) if isinstance(given, Mapping) else given
