@@ -29,6 +29,13 @@ class SettingsCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+def existing(path: Path) -> Path:
+    """`path` of a configuration or a run, if there is such a file or folder; ConfigError otherwise."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file or folder: name a configuration, or run folders")
+    return path
+
+
 def existing_run(path: Path) -> Path:
     """`path`, if there is such a file or folder; CheckpointError otherwise."""
     if not path.exists():

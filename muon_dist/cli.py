@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from muon_dist import failures, streams
-from muon_dist.arguments import SettingsCommand, existing_checkpoint, existing_run, existing_runs
+from muon_dist.arguments import SettingsCommand, existing, existing_checkpoint, existing_run, existing_runs
 from muon_dist.audit.cli import verify as verify_run
 from muon_dist.bench.cli import app as bench
 from muon_dist.defaults import PROMPT, TEMPERATURE, TOP_K
@@ -269,7 +269,7 @@ def export(
 
 @app.command(cls=SettingsCommand)
 def compare(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run folder.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", callback=existing, help="YAML file or run folder.")],
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[KEY=VALUE|RUN]...", help="Settings to change, or more run folders."),
@@ -280,8 +280,6 @@ def compare(
     output: Annotated[Path, typer.Option(help="Folder for the runs and the table.")] = Path("results/compare"),
 ) -> None:
     """Two or more run folders side by side; or, for one configuration, Muon against AdamW, each at its best rate."""
-    if not config.exists():
-        raise ConfigError(f"{config}: no such file or folder: name a configuration, or run folders")
     _quiet()
     from muon_dist.train.compare import compare as compared
 

@@ -172,9 +172,9 @@ def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     Raises ConfigError that names an unknown one and what to write instead, what the update rule does not have, or what
     is wrong with an entry of `groups`, `overrides` or `splits`.
     """
-    refuse_arguments("arguments for Muon", kwargs, ["Muon", "param_groups"], also=["print_routing"])
     for_groups = arguments_of(param_groups)
     for_muon = arguments_of(Muon) - {"groups"}  # by name: of the model
+    refuse_arguments("arguments for Muon", kwargs, for_groups | for_muon | {"print_routing"})
     of_muon = {k: v for k, v in kwargs.items() if k in for_muon}
     check_options({"rule": "muon", "rule_options": {}, **{k: v for k, v in of_muon.items() if v is not None}})
     group_rules(kwargs.get("groups", ()), kwargs.get("rule", "muon"))

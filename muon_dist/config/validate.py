@@ -9,6 +9,7 @@ from pathlib import Path
 
 from muon_dist.config.curriculum import changes_rule, curriculum_problems, muon_of_parts, packing_problems
 from muon_dist.config.data import SourceConfig
+from muon_dist.config.paths import is_there, is_url
 from muon_dist.config.schema import Config, GroupConfig, MuonConfig
 from muon_dist.config.source import Keys
 from muon_dist.config.trainer import DECIDED_ELSEWHERE
@@ -59,8 +60,6 @@ def missing_files(config: Config) -> Found:
 
 def _missing_text(config: Config) -> Found:
     """Local sources that are not there, while no tokens are prepared either. URLs and the hub are not asked."""
-    from muon_dist.data.storage import is_there, is_url  # imports numpy, for which --help should not wait
-
     if (Path(config.data.dir) / "tokens").exists():
         return
     data = config.data

@@ -12,7 +12,7 @@ from torch import nn
 from muon_dist.errors import ConfigError
 from muon_dist.layout import cut_parameter
 from muon_dist.optim.frameworks import loaded_checks
-from muon_dist.optim.other_names import refuse_arguments
+from muon_dist.optim.other_names import arguments_of, refuse_arguments
 from muon_dist.optim.rules import RULES
 from muon_dist.optim.rules.entries import Splits, group_rules, override_rules, split_rules
 from muon_dist.ownership.partition_order import partition_order
@@ -80,7 +80,7 @@ def param_groups(
         FrameworkError: a framework has already replaced or flattened the parameters.
     """
     if unknown:
-        refuse_arguments("param_groups", unknown, ["param_groups"])
+        refuse_arguments("param_groups", unknown, arguments_of(param_groups), "Muon")
     check_parameters(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     made = routing_for(model, overrides, splits, groups, table)

@@ -33,11 +33,11 @@ from muon_dist.optim.copies import MUON, packed, unpack
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.frameworks import loaded_binders
 from muon_dist.optim.gathered import carried
-from muon_dist.optim.groups import Entries, groups_of
+from muon_dist.optim.groups import Entries, groups_of, param_groups
 from muon_dist.optim.guard import StepGuard, parameter_names
 from muon_dist.optim.low_precision import prepare
 from muon_dist.optim.options import DEFAULT_GROUP, Options, check_process_group, read_group
-from muon_dist.optim.other_names import refuse_arguments
+from muon_dist.optim.other_names import arguments_of, refuse_arguments
 from muon_dist.optim.planning import agreed_plan, plain_binding, replaced_groups
 from muon_dist.optim.replicas import check_alike
 from muon_dist.optim.rules import MuonRule
@@ -147,7 +147,7 @@ class Muon(StateDicts):
         **unknown: NoReturn,
     ) -> None:
         if unknown:
-            refuse_arguments("Muon", unknown, ["Muon"])
+            refuse_arguments("Muon", unknown, arguments_of(Muon), "param_groups", arguments_of(param_groups))
         check_process_group(process_group)
         self.process_group = process_group
         self._options = Options(

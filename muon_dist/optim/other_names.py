@@ -7,7 +7,7 @@ Emerging-Optimizers.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 from muon_dist.errors import ConfigError
@@ -78,34 +78,33 @@ def arguments_of(function: Callable[..., Any]) -> set[str]:
     return {p.name for p in rest if p.kind is not p.VAR_KEYWORD}
 
 
-def refuse_arguments(what: str, unknown: Iterable[str], functions: Iterable[str], also: Iterable[str] = ()) -> None:
-    """Raise ConfigError for the first of the `unknown` keyword arguments, with what to write instead.
+def refuse_arguments(
+    what: str, unknown: Iterable[str], known: Set[str], elsewhere: str = "", there: Set[str] = frozenset()
+) -> None:
+    """Raise ConfigError for the first of the keyword arguments that is not `known`, with what to write instead.
 
     Args:
         what: begins the message: the function that was called.
-        functions: "Muon", "param_groups", or both: whose arguments it takes.
-        also: further arguments that it takes.
+        elsewhere: the function that has the other arguments.
+        there: those of its arguments that are known.
     """
-    import muon_dist  # late: it gives the classes that import this module
-
-    homes = {name: of for of in ("Muon", "param_groups") for name in arguments_of(getattr(muon_dist, of))}
-    known = {name for of in functions for name in arguments_of(getattr(muon_dist, of))} | set(also)
     for name in unknown:
         if name not in known:
-            raise ConfigError(f"{what}: {_advice(name, known, homes)}")
+            raise ConfigError(f"{what}: {_advice(name, known, elsewhere, there)}")
 
 
-def _advice(name: str, known: set[str], homes: Mapping[str, str]) -> str:
-    """What is wrong with an argument, and what to write. homes: argument -> the function that has it."""
-    if name in homes:
-        return f"'{name}' is an argument of {homes[name]}: pass it to {homes[name]}"
+def _advice(name: str, known: Set[str], elsewhere: str, there: Set[str]) -> str:
+    if name in there:
+        return f"'{name}' is an argument of {elsewhere}: pass it to {elsewhere}"
     if name in UNNEEDED:
         return f"'{name}' is an argument of another optimizer: {UNNEEDED[name]}"
     if name in RENAMED:
         ours, value = RENAMED[name]
-        place = "" if ours in known else f"in {homes[ours]} "
+        place = "" if ours in known else f"in {elsewhere} "
         return f"'{name}' is an argument of another optimizer: {place}write {ours}={value or '...'}"
-    close = closest(name, known | set(homes))
-    place = f" (an argument of {homes[close]})" if close is not None and close not in known else ""
-    meant = f"did you mean '{close}'{place}?" if close else f"known are {', '.join(sorted(known))}"
-    return f"argument '{name}' is unknown: {meant}"
+    close = closest(name, known | there)
+    if close is not None:
+        place = f" (an argument of {elsewhere})" if close not in known else ""
+        return f"argument '{name}' is unknown: did you mean '{close}'{place}?"
+    more = f"; other options are arguments of {elsewhere}" if elsewhere else ""
+    return f"argument '{name}' is unknown: known are {', '.join(sorted(known))}{more}"

@@ -113,7 +113,7 @@ optimizer:
         (["parallel={cp: 2, ep: 2}"], "parallel.cp: and parallel.ep", "no library has both"),
         (["parallel={cp: 2, sp: 2}", "deepspeed=ds.json"], "parallel.cp: is 2 and deepspeed", "set parallel.sp"),
         (["parallel.dp_replicate=2", "deepspeed=ds.json"], "parallel.dp_replicate: is 2 and deepspeed", "ZeRO stage"),
-        (["parallel={}", "model.partitioned_init=true"], "model.partitioned_init: is ZeRO-3's", "parallel is set"),
+        (["parallel={}", "model.partitioned_init=true"], "model.partitioned_init: needs", "deepspeed is not set"),
         (["trainer.parallelism_config=null"], "trainer.parallelism_config: is decided by parallel", "set that"),
         (["deepspeed.optimizer.type=Adam"], "deepspeed.optimizer: ", "optimizer.name = muon"),
         (["deepspeed={bf16: {enabled: true}}"], "deepspeed.bf16.enabled: is true", "trainer.bf16 is false"),
