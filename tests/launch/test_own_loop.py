@@ -6,11 +6,12 @@ import contextlib
 import io
 import os
 import re
+import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import run_ranks
@@ -39,10 +40,11 @@ def follow(folder: str, text: str) -> tuple[dict[str, torch.Tensor], str]:
     """Run the file in `folder`; its weights at the end, whole, and what it printed."""
     os.makedirs(folder, exist_ok=True)
     os.chdir(folder)
-    names: dict[str, Any] = {"__name__": "train"}
+    file = Path(f"train-{dist.get_rank()}.py")
+    file.write_text(text)  # a file, because routing reads the source of `forward`
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        exec(text, names)
+        names = runpy.run_path(str(file))
     weights = {
         name.removeprefix("module."): (p.full_tensor() if isinstance(p, DTensor) else p).detach().float().clone()
         for name, p in names["model"].named_parameters()
@@ -58,7 +60,7 @@ def test_it_continues_on_another_number_of_ranks(root: Path, tmp_path: Path, sha
     continued, said = run_ranks(follow, 3, split, code(root, sharding, dtype, 20))[0]
     assert re.findall(r"^step (\d+)", said, re.MULTILINE)[0] == "11"
     expected, _ = run_ranks(follow, 3, whole, code(root, sharding, dtype, 20))[0]
-    # sums over 2 and 3 ranks are rounded differently; bfloat16 gradients have 8 bits
-    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    # Sums over 2 and 3 ranks are rounded differently. A bfloat16 gradient has 8 bits, and AdamW makes full steps of them.
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
     for name, weight in expected.items():
-        torch.testing.assert_close(continued[name], weight, rtol=tolerance, atol=tolerance)
+        assert (continued[name] - weight).norm() <= tolerance * weight.norm(), name
