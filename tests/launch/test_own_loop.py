@@ -60,7 +60,7 @@ def test_it_continues_on_another_number_of_ranks(root: Path, tmp_path: Path, sha
     continued, said = run_ranks(follow, 3, split, code(root, sharding, dtype, 20))[0]
     assert re.findall(r"^step (\d+)", said, re.MULTILINE)[0] == "11"
     expected, _ = run_ranks(follow, 3, whole, code(root, sharding, dtype, 20))[0]
-    # Sums over 2 and 3 ranks are rounded differently. A bfloat16 gradient has 8 bits, and AdamW makes full steps of them.
+    # Sums over 2 and 3 ranks are rounded differently. AdamW makes full steps of bfloat16 gradients, which have 8 bits.
     tolerance = 1e-5 if dtype == "float32" else 1e-2
     for name, weight in expected.items():
         assert (continued[name] - weight).norm() <= tolerance * weight.norm(), name
