@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from muon_dist import failures, streams
-from muon_dist.arguments import existing_run, existing_runs
+from muon_dist.arguments import SettingsCommand, existing, existing_checkpoint, existing_run, existing_runs
 from muon_dist.audit.cli import verify as verify_run
 from muon_dist.bench.cli import app as bench
 from muon_dist.defaults import PROMPT, TEMPERATURE, TOP_K
@@ -96,7 +96,7 @@ def init(
     typer.echo(f"next: cd {shlex.quote(str(folder))} && muon-dist train configs/quickstart.yaml", err=True)
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -116,7 +116,8 @@ def train(
 
     first = os.environ.get("RANK", "0") == "0"
     try:
-        settings = load_config(config, overrides or [], reads_text=first)
+        existing_checkpoint(resume)
+        settings = load_config(config, overrides or [], reads_files=first)
     except MuonDistError as error:
         error.reported_elsewhere = not first
         raise
@@ -125,19 +126,19 @@ def train(
     run(settings, run_dir=run_dir, resume=resume, overwrite=overwrite)
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def tokenizer(config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Train the tokenizer on the configuration's text and save it for AutoTokenizer."""
     from muon_dist.config import load_config
 
-    settings = load_config(config, overrides or [], reads_text=True)
+    settings = load_config(config, overrides or [], reads_files=True)
     from muon_dist.train import corpus  # seconds, so after the configuration is known to be right
 
     info = corpus.make_tokenizer(settings, overwrite)
     typer.echo(f"{info.path}: {info.vocab_size:,} tokens, sha256 {info.sha256}")
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def prepare(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -150,7 +151,7 @@ def prepare(
     """Turn the configuration's text into token shards. Existing shards are kept if their inputs have not changed."""
     from muon_dist.config import load_config
 
-    settings = load_config(config, overrides or [], reads_text=True)
+    settings = load_config(config, overrides or [], reads_files=True)
     from muon_dist.train import corpus  # seconds, so after the configuration is known to be right
 
     manifest = corpus.prepare(settings, overwrite, verify)
@@ -162,7 +163,7 @@ def prepare(
     typer.echo(str(corpus.tokens_folder(settings)))
 
 
-@app.command(name="export-tokens")
+@app.command(name="export-tokens", cls=SettingsCommand)
 def export_tokens(
     config: ConfigPath,
     out: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet.")],
@@ -266,9 +267,9 @@ def export(
     typer.echo(str(out))
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def compare(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run folder.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", callback=existing, help="YAML file or run folder.")],
     overrides: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[KEY=VALUE|RUN]...", help="Settings to change, or more run folders."),

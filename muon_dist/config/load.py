@@ -16,16 +16,16 @@ from muon_dist.config.redact import is_secret, redact
 from muon_dist.config.schema import Config
 from muon_dist.config.source import Document, Keys, Place, Problem, closest, comment_after_value, parse, read
 from muon_dist.config.trainer import trainer_problems, with_switches
-from muon_dist.config.validate import contradictions, missing_text
+from muon_dist.config.validate import contradictions, missing_files
 from muon_dist.errors import ConfigError
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, reads_text: bool = False) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, reads_files: bool = False) -> Config:
     """The configuration in a YAML file, with `base:` files beneath it and dotted overrides on top.
 
     overrides: texts such as `optimizer.muon.lr=0.01`; the value is YAML. Mappings are merged key by key, lists are
     replaced whole; a number in an override's path (`data.sources.0.weight=2`) names an item of a list.
-    reads_text: local sources have to be there, unless tokens are prepared.
+    reads_files: the files and folders that it names have to be there: text, tokenizer, model, DeepSpeed.
 
     Raises ConfigError that lists everything wrong, one line each: file:line (or the override), dotted path, what is
     wrong and the closest key.
@@ -33,10 +33,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, reads_text: 
     document = _with_bases(Path(path), ())
     for text in overrides:
         _override(document, text)
-    return _check(document, reads_text)
+    return _check(document, reads_files)
 
 
-def _check(document: Document, reads_text: bool) -> Config:
+def _check(document: Document, reads_files: bool) -> Config:
     data, problems = document.data, document.problems
     if not document.broken and not isinstance(data, dict):
         problems.append(Problem(document.place(()), (), "holds no settings: a mapping of keys to values is needed"))
@@ -54,7 +54,7 @@ def _check(document: Document, reads_text: bool) -> Config:
         config = _without(data, [keys for keys, _ in found])
     if config is not None:
         found += contradictions(config)
-        found += missing_text(config) if reads_text else ()
+        found += missing_files(config) if reads_files else ()
     # One line for each key: what is not a number is not also a contradiction.
     told = {p.keys for p in problems}
     first = {keys: message for keys, message in reversed(found) if keys not in told}

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from muon_dist.config.paths import is_url
 from muon_dist.data.document import Document, Item, SourceGoneError, row_document
-from muon_dist.data.storage import is_url
 from muon_dist.errors import DataError
 from muon_dist.failures import one_line
 

@@ -207,6 +207,12 @@ def test_malformed_files(tmp_path: Path, raw: bytes, expected: str) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     assert errors(tmp_path / "run.yaml") == ["run.yaml: no such file"]
+    assert errors(tmp_path) == [f"{tmp_path.name}: not a file"]
+    (tmp_path / "runs.yaml").touch()
+    assert errors(tmp_path / "run.yaml") == ["run.yaml: no such file; did you mean runs.yaml?"]
+    assert errors(tmp_path) == [
+        f"{tmp_path.name}: not a file; name a YAML file in it, such as {tmp_path.name}/runs.yaml"
+    ]
     with pytest.raises(ConfigError, match="not a file"):
         load_config(tmp_path)
 
@@ -340,7 +346,7 @@ def test_own_text_takes_the_place_of_the_sources_and_comes_back(tmp_path: Path) 
     assert [(source.path, source.text_field) for source in config.data.chosen] == [("mine/$", "a.b")]
     assert load_config(write(tmp_path, config.to_yaml(), "again.yaml")) == config
     (line,) = errors(path, "data.text_field=body")
-    assert "data.text_field: is of data.path" in line and "data.sources.0.text_field" in line
+    assert "data.text_field: belongs to data.path" in line and "data.sources.0.text_field" in line
 
 
 def test_yaml_as_people_write_it(tmp_path: Path) -> None:
