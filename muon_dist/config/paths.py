@@ -8,7 +8,7 @@ from typing import Any
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}|\$([A-Za-z_][A-Za-z0-9_]*)")
 # Keys of the trainer block that are paths, or may be.
-TRAINER_PATHS = ("resume_from_checkpoint", "fsdp_config", "accelerator_config", "logging_dir")
+TRAINER_PATHS = ("fsdp_config", "accelerator_config", "logging_dir")
 
 
 def expand_path(text: str) -> str:
