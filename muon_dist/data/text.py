@@ -16,8 +16,8 @@ def _checked(data: bytes, path: str, start: int) -> Item:
     """The text as a document, or the error that says where it is not text: not UTF-8, or a zero byte."""
     if (zero := data.find(b"\0")) >= 0:  # a crash leaves them where data were not written; programs write them too
         return DataError(
-            f"{path}: a zero byte at byte offset {start + zero}: the file is damaged or binary. Repair it, or leave it "
-            "out."
+            f"{path}: a zero byte at byte offset {start + zero}: the file is damaged or binary. Repair it, or leave "
+            "it out."
         )
     try:
         data.decode("utf-8")
