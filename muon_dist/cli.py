@@ -305,6 +305,8 @@ def report(
 ) -> None:
     """One self-contained HTML page: curves, spectra, routing, checkpoints, settings of a run; or runs side by side."""
     if len(runs) > 1:
+        if best or step is not None:
+            raise ConfigError("--step and --best choose weights of one run: name one run, or leave them out")
         from muon_dist.report.compare_page import write_compare_page
 
         typer.echo(str(write_compare_page(runs, output)))

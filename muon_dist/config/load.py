@@ -169,6 +169,10 @@ def _override(document: Document, text: str) -> None:
     at: Any = document.data
     for part in parts:
         step: str | int = int(part) if isinstance(at, list) and part.isdecimal() and int(part) < len(at) else part
+        if isinstance(at, list) and isinstance(step, str):
+            there = f"its items are 0 to {len(at) - 1}" if at else "it is empty"
+            document.problems.append(Problem(place, tuple(keys), f"is a list, and has no item {part!r}: {there}"))
+            return
         keys.append(step)
         at = at[step] if isinstance(step, int) else at.get(step) if isinstance(at, dict) else None
     document.problems += [Problem(p.place, (*keys, *p.keys), p.message) for p in read_value.problems]

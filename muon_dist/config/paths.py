@@ -11,7 +11,7 @@ _VARIABLE = re.compile(r"\$\{([^}]*)\}|\$([A-Za-z_][A-Za-z0-9_]*)")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _PATTERN = re.compile(r"[*?\[]")
 # Keys of the trainer block that are paths, or may be.
-TRAINER_PATHS = ("resume_from_checkpoint", "fsdp_config", "accelerator_config", "logging_dir")
+TRAINER_PATHS = ("fsdp_config", "accelerator_config", "logging_dir")
 
 
 def expand_path(text: str) -> str:

@@ -106,6 +106,8 @@ def read(path: Path) -> Document:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return _failed(Place(name), "UTF-16: save it as UTF-8")
         line = raw.count(b"\n", 0, error.start) + 1
         return _failed(Place(name, line), f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}")
     return parse(text, name)

@@ -164,6 +164,8 @@ def _find_local(root: Path) -> list[DataFile]:
         folders = [match for match in matches if match.is_dir() and root.parts[-1] != "**"]
         if not any(file.stat().st_size for file in files):
             only = f", only folders such as {folders[0]}: write {root}/* or {root}/**" if folders else ""
+            if not only and "[" in str(root):
+                only = "; where a name itself holds a bracket, write [[] for it"
             raise SourceGoneError(f"{root}: no non-empty file matches this pattern{only}.")
         if folders and "**" not in root.parts:
             say(

@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import muon_dist
+from muon_dist import cli
 from muon_dist.config import load_config
 from muon_dist.errors import ConfigError, DataError
 from muon_dist.json_files import append_line
@@ -121,12 +122,16 @@ def test_the_log_as_a_table(finished: dict[str, Any], capsys: pytest.CaptureFixt
     assert head.split()[:3] == ["step", "epoch", "loss"] and len(lines) == 8
 
 
-def test_a_log_that_is_not_there(tmp_path: Path) -> None:
+def test_a_log_that_is_damaged_or_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError, match="no such file"):
         muon_dist.metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("{bad\n")
     with pytest.raises(DataError, match="no step was logged"):
         muon_dist.metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    capsys.readouterr()
+    assert muon_dist.metrics(tmp_path).index.tolist() == [1]
+    assert "note: metrics.jsonl: 1 damaged line left out (line 2)" in capsys.readouterr().err
 
 
 # ---- runs side by side
@@ -148,6 +153,9 @@ def test_runs_on_one_page(finished: dict[str, Any], tmp_path: Path) -> None:
     assert "data.sequence_length" in page.words, "a setting that differs"
     with pytest.raises(ConfigError, match="named twice"):
         write_compare_page([other, other], tmp_path / "out.html")
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(other), str(third), "--step", "4", "--output", str(tmp_path / "step.html")])
+    assert not (tmp_path / "step.html").exists(), "--step was ignored"
 
 
 def test_runs_in_one_table(finished: dict[str, Any], tmp_path: Path) -> None:
