@@ -61,6 +61,16 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
 
 
+def test_nothing_says_to_install_what_pip_cannot_find() -> None:
+    """The package is on no index: pages name a folder (`-e .`) or a wheel, messages the missing package itself."""
+    texts = [
+        *PAGES,
+        *(p for folder in ("muon_dist", "launch", "configs") for p in (ROOT / folder).rglob("*") if p.is_file()),
+    ]
+    wrong = re.compile(r"pip install[^`\n]*(?<!/)\bmuon[-_]dist(?:\[|['\"`\s])")
+    assert [name(p) for p in texts if p.suffix != ".pyc" and wrong.search(p.read_text(encoding="utf-8"))] == []
+
+
 def test_the_notebook_is_the_tutorial() -> None:
     """Its cells are the tutorial's text and commands, as `python docs/.site/notebook.py --write` makes them."""
     page = (ROOT / "docs" / "tutorial.md").read_text()
