@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +16,7 @@ from muon_dist.optim import Muon
 from muon_dist.optim.bucket_run import BucketRun
 from muon_dist.optim.low_precision import MasterWeights
 from muon_dist.optim.reference import plain_newton_schulz
-from muon_dist.optim.rules import MuonRule
+from muon_dist.optim.rules import HeldWeights, MuonRule
 from muon_dist.optim.runtime import Runtime
 
 WORLD = 3
@@ -180,8 +180,8 @@ def _no(right: Any, *args: Any) -> None:
     """Leave a method out."""
 
 
-def _old_decay(right: Any, rule: Any, weights: Any, factors: Any, places: Any, lr: float, *rest: Any) -> None:
-    right(rule, weights, factors, places, lr + 0.0005, *rest)
+def _old_decay(right: Any, rule: Any, held: HeldWeights, group: Any) -> None:
+    right(rule, replace(held, lr=held.lr + 0.0005), group)
 
 
 def _two(right: Any, rule: Any, *args: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 
-from tests import distributed, kept_ranks
+from muon_dist.routing.announce import _shown
+from tests.choice import mark_the_others_slow
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,7 +47,11 @@ def _launchers_variables_of_its_own() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> None:
     """A test begins without what accelerate and the routing tables keep for a whole process."""
-    kept_ranks.forget()
+    _shown.clear()
+    state = sys.modules.get("accelerate.state")
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +61,6 @@ def root() -> Path:
 
 
 LONGEST = (
-    "test_kept_ranks.py",  # in a process that no test has changed yet
     "train/test_launch.py",
     "adapters/test_deepspeed.py",
     "optim/test_rules.py",
@@ -79,22 +84,18 @@ LONGEST = (
     "checkpoint/test_rule_memory.py",
     "test_failures.py",
 )
-"""Files that take more than 20 s, and one that must be first. They start first, so that no process is left alone with
+"""Files that take more than 20 s. They start first, so that no process is left alone with
 one of them at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_the_others_slow(items)
     order = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
-def pytest_sessionfinish() -> None:
-    distributed.end_tests()
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    fixtures = getattr(item, "fixturenames", ())
-    distributed.begin_test(fixtures, {marker.name for marker in item.iter_markers()})
     if item.get_closest_marker("fp16") is not None:
         from tests.adapters.deepspeed_ranks import why_no_fp16
 

@@ -31,7 +31,7 @@ from muon_dist.fuzz.judge import RIGHT, Judge
 from muon_dist.fuzz.run import Report, fuzz
 from muon_dist.optim.bucket_run import BucketRun
 from muon_dist.optim.compiler import ProgramCompiler
-from muon_dist.optim.rules.muon import MuonRule
+from muon_dist.optim.rules.muon import HeldWeights, MuonRule
 from muon_dist.optim.runtime import Runtime
 
 LIMIT = 120.0
@@ -122,9 +122,10 @@ def decay_skipped() -> None:
     """Weights that lie in columns of a larger tensor do not decay."""
     original = MuonRule.decay
 
-    def changed(self: Any, weights: Any, factors: Any, positions: Any, lr: float, group: Any) -> None:
-        kept = [i for i, w in enumerate(weights) if w.is_contiguous()]
-        original(self, [weights[i] for i in kept], factors, [positions[i] for i in kept], lr, group)
+    def changed(self: Any, held: HeldWeights, group: Any) -> None:
+        kept = [i for i, w in enumerate(held.weights) if w.is_contiguous()]
+        some = {name: [getattr(held, name)[i] for i in kept] for name in ("weights", "positions")}
+        original(self, replace(held, **some), group)
 
     MuonRule.decay = changed  # type: ignore[method-assign]
 

@@ -76,7 +76,10 @@ def test_nothing_is_wrong() -> None:
     assert report.counts[RIGHT] >= 5 and not report.refusals, report.table()
 
 
-@pytest.mark.parametrize("name", ["dropped_copy", "missing_nesterov", "other_rate"])
+@pytest.mark.parametrize(
+    "name",
+    ["dropped_copy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("missing_nesterov", "other_rate"))],
+)
 def test_a_mistake_is_found_and_shrunk(name: str) -> None:
     mutation = getattr(fuzz_mutations, name)
     report = fuzz_mutations.find(mutation, seed=0, shrink_seconds=4.0)

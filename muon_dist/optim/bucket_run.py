@@ -15,7 +15,7 @@ from muon_dist.exchange.transport import Broadcasts, Transport
 from muon_dist.layout import Matrix
 from muon_dist.optim.program import BucketProgram, Pieces, index_on
 from muon_dist.optim.rounding import MuonRounding
-from muon_dist.optim.rules import Group, MuonRule, Owned
+from muon_dist.optim.rules import Group, HeldWeights, MuonRule, Owned
 from muon_dist.optim.rules.muon import GRADIENT
 
 Observer = Callable[[Matrix, Tensor, Tensor], None]
@@ -279,7 +279,7 @@ class BucketRun:
     def _decay_late(self, p: Pieces, weights: list[Tensor], given: list[Tensor]) -> None:
         g = self.step.groups[p.group]
         positions = [g.position[self.step.matrices[n]] for n in p.numbers]
-        g.rule.decay(weights, g.factors, positions, g.lr, g.group, given)
+        g.rule.decay(HeldWeights(weights, positions, g.factors, g.lr, given), g.group)
 
     def _apply_rounded(self, rounding: MuonRounding, p: Pieces, weights: list[Tensor], given: list[Tensor]) -> None:
         """Decay and change these weights in fp32, so that each is rounded once."""
@@ -288,7 +288,8 @@ class BucketRun:
             of_members = [rounding.listing.matrices[p.numbers[n]] for n in some.members]
             updates = [given[n][rows] for n, rows in zip(some.members, some.slices, strict=True)]
             late = updates if g.rule.decays_late else None
-            g.rule.decay(some.wide, g.factors, [g.position[i] for i in of_members], g.lr, g.group, late)
+            positions = [g.position[i] for i in of_members]
+            g.rule.decay(HeldWeights(some.wide, positions, g.factors, g.lr, late), g.group)
             g.rule.apply(some.wide, updates, g.lr * p.scale)
 
 

@@ -24,7 +24,7 @@ from muon_dist.optim.norms import RuleSums, feature_norms
 from muon_dist.optim.options import Options
 from muon_dist.optim.program import Program
 from muon_dist.optim.rounding import MuonRounding, is_rounded
-from muon_dist.optim.rules import RULES, Group, MuonRule
+from muon_dist.optim.rules import RULES, Group, HeldWeights, MuonRule
 from muon_dist.optim.rules.factors import scale_weights
 from muon_dist.optim.rules.muon import GRADIENT, MOMENTUM, WEIGHT
 from muon_dist.ownership import OwnershipPlan
@@ -260,8 +260,8 @@ class Runtime:
                     if i in zero and not p.rule.shrinks_with_momentum:
                         rest[i] = float(group["momentum"] ** self._counts[i])
             if p.weights and not self._rounds:
-                held = [weights[n] for n in p.weights]
-                p.rule.decay(held, of_matrices, p.weight_positions, of_groups[p.index].lr, group)
+                own = [weights[n] for n in p.weights]
+                p.rule.decay(HeldWeights(own, p.weight_positions, of_matrices, of_groups[p.index].lr), group)
         rounding = None
         if self._rounds:
             steps = self.memory.count(list(parameters))

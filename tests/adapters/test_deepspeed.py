@@ -47,7 +47,7 @@ def product(model: str, dtype: str) -> list[Case]:
 
 
 SUBSET = [
-    (1, [Case(s) for s in range(4)]),
+    pytest.param(1, [Case(s) for s in range(4)], marks=pytest.mark.slow),
     (2, [Case(s, "fp32", 4) for s in range(4)]),
     (2, [Case(s, "bf16") for s in range(4)]),
     pytest.param(2, [Case(s, "fp16", 4) for s in (1, 2, 3)], marks=pytest.mark.fp16),
@@ -102,7 +102,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", list(OPTIONS))
+@pytest.mark.parametrize(
+    "name", ["stage3", "owners", *(pytest.param(f"stage{n}", marks=pytest.mark.slow) for n in (1, 2))]
+)
 def test_engine_options(name):
     check_all(2, OPTIONS[name])
 

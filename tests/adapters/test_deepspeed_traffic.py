@@ -83,7 +83,7 @@ def _count_all(cases: list[Case]) -> list[dict[str, Any]]:
     return [_count(case) for case in cases]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_bytes_equal_the_plan_and_only_moved_fragments_are_extra(world):
     bf16 = {"wire_dtype": torch.bfloat16}
     cases = [

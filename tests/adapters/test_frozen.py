@@ -54,6 +54,7 @@ def thawed(layout: str, rule: str) -> Tensors:
     return run.weights()
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(("layout", "world"), [("copies", 1), ("copies", 3), ("fsdp2", 3)])
 @pytest.mark.parametrize("rule", ["muon", "normuon", "namo", "momentum_at_owner"])
 def test_frozen_matrices_stay_and_go_on_with_their_momentum(layout: str, world: int, rule: str) -> None:
@@ -149,6 +150,7 @@ def images(folder: str, formats: tuple[bool, bool]) -> tuple[list[torch.Tensor],
     return found[0], found[1]
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("formats", [(True, True), (True, False), (False, True)])
 def test_memory_formats_step_and_save_alike(tmp_path: Path, world: int, formats: tuple[bool, bool]) -> None:

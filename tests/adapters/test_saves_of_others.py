@@ -143,6 +143,7 @@ def goes_on(saver: str, folder: str, options: dict[str, Any], first: int) -> tup
     return [name for name in found if not torch.equal(found[name], expected[name])], whole, said
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("saver", SAVERS)
 @pytest.mark.parametrize("rule", RULES)
 def test_with_the_option_every_saver_goes_on_exactly(tmp_path: Path, saver: str, rule: str) -> None:

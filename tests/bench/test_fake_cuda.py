@@ -24,7 +24,14 @@ def llama_7b() -> tuple[Any, ...]:
     return (*routed(config), *unpack(config))
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [("fsdp2", 64), ("ddp", 64), ("zero3", 64)])
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        pytest.param("fsdp2", 64, marks=pytest.mark.slow),
+        ("ddp", 64),
+        pytest.param("zero3", 64, marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_on_cuda_launches_little_and_reads_nothing(
     llama_7b: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, layout: str, ranks: int
 ) -> None:
@@ -40,6 +47,7 @@ def test_a_step_on_cuda_launches_little_and_reads_nothing(
     assert sum(found["by_kind"].get(kind, 0) for kind in views) <= 2 * 4 + 1, found["by_kind"]
 
 
+@pytest.mark.slow
 def test_offloaded_weights_are_transferred_by_the_bucket(
     llama_7b: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

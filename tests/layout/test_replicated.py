@@ -21,6 +21,7 @@ def move(world: int, policy: str) -> int:
     return round_trip(layout, shards, wholes, policy)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("policy", ["balanced", "round_robin"])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_broadcast_updates_arrive_where_they_belong(world, policy):

@@ -90,6 +90,7 @@ def expected(rule: str) -> Tensors:
     return reference.weights
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("rule", ["muon", "normuon", "namo"])
 @pytest.mark.parametrize(("layout", "world"), LAYOUTS)
 def test_the_update_shrinks_with_the_momentum_and_is_whole_again_at_once(layout: str, world: int, rule: str) -> None:

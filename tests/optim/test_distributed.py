@@ -47,6 +47,7 @@ def expected_after(steps: int) -> Reference:
     return reference
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("policy", ["balanced", "round_robin", "local"])
 def test_replicated_equals_reference_and_ranks_are_identical(world, policy):
@@ -125,6 +126,7 @@ def train_flat(bucket_mb: float, steps: int) -> tuple:
     return shard.detach(), runtime.transport.bytes_sent, predicted, optimizer.orthogonalized
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("bucket_mb", [0.01, 256.0])
 def test_flat_shards_equal_reference(world, bucket_mb):

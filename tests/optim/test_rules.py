@@ -166,6 +166,7 @@ def train_all(layout: str) -> dict[str, tuple[Tensors, int]]:
     return {case: train(layout, *of_case) for case, of_case in CASES.items()}
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(("layout", "world"), LAYOUTS)
 def test_every_rule_is_the_formula_of_its_paper(layout, world):
     """2e-5 of the weights; on the layouts together, and each the same as on one rank."""
@@ -198,6 +199,7 @@ def way(found: Tensors, expected: Tensors) -> float:
     )
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("rule", ["muon", "adamuon"])
 def test_a_part_is_its_formula_and_changes_something(rule, part):
@@ -275,6 +277,7 @@ def saved_and_loaded(layout: str, case: Case, how: str) -> tuple[bool, bool]:
     return all(torch.equal(after[n], again[n]) for n in after), bool(keys - {"momentum_buffer"})
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(
     ("layout", "world", "how"),
     [("copies", 1, "own"), ("copies", 3, "own"), ("copies", 3, "full"), ("flat", 3, "own"), ("fsdp2", 3, "own"),

@@ -131,6 +131,7 @@ def bind_copies(optimizer: Muon, parameters: list[torch.nn.Parameter], generator
     return buffers
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(
     ("layout", "world", "wire"),
     [
@@ -154,6 +155,7 @@ def test_overlap_changes_no_bit(layout, world, wire):
     assert sum(calls for _, _, calls, _ in runs[0]) == 3 * len(SHAPES)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("layout", ["sliced", "copies"])
 @pytest.mark.parametrize("wire", [None, torch.bfloat16])
 def test_the_all_to_all_of_accelerators_gives_the_same_bits(layout, wire):
@@ -173,6 +175,7 @@ def peak_of_a_step(layout: str, options: dict) -> tuple[int, float, int]:
     return peak, options["bucket_mb"] * 2**20, len(program.buckets)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(("layout", "world"), [("replicated", 2), ("sliced", 2), ("copies", 4)])
 @pytest.mark.parametrize(
     "options",

@@ -82,6 +82,7 @@ def undisturbed(layout: str, world_rules: tuple[str, ...]) -> list[str]:
     return wrong
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(("layout", "world"), LAYOUTS)
 def test_other_tensors_of_the_same_values_change_no_bit(layout: str, world: int) -> None:
     assert run_ranks(undisturbed, world, layout, tuple(RULES)) == [[]] * world
@@ -100,6 +101,7 @@ def begun_again(layout: str) -> dict[str, Tensors]:
     return found
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(("layout", "world"), LAYOUTS)
 def test_cleared_state_begins_at_zero(layout: str, world: int) -> None:
     references = {}
@@ -127,6 +129,7 @@ def given_momentum(layout: str, before: int) -> Tensors:
     return run.weights()
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize(
     ("layout", "world", "before"),
     [*((*at, 2) for at in LAYOUTS), *((*at, 0) for at in LAYOUTS if at[0] != "flat")],  # "flat" is bound when made

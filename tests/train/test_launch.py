@@ -113,6 +113,7 @@ def descendants(pid: int) -> set[int]:
     return found | {pid}
 
 
+@pytest.mark.slow
 def test_one_node_meets_in_a_file_and_listens_on_loopback_alone(root: Path, tmp_path: Path, meet: Path) -> None:
     (tmp_path / "wait").touch()
     process = start(root, "--nproc-per-node", 2, meet, tmp_path, "an argument; with 'signs'")

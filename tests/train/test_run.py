@@ -151,7 +151,14 @@ def test_adamw_is_one_line_away(finished: dict[str, Any], workspace: Path, tmp_p
     assert all(kinds.keys() == {"step", "exp_avg", "exp_avg_sq"} for kinds in checkpoint.states.values())
 
 
-@pytest.mark.parametrize(("rule", "options"), [("normuon", {"beta2": 0.9}), ("hyperball", {}), ("namo", {"mu2": 0.9})])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("normuon", {"beta2": 0.9}),
+        pytest.param("hyperball", {}, marks=pytest.mark.slow),
+        pytest.param("namo", {"mu2": 0.9}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_rule_is_one_line_away_and_resumes(workspace: Path, tmp_path: Path, rule: str, options: dict) -> None:
     chosen = [f"optimizer.muon.rule={rule}", f"optimizer.muon.rule_options={json.dumps(options)}"]
     halted = [*chosen, "run_dir=" + str(tmp_path), "trainer.max_steps=4", "trainer.save_steps=2"]

@@ -2,7 +2,7 @@
 
 from muon_dist.optim.rules.adamuon import AdaMuonRule
 from muon_dist.optim.rules.hyperball import HyperballRule
-from muon_dist.optim.rules.muon import Group, MuonRule, Owned
+from muon_dist.optim.rules.muon import Group, HeldWeights, MuonRule, Owned
 from muon_dist.optim.rules.namo import NamoRule
 from muon_dist.optim.rules.normuon import NorMuonRule
 from muon_dist.optim.rules.parts import PARTS, Part, with_parts
@@ -16,6 +16,7 @@ __all__ = [
     "SCALES",
     "AdaMuonRule",
     "Group",
+    "HeldWeights",
     "HyperballRule",
     "MuonRule",
     "NamoRule",

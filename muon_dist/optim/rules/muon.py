@@ -44,6 +44,26 @@ class Owned:
     feature_norms: Tensor | None = None
 
 
+@dataclass
+class HeldWeights:
+    """Weights of one parameter group that this rank holds, whole or in fragments.
+
+    Attributes:
+        weights: changed in place.
+        positions: of each weight, the place of its matrix in the group.
+        factors: by that place, (n,) in fp64: what `begin` returned; None if it returned None.
+        lr: the learning rate of the group.
+        updates: what `apply` will subtract, of the shapes of `weights`, where it is known already: for rules that
+            `decays_late`.
+    """
+
+    weights: list[Tensor]
+    positions: Sequence[int]
+    factors: Tensor | None
+    lr: float
+    updates: Sequence[Tensor] | None = None
+
+
 class MuonRule:
     """The rule of Keller Jordan (2024, https://kellerjordan.github.io/posts/muon/) and of `torch.optim.Muon`.
 
@@ -141,31 +161,17 @@ class MuonRule:
         """
         return None
 
-    def decay(
-        self,
-        weights: list[Tensor],
-        factors: Tensor | None,
-        positions: Sequence[int],
-        lr: float,
-        group: Group,
-        updates: Sequence[Tensor] | None = None,
-    ) -> None:
-        """Decay the weights in place.
-
-        Args:
-            factors: what `begin` returned; `factors[positions[i]]` is that of `weights[i]`.
-            updates: what `apply` will subtract, of the shapes of `weights`, where it is known already: for rules that
-                `decays_late`.
-        """
-        factor = 1 - lr * group["weight_decay"]
+    def decay(self, held: HeldWeights, group: Group) -> None:
+        """Decay the weights in place."""
+        factor = 1 - held.lr * group["weight_decay"]
         if factor == 1.0:
             return
-        if any(w.device.type == "cpu" and w.dtype.itemsize < 4 for w in weights):
+        if any(w.device.type == "cpu" and w.dtype.itemsize < 4 for w in held.weights):
             # On a CPU torch._foreach_mul_ first rounds the factor to the dtype: .998 becomes .9961 in bfloat16.
-            for w in weights:
+            for w in held.weights:
                 w.mul_(factor)
         else:
-            torch._foreach_mul_(weights, factor)
+            torch._foreach_mul_(held.weights, factor)
 
     def send(self, out: list[Tensor], momentum: list[Tensor], group: Group) -> None:
         """Write what the owners get into `out`, in fp32.

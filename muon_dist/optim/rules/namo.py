@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from muon_dist.optim.rules.factors import scale_weights
-from muon_dist.optim.rules.muon import GRADIENT, MOMENTUM, Group, MuonRule, Owned
+from muon_dist.optim.rules.muon import GRADIENT, MOMENTUM, Group, HeldWeights, MuonRule, Owned
 
 SECOND_MOMENT, STEPS = "gradient_second_moment", "gradient_steps"
 
@@ -48,18 +48,10 @@ class NamoRule(MuonRule):
         correction = (1 - mu2**steps).sqrt() / (1 - mu1**steps)
         return correction * norms[MOMENTUM] / (moment.sqrt() + eps)
 
-    def decay(
-        self,
-        weights: list[Tensor],
-        factors: Tensor | None,
-        positions: Sequence[int],
-        lr: float,
-        group: Group,
-        updates: Sequence[Tensor] | None = None,
-    ) -> None:
+    def decay(self, held: HeldWeights, group: Group) -> None:
         if group["weight_decay"]:
-            assert factors is not None
-            scale_weights(weights, positions, 1 - lr * group["weight_decay"] * factors)
+            assert held.factors is not None
+            scale_weights(held.weights, held.positions, 1 - held.lr * group["weight_decay"] * held.factors)
 
     def direction(self, owned: Owned, group: Group) -> None:
         assert owned.factors is not None

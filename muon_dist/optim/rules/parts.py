@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from muon_dist.errors import ConfigError
 from muon_dist.optim.rules.factors import stack_norms
-from muon_dist.optim.rules.muon import GRADIENT, MOMENTUM, WEIGHT, Group, MuonRule, Owned, Size
+from muon_dist.optim.rules.muon import GRADIENT, MOMENTUM, WEIGHT, Group, HeldWeights, MuonRule, Owned, Size
 from muon_dist.optim.rules.scale import update_scale
 
 # fp32 rounds each element by a relative 6e-8. A norm within this of the wanted one is left alone.
@@ -50,17 +50,9 @@ class _Late(Part):
 
     decays_late: ClassVar[bool] = True
 
-    def decay(
-        self,
-        weights: list[Tensor],
-        factors: Tensor | None,
-        positions: Sequence[int],
-        lr: float,
-        group: Group,
-        updates: Sequence[Tensor] | None = None,
-    ) -> None:
-        if updates is not None:
-            super().decay(weights, factors, positions, lr, group, updates)
+    def decay(self, held: HeldWeights, group: Group) -> None:
+        if held.updates is not None:
+            super().decay(held, group)
 
 
 class Cautious(_Late):
@@ -71,20 +63,12 @@ class Cautious(_Late):
 
     option: ClassVar[str] = "cautious"
 
-    def decay(
-        self,
-        weights: list[Tensor],
-        factors: Tensor | None,
-        positions: Sequence[int],
-        lr: float,
-        group: Group,
-        updates: Sequence[Tensor] | None = None,
-    ) -> None:
-        if updates is None or not group["weight_decay"]:
+    def decay(self, held: HeldWeights, group: Group) -> None:
+        if held.updates is None or not group["weight_decay"]:
             return
-        before = [w.clone() for w in weights] if group["rule_options"][Cautious.option] else []
-        super().decay(weights, factors, positions, lr, group, updates)
-        for weight, was, update in zip(weights, before, updates, strict=bool(before)):
+        before = [w.clone() for w in held.weights] if group["rule_options"][Cautious.option] else []
+        super().decay(held, group)
+        for weight, was, update in zip(held.weights, before, held.updates, strict=bool(before)):
             # Signs, since the product of two small numbers may be zero.
             weight.copy_(torch.where(was.sign() * update.sign() < 0, was, weight))
 
