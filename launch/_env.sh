@@ -60,8 +60,8 @@ muon_env() {
         muon_log "making the environment $venv (plain: ${PYTHON:-python3} -m venv $(printf '%q' "$venv"))"
         "${PYTHON:-python3}" -m venv "$venv" || muon_die "cannot make $venv; on Debian: apt-get install python3-venv"
     fi
-    "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-        || muon_die "$venv has $("$venv/bin/python" --version); Python 3.10 or newer is needed (set PYTHON)"
+    "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+        || muon_die "$venv has $("$venv/bin/python" --version); Python 3.11 or newer is needed (set PYTHON)"
     target="."
     [[ -z "$extras" ]] || target=".[$extras]"
     # One stamp for each set of extras; it is out of date when what is installed from has changed or moved.

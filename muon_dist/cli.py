@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -45,7 +45,7 @@ app.add_typer(planner)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045  (typer reads it on Python 3.10 too)
+    list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, for example optimizer.muon.lr=0.003."),
 ]
 RunPath = Annotated[
@@ -57,7 +57,7 @@ RunPath = Annotated[
     ),
 ]
 Step = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option(min=0, help="With a run folder: the weights of this step, not the newest."),
 ]
 Best = Annotated[bool, typer.Option("--best", help="With a run folder: the saved weights with the best figures.")]
@@ -101,10 +101,10 @@ def train(
     config: ConfigPath,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Optional[str], typer.Option(help="Parent of the run folder, instead of the configuration's run_dir.")  # noqa: UP045
+        str | None, typer.Option(help="Parent of the run folder, instead of the configuration's run_dir.")
     ] = None,
     resume: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Continue from a checkpoint: its path, auto (this run's newest), or if-any (new if none)."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again in a folder that holds a run.")] = False,
@@ -185,21 +185,15 @@ def export_tokens(
 @app.command(name="eval")
 def evaluate(
     run: RunPath,
-    data: Annotated[
-        Optional[Path], typer.Option(help="Prepared data (a folder `tokens`), instead of the run's.")  # noqa: UP045
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Prepared data (a folder `tokens`), instead of the run's.")] = None,
     sequence_length: Annotated[
-        Optional[int], typer.Option(min=2, help="Tokens per sample, instead of the run's.")  # noqa: UP045
+        int | None, typer.Option(min=2, help="Tokens per sample, instead of the run's.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    max_samples: Annotated[
-        Optional[int], typer.Option(min=1, help="Only this many samples.")  # noqa: UP045
-    ] = None,
-    text: Annotated[
-        Optional[Path], typer.Option(help="Raw text (a file or a folder) instead of prepared data.")  # noqa: UP045
-    ] = None,
+    max_samples: Annotated[int | None, typer.Option(min=1, help="Only this many samples.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Raw text (a file or a folder) instead of prepared data.")] = None,
     tasks: Annotated[
-        Optional[Path], typer.Option(help="Tasks of lm-evaluation-harness: a YAML file, or a folder of them.")  # noqa: UP045
+        Path | None, typer.Option(help="Tasks of lm-evaluation-harness: a YAML file, or a folder of them.")
     ] = None,
     step: Step = None,
     best: Best = False,
@@ -253,9 +247,7 @@ def generate(
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet.")],
-    dtype: Annotated[
-        Optional[str], typer.Option(help="float32, bfloat16 or float16; default: as trained.")  # noqa: UP045
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as trained.")] = None,
     step: Step = None,
     best: Best = False,
 ) -> None:
@@ -271,10 +263,10 @@ def export(
 def compare(
     config: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", callback=existing, help="YAML file or run folder.")],
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Argument(metavar="[KEY=VALUE|RUN]...", help="Settings to change, or more run folders."),
     ] = None,
-    lr: Annotated[Optional[list[float]], typer.Option(help="Grid; repeat it (0.003 0.01 0.03).")] = None,  # noqa: UP045
+    lr: Annotated[list[float] | None, typer.Option(help="Grid; repeat it (0.003 0.01 0.03).")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds at each optimizer's best learning rate.")] = 3,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each in one process with one thread.")] = 2,
     output: Annotated[Path, typer.Option(help="Folder for the runs and the table.")] = Path("results/compare"),
@@ -297,7 +289,7 @@ def report(
         ),
     ],
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="The page to write; default: report.html in the run folder, compare.html for several runs."),
     ] = None,
     step: Step = None,
@@ -325,7 +317,7 @@ def metrics(
         typer.Argument(metavar="RUN", callback=existing_run, help="A run folder; the run need not be finished."),
     ],
     csv: Annotated[bool, typer.Option("--csv", help="All columns, as comma-separated values.")] = False,
-    output: Annotated[Optional[Path], typer.Option(help="Write to this file instead of standard output.")] = None,  # noqa: UP045
+    output: Annotated[Path | None, typer.Option(help="Write to this file instead of standard output.")] = None,
 ) -> None:
     """The log of a run as a table, one row per step; in Python: muon_dist.metrics(RUN), a DataFrame."""
     from muon_dist.report.log_table import as_csv, as_text, read_log
@@ -342,9 +334,7 @@ def metrics(
 @spectra.command()
 def probe(
     run: Annotated[Path, typer.Argument(metavar="RUN", callback=existing_run, help="A run folder with a checkpoint.")],
-    step: Annotated[
-        Optional[int], typer.Option(help="Step of the checkpoint; default: the newest.")  # noqa: UP045
-    ] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Training samples in the probe batch.")] = 4,
     lanczos: Annotated[int, typer.Option(min=1, help="Lanczos steps for the largest eigenvalue.")] = 12,
 ) -> None:

@@ -61,8 +61,19 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
 
 
+def test_nothing_says_to_install_what_pip_cannot_find() -> None:
+    """The package is on no index: pages name a folder (`-e .`) or a wheel, messages the missing package itself."""
+    texts = [
+        *PAGES,
+        *(p for folder in ("muon_dist", "launch", "configs") for p in (ROOT / folder).rglob("*") if p.is_file()),
+    ]
+    wrong = re.compile(r"pip install[^`\n]*(?<!/)\bmuon[-_]dist(?:\[|['\"`\s])")
+    assert [name(p) for p in texts if p.suffix != ".pyc" and wrong.search(p.read_text(encoding="utf-8"))] == []
+
+
 def test_the_notebook_is_the_tutorial() -> None:
-    """Its cells are the tutorial's text and commands, as `python docs/.site/notebook.py --write` makes them."""
+    """Its cells are the tutorial's text and commands, as `python docs/.site/notebook.py --write` makes them. What the
+    page shows below a command is what the notebook's cell printed, line by line."""
     page = (ROOT / "docs" / "tutorial.md").read_text()
     assert "](tutorial.ipynb)" in page  # mkdocs has no page for a notebook, so a link leads to it
     spec = spec_from_file_location("notebook", ROOT / "docs" / ".site" / "notebook.py")
@@ -72,6 +83,8 @@ def test_the_notebook_is_the_tutorial() -> None:
     cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())["cells"]
     assert [(c["cell_type"], "".join(c["source"])) for c in cells] == builder.cells(page)
     assert all(c["outputs"] for c in cells if c["cell_type"] == "code" and "cat >" not in "".join(c["source"]))
+    printed = ["".join(t for o in c["outputs"] for t in o["text"]) for c in cells if c["cell_type"] == "code"]
+    assert builder.refreshed(page, printed) == (page, [])
 
 
 def shell_commands(page: Path) -> list[list[str]]:

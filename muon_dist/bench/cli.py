@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -25,7 +25,7 @@ def orthogonalize(
     profile: ProfileOption = "quick",
     output: Annotated[Path, typer.Option(help="Folder for orthogonalize.json and orthogonalize.md.")] = Path("bench"),
     dtype: Annotated[
-        Optional[list[str]],  # noqa: UP045  (typer reads it on Python 3.10 too)
+        list[str] | None,
         typer.Option(help="float32, bfloat16, float16 or float64; repeat it. Default: the profile's."),
     ] = None,
     only: Annotated[str, typer.Option(help="Run only shapes that contain this text, such as 1024x384.")] = "",
@@ -55,19 +55,19 @@ def step(
     output: Annotated[Path, typer.Option(help="Folder for step.json and step.md.")] = Path("bench"),
     ranks: Annotated[int, typer.Option(min=2, help="Processes on this machine; a launcher's count under one.")] = 2,
     peers: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(help="Run only peers whose name contains this text, such as deepspeed; repeat it."),
     ] = None,
     only: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(help="Run only cases whose name contains this text, such as ZeRO-3; repeat it."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda: under torchrun with one process per GPU.")] = "cpu",
     model: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="tiny, quick, small, medium or half-1b instead of the profile's."),
     ] = None,
-    rounds: Annotated[Optional[int], typer.Option(min=1, help="Timed steps, instead of the profile's.")] = None,  # noqa: UP045
+    rounds: Annotated[int | None, typer.Option(min=1, help="Timed steps, instead of the profile's.")] = None,
     link: Annotated[str, typer.Option(help="The connection between the ranks, for the table.")] = "loopback",
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Do not switch off torch.compile in peers that use it.")
@@ -91,7 +91,7 @@ def step(
 def conformance(
     output: Annotated[Path, typer.Option(help="Folder for conformance.json and conformance.md.")] = Path("bench"),
     only: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(help="Run only rows whose name contains this text, such as 'DeepSpeed Muon, zero1'; repeat it."),
     ] = None,
 ) -> None:
@@ -111,7 +111,7 @@ def host(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks; one process takes the part of one of them.")] = 64,
     rank: Annotated[int, typer.Option(min=0, help="The rank that is measured.")] = 0,
     json_file: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--json", help="Write the result to this file."),
     ] = None,
 ) -> None:

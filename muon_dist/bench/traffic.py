@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 # Of torch.ops._c10d_functional, by the ProcessGroup's method that moves the same. Their last argument names the group.
 FUNCTIONAL = {
@@ -133,8 +133,9 @@ class _Counted:
     def __call__(self, tensor: Any, *args: Any) -> Any:
         result = self._original(tensor, *args)
         group: Any = args[-1]
-        if isinstance(group, str):
-            group = _resolve_process_group(GroupName(group))
+        named = isinstance(group, str)  # newer versions of torch type the name as their GroupName, torch 2.9 has none
+        if named:
+            group = _resolve_process_group(group)
         self._traffic._count(FUNCTIONAL[self._name], group, (result, tensor, *args[:-1]))
         return result
 

@@ -274,7 +274,6 @@ def _blocks(model: type[BaseModel], keys: tuple[str, ...]) -> dict[tuple[str, ..
     found = {keys: [info.alias or name for name, info in model.model_fields.items()]}
     for name, info in model.model_fields.items():
         for kind in (info.annotation, *typing.get_args(info.annotation)):
-            # Python 3.10 treats list[str] as a type, and issubclass then fails on it.
-            if isinstance(kind, type) and typing.get_origin(kind) is None and issubclass(kind, BaseModel):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
                 found.update(_blocks(kind, (*keys, name)))
     return found

@@ -127,8 +127,7 @@ def _number_problem(name: str, value: Any) -> str | None:
 
 
 def _is_enum(kind: Any) -> bool:
-    # Python 3.10 treats list[str] as a type, and issubclass then fails on it.
-    return isinstance(kind, type) and typing.get_origin(kind) is None and issubclass(kind, enum.Enum)
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
 
 
 _TYPE_WORDS = {bool: "true or false", str: "text", int: "a whole number", float: "a number", type(None): "null"}

@@ -17,7 +17,7 @@ from muon_dist.train.device import gpus_of_driver
 RANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
     "torch": ((2, 9), None),
     "deepspeed": ((0, 19, 8), None),
-    "transformers": ((5, 3), (6,)),
+    "transformers": ((5, 23), (6,)),
     "accelerate": ((1, 12), None),
     "datasets": ((4,), None),
 }
@@ -47,8 +47,8 @@ def check_versions(
     found = installed() if found is None else found
     shown = ".".join(map(str, python))
     verdicts = []
-    if python < (3, 10):
-        verdicts.append(Verdict("versions", "problem", f"Python {shown}", "install Python 3.10 or newer"))
+    if python < (3, 11):
+        verdicts.append(Verdict("versions", "problem", f"Python {shown}", "install Python 3.11 or newer"))
     for name, (lowest, above) in RANGES.items():
         version = found.get(name)
         wanted = f"{name}>={'.'.join(map(str, lowest))}" + (f",<{'.'.join(map(str, above))}" if above else "")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -42,11 +42,11 @@ def newton_schulz(
     profile: ProfileOption = "quick",
     output: OutputOption = Path("spectra"),
     momentum: Annotated[
-        Optional[Path],  # noqa: UP045  (typer reads it on Python 3.10 too)
+        Path | None,
         typer.Option(help="A torch.save file of name -> matrix, instead of momentum from E8's training."),
     ] = None,
     save_momentum: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Also save the momentum captured from E8's training here, and use it."),
     ] = None,
 ) -> None:
@@ -73,7 +73,7 @@ def newton_schulz(
 def report(
     results: Annotated[Path, typer.Argument(metavar="RESULTS", help="A folder that `spectra run` wrote.")],
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="The page to write; default: experiments.html in RESULTS."),
     ] = None,
 ) -> None:

@@ -31,9 +31,7 @@ def _raw_digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError(
-            "the experiments on digits need scikit-learn: pip install 'muon-dist[spectra]' (or scikit-learn)"
-        ) from error
+        raise DataError("the experiments on digits need scikit-learn: pip install scikit-learn") from error
     raw = load_digits()
     return torch.tensor(raw.data, dtype=torch.float32), torch.tensor(raw.target)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -21,14 +21,14 @@ def fuzz(
     seconds: Annotated[float, typer.Option(min=1, help="Start new cases for this many seconds.")] = 60.0,
     seed: Annotated[int, typer.Option(help="The same seed draws the same cases.")] = 0,
     json_file: Annotated[
-        Optional[Path],  # noqa: UP045  (typer reads it on Python 3.10 too)
+        Path | None,
         typer.Option("--json", help="Write counts, refusals and wrong cases to this file."),
     ] = None,
     only: Annotated[
         str, typer.Option(metavar="TEXT", help="Only cases with TEXT in a label: ZeRO, AutoTP, 'rule namo'.")
     ] = "",
     replay: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(metavar="CASE", help="Run one case, in the form in which a wrong case was printed."),
     ] = None,
 ) -> None:

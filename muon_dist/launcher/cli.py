@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,7 +26,7 @@ app = typer.Typer(
 
 ConfigOption = Annotated[Path, typer.Option("--config", metavar="CONFIG", help="A YAML file, as for muon-dist train.")]
 Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045  (typer reads it on Python 3.10 too)
+    list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, as for muon-dist train."),
 ]
 NodesOption = Annotated[
@@ -34,34 +34,34 @@ NodesOption = Annotated[
 ]
 GpusOption = Annotated[int, typer.Option("--gpus-per-node", min=0, help="GPUs per machine; 0: CPU.")]
 ProcessesOption = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option("--processes-per-node", min=1, help="Processes per machine; default: one per GPU."),
 ]
 OutputOption = Annotated[
-    Optional[Path],  # noqa: UP045
+    Path | None,
     typer.Option("--output", "-o", help="The file to write; default: standard output."),
 ]
 FolderOption = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option(
         "--folder",
         help="Folder in which the run starts, on every machine; default: the folder in which the file is started.",
     ),
 ]
 VenvOption = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--venv", help="Folder of the Python virtual environment, on every machine."),
 ]
 InterfaceOption = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--interface", help="Network interface for gloo and NCCL, such as eth0."),
 ]
 NameOption = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--name", help="Name of the job; default: the configuration's."),
 ]
 RunDirOption = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--run-dir", help="As for muon-dist train."),
 ]
 AddressOption = Annotated[
@@ -163,7 +163,7 @@ def torchrun(
         bool, typer.Option("--static", help="Pass each machine's number by hand, instead of c10d.")
     ] = False,
     max_restarts: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(min=0, help="Restarts after a failure; default: 0, or 3 for an elastic run."),
     ] = None,
     name: NameOption = None,
@@ -201,12 +201,12 @@ def slurm(
         int, typer.Option(min=30, help="The run saves and ends this many seconds before the limit.")
     ] = 180,
     requeues: Annotated[int, typer.Option(min=0, help="How often the job may start itself again.")] = 50,
-    cpus: Annotated[Optional[int], typer.Option("--cpus-per-task", min=1, help="Cores per machine.")] = None,  # noqa: UP045
-    memory: Annotated[Optional[str], typer.Option(help="Memory per machine, such as 200G.")] = None,  # noqa: UP045
-    partition: Annotated[Optional[str], typer.Option(help="sbatch's option of this name.")] = None,  # noqa: UP045
-    account: Annotated[Optional[str], typer.Option(help="sbatch's option of this name.")] = None,  # noqa: UP045
-    qos: Annotated[Optional[str], typer.Option(help="sbatch's option of this name.")] = None,  # noqa: UP045
-    constraint: Annotated[Optional[str], typer.Option(help="sbatch's option of this name.")] = None,  # noqa: UP045
+    cpus: Annotated[int | None, typer.Option("--cpus-per-task", min=1, help="Cores per machine.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory per machine, such as 200G.")] = None,
+    partition: Annotated[str | None, typer.Option(help="sbatch's option of this name.")] = None,
+    account: Annotated[str | None, typer.Option(help="sbatch's option of this name.")] = None,
+    qos: Annotated[str | None, typer.Option(help="sbatch's option of this name.")] = None,
+    constraint: Annotated[str | None, typer.Option(help="sbatch's option of this name.")] = None,
     exclusive: Annotated[bool, typer.Option("--exclusive", help="Share no machine with other jobs.")] = False,
     log: Annotated[str, typer.Option(help="sbatch's --output.")] = "%x-%j.out",
     name: NameOption = None,
@@ -239,13 +239,13 @@ def k8s(
     kind: Annotated[str, typer.Option(help="trainjob (Kubeflow Trainer v2) or pytorchjob (v1, can be elastic).")] = (
         "trainjob"
     ),
-    namespace: Annotated[Optional[str], typer.Option(help="Namespace of the job.")] = None,  # noqa: UP045
+    namespace: Annotated[str | None, typer.Option(help="Namespace of the job.")] = None,
     volume: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(metavar="CLAIM:/PATH", help="Mount a persistent volume claim; repeat it."),
     ] = None,
-    cpu: Annotated[Optional[str], typer.Option(help="Cores per pod.")] = None,  # noqa: UP045
-    memory: Annotated[Optional[str], typer.Option(help="Memory per pod, such as 200Gi.")] = None,  # noqa: UP045
+    cpu: Annotated[str | None, typer.Option(help="Cores per pod.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory per pod, such as 200Gi.")] = None,
     shm: Annotated[str, typer.Option(help="Largest size of /dev/shm.")] = "8Gi",
     grace: Annotated[int, typer.Option(min=30, help="Seconds for saving when a pod is stopped.")] = 180,
     name: NameOption = None,

@@ -57,7 +57,7 @@ def _symmetric_kernels() -> Products:
     except Exception as error:
         logger.info(
             "Newton-Schulz runs on torch.bmm: this GPU could use symmetric kernels, but they do not work here (%s: "
-            "%s). pip install 'muon-dist[kernels]' brings them.",
+            "%s). pip install quack-kernels brings them.",
             type(error).__name__,
             error,
         )

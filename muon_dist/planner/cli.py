@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from muon_dist.routing import RoutingTable
 
 app = typer.Typer()
-_Ranks = Optional[int]  # noqa: UP045  (typer reads it on Python 3.10 too)
+_Ranks = int | None
 
 
 @app.command(cls=SettingsCommand)
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/llama-7b.yaml.")],
     overrides: Annotated[
-        Optional[list[str]],  # noqa: UP045  (typer reads it on Python 3.10 too)
+        list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, for example optimizer.muon.bucket_mb=128."),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
@@ -38,7 +38,7 @@ def plan(
         str, typer.Option(help="a100, h100, h200, b200, mi300x, cpu, or measured for this machine.")
     ] = "h100",
     layout: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="ddp, zero1, zero2, zero3, fsdp2 or hsdp; default: from the configuration."),
     ] = None,
     tp: Annotated[_Ranks, typer.Option(help="Ranks of tensor parallelism.")] = None,
@@ -90,7 +90,7 @@ def plan(
 def balance(
     configs: Annotated[list[Path], typer.Argument(metavar="CONFIG...", help="YAML files.")],
     ranks: Annotated[
-        Optional[list[int]],  # noqa: UP045
+        list[int] | None,
         typer.Option(min=1, help="A number of ranks; repeat it. Default 8 16 32 64 128 256 512 1024."),
     ] = None,
     device: Annotated[str, typer.Option(help="As for plan.")] = "h100",

@@ -282,7 +282,7 @@ def _number(value: Any) -> str:
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "?"
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def _duration(seconds: float) -> str:

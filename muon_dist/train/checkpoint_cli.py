@@ -6,7 +6,7 @@ Each command imports what it needs itself, so that --help answers at once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -52,9 +52,7 @@ def verify(path: Source) -> None:
 def export(
     path: Source,
     out: Out,
-    dtype: Annotated[
-        Optional[str], typer.Option(help="float32, bfloat16 or float16; default: as trained.")  # noqa: UP045
-    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as trained.")] = None,
 ) -> None:
     """Write the model of a checkpoint, or of a run's newest good one, for AutoModelForCausalLM and AutoTokenizer."""
     from muon_dist.train import checkpoints
@@ -73,12 +71,12 @@ def convert(
     ],
     out: Out,
     model: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="With DeepSpeed's universal format: a folder with the model's config.json and tokenizer."),
     ] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave out AdamW's state.")] = False,
     step: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="AdamW's step, which is missing in DeepSpeed's universal format of ZeRO-3.", min=0),
     ] = None,
 ) -> None:

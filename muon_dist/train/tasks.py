@@ -32,8 +32,7 @@ def evaluate_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
-            f"--tasks needs lm-evaluation-harness, which cannot be imported ({error}): pip install "
-            "'muon-dist[lm-eval]' (or lm-eval)"
+            f"--tasks needs lm-evaluation-harness, which cannot be imported ({error}): pip install lm-eval"
         ) from error
     quiet_transformers()
     weights = find_weights(path, choice)
