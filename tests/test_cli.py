@@ -132,7 +132,7 @@ def test_unknown_model_setting(capsys: pytest.CaptureFixture[str], config: Path)
 
 def test_no_data(capsys: pytest.CaptureFixture[str], config: Path) -> None:
     missing = "data.sources.0.path=" + str(config.parent / "missing")
-    refused(capsys, 2, "missing: no such file or folder", "prepare", config, missing)
+    refused(capsys, 3, "missing: no such file or folder", "prepare", config, missing)
 
 
 def test_empty_data(capsys: pytest.CaptureFixture[str], config: Path) -> None:

@@ -17,7 +17,7 @@ from muon_dist.config.schema import Config
 from muon_dist.config.source import Document, Keys, Place, Problem, closest, comment_after_value, parse, read
 from muon_dist.config.trainer import trainer_problems, with_switches
 from muon_dist.config.validate import contradictions, missing_files
-from muon_dist.errors import ConfigError
+from muon_dist.errors import ConfigError, DataError, MuonDistError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, reads_files: bool = False) -> Config:
@@ -28,7 +28,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, reads_files:
     reads_files: the files and folders that it names have to be there: text, tokenizer, model, DeepSpeed.
 
     Raises ConfigError that lists everything wrong, one line each: file:line (or the override), dotted path, what is
-    wrong and the closest key.
+    wrong and the closest key. DataError, in the same form, if only text or a tokenizer is missing.
     """
     document = _with_bases(Path(path), ())
     for text in overrides:
@@ -54,13 +54,15 @@ def _check(document: Document, reads_files: bool) -> Config:
         config = _without(data, [keys for keys, _ in found])
     if config is not None:
         found += contradictions(config)
-        found += missing_files(config) if reads_files else ()
+    gone = list(missing_files(config)) if reads_files and config is not None else []
+    found += gone
     # One line for each key: what is not a number is not also a contradiction.
     told = {p.keys for p in problems}
     first = {keys: message for keys, message in reversed(found) if keys not in told}
     problems += [Problem(document.place(keys), keys, message) for keys, message in first.items()]
     if problems or config is None:
-        raise _error(problems)
+        text = {keys for keys, _ in gone if keys[0] in ("data", "tokenizer")}
+        raise _error(problems, DataError if text.issuperset(p.keys for p in problems) else ConfigError)
     return config
 
 
@@ -88,10 +90,10 @@ def _removed(data: Any, keys: Keys) -> Any:
     return data
 
 
-def _error(problems: Sequence[Problem]) -> ConfigError:
+def _error(problems: Sequence[Problem], kind: type[MuonDistError] = ConfigError) -> MuonDistError:
     ordered = sorted(problems, key=lambda p: (p.place.where, p.place.line or 0, str(p.keys)))
     count = f"{len(ordered)} errors in the configuration:\n  " if len(ordered) > 1 else ""
-    return ConfigError(count + "\n  ".join(str(p) for p in ordered))
+    return kind(count + "\n  ".join(str(p) for p in ordered))
 
 
 def _with_bases(path: Path, below: tuple[Path, ...]) -> Document:

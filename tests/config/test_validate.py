@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from muon_dist.config import load_config
-from muon_dist.errors import ConfigError
+from muon_dist.errors import ConfigError, DataError
 
 MINIMAL = """\
 name: tiny
@@ -185,13 +185,13 @@ def test_text_that_is_not_there(tmp_path: Path) -> None:
     there = [str(tmp_path / "pair"), str(tmp_path / "*.txt"), "s3://bucket/gone"]
     sources = f"data.sources=[{{path: {there}}}, {{path: [{path}, {gone}]}}]"
     listed = [f"data.dir={data}", sources, f"data.validation_sources=[{{path: {gone}}}]"]
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(DataError) as error:
         load_config(path, listed, reads_files=True)
     lines = str(error.value).splitlines()
     assert len(lines) == 3
     assert any(f"data.sources.1.path: {gone}: no such file or folder" in line for line in lines)
     assert any(f"data.validation_sources.0.path: {gone}: no such file or folder" in line for line in lines)
-    with pytest.raises(ConfigError, match=r"data.path: .*gone: no such file or folder"):
+    with pytest.raises(DataError, match=r"data.path: .*gone: no such file or folder"):
         load_config(path, [f"data.dir={data}", f"data.path={gone}"], reads_files=True)
     named = ["tokenizer={path: gpt2}", "model.init_from=org/model", "deepspeed=zero9.json", f"data.dir={data}"]
     with pytest.raises(ConfigError) as error:
