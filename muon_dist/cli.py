@@ -191,7 +191,9 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Only this many samples.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Raw text (a file or a folder) instead of prepared data.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Raw text (a file, folder or URL) instead of prepared data.")
+    ] = None,
     tasks: Annotated[
         Path | None, typer.Option(help="Tasks of lm-evaluation-harness: a YAML file, or a folder of them.")
     ] = None,
@@ -229,7 +231,7 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = TEMPERATURE,
     top_k: Annotated[int, typer.Option(min=1, help="Choose among this many most probable tokens.")] = TOP_K,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same text.")] = 0,
     step: Step = None,
     best: Best = False,
 ) -> None:

@@ -54,6 +54,26 @@ def test_eval_of_raw_text(finished: dict[str, Any], tmp_path: Path) -> None:
     assert evaluate_folder(finished["run"], text=tmp_path / "short.txt")["samples"] == 1
 
 
+def test_data_of_eval_that_moved_are_found_or_asked_for(
+    finished: dict[str, Any], workspace: Path, tmp_path: Path
+) -> None:
+    """A whole `data.dir` is as good as its `tokens`, a URL as good as a path; what is gone is asked for."""
+    moved, data = tmp_path / "moved run", tmp_path / "data"
+    shutil.copytree(finished["run"], moved)
+    shutil.copytree(workspace / "data", data)
+    wanted = evaluate_folder(finished["run"])["loss"]
+    assert evaluate_folder(moved, data=data)["loss"] == evaluate_folder(moved, data=data / "tokens")["loss"] == wanted
+    text = tmp_path / "a.txt"
+    text.write_text("the cat sat by the mat. " * 9)
+    assert evaluate_folder(moved, text=f"file://{text}")["loss"] == evaluate_folder(moved, text=text)["loss"]
+    config = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace(f"{workspace}/data", f"{workspace}/gone"))
+    with pytest.raises(DataError, match=r"gone/tokens: the data of the run are no longer there: .*--data or --text"):
+        evaluate_folder(moved)
+    with pytest.raises(ConfigError, match=r"--sequence-length 65: the model has 64 positions"):
+        evaluate_folder(moved, text=text, sequence_length=65)
+
+
 def test_tokens_of_another_tokenizer_are_refused(finished: dict[str, Any], workspace: Path, tmp_path: Path) -> None:
     """Those of the run's own tokenizer are taken, by an export as well."""
     foreign = load_config(
