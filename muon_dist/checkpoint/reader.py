@@ -105,7 +105,8 @@ class Checkpoint:
                 continue
             if tensor.shape != piece.shape:
                 raise CheckpointError(
-                    f"{piece.name} ({piece.kind}) has shape {tensor.shape} in {self.path}, here {piece.shape}"
+                    f"{piece.name} ({piece.kind}) has shape {tensor.shape} in {self.path}, but {piece.shape} in this "
+                    "model: resume with the model's settings of that run"
                 )
             found = sum(p.numel for part in tensor.parts for p in piece.block.common(part.block))
             if found != piece.block.numel:

@@ -45,7 +45,7 @@ def verify(path: Source) -> None:
         typer.echo(f"{checkpoint}: {'every byte is right' if problem is None else f'DAMAGED: {problem}'}")
         wrong += problem is not None
     if wrong:
-        raise CheckpointError(f"{wrong} damaged: a run continues from the newest one that is not (--resume auto)")
+        raise CheckpointError(f"{wrong} damaged: --resume auto continues from the newest undamaged checkpoint")
 
 
 @app.command()

@@ -61,7 +61,7 @@ def _another_model(folder: str) -> None:
     kept = [p for p in held.pieces if (p.kind, p.name) != ("weight", "b")]
     for pieces, message in (
         ([*held.pieces, extra], "does not hold d: it is of another model"),
-        ([*kept, swapped], r"b \(weight\) has shape \(3,\) in .* here \(2, 2\)"),
+        ([*kept, swapped], r"b \(weight\) has shape \(3,\) in .* but \(2, 2\) in this model"),
         ([*held.pieces, other], "holds momentum of b and no exp_avg: it was trained by another algorithm"),
         (kept, "holds b, which this model does not have"),
     ):
