@@ -224,6 +224,8 @@ def _find_remote(url: str) -> list[DataFile]:
         raise DataError(f"{url}: fsspec knows no such URL ({one_line(error)}).") from None
     except DataError:
         raise
+    except FileNotFoundError as error:  # a bucket that does not exist
+        raise SourceGoneError(f"{url}: no such file or folder ({one_line(error)}).") from None
     except Exception as error:  # every file system has errors of its own
         raise SourceGoneError(
             f"{url}: cannot be reached ({type(error).__name__}: {one_line(error)}). "
