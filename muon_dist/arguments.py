@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
+from typing import Any
 
-from muon_dist.errors import CheckpointError
+from typer.core import TyperCommand
+
+from muon_dist.errors import CheckpointError, ConfigError
+
+
+class SettingsCommand(TyperCommand):
+    """A command that takes settings as KEY=VALUE. The error for `--key value` says so."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments. Raises ConfigError for an option that the command does not have."""
+        known = {name for option in self.get_params(ctx) for name in (*option.opts, *option.secondary_opts)}
+        for argument in args[: args.index("--")] if "--" in args else args:
+            name = argument.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
+                setting = "settings of the configuration are written without --, such as optimizer.muon.lr=0.003"
+                meant = (
+                    f"did you mean {close[0]}?" if close else f"{setting}; for the options see {ctx.command_path} -h"
+                )
+                raise ConfigError(f"{name}: no such option; {meant}")
+        return super().parse_args(ctx, args)
+
+
+def existing(path: Path) -> Path:
+    """`path` of a configuration or a run, if there is such a file or folder; ConfigError otherwise."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file or folder: name a configuration, or run folders")
+    return path
 
 
 def existing_run(path: Path) -> Path:
@@ -17,3 +46,12 @@ def existing_run(path: Path) -> Path:
 def existing_runs(paths: list[Path]) -> list[Path]:
     """`existing_run` for several paths."""
     return [existing_run(path) for path in paths]
+
+
+def existing_checkpoint(resume: str | None) -> None:
+    """Raise CheckpointError if `--resume` is a path that does not exist."""
+    if resume not in (None, "auto", "if-any") and not Path(resume).exists():
+        raise CheckpointError(
+            f"--resume {resume}: no such folder; name a checkpoint, such as runs/NAME/checkpoints/checkpoint-400, or "
+            "write --resume auto for the newest checkpoint of this run"
+        )

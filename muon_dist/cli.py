@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from muon_dist import failures, streams
-from muon_dist.arguments import existing_run, existing_runs
+from muon_dist.arguments import SettingsCommand, existing, existing_checkpoint, existing_run, existing_runs
 from muon_dist.audit.cli import verify as verify_run
 from muon_dist.bench.cli import app as bench
 from muon_dist.defaults import PROMPT, TEMPERATURE, TOP_K
@@ -96,7 +96,7 @@ def init(
     typer.echo(f"next: cd {shlex.quote(str(folder))} && muon-dist train configs/quickstart.yaml", err=True)
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -116,7 +116,8 @@ def train(
 
     first = os.environ.get("RANK", "0") == "0"
     try:
-        settings = load_config(config, overrides or [], reads_text=first)
+        existing_checkpoint(resume)
+        settings = load_config(config, overrides or [], reads_files=first)
     except MuonDistError as error:
         error.reported_elsewhere = not first
         raise
@@ -125,19 +126,19 @@ def train(
     run(settings, run_dir=run_dir, resume=resume, overwrite=overwrite)
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def tokenizer(config: ConfigPath, overrides: Overrides = None, overwrite: Overwrite = False) -> None:
     """Train the tokenizer on the configuration's text and save it for AutoTokenizer."""
     from muon_dist.config import load_config
 
-    settings = load_config(config, overrides or [], reads_text=True)
+    settings = load_config(config, overrides or [], reads_files=True)
     from muon_dist.train import corpus  # seconds, so after the configuration is known to be right
 
     info = corpus.make_tokenizer(settings, overwrite)
     typer.echo(f"{info.path}: {info.vocab_size:,} tokens, sha256 {info.sha256}")
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def prepare(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -150,7 +151,7 @@ def prepare(
     """Turn the configuration's text into token shards. Existing shards are kept if their inputs have not changed."""
     from muon_dist.config import load_config
 
-    settings = load_config(config, overrides or [], reads_text=True)
+    settings = load_config(config, overrides or [], reads_files=True)
     from muon_dist.train import corpus  # seconds, so after the configuration is known to be right
 
     manifest = corpus.prepare(settings, overwrite, verify)
@@ -162,7 +163,7 @@ def prepare(
     typer.echo(str(corpus.tokens_folder(settings)))
 
 
-@app.command(name="export-tokens")
+@app.command(name="export-tokens", cls=SettingsCommand)
 def export_tokens(
     config: ConfigPath,
     out: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet.")],
@@ -190,7 +191,9 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_samples: Annotated[int | None, typer.Option(min=1, help="Only this many samples.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Raw text (a file or a folder) instead of prepared data.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Raw text (a file, folder or URL) instead of prepared data.")
+    ] = None,
     tasks: Annotated[
         Path | None, typer.Option(help="Tasks of lm-evaluation-harness: a YAML file, or a folder of them.")
     ] = None,
@@ -228,7 +231,7 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most probable token.")] = TEMPERATURE,
     top_k: Annotated[int, typer.Option(min=1, help="Choose among this many most probable tokens.")] = TOP_K,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="The same seed gives the same text.")] = 0,
     step: Step = None,
     best: Best = False,
 ) -> None:
@@ -258,9 +261,9 @@ def export(
     typer.echo(str(out))
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def compare(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", help="A YAML file, or a run folder.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG|RUN", callback=existing, help="YAML file or run folder.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE|RUN]...", help="Settings to change, or more run folders."),
@@ -296,6 +299,8 @@ def report(
 ) -> None:
     """One self-contained HTML page: curves, spectra, routing, checkpoints, settings of a run; or runs side by side."""
     if len(runs) > 1:
+        if best or step is not None:
+            raise ConfigError("--step and --best choose weights of one run: name one run, or leave them out")
         from muon_dist.report.compare_page import write_compare_page
 
         typer.echo(str(write_compare_page(runs, output)))

@@ -53,10 +53,16 @@ def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
 
 
 def append_line(path: Path, value: Any, sort_keys: bool = False) -> None:
-    """Append an object to a JSON-lines file, and make its folder."""
+    """Append an object to a JSON-lines file, and make its folder.
+
+    If a killed run left half a line at the end, it stays a line of its own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(one_line(value, sort_keys) + "\n")
+    with path.open("ab+") as file:
+        end = file.tell()
+        file.seek(max(end - 1, 0))
+        half = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(half + one_line(value, sort_keys).encode() + b"\n")
 
 
 def write_lines(path: Path, values: Sequence[Any]) -> None:

@@ -101,6 +101,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "pydantic": ("config",),
     "quack": ("numerics.products",),
     "typer": (
+        "arguments",
         "cli",
         "planner.cli",
         "experiments.cli",

@@ -131,7 +131,8 @@ def test_unknown_model_setting(capsys: pytest.CaptureFixture[str], config: Path)
 
 
 def test_no_data(capsys: pytest.CaptureFixture[str], config: Path) -> None:
-    refused(capsys, 3, "missing", "prepare", config, "data.sources.0.path=" + str(config.parent / "missing"))
+    missing = "data.sources.0.path=" + str(config.parent / "missing")
+    refused(capsys, 3, "missing: no such file or folder", "prepare", config, missing)
 
 
 def test_empty_data(capsys: pytest.CaptureFixture[str], config: Path) -> None:

@@ -80,6 +80,16 @@ def test_a_cut_line_is_named_and_goes(tmp_path: Path) -> None:
     assert not (tmp_path / "none.jsonl").exists()
 
 
+def test_the_line_after_a_cut_one_is_whole(tmp_path: Path) -> None:
+    """The first event of a resumed run was lost: it stood behind the half line that a kill had left."""
+    path = tmp_path / "log.jsonl"
+    append_line(path, {"step": 1})
+    path.write_bytes(path.read_bytes() + b'{"step": 2, "lo')
+    append_line(path, {"step": 3})
+    append_line(path, {"step": 4})
+    assert [value for _, value in read_lines(path)] == [{"step": 1}, None, {"step": 3}, {"step": 4}]
+
+
 def test_digests_do_not_depend_on_the_order_of_keys() -> None:
     assert canonical({"b": 1, "a": [2.0]}) == canonical({"a": [2.0], "b": 1}) == b'{"a":[2.0],"b":1}'
     with pytest.raises(ValueError):

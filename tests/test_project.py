@@ -56,6 +56,13 @@ def test_packaged_files_are_found() -> None:
         (["export", "nowhere", "out"], "nowhere: no such folder"),
         (["checkpoint", "list", "nowhere"], "nowhere: no such folder"),
         (["generate", "nowhere", "--tokens", "0"], "--tokens"),
+        (["verify", "nowhere"], "nowhere: no such folder"),
+        (["compare", "nowhere"], "nowhere: no such file or folder: name a configuration"),
+        (["train", "no.yaml", "--resume", "nowhere"], "--resume nowhere: no such folder; name a checkpoint"),
+        (["train", "no.yaml", "--optimizer.muon.lr=0.1"], "written without --"),
+        (["plan", "no.yaml", "--gpus", "8"], "--gpus: no such option; settings of the configuration"),
+        (["launch", "slurm", "no.yaml", "--lr", "8"], "--lr: no such option; settings of the configuration"),
+        (["train", "no.yaml", "--resum", "auto"], "--resum: no such option; did you mean --resume?"),
     ],
 )
 def test_a_mistyped_path_does_not_wait_for_torch(tmp_path: Path, arguments: list[str], message: str) -> None:

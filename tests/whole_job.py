@@ -225,6 +225,9 @@ def train_all(folder: Path, config: Path) -> None:
     print(f"resumed on 1 rank with {', '.join(OTHER_SETTINGS)}: {seconds:.1f} s")
     done(command("train", str(config), *options, "name=whole", ranks=2))
     first, second = (json.loads((folder / "runs" / n / "summary.json").read_text()) for n in ("killed", "whole"))
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in logged if "loss" in line]
+    assert steps == [*range(1, 2 * SAVE + 1), 25, 30, 35, 40], f"another logging_steps was not used: {steps}"
     away = abs(first["validation_loss"] - second["validation_loss"])
     print(f"validation loss: killed {first['validation_loss']:.6f}, never killed {second['validation_loss']:.6f}")
     assert away < 2e-3 and first["steps"] == second["steps"] == STEPS, "the resumed run is another one"

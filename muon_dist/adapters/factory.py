@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 from muon_dist.errors import ConfigError
 from muon_dist.optim.groups import check_parameters, param_groups, routing_for
 from muon_dist.optim.muon import Muon
+from muon_dist.optim.other_names import arguments_of, refuse_arguments
 from muon_dist.optim.rules import RULES
 from muon_dist.optim.rules.choice import check_options
 from muon_dist.optim.rules.entries import group_rules, override_rules, split_rules
@@ -167,46 +166,15 @@ def _partitions(config: Mapping[str, Any] | None) -> int | None:
     return torch.distributed.get_world_size() // max(tensor, 1)
 
 
-def _keywords(function: Callable[..., Any], skip: str) -> set[str]:
-    return {name for name in inspect.signature(function).parameters if name not in (skip, "self")}
-
-
-# The names of other optimizers (torch, DeepSpeed, dion, Keller Jordan's) that difflib does not find.
-_FOREIGN = {
-    "muon_lr": "lr",
-    "learning_rate": "lr",
-    "wd": "weight_decay",
-    "muon_weight_decay": "weight_decay",
-    "adam_wd": "adamw_weight_decay",
-    "adam_betas": "betas",
-    "adamw_betas": "betas",
-    "adam_eps": "eps",
-    "adamw_eps": "eps",
-    "beta": "momentum",
-    "mu": "momentum",
-    "adjust_lr": "scale",
-    "adjust_lr_fn": "scale",
-    "backend_steps": "ns_steps",
-    "ns_coefficients": "ns_schedule",
-}
-
-
 def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sort keyword arguments into those of `param_groups` and those of `Muon` (a shared one goes to both).
 
-    Raises ConfigError that names every unknown one with the closest known, what the update rule does not have, or what
+    Raises ConfigError that names an unknown one and what to write instead, what the update rule does not have, or what
     is wrong with an entry of `groups`, `overrides` or `splits`.
     """
-    for_groups = _keywords(param_groups, "model")
-    for_muon = _keywords(Muon, next(iter(inspect.signature(Muon).parameters))) - {"groups"}  # by name: of the model
-    known = for_groups | for_muon | {"print_routing"}
-    problems = []
-    for name in kwargs:
-        if name not in known:
-            close = _FOREIGN.get(name) or next(iter(difflib.get_close_matches(name, sorted(known), n=1)), None)
-            problems.append(f"{name!r}" + (f" (did you mean {close!r}?)" if close else ""))
-    if problems:
-        raise ConfigError(f"unknown argument for Muon: {', '.join(problems)}; known are {', '.join(sorted(known))}")
+    for_groups = arguments_of(param_groups)
+    for_muon = arguments_of(Muon) - {"groups"}  # by name: of the model
+    refuse_arguments("arguments for Muon", kwargs, for_groups | for_muon | {"print_routing"})
     of_muon = {k: v for k, v in kwargs.items() if k in for_muon}
     check_options({"rule": "muon", "rule_options": {}, **{k: v for k, v in of_muon.items() if v is not None}})
     group_rules(kwargs.get("groups", ()), kwargs.get("rule", "muon"))

@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
+from muon_dist.arguments import existing_run
+
 
 def verify(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or its audit.jsonl.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", callback=existing_run, help="A run folder, or its audit.jsonl.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Check the audit of a run: is its chain complete, what was recomputed, how large were the errors?

@@ -115,7 +115,7 @@ class Checkpoint:
 
     @torch.no_grad()
     def fill(self, pieces: Sequence[Piece]) -> None:
-        """Copy into `pieces`; state of which the checkpoint has none becomes zero, as it was then.
+        """Copy into `pieces`; state that the checkpoint does not have is set to zero, its value when it was saved.
 
         Host memory beyond the pieces is bounded by what is read at a time.
         """

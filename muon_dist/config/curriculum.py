@@ -112,7 +112,7 @@ def curriculum_problems(
 ) -> Iterator[tuple[Keys, str]]:
     """Yield the errors of the parts. longest: names of the model's setting for its longest sequence."""
     if data.chosen and not any(source.weight for source in data.chosen):
-        yield ("data", "sources"), "have all weight 0, so that nothing is drawn: give one a weight above 0"
+        yield ("data", "sources"), "all have weight 0, so no text would be drawn: give one a weight above 0"
     for index, part in enumerate(curriculum):
         keys: Keys = ("curriculum", index)
         if index and part.from_step <= curriculum[index - 1].from_step:
@@ -124,10 +124,10 @@ def curriculum_problems(
         if weights is not None and len(weights) != len(data.chosen):
             yield (*keys, "data", "weights"), f"has {len(weights)} numbers for {len(data.chosen)} sources"
         elif weights is not None and not any(weights):
-            yield (*keys, "data", "weights"), "are all 0, so that nothing is drawn"
+            yield (*keys, "data", "weights"), "are all 0, so no text would be drawn: set one above 0"
         for name in ("lr_scheduler_kwargs", "warmup_steps"):
             if part.lr_scheduler_type is None and getattr(part, name):
-                yield (*keys, name), "is of lr_scheduler_type, which is not set: set both or none"
+                yield (*keys, name), "belongs to lr_scheduler_type, which is not set: set both or neither"
         for name in longest:
             most, length = model.get(name), part.data.sequence_length
             if isinstance(most, int) and length is not None and length > most:
@@ -150,12 +150,12 @@ def packing_problems(
         if parallel is not None and getattr(parallel, axis) > 1:
             yield (
                 keys,
-                f"is {packing}, and parallel.{axis} cuts samples over ranks, whose attention knows no documents: set "
-                f"it to concatenate, or parallel.{axis} to 1",
+                f"is {packing}, but parallel.{axis} splits each sample over ranks, where attention cannot keep "
+                f"documents apart: set packing to concatenate, or parallel.{axis} to 1",
             )
     if has_deepspeed and model.get("partitioned_init"):
         yield (
             keys,
-            f"is {packing}, and a model of model.partitioned_init cannot be tried for whether it keeps documents "
-            "apart: leave partitioned_init out, or set it to concatenate",
+            f"is {packing}, but with model.partitioned_init it cannot be tested whether the model keeps documents "
+            "apart: leave partitioned_init out, or set packing to concatenate",
         )

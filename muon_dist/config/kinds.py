@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
-from muon_dist.config.paths import expand_path
+from muon_dist.config.paths import expand_path, is_url
 from muon_dist.config.source import closest
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -45,7 +44,7 @@ def _local_path(text: str) -> str:
     """A path on a mounted file system, expanded; for what is written by rename, which no object store has."""
     if not text:
         raise ValueError("is empty: name a folder")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+    if is_url(text):
         raise ValueError(f"{text!r} is a URL: name a folder on a mounted file system")
     return expand_path(text)
 

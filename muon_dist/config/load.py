@@ -16,27 +16,27 @@ from muon_dist.config.redact import is_secret, redact
 from muon_dist.config.schema import Config
 from muon_dist.config.source import Document, Keys, Place, Problem, closest, comment_after_value, parse, read
 from muon_dist.config.trainer import trainer_problems, with_switches
-from muon_dist.config.validate import contradictions, missing_text
-from muon_dist.errors import ConfigError
+from muon_dist.config.validate import contradictions, missing_files
+from muon_dist.errors import ConfigError, DataError, MuonDistError
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, reads_text: bool = False) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, reads_files: bool = False) -> Config:
     """The configuration in a YAML file, with `base:` files beneath it and dotted overrides on top.
 
     overrides: texts such as `optimizer.muon.lr=0.01`; the value is YAML. Mappings are merged key by key, lists are
     replaced whole; a number in an override's path (`data.sources.0.weight=2`) names an item of a list.
-    reads_text: local sources have to be there, unless tokens are prepared.
+    reads_files: the files and folders that it names have to be there: text, tokenizer, model, DeepSpeed.
 
     Raises ConfigError that lists everything wrong, one line each: file:line (or the override), dotted path, what is
-    wrong and the closest key.
+    wrong and the closest key. DataError, in the same form, if only text or a tokenizer is missing.
     """
     document = _with_bases(Path(path), ())
     for text in overrides:
         _override(document, text)
-    return _check(document, reads_text)
+    return _check(document, reads_files)
 
 
-def _check(document: Document, reads_text: bool) -> Config:
+def _check(document: Document, reads_files: bool) -> Config:
     data, problems = document.data, document.problems
     if not document.broken and not isinstance(data, dict):
         problems.append(Problem(document.place(()), (), "holds no settings: a mapping of keys to values is needed"))
@@ -54,13 +54,15 @@ def _check(document: Document, reads_text: bool) -> Config:
         config = _without(data, [keys for keys, _ in found])
     if config is not None:
         found += contradictions(config)
-        found += missing_text(config) if reads_text else ()
+    gone = list(missing_files(config)) if reads_files and config is not None else []
+    found += gone
     # One line for each key: what is not a number is not also a contradiction.
     told = {p.keys for p in problems}
     first = {keys: message for keys, message in reversed(found) if keys not in told}
     problems += [Problem(document.place(keys), keys, message) for keys, message in first.items()]
     if problems or config is None:
-        raise _error(problems)
+        text = {keys for keys, _ in gone if keys[0] in ("data", "tokenizer")}
+        raise _error(problems, DataError if text.issuperset(p.keys for p in problems) else ConfigError)
     return config
 
 
@@ -88,10 +90,10 @@ def _removed(data: Any, keys: Keys) -> Any:
     return data
 
 
-def _error(problems: Sequence[Problem]) -> ConfigError:
+def _error(problems: Sequence[Problem], kind: type[MuonDistError] = ConfigError) -> MuonDistError:
     ordered = sorted(problems, key=lambda p: (p.place.where, p.place.line or 0, str(p.keys)))
     count = f"{len(ordered)} errors in the configuration:\n  " if len(ordered) > 1 else ""
-    return ConfigError(count + "\n  ".join(str(p) for p in ordered))
+    return kind(count + "\n  ".join(str(p) for p in ordered))
 
 
 def _with_bases(path: Path, below: tuple[Path, ...]) -> Document:
@@ -169,6 +171,10 @@ def _override(document: Document, text: str) -> None:
     at: Any = document.data
     for part in parts:
         step: str | int = int(part) if isinstance(at, list) and part.isdecimal() and int(part) < len(at) else part
+        if isinstance(at, list) and isinstance(step, str):
+            there = f"its items are 0 to {len(at) - 1}" if at else "it is empty"
+            document.problems.append(Problem(place, tuple(keys), f"is a list, and has no item {part!r}: {there}"))
+            return
         keys.append(step)
         at = at[step] if isinstance(step, int) else at.get(step) if isinstance(at, dict) else None
     document.problems += [Problem(p.place, (*keys, *p.keys), p.message) for p in read_value.problems]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}|\$([A-Za-z_][A-Za-z0-9_]*)")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_PATTERN = re.compile(r"[*?\[]")
 # Keys of the trainer block that are paths, or may be.
-TRAINER_PATHS = ("resume_from_checkpoint", "fsdp_config", "accelerator_config", "logging_dir")
+TRAINER_PATHS = ("fsdp_config", "accelerator_config", "logging_dir")
 
 
 def expand_path(text: str) -> str:
@@ -57,3 +60,23 @@ def _expanded(block: Any, names: tuple[str, ...]) -> Any:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     return found
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path is a URL, which fsspec opens."""
+    return isinstance(path, str) and _URL.match(path) is not None
+
+
+def is_pattern(path: str | Path) -> bool:
+    """Whether a path has a wildcard, so that it may match several files."""
+    return _PATTERN.search(str(path)) is not None
+
+
+def index_of(prefix: Path) -> Path:
+    """The index file of a pair of token files that is named by their common prefix, as Megatron does."""
+    return prefix.with_name(prefix.name + ".idx")
+
+
+def is_there(root: Path) -> bool:
+    """Whether a local path of a source leads to anything: a file, a folder, a pattern or the prefix of token files."""
+    return root.exists() or index_of(root).is_file() or is_pattern(root)

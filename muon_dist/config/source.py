@@ -96,7 +96,7 @@ def read(path: Path) -> Document:
     name = str(path)
     try:
         if not path.is_file():
-            return _failed(Place(name), "no such file" if not path.exists() else "not a file")
+            return _failed(Place(name), _no_file(path))
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except OSError as error:
@@ -106,9 +106,20 @@ def read(path: Path) -> Document:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return _failed(Place(name), "UTF-16: save it as UTF-8")
         line = raw.count(b"\n", 0, error.start) + 1
         return _failed(Place(name, line), f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}")
     return parse(text, name)
+
+
+def _no_file(path: Path) -> str:
+    """Why `path` cannot be a configuration, and which YAML file may be meant."""
+    if path.exists():
+        inside = sorted(path.glob("[!_]*.yaml")) if path.is_dir() else []
+        return "not a file" + (f"; name a YAML file in it, such as {inside[0]}" if inside else "")
+    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+    return "no such file" + (f"; did you mean {path.parent / close[0]}?" if close else "")
 
 
 def parse(text: str, name: str, numbered: bool = True) -> Document:

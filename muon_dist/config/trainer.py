@@ -35,6 +35,7 @@ DECIDED_ELSEWHERE = {
     "max_grad_norm": "optimizer.clip.muon and optimizer.clip.adamw",
     "deepspeed": "deepspeed",
     "parallelism_config": "parallel",
+    "resume_from_checkpoint": "the option --resume of muon-dist train",
 }
 
 

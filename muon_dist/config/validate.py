@@ -9,6 +9,7 @@ from pathlib import Path
 
 from muon_dist.config.curriculum import changes_rule, curriculum_problems, muon_of_parts, packing_problems
 from muon_dist.config.data import SourceConfig
+from muon_dist.config.paths import is_there, is_url
 from muon_dist.config.schema import Config, GroupConfig, MuonConfig
 from muon_dist.config.source import Keys
 from muon_dist.config.trainer import DECIDED_ELSEWHERE
@@ -33,10 +34,32 @@ def contradictions(config: Config) -> Found:
     yield from packing_problems(config.parts, config.parallel, config.model, config.deepspeed is not None)
 
 
-def missing_text(config: Config) -> Found:
-    """Local sources that are not there, while no tokens are prepared either. URLs and the hub are not asked."""
-    from muon_dist.data.storage import is_there, is_url  # imports numpy, for which --help should not wait
+def missing_files(config: Config) -> Found:
+    """Files and folders that the configuration names and that are not there."""
+    yield from _missing_text(config)
+    if config.tokenizer.path is not None and not Path(config.tokenizer.path).exists():
+        yield (
+            ("tokenizer", "path"),
+            f"{config.tokenizer.path}: no such folder. A tokenizer of the hub must be downloaded first: hf download "
+            "NAME --local-dir FOLDER",
+        )
+    start = config.model.get("init_from")
+    if isinstance(start, str) and not Path(start).exists():
+        yield (
+            ("model", "init_from"),
+            f"{start}: no such folder. A model of the hub must be downloaded first: hf download NAME --local-dir "
+            "FOLDER",
+        )
+    if isinstance(config.deepspeed, str) and not Path(config.deepspeed).is_file():
+        yield (
+            ("deepspeed",),
+            f"{config.deepspeed}: no such file. Name a JSON file, such as configs/deepspeed/zero2.json, or write the "
+            "settings here",
+        )
 
+
+def _missing_text(config: Config) -> Found:
+    """Local sources that are not there, while no tokens are prepared either. URLs and the hub are not asked."""
     if (Path(config.data.dir) / "tokens").exists():
         return
     data = config.data
@@ -62,8 +85,8 @@ def _guards(config: Config) -> Found:
     if guards.watchdog_seconds is not None and guards.watchdog_seconds >= timeout:
         yield (
             ("guards", "watchdog_seconds"),
-            f"is {guards.watchdog_seconds:g} and trainer.ddp_timeout is {timeout}, whose end comes first and names "
-            "nothing: set it lower",
+            f"is {guards.watchdog_seconds:g} and trainer.ddp_timeout is {timeout}: the run would end before the "
+            "watchdog names the slow rank. Set watchdog_seconds below ddp_timeout",
         )
 
 
@@ -77,14 +100,14 @@ def _tokenizer_and_data(config: Config) -> Found:
     if tokenizer.path is None and tokenizer.vocab_size is None:
         yield ("tokenizer", "vocab_size"), "is null and so is tokenizer.path: set one of them"
     if data.path is None and data.text_field != "text":
-        yield ("data", "text_field"), "is of data.path, which is not set: set data.sources.0.text_field"
+        yield ("data", "text_field"), "belongs to data.path, which is not set: set data.sources.0.text_field instead"
     if not data.chosen:
         yield ("data", "sources"), "is empty: name a source, for instance {builtin: stdlib}"
     if tokenizer.path is not None:
         for name in sorted(n for n in ("special_tokens", "split_digits") if getattr(tokenizer, n)):
             yield (
                 ("tokenizer", name),
-                f"is for a tokenizer that is trained, and tokenizer.path is {tokenizer.path}: remove one of them",
+                f"needs a tokenizer that is trained here, but tokenizer.path is {tokenizer.path}: remove one of them",
             )
     yield from _outputs_among_data(config)
     for index, source in enumerate(data.sources if data.path is None else ()):
@@ -173,7 +196,7 @@ def _optimizer(config: Config) -> Found:
     for index, own in enumerate(muon_of_parts(muon.model_dump(), config.curriculum)[1:]):
         keys: Keys = ("curriculum", index, "optimizer", "muon")
         if changes_rule(config.curriculum[index]) and config.optimizer.name != "muon":
-            yield keys, f"is of Muon, and optimizer.name is {config.optimizer.name}: leave it out"
+            yield keys, f"belongs to Muon, but optimizer.name is {config.optimizer.name}: leave it out"
         else:
             yield from _muon(keys, MuonConfig(**own))
     yield from _low_precision(config)
@@ -191,7 +214,9 @@ def _optimizer(config: Config) -> Found:
 def _low_precision(config: Config) -> Found:
     muon = config.optimizer.muon
     if muon.master_weights and muon.stochastic_rounding:
-        problem = "and optimizer.muon.master_weights are both on: masters lose nothing, so leave one out"
+        problem = (
+            "and optimizer.muon.master_weights are both on: set one of them to false (masters need no random rounding)"
+        )
         yield ("optimizer", "muon", "stochastic_rounding"), problem
     for name in ("master_weights", "stochastic_rounding"):
         if getattr(muon, name) and config.optimizer.name == "adamw":
@@ -201,7 +226,7 @@ def _low_precision(config: Config) -> Found:
 
 def _qk_clip(config: Config) -> Found:
     if config.optimizer.qk_clip is not None and config.optimizer.name != "muon":
-        yield ("optimizer", "qk_clip"), f"belongs to Muon, and optimizer.name is {config.optimizer.name}: leave it out"
+        yield ("optimizer", "qk_clip"), f"belongs to Muon, but optimizer.name is {config.optimizer.name}: leave it out"
 
 
 def _muon(keys: Keys, muon: MuonConfig) -> Found:
@@ -319,15 +344,18 @@ def _parallel(config: Config) -> Found:
             yield ("parallel", name), f"is {getattr(block, name)} and deepspeed is set: {instead[name]}"
         size = deepspeed.get("sequence_parallel_size", block.sp) if isinstance(deepspeed, dict) else block.sp
         if size != block.sp:
-            yield ("parallel", "sp"), f"is {block.sp}, but deepspeed.sequence_parallel_size is {size}: set both alike"
+            yield (
+                ("parallel", "sp"),
+                f"is {block.sp}, but deepspeed.sequence_parallel_size is {size}: set both to the same number",
+            )
     elif block.sp > 1:
         yield (
             ("parallel", "sp"),
-            f"is {block.sp} and deepspeed is null: Ulysses is DeepSpeed's: set deepspeed, for instance to "
-            "configs/deepspeed/zero1.json, or set parallel.cp instead, on GPUs",
+            f"is {block.sp} and deepspeed is null: sequence parallelism (Ulysses) needs DeepSpeed. Set deepspeed, for "
+            "instance to configs/deepspeed/zero1.json; or, on GPUs, set parallel.cp instead",
         )
     for first, second in (("cp", "sp"), ("cp", "tp"), ("cp", "ep")):
         if getattr(block, first) > 1 and getattr(block, second) > 1:
             yield ("parallel", first), f"and parallel.{second} are both above 1: no library has both; keep one of them"
     if config.model.get("partitioned_init") and deepspeed is None:
-        yield ("model", "partitioned_init"), "is ZeRO-3's, and parallel is set without deepspeed: remove it"
+        yield ("model", "partitioned_init"), "needs DeepSpeed's ZeRO-3, but deepspeed is not set: remove it"

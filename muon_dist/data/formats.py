@@ -193,7 +193,7 @@ class JsonLines(Format):
         with file.decompressed() as stream:
             for number, line in enumerate(stream, start=1):
                 start, offset = offset, offset + len(line)
-                if line.strip():
+                if line.strip() not in (b"", codecs.BOM_UTF8):
                     yield json_line(line, f"{file.path}:{number}", start, file.path, options.text_field)
 
 
@@ -292,7 +292,11 @@ def _csv_row(row: list[str], names: list[str], field: str, origin: str) -> Item:
     if len(row) != len(names):
         return DataError(f"{origin}: {len(row)} columns, and the header has {len(names)}.")
     text = row[names.index(field)]
-    if any("\udc80" <= letter <= "\udcff" for letter in text):
+    if "\0" in text:
+        return DataError(f"{origin}: column {field!r} holds a zero byte: the file is damaged or binary.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # `surrogateescape` put a lone surrogate where a byte is not UTF-8
         return DataError(f"{origin}: column {field!r} is not UTF-8. Convert the file to UTF-8.")
     return row_document({field: text}, field, origin)
 

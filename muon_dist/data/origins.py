@@ -34,7 +34,12 @@ _FOREIGN = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the file itself", "fetch the file with git lfs pull"),
 )
 _MARKUP = re.compile(r"\s*(?:<!--.*?-->\s*)?<(?:!doctype\s+html|html|\?xml|head|body)\b", re.IGNORECASE | re.DOTALL)
-_NO_DATA = re.compile(r"(?:readme|license|licence|notice|copying|citation)\b|.*\.(?:sha256|md5)$|_success$", re.I)
+_NO_DATA = re.compile(
+    r"(?:readme|license|licence|notice|copying|citation)\b|.*\.(?:sha256|md5)$"
+    r"|_(?:success|metadata|common_metadata)$"  # beside the parquet files of Spark, Dask and pyarrow
+    r"|.*~$|#.*#$|(?:thumbs\.db|desktop\.ini)$",  # what editors and Windows leave in a folder
+    re.IGNORECASE,
+)
 _ABOUT_DATASETS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 _SIBLINGS = ((".idx", ".bin"), (".ds", ".ds.index"), (".ds", ".ds.metadata"), (".ds", ".ds.loss"))
 
@@ -149,7 +154,8 @@ class Files(Origin):
         found: list[tuple[DataFile, Format]] = []
         left_out: list[str] = []
         for file in files:
-            about = Path(file.name).name.lower() in _ABOUT_DATASETS or _NO_DATA.match(file.name)
+            name = Path(file.name).name
+            about = name.lower() in _ABOUT_DATASETS or _NO_DATA.match(name)
             if any(file.name.endswith(b) and file.name.removesuffix(b) + a in names for a, b in _SIBLINGS):
                 continue  # read with its index
             if several and (about and file.path not in map(str, self.source.paths)):
@@ -197,7 +203,7 @@ class Files(Origin):
 
 def _as_named(file: DataFile, kind: Format) -> bool:
     """Whether a file is read as its name promises."""
-    if file.suffix in kind.suffixes:
+    if any(file.suffix in one.suffixes for one in FORMATS if isinstance(one, type(kind))):  # Csv reads .tsv too
         return True
     return isinstance(kind, Text) and not any(file.suffix in one.suffixes for one in FORMATS)
 

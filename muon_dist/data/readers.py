@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from muon_dist.config.paths import is_url
 from muon_dist.data.document import Document, Item, SourceGoneError, row_document
-from muon_dist.data.storage import is_url
 from muon_dist.errors import DataError
 from muon_dist.failures import one_line
 
@@ -38,8 +38,12 @@ def read_dataset(
 def _loaded_rows(name: str, config: str | None, split: str, streaming: bool, revision: str | None) -> Any:
     import datasets
 
+    # The cache of `datasets` knows local files by their times: it would give the rows of an earlier content.
+    mode = "force_redownload" if not streaming and Path(name).exists() else None
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=streaming, revision=revision)
+        return datasets.load_dataset(
+            name, config, split=split, streaming=streaming, revision=revision, download_mode=mode
+        )
     except Exception as error:  # datasets raises its own, fsspec's, the hub's and the network's errors here
         raise DataError(
             f"dataset {name!r} (split {split!r}) cannot be loaded: {type(error).__name__}: {one_line(error)}"

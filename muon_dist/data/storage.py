@@ -9,20 +9,18 @@ import glob
 import gzip
 import io
 import lzma
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
+from muon_dist.config.paths import index_of, is_pattern, is_url
 from muon_dist.data.document import SourceGoneError, say
 from muon_dist.data.files import sha256_stream
 from muon_dist.errors import DataError
 from muon_dist.failures import one_line
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_GLOB = re.compile(r"[*?\[]")
 _BUFFER = 1 << 20
 HEAD_BYTES = 1 << 16
 
@@ -40,11 +38,6 @@ _COMPRESSIONS: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
     b"BZh": ("bzip2", bz2.BZ2File),
     b"\xfd7zXZ\x00": ("xz", lzma.LZMAFile),
 }
-
-
-def is_url(path: str | Path) -> bool:
-    """Whether a path is a URL, which fsspec opens."""
-    return isinstance(path, str) and _URL.match(path) is not None
 
 
 @dataclass(frozen=True)
@@ -162,25 +155,17 @@ def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
     return found
 
 
-def is_there(root: Path) -> bool:
-    """Whether a local path of a source leads to anything: a file, a folder, a pattern or the prefix of token files."""
-    return root.exists() or _prefix(root).is_file() or _GLOB.search(str(root)) is not None
-
-
-def _prefix(root: Path) -> Path:
-    """The file beside a path that is the prefix by which Megatron names a pair of files."""
-    return root.with_name(root.name + ".idx")
-
-
 def _find_local(root: Path) -> list[DataFile]:
-    if not root.exists() and _prefix(root).is_file():
-        root = _prefix(root)
-    if not root.exists() and _GLOB.search(str(root)):
+    if not root.exists() and index_of(root).is_file():
+        root = index_of(root)
+    if not root.exists() and is_pattern(root):
         matches = sorted(Path(name) for name in glob.glob(str(root), recursive=True))
         files = [match for match in matches if match.is_file()]
         folders = [match for match in matches if match.is_dir() and root.parts[-1] != "**"]
         if not any(file.stat().st_size for file in files):
             only = f", only folders such as {folders[0]}: write {root}/* or {root}/**" if folders else ""
+            if not only and "[" in str(root):
+                only = "; where a name itself holds a bracket, write [[] for it"
             raise SourceGoneError(f"{root}: no non-empty file matches this pattern{only}.")
         if folders and "**" not in root.parts:
             say(
@@ -228,7 +213,7 @@ def _find_remote(url: str) -> list[DataFile]:
         system.invalidate_cache()  # a listing of before does not know what came since
         if system.isfile(path):
             names = [path]
-        elif _GLOB.search(path):
+        elif is_pattern(path):
             names = [name for name in sorted(system.glob(path)) if system.isfile(name)]
         else:
             names = sorted(system.find(path))

@@ -13,7 +13,12 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def _checked(data: bytes, path: str, start: int) -> Item:
-    """The text as a document, or the error that says where it is not UTF-8."""
+    """The text as a document, or the error that says where it is not text: not UTF-8, or a zero byte."""
+    if (zero := data.find(b"\0")) >= 0:  # a crash leaves them where data were not written; programs write them too
+        return DataError(
+            f"{path}: a zero byte at byte offset {start + zero}: the file is damaged or binary. Repair it, or leave "
+            "it out."
+        )
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:

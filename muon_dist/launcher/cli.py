@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from muon_dist.arguments import SettingsCommand
+
 if TYPE_CHECKING:
     from muon_dist.launcher.job import Job
 
@@ -148,7 +150,7 @@ def _write(text: str, output: Path | None, executable: bool = False, start: str 
         print(f"start the run: {start} {shlex.quote(str(output))}", file=sys.stderr)
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def torchrun(
     config: ConfigOption,
     overrides: Overrides = None,
@@ -187,7 +189,7 @@ def torchrun(
     _write(text, output, executable=True, start=None if static else "bash")
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def slurm(
     config: ConfigOption,
     overrides: Overrides = None,
@@ -226,7 +228,7 @@ def slurm(
     _write(render_slurm(job, options, _made_by()), output, start="sbatch")
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def k8s(
     config: ConfigOption,
     image: Annotated[str, typer.Option(help="Container image with muon-dist installed.")],
@@ -270,7 +272,7 @@ def k8s(
     _write(render_kubernetes(job, options, _made_by()), output, start="kubectl apply -f")
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def deepspeed(
     config: ConfigOption,
     host: Annotated[list[str], typer.Option(help="A machine's ssh name; repeat it, first machine first.")],
@@ -296,7 +298,7 @@ def deepspeed(
     _show([note, *(f"#   {variable}" for variable in variables(job))], files.command, output)
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def accelerate(
     config: ConfigOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="accelerate's configuration file to write.")],

@@ -11,35 +11,30 @@ import torch
 from muon_dist.errors import ConfigError, LayoutError
 from muon_dist.layout import cut_parameter
 from muon_dist.numerics import compute_dtype, get_schedule
-from muon_dist.optim.rules import PARTS, Group
+from muon_dist.optim.other_names import RENAMED, UNNEEDED
+from muon_dist.optim.rules import Group
 from muon_dist.optim.rules.choice import closest
-from muon_dist.optim.rules.entries import ALGORITHMS, check_not_negative, check_number, refuse_unknown
+from muon_dist.optim.rules.entries import ALGORITHMS, check_flag, check_not_negative, check_number, refuse_unknown
 from muon_dist.optim.rules.scale import update_scale
 
 _OWN = {"params", "param_names", "name", "algorithm", "cuts", "rule", "rule_options", "moe"}
 # What schedulers of torch write into groups, also before the optimizer is created again.
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+_OF_ADAMW = 'in the group whose algorithm is "adamw"'
 # Keys of other optimizers, and the line to write here.
 _FOREIGN = {
-    "capturable": "leave it out: ranks agree on each step over the network, which a CUDA graph cannot hold",
-    "differentiable": "leave it out: no gradient flows through this step",
-    "foreach": "leave it out: the step chooses the fastest form by itself",
-    "fused": "leave it out: the step chooses the fastest form by itself",
-    "maximize": "leave it out and call backward on the negated loss",
-    "amsgrad": "leave it out: AdamW groups are without it",
+    **{name: f'write "{ours}"' + (f": {value}" if value else "") for name, (ours, value) in RENAMED.items()},
+    **UNNEEDED,
     "use_muon": 'write "algorithm": "muon" or "adamw" in each group, or param_groups(model)',
     "num_heads": 'write "cuts": [{"heads": N}, ...], one for each parameter; or param_groups(model, splits=[...])',
     "split_sizes": 'write "cuts": [{"sizes": [...]}, ...], one for each parameter; or param_groups(model, splits=...)',
-    "adjust_lr": 'write "scale": "match_rms_adamw", "spectral", "unit_rms" or "none"',
-    "adjust_lr_fn": 'write "scale": "match_rms_adamw" for "match_rms_adamw", and "spectral" for "original"',
-    "rms_scale": 'write "scale": "match_rms_adamw"',
-    "wd": 'write "weight_decay"',
-    "beta1": 'write "betas": (beta1, beta2) for AdamW, "momentum" for Muon',
-    "beta2": 'write "betas": (beta1, beta2) for AdamW; for the rule normuon "rule_options": {"beta2": ...}',
-    "adamw_betas": 'write "betas" in the group whose algorithm is "adamw"',
-    "adamw_eps": 'write "eps" in the group whose algorithm is "adamw"',
-    "adamw_lr": 'write "lr" in the group whose algorithm is "adamw"',
-    **{part: f'write "rule_options": {{"{part}": ...}}' for part in PARTS},
+    **{name: f'write "lr" {_OF_ADAMW}' for name in ("adam_lr", "adamw_lr")},
+    **{name: f'write "betas" {_OF_ADAMW}' for name in ("adam_betas", "adamw_betas")},
+    **{name: f'write "eps" {_OF_ADAMW}' for name in ("adam_eps", "adamw_eps")},
+    **{
+        name: f'write "weight_decay" {_OF_ADAMW}'
+        for name in ("adam_wd", "adamw_wd", "adam_weight_decay", "adamw_weight_decay")
+    },
 }
 
 
@@ -69,6 +64,7 @@ def check_group(group: Group, where: str) -> None:
         return
     if not 0 <= check_number(group, "momentum", where) < 1:
         raise ConfigError(f"{where}: momentum is {group['momentum']}: it must be in [0, 1)")
+    check_flag(group, "nesterov", where)
     if not isinstance(group["ns_steps"], int) or isinstance(group["ns_steps"], bool):
         raise ConfigError(f"{where}: ns_steps is {group['ns_steps']!r}: it must be a whole number")
     schedule = get_schedule(group["ns_schedule"])
@@ -82,8 +78,8 @@ def check_group(group: Group, where: str) -> None:
 def unplanned(p: torch.Tensor, index: int) -> LayoutError:
     """The error for a tensor of a Muon group that came in by itself."""
     return LayoutError(
-        f"a tensor of shape {tuple(p.shape)} in group {index} is not one that the plan was made for: parameters may "
-        "not be replaced after the first step. To add some, call add_param_group"
+        f"group {index} has a tensor of shape {tuple(p.shape)} that is not one that the plan was made for: parameters "
+        "must not be replaced after the first step. To add parameters, call add_param_group"
     )
 
 
@@ -143,7 +139,7 @@ def check_changed(groups: Sequence[Group], kinds: Sequence[Kind]) -> None:
                 was, now = (sorted(x) if isinstance(x, frozenset) else x for x in (was, now))
                 raise ConfigError(
                     f"group {group.get('name', index)}: {key} was {was!r} when the optimizer was made, and is {now!r} "
-                    "now. The state belongs to the former: set it back, or make a new optimizer. lr, weight_decay, "
-                    "momentum, scale and the values in rule_options may change at any time"
+                    "now. The optimizer's state belongs to the first value: set it back, or make a new optimizer. lr, "
+                    "weight_decay, momentum, scale and the values in rule_options may change at any time"
                 )
         check_group(group, f"group {group.get('name', index)}")

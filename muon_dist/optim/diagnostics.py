@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from muon_dist.errors import ConfigError
 from muon_dist.json_files import append_line, keep_lines, strict
 from muon_dist.layout import Matrix
 from muon_dist.numerics.spectral_gram import gram_spectral_stats
+from muon_dist.optim.rules.entries import refuse_unknown
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -73,6 +75,16 @@ class Diagnostics:
         self._began = math.inf
         self._writable = True
         self._count_from(0)
+
+    @classmethod
+    def of(cls, given: Diagnostics | Mapping[str, Any] | None) -> Diagnostics | None:
+        """The argument `diagnostics` of `Muon` as an object. Raises ConfigError for a setting that does not exist."""
+        if given is None or isinstance(given, Diagnostics):
+            return given
+        if not isinstance(given, Mapping) or "every" not in given:
+            raise ConfigError(f'diagnostics is {given!r}: give a dict such as {{"every": 100}}, or a Diagnostics')
+        refuse_unknown(given, inspect.signature(cls).parameters, "diagnostics", {})
+        return cls(**given)
 
     @property
     def path(self) -> Path | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from muon_dist.errors import ConfigError
 from muon_dist.layout import cut_parameter
 from muon_dist.optim.frameworks import loaded_checks
+from muon_dist.optim.other_names import arguments_of, refuse_arguments
 from muon_dist.optim.rules import RULES
 from muon_dist.optim.rules.entries import Splits, group_rules, override_rules, split_rules
 from muon_dist.ownership.partition_order import partition_order
@@ -46,6 +47,7 @@ def param_groups(
     table: RoutingTable | None = None,
     partitions: int | None = None,
     groups: Entries = (),
+    **unknown: NoReturn,
 ) -> list[dict[str, Any]]:
     """The parameter groups of a model, for `Muon`.
 
@@ -67,17 +69,20 @@ def param_groups(
             `split` ({"heads": N}, {"sizes": [...]} or "heads"). The first entry that matches a parameter decides;
             options that it leaves out have their normal value. `lr` and `weight_decay` apply to all matches, of Muon
             and AdamW, biases and norms included; `rule`, `scale` and `split` apply to Muon's only.
+        unknown: there are no other arguments; the error says what to write for those of other optimizers.
 
     Returns:
         Dicts with `params`, `param_names` (FQNs), `name`, `algorithm`, for Muon `cuts`, and the options given.
 
     Raises:
-        ConfigError: an entry has an unknown key, or a value that cannot be used.
+        ConfigError: an unknown argument, or an entry has an unknown key or a value that cannot be used.
         RoutingError: no parameter goes to Muon, or an entry does not fit its parameters.
         FrameworkError: a framework has already replaced or flattened the parameters.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if unknown:
+        refuse_arguments("param_groups", unknown, arguments_of(param_groups), "Muon")
     check_parameters(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     made = routing_for(model, overrides, splits, groups, table)
     table = made if table is not None else announce(made)
     adamw_lr = lr if adamw_lr is None else adamw_lr
@@ -170,6 +175,7 @@ def routing_table(
         ConfigError: an entry has an unknown key, or a value that cannot be used.
         RoutingError: a pattern is malformed or matches nothing, or a rule does not fit.
     """
+    check_model(model)
     return fold(table_of(model, override_rules(overrides), split_rules(splits), group_rules(groups, None)))
 
 
@@ -186,11 +192,28 @@ def groups_of(params: Any, groups: Entries) -> Any:
             "groups goes by the names of a model's parameters, but params are not a model: write Muon(model, "
             "groups=...), or Muon(muon_dist.param_groups(model, groups=...))"
         )
+    if not isinstance(params, Iterable):
+        raise ConfigError(f"params is {params!r}: pass a model, or muon_dist.param_groups(model)")
     return params
 
 
+def check_model(model: nn.Module) -> None:
+    """Raise ConfigError for anything but a model, such as its parameters: routing needs names and modules."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"the model is needed, and this is a {type(model).__name__}: write param_groups(model), not "
+            "param_groups(model.parameters())"
+        )
+
+
 def check_parameters(model: nn.Module) -> None:
-    """Raise FrameworkError for a parameter of which a framework has already made something that Muon cannot step."""
+    """Check the parameters before they are routed.
+
+    Raises:
+        ConfigError: `model` is not a model.
+        FrameworkError: a framework has replaced a parameter by something that Muon cannot step.
+    """
+    check_model(model)
     for check in loaded_checks():
         for fqn, p in model.named_parameters():
             check(fqn, p)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,10 +33,11 @@ from muon_dist.optim.copies import MUON, packed, unpack
 from muon_dist.optim.diagnostics import Diagnostics
 from muon_dist.optim.frameworks import loaded_binders
 from muon_dist.optim.gathered import carried
-from muon_dist.optim.groups import Entries, groups_of
+from muon_dist.optim.groups import Entries, groups_of, param_groups
 from muon_dist.optim.guard import StepGuard, parameter_names
 from muon_dist.optim.low_precision import prepare
 from muon_dist.optim.options import DEFAULT_GROUP, Options, check_process_group, read_group
+from muon_dist.optim.other_names import arguments_of, refuse_arguments
 from muon_dist.optim.planning import agreed_plan, plain_binding, replaced_groups
 from muon_dist.optim.replicas import check_alike
 from muon_dist.optim.rules import MuonRule
@@ -101,6 +102,7 @@ class Muon(StateDicts):
         audit: an `audit.Audit`, or its settings such as {"every": 20}: other ranks recompute some of the steps; see
             docs/audit.md.
         groups: options by name, if `params` is a model; as in `param_groups`.
+        unknown: there are no other arguments; the error says what to write for those of other optimizers.
 
     Attributes:
         specs: per group, the parameters as they were given, with Muon's matrices.
@@ -142,7 +144,10 @@ class Muon(StateDicts):
         momentum_everywhere: bool = False,
         audit: Audit | Mapping[str, Any] | None = None,
         groups: Entries = (),
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            refuse_arguments("Muon", unknown, arguments_of(Muon), "param_groups", arguments_of(param_groups))
         check_process_group(process_group)
         self.process_group = process_group
         self._options = Options(
@@ -151,7 +156,7 @@ class Muon(StateDicts):
         )  # fmt: skip
         self.guard = StepGuard(max_nonfinite)
         self.progress = Progress()
-        self.diagnostics = Diagnostics(**diagnostics) if isinstance(diagnostics, Mapping) else diagnostics
+        self.diagnostics = Diagnostics.of(diagnostics)
         self.audit = _audit(audit)
         self.specs: list[list[ParameterSpec]] = []
         self.algorithms: list[str] = []
@@ -368,8 +373,10 @@ class Muon(StateDicts):
 
 def _audit(given: Audit | Mapping[str, Any] | None) -> Audit | None:
     """The argument `audit` as an object. Raises ConfigError for a setting that cannot be used."""
-    if not isinstance(given, Mapping):
-        return given
+    if given is None:
+        return None
     from muon_dist.audit.auditor import Audit  # it imports modules of this package
 
-    return Audit(given)
+    if not isinstance(given, (Audit, Mapping)):
+        raise ConfigError(f'audit is {given!r}: give a dict such as {{"every": 20}}, or an Audit')
+    return Audit(given) if isinstance(given, Mapping) else given

@@ -18,6 +18,7 @@ from muon_dist.optim.checks import check_cuts, check_group, check_names
 from muon_dist.optim.frameworks import loaded_checks
 from muon_dist.optim.rules import MuonRule
 from muon_dist.optim.rules.choice import choose_rule
+from muon_dist.optim.rules.entries import check_flag, check_number
 from muon_dist.ownership.cost import CostModel
 from muon_dist.routing import logical_shape
 
@@ -45,15 +46,23 @@ class Options:
     momentum_everywhere: bool = False
 
     def __post_init__(self) -> None:
-        if not self.bucket_mb > 0:
+        for name in ("overlap", "ns_compile", "master_weights", "stochastic_rounding", "momentum_everywhere"):
+            check_flag(vars(self), name, "Muon")
+        if not isinstance(self.rounding_seed, int):
+            raise ConfigError(f"rounding_seed is {self.rounding_seed!r}: it must be a whole number")
+        if not check_number(vars(self), "bucket_mb", "Muon") > 0:
             raise ConfigError(f"bucket_mb is {self.bucket_mb}: it must be above 0")
-        if self.wire_dtype is not None and not self.wire_dtype.is_floating_point:
-            raise ConfigError(f"wire_dtype is {self.wire_dtype}: use a floating-point dtype or None")
+        if self.wire_dtype is not None and not (
+            isinstance(self.wire_dtype, torch.dtype) and self.wire_dtype.is_floating_point
+        ):
+            raise ConfigError(
+                f"wire_dtype is {self.wire_dtype!r}: use a floating-point dtype such as torch.bfloat16, or None"
+            )
         if not isinstance(self.cost, CostModel) and self.cost not in (ANALYTIC, MEASURED):
             raise ConfigError(f"cost '{self.cost}' is unknown: use {ANALYTIC}, {MEASURED} or a CostModel")
         if self.master_weights and self.stochastic_rounding:
             raise ConfigError(
-                "master_weights and stochastic_rounding are both on: masters lose nothing, so leave one out"
+                "master_weights and stochastic_rounding are both on: use one of them (masters need no random rounding)"
             )
 
     @property

@@ -112,9 +112,8 @@ class Maxima:
             whole = len(seen) == layer.heads  # also where a mesh does not cut a fused projection
             if not whole and len(seen) * shares != layer.heads:
                 raise FrameworkError(
-                    f"qk_clip: {layer.name} has {layer.heads} heads, of which this process sees {len(seen)} where its "
-                    f"share is one of {shares}: under tensor or sequence parallelism use MuonTrainer, which knows "
-                    "which heads these are"
+                    f"qk_clip: {layer.name} has {layer.heads} heads on {shares} ranks, and this one sees {len(seen)}. "
+                    "Under tensor or sequence parallelism use MuonTrainer, which knows which heads each rank has"
                 )
             at = start if whole else start + share * len(seen)
             every[at : at + len(seen)] = seen.to(device, torch.float32)

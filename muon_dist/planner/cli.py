@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from muon_dist.arguments import SettingsCommand
 from muon_dist.config.parallel import Parallel
 from muon_dist.errors import ConfigError
 from muon_dist.json_files import indented, read_object
@@ -24,7 +25,7 @@ app = typer.Typer()
 _Ranks = int | None
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def plan(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/llama-7b.yaml.")],
     overrides: Annotated[

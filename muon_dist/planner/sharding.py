@@ -42,7 +42,9 @@ def tensor_cut(p: PlannedParameter) -> Cut | None:
     if p.tp is None or p.tp in _WHOLE:
         return None
     if p.tp not in _CUTS:
-        raise ConfigError(f"--tp: {p.name} has the style '{p.tp}', of which the plan does not know the placement")
+        raise ConfigError(
+            f"--tp: the plan does not know how the style '{p.tp}' of {p.name} places its parts: plan without --tp"
+        )
     axis, factor = _CUTS[p.tp]
     if len(p.shape) == 1:  # a bias: cut with the output features, whole beside cut input features
         return (0, 1) if axis == -2 else None

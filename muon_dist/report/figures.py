@@ -155,6 +155,8 @@ def lines(
             ax.yaxis.set_minor_locator(NullLocator())
         elif zero:
             ax.set_ylim(bottom=0)
+        else:
+            _show_no_rounding(ax, [v for _, y in shown.values() for v in y])
         ax.set_xlabel("step")
         ax.set_ylabel(ylabel)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -170,6 +172,15 @@ def lines(
                 columnspacing=1.0,
             )
         return _svg(figure, name, description, hover)
+
+
+def _show_no_rounding(ax: Axes, values: Sequence[float]) -> None:
+    """Let the y axis span at least a thousandth of the values, so that rounding does not look like a difference."""
+    low, high = min(values), max(values)
+    middle, least = (low + high) / 2, max(abs(low), abs(high)) / 2000
+    if high - low < 2 * least:
+        ax.set_ylim(middle - least, middle + least)
+    ax.ticklabel_format(axis="y", useOffset=False)
 
 
 def _mark_steps(ax: Axes, marks: Sequence[float], parts: Sequence[float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ _SHOWN = {
 
 
 def read_log(run: str | Path) -> list[Record]:
-    """One row a step, in order: all that was logged at it, of training and evaluation. Damaged lines are left out.
+    """One row a step, in order: all that was logged at it, of training and evaluation. Damaged lines are left out, and
+    a note on standard error names them.
 
     run: a run folder, or a metrics.jsonl itself. Raises DataError where there is none, or no line in it.
     """
@@ -37,9 +39,12 @@ def read_log(run: str | Path) -> list[Record]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a run folder, such as runs/quickstart")
     rows: dict[int, Record] = {}
-    for line in read_lines(path, [], "", ("step",)):
+    problems: list[str] = []
+    for line in read_lines(path, problems, "", ("step",)):
         row = rows.setdefault(line["step"], {})
         row.update({name: value for name, value in line.items() if name != "time" or "time" not in row})
+    for problem in problems:
+        print(f"note: {problem}", file=sys.stderr)
     if not rows:
         raise DataError(f"{path}: no step was logged")
     return [rows[step] for step in sorted(rows)]

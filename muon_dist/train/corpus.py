@@ -22,6 +22,7 @@ from muon_dist.model.load import load_text_tokenizer
 # Of the tokenizer's sample and of the split by document. Not the seed of the run: runs with several seeds are compared
 # on the same data.
 _DATA_SEED = 0
+TOKENS = "tokens"  # the folder of the token shards in `data.dir`
 
 
 def sources(config: Config, wanted: Sequence[SourceConfig] | None = None) -> list[Source]:
@@ -40,7 +41,7 @@ def tokenizer_folder(config: Config) -> Path:
 
 def tokens_folder(config: Config) -> Path:
     """The folder of the token shards; it may not exist yet."""
-    return Path(config.data.dir) / "tokens"
+    return Path(config.data.dir) / TOKENS
 
 
 def validation_data(config: Config) -> tuple[Path, str] | None:

@@ -132,7 +132,11 @@ class RunFolder:
                 f"--resume auto: {self.checkpoints} holds no finished checkpoint; leave --resume out to start again"
             )
         if resume not in (None, AUTO) and not is_checkpoint(Path(resume)):
-            raise CheckpointError(f"--resume {resume}: no finished checkpoint there ({MANIFEST} is missing)")
+            inside = commits(Path(resume) / self.checkpoints.name)
+            meant = f"; name a checkpoint in it, such as {inside[-1]}" if inside else ""
+            raise CheckpointError(
+                f"--resume {resume}: this is not a finished checkpoint ({MANIFEST} is missing){meant}"
+            )
         own = resume == AUTO or (resume is not None and Path(resume).resolve().parent == self.checkpoints.resolve())
         if not own and not overwrite and (self.metrics.exists() or self.checkpoints.exists()):
             raise ConfigError(

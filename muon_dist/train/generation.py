@@ -29,11 +29,13 @@ def generate(
     the same `seed`. The text ends where the model's positions end. The caller's random state is left as it was.
 
     Raises:
-        ConfigError: the prompt fills all positions, or the temperature is not a finite number.
+        ConfigError: the prompt fills all positions or is not UTF-8, or the temperature is not a finite number.
         NonFiniteError: the model's probabilities are NaN or infinite.
     """
     if not math.isfinite(temperature):
         raise ConfigError(f"temperature {temperature}: use a finite number; 0 takes the most probable token always")
+    if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ConfigError("the prompt is not UTF-8: set the terminal to UTF-8")  # bytes of a shell become surrogates
     ids = torch.tensor([_prompt_ids(tokenizer, prompt)], device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     tokens = min(tokens, _room(model, inputs["input_ids"].shape[1]))

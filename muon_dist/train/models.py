@@ -21,7 +21,7 @@ from muon_dist.checkpoint.weights import (
 )
 from muon_dist.config import Config, load_config
 from muon_dist.data.dataset import MixtureDataset
-from muon_dist.errors import CheckpointError, ConfigError
+from muon_dist.errors import CheckpointError, ConfigError, DataError
 from muon_dist.model import DTYPES
 from muon_dist.model.load import load_model, load_text_tokenizer
 from muon_dist.model.portable import make_portable
@@ -82,19 +82,20 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """`evaluate` on the validation split of the run's data, of other prepared `data`, or on raw `text`.
 
-    text: a file or folder of any format that a source may have, all of it. data: a prepared folder of the tokenizer
-    that the model was trained with; a path of anything else is read as text. The figures come with `model`, the folder
-    of the weights, and `step`, theirs.
+    text: a file, folder or URL of any format that a source may have, all of it. data: a prepared folder of the
+    tokenizer that the model was trained with, or the `data.dir` above it; a path of anything else is read as text. The
+    figures come with `model`, the folder of the weights, and `step`, theirs.
 
     Raises:
-        ConfigError: both are given, or what is needed is not known.
-        DataError: tokens of another tokenizer.
+        ConfigError: both are given, what is needed is not known, or samples are longer than the model's positions.
+        DataError: tokens of another tokenizer; the data of the run are gone.
     """
     quiet_transformers()
     if data is not None and text is not None:
         raise ConfigError("--data and --text both say what to evaluate on: give one")
     if data is not None and not is_prepared(data):
-        data, text = None, data
+        inner = Path(data) / corpus.TOKENS  # a whole `data.dir`
+        data, text = (inner, None) if is_prepared(inner) else (None, data)
     weights = find_weights(path, choice)
     config = run_config(path)
     if config is None and ((data is None and text is None) or sequence_length is None):
@@ -104,6 +105,12 @@ def evaluate_folder(
         sequence_length = config.data.sequence_length
     packing = config.data.packing if config is not None else "concatenate"
     model = load_model(weights.path)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and sequence_length > longest > 0:
+        raise ConfigError(
+            f"--sequence-length {sequence_length}: the model has {longest} positions (max_position_embeddings): give "
+            "at most so many"
+        )
     opened: AbstractContextManager[MixtureDataset]
     if text is not None:
         opened = text_dataset(text, weights.path, sequence_length, model.config.vocab_size, packing)
@@ -112,6 +119,8 @@ def evaluate_folder(
         if data is None:
             assert config is not None
             data, split = corpus.validation_data(config) or (corpus.tokens_folder(config), split)
+            if not is_prepared(data):
+                raise DataError(f"{data}: the data of the run are no longer there: give others by --data or --text")
         else:
             check_tokenizer(data, weights.path)
         vocab_size = model.config.vocab_size

@@ -149,6 +149,8 @@ def _trainer(
 ) -> MuonTrainer:
     tokenizer, datasets, args, model, table = ranks.everywhere(lambda: _parts(config, folder))
     _say(str(fold(table)))
+    if config.optimizer.name == "adamw":
+        _say("optimizer.name is adamw: AdamW trains all parameters; the table shows which ones Muon would train")
     count = count_parameters(model)
     train_bytes, _ = datasets.bytes_per_token
     packing = config.data.packing

@@ -54,9 +54,7 @@ def error(stage: int, muon: dict[str, Any]) -> float:
     return max(float((found[n].double() - w).norm() / w.norm()) for n, w in truth.weights.items())
 
 
-@pytest.mark.parametrize(
-    "stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
 def test_every_rule_is_its_formula(stage: int) -> None:
     """Three ranks: flat shards begin inside rows."""
     for found in run_ranks(errors, 3, stage, timeout=300.0):

@@ -124,7 +124,10 @@ def _sequence(case: Case) -> dict[str, Any]:
 ALONE = 1e-4
 
 
-@pytest.mark.parametrize(("world", "stage"), [(2, 0), (4, 1), (2, 2), (4, 3)])
+@pytest.mark.parametrize(
+    ("world", "stage"),
+    [(2, 0), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(2, 2, marks=pytest.mark.slow), (4, 3)],
+)
 def test_sequence_parallelism_equals_the_single_process_truth(world: int, stage: int) -> None:
     """One group of two ranks, or two groups, whose four ranks share the work."""
     case = Case(stage, steps=4, config={"sequence_parallel_size": SP})

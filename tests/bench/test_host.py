@@ -33,7 +33,7 @@ optimizer:
 """
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [("fsdp2", 64), ("fsdp2", 1024)])
+@pytest.mark.parametrize(("layout", "ranks"), [("fsdp2", 64), pytest.param("fsdp2", 1024, marks=pytest.mark.slow)])
 def test_a_step_of_a_large_model_is_few_operations(tmp_path, monkeypatch, layout, ranks):
     monkeypatch.chdir(ROOT)
     file = tmp_path / "host.json"

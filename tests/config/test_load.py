@@ -128,6 +128,12 @@ def test_bad_overrides(tmp_path: Path) -> None:
     ):
         (line,) = errors(path, override)
         assert line.endswith(f": unknown key; did you mean {meant}?")
+    sources = write(tmp_path, MINIMAL + "data: {sources: [{builtin: stdlib}, {path: a}]}\n", "sources.yaml")
+    for item in ("2", "x", "-1"):
+        (line,) = errors(sources, f"data.sources.{item}.weight=3")
+        assert line.endswith(f": data.sources: is a list, and has no item {item!r}: its items are 0 to 1")
+    (line,) = errors(path, "trainer.resume_from_checkpoint=runs/x/checkpoints/checkpoint-8")
+    assert "is decided by the option --resume of muon-dist train" in line
     (line,) = errors(path, "trainer.hub_token=[hf_verysecret]")
     assert "hf_verysecret" not in line and line.startswith("override trainer.hub_token: ")
 
@@ -186,6 +192,7 @@ def test_missing_keys_are_placed_at_their_block(tmp_path: Path) -> None:
         (b"name: x\noptimizer: [1,\n", r"run\.yaml:3: not valid YAML: "),
         (b"name: x\n\tseed: 1\n", r"run\.yaml:2: not valid YAML: "),
         (b"name: x\nseed: \xff1\n", r"run\.yaml:2: not UTF-8: byte 0xff at offset 14"),
+        ("\ufeffname: x\n".encode("utf-16-le"), r"run\.yaml: UTF-16: save it as UTF-8"),
         (b"name: x\nseed: \x07\n", r"run\.yaml:2: character U\+0007 in YAML"),
         (b"", r"run\.yaml: holds no settings"),
         (b"- a\n- b\n", r"run\.yaml:1: holds no settings"),
@@ -207,6 +214,12 @@ def test_malformed_files(tmp_path: Path, raw: bytes, expected: str) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     assert errors(tmp_path / "run.yaml") == ["run.yaml: no such file"]
+    assert errors(tmp_path) == [f"{tmp_path.name}: not a file"]
+    (tmp_path / "runs.yaml").touch()
+    assert errors(tmp_path / "run.yaml") == ["run.yaml: no such file; did you mean runs.yaml?"]
+    assert errors(tmp_path) == [
+        f"{tmp_path.name}: not a file; name a YAML file in it, such as {tmp_path.name}/runs.yaml"
+    ]
     with pytest.raises(ConfigError, match="not a file"):
         load_config(tmp_path)
 
@@ -287,7 +300,7 @@ PATHS = [
     "data.path",
     "tokenizer.path",
     "deepspeed",
-    "trainer.resume_from_checkpoint",
+    "trainer.fsdp_config",
     "data.sources.0.path",
     "data.sources.0.dataset",
 ]
@@ -340,7 +353,7 @@ def test_own_text_takes_the_place_of_the_sources_and_comes_back(tmp_path: Path) 
     assert [(source.path, source.text_field) for source in config.data.chosen] == [("mine/$", "a.b")]
     assert load_config(write(tmp_path, config.to_yaml(), "again.yaml")) == config
     (line,) = errors(path, "data.text_field=body")
-    assert "data.text_field: is of data.path" in line and "data.sources.0.text_field" in line
+    assert "data.text_field: belongs to data.path" in line and "data.sources.0.text_field" in line
 
 
 def test_yaml_as_people_write_it(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from muon_dist.config import load_config
-from muon_dist.errors import ConfigError
+from muon_dist.errors import ConfigError, DataError
 
 MINIMAL = """\
 name: tiny
@@ -113,7 +113,7 @@ optimizer:
         (["parallel={cp: 2, ep: 2}"], "parallel.cp: and parallel.ep", "no library has both"),
         (["parallel={cp: 2, sp: 2}", "deepspeed=ds.json"], "parallel.cp: is 2 and deepspeed", "set parallel.sp"),
         (["parallel.dp_replicate=2", "deepspeed=ds.json"], "parallel.dp_replicate: is 2 and deepspeed", "ZeRO stage"),
-        (["parallel={}", "model.partitioned_init=true"], "model.partitioned_init: is ZeRO-3's", "parallel is set"),
+        (["parallel={}", "model.partitioned_init=true"], "model.partitioned_init: needs", "deepspeed is not set"),
         (["trainer.parallelism_config=null"], "trainer.parallelism_config: is decided by parallel", "set that"),
         (["deepspeed.optimizer.type=Adam"], "deepspeed.optimizer: ", "optimizer.name = muon"),
         (["deepspeed={bf16: {enabled: true}}"], "deepspeed.bf16.enabled: is true", "trainer.bf16 is false"),
@@ -185,14 +185,24 @@ def test_text_that_is_not_there(tmp_path: Path) -> None:
     there = [str(tmp_path / "pair"), str(tmp_path / "*.txt"), "s3://bucket/gone"]
     sources = f"data.sources=[{{path: {there}}}, {{path: [{path}, {gone}]}}]"
     listed = [f"data.dir={data}", sources, f"data.validation_sources=[{{path: {gone}}}]"]
-    with pytest.raises(ConfigError) as error:
-        load_config(path, listed, reads_text=True)
+    with pytest.raises(DataError) as error:
+        load_config(path, listed, reads_files=True)
     lines = str(error.value).splitlines()
     assert len(lines) == 3
     assert any(f"data.sources.1.path: {gone}: no such file or folder" in line for line in lines)
     assert any(f"data.validation_sources.0.path: {gone}: no such file or folder" in line for line in lines)
-    with pytest.raises(ConfigError, match=r"data.path: .*gone: no such file or folder"):
-        load_config(path, [f"data.dir={data}", f"data.path={gone}"], reads_text=True)
+    with pytest.raises(DataError, match=r"data.path: .*gone: no such file or folder"):
+        load_config(path, [f"data.dir={data}", f"data.path={gone}"], reads_files=True)
+    named = ["tokenizer={path: gpt2}", "model.init_from=org/model", "deepspeed=zero9.json", f"data.dir={data}"]
+    with pytest.raises(ConfigError) as error:
+        load_config(path, named, reads_files=True)
+    for words in (
+        "tokenizer.path: gpt2: no such folder. A tokenizer of the hub must be downloaded first: hf download",
+        "model.init_from: org/model: no such folder. A model of the hub must be downloaded first: hf download",
+        "deepspeed: zero9.json: no such file. Name a JSON file",
+    ):
+        assert words in str(error.value)
+    load_config(path, named)
     load_config(path, listed)
     (data / "tokens").mkdir(parents=True)
-    load_config(path, listed, reads_text=True)
+    load_config(path, listed, reads_files=True)

@@ -57,7 +57,7 @@ WRITTEN: dict[str, tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".json", ".csv", ".dat", ""])
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".csv", ".tsv", ".dat", ""])
 @pytest.mark.parametrize("case", WRITTEN)
 def test_formats_are_known_by_content_whatever_the_suffix(
     tmp_path: Path, case: str, suffix: str, capsys: pytest.CaptureFixture[str]
@@ -66,7 +66,7 @@ def test_formats_are_known_by_content_whatever_the_suffix(
     path = tmp_path / f"data{suffix}"
     path.write_text("\ufeff" * (suffix == "") + text, encoding="utf-8")  # also with a byte order mark
     assert texts_of(Source(path=path)) == (TEXTS[:1] if case == "one line" else TEXTS)
-    promised = suffix in {"jsonl": [".json"], "json": [".json"], "csv": [".csv"]}[kind]
+    promised = suffix in {"jsonl": [".json"], "json": [".json"], "csv": [".csv", ".tsv"]}[kind]
     assert (f"{path}: 1 file as {kind}" in capsys.readouterr().err) != promised
 
 
@@ -150,6 +150,11 @@ def test_globs_lists_and_urls(tmp_path: Path) -> None:
     assert texts_of(Source(path=["memory://bucket/*/b.txt", f"file://{tmp_path}/a/a.txt"])) == ["two", "one"]
     with refused(tmp_path, "no non-empty file matches"):
         texts_of(Source(path=str(tmp_path / "*.md")))
+    (tmp_path / "[x]").mkdir()
+    (tmp_path / "[x]" / "a.txt").write_text("bracket")
+    with refused(f"{tmp_path}/[x]/*", "no non-empty file matches", "write [[] for it"):
+        texts_of(Source(path=f"{tmp_path}/[x]/*"))
+    assert texts_of(Source(path=f"{tmp_path}/[[]x]/*")) == texts_of(Source(path=tmp_path / "[x]")) == ["bracket"]
     with refused("names it twice", "a.txt"):
         texts_of(Source(path=[tmp_path / "a" / "a.txt", str(tmp_path / "a" / "*.txt")]))
     with refused("memory://nowhere", "no such file"):
@@ -212,6 +217,7 @@ def test_bad_records_stop_or_are_skipped_counted_and_bounded(
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", ["Git LFS"]),
         (b"x" * 257 + b"ustar" + b"\0" * 99, ["tar archive"]),
         (gzip.compress(b"x" * 257 + b"ustar" + b"\0" * 99, mtime=0), ["tar archive"]),
+        (b"good text\n" * 9000 + b"\0" * 4096, ["a zero byte at byte offset 90000", "damaged"]),
     ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "folder/b.txt"])
@@ -235,6 +241,24 @@ def test_what_is_no_data_beside_data_is_left_out_and_said(tmp_path: Path, capsys
     assert texts_of(Source(path=tmp_path)) == ["about the data"]
     assert texts_of(Source(path=[tmp_path / "notes.txt", tmp_path / "README.md"])) == ["about the data", "# About"]
     assert texts_of(Source(path=tmp_path / "README.md")) == ["# About"]
+
+
+def test_what_programs_leave_in_a_folder_is_left_out_at_any_depth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A backup holds its document twice. Spark and Dask write a `_metadata` whose rows lie in the other files."""
+    place = tmp_path / "license" / "deep"
+    place.mkdir(parents=True)
+    (place / "a.txt").write_text("the text")
+    for name in ("a.txt~", "#a.txt#", "Thumbs.db", "desktop.ini", "README.md"):
+        (place / name).write_bytes(b"\0no text")
+    assert texts_of(Source(path=tmp_path)) == ["the text"]
+    assert "left out as no data: license/deep/#a.txt#, license/deep/README.md" in capsys.readouterr().err
+    rows, found = pyarrow.table({"text": TEXTS}), []
+    pyarrow.parquet.write_to_dataset(rows, tmp_path / "spark", metadata_collector=found)
+    pyarrow.parquet.write_metadata(rows.schema, tmp_path / "spark" / "_common_metadata")
+    pyarrow.parquet.write_metadata(rows.schema, tmp_path / "spark" / "_metadata", metadata_collector=found)
+    assert texts_of(Source(path=tmp_path / "spark")) == TEXTS
 
 
 def test_a_format_that_contradicts_the_content_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,6 +291,7 @@ HUGE = "9" * 5000
         ("a.jsonl", '{"text": "one", "meta": {"text": "other"}}', ["one"]),
         ("a.csv", "id,text\r1,one\r2,two\r", ["one", "two"]),
         ("a.csv", '"my\nid",text\n1,one\n', ["one"]),
+        ("a.jsonl", '\ufeff\n{"text": "one"}\n\ufeff{"text": "two"}\n', ["one", "two"]),
         ("a.csv", 'id,text\n1,"one\n""two"""\n2,5" pipe\n', ['one\n"two"', '5" pipe']),
     ],
 )
@@ -285,6 +310,7 @@ def test_rare_spellings_of_good_records_are_read(tmp_path: Path, name: str, cont
         ("a.csv", "text,text\none,two\n", ["2 columns named 'text'"]),
         ("a.csv", 'id,text\n1,fine\n2,"never closed\n3,lost\n', [":3", "quotation mark"]),
         ("a.csv", 'id,text\n1,"one" more\n', [":2", "quotation mark"]),
+        ("a.csv", "id,text\n1,one\n2,t\0wo\n", [":3"]),
     ],
 )
 def test_what_can_be_read_in_two_ways_is_refused(tmp_path: Path, name: str, content: str, parts: list[str]) -> None:

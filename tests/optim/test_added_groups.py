@@ -49,7 +49,8 @@ def unfrozen(layout: str, rule: str, mesh: tuple[int, ...] = ()) -> dict[str, to
 
 
 @pytest.mark.parametrize(("layout", "world", "rules"), [
-    ("copies", 1, tuple(RULES)), ("copies", 3, tuple(RULES)), ("fsdp2", 3, ("muon", "namo")),
+    pytest.param("copies", 1, tuple(RULES), marks=pytest.mark.slow),
+    ("copies", 3, tuple(RULES)), ("fsdp2", 3, ("muon", "namo")),
 ])  # fmt: skip
 def test_a_group_that_is_added_in_mid_run(layout: str, world: int, rules: tuple[str, ...]) -> None:
     for rule in rules:

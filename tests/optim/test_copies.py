@@ -68,6 +68,7 @@ def copied(way: str, rule: str, before: int) -> bool:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.each_choice
 def test_a_copy_goes_on_as_the_original(way: str, rule: str) -> None:
     assert copied(way, rule, 0) and copied(way, rule, 3)
 

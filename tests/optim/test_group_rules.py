@@ -289,6 +289,7 @@ def stepped(optimizer: Muon, net: Any, step: int = 0) -> None:
     (3, {"rule_options": {"beta2": 0.5}}, r"rule_options was \['beta2', 'eps'\] .* is \['beta2'\] now"),
     (3, {"rule_options": None}, r"rule_options was \['beta2', 'eps'\] .* is \[\] now"),
 ])  # fmt: skip
+@pytest.mark.each_choice
 def test_the_next_step_refuses_another_algorithm_or_rule(when: int, group: int, change: Any, words: str) -> None:
     net, optimizer = made("param_groups")
     assert optimizer.param_groups[3]["name"].startswith("muon .*") and optimizer.param_groups[3]["rule"] == "normuon"

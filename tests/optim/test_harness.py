@@ -155,6 +155,7 @@ def test_errors(given: ErrorOptimizerInput) -> None:
     ],
 )
 @pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.each_choice
 def test_forloop_goes_right_direction(given: OptimizerInput, schedulers: int, contiguous: bool) -> None:
     generator = torch.Generator().manual_seed(0)
 
@@ -216,6 +217,7 @@ def test_weight_decay_of_a_group(group: int) -> None:
 
 @every
 @pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.each_choice
 def test_rates_as_numbers_and_as_tensors(given: OptimizerInput, tensor: bool) -> None:
     a, b = weights(), weights()
     rates = {"lr": 0.01, "momentum": 0.9}
@@ -244,6 +246,7 @@ def test_a_tensor_rate_changed_in_place_counts() -> None:
 @every
 @pytest.mark.parametrize("parameters", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.each_choice
 def test_strides_change_nothing(given: OptimizerInput, parameters: bool, gradients: bool) -> None:
     a, b = weights(), weights()
     if parameters:
@@ -256,6 +259,7 @@ def test_strides_change_nothing(given: OptimizerInput, parameters: bool, gradien
 
 @every
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.each_choice
 def test_state_dict_round_trip(given: OptimizerInput, how: str) -> None:
     a, b = weights(), weights()
     one = made(given, a)
@@ -300,6 +304,7 @@ def test_a_state_dict_with_and_without_names(given: OptimizerInput) -> None:
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.each_choice
 def test_a_state_of_another_dtype_loads(given: OptimizerInput, dtype: torch.dtype) -> None:
     """Momentum stays fp32; AdamW's moments take the dtype of their parameter, as torch does it."""
     a, b = weights(), weights(dtype)

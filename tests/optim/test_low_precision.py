@@ -290,6 +290,7 @@ def test_stochastic_rounding_stays_near_the_fp32_run(rule: str) -> None:
         assert abs(float((found["plain"] - before).mean()) / way) < 0.2
 
 
+@pytest.mark.slow
 def test_the_table_of_the_docs() -> None:
     """What is lost, and what is kept, within the noise of 4,096 elements."""
     assert decayed("bfloat16", 50) == [1.0, 1.0]

@@ -261,3 +261,12 @@ def test_the_heat_map_keeps_what_was_measured_last() -> None:
     lines = [spectrum(first, 1, 0.2), spectrum(second, 1, 0.4), spectrum(second, 10, 0.8)]
     assert by_type(lines, "flatness") == {"attn.q_proj": ([1, 10], [pytest.approx(0.3), pytest.approx(0.5)])}
     assert {name: r["step"] for name, r in newest(lines, "flatness")[10].items()} == {first: 1, second: 10}
+
+
+def test_rounding_does_not_look_like_a_difference() -> None:
+    """Two runs that differ by 1e-9 filled the figure, below an axis that counted from 6.19321427."""
+    from muon_dist.report.figures import lines
+
+    series = {"one": ([1, 2], [6.193214270, 6.193214271]), "two": ([1, 2], [6.193214275, 6.193214279])}
+    drawn = lines("x", series, ylabel="eval_loss", description="two runs")
+    assert drawn is not None and "6.193" in drawn and "+6.19" not in drawn

@@ -97,6 +97,12 @@ def test_always(tmp_path: Path) -> None:
         opened(folder, "auto", False, "always")
 
 
+def test_a_run_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    folder = begun(tmp_path, 5)
+    with pytest.raises(CheckpointError, match=r"not a finished checkpoint .*name a checkpoint in it, such as .*-5$"):
+        opened(folder, str(folder.root), False)
+
+
 def test_a_start_from_elsewhere_goes_on_there_until_it_has_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,10 +100,14 @@ def test_resume_ends_where_the_whole_run_ended(finished: dict[str, Any], workspa
     # as if it had been killed after its first checkpoint
     for path in (root / "checkpoints" / "checkpoint-8" / "manifest.json", root / "summary.json"):
         path.unlink()
-    resumed = train(workspace / "tiny.yaml", halted, resume="auto")
+    # a run may log and save at other steps when it goes on; Trainer would keep those of the checkpoint
+    resumed = train(
+        workspace / "tiny.yaml", [*halted, "trainer.logging_steps=3", "trainer.save_steps=6"], resume="auto"
+    )
     assert same(weights(resumed["model"]), whole)
     steps = [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()]
-    assert [s for s in steps if s <= 7] == list(range(1, 8))
+    assert [s for s in steps if s <= 7] == [1, 2, 3, 4, 6]
+    assert (root / "checkpoints" / "checkpoint-6" / "manifest.json").exists()
 
 
 def test_a_run_is_not_overwritten_unasked(finished: dict[str, Any], workspace: Path) -> None:
@@ -137,11 +141,14 @@ def test_other_data_is_refused_on_resume(finished: dict[str, Any], workspace: Pa
         train(workspace / "tiny.yaml", ["seed=1"], resume=finished["checkpoint"], run_dir=other)
 
 
-def test_adamw_is_one_line_away(finished: dict[str, Any], workspace: Path, tmp_path: Path) -> None:
+def test_adamw_is_one_line_away(
+    finished: dict[str, Any], workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = train(workspace / "tiny.yaml", ["optimizer.name=adamw", "trainer.max_steps=2"], run_dir=str(tmp_path))
     lines = [json.loads(line) for line in Path(out["metrics"]).read_text().splitlines()]
     first = next(line for line in lines if "loss" in line)
     muon = next(line for line in map(json.loads, Path(finished["metrics"]).read_text().splitlines()) if "loss" in line)
+    assert "optimizer.name is adamw: AdamW trains all parameters" in capsys.readouterr().out
     # same weights, same first batch; and every parameter under AdamW's rate
     assert first["loss"] == muon["loss"]
     assert "lr/muon" not in first and first["lr/adamw"] == 0.01
@@ -225,6 +232,12 @@ def test_epochs_become_steps(workspace: Path, tmp_path: Path) -> None:
     out = train(workspace / "tiny.yaml", overrides, run_dir=str(tmp_path))
     assert out["steps"] == math.ceil(0.1 * samples / 4)
     assert out["checkpoint"] is None
+
+
+def test_a_prompt_that_is_not_utf8(finished: dict[str, Any]) -> None:
+    """Bytes of a shell in another encoding come as lone surrogates."""
+    with pytest.raises(ConfigError, match="the prompt is not UTF-8"):
+        generate_from_folder(finished["run"], "caf\udce9", 4)
 
 
 def test_generation_is_the_same_for_a_seed(finished: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import muon_dist
+from muon_dist import cli
 from muon_dist.config import load_config
 from muon_dist.errors import ConfigError, DataError
 from muon_dist.json_files import append_line
@@ -51,6 +52,26 @@ def test_eval_of_raw_text(finished: dict[str, Any], tmp_path: Path) -> None:
     assert (found["step"], found["data"]) == (8, str(tmp_path / "own.txt"))
     (tmp_path / "short.txt").write_text("the cat")
     assert evaluate_folder(finished["run"], text=tmp_path / "short.txt")["samples"] == 1
+
+
+def test_data_of_eval_that_moved_are_found_or_asked_for(
+    finished: dict[str, Any], workspace: Path, tmp_path: Path
+) -> None:
+    """A whole `data.dir` is as good as its `tokens`, a URL as good as a path; what is gone is asked for."""
+    moved, data = tmp_path / "moved run", tmp_path / "data"
+    shutil.copytree(finished["run"], moved)
+    shutil.copytree(workspace / "data", data)
+    wanted = evaluate_folder(finished["run"])["loss"]
+    assert evaluate_folder(moved, data=data)["loss"] == evaluate_folder(moved, data=data / "tokens")["loss"] == wanted
+    text = tmp_path / "a.txt"
+    text.write_text("the cat sat by the mat. " * 9)
+    assert evaluate_folder(moved, text=f"file://{text}")["loss"] == evaluate_folder(moved, text=text)["loss"]
+    config = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace(f"{workspace}/data", f"{workspace}/gone"))
+    with pytest.raises(DataError, match=r"gone/tokens: the data of the run are no longer there: .*--data or --text"):
+        evaluate_folder(moved)
+    with pytest.raises(ConfigError, match=r"--sequence-length 65: the model has 64 positions"):
+        evaluate_folder(moved, text=text, sequence_length=65)
 
 
 def test_tokens_of_another_tokenizer_are_refused(finished: dict[str, Any], workspace: Path, tmp_path: Path) -> None:
@@ -121,12 +142,16 @@ def test_the_log_as_a_table(finished: dict[str, Any], capsys: pytest.CaptureFixt
     assert head.split()[:3] == ["step", "epoch", "loss"] and len(lines) == 8
 
 
-def test_a_log_that_is_not_there(tmp_path: Path) -> None:
+def test_a_log_that_is_damaged_or_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError, match="no such file"):
         muon_dist.metrics(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("{bad\n")
     with pytest.raises(DataError, match="no step was logged"):
         muon_dist.metrics(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    capsys.readouterr()
+    assert muon_dist.metrics(tmp_path).index.tolist() == [1]
+    assert "note: metrics.jsonl: 1 damaged line left out (line 2)" in capsys.readouterr().err
 
 
 # ---- runs side by side
@@ -148,6 +173,9 @@ def test_runs_on_one_page(finished: dict[str, Any], tmp_path: Path) -> None:
     assert "data.sequence_length" in page.words, "a setting that differs"
     with pytest.raises(ConfigError, match="named twice"):
         write_compare_page([other, other], tmp_path / "out.html")
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(other), str(third), "--step", "4", "--output", str(tmp_path / "step.html")])
+    assert not (tmp_path / "step.html").exists(), "--step was ignored"
 
 
 def test_runs_in_one_table(finished: dict[str, Any], tmp_path: Path) -> None:

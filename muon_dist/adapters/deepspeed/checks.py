@@ -168,7 +168,7 @@ def _of_model_parallelism(engine: DeepSpeedEngine) -> Iterator[str]:
     if tensor:
         for name, module in engine.module.named_modules():
             if isinstance(module, (conv_LinearLayer, Conv_LinearALlreduce)):
-                yield f"AutoTP of {name}, a Conv1D, of which it describes another cut than it makes: leave it out"
+                yield f"AutoTP of {name}, a Conv1D, because AutoTP describes its cut wrong: leave tensor_parallel out"
 
 
 def check_expert_groups(engine: DeepSpeedEngine) -> None:
@@ -181,10 +181,9 @@ def check_expert_groups(engine: DeepSpeedEngine) -> None:
             copies = wrapper.dp_process_group if name is None else engine.expert_data_parallel_group[name]
             if dist.get_process_group_ranks(copies) != over:
                 raise FrameworkError(
-                    f"group {index} of Muon is cut over ranks {over}, and holds parameters of which ranks "
-                    f"{dist.get_process_group_ranks(copies)} hold copies: the experts of each ep_size of DeepSpeed's "
-                    'MoE layers need groups of their own, with "moe": True and the name of their ranks '
-                    '("ep_size_2"): make Muon of muon_dist.param_groups(model), which makes such groups'
+                    f"group {index} of Muon is cut over ranks {over}, but some of its parameters have copies on ranks "
+                    f"{dist.get_process_group_ranks(copies)}. The experts of each ep_size of DeepSpeed's MoE layers "
+                    "need groups of their own: create Muon from muon_dist.param_groups(model), which makes them"
                 )
 
 

@@ -134,7 +134,9 @@ def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
         hooked.checkpoint_event_prologue = optimizer.gather_state
         hooked.checkpoint_event_epilogue = optimizer.release_state
     else:
-        raise FrameworkError(f"Muon is inside a {type(wrapper).__name__}, of which muon_dist does not know the layout")
+        raise FrameworkError(
+            f"DeepSpeed has put Muon into a {type(wrapper).__name__}, whose layout muon_dist does not know"
+        )
     found = parts(engine, optimizer, parallelism)
     for tensor in (*found.buffers, *found.others):
         if tensor.dtype != torch.float32 and not isinstance(wrapper, Muon):

@@ -153,6 +153,12 @@ def check_not_negative(values: Mapping[str, Any], key: str, where: str) -> float
     return number
 
 
+def check_flag(values: Mapping[str, Any], key: str, where: str) -> None:
+    """Raise ConfigError unless a value is True or False, or their numbers: "no" would count as True."""
+    if values[key] not in (0, 1):
+        raise ConfigError(f"{where}: {key} is {values[key]!r}: it must be True or False")
+
+
 def _check_muon(of_muon: dict[str, Any], options: Mapping[str, float], rule: str | None, where: str) -> None:
     if "scale" in of_muon:
         _prefixed(where, update_scale, of_muon["scale"], cut_parameter("", (1, 1))[0])

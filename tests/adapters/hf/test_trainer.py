@@ -164,7 +164,7 @@ def test_stock_trainer_never_resumes_with_half_of_the_momentum(tmp_path: Path) -
 
 
 def test_factory_names_the_closest_argument() -> None:
-    with pytest.raises(ConfigError, match=r"'momentun' \(did you mean 'momentum'\?\)"):
+    with pytest.raises(ConfigError, match=r"argument 'momentun' is unknown: did you mean 'momentum'\?"):
         MuonFactory()(make_model(), lr=0.02, momentun=0.9)
 
 
