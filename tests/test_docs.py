@@ -72,7 +72,8 @@ def test_nothing_says_to_install_what_pip_cannot_find() -> None:
 
 
 def test_the_notebook_is_the_tutorial() -> None:
-    """Its cells are the tutorial's text and commands, as `python docs/.site/notebook.py --write` makes them."""
+    """Its cells are the tutorial's text and commands, as `python docs/.site/notebook.py --write` makes them. What the
+    page shows below a command is what the notebook's cell printed, line by line."""
     page = (ROOT / "docs" / "tutorial.md").read_text()
     assert "](tutorial.ipynb)" in page  # mkdocs has no page for a notebook, so a link leads to it
     spec = spec_from_file_location("notebook", ROOT / "docs" / ".site" / "notebook.py")
@@ -82,6 +83,8 @@ def test_the_notebook_is_the_tutorial() -> None:
     cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text())["cells"]
     assert [(c["cell_type"], "".join(c["source"])) for c in cells] == builder.cells(page)
     assert all(c["outputs"] for c in cells if c["cell_type"] == "code" and "cat >" not in "".join(c["source"]))
+    printed = ["".join(t for o in c["outputs"] for t in o["text"]) for c in cells if c["cell_type"] == "code"]
+    assert builder.refreshed(page, printed) == (page, [])
 
 
 def shell_commands(page: Path) -> list[list[str]]:
