@@ -66,7 +66,7 @@ def test_an_unforeseen_error_keeps_its_traceback_in_a_file(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("nobody foresaw this")
 
     monkeypatch.setattr("muon_dist.config.load_config", broken)
@@ -141,7 +141,7 @@ def test_streams_that_are_closed_full_or_narrow() -> None:
         ("trainer.torch_compile_backend=nobody", "trainer.torch_compile_backend"),
         ("trainer.use_liger_kernel=true", "trainer.use_liger_kernel"),
         ("trainer.accelerator_config=/nowhere.json", "/nowhere.json"),
-        ("deepspeed=nowhere.json", "deepspeed (nowhere.json)"),
+        ("deepspeed=nowhere.json", "deepspeed: nowhere.json: no such file"),
         ("deepspeed={zero_optimization: 3}", "deepspeed"),
         ("deepspeed={zero_optimization: {stage: two}, train_batch_size: auto}", "zero_optimization"),
         ("model.head_dim=0", "model"),

@@ -84,7 +84,11 @@ def _resume_all(cases: list[Case], folder: str, after_a_step: bool) -> None:
         _resume(case, f"{folder}/{i}", after_a_step)
 
 
-@pytest.mark.parametrize("after_a_step", [False, True], ids=["before_the_first_step", "into_a_stepped_engine"])
+@pytest.mark.parametrize(
+    "after_a_step",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["before_the_first_step", "into_a_stepped_engine"],
+)
 def test_resume_continues_exactly(tmp_path, after_a_step):
     cases = CASES[1::2] if after_a_step else CASES
     run_ranks(_resume_all, 2, cases, str(tmp_path), after_a_step, timeout=400.0)

@@ -34,8 +34,8 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
 POINTS = [
     (("ddp", 2), ("zero3", 3), "gpt2"),  # weights stored (in, out); strided thirds of c_attn
     (("zero1", 3), ("fsdp2", 2), "mixtral"),  # experts
-    (("zero3", 3), ("zero2", 2), "llama"),
-    (("fsdp2", 4), ("ddp", 1), "gpt2"),
+    pytest.param(("zero3", 3), ("zero2", 2), "llama", marks=pytest.mark.slow),
+    pytest.param(("fsdp2", 4), ("ddp", 1), "gpt2", marks=pytest.mark.slow),
 ]
 
 

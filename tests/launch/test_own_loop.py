@@ -52,6 +52,7 @@ def follow(folder: str, text: str) -> tuple[dict[str, torch.Tensor], str]:
     return weights, said.getvalue()
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
 def test_it_continues_on_another_number_of_ranks(root: Path, tmp_path: Path, sharding: str, dtype: str) -> None:

@@ -97,7 +97,12 @@ INFO = OptimizerInfo(
     supported_impls=(),
     not_og_supported_flags=(),
 )
-INPUTS = [pytest.param(i, id=i.desc) for i in _get_optim_inputs_including_global_cliquey_kwargs(CPU, FP32, INFO)]
+QUICK = ("default", "Tensor lr", "bf16 iteration", "Tensor betas", "normuon", "namo")
+"""Options that CI tries; the others are slow."""
+INPUTS = [
+    pytest.param(i, id=i.desc, marks=() if i.desc in QUICK else pytest.mark.slow)
+    for i in _get_optim_inputs_including_global_cliquey_kwargs(CPU, FP32, INFO)
+]
 every = pytest.mark.parametrize("given", INPUTS)
 
 

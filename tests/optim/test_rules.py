@@ -371,7 +371,9 @@ def at_rest(layout: str, rule: str, options: dict[str, Any]) -> bool:
     return all(torch.equal(before[n], after[n]) for n in before)
 
 
-@pytest.mark.parametrize(("layout", "world"), [("copies", 2), ("flat", 3), ("fsdp2", 3)])
+@pytest.mark.parametrize(
+    ("layout", "world"), [pytest.param("copies", 2, marks=pytest.mark.slow), ("flat", 3), ("fsdp2", 3)]
+)
 def test_zero_gradients_change_nothing(layout, world):
     assert run_ranks(all_at_rest, world, layout) == [[]] * world
 

@@ -85,7 +85,9 @@ def test_a_tracker_that_fails_later_fails_no_run(workspace: Path, tmp_path: Path
     assert len(losses(tmp_path / "out" / "tiny")) == 4
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize(
+    "name", ["wandb", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tensorboard", "trackio"))]
+)
 def test_a_tracker_that_is_not_installed_ends_the_start(workspace: Path, tmp_path: Path, name: str) -> None:
     if importlib.util.find_spec(name) is not None:
         pytest.skip(f"{name} is installed")
