@@ -108,8 +108,8 @@ class Written:
             if asked.rescales:  # its factor on the old weight follows from the weight that was written
                 share = rounding = 1.0
             bound_a = rounding * limit.written + limit.direction * size / weight * share
-            # Two errors of decay are alike in all elements and do not cancel: its factor is rounded to fp32 (below 1
-            # by u / 2), and so close to 1 products are rounded to one side (by u of the weight at most).
+            # Weight decay has two errors that are the same in all elements, so that they do not cancel. Its factor is
+            # rounded to fp32, by at most u / 2. And so close to 1 all products are rounded to one side, by at most u.
             bound_a += 1.5 * unit(torch.promote_types(precision.weight, torch.float32))
         error = float(rest.norm()) / size
         bound_a, bound_b = condition * bound_a, condition * bound_b

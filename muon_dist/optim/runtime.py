@@ -59,7 +59,7 @@ class Runtime:
             order of the buffer, or nothing.
         memory: what the rules keep besides momentum.
         everywhere: buffers of which every holder keeps the momentum, not its sources alone.
-        at_owners: buffers of which the owners keep the momentum, among what the rule keeps.
+        at_owners: buffers whose momentum the owners keep, together with the other memory of the rule.
         in_state: by parameter, the entries that stand for it in the optimizer's `state`: what is another object there
             was put there by others. None: there is none.
         orthogonalize: replaces a stack by its orthogonalized update; None for Newton-Schulz as the group says.

@@ -117,9 +117,9 @@ def assign_owners(
         layout: which rank holds which fragments.
         policy:
             - "balanced": the largest matrix first, each to the rank that would finish it earliest (Graham's LPT). The
-              time counts the iteration and the bytes that must move to that rank and back. A matrix of which one rank
-              holds more than half starts on that rank; matrices leave the busiest rank only if the last rank then
-              finishes earlier. Each phase of the layout is balanced by itself.
+              time counts the iteration and the bytes that must move to that rank and back. If one rank holds more
+              than half of a matrix, the matrix starts on that rank. Matrices leave the busiest rank only if the last
+              rank then finishes earlier. Each phase of the layout is balanced by itself.
             - "local": the rank that holds most of the matrix. Fewest bytes, no balance.
             - "round_robin": in the order of the parameters; for comparison.
         cost: seconds of an iteration and of a transfer; None: an analytic model.

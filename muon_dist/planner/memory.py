@@ -32,9 +32,9 @@ def nccl_bytes(world: int) -> float:
 def activation_bytes(workload: Workload, settings: Settings, mesh: Mesh) -> float:
     """An estimate for a stage of a pipeline, logits included.
 
-    34 bytes per token, layer and hidden unit in 16 bits with fused attention, of which tensor parallelism divides 24;
-    2 with recomputation, plus one layer (Korthikanti et al. 2022, arXiv 2205.05198, sections 4.1 and 4.2). cp and
-    sp divide the tokens. The first stage of a pipeline holds as many micro-batches as there are stages (1F1B,
+    34 bytes per token, layer and hidden unit in 16 bits with fused attention. Tensor parallelism divides 24 of the 34.
+    With recomputation 2 bytes, plus one layer (Korthikanti et al. 2022, arXiv 2205.05198, sections 4.1 and 4.2). cp
+    and sp divide the tokens. The first stage of a pipeline holds as many micro-batches as there are stages (1F1B,
     Narayanan et al. 2021, arXiv 2104.04473, section 2.2). Logits in fp32 and in 16 bits, whole on each tp rank.
     """
     tokens = settings.sequence_length * settings.micro_batch / (mesh.cp * mesh.sp)

@@ -1,6 +1,7 @@
 """Sources behind http:// and s3://, from real servers on this machine.
 
-What they need is no dependency of ours: aiohttp (http), s3fs and moto's server (s3). `bash .ci/extended remote`.
+They need packages that muon_dist does not install: aiohttp (http), s3fs and moto's server (s3). `bash .ci/extended
+remote` installs them and runs these tests.
 """
 
 from __future__ import annotations

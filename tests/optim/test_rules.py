@@ -207,7 +207,7 @@ def test_a_part_is_its_formula_and_changes_something(rule, part):
     expected = plain(rule, STEPS, **options).weights
     assert way(alone(rule, options), expected) <= TOLERANCE
     without = plain(rule, STEPS, **{**options, "rule_options": {}}).weights
-    # all rows of a sign are alike; adamuon sets the norm; where momentum is kept changes nothing
+    # All rows of a matrix of signs have one norm, and adamuon sets the norm. The place of momentum changes nothing.
     nothing = part == "momentum_at_owner" or (rule == "adamuon" and part in ("muoneq", "muon_plus"))
     assert (way(without, expected) > 0.01) != nothing
 
