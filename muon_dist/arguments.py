@@ -10,6 +10,9 @@ from typer.core import TyperCommand
 
 from muon_dist.errors import CheckpointError, ConfigError
 
+AUTO, IF_ANY = "auto", "if-any"
+"""Values of `--resume` that are no path: the newest checkpoint of the run; the same, or step 0 if there is none."""
+
 
 class SettingsCommand(TyperCommand):
     """A command that takes settings as KEY=VALUE. The error for `--key value` says so."""
@@ -50,7 +53,7 @@ def existing_runs(paths: list[Path]) -> list[Path]:
 
 def existing_checkpoint(resume: str | None) -> None:
     """Raise CheckpointError if `--resume` is a path that does not exist."""
-    if resume not in (None, "auto", "if-any") and not Path(resume).exists():
+    if resume not in (None, AUTO, IF_ANY) and not Path(resume).exists():
         raise CheckpointError(
             f"--resume {resume}: no such folder; name a checkpoint, such as runs/NAME/checkpoints/checkpoint-400, or "
             "write --resume auto for the newest checkpoint of this run"

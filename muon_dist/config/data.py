@@ -78,6 +78,10 @@ class SourceConfig(Block):
     )
 
 
+TOKENS = "tokens"
+"""Folder of the token shards in `data.dir`."""
+
+
 class DataConfig(Block):
     """The data sources, and how they are cut into samples."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from muon_dist.config.curriculum import changes_rule, curriculum_problems, muon_of_parts, packing_problems
-from muon_dist.config.data import SourceConfig
+from muon_dist.config.data import TOKENS, SourceConfig
 from muon_dist.config.paths import is_there, is_url
 from muon_dist.config.schema import Config, GroupConfig, MuonConfig
 from muon_dist.config.source import Keys
@@ -60,7 +60,7 @@ def missing_files(config: Config) -> Found:
 
 def _missing_text(config: Config) -> Found:
     """Local sources that are not there, while no tokens are prepared either. URLs and the hub are not asked."""
-    if (Path(config.data.dir) / "tokens").exists():
+    if (Path(config.data.dir) / TOKENS).exists():
         return
     data = config.data
     own: list[tuple[Keys, str | tuple[str, ...] | None]] = [(("data", "path"), data.path)]

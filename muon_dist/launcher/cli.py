@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from muon_dist.arguments import SettingsCommand
+from muon_dist.arguments import IF_ANY, SettingsCommand
 
 if TYPE_CHECKING:
     from muon_dist.launcher.job import Job
@@ -92,7 +92,7 @@ def _job(
     fewest, most = parse_nodes(nodes)
     where = ["--run-dir", run_dir] if run_dir is not None else []
     # whatever starts the same command again continues from what is there
-    arguments = ("train", str(config), *overrides, *where, "--resume", "if-any")
+    arguments = ("train", str(config), *overrides, *where, "--resume", IF_ANY)
     job = Job(
         name=name if name is not None else settings.name,
         arguments=arguments,

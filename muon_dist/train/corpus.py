@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from muon_dist.config import Config
-from muon_dist.config.data import SourceConfig
+from muon_dist.config.data import TOKENS, SourceConfig
 from muon_dist.data import Manifest, Source, TokenizerInfo, load_tokenizer
 from muon_dist.data import prepare as prepare_shards
 from muon_dist.data import train_tokenizer as train_tokenizer_folder
@@ -22,7 +22,6 @@ from muon_dist.model.load import load_text_tokenizer
 # Of the tokenizer's sample and of the split by document. Not the seed of the run: runs with several seeds are compared
 # on the same data.
 _DATA_SEED = 0
-TOKENS = "tokens"  # the folder of the token shards in `data.dir`
 
 
 def sources(config: Config, wanted: Sequence[SourceConfig] | None = None) -> list[Source]:

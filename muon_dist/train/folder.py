@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from muon_dist.arguments import AUTO, IF_ANY
 from muon_dist.audit.chain import FILE as AUDIT_FILE
 from muon_dist.checkpoint import commits
 from muon_dist.checkpoint.manifest import NAME as MANIFEST
@@ -18,9 +19,6 @@ from muon_dist.checkpoint.weights import DATA, set_model_aside
 from muon_dist.errors import CheckpointError, ConfigError
 from muon_dist.json_files import write_json
 from muon_dist.train.restarts import is_restart, launch_names
-
-AUTO = "auto"
-"""Resume from the newest checkpoint that verifies."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +190,8 @@ class RunFolder:
         """The decision from `resume`, `overwrite` and the contents of the folder."""
         found = bool(self.finished_checkpoints())
         if policy != "never" and is_restart(self.launch):
-            return (AUTO, False) if found else (resume if resume not in (AUTO, "if-any") else None, True)
-        if resume == "if-any":
+            return (AUTO, False) if found else (resume if resume not in (AUTO, IF_ANY) else None, True)
+        if resume == IF_ANY:
             return (AUTO, overwrite) if found else (None, True)
         if policy == "always" and resume is None and not overwrite and found:
             return AUTO, False

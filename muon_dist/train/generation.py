@@ -34,8 +34,10 @@ def generate(
     """
     if not math.isfinite(temperature):
         raise ConfigError(f"temperature {temperature}: use a finite number; 0 takes the most probable token always")
-    if not prompt.isascii() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise ConfigError("the prompt is not UTF-8: set the terminal to UTF-8")  # bytes of a shell become surrogates
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # Python makes lone surrogates of a shell's bytes that are not UTF-8
+        raise ConfigError("the prompt is not UTF-8: set the terminal to UTF-8") from None
     ids = torch.tensor([_prompt_ids(tokenizer, prompt)], device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     tokens = min(tokens, _room(model, inputs["input_ids"].shape[1]))

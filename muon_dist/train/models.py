@@ -20,6 +20,7 @@ from muon_dist.checkpoint.weights import (
     weights_at,
 )
 from muon_dist.config import Config, load_config
+from muon_dist.config.data import TOKENS
 from muon_dist.data.dataset import MixtureDataset
 from muon_dist.errors import CheckpointError, ConfigError, DataError
 from muon_dist.model import DTYPES
@@ -94,7 +95,7 @@ def evaluate_folder(
     if data is not None and text is not None:
         raise ConfigError("--data and --text both say what to evaluate on: give one")
     if data is not None and not is_prepared(data):
-        inner = Path(data) / corpus.TOKENS  # a whole `data.dir`
+        inner = Path(data) / TOKENS  # a whole `data.dir`
         data, text = (inner, None) if is_prepared(inner) else (None, data)
     weights = find_weights(path, choice)
     config = run_config(path)

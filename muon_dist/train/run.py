@@ -17,6 +17,7 @@ import yaml
 from muon_dist.adapters.hf.callbacks import quiet_transformers
 from muon_dist.adapters.hf.guarded import stop_text
 from muon_dist.adapters.hf.trainer import MuonTrainer, leave_deepspeed
+from muon_dist.arguments import AUTO
 from muon_dist.checkpoint import Checkpoint, newest_good, open_checkpoint
 from muon_dist.checkpoint import Ranks as CheckpointRanks
 from muon_dist.checkpoint.weights import record_step, trained_with
@@ -33,7 +34,7 @@ from muon_dist.routing import RoutingTable
 from muon_dist.routing.folded import fold
 from muon_dist.train import build, corpus, distributed, environment, mesh, summary
 from muon_dist.train.command import continuing
-from muon_dist.train.folder import AUTO, RunFolder, Start, changed_settings
+from muon_dist.train.folder import RunFolder, Start, changed_settings
 from muon_dist.train.generation import generate
 from muon_dist.train.signals import StopSignals
 from muon_dist.train.trackers import TrackerFolder

@@ -285,7 +285,7 @@ class CheckpointTrainer(GuardedTrainer):
             self._fill(self._source)
             if not self._source.beginning:
                 self._restore_states(self._source)
-                # Trainer has taken `logging_steps`, `eval_steps` and `save_steps` from the saved state: today's count
+                # Trainer took logging_steps, eval_steps and save_steps from the saved state. Those of this run count.
                 self.state.compute_steps(self.args, self.state.max_steps)
 
     def _fill(self, source: Checkpoint) -> None:
