@@ -60,7 +60,8 @@ muon_env() {
         muon_log "making the environment $venv (plain: ${PYTHON:-python3} -m venv $(printf '%q' "$venv"))"
         "${PYTHON:-python3}" -m venv "$venv" || muon_die "cannot make $venv; on Debian: apt-get install python3-venv"
         # The pip that comes with Python 3.11 takes half a minute longer to choose the versions.
-        "$venv/bin/python" -m pip install --quiet --upgrade pip || muon_log "pip could not be upgraded; going on with it"
+        "$venv/bin/python" -m pip install --quiet --quiet --upgrade pip ||
+            muon_log "pip could not be upgraded; going on with it"
     fi
     "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
         || muon_die "$venv has $("$venv/bin/python" --version); Python 3.11 or newer is needed (set PYTHON)"

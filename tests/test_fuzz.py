@@ -59,6 +59,14 @@ FOUND = [
     '"shard":3,"tp":2},"accumulation":2}',
     # SOAP divides an element by its own size that is nearly zero: rounding decides it, and the judge has to know
     '{"seed":700,"steps":3,"parameters":[{"name":"p2","shape":[3,3]}],"rule":"soap_muon","zero":[[2,"p2",-1]]}',
+    # SOAP's covariance is singular: three references with noise may draw too little of it, so the judge draws more
+    '{"seed":773,"steps":5,"parameters":[{"name":"p0","shape":[2,2],"layer":1},{"name":"p1","shape":[24,24],'
+    '"heads":8,"transposed":true,"fsdp_dim":1},{"name":"p2","shape":[3,8],"layer":1,"sizes":[5,3],'
+    '"transposed":true,"fsdp_dim":1},{"name":"p3","shape":[3,3],"layer":2,"tp":1},{"name":"p4","shape":[7],'
+    '"kind":"adamw","layer":2,"tp":0},{"name":"p5","shape":[5],"kind":"adamw","layer":1}],'
+    '"setup":{"framework":"fsdp2","shard":2},"rule":"soap_muon","weight_decay":0.0,"momentum":0.5,'
+    '"nesterov":false,"scale":"unit_rms","rule_options":[["beta2",0.8]],"ns_steps":3,"bucket_mb":0.001,'
+    '"clip":20.0,"resume":{"at":4,"how":"checkpoint","setup":{"framework":"fsdp2","shard":2}}}',
 ]
 
 
