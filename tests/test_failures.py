@@ -213,8 +213,8 @@ def test_a_hash_in_an_override(config: Path, override: str, prompt: str | None) 
     [
         ("seed: 0x" + "f" * 5000, "seed: a whole number of more than 63 bits"),
         ("seed: " + "9" * 5000, "seed: '999"),
-        ('run_dir: "a\\0b"', "run_dir: holds a NUL"),
-        ('run_dir: "\\ud800"', "run_dir: holds a NUL or half"),
+        ('run_dir: "a\\0b"', "run_dir: contains a NUL"),
+        ('run_dir: "\\ud800"', "run_dir: contains a NUL or half"),
         ("run_dir: s3://bucket/x", "run_dir: 's3://bucket/x' is a URL"),
         ("run_dir: ''", "run_dir: is empty"),
         ("run_dir: /proc/x", "run_dir: cannot make the run folder /proc/x/tiny"),

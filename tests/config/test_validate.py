@@ -137,7 +137,7 @@ def test_what_is_written_may_not_lie_in_what_is_read(tmp_path: Path) -> None:
     path.write_text(MINIMAL, encoding="utf-8")
     source = f"data.sources=[{{path: {tmp_path}/corpus}}]"
     for key, place in (("data.dir", "corpus/data"), ("data.dir", "corpus"), ("run_dir", "corpus/a/../runs")):
-        with pytest.raises(ConfigError, match=rf"{re.escape(key)}: .*lies in the data source {tmp_path}/corpus"):
+        with pytest.raises(ConfigError, match=rf"{re.escape(key)}: .*is inside the data source {tmp_path}/corpus"):
             load_config(path, [source, f"{key}={tmp_path}/{place}"])
     for place in ("corpus-data", "corpus/.cache", "corpus/../data"):
         assert load_config(path, [source, f"data.dir={tmp_path}/{place}"]).data.dir.endswith(place)
