@@ -68,7 +68,7 @@ def test_data_of_eval_that_moved_are_found_or_asked_for(
     assert evaluate_folder(moved, text=f"file://{text}")["loss"] == evaluate_folder(moved, text=text)["loss"]
     config = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(config.replace(f"{workspace}/data", f"{workspace}/gone"))
-    with pytest.raises(DataError, match=r"gone/tokens: the data of the run are no longer there: .*--data or --text"):
+    with pytest.raises(DataError, match=r"gone/tokens: the data of the run no longer exist: .*--data or --text"):
         evaluate_folder(moved)
     with pytest.raises(ConfigError, match=r"--sequence-length 65: the model has 64 positions"):
         evaluate_folder(moved, text=text, sequence_length=65)
