@@ -236,7 +236,7 @@ def test_what_is_no_data_beside_data_is_left_out_and_said(tmp_path: Path, capsys
     (tmp_path / "README.md").write_text("# About")
     assert texts_of(Source(path=tmp_path)) == ["data"]
     said = capsys.readouterr().err
-    assert "1 file as jsonl; left out as no data: README.md, notes.txt" in said
+    assert "1 file as jsonl; left out because they are not data: README.md, notes.txt" in said
     (tmp_path / "a.jsonl").unlink()
     assert texts_of(Source(path=tmp_path)) == ["about the data"]
     assert texts_of(Source(path=[tmp_path / "notes.txt", tmp_path / "README.md"])) == ["about the data", "# About"]
@@ -253,7 +253,7 @@ def test_what_programs_leave_in_a_folder_is_left_out_at_any_depth(
     for name in ("a.txt~", "#a.txt#", "Thumbs.db", "desktop.ini", "README.md"):
         (place / name).write_bytes(b"\0no text")
     assert texts_of(Source(path=tmp_path)) == ["the text"]
-    assert "left out as no data: license/deep/#a.txt#, license/deep/README.md" in capsys.readouterr().err
+    assert "left out because they are not data: license/deep/#a.txt#, license/deep/README.md" in capsys.readouterr().err
     rows, found = pyarrow.table({"text": TEXTS}), []
     pyarrow.parquet.write_to_dataset(rows, tmp_path / "spark", metadata_collector=found)
     pyarrow.parquet.write_metadata(rows.schema, tmp_path / "spark" / "_common_metadata")
