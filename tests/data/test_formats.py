@@ -304,9 +304,9 @@ def test_rare_spellings_of_good_records_are_read(tmp_path: Path, name: str, cont
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("a.jsonl", '{"text": "one", "text": "two"}', [":1", "'text' stands twice"]),
-        ("a.json", '[{"text": "one", "text": "two"}]', ["record 0", "'text' stands twice"]),
-        ("b.jsonl", '{"a": {"text": "one", "text": "two"}}', [":1", "'text' stands twice"]),
+        ("a.jsonl", '{"text": "one", "text": "two"}', [":1", "'text' appears twice"]),
+        ("a.json", '[{"text": "one", "text": "two"}]', ["record 0", "'text' appears twice"]),
+        ("b.jsonl", '{"a": {"text": "one", "text": "two"}}', [":1", "'text' appears twice"]),
         ("a.csv", "text,text\none,two\n", ["2 columns named 'text'"]),
         ("a.csv", 'id,text\n1,fine\n2,"never closed\n3,lost\n', [":3", "quotation mark"]),
         ("a.csv", 'id,text\n1,"one" more\n', [":2", "quotation mark"]),
