@@ -67,7 +67,7 @@ def check_interfaces(
         exact = variable.startswith("GLOO") or wanted.startswith("=")
         for name in wanted.lstrip("=").split(","):
             if not any(other == name if exact else other.startswith(name) for other in found):
-                text = f"{variable} is {wanted}, and there is no such interface that is up"
+                text = f"{variable} is {wanted}, but no such interface is up"
                 verdicts.append(Verdict("interfaces", "problem", text, f"set it to one of {', '.join(found)}"))
     public = {
         name: [a for a in own if ipaddress.ip_address(a.partition("%")[0]).is_global] for name, own in found.items()
