@@ -1,4 +1,4 @@
-"""Files as people have them: formats known by content, compression, places; what is no data is said."""
+"""Files of users: formats detected from content, compression, paths; files that are not data are reported."""
 
 from __future__ import annotations
 
@@ -246,14 +246,17 @@ def test_what_is_no_data_beside_data_is_left_out_and_said(tmp_path: Path, capsys
 def test_what_programs_leave_in_a_folder_is_left_out_at_any_depth(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A backup holds its document twice. Spark and Dask write a `_metadata` whose rows lie in the other files."""
+    """A backup file contains its document a second time. Spark and Dask write a `_metadata` whose rows are in the
+    other files."""
     place = tmp_path / "license" / "deep"
     place.mkdir(parents=True)
     (place / "a.txt").write_text("the text")
     for name in ("a.txt~", "#a.txt#", "Thumbs.db", "desktop.ini", "README.md"):
         (place / name).write_bytes(b"\0no text")
     assert texts_of(Source(path=tmp_path)) == ["the text"]
-    assert "left out because they are not data: license/deep/#a.txt#, license/deep/README.md" in capsys.readouterr().err
+    assert (
+        "left out because they are not data: license/deep/#a.txt#, license/deep/README.md" in capsys.readouterr().err
+    )
     rows, found = pyarrow.table({"text": TEXTS}), []
     pyarrow.parquet.write_to_dataset(rows, tmp_path / "spark", metadata_collector=found)
     pyarrow.parquet.write_metadata(rows.schema, tmp_path / "spark" / "_common_metadata")

@@ -373,7 +373,7 @@ def test_accelerate_takes_its_file(capsys: pytest.CaptureFixture[str], config: P
         ("--volume: '/data'", ["k8s", "--image", "a", "--volume", "/data"]),
         ("--memory: 'much'", ["k8s", "--image", "a", "--memory", "much"]),
         ("--kind: 'job'", ["k8s", "--image", "a", "--kind", "job"]),
-        ("through mpirun alone", ["accelerate", "-o", "x", "--processes-per-node", "2"]),
+        ("only through mpirun", ["accelerate", "-o", "x", "--processes-per-node", "2"]),
         ("2 different hosts for --nodes 3", ["deepspeed", "-o", "x", "--host", "a", "--host", "b", "--host", "a"]),
         ("--output: cannot write", ["torchrun", "-o", "/nowhere/at/all"]),
         ("optimizer.muon.lrr", ["torchrun", "optimizer.muon.lrr=3"]),
