@@ -1,4 +1,5 @@
-"""``muon-dist bench``: Newton-Schulz against bare matrix products, and the optimizer step against other optimizers.
+"""``muon-dist bench``: Newton-Schulz against its matrix products only, and the optimizer step against other
+optimizers.
 
 Each command imports what it needs itself, so that --help answers at once.
 """

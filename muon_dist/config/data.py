@@ -64,7 +64,7 @@ class SourceConfig(Block):
     streaming: Flag = Field(default=True, description="read the dataset without downloading all of it")
     revision: str | None = Field(default=None, description="branch, tag or commit of the dataset")
     max_documents: PositiveInt | None = Field(default=None, description="stop after this many documents")
-    # left out of repr: the default of data in the public signature of Config stays as it is
+    # left out of repr, so that the default of data in the public signature of Config does not change
     document_bytes: Annotated[int, Field(ge=64)] = Field(
         repr=False,
         default=defaults.DOCUMENT_BYTES,

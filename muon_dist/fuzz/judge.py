@@ -103,7 +103,7 @@ class Judge:
             noisy += [_noisy(case, _NOISY + seed) for seed in range(_MORE_NOISY)]
             outcome = _compare(case, reference, noisy, found)
         if outcome.kind == RIGHT and orthogonalized != reference.orthogonalized:
-            said = f"{orthogonalized} matrices were orthogonalized in place of {reference.orthogonalized}"
+            said = f"{orthogonalized} matrices were orthogonalized instead of {reference.orthogonalized}"
             return Outcome(WRONG, outcome.error, outcome.parameter, said)
         return outcome
 

@@ -135,7 +135,7 @@ class Datasets:
 
     @property
     def bytes_per_token(self) -> tuple[float, float]:
-        """(train, validation): of the mixture as it is drawn, and of all validation samples."""
+        """Bytes per token of (train, validation): of the training mixture, and of all validation samples."""
         weights = self.parts[0].weights
         total = sum(weights)
         train = sum(w / total * d.bytes_per_token for w, d in zip(weights, self.train.datasets, strict=True))
