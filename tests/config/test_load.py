@@ -1,4 +1,4 @@
-"""Loading: inheritance, overrides, and what every kind of bad input gets."""
+"""Loading: inheritance, overrides, and the error of every kind of bad input."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ evaluaton: {}
         "run.yaml:15: trainer.lr_scheduler_type: 'cosin' is not one of linear, cosine,",
         "run.yaml:16: evaluaton: unknown key; did you mean evaluation?",
     ]
-    # A key that is given twice is told once.
+    # A key that is given twice is reported once.
     assert [s for s in starts[1:] if not any(line.startswith(s) for line in lines)] == []
     assert len(lines) == len(starts) - 1
 

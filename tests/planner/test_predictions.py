@@ -40,7 +40,7 @@ def workload(model: str) -> Workload:
 
 
 def predicted(model: str, kind: str, world: int, per_node: int, settings: Settings = SETTINGS) -> Exchange:
-    """The exchange by the same steps as `make_plan` takes."""
+    """The exchange, computed as in `make_plan`."""
     layout = place(workload(model), settings, kind, world, per_node).layout
     plan = assign_owners(layout)
     buckets = buckets_of(plan, bucket_elements(int(settings.bucket_mb * 2**20)), settings.overlap)
@@ -85,7 +85,7 @@ def _under_deepspeed(cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def check(rows: list[dict[str, Any]], model: str, kind: str, per_node: int, settings: Settings = SETTINGS) -> None:
-    """Layout and owners are those that ran, and each rank's bytes and collectives are the predicted ones."""
+    """Layout and owners equal those of the run, and so do each rank's bytes and collectives."""
     world = len(rows)
     made = place(workload(model), SETTINGS, kind, world, per_node)
     exchange = predicted(model, kind, world, per_node, settings)
