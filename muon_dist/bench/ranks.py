@@ -49,9 +49,10 @@ def _rank_main(
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
-    """Run `fn(*args)` on `world_size` forked gloo ranks and return the results in rank order. The default process
-    group is initialized in each rank; results are pickled (return plain data or CPU tensors). Raises RankFailure with
-    every failing rank's traceback, also if a rank dies or the time is over.
+    """Run `fn(*args)` on `world_size` forked gloo ranks and return the results in rank order.
+
+    The default process group is initialized in each rank; results are pickled (return plain data or CPU tensors).
+    Raises RankFailure with every failing rank's traceback, also if a rank dies or the time is over.
     """
     ctx = mp.get_context("fork")
     # Objects that are frozen are not touched by the ranks' garbage collector, so their pages stay shared.

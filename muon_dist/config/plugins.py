@@ -14,6 +14,7 @@ PLUGINS = ("optimizer", "plugins")
 
 def import_plugins(data: dict[str, Any]) -> list[tuple[Keys, str]]:
     """Import the modules of `optimizer.plugins`, in order; a module that cannot be imported is a problem of its key.
+
     Modules are found as usual, and then in the current folder. A value that is not a list of names is left to the
     schema.
     """

@@ -32,8 +32,9 @@ class DataPart:
 
 
 class CurriculumDataset(Dataset[Sample]):
-    """The samples of all parts, one part after the other. `len`, `names` and `lengths` are those of the first part,
-    because epochs are counted by it.
+    """The samples of all parts, one part after the other.
+
+    `len`, `names` and `lengths` are those of the first part, because epochs are counted by it.
     """
 
     def __init__(self, datasets: Sequence[MixtureDataset]) -> None:

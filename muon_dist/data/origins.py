@@ -61,8 +61,9 @@ class Origin(ABC):
 
     @abstractmethod
     def state(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """The state by which a change is detected: ``files`` with their SHA-256, or ``commit``. known: the state of an
-        earlier run. Raises SourceGoneError if the source does not exist.
+        """The state by which a change is detected: ``files`` with their SHA-256, or ``commit``.
+
+        known: the state of an earlier run. Raises SourceGoneError if the source does not exist.
         """
 
     def size(self) -> int | None:

@@ -36,8 +36,9 @@ def examine_machine(folder: Path, port: int | None, several: bool = False) -> li
 
 
 def examine(folder: Path, port: int, timeout: float) -> list[Verdict]:
-    """Run all checks; with several processes also the checks between machines. Every rank must call it, and gets all
-    verdicts. timeout: seconds for one exchange between machines.
+    """Run all checks; with several processes also the checks between machines.
+
+    Every rank must call it, and gets all verdicts. timeout: seconds for one exchange between machines.
     """
     if distributed.world_size() == 1:
         return examine_machine(folder, port)

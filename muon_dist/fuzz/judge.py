@@ -67,8 +67,10 @@ def distance(found: torch.Tensor, wanted: torch.Tensor, first: torch.Tensor, rou
 
 
 class Judge:
-    """Keeps forked ranks per world size, and runs cases on them. Args: prepare: called in every rank, for tests.
-    patience: seconds after which a case counts as hanging.
+    """Keeps forked ranks per world size, and runs cases on them.
+
+    Args:
+        prepare: called in every rank, for tests. patience: seconds after which a case counts as hanging.
     """
 
     def __init__(self, prepare: Callable[[], None] | None = None, patience: float = PATIENCE) -> None:

@@ -91,7 +91,11 @@ class Use:
 
 
 class Layer(nn.Module):
-    """The parameters of one module. Attributes: uses: changed by a wrapper that replaces modules."""
+    """The parameters of one module.
+
+    Attributes:
+        uses: changed by a wrapper that replaces modules.
+    """
 
     def __init__(self, parameters: list[Parameter], weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
         super().__init__()

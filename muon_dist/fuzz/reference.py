@@ -17,8 +17,11 @@ from muon_dist.optim.reference import plain_newton_schulz
 
 
 class Reference:
-    """The weights of a case, stepped by the plain algorithm. Args: noise: on the input of Newton-Schulz and on SOAP's
-    products, relative to their norm. Two references, one with noise, show how much of the result rounding decides.
+    """The weights of a case, stepped by the plain algorithm.
+
+    Args:
+        noise: on the input of Newton-Schulz and on SOAP's products, relative to their norm. Two references, one with
+            noise, show how much of the result rounding decides.
         seed: of the noise.
 
     Attributes:

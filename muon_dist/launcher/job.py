@@ -22,7 +22,8 @@ DEFAULT_PORT = 29500  # torchrun's own
 class Job:
     """One run of `muon-dist train` on a number of machines.
 
-    Attributes: name: name of the run.
+    Attributes:
+        name: name of the run.
         arguments: words after `muon-dist`; any text, quoted wherever they are written.
         fewest_nodes, nodes: machines; they differ when the job is elastic.
         gpus: GPUs per machine; 0 for CPU.

@@ -15,8 +15,9 @@ from muon_dist.failures import one_line
 
 
 def starting_folder(path: str) -> Path:
-    """The model folder or checkpoint that `model.init_from` names; of a run folder, the newest weights. Raises
-    ConfigError if there is none.
+    """The model folder or checkpoint that `model.init_from` names; of a run folder, the newest weights.
+
+    Raises ConfigError if there is none.
     """
     root = Path(path)
     if (root / "config.json").is_file() or is_checkpoint(root):

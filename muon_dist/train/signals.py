@@ -14,7 +14,8 @@ class StopSignals:
 
     In the vote of a step (see `Guards`) the ranks agree to stop; they commit a checkpoint and end with exit code 75.
 
-    Attributes: requested: number of the first signal received, or 0.
+    Attributes:
+        requested: number of the first signal received, or 0.
     """
 
     def __init__(self) -> None:

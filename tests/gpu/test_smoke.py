@@ -1,5 +1,6 @@
-"""Tests of a GPU: every path on the device against the CPU in fp64, memory, host reads, kernels, speed. Tests whose
-failure stops everything come first. Without a GPU the same tests run on the CPU.
+"""Tests of a GPU: every path on the device against the CPU in fp64, memory, host reads, kernels, speed.
+
+Tests whose failure stops everything come first. Without a GPU the same tests run on the CPU.
 """
 
 from __future__ import annotations
