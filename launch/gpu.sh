@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The first hour on a GPU: exactness, memory, host waits, kernels and speed on this card, NCCL with two cards or more, and
-# what `doctor` says. Ten minutes on one GPU. Arguments go to pytest.
+# Tests and measurements of this GPU: exactness, memory, host waits, kernels, speed, NCCL with two or more cards, and
+# `muon-dist doctor`. Ten minutes on one GPU. Arguments go to pytest.
 #   MUON_DIST_SMOKE_DEVICE   cuda (default) or cpu: the same tests on the CPU
-#   MUON_DIST_GPU_FOLDER     where gpu.json, gpu.md and gpu.html go (default bench/gpu)
+#   MUON_DIST_GPU_FOLDER     folder for gpu.json, gpu.md and gpu.html (default bench/gpu)
 set -euo pipefail
 # shellcheck source=launch/_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
@@ -22,7 +22,7 @@ if [[ "$MUON_DIST_SMOKE_DEVICE" == cuda ]]; then
     python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
         muon_die "torch sees no GPU here: \`muon-dist doctor\` says why. MUON_DIST_SMOKE_DEVICE=cpu runs the tests on the CPU"
 fi
-muon-dist doctor || muon_log "doctor found something, see above; going on"
+muon-dist doctor || muon_log "doctor found problems, see above; continuing"
 status=0
 python -m pytest -m gpu tests/gpu "$@" || status=$?
 [[ ! -e "$MUON_DIST_SMOKE_OUTPUT" ]] || python -m tests.gpu.page "$folder"

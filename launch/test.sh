@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install with the test extras and run the tests. Arguments go to pytest: `bash launch/test.sh -m "not slow" tests/optim`.
-#   MUON_TEST_WORKERS   files that are tested at a time (default: one for each core, and at least 2);
+#   MUON_TEST_WORKERS   files that are tested at the same time (default: one per core, at least 2);
 #                       0 runs one test after another, as -s and --pdb need
 set -euo pipefail
 # shellcheck source=launch/_env.sh
@@ -12,7 +12,8 @@ if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
 fi
 
 muon_env test
-# One thread a process: the tests start several processes on few cores. The others keep DeepSpeed on the CPU build-free.
+# One thread per process, because the tests start several processes on few cores. The other variables keep DeepSpeed
+# from compiling on a CPU.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
 # The order is that of tests/conftest.py: the longest files first.
 cores="$(nproc 2>/dev/null || printf 2)"

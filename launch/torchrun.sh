@@ -15,29 +15,29 @@ COMMAND is a muon-dist command (train configs/llama-60m.yaml), a script (my_trai
   --nproc-per-node P    processes on this node                   NPROC_PER_NODE  one per visible GPU, else 1
   --master-addr HOST    the first node                           MASTER_ADDR     127.0.0.1
   --master-port PORT    free port on the first node              MASTER_PORT     29500
-  --rdzv BACKEND        static, or c10d (nodes may come in any order; no node rank)
+  --rdzv BACKEND        static, or c10d (nodes may start in any order; no node rank)
                                                                  RDZV_BACKEND    static, c10d when elastic
   --rdzv-id ID          name of the job, the same on all nodes   RDZV_ID         muon-dist
   --rdzv-conf K=V,...   settings of the c10d rendezvous          RDZV_CONF       none
   --max-restarts N      restarts after a failure                 MAX_RESTARTS    0, 3 when elastic
 
-The third column is the environment variable that does the same, the last the default; torchrun's own PET_NNODES and so
-on, which Kubeflow sets, count after them. Run it once on every node:
+The third column is the environment variable with the same effect, the last column the default. torchrun's own variables
+(PET_NNODES and so on), which Kubeflow sets, are used if neither is given. Run the script once on every node:
 
   bash launch/torchrun.sh --nproc-per-node 2 train configs/quickstart.yaml
   bash launch/torchrun.sh --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 train configs/llama-1b.yaml   # first node
   bash launch/torchrun.sh --nnodes 2 --node-rank 1 --master-addr 10.0.0.1 train configs/llama-1b.yaml   # second node
 
-Elastic: the run begins with MAX nodes, or with MIN or more when no other came for last_call_timeout (30 s). When a node
-is lost, the processes of the others fail at their time-out (trainer.ddp_timeout), and torchrun starts them anew on the
-nodes that are left. They go on from the newest checkpoint, so the command must say so, and the configuration must fix
-the batch of a step (data.global_batch_size):
+Elastic: the run begins with MAX nodes, or with at least MIN if no other node joins for last_call_timeout (30 s). If
+a node is lost, the processes of the other nodes fail after trainer.ddp_timeout, and torchrun restarts the processes on the
+remaining nodes. To continue from the newest checkpoint, the command needs --resume if-any, and the configuration needs
+data.global_batch_size, which keeps the batch of a step equal:
 
   bash launch/torchrun.sh --nnodes 2:4 --master-addr 10.0.0.1 train configs/llama-1b.yaml --resume if-any
 
-The first node holds the rendezvous: when that one is lost, the run ends, and the same command starts it again.
+The first node holds the rendezvous: if it is lost, the run ends, and the same command starts it again.
 
-On one node nothing listens beyond the loopback interface: the processes meet in a file. With several nodes the store of
+On one node no port is open to other machines: the processes meet in a file. With several nodes the store of
 torch.distributed listens on every interface of the first node, without a password: use a private network.
 GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the interface (lo while the first node is 127.0.0.1).
 TEXT
@@ -123,13 +123,13 @@ if [[ "$nnodes" != 1 ]]; then
         *) muon_die "--rdzv (RDZV_BACKEND) must be static or c10d, not '$rdzv'" ;;
     esac
 fi
-# The arguments are right: what follows imports torch, which takes seconds.
+# The arguments are valid. The next lines import torch, which takes seconds.
 python="${VIRTUAL_ENV:-$MUON_ROOT/.venv}/bin/python"
 [[ -x "$python" ]] || python="$(command -v python3)"
 "$python" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None or i.find_spec("muon_dist") is None)' \
     || muon_die "$python has no torch or no muon_dist: activate the environment, or make it with launch/quickstart.sh"
 if [[ -z "$nproc" ]]; then
-    # What torch sees, which CUDA_VISIBLE_DEVICES and MIG decide; nvidia-smi would count the cards of the machine.
+    # The GPUs that torch sees, as limited by CUDA_VISIBLE_DEVICES and MIG; nvidia-smi would count all cards.
     nproc="$("$python" -c 'import torch; print(torch.cuda.device_count())' | tail -n 1)"
     [[ "$nproc" =~ ^[1-9][0-9]*$ ]] || nproc=1
 fi
@@ -143,11 +143,11 @@ esac
 options=(--nnodes "$nnodes" --nproc-per-node "$nproc" --max-restarts "$restarts")
 if [[ "$nnodes" == 1 ]]; then
     meeting="$(mktemp -d "${TMPDIR:-/tmp}/muon-dist.XXXXXXXX")" \
-        || muon_die "no folder for temporary files: TMPDIR is '${TMPDIR:-/tmp}'; set it to one that can be written"
+        || muon_die "no folder for temporary files: TMPDIR is '${TMPDIR:-/tmp}'; set it to a folder that can be written"
     trap 'rm -rf -- "$meeting"' EXIT
     options+=(--rdzv-backend c10d --rdzv-id "$rdzv_id" --rdzv-endpoint "$meeting/rendezvous"
         --rdzv-conf store_type=file --local-addr 127.0.0.1)
-    # torchrun would share a TCP store that listens on every interface; muon-dist makes a file store of this instead
+    # torchrun would share a TCP store that listens on every interface; muon-dist uses this file as store instead
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 MUON_DIST_STORE="$meeting/store"
     export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}"
 else
@@ -163,25 +163,26 @@ else
             ;;
         c10d)
             options+=(--rdzv-backend c10d --rdzv-id "$rdzv_id" --rdzv-endpoint "$addr:$port")
-            # Each round a store of its own. In a store that rounds share, keys differ by each node's count of restarts
-            # alone, and a node that restarts because another failed does not count: it would read the lost round's.
+            # Each round gets a new store. In a shared store, the keys of rounds differ only by each node's count of
+            # restarts. A node that restarts because another node failed does not count that restart, so it would
+            # read the keys of the lost round.
             export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
             [[ -z "$rdzv_conf" ]] || options+=(--rdzv-conf "$rdzv_conf")
             ;;
     esac
 fi
 
-# On GPUs: buckets of changing sizes do not fragment the memory, and where two communicators of NCCL are in flight (HSDP)
-# their operations start in the order in which they were issued.
+# On GPUs: buckets of changing sizes then do not fragment the memory; and if two communicators of NCCL work at the same
+# time (HSDP), their operations start in the order in which they were issued.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 export NCCL_LAUNCH_ORDER_IMPLICIT="${NCCL_LAUNCH_ORDER_IMPLICIT:-1}"
-# One thread a process unless told: torchrun's processes share the cores.
+# One thread per process by default, because torchrun's processes share the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 "$python" -m torch.distributed.run "${options[@]}" "${program[@]}" &
 child=$!
-# A signal to this script goes to torchrun, which passes it on to its processes; wait returns early when one arrives.
+# A signal to this script is sent to torchrun, which sends it to its processes.
 trap 'kill -TERM "$child" 2>/dev/null || true' TERM INT
-# a signal ends `wait` early; bash remembers the status of a process that is gone
+# a signal ends `wait` early; bash remembers the status of a process that has ended
 while kill -0 "$child" 2>/dev/null; do
     wait "$child" || true
 done

@@ -1,4 +1,4 @@
-"""Forked gloo ranks for tests, which wait long enough for a machine that does other work."""
+"""Forked gloo ranks for tests, with timeouts that are long enough for a busy machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from muon_dist.bench import ranks
 from muon_dist.bench.ranks import RankFailure
 
 PATIENCE = 240.0
-"""Seconds. A time-out ends what hangs: no test needs it to pass."""
+"""Seconds. The timeout ends hanging ranks; no test needs it to pass."""
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = PATIENCE) -> list[Any]:

@@ -1,6 +1,6 @@
 """`python -m tests.fuzz_mutations`: does the fuzzer find mistakes made on purpose? The table of docs/fuzz.md.
 
-Each mutation changes our own code in the forked ranks alone.
+Each mutation changes our own code only in the forked ranks.
 """
 
 from __future__ import annotations

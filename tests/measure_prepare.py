@@ -1,4 +1,5 @@
-"""Speed and memory of `prepare` beside a loop over HF tokenizers: python -m tests.measure_prepare CORPUS TOKENIZER
+"""Speed and memory of `prepare` compared with a loop over HF tokenizers: python -m tests.measure_prepare CORPUS
+TOKENIZER
 
 CORPUS: a JSON-lines file with `text`. Both sides read it, encode with the same tokenizer, add the end-of-sequence
 token to each document, and write 16-bit tokens. The loop is `encode_batch` of 1,000 texts on as many threads as

@@ -2,7 +2,7 @@
 
     python -m tests.measure_qk_clip
 
-Without: its hooks are there, and no forward pass is looked at. Each forward pass with it computes the logits once
+Without: its hooks are attached, but they look at no forward pass. Each forward pass with it computes the logits once
 more, without gradients.
 """
 

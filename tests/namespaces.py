@@ -1,4 +1,5 @@
-"""Several hosts on this machine, in network namespaces: own addresses, names and links, which can be slow or cut.
+"""Several hosts on this machine, as network namespaces with their own addresses, names and links, which can be slowed
+or cut.
 
     with hosts(3, rate="100mbit", delay="5ms") as (a, b, c):
         process = a.popen(["bash", "launch/torchrun.sh", ...], env=a.environment())
@@ -82,13 +83,13 @@ class _Namespace:
         return os.readlink(f"/proc/{self.pid}/ns/net")
 
     def enter(self, net: bool = True) -> list[str]:
-        """The command in front of a command that shall run in here; `net` False: only in its user namespace."""
+        """The prefix of a command that runs in this namespace; `net` False: only in its user namespace."""
         user = ["--user", "--preserve-credentials"] if self.user else []
         spaces = ["--net", "--mount", "--uts"] if net else []
         return ["nsenter", "--target", str(self.pid), *user, *spaces]
 
     def run(self, *command: str) -> str:
-        """Run a command in here and return what it printed; RuntimeError with its complaint when it fails."""
+        """Run a command in this namespace and return its output; RuntimeError with its error output if it fails."""
         done = subprocess.run([*self.enter(), *command], capture_output=True, text=True, timeout=30)
         if done.returncode != 0:
             raise RuntimeError(f"on {self.name}: {' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
@@ -274,7 +275,7 @@ def hosts(
 
 @functools.lru_cache(maxsize=1)
 def why_not() -> str | None:
-    """What is missing for `hosts` here, or None when two hosts with a limited link could be made."""
+    """The reason why `hosts` does not work here; None if two hosts with a limited link could be made."""
     missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
     if missing:
         return f"network namespaces: {', '.join(missing)} not found (Debian: apt-get install iproute2 util-linux)"

@@ -1,4 +1,5 @@
-"""The shape of the package, read from its source: which floor imports which, and how large things are."""
+"""The structure of the package, read from its source: which layer imports which, and the sizes of modules and
+functions."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "muon_dist"
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
-# One row a floor; an import goes to a lower floor, or stays inside its own unit.
+# One row per layer; an import goes to a lower layer, or stays inside its own unit.
 FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "arguments",
@@ -61,7 +62,7 @@ SIDEWAYS = {
     ("adapters", "model"),
 }
 
-# A framework is imported in its own adapter alone. The longest matching prefix decides.
+# A framework is imported only in its own adapter. The longest matching prefix decides.
 HOMES: dict[str, tuple[str, ...]] = {
     "deepspeed": (
         "adapters.deepspeed",
@@ -159,7 +160,7 @@ def imports(name: str) -> Iterator[tuple[str, int]]:
 
 
 def own_module(target: str) -> str | None:
-    """The module of ours that an import target means, or None when it is somebody else's."""
+    """The muon_dist module of an import target; None if the target belongs to another package."""
     if target != "muon_dist" and not target.startswith("muon_dist."):
         return None
     name = target.removeprefix("muon_dist").lstrip(".")
@@ -169,7 +170,7 @@ def own_module(target: str) -> str | None:
 
 
 def unit(name: str) -> str:
-    """The part of the package that stands on one floor: a module or package of muon_dist, or the update rules."""
+    """The unit that belongs to one layer: a module or package of muon_dist, or the update rules."""
     return "optim.rules" if name.startswith("optim.rules") else name.partition(".")[0]
 
 

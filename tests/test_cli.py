@@ -152,7 +152,7 @@ def test_data_too_short_for_one_sample(capsys: pytest.CaptureFixture[str], confi
 
 
 def test_tokens_of_another_tokenizer_are_made_again(capsys: pytest.CaptureFixture[str], config: Path) -> None:
-    """Shards of one tokenizer under a smaller one, whose model has no row for some of their ids."""
+    """Shards of one tokenizer with a smaller model, which has no embedding row for some of their ids."""
     assert run(capsys, "prepare", config)[0] == 0
     other = ("tokenizer.path=" + str(small_tokenizer(config)), "tokenizer.vocab_size=null")
     code, out, err = run(capsys, "train", config, *other)

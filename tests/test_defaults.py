@@ -1,4 +1,4 @@
-"""A default that is named in several places is the same in all of them: schema, signatures, pages of docs."""
+"""A default has the same value in all places: schema, signatures, pages of docs."""
 
 from __future__ import annotations
 

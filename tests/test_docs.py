@@ -1,6 +1,6 @@
-"""README, docs and the pages of .github: links resolve, commands name what there is, blocks of code can be read.
+"""README, docs and the pages of .github: links resolve, commands name existing options, blocks of code can be parsed.
 
-(Commands that take seconds are run by the tests of what they show; the tutorial is run by `.ci/extended`.)
+(Other tests run the commands that take seconds; `.ci/extended` runs the tutorial.)
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_the_notebook_is_the_tutorial() -> None:
 
 
 def shell_commands(page: Path) -> list[list[str]]:
-    """Words of the commands in a page's shell blocks and in its `code` that begins like a command."""
+    """Words of the commands in a page's shell blocks, and in `code` that begins like a command."""
     text = page.read_text()
     lines = [
         line
@@ -112,7 +112,8 @@ def shell_commands(page: Path) -> list[list[str]]:
 
 
 def check_ours(words: list[str], where: str, written: set[str]) -> None:
-    """A command names a subcommand, options and configurations that there are, or that are `written` before."""
+    """A command names a subcommand, options and configurations that exist, or files that an earlier command has
+    `written`."""
     command: Any = get_command(app)
     rest = list(words)
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
@@ -149,7 +150,7 @@ def test_commands_name_what_there_is(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_python_in_the_pages(page: Path) -> None:
-    """Blocks of Python can be parsed, and what they take from muon_dist is there."""
+    """Blocks of Python can be parsed, and the names that they import from muon_dist exist."""
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "muon_dist":

@@ -1,4 +1,4 @@
-"""Never a traceback: what files, libraries, streams and settings do to a user of the command line."""
+"""The command line never shows a traceback, whatever is wrong with files, libraries, streams and settings."""
 
 from __future__ import annotations
 
@@ -178,7 +178,8 @@ def test_epochs_are_still_chosen_by_minus_one(config: Path) -> None:
 
 
 def test_deepspeed_in_one_process(config: Path) -> None:
-    """It looked for MPI, and failed on mpi4py. In a process of its own: DeepSpeed is set up once in each."""
+    """DeepSpeed looked for MPI, and failed on mpi4py. In a separate process, because DeepSpeed is set up once per
+    process."""
     block = "deepspeed={zero_optimization: {stage: 2}, train_batch_size: auto, train_micro_batch_size_per_gpu: auto}"
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     done = subprocess.run(
@@ -213,8 +214,8 @@ def test_a_hash_in_an_override(config: Path, override: str, prompt: str | None) 
     [
         ("seed: 0x" + "f" * 5000, "seed: a whole number of more than 63 bits"),
         ("seed: " + "9" * 5000, "seed: '999"),
-        ('run_dir: "a\\0b"', "run_dir: holds a NUL"),
-        ('run_dir: "\\ud800"', "run_dir: holds a NUL or half"),
+        ('run_dir: "a\\0b"', "run_dir: contains a NUL"),
+        ('run_dir: "\\ud800"', "run_dir: contains a NUL or half"),
         ("run_dir: s3://bucket/x", "run_dir: 's3://bucket/x' is a URL"),
         ("run_dir: ''", "run_dir: is empty"),
         ("run_dir: /proc/x", "run_dir: cannot make the run folder /proc/x/tiny"),
@@ -263,7 +264,7 @@ def test_json_that_python_cannot_read(capsys: pytest.CaptureFixture[str], config
 
 
 def test_a_dataset_that_breaks_between_two_rows(tmp_path: Path) -> None:
-    """`datasets` reads lazily: the second file of the folder is no JSON."""
+    """`datasets` reads lazily, so it finds late that the second file of the folder is not JSON."""
     from muon_dist.data.readers import read_dataset
     from muon_dist.errors import DataError
 
@@ -276,7 +277,7 @@ def test_a_dataset_that_breaks_between_two_rows(tmp_path: Path) -> None:
 
 
 def test_metrics_that_were_cut(tmp_path: Path) -> None:
-    """A kill or a full disk leaves half a line; a resumed run goes on and drops it."""
+    """A kill or a full disk leaves half a line; a resumed run continues and drops it."""
     from types import SimpleNamespace
 
     from muon_dist.adapters.hf.callbacks import MetricsFile
@@ -307,7 +308,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weights_that_are_not_the_models(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, damage: str
 ) -> None:
-    """They were drawn at random, and evaluated, without a word."""
+    """Missing weights were drawn at random and evaluated without a message."""
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -328,7 +329,7 @@ def test_text_beyond_the_positions_and_of_a_broken_model(model: Path) -> None:
     from muon_dist.train.generation import generate
 
     class Words:
-        """A tokenizer of one token for each character."""
+        """A tokenizer with one token per character."""
 
         bos_token_id = eos_token_id = 1
         pad_token_id = 3
@@ -354,7 +355,7 @@ def test_text_beyond_the_positions_and_of_a_broken_model(model: Path) -> None:
         generate(loaded, Words(), "abcd", 4)
 
 
-# ---- nothing after the training fails it
+# ---- nothing after the training makes the run fail
 
 
 def test_a_failing_sample_and_tracker_fail_no_run(

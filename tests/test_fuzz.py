@@ -1,4 +1,4 @@
-"""The fuzzer: what it draws is right, and mistakes made on purpose are found, shrunk and replayed."""
+"""The fuzzer: its cases are right, and mistakes made on purpose are found, shrunk and replayed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests import fuzz_mutations
 pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(300)]
 
 SECONDS = float(os.environ.get("MUON_DIST_FUZZ_SECONDS", "20"))
-"""How long new cases are begun. `.ci/extended slow` sets 60."""
+"""Seconds during which new cases are begun. `.ci/extended slow` sets 60."""
 
 
 def test_a_case_survives_its_text() -> None:

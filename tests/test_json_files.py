@@ -81,7 +81,7 @@ def test_a_cut_line_is_named_and_goes(tmp_path: Path) -> None:
 
 
 def test_the_line_after_a_cut_one_is_whole(tmp_path: Path) -> None:
-    """The first event of a resumed run was lost: it stood behind the half line that a kill had left."""
+    """The first event of a resumed run was lost, because it was appended to the half line that a kill had left."""
     path = tmp_path / "log.jsonl"
     append_line(path, {"step": 1})
     path.write_bytes(path.read_bytes() + b'{"step": 2, "lo')
@@ -96,10 +96,10 @@ def test_digests_do_not_depend_on_the_order_of_keys() -> None:
         canonical({"a": math.nan})
 
 
-# Each of these has a format of its own, with a reason.
+# Each of these has its own format, for the stated reason.
 OTHERS = {
     "adapters/hf/checkpoint.py",  # as Trainer writes trainer_state.json, NaN included
-    "audit/chain.py",  # digests of lines as they stand in the file
+    "audit/chain.py",  # digests of lines as they are written in the file
     "checkpoint/files.py",  # state that must come back exactly, NaN included; the header of safetensors
     "checkpoint/manifest.py",  # its first line is the digest of the others
     "config/load.py",  # handed to pydantic

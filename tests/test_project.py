@@ -1,4 +1,4 @@
-"""`muon-dist init` and what comes with the package."""
+"""`muon-dist init` and the data files of the package."""
 
 from __future__ import annotations
 

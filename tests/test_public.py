@@ -1,4 +1,4 @@
-"""What people have written against keeps working: names stay, and so does every way to call them."""
+"""User code keeps working: public names stay, and so does every way to call them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POSITIONAL = ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")
 
 
 def changes(old: public.Signature, new: public.Signature) -> list[str]:
-    """What a call that was right before may trip over."""
+    """The reasons why a call that was right before may fail now."""
     found = {name: (kind, default) for name, kind, default in new}
     wrong = []
     for name, kind, default in old:

@@ -1,4 +1,4 @@
-"""Ranks that agree on every outcome: nobody waits for a rank that failed, and one rank says what happened."""
+"""Ranks agree on every outcome: no rank waits for a failed one, and one rank reports the error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever waits long says so: for another process, a compiler, a framework."""
+"""A long wait for another process, a compiler or a framework prints a message."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_extensions_folder() -> None:
 
 
 def test_the_compiler_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled code stands in for a compiler that takes long: what is cached on a machine may take no time at all."""
+    """A slow function replaces the compiler, because compiled code that is cached takes no time."""
 
     def slow(x: torch.Tensor, *_: object) -> torch.Tensor:
         time.sleep(0.2)

@@ -1,4 +1,4 @@
-"""How much code a reader passes who follows one 64 x 64 matrix through a step.
+"""The amount of code that one 64 x 64 matrix passes in a step.
 
     python -m tests.trip            # counts under DDP, FSDP2 and flat slices as of ZeRO, on 2 ranks
     python -m tests.trip --calls    # and the functions, in the order of their calls

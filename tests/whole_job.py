@@ -1,7 +1,7 @@
 """The whole job on a real corpus: python -m tests.whole_job [--megabytes 40] [--transformers4 FOLDER]
 
-The corpus is what is installed beside this interpreter: documentation, docstrings, and Python source to fill up. It is
-written in four formats and prepared from each: the tokens must be the same bytes. Two ranks train, are killed with
+The corpus is the text installed with this interpreter: documentation, docstrings, and Python source for the rest. It
+is written in four formats and prepared from each: the tokens must be the same bytes. Two ranks train, are killed with
 SIGKILL, and one rank goes on with other settings; a run that was never killed must end with the same loss. Then eval,
 generate and export; plain transformers, without muon_dist, must find the same loss from the same raw text.
 """
@@ -53,7 +53,7 @@ trainer: {{use_cpu: true, max_steps: {steps}, per_device_train_batch_size: 4, lo
   eval_strategy: "no", lr_scheduler_type: linear, warmup_steps: 4}}
 evaluation: {{generate_prompt: "Return the", generate_tokens: 16}}
 """
-# Other than above; they may change when a run goes on.
+# Different from above; these settings may change when a run continues.
 OTHER_SETTINGS = ("trainer.per_device_train_batch_size=6", "trainer.save_steps=15", "trainer.logging_steps=5",
                   "trainer.eval_strategy=steps", "trainer.eval_steps=20", "data.workers=1",
                   "evaluation.generate_tokens=8")  # fmt: skip
@@ -103,7 +103,7 @@ def documents(size: int) -> Iterator[str]:
 
 
 def plain(path: Path) -> str:
-    """A file as text; what is not UTF-8 is no text. Line ends as in Python, so that every format can hold them."""
+    """A file as text; None if it is not UTF-8. Line ends as in Python, so that every format can store them."""
     try:
         return path.read_text(encoding="utf-8").strip()
     except (UnicodeDecodeError, OSError):
@@ -111,7 +111,7 @@ def plain(path: Path) -> str:
 
 
 def docstrings(path: Path) -> str:
-    """What stands between three quotes in a module: docstrings, for the most part. Parsing would take minutes."""
+    """The texts between three quotes in a module, mostly docstrings. Parsing would take minutes."""
     return "\n\n".join(text.strip() for text in re.findall(r'"""(.*?)"""', plain(path), re.DOTALL))
 
 
@@ -159,7 +159,7 @@ def done(words: Sequence[str], **environment: str) -> tuple[str, float, float]:
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """A process and all below it."""
+    """A process and all its descendants."""
     try:
         return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -174,7 +174,7 @@ def memory(process: psutil.Process) -> int:
 
 
 def killed(words: Sequence[str], checkpoints: Path, step: int) -> None:
-    """Start a training and kill all its processes a moment after the checkpoint of `step` stands."""
+    """Start a training and kill all its processes a moment after the checkpoint of `step` was committed."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(words, stdout=log, stderr=log, cwd=ROOT)
         while not (checkpoints / f"checkpoint-{step}").exists():
@@ -196,7 +196,7 @@ def tokens(data: Path) -> dict[str, bytes]:
 
 
 def prepare_all(folder: Path, config: Path, sources: dict[str, dict[str, Any]], size: int) -> None:
-    """Prepare from each format in a folder of its own, with the first one's tokenizer; compare the bytes."""
+    """Prepare from each format in a separate folder, with the tokenizer of the first; compare the bytes."""
     known: dict[str, bytes] = {}
     for name, source in sources.items():
         own = [f"data.sources=[{json.dumps(source)}]", f"data.dir={folder}/data-{name}"]
@@ -215,7 +215,7 @@ def prepare_all(folder: Path, config: Path, sources: dict[str, dict[str, Any]], 
 
 
 def train_all(folder: Path, config: Path) -> None:
-    """Kill a run of two ranks, go on with one; compare with a run that was not killed."""
+    """Kill a run of two ranks, continue on one rank; compare with a run that was not killed."""
     run, options = folder / "runs" / "killed", [f"data.dir={folder}/data-text"]
     killed(command("train", str(config), *options, ranks=2), run / "checkpoints", 2 * SAVE)
     newest = newest_good(run / "checkpoints")

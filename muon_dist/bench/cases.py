@@ -16,15 +16,18 @@ from muon_dist.model import build_model
 
 LR = 0.02
 MOMENTUM = 0.95
-SEQUENCE = 32  # tokens of a rank in a timed step: few, so that the optimizer is most of it
-MICRO_BATCH = (4, 128)  # sequences, tokens: what forward and backward are timed on to fill larger steps
+SEQUENCE = 32  # tokens per rank in a timed step: few, so that the optimizer takes most of the time
+MICRO_BATCH = (
+    4,
+    128,
+)  # (sequences, tokens): timed forward and backward, from which larger steps are computed
 
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
     "quick": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6},
     "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6},
     "medium": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 16, "num_attention_heads": 8},
-    # half the layers of a Llama 1B, for a GPU
+    # half of the layers of a Llama 1B, for a GPU
     "half-1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 12, "num_attention_heads": 16},
 }
 VOCABULARY = {"tiny": 256, "quick": 16384, "small": 4096, "medium": 8192, "half-1b": 32768}
@@ -34,13 +37,13 @@ NS_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 @dataclass(frozen=True)
 class Case:
-    """One peer under one sharding, compared with ours and AdamW under the same.
+    """One peer under one sharding, compared with our Muon and AdamW under the same sharding.
 
     Attributes:
         name: unique, shown.
         peer: name of the other optimizer.
         sharding: "ddp", "fsdp2" or "zero0" to "zero3".
-        ns_dtype: what Newton-Schulz computes in, on both sides: "fp32", "bf16" or "fp16".
+        ns_dtype: dtype of Newton-Schulz on both sides: "fp32", "bf16" or "fp16".
         dtype: of weights and gradients, "fp32" or "bf16" (with fp32 masters).
         offload: optimizer state on the CPU, by DeepSpeed.
         device: of the model, "cpu" or "cuda": the GPU that is chosen in this process.
@@ -58,7 +61,8 @@ class Case:
 DEEPSPEED, TORCH, KELLER = "deepspeed", "torch.optim.Muon", "muon-optimizer"
 MUON_FSDP2, DTENSOR_MUON = "muon-fsdp2", "dtensor-muon"
 
-# Peers that compute in bf16 alone are met in bf16; DeepSpeed, whose dtype can be set, in fp32 and as it ships (fp16).
+# Peers that compute only in bf16 are compared in bf16; DeepSpeed, whose dtype can be set, in fp32 and in its default,
+# fp16.
 _PEERS = (
     Case("DDP", TORCH, "ddp", "bf16"),
     Case("DDP, Keller Jordan's", KELLER, "ddp", "bf16"),
@@ -75,7 +79,7 @@ _MORE = (
     Case("ZeRO-2, offload", DEEPSPEED, "zero2", offload=True),
     Case("ZeRO-3, offload", DEEPSPEED, "zero3", offload=True),
 )
-# As everybody ships: ours and DeepSpeed's iterate in fp16 on a GPU, the others in bf16.
+# The defaults: on a GPU our Muon and DeepSpeed's iterate in fp16, the others in bf16.
 _GPU = (
     _PEERS[0],
     *(Case(f"{c.name}, ours in fp16", c.peer, c.sharding, "fp16") for c in _PEERS),
@@ -85,13 +89,13 @@ _GPU = (
 
 @dataclass(frozen=True)
 class Profile:
-    """How much is measured.
+    """The amount of measurement.
 
     Attributes:
         model: name in MODELS.
         rounds: timed steps of each side.
         exact_layers: layers whose updates are compared with the exact ones; None for all.
-        tokens_per_step: step sizes at which the share of the optimizer is stated; none, and it is not measured.
+        tokens_per_step: step sizes for which the optimizer's share is computed; empty: it is not measured.
     """
 
     model: str
@@ -104,7 +108,7 @@ class Profile:
 PROFILES = {
     "ci": Profile("tiny", (_ZERO[0], _ZERO[2], *_PEERS), 1, None, ()),
     "quick": Profile("quick", (*_ZERO, *_PEERS), 3, 1),
-    # for slow links, over which a step takes long and nothing else matters
+    # for slow links, where a step takes long and only the link matters
     "link": Profile("small", (*_ZERO, *_PEERS), 2, 1, ()),
     "full": Profile("small", (*_ZERO, *_PEERS, *_MORE), 5, 2),
     "gpu": Profile("half-1b", _GPU, 10, 1, ()),

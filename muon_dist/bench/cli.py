@@ -1,4 +1,5 @@
-"""``muon-dist bench``: Newton-Schulz against bare matrix products, and the optimizer step against other optimizers.
+"""``muon-dist bench``: Newton-Schulz against its matrix products only, and the optimizer step against other
+optimizers.
 
 Each command imports what it needs itself, so that --help answers at once.
 """
@@ -11,7 +12,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(name="bench", help="Measure the iteration, and the step against its peers.", no_args_is_help=True)
+app = typer.Typer(
+    name="bench",
+    help="Measure Newton-Schulz, and the optimizer step against other Muon optimizers.",
+    no_args_is_help=True,
+)
 
 ProfileOption = Annotated[str, typer.Option(help="quick, full, gpu, or ci (tiny: checks that it works).")]
 StepProfile = Annotated[
@@ -31,7 +36,8 @@ def orthogonalize(
     only: Annotated[str, typer.Option(help="Run only shapes that contain this text, such as 1024x384.")] = "",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
-    """FLOP/s of Newton-Schulz and of the same matrix products alone, in turn, and the error to fp64 and to the SVD."""
+    """FLOP/s of Newton-Schulz and of its matrix products alone, timed in turn, and the errors to fp64 and to the
+    SVD."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     import torch
 
@@ -53,7 +59,9 @@ def orthogonalize(
 def step(
     profile: StepProfile = "quick",
     output: Annotated[Path, typer.Option(help="Folder for step.json and step.md.")] = Path("bench"),
-    ranks: Annotated[int, typer.Option(min=2, help="Processes on this machine; a launcher's count under one.")] = 2,
+    ranks: Annotated[
+        int, typer.Option(min=2, help="Processes on this machine; under a launcher, the launcher's number is used.")
+    ] = 2,
     peers: Annotated[
         list[str] | None,
         typer.Option(help="Run only peers whose name contains this text, such as deepspeed; repeat it."),
@@ -65,16 +73,17 @@ def step(
     device: Annotated[str, typer.Option(help="cpu, or cuda: under torchrun with one process per GPU.")] = "cpu",
     model: Annotated[
         str | None,
-        typer.Option(help="tiny, quick, small, medium or half-1b instead of the profile's."),
+        typer.Option(help="Model, instead of the profile's: tiny, quick, small, medium or half-1b."),
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Timed steps, instead of the profile's.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Number of timed steps, instead of the profile's.")] = None,
     link: Annotated[str, typer.Option(help="The connection between the ranks, for the table.")] = "loopback",
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Do not switch off torch.compile in peers that use it.")
     ] = False,
     append: Annotated[bool, typer.Option("--append", help="Keep the other rows of an existing step.json.")] = False,
 ) -> None:
-    """Ours, every other Muon and AdamW on the same model and ranks, stepped in turn: time, bytes, memory, error."""
+    """Our Muon, every other Muon and AdamW on the same model and ranks, stepped in turn: time, bytes, memory,
+    error."""
     # Before torch and DeepSpeed are imported. Other packages' torch.compile costs up to a minute a case on a CPU.
     defaults = {"DS_ACCELERATOR": device, "TORCHDYNAMO_DISABLE": "0" if compiled else "1", "OMP_NUM_THREADS": "1"}
     for name, value in (defaults | _QUIET).items():
@@ -95,7 +104,7 @@ def conformance(
         typer.Option(help="Run only rows whose name contains this text, such as 'DeepSpeed Muon, zero1'; repeat it."),
     ] = None,
 ) -> None:
-    """Every installed Muon under a witness: frameworks, clipping, precision, offload, resume, zero gradients."""
+    """Test every installed Muon with a witness: frameworks, clipping, precision, offload, resume, zero gradients."""
     defaults = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     for name, value in (defaults | _QUIET).items():
         os.environ.setdefault(name, value)
@@ -108,14 +117,14 @@ def conformance(
 def host(
     model: Annotated[str, typer.Option(help="A YAML file, or the name of one in configs/, such as llama-7b.")],
     layout: Annotated[str, typer.Option(help="fsdp2, hsdp, zero1, zero2, zero3 or ddp.")] = "fsdp2",
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks; one process takes the part of one of them.")] = 64,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of ranks; this process plays one of them.")] = 64,
     rank: Annotated[int, typer.Option(min=0, help="The rank that is measured.")] = 0,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", help="Write the result to this file."),
     ] = None,
 ) -> None:
-    """Operations that a step dispatches on one of many ranks, and their time on the host; needs no GPU."""
+    """Count the operations that a step dispatches on one of many ranks, and time them on the host; needs no GPU."""
 
     from muon_dist.bench.host import measure
     from muon_dist.config import load_config

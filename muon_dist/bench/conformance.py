@@ -22,7 +22,8 @@ Row = dict[str, Any]
 
 
 def select(only: Sequence[str]) -> list[Case]:
-    """The cases with one of `only` in their names; all without one. ConfigError for a word that selects nothing."""
+    """The cases with one of `only` in their names; without `only`, all. Raises ConfigError for a word that selects
+    nothing."""
     found = list(cases())
     for word in only:
         if not any(word in c.name for c in found):
@@ -31,7 +32,7 @@ def select(only: Sequence[str]) -> list[Case]:
 
 
 def measure(case: Case) -> Row:
-    """One row; a peer that is not installed, refuses or fails says so in it."""
+    """One row; it says so if the peer is not installed, refuses or fails."""
     row: Row = {
         "optimizer": case.peer.name,
         "version": machine.version(case.peer.package),
@@ -78,7 +79,7 @@ def told(row: Row) -> str:
 
 
 def table(rows: Sequence[Row], environment: dict[str, Any]) -> str:
-    """Markdown: the date, the versions, and one line for each row."""
+    """Markdown: the date, the versions, and one line per row."""
     versions = ", ".join(f"{p.package} {v}" for p in PEERS if (v := machine.version(p.package)))
     about = f"{datetime.date.today().isoformat()}, {', '.join(dict.fromkeys(versions.split(', ')))}, 2 ranks, gloo."
     header = (

@@ -1,4 +1,4 @@
-"""The examined optimizers and conditions, with options set as their documentation says."""
+"""The tested optimizers and conditions, with options set as in their documentation."""
 
 from __future__ import annotations
 
@@ -26,17 +26,16 @@ CONDITIONS = ("plain", "accumulation", "clip", "bf16", "fp16", "offload", "resum
 
 @dataclass(frozen=True)
 class Peer:
-    """An optimizer of the field.
+    """A published optimizer.
 
     Attributes:
         name: as on PyPI, or as it is imported.
         package: distribution whose version is shown.
-        module: what must be importable.
-        frameworks: where its documentation says that it runs: "ddp", "fsdp2", "tp", "zero0" to "zero3", "autotp".
-        build: makes its optimizers for a model; None for DeepSpeed's own, which the engine makes.
-        rule: of the witness.
-        asked: what is asked of it and its groups do not say in words that the witness knows.
-        reproduce: how a user makes it, in a line.
+        module: the module that must be importable. frameworks: where it runs according to its documentation: "ddp",
+            "fsdp2", "tp", "zero0" to "zero3", "autotp".
+        build: makes its optimizers for a model; None for DeepSpeed's own, which the engine makes. rule: rule of the
+            witness. asked: requested settings that its groups do not have under names that the witness knows.
+            reproduce: one line with which a user makes it.
     """
 
     name: str
@@ -50,7 +49,7 @@ class Peer:
 
     @property
     def missing(self) -> str | None:
-        """Why it cannot run here."""
+        """The reason why it cannot run here."""
         try:
             importlib.import_module(self.module)
         except ImportError as error:
@@ -78,7 +77,7 @@ def make_model() -> nn.Module:
 
 
 def hidden(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(hidden matrices, everything else), as every Muon's documentation divides them."""
+    """(hidden matrices, all other parameters), the division in every Muon's documentation."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
     chosen = {id(p) for p in matrices}
     return matrices, [p for p in model.parameters() if id(p) not in chosen]
@@ -154,7 +153,7 @@ PEERS: tuple[Peer, ...] = (
 
 
 def cases() -> Iterator[Case]:
-    """Every optimizer under every framework of its documentation and every condition that exists there."""
+    """Every optimizer with every framework of its documentation and every condition that exists there."""
     for peer in PEERS:
         for framework in peer.frameworks:
             engine = framework.startswith("zero") or framework == "autotp"

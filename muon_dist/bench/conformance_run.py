@@ -94,7 +94,7 @@ def batch(seed: int, case: Case) -> torch.Tensor:
 
 
 def _still(step: int, model: nn.Module) -> torch.Tensor | None:
-    """The weight whose gradient is to be zero from `ZERO_FROM` on."""
+    """The weight whose gradient is zero from step `ZERO_FROM` on."""
     return dict(model.named_parameters())[STILL] if step >= ZERO_FROM else None
 
 
@@ -136,7 +136,7 @@ def _loop(case: Case) -> Training:
 
 
 def _clip(parameters: list[nn.Parameter]) -> None:
-    """`clip_grad_norm_` over plain tensors and DTensors together, which torch's own refuses to stack."""
+    """`clip_grad_norm_` over plain tensors and DTensors together; torch's own function refuses to stack them."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = [g.norm() for g in gradients]
     total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()

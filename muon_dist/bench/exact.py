@@ -23,8 +23,8 @@ class Exact:
     """Inputs and the exact result.
 
     Attributes:
-        gradients: of each step, by FQN: real gradients of the model, of values that bf16 holds exactly. Every rank
-            puts in the same, so their mean is exact too.
+        gradients: of each step, by FQN: real gradients of the model, with values that are exact in bf16. All ranks use
+            the same gradients, so their mean is exact too.
         start: weights before the first step.
         moved: by scale and FQN, fp64 change of the weight over all steps, without weight decay.
     """
@@ -49,7 +49,7 @@ def muon_names(model: nn.Module) -> list[str]:
 
 
 def make_exact(model_name: str, layers: int | None, device: str = "cpu") -> Exact:
-    """Gradients of `STEPS` batches, and what they must do to the matrices of the first `layers` layers (None: all)."""
+    """Gradients of `STEPS` batches, and the exact change of the matrices of the first `layers` layers (None: all)."""
     model = make_model(model_name, device)
     weights = dict(model.named_parameters())
     names = [n for n in muon_names(model) if layers is None or any(f"layers.{i}." in n for i in range(layers))]

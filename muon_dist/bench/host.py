@@ -1,7 +1,7 @@
 """Host cost of a step: the operations that one rank dispatches, counted on the meta device.
 
-The process group is torch's `fake` one, and no tensor has memory. So one process can take the part of any rank, among
-any number of ranks.
+The process group is torch's `fake` one, and no tensor has memory. So one process can play any rank of any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _NO_KERNELS = frozenset(
     | {"empty_like", "empty_strided", "new_empty"}
 )
 """Calls that launch nothing: views, memory, and numbers on the host."""
-# Of ATen/native/cuda/MultiTensorApply.cuh: the tensors of one launch by the number of lists that it works on, the
-# blocks of one launch, and the elements of a block.
+# From ATen/native/cuda/MultiTensorApply.cuh: tensors per launch by the number of lists, blocks per launch, and
+# elements per block.
 _TENSORS = {1: 110, 2: 64, 3: 48, 4: 36}
 _BLOCKS, _CHUNK = 320, 65536
 _TIMED = 20
@@ -46,7 +46,7 @@ PER_NODE = 8
 
 
 class _Without(Transport):
-    """Counts messages and sends none; results that depend on their values have the usual answer."""
+    """Counts messages and sends none; a result that depends on their values is the usual one."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -61,7 +61,7 @@ class _Without(Transport):
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the calls of aten, views included, and what they would launch on CUDA."""
+    """Counts the calls of aten, including views, and the kernels that they would launch on CUDA."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class _Counter(TorchDispatchMode):
 def _foreach_launches(args: Sequence[Any]) -> int:
     """The launches of a `torch._foreach_*` call on CUDA.
 
-    Lists of equal dtype, shape and dense strides go together, as many as fit a launch; any others one by one
+    Tensors of equal dtype, shape and dense strides share a launch, as many as fit; others have one launch each
     (ATen/native/ForeachUtils.h, `can_use_fast_route`).
     """
     lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
@@ -113,21 +113,21 @@ def measure(
     """The operations and the host time of an optimizer step.
 
     Args:
-        model, table: on the meta device, and how it is routed.
+        model, table: a model on the meta device, and its routing.
         workload, settings: of the planner, for the same model.
         layout: one of the planner's.
-        ranks, rank: how many, and which one is measured.
-        device: "meta", or another one of tensors without memory (inside a `FakeTensorMode`).
+        ranks, rank: number of ranks, and the one that is measured. device: "meta", or another device with tensors
+            without memory (inside a `FakeTensorMode`).
         offloaded: weights, gradients and state are on the CPU.
 
     Returns:
         A dict with
 
-        - `operations`, `by_kind`: aten calls of a step, views included, and by name. Newton-Schulz is left out.
+        - `operations`, `by_kind`: aten calls of a step, views included, and by name. Newton-Schulz is not counted.
         - `kernels`: those that are not views. `launches`: what they launch on CUDA, by the rules of torch's foreach
           functions. `host_reads`: values of the device that the host waits for, besides the flags of the gradients.
         - `newton_schulz`: the stacks and matrices that would have been orthogonalized.
-        - `collectives`, `bytes`: what the rank calls and sends.
+        - `collectives`, `bytes`: collectives that the rank calls, and bytes that it sends.
         - `host_ms`: median of 20 steps. Tensors of the meta device cost more Python than real ones, and no kernel is
           launched.
 
@@ -192,7 +192,7 @@ def _optimizer(
     kept: torch.device,
 ) -> Muon:
     """Muon bound to the tensors of this rank under `layout`, without a framework, all groups by the rule "muon"."""
-    # Other rules read norms on the host, which tensors without memory do not have.
+    # Other rules read norms on the host, which is impossible for tensors without memory.
     groups = [{key: value for key, value in group.items() if key not in ("rule", "rule_options")} for group in groups]
     rank, world = dist.get_rank(), dist.get_world_size()
     optimizer = Muon(
@@ -230,7 +230,7 @@ def _optimizer(
 
 
 def _muon_shapes(layout: Layout, parameters: Sequence[PlannedParameter]) -> list[Sequence[int]]:
-    """Of this rank's buffers of a group; as of a parameter where each parameter has a buffer of its own."""
+    """Elements of this rank's buffers of a group; of a parameter if each parameter has its own buffer."""
     lengths: dict[int, int] = {}
     names = {p.name for p in parameters}
     for m in layout.matrices:

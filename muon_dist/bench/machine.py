@@ -67,7 +67,7 @@ def _commit() -> str | None:
 
 
 def write(folder: Path, name: str, record: dict[str, Any], text: str) -> tuple[Path, Path]:
-    """`name`.json and `name`.md in `folder`, which is made."""
+    """Write `name`.json and `name`.md into `folder`, which is made if needed."""
     files = folder / f"{name}.json", folder / f"{name}.md"
     write_json(files[0], record)
     files[1].write_text(text, encoding="utf-8")

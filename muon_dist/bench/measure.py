@@ -29,7 +29,7 @@ from muon_dist.bench.memory import peak_bytes
 from muon_dist.bench.sides import ADAMW, OURS, Builder, Side, build_adamw, build_ours, split
 from muon_dist.bench.traffic import Traffic
 
-# A framework is imported by its own module, once it is needed.
+# Each framework's own module imports it, when it is needed.
 SHARDINGS = {
     "ddp": "muon_dist.bench.peers_ddp",
     "fsdp2": "muon_dist.bench.peers_fsdp2",
@@ -68,8 +68,8 @@ def make(optimizer: str, case: Case, model_name: str) -> Side:
 
 @dataclass
 class Measured:
-    """One side on one rank. Seconds by round: times from barrier to barrier, and the process's CPU seconds of backward
-    and step; bytes and counts of one step."""
+    """One side on one rank. Per round: seconds from barrier to barrier, and CPU seconds of backward and step. Per
+    step: bytes and counts."""
 
     error: float | None = None
     forward: list[float] = field(default_factory=list)
@@ -87,7 +87,8 @@ class Measured:
 
 @dataclass
 class Outcome:
-    """A case on one rank: sides by name, or why there is no peer; elements of the model, and of Muon's part of it."""
+    """A case on one rank: sides by name, or the reason why there is no peer; elements of the model, and of Muon's
+    part."""
 
     sides: dict[str, Measured]
     parameters: int
@@ -101,8 +102,8 @@ def _tokens(model_name: str, index: int, device: str) -> torch.Tensor:
 
 
 def _first_steps(side: Side, exact: Exact, model_name: str, device: str) -> Measured:
-    """The steps before the timed ones, on given gradients: the error of what the weights have become, and what the
-    last of them sends and allocates."""
+    """The steps before the timed ones, with given gradients: the error of the weights afterwards, and what the last
+    step sends and allocates."""
     for gradients in exact.gradients[:-1]:
         side.give(gradients)
         side.backward(side.loss(_tokens(model_name, 0, device)))
@@ -172,7 +173,7 @@ def _micro_batch(side: Side, model_name: str, device: str) -> float:
         side.backward(side.loss(batch))
         _all_done(device)
         found.append(time.perf_counter() - started)
-    side.step()  # completes what DeepSpeed has begun
+    side.step()  # completes the messages that DeepSpeed has started
     return min(found)
 
 
@@ -184,11 +185,11 @@ def _described(error: Exception) -> str:
 
 
 def run_case(case: Case, model_name: str, exact: Exact, rounds: int, micro_batch: bool) -> Outcome:
-    """Make ours, the peer and AdamW, check their updates and count their bytes, then time `rounds` steps in turn.
+    """Make our Muon, the peer and AdamW, check their updates and count their bytes, then time `rounds` steps in turn.
 
     A peer that cannot be made or stepped, on any rank, is left out with its error; ours and AdamW must run.
     """
-    warnings.simplefilter("ignore", FutureWarning)  # of torch, at every collective of DeepSpeed
+    warnings.simplefilter("ignore", FutureWarning)  # torch warns at every collective of DeepSpeed
     sides: dict[str, Side] = {}
     model = make_model(model_name, case.device)
     outcome = Outcome({}, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in split(model)[0]))

@@ -1,4 +1,4 @@
-"""Peak of what a call allocates, counted by torch's allocator."""
+"""Peak memory that a call allocates, counted by torch's allocator."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
-    """The most bytes of tensors of `device` alive at a time during `call()` above those alive at its start.
+    """Peak bytes of tensors on `device` during `call()`, minus the bytes at its start.
 
-    On a CPU from the profiler's records of every allocation and release. What is freed in the call and was there
-    before makes room: the peak is of the sum.
+    On a CPU from the profiler's records of every allocation and release. Memory that existed before and is freed
+    during the call is subtracted.
     """
     if device == "cuda":
         torch.cuda.synchronize()

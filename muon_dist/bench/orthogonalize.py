@@ -1,4 +1,4 @@
-"""Newton-Schulz against the matrix products that it is made of, timed in turn on the same machine."""
+"""Newton-Schulz against its own matrix products, timed in turn on the same machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Shape = tuple[int, int, int]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # Matrices of Llamas of 24M, 60M and 160M parameters, of DeepSeek's experts cut down, and batches of small ones (heads,
-# experts), where calls and elementwise work weigh most.
+# experts), where calls and elementwise work take the largest share.
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "ci": ((1, 48, 96), (4, 32, 32)),
     "quick": ((1, 384, 384), (12, 384, 384), (1, 1024, 384), (4, 1024, 384), (1, 768, 2048), (64, 64, 384),
@@ -44,12 +44,12 @@ _LARGEST = {
     "full": 2048,
     "gpu": 8192,
 }
-_SVD_LIMIT = 1024  # above this shorter side the exact factor takes minutes
+_SVD_LIMIT = 1024  # if the shorter side is larger than this, the exact factor takes minutes
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, over rounds."""
+    """Seconds per call, over rounds."""
 
     rounds: tuple[float, ...]
 
@@ -59,12 +59,12 @@ class Timing:
 
 
 def bare_products(x: Tensor, steps: int, segment: int, at_once: int) -> Callable[[], None]:
-    """A call of the matrix products that `newton_schulz` makes of the stack `x` of norm 1, and of nothing else.
+    """A function that computes only the matrix products of `newton_schulz` for the stack `x` of norm 1.
 
-    They are made in its order, of operands laid out as there (of a tall X, X^T X and X Q), for as many matrices at a
-    time, into outputs that are allocated here. A segment of k steps is X X^T, k times A^2, three products of that size
-    for each step after the first, and Q X; their FLOPs are `newton_schulz_flops`. What they write is not read: powers
-    of powers would soon be subnormal numbers, which take longer.
+    They have the same order, memory layout (for a tall X: X^T X and X Q) and batch size, and write into outputs that
+    are allocated here. A segment of k steps is X X^T, k times A^2, three products of that size for each step after the
+    first, and Q X; their FLOPs are `newton_schulz_flops`. The outputs are not read: powers of powers would soon be
+    subnormal numbers, which take longer.
     """
     count, m, n = x.shape
     tall = m > n
@@ -96,10 +96,10 @@ def _synchronize(device: torch.device) -> None:
 
 
 def in_turn(calls: Sequence[Callable[[], object]], rounds: int, seconds: float, device: torch.device) -> list[Timing]:
-    """Time `calls` one after another, `rounds` times, so that a load on the machine meets all of them.
+    """Time `calls` one after another, `rounds` times, so that other load on the machine affects all of them.
 
-    In a round each is repeated until it has taken about `seconds`, once at least; the first, untimed round warms up.
-    On one CPU thread the clock is the thread's own, which other processes cannot stop.
+    In a round each call is repeated until it has taken about `seconds`, at least once; the first round warms up and is
+    not timed. With one CPU thread, the thread's CPU time is measured, so that other processes do not count.
     """
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
@@ -133,7 +133,7 @@ def measure(
     """One row: time, FLOP/s, the products' FLOP/s, their ratio, and errors, for a random stack of `shape`.
 
     `ratio_of_products` is the median over rounds of (seconds of `bare_products`) / (seconds of Newton-Schulz): the
-    share of the same machine's matmul throughput on the same shapes that is reached.
+    reached share of the machine's matmul throughput on the same shapes.
     """
     batch, rows, cols = shape
     segment = segment_length(rows, cols, dtype)
@@ -176,7 +176,7 @@ def measure(
 def run(profile: str, dtypes: Sequence[str] | None, only: str, device: torch.device) -> list[dict[str, Any]]:
     """Rows of all shapes of `profile` whose name (`4x1024x384`) contains `only`.
 
-    Raises ConfigError for an unknown profile or dtype, or where nothing is left.
+    Raises ConfigError for an unknown profile or dtype, or if no shape is left.
     """
     if profile not in SHAPES:
         raise ConfigError(f"--profile {profile!r} is unknown: use {', '.join(SHAPES)}")

@@ -12,12 +12,12 @@ from muon_dist.bench.sides import Builder, PlainSide
 
 
 def wrap(model: nn.Module) -> DistributedDataParallel:
-    """`model` under DDP as it comes."""
+    """`model` under DDP with its default settings."""
     return DistributedDataParallel(model)
 
 
 def make(model: nn.Module, case: Case, build: Builder) -> PlainSide:
-    """`model` under DDP, its all-reduces made by the Python hook, where the byte counter sees them."""
+    """`model` under DDP, with all-reduces in the Python hook, so that the byte counter sees them."""
     built = build(model, case)
     wrapped = DistributedDataParallel(model)
     wrapped.register_comm_hook(dist.group.WORLD, allreduce_hook)

@@ -1,4 +1,4 @@
-"""DeepSpeed: its engine under ours and AdamW, and its own Muon."""
+"""DeepSpeed: its engine with our Muon and AdamW, and with its own Muon."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ITERATIONS = ("zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz")
 
 
 class EngineSide(Side):
-    """A DeepSpeed engine. Its own Muon works in backward at stages 1 to 3."""
+    """A DeepSpeed engine. At stages 1 to 3 DeepSpeed's own Muon works in backward."""
 
     works_in_backward = True
 
@@ -69,7 +69,7 @@ class EngineSide(Side):
 
 def configuration(case: Case) -> dict[str, Any]:
     """The engine's, without an optimizer."""
-    # DeepSpeed allocates its bucket whole: by default 2 GB, which would hide all else in the peak of memory.
+    # DeepSpeed allocates its whole bucket, by default 2 GB, which would hide everything else in the memory peak.
     zero: dict[str, Any] = {"stage": int(case.sharding.removeprefix("zero")), "reduce_bucket_size": 2**24}
     if case.sharding == "zero3":
         zero["stage3_param_persistence_threshold"] = 0
@@ -93,7 +93,7 @@ def _prepare(case: Case) -> None:
 
 
 def initialize(model: nn.Module, optimizer: Any, config: dict[str, Any]) -> Any:
-    """An engine; ours is attached, and without an optimizer DeepSpeed makes the one that `config` names."""
+    """An engine. Our Muon is attached; without an optimizer DeepSpeed makes the one in `config`."""
     logger.setLevel("ERROR")
     prepare_process(gpu=False)
     if config.get("fp16", {}).get("enabled"):
@@ -122,8 +122,8 @@ def make(model: nn.Module, case: Case, build: Builder) -> EngineSide:
 def make_theirs(model: nn.Module, case: Case) -> EngineSide:
     """An engine around DeepSpeed's own Muon, in its default form (Gram), in the dtype of the case.
 
-    As it ships it computes in fp16 where the processor can, which is the case "fp16"; in fp32 it does the arithmetic
-    that ours does.
+    By default it computes in fp16 if the processor can, which is the case "fp16"; in fp32 its arithmetic is the same
+    as ours.
     """
     _prepare(case)
     dtype = NS_DTYPES[case.ns_dtype]

@@ -1,4 +1,4 @@
-"""The package dtensor-muon. Its Newton-Schulz calls a Triton kernel; without a GPU it is told to do without."""
+"""The package dtensor-muon. Its Newton-Schulz calls a Triton kernel, which is switched off without a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from muon_dist.bench.sides import Built, Calls, split
 
 
 def build(model: nn.Module, case: Case) -> Built:
-    """Keller's coefficients and no weight decay, so that its rule is the same; bf16, whatever the case says."""
+    """Keller Jordan's coefficients and no weight decay, so that its rule equals ours; it always computes in bf16."""
     muon, others = split(model)
     triton = torch.cuda.is_available()
     optim.zeropower = partial(iteration.zeropower, use_triton=triton)

@@ -1,4 +1,4 @@
-"""FSDP2: `fully_shard` of every layer and of the whole."""
+"""FSDP2: `fully_shard` of every layer and of the whole model."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class ShardedSide(PlainSide):
 
 
 def make(model: Any, case: Case, build: Builder) -> ShardedSide:
-    """A Llama of transformers under fully_shard; the optimizer is made afterwards, on its DTensors."""
+    """A Llama under fully_shard; the optimizer is made afterwards, for its DTensors."""
     shard(model, on_mesh(case.device))
     return ShardedSide(model, model, build(model, case))
 
 
 def shard(model: Any, mesh: DeviceMesh) -> Any:
-    """`model`, every layer of it and then the whole under `fully_shard`."""
+    """`model` after `fully_shard` of every layer and of the whole."""
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)

@@ -10,7 +10,7 @@ from muon_dist.bench.sides import Built, Calls, split
 
 
 def build(model: nn.Module, case: Case) -> Built:
-    """Builds the optimizer. It computes in bf16 for any case."""
+    """Builds the optimizer. It computes in bf16 in every case."""
     muon, others = split(model)
     calls = Calls(theirs, "zeropower_via_newtonschulz5")
     groups = [

@@ -1,4 +1,4 @@
-"""torch.optim.Muon, and torch.optim.AdamW for what is not a matrix."""
+"""torch.optim.Muon, with torch.optim.AdamW for parameters that are not matrices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from muon_dist.bench.sides import Built, Calls, split
 
 
 def build(model: nn.Module, case: Case) -> Built:
-    """Builds the optimizer. It computes in bf16 for any case."""
+    """Builds the optimizer. It computes in bf16 in every case."""
     muon, others = split(model)
     calls = Calls(theirs, "_zeropower_via_newtonschulz")
     optimizers = [

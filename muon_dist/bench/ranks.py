@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 
 class RankFailure(RuntimeError):
-    """One or more ranks raised; the message holds each rank's traceback."""
+    """One or more ranks raised; the message contains each rank's traceback."""
 
 
 def _rank_main(
@@ -49,10 +49,10 @@ def _rank_main(
 
 
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0) -> list[Any]:
-    """Run `fn(*args)` on `world_size` forked gloo ranks and return what each returned, in rank order.
+    """Run `fn(*args)` on `world_size` forked gloo ranks and return the results in rank order.
 
-    The default process group is initialised in each; results travel by pickle (return plain data or CPU tensors).
-    Raises RankFailure with every failing rank's traceback, also when a rank dies or the time runs out.
+    The default process group is initialized in each rank; results are pickled (return plain data or CPU tensors).
+    Raises RankFailure with every failing rank's traceback, also if a rank dies or the time is over.
     """
     ctx = mp.get_context("fork")
     # Objects that are frozen are not touched by the ranks' garbage collector, so their pages stay shared.

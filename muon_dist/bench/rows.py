@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 def row_of(case: Case, ranks: int, profile: Profile, skipped: str | None) -> Row:
-    """The columns of a row that are known before the measurement."""
+    """The columns of a row that do not depend on the measurement."""
     return {
         "case": case.name,
         "peer": case.peer,
@@ -37,13 +37,13 @@ def row_of(case: Case, ranks: int, profile: Profile, skipped: str | None) -> Row
 
 
 def _slowest(measured: Iterable[Sequence[float]]) -> list[float]:
-    """By round, the slowest rank."""
+    """Per round, the value of the slowest rank."""
     return [max(times) for times in zip(*measured, strict=True)]
 
 
 def _optimizer(by_rank: Sequence[Measured], adamw: Sequence[Measured], suffix: str = "") -> list[float]:
-    """By round, seconds of the optimizer: of backward and step, less those of AdamW's backward in the same round,
-    because some optimizers work in backward."""
+    """Per round, seconds of the optimizer: backward and step, minus AdamW's backward in the same round, because some
+    optimizers work in backward."""
     backward, step, plain = (
         _slowest(getattr(m, part + suffix) for m in side)
         for side, part in ((by_rank, "backward"), (by_rank, "step"), (adamw, "backward"))
@@ -52,7 +52,7 @@ def _optimizer(by_rank: Sequence[Measured], adamw: Sequence[Measured], suffix: s
 
 
 def _whole(by_rank: Sequence[Measured]) -> list[float]:
-    """By round, seconds of a whole step."""
+    """Per round, seconds of a whole step."""
     parts = (_slowest(getattr(m, part) for m in by_rank) for part in ("forward", "backward", "step"))
     return [sum(times) for times in zip(*parts, strict=True)]
 
@@ -93,7 +93,7 @@ def _ratios(times: dict[str, list[float]]) -> list[float]:
 
 
 def _side(by_rank: Sequence[Measured], optimizer: list[float]) -> Row:
-    """Columns of one side: bytes, memory of the busiest rank; collectives of rank 0; calls of all."""
+    """Columns of one side: bytes and memory of the busiest rank; collectives of rank 0; calls of all ranks."""
     return {
         "optimizer_seconds": statistics.median(optimizer),
         "optimizer_seconds_lowest": min(optimizer),
@@ -110,7 +110,7 @@ def _side(by_rank: Sequence[Measured], optimizer: list[float]) -> Row:
 
 
 def _shares(row: Row, seconds: float, ranks: int, profile: Profile) -> Row:
-    """The time that ours adds to a step with AdamW, as a share of that step, for each step size of the profile.
+    """The time that our Muon adds to a step with AdamW, as a share of that step, for each step size of the profile.
 
     A step of T tokens is T / (ranks x micro-batch) forward and backward passes of the measured micro-batch and one
     step of the measured optimizer.
@@ -125,7 +125,7 @@ def _shares(row: Row, seconds: float, ranks: int, profile: Profile) -> Row:
 
 
 def merge(rows: Sequence[Row], before: Sequence[Row]) -> list[Row]:
-    """`before` with the same cases replaced by `rows`, and the others of `rows` after them."""
+    """`before` with its cases replaced by equal cases of `rows`; new cases of `rows` follow."""
     key = ("case", "model", "ranks", "link")
     fresh = {tuple(r[k] for k in key): r for r in rows}
     kept = [fresh.pop(tuple(r[k] for k in key), r) for r in before]
@@ -180,7 +180,7 @@ COUNTS_HEADER = (
 
 
 def table(rows: Sequence[Row], environment: dict[str, Any]) -> str:
-    """Markdown: times, counts, and the share of a step that ours costs over AdamW."""
+    """Markdown: times, counts, and the overhead of our Muon over AdamW as a share of a step."""
     size = next((f"{r['parameters'] / 1e6:.1f}M" for r in rows if "parameters" in r), "?")
     about = (
         f"Llama of {size} parameters, {rows[0]['ranks']} ranks with one thread each on {environment['cores']} cores, "

@@ -34,7 +34,7 @@ class Built:
 
 
 Builder = Callable[[nn.Module, Case], Built]
-"""Makes the optimizers for a model whose parameters are as the framework keeps them."""
+"""Makes the optimizers for a model whose parameters are already wrapped by the framework."""
 
 
 class Side(ABC):
@@ -66,7 +66,7 @@ class Side(ABC):
 
     @abstractmethod
     def give(self, gradients: Mapping[str, torch.Tensor]) -> None:
-        """Use these full gradients, by FQN, instead of backward's from now on; {}: use backward's."""
+        """From now on use these full gradients, by FQN, instead of backward's; {}: use backward's."""
 
     @abstractmethod
     def whole(self, name: str) -> torch.Tensor:
@@ -77,11 +77,11 @@ class Side(ABC):
         """Bytes of Muon's momentum on this rank."""
 
     def close(self) -> None:  # noqa: B027  (most have nothing to release)
-        """Release what the framework holds."""
+        """Release the framework's resources."""
 
 
 def momentum_bytes(optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Bytes that this rank holds of all `momentum_buffer`s."""
+    """Bytes of this rank's part of all `momentum_buffer`s."""
     total = 0
     for optimizer in optimizers:
         for state in optimizer.state.values():
@@ -96,9 +96,8 @@ class PlainSide(Side):
     """Frameworks that leave `p.grad` to the optimizer: DDP, FSDP2.
 
     Args:
-        called: the module that is called: the wrapper, or the model itself.
-        model: the model, by whose names the parameters go.
-        built: its optimizers.
+        called: the module that is called, either the wrapper or the model itself. model: the model, whose parameter
+            names are used. built: its optimizers.
     """
 
     def __init__(self, called: nn.Module, model: nn.Module, built: Built) -> None:
@@ -129,7 +128,7 @@ class PlainSide(Side):
         self._given = gradients
 
     def replace(self, parameter: Any, gradient: torch.Tensor) -> None:
-        """Put a full gradient in place of this rank's part of the parameter's."""
+        """Replace this rank's part of the parameter's gradient by its part of a full gradient."""
         parameter.grad.copy_(gradient)
 
     def whole(self, name: str) -> torch.Tensor:
@@ -147,13 +146,13 @@ def build_ours(model: nn.Module, case: Case) -> Built:
 
 
 def build_adamw(model: nn.Module, case: Case) -> Built:
-    """torch.optim.AdamW, fused: the fastest that there is on the same tensors."""
+    """torch.optim.AdamW, fused: the fastest AdamW for the same tensors."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     return Built([optimizer], lambda: 0, "none")
 
 
 def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(Muon's parameters, the others), as ours are routed."""
+    """(Muon's parameters, the others), by our routing."""
     muon: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for group in param_groups(model):
@@ -162,7 +161,7 @@ def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 class Calls:
-    """Counts the matrices that a function of another package orthogonalizes, by standing in its place."""
+    """Replaces a function of another package and counts the matrices that it orthogonalizes."""
 
     def __init__(self, module: Any, name: str) -> None:
         self.count = 0

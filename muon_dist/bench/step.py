@@ -1,4 +1,4 @@
-"""Ours against every other Muon: runs the cases and writes their rows."""
+"""Our Muon against every other Muon: runs the cases and writes their rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from muon_dist.bench.rows import Row, figures, merge, row_of, table
 from muon_dist.errors import ConfigError, PeerError
 from muon_dist.json_files import read_object
 
-TIMEOUT = 600.0  # seconds for a case; ranks that hang are ended then
+TIMEOUT = 600.0  # seconds per case; then hanging ranks are ended
 
 
 def run(
@@ -30,12 +30,10 @@ def run(
     link: str,
     report: Callable[[Row], None],
 ) -> list[Row]:
-    """A row for each case, skipped ones included; `report` is called with each as it is done.
+    """One row per case, also for skipped ones; `report` is called with each finished row.
 
-    Every case has `ranks` processes of its own on this machine; with None, those of the process group that this
-    process has joined, and all ranks return the same rows.
-
-    Raises PeerError where a rank dies or hangs, or ours or AdamW fails.
+    Each case runs on `ranks` new processes of this machine. None: on the process group that this process has joined;
+    then all ranks return the same rows. Raises PeerError if a rank dies or hangs, or if our Muon or AdamW fails.
     """
     exact = make_exact(profile.model, profile.exact_layers, cases[0].device if cases else "cpu")
     rows = []
@@ -83,10 +81,10 @@ def command(
     append: bool,
     echo: Callable[[str], None],
 ) -> None:
-    """`muon-dist bench step`. Under a launcher (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment)
-    this process is one of the ranks, and the first of them writes.
+    """`muon-dist bench step`. Under a launcher (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment) this
+    process is one of the ranks, and rank 0 writes.
 
-    `device`: "cpu", or "cuda" for a GPU of each rank, which a launcher must have started.
+    `device`: "cpu", or "cuda" for one GPU per rank, under a launcher.
 
     Raises ConfigError for an option that selects nothing, PeerError as `run` does.
     """
@@ -133,7 +131,7 @@ def _usable(device: str, launched: bool) -> str:
         raise ConfigError("--device cuda: torch sees no GPU here; `muon-dist doctor` says why")
     if device == "cuda" and not launched:
         raise ConfigError(
-            "--device cuda: start one process a GPU, for example with `torchrun --nproc-per-node 8 -m muon_dist.cli "
+            "--device cuda: start one process per GPU, for example with `torchrun --nproc-per-node 8 -m muon_dist.cli "
             "bench step --profile gpu --device cuda`"
         )
     return device

@@ -1,4 +1,4 @@
-"""Counts the payload of every collective that a process makes, whoever calls it."""
+"""Counts the payload of every collective of a process, from any library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-# Of torch.ops._c10d_functional, by the ProcessGroup's method that moves the same. Their last argument names the group.
+# Functions of torch.ops._c10d_functional -> the method of ProcessGroup that moves the same bytes. Their last argument
+# is the group.
 FUNCTIONAL = {
     "all_gather_into_tensor": "_allgather_base",
     "all_reduce": "allreduce",
@@ -35,10 +36,10 @@ def _nbytes(*tensors: Any) -> int:
 class Traffic:
     """While entered, sums what this rank receives from the others and sends to them, by collective, in bytes.
 
-    At the level of `dist.ProcessGroup`, below torch.distributed and deepspeed.comm, and of the functional collectives
-    of DTensor. What C++ calls by itself is not seen: of DDP only what a communication hook in Python sends. Of a
-    reduction, all-gather or broadcast, what a ring moves: (W - 1) / W of the whole, twice for an all-reduce; of a
-    gather, scatter, all-to-all and point-to-point message, exactly what this rank receives and sends. `calls` counts
+    It counts calls of `dist.ProcessGroup`, which torch.distributed and deepspeed.comm use, and of DTensor's functional
+    collectives. Calls from C++ are not seen: of DDP it sees only the messages of a communication hook in Python. A
+    reduction, all-gather or broadcast counts as in a ring: (W - 1) / W of the whole, twice for an all-reduce. For a
+    gather, scatter, all-to-all and point-to-point message the bytes of this rank are exact. `calls` counts
     collectives, a batch of point-to-point messages as one, under the name of `BATCH`; barriers are left out.
     """
 
@@ -63,7 +64,7 @@ class Traffic:
 
     @property
     def collectives(self) -> int:
-        """Calls of any kind."""
+        """Number of all calls."""
         return sum(self.calls.values())
 
     def clear(self) -> None:
@@ -100,9 +101,9 @@ class Traffic:
         setattr(dist, BATCH, self._counted_batch)
         for name in self.NAMES:
             original = getattr(dist.ProcessGroup, name, None)
-            if original is None:  # of a newer torch than this
+            if original is None:  # only in a newer torch
                 continue
-            self._originals[name] = vars(dist.ProcessGroup)[name]  # the descriptor, to put back
+            self._originals[name] = vars(dist.ProcessGroup)[name]  # the descriptor, to restore it later
 
             def counted(group: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
                 self._count(_name, group, args)
@@ -133,7 +134,7 @@ class _Counted:
     def __call__(self, tensor: Any, *args: Any) -> Any:
         result = self._original(tensor, *args)
         group: Any = args[-1]
-        named = isinstance(group, str)  # newer versions of torch type the name as their GroupName, torch 2.9 has none
+        named = isinstance(group, str)  # newer versions of torch have a type GroupName for it
         if named:
             group = _resolve_process_group(group)
         self._traffic._count(FUNCTIONAL[self._name], group, (result, tensor, *args[:-1]))

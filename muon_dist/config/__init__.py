@@ -1,4 +1,4 @@
-"""Configuration files: schema, loading, and what must not be written to disk."""
+"""Configuration files: schema, loading, and removal of credentials before anything is written to disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The block `curriculum` of a configuration: what changes from an optimizer step on."""
+"""The block `curriculum` of a configuration: settings that change at a given optimizer step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _tuple(value: Any) -> Any:
 
 
 class PartDataConfig(Block):
-    """Data of a part; what is null is as in the part before."""
+    """Data of a part; null: the value of the part before."""
 
     sequence_length: Annotated[int, Field(ge=2)] | None = Field(default=None, description="tokens in a sample")
     packing: Literal["concatenate", "document_mask", "best_fit"] | None = Field(
@@ -30,13 +30,13 @@ class PartDataConfig(Block):
 
 
 class PartMuonConfig(Block):
-    """Settings of the Muon groups in a part; what is null is as in the part before."""
+    """Settings of the Muon groups in a part; null: the value of the part before."""
 
     rule: str | None = Field(
-        default=None, description="update rule; momentum stays, and what the new rule remembers begins at zero"
+        default=None, description="update rule; momentum stays, and the other state of a new rule begins at zero"
     )
     rule_options: RuleOptions | None = Field(
-        default=None, description="of the rule; null: as before, or with another rule its defaults"
+        default=None, description="options of the rule; null: unchanged, or the defaults of a new rule"
     )
     weight_decay: NonNegative | None = None
     momentum: BelowOne | None = None
@@ -60,20 +60,20 @@ class PartConfig(Block):
     optimizer: PartOptimizerConfig = PartOptimizerConfig()
     lr_scheduler_type: str | None = Field(
         default=None,
-        description="transformers name of a schedule over the steps of the part; null: the one before continues",
+        description="transformers name of a schedule over the steps of the part; null: the old schedule continues",
     )
     lr_scheduler_kwargs: dict[str, Any] | None = Field(default=None, description="arguments of lr_scheduler_type")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(default=0, description="steps of warmup of lr_scheduler_type")
     lr_scale: NonNegative | None = Field(
         default=None,
-        description="factor of all learning rates: of the configured ones with lr_scheduler_type, else of the "
-        "schedule that continues; null: the new schedule begins at the rate that the part before has reached",
+        description="factor on all learning rates: on the configured rates with lr_scheduler_type, else on the old "
+        "schedule, which continues; null: the new schedule begins at the rate that the part before reached",
     )
 
 
 @dataclass(frozen=True)
 class PartData:
-    """Data of a part with nothing left open. weights: of each source."""
+    """Data of a part with all values filled in. weights: one per source."""
 
     from_step: int
     sequence_length: int
@@ -82,7 +82,7 @@ class PartData:
 
 
 def data_of_parts(data: DataConfig, curriculum: Sequence[PartConfig]) -> tuple[PartData, ...]:
-    """The data of each part of a run; the first is that of the block `data`."""
+    """The data of each part of a run; the first part has the values of the block `data`."""
     parts = [PartData(0, data.sequence_length, data.packing, tuple(source.weight for source in data.chosen))]
     for part in curriculum:
         before, own = parts[-1], part.data
@@ -93,7 +93,7 @@ def data_of_parts(data: DataConfig, curriculum: Sequence[PartConfig]) -> tuple[P
 
 
 def muon_of_parts(muon: dict[str, Any], curriculum: Sequence[PartConfig]) -> list[dict[str, Any]]:
-    """The settings of the Muon groups in each part; those of the first are `muon`."""
+    """The settings of the Muon groups in each part; the first part has the settings `muon`."""
     parts = [muon]
     for part in curriculum:
         before, own = parts[-1], part.optimizer.muon.model_dump(exclude_none=True)
@@ -103,14 +103,14 @@ def muon_of_parts(muon: dict[str, Any], curriculum: Sequence[PartConfig]) -> lis
 
 
 def changes_rule(part: PartConfig) -> bool:
-    """Whether a part sets anything of the Muon groups."""
+    """Whether a part changes any setting of the Muon groups."""
     return bool(part.optimizer.muon.model_dump(exclude_none=True))
 
 
 def curriculum_problems(
     data: DataConfig, curriculum: Sequence[PartConfig], model: dict[str, Any], longest: Sequence[str]
 ) -> Iterator[tuple[Keys, str]]:
-    """Yield the errors of the parts. longest: names of the model's setting for its longest sequence."""
+    """Yield the errors of the parts. longest: names that models give to the setting of their longest sequence."""
     if data.chosen and not any(source.weight for source in data.chosen):
         yield ("data", "sources"), "all have weight 0, so no text would be drawn: give one a weight above 0"
     for index, part in enumerate(curriculum):

@@ -26,7 +26,10 @@ class TokenizerConfig(Block):
     special_tokens: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v),
-    ] = Field(default=(), description="tokens of their own wherever a text holds them, for instance <|user|>")
+    ] = Field(
+        default=(),
+        description="strings that become one token each wherever a text contains them, for instance <|user|>",
+    )
     split_digits: Flag = Field(default=False, description="each digit is a token")
 
     @model_validator(mode="before")
@@ -50,22 +53,22 @@ class SourceConfig(Block):
         default=1.0, description="share of the training samples, relative to the other sources; 0: not drawn"
     )
     format: Literal["auto", "text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "megatron", "datatrove"] = (
-        Field(default="auto", description="of the files of path; auto: known by their content")
+        Field(default="auto", description="format of the files of path; auto: detected from their content")
     )
     text_field: str = Field(
         default=defaults.TEXT_FIELD,
-        description="field with the text, of records of any kind; a.b for one inside another",
+        description="field of a record that has the text; a.b for field b inside field a",
     )
     config: str | None = Field(default=None, description="configuration name of the dataset")
     split: str = Field(default="train", description="split of the dataset")
     streaming: Flag = Field(default=True, description="read the dataset without downloading all of it")
     revision: str | None = Field(default=None, description="branch, tag or commit of the dataset")
     max_documents: PositiveInt | None = Field(default=None, description="stop after this many documents")
-    # left out of repr: the default of data in the public signature of Config stays as it is
+    # left out of repr, so that the default of data in the public signature of Config does not change
     document_bytes: Annotated[int, Field(ge=64)] = Field(
         repr=False,
         default=defaults.DOCUMENT_BYTES,
-        description="plain text is cut into documents at the first blank line after so many bytes",
+        description="plain text is cut into documents at the first blank line after this many bytes",
     )
     separator: Annotated[str, Field(min_length=1)] | None = Field(
         repr=False,
@@ -88,16 +91,16 @@ class DataConfig(Block):
     path: DataPath | tuple[DataPath, ...] | None = Field(
         repr=False,
         default=None,
-        description="your own text: short for one source with this path, in the place of sources",
+        description="your own text; short for sources with one entry that has this path",
     )
     sources: tuple[SourceConfig, ...] = (SourceConfig(builtin="stdlib"),)
     text_field: str = Field(
-        repr=False, default=defaults.TEXT_FIELD, description="of path: field with the text, of records of any kind"
+        repr=False, default=defaults.TEXT_FIELD, description="with path: field of a record that has the text"
     )
     on_bad_record: OnBadRecord = Field(
         repr=False,
         default="stop",
-        description="a record that cannot be read ends the preparation, or is skipped and counted",
+        description="stop: a record that cannot be read ends the preparation; skip: it is skipped and counted",
     )
     max_bad_records: Annotated[int, Field(ge=0)] = Field(
         repr=False,
@@ -107,7 +110,7 @@ class DataConfig(Block):
     add_bos: Flag | None = Field(
         repr=False,
         default=None,
-        description="begin each document with the beginning-of-sequence token; null: as the tokenizer does it",
+        description="begin each document with the beginning-of-sequence token; null: if the tokenizer does",
     )
     dir: LocalPath = Field(default="data", description="folder of the tokenizer and the token shards")
     sequence_length: Annotated[int, Field(ge=2)] = Field(
@@ -125,7 +128,7 @@ class DataConfig(Block):
     validation_sources: tuple[SourceConfig, ...] = Field(
         repr=False,
         default=(),
-        description="text to evaluate on; with it, nothing of sources is kept for validation",
+        description="text to evaluate on; then no document of sources is kept for validation",
     )
     shard_tokens: PositiveInt = Field(default=defaults.SHARD_TOKENS, description="tokens in one shard file")
     workers: PositiveInt = Field(default=2, description="processes that tokenize")
@@ -137,8 +140,8 @@ class DataConfig(Block):
 
     @property
     def chosen(self) -> tuple[SourceConfig, ...]:
-        """The sources that are read: that of `path`, else `sources`."""
+        """The sources that are read: one source made from `path` if it is set, else `sources`."""
         if self.path is None:
             return self.sources
-        # not validated, since the path is: a second time would expand an escaped dollar sign
+        # not validated again: the path was already expanded, and a second time would expand an escaped dollar sign
         return (SourceConfig.model_construct(path=self.path, text_field=self.text_field),)

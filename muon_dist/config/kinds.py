@@ -20,7 +20,9 @@ PositiveInt = Annotated[int, Field(ge=1)]
 def _known_schedule(schedule: Any) -> Any:
     from muon_dist.numerics import get_schedule  # imports torch: seconds, which a file that is missing should not cost
 
-    found = get_schedule(schedule)  # a ConfigError that names the closest, and a ValueError as pydantic needs it
+    found = get_schedule(
+        schedule
+    )  # its ConfigError names the closest schedule, and is a ValueError, as pydantic requires
     return schedule if isinstance(schedule, str) else found.rows
 
 
@@ -41,7 +43,7 @@ def _number_or_switch(value: Any) -> Any:
 
 
 def _local_path(text: str) -> str:
-    """A path on a mounted file system, expanded; for what is written by rename, which no object store has."""
+    """A path on a mounted file system, expanded; for files that are written by rename, which object stores lack."""
     if not text:
         raise ValueError("is empty: name a folder")
     if is_url(text):
@@ -53,7 +55,7 @@ SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
 
 
 def switch(value: Any) -> Any:
-    """`on`, `yes`, `off` and `no`, as people write them, which YAML 1.2 reads as text."""
+    """`on`, `yes`, `off` and `no` as booleans; YAML 1.2 reads them as text."""
     return SWITCHES.get(value.lower(), value) if isinstance(value, str) else value
 
 
@@ -65,7 +67,7 @@ def _text_path(text: str) -> str:
 
 
 Flag = Annotated[bool, BeforeValidator(switch)]
-# written with its dollar signs doubled, so that it is the same path when it is read again
+# written with doubled dollar signs, so that reading it again gives the same path
 _AsWritten = PlainSerializer(lambda path: path.replace("$", "$$"), when_used="json")
 LocalPath = Annotated[str, AfterValidator(_local_path), _AsWritten]
 DataPath = Annotated[str, AfterValidator(_text_path), _AsWritten]
@@ -89,7 +91,7 @@ def _schedule_names(json_schema: dict[str, Any]) -> None:
 Scale = Annotated[str, AfterValidator(_known_scale), Field(json_schema_extra=_scale_names)]
 """A factor on the update, by name."""
 Schedule = Annotated[Any, AfterValidator(_known_schedule), Field(json_schema_extra=_schedule_names)]
-"""Of the Newton-Schulz iteration: a name, or own rows."""
+"""Coefficients of the Newton-Schulz iteration: a name, or rows [a, b, c]."""
 RuleOptions = dict[
     str, Annotated[Any, AfterValidator(_number_or_switch), WithJsonSchema({"type": ["number", "boolean"]})]
 ]

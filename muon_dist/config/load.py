@@ -21,7 +21,7 @@ from muon_dist.errors import ConfigError, DataError, MuonDistError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), *, reads_files: bool = False) -> Config:
-    """The configuration in a YAML file, with `base:` files beneath it and dotted overrides on top.
+    """The configuration in a YAML file, laid over its `base:` files, with dotted overrides applied last.
 
     overrides: texts such as `optimizer.muon.lr=0.01`; the value is YAML. Mappings are merged key by key, lists are
     replaced whole; a number in an override's path (`data.sources.0.weight=2`) names an item of a list.
@@ -56,7 +56,7 @@ def _check(document: Document, reads_files: bool) -> Config:
         found += contradictions(config)
     gone = list(missing_files(config)) if reads_files and config is not None else []
     found += gone
-    # One line for each key: what is not a number is not also a contradiction.
+    # One line per key: a value of the wrong type is not reported as a contradiction too.
     told = {p.keys for p in problems}
     first = {keys: message for keys, message in reversed(found) if keys not in told}
     problems += [Problem(document.place(keys), keys, message) for keys, message in first.items()]
@@ -67,12 +67,12 @@ def _check(document: Document, reads_files: bool) -> Config:
 
 
 def _validated(data: Any) -> Config:
-    # JSON, since pydantic's strict mode then takes a list for a tuple, yet no text for a number.
+    # JSON, because pydantic's strict mode then accepts a list for a tuple, but still no text for a number.
     return Config.model_validate_json(json.dumps(data), strict=True)
 
 
 def _without(data: Any, wrong: Sequence[Keys]) -> Config | None:
-    """The configuration without its wrong keys, if that is one: to find contradictions among the other keys."""
+    """The configuration without its wrong keys, to find contradictions among the rest; None if the rest is invalid."""
     for keys in wrong:
         data = _removed(data, keys)
     try:
@@ -112,11 +112,11 @@ def _with_bases(path: Path, below: tuple[Path, ...]) -> Document:
     try:
         circle = target.resolve() in chain
         found = target.is_file()
-    except OSError as error:  # too long, a circle of links
+    except OSError as error:  # a name that is too long, or links in a circle
         return _no_base(document, f"cannot be read: {error.strerror}")
     if circle:
         names = " -> ".join(str(p) for p in (*chain, target.resolve()))
-        return _no_base(document, f"files that name each other as base: {names}")
+        return _no_base(document, f"these files name each other as base: {names}")
     if not found:
         return _no_base(document, f"no such file: {target}")
     return _merge(_with_bases(target, chain), document)
@@ -266,7 +266,7 @@ def _suggest(keys: Keys) -> str:
     hint = closest(name, here)
     if hint.startswith("; did you mean"):
         return hint
-    mapped = [block for block in blocks if block[:2] != ("optimizer", "groups")]  # which has every name once more
+    mapped = [block for block in blocks if block[:2] != ("optimizer", "groups")]  # it repeats every name
     elsewhere = [".".join((*block, name)) for block in mapped if name in blocks[block]]
     return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else hint
 

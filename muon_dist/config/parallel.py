@@ -1,4 +1,4 @@
-"""The mesh that a `parallel:` block makes of a number of ranks."""
+"""The mesh that a `parallel:` block describes for a number of ranks."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ class Parallel:
 
     @property
     def data(self) -> int:
-        """Batches at a time: the ranks of all other axes read the same samples."""
+        """Number of ranks that read different samples; ranks that differ only in the other axes read the same ones."""
         return self.dp_replicate * self.dp_shard

@@ -10,7 +10,7 @@ from typing import Any
 _VARIABLE = re.compile(r"\$\{([^}]*)\}|\$([A-Za-z_][A-Za-z0-9_]*)")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _PATTERN = re.compile(r"[*?\[]")
-# Keys of the trainer block that are paths, or may be.
+# Keys of the trainer block whose value is a path, or may be one.
 TRAINER_PATHS = ("fsdp_config", "accelerator_config", "logging_dir")
 
 
@@ -40,12 +40,12 @@ def expand_path(text: str) -> str:
 
 
 def expand_trainer_paths(trainer: Any) -> Any:
-    """The trainer block with its paths expanded. Raises ValueError as `expand_path`, with the key before it."""
+    """The trainer block with its paths expanded. Raises the ValueError of `expand_path`, with the key in front."""
     return _expanded(trainer, TRAINER_PATHS)
 
 
 def expand_model_paths(model: Any) -> Any:
-    """The same for the model block."""
+    """The model block with its paths expanded. Raises as `expand_trainer_paths`."""
     return _expanded(model, ("init_from",))
 
 
@@ -78,5 +78,6 @@ def index_of(prefix: Path) -> Path:
 
 
 def is_there(root: Path) -> bool:
-    """Whether a local path of a source leads to anything: a file, a folder, a pattern or the prefix of token files."""
+    """Whether a source's local path exists: as a file, a folder, a pattern that matches, or the prefix of token
+    files."""
     return root.exists() or index_of(root).is_file() or is_pattern(root)

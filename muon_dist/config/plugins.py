@@ -13,9 +13,9 @@ PLUGINS = ("optimizer", "plugins")
 
 
 def import_plugins(data: dict[str, Any]) -> list[tuple[Keys, str]]:
-    """Import the modules of `optimizer.plugins`, in order; what cannot be imported is a problem of its key.
+    """Import the modules of `optimizer.plugins`, in order; a module that cannot be imported is a problem of its key.
 
-    They are looked for as other modules are, and then in the current folder. What is no list of names is left to the
+    Modules are found as usual, and then in the current folder. A value that is not a list of names is left to the
     schema.
     """
     optimizer = data.get("optimizer")

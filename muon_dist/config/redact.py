@@ -15,7 +15,7 @@ def is_secret(key: str) -> bool:
 
 
 def redact(value: Any) -> Any:
-    """A copy of plain data in which every non-empty text under a secret key is replaced by `REDACTED`.
+    """A copy of plain data; every non-empty text under a secret key is replaced by `REDACTED`.
 
     Only text is replaced: `shard_tokens: 10000000` and `num_key_value_heads: 4` are counts, and `tokenizer:` holds a
     mapping, which is searched in turn. A list under a secret key loses its texts.

@@ -1,4 +1,4 @@
-"""The rules of a configuration for parameters by name, for `routing.route`."""
+"""The configuration's rules for parameters by name, as arguments of `routing.route`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def routing_rules(optimizer: OptimizerConfig) -> dict[str, Any]:
     """`overrides`, `splits` and `groups` of `routing.route`, from `optimizer.routing` and `optimizer.groups`.
 
     Raises:
-        ConfigError: an entry has options that its rule does not have.
+        ConfigError: an entry sets options that its rule does not know.
     """
     routing = optimizer.routing
     entries = [entry.model_dump(exclude_none=True) for entry in optimizer.groups]

@@ -1,4 +1,4 @@
-"""The shape of a configuration: frozen pydantic models that refuse unknown keys.
+"""The schema of a configuration: frozen pydantic models that refuse unknown keys.
 
 Field names are the keys of the YAML file; the descriptions end up in `muon-dist schema`. Nothing below `train/` sees
 these objects: they are unpacked there into plain arguments.
@@ -34,19 +34,21 @@ from muon_dist.config.splits import CutConfig, SplitConfig, heads_of_all, heads_
 
 
 class MuonConfig(Block):
-    """Settings of the Muon groups. What is null has the default of the rule."""
+    """Settings of the Muon groups; null: the default of the rule."""
 
     lr: NonNegative
     rule: str = Field(
         default=defaults.RULE,
-        description="update rule: muon, normuon, adamuon, soap_muon, hyperball, namo, or one of a plugin",
+        description="update rule: muon, normuon, adamuon, soap_muon, hyperball, namo, or the name of a plugin's rule",
     )
     rule_options: RuleOptions = Field(
         default_factory=dict,
-        description="what the rule has besides these settings, such as beta2 of normuon, and parts: cautious, "
+        description="further options of the rule, such as beta2 of normuon, and optional parts: cautious, "
         "row_floor, radial_brake, muoneq, muon_plus, momentum_at_owner",
     )
-    weight_decay: NonNegative | None = Field(default=None, description="decoupled; null: 0.1, or 0 under hyperball")
+    weight_decay: NonNegative | None = Field(
+        default=None, description="decoupled weight decay; null: 0.1, or 0 under hyperball"
+    )
     momentum: BelowOne = defaults.MOMENTUM
     nesterov: bool | None = Field(default=None, description="null: true, or false under namo")
     ns_steps: PositiveInt = Field(default=defaults.NS_STEPS, description="Newton-Schulz steps")
@@ -59,54 +61,57 @@ class MuonConfig(Block):
     )
     scale: Scale | None = Field(
         default=None,
-        description="0.2 sqrt(max(m, n)), with which an AdamW learning rate carries over; sqrt(max(1, m/n)); "
-        "sqrt(m/n) of m outputs and n inputs; 1; or one of a plugin; null: the first, or 1 under hyperball and namo",
+        description="match_rms_adamw: 0.2 sqrt(max(m, n)), so an AdamW learning rate carries over; spectral: "
+        "sqrt(max(1, m/n)); unit_rms: sqrt(m/n); none: 1; or a plugin's (m outputs, n inputs); null: match_rms_adamw, "
+        "or none under hyperball and namo",
     )
     bucket_mb: Positive = Field(
         default=defaults.BUCKET_MB,
-        description="a step allocates at most twice this, in MiB; a larger matrix has its own bucket",
+        description="MiB per bucket; a step allocates at most twice this; a larger matrix has its own bucket",
     )
-    overlap: Flag = Field(default=True, description="send other buckets while one is orthogonalized; same bits")
+    overlap: Flag = Field(
+        default=True, description="send other buckets while one is orthogonalized; the result is the same bit for bit"
+    )
     ns_compile: Flag = Field(default=False, description="Newton-Schulz through torch.compile")
     wire_dtype: DType | None = Field(
-        default=None, description="dtype in which momentum and updates travel; null: not rounded"
+        default=None, description="dtype in which momentum and updates are sent; null: not rounded"
     )
     owner_policy: Literal["balanced", "local", "round_robin"] = Field(
-        default=defaults.OWNER_POLICY, description="which rank orthogonalizes which matrix"
+        default=defaults.OWNER_POLICY, description="how the owner of each matrix is chosen"
     )
     cost: Literal["analytic", "measured"] = Field(
         default=defaults.COST,
-        description="the seconds that balanced owners balance; measured: timed once, kept in a file",
+        description="cost of a matrix for owner_policy balanced; measured: timed once per shape, kept in a file",
     )
     master_weights: Flag = Field(
-        default=False, description="fp32 masters of 16-bit parameters, of AdamW's as well: 4 more bytes per element"
+        default=False, description="fp32 master copies of 16-bit parameters, AdamW's too: 4 more bytes per element"
     )
     stochastic_rounding: Flag = Field(
         default=False,
-        description="random rounding of bfloat16 parameters, of AdamW's as well, whose mean is exact; drawn from seed",
+        description="random rounding of bfloat16 parameters, AdamW's too; its mean is exact; drawn from seed",
     )
     momentum_everywhere: Flag = Field(
         default=False,
-        description="momentum on every rank that holds a copy of a weight, so any library saves all of it: 4 bytes "
-        "an element on each",
+        description="momentum on every rank that holds a copy of a weight, so that any library saves all momentum: 4 "
+        "bytes per element on each of these ranks",
     )
 
 
 class AdamWConfig(Block):
-    """Settings of the AdamW groups: embeddings, output head, vectors; of everything when optimizer.name is adamw."""
+    """Settings of the AdamW groups: embeddings, output head, vectors; all parameters if optimizer.name is adamw."""
 
     lr: NonNegative
     weight_decay: NonNegative = Field(
-        default=defaults.WEIGHT_DECAY, description="decoupled; not applied to biases and norms"
+        default=defaults.WEIGHT_DECAY, description="decoupled weight decay; not applied to biases and norms"
     )
     betas: tuple[BelowOne, BelowOne] = defaults.BETAS
     eps: Positive = defaults.EPS
 
 
 class ClipConfig(Block):
-    """Bound on the gradient norm over all parameters, applied to each algorithm's gradients; null: not clipped.
+    """Largest gradient norm over all parameters, above which an algorithm's gradients are clipped; null: not clipped.
 
-    Muon's update is scale-free, so it needs none.
+    Muon needs no bound, because its update does not depend on the gradient's size.
     """
 
     muon: Positive | None = None
@@ -130,7 +135,7 @@ class OverrideConfig(Block):
 
 
 class GroupConfig(Block):
-    """Options of the parameters that a pattern matches; null: as without the entry.
+    """Options of the parameters that a pattern matches; null: the value without this entry.
 
     The first entry that matches a parameter decides.
     """
@@ -139,8 +144,10 @@ class GroupConfig(Block):
         min_length=1, description="regular expression for the whole name, or the whole name without .weight"
     )
     algorithm: Literal["muon", "adamw"] | None = None
-    lr: NonNegative | None = Field(default=None, description="absolute; the schedule multiplies it too")
-    weight_decay: NonNegative | None = Field(default=None, description="for all matches, biases and norms too")
+    lr: NonNegative | None = Field(default=None, description="learning rate, not a factor; the schedule multiplies it")
+    weight_decay: NonNegative | None = Field(
+        default=None, description="weight decay of all matches, also of biases and norms"
+    )
     rule: str | None = Field(default=None, description="update rule; null: optimizer.muon.rule")
     rule_options: RuleOptions | None = None
     scale: Scale | None = None
@@ -150,7 +157,7 @@ class GroupConfig(Block):
 
 
 class RoutingConfig(Block):
-    """Corrections to which parameter goes where: short forms of entries of groups with algorithm or split alone."""
+    """Corrections of the routing: short forms of entries of groups that set only algorithm or split."""
 
     overrides: tuple[OverrideConfig, ...] = ()
     split: Annotated[tuple[SplitConfig, ...], BeforeValidator(heads_of_all)] = Field(
@@ -161,7 +168,9 @@ class RoutingConfig(Block):
 class AuditConfig(Block):
     """Other ranks recompute a share of the optimizer's steps; see docs/audit.md."""
 
-    every: Annotated[int, Field(ge=0)] = Field(default=0, description="steps between two audited steps; 0: no audit")
+    every: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="every so many steps one step is audited; 0: no audit"
+    )
     matrices: PositiveInt = Field(default=1, description="Muon matrices that an audited step recomputes")
     tolerance: Positive | None = Field(
         default=None, description="largest relative error of an update; null: computed from the dtypes"
@@ -199,7 +208,7 @@ class EvaluationConfig(Block):
 class DiagnosticsConfig(Block):
     """Spectral measures of every Muon matrix, written by its owner to the run folder's spectra/."""
 
-    every: Annotated[int, Field(ge=0)] = Field(default=0, description="steps between two rounds of measures; 0: none")
+    every: Annotated[int, Field(ge=0)] = Field(default=0, description="measure every so many steps; 0: never")
     budget: Annotated[float, Field(gt=0, le=1)] = Field(
         default=defaults.DIAGNOSTICS_BUDGET,
         description="largest share of the time that measuring may take; 1: no limit",
@@ -207,20 +216,22 @@ class DiagnosticsConfig(Block):
 
 
 class CheckpointConfig(Block):
-    """How a run is saved and continued. When: trainer.save_strategy and trainer.save_steps."""
+    """How a run is saved and continued. trainer.save_strategy and trainer.save_steps say when."""
 
     background: Flag = Field(
-        default=True, alias="async", description="training waits for the copy to host memory only"
+        default=True,
+        alias="async",
+        description="write in the background: training waits only for the copy to host memory",
     )
     keep_last: PositiveInt | None = Field(default=None, description="newest checkpoints to keep; null: all")
     keep_every: PositiveInt | None = Field(default=None, description="also keep steps that are multiples of this")
     on_error: Literal["stop", "continue"] = Field(
-        default="stop", description="when a save fails, for instance on a full disk: end the run, or warn and continue"
+        default="stop", description="if a save fails, for instance on a full disk: end the run, or warn and continue"
     )
     resume: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="without --resume, continue from the newest checkpoint: if the same launch starts again, "
-        "whenever there is one, or never",
+        description="without --resume, continue from the newest checkpoint; auto: if the same launch starts again; "
+        "always: whenever there is one; never",
     )
 
 
@@ -233,31 +244,33 @@ class GuardsConfig(Block):
     )
     spike: Literal["off", "skip", "rollback"] = Field(
         default="off",
-        description="if the loss jumps: nothing; skip the step; or skip it and return to the last checkpoint",
+        description="if the loss jumps: do nothing; skip the step; or skip it and return to the last checkpoint",
     )
     spike_window: Annotated[int, Field(ge=4)] = Field(
-        default=defaults.SPIKE_WINDOW, description="earlier losses that a loss is compared with"
+        default=defaults.SPIKE_WINDOW, description="number of earlier losses that a loss is compared with"
     )
     spike_sigmas: Positive = Field(
-        default=defaults.SPIKE_SIGMAS, description="a spike is this many standard deviations above them"
+        default=defaults.SPIKE_SIGMAS,
+        description="a loss this many standard deviations above the earlier losses is a spike",
     )
     hash_every: Annotated[int, Field(ge=0)] = Field(
         default=defaults.HASH_EVERY,
-        description="steps between two comparisons of copies of parameters, also before saves; 0: none",
+        description="compare the copies of parameters every so many steps, and before saves; 0: never",
     )
     watchdog_seconds: NonNegative | None = Field(
-        default=None, description="longest operation; null: 0.9 of trainer.ddp_timeout; 0: no watchdog"
+        default=None, description="longest time of one operation; null: 0.9 of trainer.ddp_timeout; 0: no watchdog"
     )
     straggler_seconds: NonNegative = Field(
-        default=defaults.STRAGGLER_SECONDS, description="name a rank that is repeatedly slower by this; 0: never"
+        default=defaults.STRAGGLER_SECONDS, description="warn about a rank that is repeatedly slower by this; 0: never"
     )
     signals: Flag = Field(default=True, description="on SIGTERM and SIGUSR1 save a checkpoint and exit with 75")
 
 
 class ParallelConfig(Block):
-    """How many ranks along each axis of the mesh; their product is the number of ranks of the run.
+    """Ranks along each mesh axis; dp_replicate x dp_shard x cp x sp x tp is the number of ranks of the run.
 
-    The ranks share the model (dp_shard, tp, ep), its copies (dp_replicate) and the tokens of a sample (cp, sp).
+    dp_shard, tp and ep split the model, dp_replicate copies it, cp and sp split the tokens of a sample. ep groups the
+    dp_shard x tp ranks of one copy a second time, so it is not a factor of the product.
     """
 
     dp_replicate: PositiveInt = Field(default=1, description="copies of the model")
@@ -270,7 +283,7 @@ class ParallelConfig(Block):
     sp: PositiveInt = Field(default=1, description="ranks of sequence parallelism (Ulysses), with deepspeed")
     sp_backend: Literal["deepspeed"] = "deepspeed"
     ep: PositiveInt = Field(
-        default=1, description="ranks that share the experts of a layer, of the dp_shard x tp ranks of a copy"
+        default=1, description="ranks that share the experts of a layer, among the dp_shard x tp ranks of a copy"
     )
 
 
@@ -319,9 +332,11 @@ class Config(Block):
     ] = None
     curriculum: Annotated[
         tuple[PartConfig, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)
-    ] = Field(default=(), description="parts with other data or another schedule, each from an optimizer step on")
+    ] = Field(
+        default=(), description="parts with other data, schedule or Muon settings, each from a given optimizer step"
+    )
     parallel: ParallelConfig | None = Field(
-        default=None, description="mesh of the ranks; null: DDP, unless deepspeed or trainer.fsdp is set"
+        default=None, description="mesh of ranks; null: DDP, unless deepspeed or trainer.fsdp is set"
     )
     evaluation: EvaluationConfig = EvaluationConfig()
     diagnostics: DiagnosticsConfig = DiagnosticsConfig()

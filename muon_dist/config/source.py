@@ -1,4 +1,4 @@
-"""YAML files as plain data that remembers its lines.
+"""YAML files as plain data, with the line of each value.
 
 Only plain data is read: no tag makes an object. Scalars follow the YAML 1.2 core schema, in which `no` is text and
 `1e-3` is a number; PyYAML's own YAML 1.1 rules read them as False and as text.
@@ -81,10 +81,10 @@ class Document:
     places: dict[Keys, Place] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     broken: bool = False
-    """A whole file is missing or unreadable: what is left says nothing about the keys."""
+    """A whole file is missing or unreadable, so the rest cannot be checked for missing keys."""
 
     def place(self, keys: Keys) -> Place:
-        """The place of a value, or of the innermost block around it that was written somewhere."""
+        """The place of a value, or of the innermost block around it that has a place."""
         for end in range(len(keys), -1, -1):
             if keys[:end] in self.places:
                 return self.places[keys[:end]]
@@ -114,7 +114,7 @@ def read(path: Path) -> Document:
 
 
 def _no_file(path: Path) -> str:
-    """Why `path` cannot be a configuration, and which YAML file may be meant."""
+    """The reason why `path` cannot be a configuration, and the YAML file that may be meant."""
     if path.exists():
         inside = sorted(path.glob("[!_]*.yaml")) if path.is_dir() else []
         return "not a file" + (f"; name a YAML file in it, such as {inside[0]}" if inside else "")
@@ -137,7 +137,7 @@ def parse(text: str, name: str, numbered: bool = True) -> Document:
         where = Place(name, line if numbered else None)
         problem = str(error.problem or error.context)
         if "'\\t'" in problem:
-            problem = f"a tab where YAML takes spaces alone: indent with spaces ({problem})"
+            problem = f"a tab where YAML allows spaces only: indent with spaces ({problem})"
         return _failed(where, f"not valid YAML: {problem}")
     except RecursionError:
         return _failed(Place(name), "nested too deeply")
@@ -168,7 +168,7 @@ def _failed(place: Place, message: str) -> Document:
 
 
 class _Plain:
-    """Turns YAML nodes into plain data; what is not plain becomes a problem and None."""
+    """Turns YAML nodes into plain data; a node that is not plain becomes a problem and None."""
 
     def __init__(self, name: str, numbered: bool) -> None:
         self.name, self.numbered = name, numbered
@@ -229,7 +229,7 @@ class _Plain:
     def _integer(self, node: yaml.Node, keys: Keys, value: int) -> int | None:
         if abs(value) < 1 << 63:
             return value
-        self._refuse(node, keys, "a whole number of more than 63 bits, which no setting takes")
+        self._refuse(node, keys, "a whole number of more than 63 bits, which no setting accepts")
         return None
 
     def _scalar(self, node: yaml.Node, keys: Keys) -> Any:
@@ -237,7 +237,9 @@ class _Plain:
         try:
             if kind == "str":
                 if "\0" in text or any(0xD800 <= ord(c) <= 0xDFFF for c in text):
-                    self._refuse(node, keys, "holds a NUL or half a surrogate pair, which no text of a setting has")
+                    self._refuse(
+                        node, keys, "contains a NUL or half a surrogate pair, which is not allowed in a setting"
+                    )
                     return None
                 return text
             if kind == "null":
@@ -254,12 +256,12 @@ class _Plain:
             self._refuse(node, keys, f"{shown!r} is not a {kind}")
             return None
         shown = "!!" + kind if node.tag.startswith(_TAG) else node.tag
-        self._refuse(node, keys, f"the tag {shown} is refused: a configuration holds plain data only")
+        self._refuse(node, keys, f"the tag {shown} is refused: a configuration may contain plain data only")
         return None
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" with the names that `name` most likely means, or all names when none is close."""
+    """ "; did you mean X?" with the closest names, or "; known: ..." with all names if none is close."""
     names = list(known)
     found = _expanded(name, names) or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if found:

@@ -1,4 +1,4 @@
-"""The trainer block: names, types and bounds of `TrainingArguments`, and which of them another key decides."""
+"""The trainer block: names, types and bounds of `TrainingArguments`, and those that another key decides."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def training_arguments() -> dict[str, Any]:
 
 
 def with_switches(trainer: dict[str, Any]) -> dict[str, Any]:
-    """The trainer block with `on`, `yes`, `off` and `no` as booleans where an argument takes those, and no text."""
+    """The trainer block with `on`, `yes`, `off` and `no` as booleans, for arguments that take a boolean but no
+    text."""
     if not any(isinstance(value, str) and value.lower() in SWITCHES for value in trainer.values()):
         return trainer
     known = training_arguments()
@@ -89,7 +90,7 @@ def trainer_problems(trainer: dict[str, Any]) -> Found:
             yield keys, problem
 
 
-# Smallest values of numbers in the trainer block that transformers takes without a look, and then fails on.
+# Smallest values of numbers in the trainer block. transformers does not check them, and fails later.
 _AT_LEAST: dict[str, float] = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -108,7 +109,7 @@ _LARGEST = 2**31 - 1
 
 
 def _number_problem(name: str, value: Any) -> str | None:
-    """The error of a number in the trainer block; None for a right number or another type."""
+    """The error of a number in the trainer block; None if it is right, or not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     if not math.isfinite(value):

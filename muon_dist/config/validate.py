@@ -22,7 +22,7 @@ _LONGEST = ("max_position_embeddings", "n_positions", "max_sequence_length", "se
 
 
 def contradictions(config: Config) -> Found:
-    """Settings that are fine alone and wrong together; each message names both keys and the fix."""
+    """Settings that contradict each other; each message names both keys and the fix."""
     yield from _tokenizer_and_data(config)
     yield from _model(config)
     yield from _optimizer(config)
@@ -35,7 +35,7 @@ def contradictions(config: Config) -> Found:
 
 
 def missing_files(config: Config) -> Found:
-    """Files and folders that the configuration names and that are not there."""
+    """Files and folders that the configuration names but that do not exist."""
     yield from _missing_text(config)
     if config.tokenizer.path is not None and not Path(config.tokenizer.path).exists():
         yield (
@@ -59,7 +59,7 @@ def missing_files(config: Config) -> Found:
 
 
 def _missing_text(config: Config) -> Found:
-    """Local sources that are not there, while no tokens are prepared either. URLs and the hub are not asked."""
+    """Local sources that do not exist, unless their tokens are already prepared. URLs and the hub are not checked."""
     if (Path(config.data.dir) / TOKENS).exists():
         return
     data = config.data
@@ -78,7 +78,7 @@ def _guards(config: Config) -> Found:
     if guards.spike != "off" and config.optimizer.name != "muon":
         yield (
             ("guards", "spike"),
-            f"is {guards.spike} and optimizer.name is {config.optimizer.name}: only Muon can leave a step out; set "
+            f"is {guards.spike} and optimizer.name is {config.optimizer.name}: only Muon can skip a step; set "
             "guards.spike to off",
         )
     timeout = config.trainer.get("ddp_timeout", 1800)
@@ -127,7 +127,8 @@ def _tokenizer_and_data(config: Config) -> Found:
 
 
 def _outputs_among_data(config: Config) -> Found:
-    """Folders that we write and that a source would read the next time. Hidden ones are not read."""
+    """Folders that a run writes inside a data source, which would read them the next time. Hidden ones are not
+    read."""
     for source in (*config.data.chosen, *config.data.validation_sources):
         paths = source.path if isinstance(source.path, tuple) else (source.path,)
         for path in (source.dataset, *paths):
@@ -140,7 +141,7 @@ def _outputs_among_data(config: Config) -> Found:
                 if place.is_relative_to(corpus) and not hidden:
                     yield (
                         keys,
-                        f"({folder}) lies in the data source {path}, which would read it as text the next time: "
+                        f"({folder}) is inside the data source {path}, which would read it as text the next time: "
                         "choose a folder outside",
                     )
 
@@ -327,7 +328,8 @@ def _deepspeed(config: Config) -> Found:
 
 
 def _parallel(config: Config) -> Found:
-    """What no number of ranks makes right; the ranks and the model are checked where they are known."""
+    """Contradictions at any number of ranks; the number of ranks and the model are checked later, when they are
+    known."""
     block, deepspeed = config.parallel, config.deepspeed
     if block is None:
         return

@@ -1,4 +1,4 @@
-"""Sources of text: what a corpus is, which documents it holds, and how it is recognised again.
+"""Sources of text: their documents, and the records by which a later run detects changes.
 
 The document is the unit throughout: the train/validation split, the end-of-sequence token and the sizes by which bits
 per byte are computed all follow documents. A document is UTF-8 bytes, non-empty, kept exactly as found.
@@ -18,7 +18,7 @@ from muon_dist.data.source import Source
 from muon_dist.errors import DataError
 
 FORMATS = NAMES
-# Of a source, what decides which documents come out, besides the content.
+# Settings of a source that decide, with the content, which documents it gives.
 _DESCRIPTION = (
     *("builtin", "dataset", "format", "text_field", "config", "split", "revision", "max_documents", "document_bytes"),
     *("separator", "on_bad_record"),
@@ -38,7 +38,7 @@ def documents(source: Source) -> Iterator[Document]:
 
 
 def _good(source: Source) -> Iterator[Document]:
-    """The documents without bad records, which end it or are counted, as ``on_bad_record`` says."""
+    """The documents. ``on_bad_record`` says whether a bad record ends the iteration or is skipped and counted."""
     bad = 0
     for item in origin(source).items():
         if not isinstance(item, DataError):
@@ -59,15 +59,15 @@ def _good(source: Source) -> Iterator[Document]:
 
 
 def size_hint(source: Source) -> int | None:
-    """Bytes of the source (an upper bound of its text), or None if that cannot be known."""
+    """Bytes of the source (an upper bound of its text), or None if unknown."""
     return None if source.max_documents is not None else origin(source).size()
 
 
 def source_record(source: Source, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A source's record in the manifest: its description, and data that shows whether its content has changed.
+    """A source's record in the manifest: its description, and data to detect a change of its content.
 
     ``known`` is the record of an earlier run: a file of unchanged size and times is not read again (as git does), and
-    where the source is not there any more, but described as it was, ``known`` stands.
+    if the source no longer exists but has the same description, ``known`` is used.
     """
     about = {
         "label": source.label,
@@ -79,12 +79,12 @@ def source_record(source: Source, known: Mapping[str, Any] | None = None) -> dic
     except SourceGoneError as error:
         if known is None or any(known.get(key) != about[key] for key in ("description", "names")):
             raise
-        say(f"{error} The tokens that were prepared from it are used.")
+        say(f"{error} The tokens that were prepared from it before are used.")
         return dict(known)
 
 
 def same_source(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether two records of ``source_record`` stand for the same bytes, read in the same way, wherever they lie."""
+    """Whether two records of ``source_record`` describe the same bytes, read in the same way; paths do not matter."""
 
     def plain(record: Mapping[str, Any]) -> Any:
         files = [(entry["path"], entry["size"], entry["sha256"]) for entry in record.get("files", [])]

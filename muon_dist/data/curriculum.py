@@ -1,9 +1,9 @@
-"""Parts of a run with data of their own: another mixture, sample length or packing from a position on.
+"""Parts of a run with different data: another mixture, sample length or packing from a given step on.
 
-The order of a whole run is still a pure function of the position. A part has an order of its own, a `MixtureSampler`,
-which continues with each source where the part before has left it: no sample comes twice before all came once, as long
-as the samples are the same. Where their length or packing changes, the sources are cut again, and the share of each
-that was drawn is carried over.
+The order of a whole run is still a pure function of the position. Each part has its own order, a `MixtureSampler`,
+which continues each source where the part before stopped: no sample comes twice before all came once, if the parts
+have the same samples. If length or packing changes, the sources are cut again, and each continues at the same fraction
+of its samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from muon_dist.errors import DataError
 
 @dataclass(frozen=True)
 class DataPart:
-    """What is drawn from an optimizer step on. from_step: steps that are done when it begins; weights: by source."""
+    """The data of one part. from_step: steps that are done when it begins; weights: one per source."""
 
     from_step: int
     dataset: MixtureDataset
@@ -32,9 +32,9 @@ class DataPart:
 
 
 class CurriculumDataset(Dataset[Sample]):
-    """The samples of all parts one behind the other.
+    """The samples of all parts, one part after the other.
 
-    `len`, `names` and `lengths` are those of the first part, by which epochs are counted.
+    `len`, `names` and `lengths` are those of the first part, because epochs are counted by it.
     """
 
     def __init__(self, datasets: Sequence[MixtureDataset]) -> None:
@@ -98,7 +98,7 @@ class CurriculumSampler(Sampler[int]):
         return self.samplers[number].passes(position - self.starts[number])
 
     def digest_at(self, position: int) -> str:
-        """Hash of all that fixes the order up to a position: later parts may still be changed, or added.
+        """Hash of everything that decides the order up to a position: later parts may still be changed, or added.
 
         Within the first part it is the digest of its sampler.
         """
@@ -107,11 +107,12 @@ class CurriculumSampler(Sampler[int]):
         return digests[0] if begun == 1 else sha256_json({"starts": self.starts[:begun], "parts": digests})
 
     def check_resume(self, step: int, consumed: int) -> None:
-        """Raises DataError when the steps done so far took another number of samples, so that the parts moved."""
+        """Raises DataError if the number of samples per step has changed, because then the parts begin at other
+        samples."""
         if consumed != step * self.samples_per_step:
             raise DataError(
-                f"curriculum: {consumed} samples were consumed in {step} steps, and a step takes "
-                f"{self.samples_per_step} now: its parts begin at steps, so keep the global batch (set "
+                f"curriculum: {consumed} samples were consumed in {step} steps, but a step now takes "
+                f"{self.samples_per_step}: parts begin at steps, so keep the global batch (set "
                 "data.global_batch_size)"
             )
 

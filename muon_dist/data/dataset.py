@@ -26,13 +26,13 @@ class TokenDataset(Dataset[Sample]):
     """Samples of ``sequence_length`` tokens out of the stream of one source's split.
 
     ``dir`` is a prepared folder; ``source`` its source folder, needed when it holds several; ``packing`` one of
-    ``muon_dist.data.packing.PACKINGS``. Item i of concatenated ones is ``{"input_ids", "labels"}``, both int64
-    (sequence_length,) and equal (Hugging Face models shift labels themselves); of the others it is a `packed_sample`.
-    Files are mapped at once, so that a folder that is prepared again does not change what this reads; not carried
-    along when pickled to a DataLoader's workers, which map them again.
+    ``muon_dist.data.packing.PACKINGS``. With concatenated packing, item i is ``{"input_ids", "labels"}``, both int64
+    (sequence_length,) and equal (Hugging Face models shift labels themselves); with other packings it is a
+    `packed_sample`. Files are mapped when the dataset is made, so a folder that is prepared again does not change the
+    samples. When the dataset is pickled to a DataLoader's workers, they map the files again.
 
     Raises DataError, naming the file, when the folder is not prepared or a shard's size is wrong, when the split is
-    shorter than one sample, and when ``vocab_size`` (the model's) is too small for the tokens.
+    shorter than one sample, and when the model's ``vocab_size`` is too small for the tokens.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TokenDataset(Dataset[Sample]):
         return {"input_ids": ids, "labels": ids.clone()}
 
     def tokens_in(self, index: int) -> int:
-        """Tokens of text in a sample; the rest of it is padding."""
+        """Tokens of text in a sample; the rest is padding."""
         return sum(count for _, count in self._packing.pieces(index))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,7 +108,9 @@ class TokenDataset(Dataset[Sample]):
     def _map(self, number: int) -> npt.NDArray[np.integer[Any]]:
         if not self._maps:  # in a worker process
             if sha256_file(self.folder / INDEX_FILE) != self._index_sha256:
-                raise DataError(f"{self.folder}: was prepared again while this run reads it: start the run again.")
+                raise DataError(
+                    f"{self.folder}: was prepared again while this run was reading it: start the run again."
+                )
             self._maps = {number: self._mapped(number) for number in range(len(self.index.shards))}
         return self._maps[number]
 
@@ -124,21 +126,22 @@ class TokenDataset(Dataset[Sample]):
         )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """DataError, naming shard and byte offset, when a token id is not below the model's ``vocab_size``. Reads the
-        shards' headers; a shard itself only to find the offset."""
+        """Raises DataError with shard and byte offset if a token id is not below the model's ``vocab_size``. Reads the
+        index files, and a shard only to find the offset."""
         for number, shard in enumerate(self.index.shards):
             if shard.max_token_id >= vocab_size:
                 self._refuse(number, int(np.argmax(self._map(number) >= vocab_size)), vocab_size)
 
     def verify(self) -> None:
-        """Compare every byte with its SHA-256. DataError names the first damaged shard and where."""
+        """Check every file by its SHA-256. Raises DataError with the first damaged shard and the place of the
+        damage."""
         for damage in damages(self.folder, self.index, hashes=True):
             raise DataError(damage)
 
 
 class MixtureDataset(Dataset[Sample]):
-    """Several sources one after the other: samples [0, lengths[0]) are the first source's, and so on. The order in
-    which they are drawn, and the weights, are the ``MixtureSampler``'s."""
+    """Several sources one after the other: samples [0, lengths[0]) are the first source's, and so on.
+    ``MixtureSampler`` decides the order, by the weights."""
 
     def __init__(self, datasets: Sequence[TokenDataset]) -> None:
         if not datasets:
@@ -183,6 +186,6 @@ class MixtureDataset(Dataset[Sample]):
         return self.datasets[number][index - self._starts[number]]
 
     def verify(self) -> None:
-        """Compare every byte of every source with its SHA-256; DataError names the first damage."""
+        """Check every file of every source by its SHA-256; raises DataError with the first damage."""
         for dataset in self.datasets:
             dataset.verify()

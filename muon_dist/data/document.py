@@ -1,4 +1,4 @@
-"""The unit of a corpus, and what a record must be to become one."""
+"""The unit of a corpus, and how a record becomes a document."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from muon_dist.errors import DataError
 
 
 class Document(NamedTuple):
-    """A document and where it came from, for messages.
+    """A document and its origin (for messages).
 
     ``data`` is its text as UTF-8 bytes; with ``tokens`` it is token ids, little-endian int32, without the
     end-of-sequence token.
@@ -34,7 +34,7 @@ class SourceGoneError(DataError):
     """A source does not exist or cannot be reached. If its tokens were prepared before, they can still be used."""
 
 
-# What a reader gives: a document, or the error of one bad record, after which it can continue.
+# A reader yields documents; for a bad record it yields the error, and can continue after it.
 Item = Document | DataError
 
 
@@ -47,7 +47,7 @@ def say(text: str) -> None:
 
 def utf8(text: object, origin: str, field: str) -> bytes:
     """The UTF-8 bytes of a field. Raises DataError if it is not text."""
-    if isinstance(text, bytes):  # some writers of parquet do not mark text as such
+    if isinstance(text, bytes):  # some writers of parquet store text as bytes
         try:
             text.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -66,8 +66,8 @@ def utf8(text: object, origin: str, field: str) -> bytes:
 def row_document(record: Any, field: str, origin: str) -> Item:
     """The document under ``field`` of a record, or the error that says what is wrong with the record.
 
-    ``field`` may lead into mappings and lists: ``a.b``, ``messages.0.content``. A field whose own name has dots comes
-    first.
+    ``field`` may lead into mappings and lists: ``a.b``, ``messages.0.content``. A field with dots in its own name is
+    tried first.
     """
     try:
         return Document(utf8(_pick(record, field, origin), origin, field), origin)
@@ -76,7 +76,7 @@ def row_document(record: Any, field: str, origin: str) -> Item:
 
 
 def _pick(record: Any, field: str, origin: str) -> Any:
-    if isinstance(record, DataError):  # in the place of an object that is ambiguous
+    if isinstance(record, DataError):  # a reader yields this instead of an ambiguous object
         raise DataError(f"{origin}: {record}")
     if not isinstance(record, dict):
         raise DataError(f"{origin}: a JSON object is needed, this is {type(record).__name__}.")
@@ -96,6 +96,6 @@ def _pick(record: Any, field: str, origin: str) -> Any:
 
 
 def missing_field(origin: str, field: str, names: Any, kind: str = "field") -> DataError:
-    """The error of a record or table without ``field``; ``names`` are those that it has."""
+    """The error of a record or table without ``field``; ``names`` are its fields."""
     there = ", ".join(map(repr, names)) or "nothing"
     return DataError(f"{origin}: {kind} {field!r} is missing; there is: {there}. Set text_field.")

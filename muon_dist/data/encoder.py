@@ -14,15 +14,16 @@ import numpy.typing as npt
 from muon_dist.data.document import say
 from muon_dist.errors import DataError
 
-_CHECKED_BYTES = 1 << 18  # text of a source on which a tokenizer is tried
+_CHECKED_BYTES = 1 << 18  # characters of a source with which a tokenizer is tested
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
     """Facts about a tokenizer folder.
 
-    ``vocab_size`` is one more than the largest id, also where ids have gaps. ``sha256`` is that of what decides the
-    ids of a text, whatever the file looks like. ``bos_ids`` are the ids with which each document begins.
+    ``vocab_size`` is one more than the largest id, also if ids have gaps. ``sha256`` is the hash of everything that
+    decides the ids of a text; the format of the file does not matter. ``bos_ids`` are the ids with which each document
+    begins.
     """
 
     path: Path
@@ -33,8 +34,8 @@ class TokenizerInfo:
 
 
 class Encoder:
-    """Text to ids with the tokenizer of a folder. Pickles as the folder's own definition, so that worker processes
-    encode exactly as this one does."""
+    """Text to ids with the tokenizer of a folder. It is pickled as the folder's own definition, so that worker
+    processes encode exactly as this process does."""
 
     def __init__(self, info: TokenizerInfo, definition: str) -> None:
         from tokenizers import Tokenizer
@@ -42,7 +43,7 @@ class Encoder:
         self.info = info
         self._definition = definition
         self._tokenizer = Tokenizer.from_str(definition)
-        # a text that spells a special token is text: it must not end a document
+        # a special token spelled in a text is text: it must not end a document
         self._tokenizer.encode_special_tokens = True
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -52,7 +53,7 @@ class Encoder:
         """Token ids of each text, shape (tokens,), nothing added."""
         try:
             found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # all that the Rust library raises is a bare Exception
+        except Exception as error:  # the Rust library raises only a bare Exception
             raise DataError(f"{self.info.path}: the tokenizer cannot encode text ({error}).") from error
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in found]
 
@@ -61,7 +62,7 @@ class Encoder:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def bare(self, ids: npt.NDArray[np.integer[Any]], origin: str) -> npt.NDArray[np.int64]:
-        """Ids that another program made, (tokens,), without the tokens that begin and end a document.
+        """Ids from another program, (tokens,), without the tokens that begin and end a document.
 
         Raises DataError when an id is outside the vocabulary.
         """
@@ -78,9 +79,9 @@ class Encoder:
         return ids.astype(np.int64)
 
     def check(self, texts: Sequence[str], label: str) -> None:
-        """Try the tokenizer on the beginning of a source: says when texts do not come back as they were.
+        """Test the tokenizer on the beginning of a source; warns if a text does not decode to itself.
 
-        Raises DataError when the same text has other ids the second time.
+        Raises DataError if the same text gets other ids the second time.
         """
         left = _CHECKED_BYTES
         for text in texts:
@@ -97,7 +98,7 @@ class Encoder:
                 start = max(at - 20, 0)
                 say(
                     f"{self.info.path}: the tokenizer is lossy: of {label}, {part[start : at + 20]!r} comes back as "
-                    f"{back[start : at + 20]!r}. The model learns and writes the latter."
+                    f"{back[start : at + 20]!r}. The model learns and writes the second form."
                 )
                 return
             if left <= 0:
@@ -105,9 +106,9 @@ class Encoder:
 
 
 def definition(tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """What the ``tokenizers`` library needs to encode: without truncation, padding and dropout, and with the
-    tokenizer's own markers found in text. The tokens that frame a text (BOS, EOS, PAD, UNK) stay special: a text
-    cannot spell them."""
+    """The definition for the ``tokenizers`` library: without truncation, padding and dropout; the tokenizer's own
+    markers are found in text. The tokens that frame a text (BOS, EOS, PAD, UNK) stay special: a text cannot spell
+    them."""
     definition: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     definition |= {"truncation": None, "padding": None}
     if definition["model"].get("dropout"):
@@ -123,7 +124,7 @@ def definition(tokenizer: Any, folder: Path) -> dict[str, Any]:
 
 
 def vocabulary_size(tokenizer: Any) -> int:
-    """How many ids a model needs for a transformers tokenizer: one more than its largest id."""
+    """Number of ids that a model needs for a transformers tokenizer: one more than its largest id."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
@@ -143,7 +144,7 @@ def frame(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def bos_ids(tokenizer: Any, add_bos: bool | None) -> tuple[int, ...]:
-    """The ids with which each document begins. Raises DataError when there is no such token and ``add_bos`` is on."""
+    """The ids with which each document begins. Raises DataError if ``add_bos`` is on and there is no such token."""
     before = frame(tokenizer)[0]
     if add_bos is None or (add_bos and before):
         return before
@@ -153,8 +154,8 @@ def bos_ids(tokenizer: Any, add_bos: bool | None) -> tuple[int, ...]:
 
 
 def frame_as_documents(tokenizer: Any, add_bos: bool | None) -> None:
-    """Let a transformers tokenizer encode a text as the shards hold it: the same ids before it, nothing behind it, no
-    dropout. A model that is saved with it is prompted with what it was trained on."""
+    """Make a transformers tokenizer encode a text as in the shards: the same ids before it, nothing after it, no
+    dropout. A model that is saved with it then gets prompts in the form of its training text."""
     from tokenizers.processors import TemplateProcessing
 
     backend = getattr(tokenizer, "backend_tokenizer", None)

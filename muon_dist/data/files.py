@@ -1,4 +1,4 @@
-"""Files that are either wholly there or not there: hashes, durable JSON, folders committed by rename."""
+"""Files that exist completely or not at all: hashes, durable JSON, folders committed by rename."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK_BYTES = 1 << 20  # unit in which damage is located
 
 
 def sha256_stream(stream: BinaryIO) -> str:
-    """SHA-256 of what is left of a stream, read in blocks."""
+    """SHA-256 of the rest of a stream, read in blocks."""
     digest = hashlib.sha256()
     while block := stream.read(BLOCK_BYTES):
         digest.update(block)
@@ -60,9 +60,9 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def folder_lock(out: Path) -> Iterator[None]:
-    """Hold the right to build ``out``; a second process waits. What a killed builder left behind is removed.
+    """Hold the lock for building ``out``; a second process waits. Files left by a killed builder are removed.
 
-    Where nothing can be written and ``out`` exists, nobody builds it, and it is used as it is.
+    If the place is read-only and ``out`` exists, there is no lock, and ``out`` is used unchanged.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,10 +85,10 @@ def folder_lock(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it does not.
+    """A temporary folder next to ``out``. It becomes ``out`` if the block ends without an error, else it is removed.
 
-    Call it under ``folder_lock``. Every file is synced before the rename, the parent after it, so that a kill or a
-    power cut leaves the old folder, the new one or none, never half of one.
+    Call it under ``folder_lock``. Every file is synced before the rename, the parent after it, so a kill or a power
+    cut leaves the old folder, the new one or none, never a part of one.
     """
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.tmp-", dir=out.parent))
     try:

@@ -1,6 +1,6 @@
-"""Formats of files: how one is recognised by its content, and how it becomes documents.
+"""Formats of files: how a format is detected from the content, and how a file becomes documents.
 
-A new format is one subclass of ``Format``, entered in ``FORMATS``.
+A new format is one subclass of ``Format``, added to ``FORMATS``.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ class Options:
 
 @dataclass(frozen=True)
 class Head:
-    """The beginning of a file, by which its format is recognised."""
+    """The beginning of a file, from which its format is detected."""
 
     file: DataFile
     data: bytes
 
     @cached_property
     def text(self) -> str:
-        """The beginning as text; what is not UTF-8 is replaced."""
+        """The beginning as text; bytes that are not UTF-8 are replaced."""
         return codecs.getincrementaldecoder("utf-8-sig")("replace").decode(self.data)
 
     @property
     def whole(self) -> bool:
-        """Whether this is all of the file."""
+        """Whether this is the whole file."""
         return len(self.data) < HEAD_BYTES
 
     @cached_property
     def lines(self) -> list[str]:
-        """The complete lines with anything on them."""
+        """The complete lines that are not empty."""
         lines = self.text.splitlines()
         return [line for line in (lines if self.whole else lines[:-1]) if line.strip()]
 
@@ -62,8 +62,8 @@ class Head:
 class Format(ABC):
     """A file format: how a file becomes documents.
 
-    ``suffixes`` are names that promise this format where the content says nothing else. ``records``: the file is a
-    list of records, so plain text beside it in a folder is no data.
+    ``suffixes`` are file suffixes that mean this format if the content does not decide. ``records``: the file is a
+    list of records, so plain text in the same folder is not data.
     """
 
     name: ClassVar[str]
@@ -76,7 +76,7 @@ class Format(ABC):
 
     @abstractmethod
     def read(self, file: DataFile, options: Options) -> Iterator[Item]:
-        """The documents of the file in order, and an error in the place of each bad record."""
+        """The documents of the file in order, with an error in place of each bad record."""
 
 
 class Parquet(Format):
@@ -106,7 +106,7 @@ class Parquet(Format):
 
 
 def _column(file: DataFile, names: list[str], field: str) -> str:
-    """The name of the column with `field`. Raises DataError where there is none, or more than one."""
+    """The name of the column with `field`. Raises DataError if there is none, or more than one."""
     column = field if field in names else field.split(".")[0]
     if column not in names:
         raise missing_field(file.path, field, names, "column")
@@ -180,7 +180,7 @@ class JsonLines(Format):
 
     def matches(self, head: Head, options: Options) -> bool:
         if "\r" in head.text and "\n" not in head.text:
-            return False  # its lines end in \\r alone: objects one after the other
+            return False  # lines end in \\r only: objects one after the other
         if head.lines and _is_object(head.lines[0]):
             return True
         if head.lines and head.file.suffix not in (".jsonl", ".ndjson"):
@@ -241,7 +241,7 @@ class Csv(Format):
     delimiters: ClassVar[str] = ",;\t|"
 
     def matches(self, head: Head, options: Options) -> bool:
-        # prose has commas too: only a header that names the field is certain
+        # prose has commas too: only a header with the field's name is certain
         return len(head.lines) > 1 and self._delimiter(head, options.text_field) is not None
 
     def _delimiter(self, head: Head, field: str) -> str | None:
@@ -272,7 +272,7 @@ class Csv(Format):
             except csv.Error as error:
                 raise DataError(_broken_row(f"{file.path}:{begun}", self.name, error)) from None
             finally:
-                text.detach()  # else it closes the stream, which is not its own
+                text.detach()  # else it closes the stream, which the caller owns
 
 
 def _broken_row(origin: str, name: str, error: csv.Error) -> str:
@@ -327,6 +327,6 @@ class Text(Format):
         return read_text(file, options.document_bytes)
 
 
-# In the order in which they are asked.
+# In the order in which they are tried.
 FORMATS: tuple[Format, ...] = (Parquet(), Arrow(), Megatron(), Datatrove(), JsonLines(), Json(), Csv(), Tsv(), Text())
 NAMES = ("auto", *(one.name for one in FORMATS))

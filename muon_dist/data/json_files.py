@@ -14,13 +14,13 @@ from muon_dist.errors import DataError
 from muon_dist.failures import one_line
 
 _CHUNK = 1 << 20
-_LONGEST_VALUE = 1 << 30  # characters of one value of a JSON file
+_LONGEST_VALUE = 1 << 30  # most characters of one value of a JSON file
 
 
 def json_line(line: bytes, origin: str, start: int, path: str, field: str) -> Item:
     """The document of a line that holds a JSON object. start: byte offset of the line in the file."""
     line = line.removeprefix(codecs.BOM_UTF8) if start == 0 else line
-    # a slower decoder looks for repeated names, so only where a part of the field is there twice
+    # the decoder that looks for repeated names is slower, so it is used only if a part of the field appears twice
     twice = any(line.count(f'"{part}"'.encode()) > 1 for part in field.split("."))
     try:
         try:
@@ -40,8 +40,8 @@ def json_line(line: bytes, origin: str, start: int, path: str, field: str) -> It
 
 
 def _names_once(field: str) -> Callable[[list[tuple[str, Any]]], Any]:
-    """How a decoder makes an object: an error in its place where a name that leads to `field` stands twice, since
-    readers differ in which value they take."""
+    """The object, or an error if a name that leads to `field` appears twice in it: readers differ in which value they
+    take."""
     parts = {field, *field.split(".")}
 
     def make(pairs: list[tuple[str, Any]]) -> Any:
@@ -49,7 +49,7 @@ def _names_once(field: str) -> Callable[[list[tuple[str, Any]]], Any]:
         if len(found) < len(pairs):
             for name in parts:
                 if [key for key, _ in pairs].count(name) > 1:
-                    return DataError(f"the name {name!r} stands twice in one JSON object.")
+                    return DataError(f"the name {name!r} appears twice in one JSON object.")
         return found
 
     return make
@@ -60,12 +60,12 @@ def _is_long_number(error: ValueError) -> bool:
 
 
 def _whole_number(digits: str) -> int | float:
-    """As `int`, which refuses more than 4,300 digits; those of an id, say, are nobody's text."""
+    """Like `int`, which refuses more than 4,300 digits; a number that long may be an id, and is never text."""
     return int(digits) if len(digits) < 4000 else float(digits)
 
 
 def json_values(file: DataFile, field: str) -> Iterator[Any]:
-    """The values of a JSON file, those of an array one by one; holds little more than one value."""
+    """The values of a JSON file, the items of an array one by one; holds little more than one value in memory."""
     decoder = json.JSONDecoder(parse_int=_whole_number, object_pairs_hook=_names_once(field))
     utf8 = codecs.getincrementaldecoder("utf-8-sig")()
     buffer, position, in_array, count, taken, need = "", 0, False, 0, 0, 1

@@ -1,6 +1,6 @@
 """Origins of documents: the standard library, files, or rows of ``datasets``.
 
-A new kind of source is one subclass of ``Origin``, entered in ``ORIGINS``.
+A new kind of source is one subclass of ``Origin``, added to ``ORIGINS``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from muon_dist.data.source import Source
 from muon_dist.data.storage import DataFile, find_files
 from muon_dist.errors import DataError
 
-# Content that is not text: first bytes -> (what it is, what to do).
+# Content that is not text: first bytes -> (description, what to do).
 _FOREIGN = (
     (b"%PDF-", "a PDF", "extract its text first"),
     (b"PK\x03\x04", "a zip archive (or an office document)", "unpack it, or extract its text first"),
@@ -36,8 +36,8 @@ _FOREIGN = (
 _MARKUP = re.compile(r"\s*(?:<!--.*?-->\s*)?<(?:!doctype\s+html|html|\?xml|head|body)\b", re.IGNORECASE | re.DOTALL)
 _NO_DATA = re.compile(
     r"(?:readme|license|licence|notice|copying|citation)\b|.*\.(?:sha256|md5)$"
-    r"|_(?:success|metadata|common_metadata)$"  # beside the parquet files of Spark, Dask and pyarrow
-    r"|.*~$|#.*#$|(?:thumbs\.db|desktop\.ini)$",  # what editors and Windows leave in a folder
+    r"|_(?:success|metadata|common_metadata)$"  # Spark, Dask and pyarrow write these next to parquet files
+    r"|.*~$|#.*#$|(?:thumbs\.db|desktop\.ini)$",  # files that editors and Windows leave in a folder
     re.IGNORECASE,
 )
 _ABOUT_DATASETS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
@@ -45,7 +45,7 @@ _SIBLINGS = ((".idx", ".bin"), (".ds", ".ds.index"), (".ds", ".ds.metadata"), ("
 
 
 class Origin(ABC):
-    """One kind of source: which documents it holds, and by what it is recognised again."""
+    """One kind of source: its documents, and how a change of its content is detected."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -57,17 +57,17 @@ class Origin(ABC):
 
     @abstractmethod
     def items(self) -> Iterator[Item]:
-        """The documents in their fixed order, and an error in the place of each bad record."""
+        """The documents in their fixed order, with an error in place of each bad record."""
 
     @abstractmethod
     def state(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """By what a change is noticed: ``files`` with their SHA-256, or ``commit``. known: the state of before.
+        """The state by which a change is detected: ``files`` with their SHA-256, or ``commit``.
 
-        Raises SourceGoneError when the source is not there.
+        known: the state of an earlier run. Raises SourceGoneError if the source does not exist.
         """
 
     def size(self) -> int | None:
-        """Bytes of the source (an upper bound of its text), or None if that is not known."""
+        """Bytes of the source (an upper bound of its text), or None if unknown."""
         return None
 
 
@@ -119,7 +119,7 @@ class Rows(Origin):
         name = self._name
         if Path(name).exists():
             files = find_files([name])
-            if readers.is_saved(name):  # state.json holds a number that each save draws again
+            if readers.is_saved(name):  # state.json has a random number that changes with each save
                 files = [file for file in files if file.suffix == ".arrow"]
             return _files_state(files, known)
         if self.source.dataset is None or name.startswith((".", "/", "~")):
@@ -147,7 +147,8 @@ class Files(Origin):
         return sum(file.size() for file in find_files(self.source.paths))
 
     def _chosen(self, options: Options) -> list[tuple[DataFile, Format]]:
-        """The files that are read, each with its format; says what is left out, and what looks like something else."""
+        """The files that are read, each with its format. Warns of files that are left out or look like another
+        format."""
         files = find_files(self.source.paths)
         names = {file.name for file in files}
         several = len(files) > 1
@@ -176,7 +177,7 @@ class Files(Origin):
     def _tell(self, kinds: Mapping[str, int], left_out: Sequence[str]) -> None:
         read = ", ".join(f"{count} file{'s' if count > 1 else ''} as {name}" for name, count in kinds.items())
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        out = f"; left out as no data: {', '.join(left_out[:3])}{more} (name a file itself to read it)"
+        out = f"; left out because they are not data: {', '.join(left_out[:3])}{more} (name a file itself to read it)"
         say(f"{self.source.label}: {read}{out if left_out else ''}")
 
     def _format(self, file: DataFile, options: Options) -> Format:
@@ -202,14 +203,14 @@ class Files(Origin):
 
 
 def _as_named(file: DataFile, kind: Format) -> bool:
-    """Whether a file is read as its name promises."""
+    """Whether a file's format agrees with its name."""
     if any(file.suffix in one.suffixes for one in FORMATS if isinstance(one, type(kind))):  # Csv reads .tsv too
         return True
     return isinstance(kind, Text) and not any(file.suffix in one.suffixes for one in FORMATS)
 
 
 def _refuse_foreign(head: Head) -> None:
-    """Raises DataError where the content is not text, or text that only a program reads."""
+    """Raises DataError if the content is not text, or is text for programs only."""
     for magic, what, advice in _FOREIGN:
         if head.data.startswith(magic):
             raise DataError(f"{head.file.path}: is {what}: {advice}.")
@@ -218,7 +219,7 @@ def _refuse_foreign(head: Head) -> None:
     if b"\0" in head.data:
         raise DataError(
             f"{head.file.path}: is binary, not text (a zero byte at byte offset {head.data.index(0)}): leave it out, "
-            "or set format to what it is."
+            "or set format to its format."
         )
     if _MARKUP.match(head.text):
         raise DataError(
@@ -228,7 +229,7 @@ def _refuse_foreign(head: Head) -> None:
 
 
 def _looks_like(head: Head) -> str | None:
-    """What else plain text seems to be, and what to do then; None for text as one expects it."""
+    """The format that plain text seems to have, and what to do then; None for ordinary text."""
     columns = _columns(head)
     if columns > 1:
         return (
@@ -238,12 +239,13 @@ def _looks_like(head: Head) -> str | None:
     if re.match(r"\s*\{\s*'[^'\n]*'\s*:", head.text):
         return "Python dictionaries, which are not JSON, and is read as plain text; write JSON lines (json.dumps)"
     if re.match(r"\s*<(\w+)[^<>]*>", head.text) and len(re.findall(r"</\w+>", head.text)) > 1:
-        return "HTML or XML and is read as plain text, its markup too; extract its text first if that is not meant"
+        return "HTML or XML and is read as plain text, its markup too; extract its text first to avoid this"
     return None
 
 
 def _columns(head: Head) -> int:
-    """Columns of what looks like a table: the same number, three or more, on each of ten lines; else 0."""
+    """Number of columns if the text looks like a table (three or more on each of ten lines, the same number); else
+    0."""
     if len(head.lines) < 10:
         return 0
     for mark in (",", "\t", ";"):

@@ -1,10 +1,9 @@
 """How documents become samples of one length.
 
 ``concatenate``: samples are cut from the stream of all documents, and a token sees whatever comes before it in its
-sample. ``document_mask``: the same cuts, but each document in a sample has positions of its own, from 0, by which
-attention keeps documents apart. ``best_fit``: documents apart as well, and none is cut that fits into a sample:
-Best-Fit Decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"); what is left of a sample is
-padding.
+sample. ``document_mask``: the same cuts, but the positions of each document in a sample start at 0, so that attention
+keeps documents apart. ``best_fit``: documents are kept apart too, and a document that fits into a sample is not cut:
+Best-Fit Decreasing (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"); the rest of a sample is padding.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ class Packing(Protocol):
         """Number of samples."""
 
     def pieces(self, index: int) -> list[Piece]:
-        """The pieces of documents in a sample, one behind the other."""
+        """The pieces of documents in a sample, in order."""
 
 
 class Concatenated:
-    """Samples one after the other from the stream; the rest at the end, shorter than a sample, is left out."""
+    """Samples cut one after the other from the stream; a rest shorter than a sample is left out."""
 
     def __init__(self, tokens: int, sequence_length: int) -> None:
         self.samples, self.sequence_length = tokens // sequence_length, sequence_length
@@ -49,12 +48,12 @@ class Concatenated:
         return self.samples
 
     def pieces(self, index: int) -> list[Piece]:
-        """One piece, whatever documents are in it."""
+        """One piece, which may contain several documents."""
         return [(index * self.sequence_length, self.sequence_length)]
 
 
 class Masked(Concatenated):
-    """The samples of `Concatenated`, their documents apart. ends: where each document ends, (documents,).
+    """The samples of `Concatenated`, with their documents kept apart. ends: where each document ends, (documents,).
 
     They stay on disk: a search reads about thirty of them.
     """
@@ -76,9 +75,9 @@ class Masked(Concatenated):
 
 
 class BestFit:
-    """No document is cut that fits into a sample; of a longer one, whole samples are cut off, and the rest is packed.
+    """A document that fits into a sample is not cut; whole samples are cut from a longer one, and its rest is packed.
 
-    Takes 20 bytes of memory per document. The order of documents in a sample, and of samples, is that of the stream.
+    Takes 20 bytes of memory per document. Documents in a sample, and samples, are in the order of the stream.
     """
 
     def __init__(self, ends: Int64, sequence_length: int) -> None:
@@ -110,9 +109,9 @@ class BestFit:
 def best_fit(lengths: Int64, capacity: int) -> tuple[Int64, int]:
     """Best-Fit Decreasing: (bin of each item, number of bins); lengths (items,) from 1 to `capacity`.
 
-    The longest item first, each into the bin with the least room that is enough. All items of one length are placed
-    together: a bin with room k takes k // length of them in a row, since after the first it is still the tightest. So
-    the time depends on the capacity, and hardly on the number of items.
+    The longest item first, each into the bin with the least sufficient room. All items of one length are placed
+    together: a bin with room k takes k // length of them in a row, because after the first item it still has the least
+    room. So the time depends on the capacity, and almost not on the number of items.
     """
     assigned = np.empty(len(lengths), dtype=np.int64)
     by_length = np.argsort(-lengths, kind="stable")
@@ -152,7 +151,8 @@ def best_fit(lengths: Int64, capacity: int) -> tuple[Int64, int]:
 
 
 def packing(name: str, documents: Path, tokens: int, sequence_length: int) -> Packing:
-    """The packing of a split. documents: its file of documents' ends; tokens: in its stream."""
+    """The packing of a split. documents: its file with the ends of documents; tokens: number of tokens in its
+    stream."""
     if name == "concatenate":
         return Concatenated(tokens, sequence_length)
     table = np.memmap(documents, dtype="<i8", mode="r").reshape(-1, 2)
@@ -162,9 +162,9 @@ def packing(name: str, documents: Path, tokens: int, sequence_length: int) -> Pa
 
 
 def packed_sample(pieces: list[Piece], read: Read, sequence_length: int, fill: int) -> dict[str, torch.Tensor]:
-    """A sample whose documents are apart: input_ids, labels and position_ids, int64 (sequence_length,).
+    """A sample whose documents are kept apart: input_ids, labels and position_ids, int64 (sequence_length,).
 
-    Positions begin at 0 with each piece, by which transformers masks attention. The first token of a piece has no
+    Positions start at 0 in each piece, and transformers masks attention by them. The first token of a piece has no
     label, so that no token is predicted from another document. The rest is `fill`, without labels.
     """
     ids = torch.full((sequence_length,), fill, dtype=torch.int64)
@@ -181,6 +181,6 @@ def packed_sample(pieces: list[Piece], read: Read, sequence_length: int, fill: i
 
 
 def _ranks(counts: Int64) -> Int64:
-    """0 .. count - 1 for each count, one behind the other."""
+    """0 .. count - 1 for each count, concatenated."""
     total = int(counts.sum())
     return np.arange(total, dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)

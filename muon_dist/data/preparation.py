@@ -39,9 +39,9 @@ from muon_dist.data.tokenizer import load_tokenizer
 from muon_dist.defaults import SHARD_TOKENS, VALIDATION_FRACTION
 from muon_dist.errors import DataError
 
-_BATCH_BYTES = 1 << 20  # text that one task of a worker holds
+_BATCH_BYTES = 1 << 20  # bytes of text in one task of a worker
 _BATCH_DOCUMENTS = 1024
-_INLINE_BATCHES = 8  # a corpus of fewer batches is done before worker processes would have started
+_INLINE_BATCHES = 8  # a corpus with fewer batches is done before worker processes could start
 
 
 def prepare(
@@ -63,14 +63,14 @@ def prepare(
 
     Every source keeps its own shard set, so that weights apply at sampling time. A document goes to the validation
     split by a hash of its text and ``seed``: the same text always to the same side, whatever else the corpus holds;
-    when that picks none of a source, the document with the lowest hash goes there. The bytes written do not depend on
-    ``workers``.
+    if that selects no document of a source, the document with the lowest hash goes there. The bytes written do not
+    depend on ``workers``.
 
-    A folder prepared before from the same inputs is returned as it is, after a check of its file sizes (``verify``: of
-    every SHA-256). Inputs are the same when tokenizer, settings and the documents themselves are: paths, times, names,
-    compression and weights do not count, and a source that is gone is taken for unchanged. A folder of other inputs is
-    named in a DataError, or built again with ``rebuild``; a damaged one only with ``overwrite``. The folder appears by
-    one rename when all is on disk. DataError also on bad sources (see ``documents``).
+    A folder prepared before from the same inputs is kept, after a check of its file sizes (``verify``: of every
+    SHA-256). The inputs are tokenizer, settings and documents; paths, times, names, compression and weights do not
+    count, and a source that no longer exists counts as unchanged. A folder of other inputs is a DataError, or is built
+    again with ``rebuild``; a damaged one is built again only with ``overwrite``. The folder appears by one rename
+    after everything is on disk. DataError also on bad sources (see ``documents``).
 
     ``add_bos``: begin documents with the beginning-of-sequence token; None: as the tokenizer does it.
     """
@@ -110,13 +110,13 @@ def _check_settings(sources: Sequence[Source], fraction: float, shard_tokens: in
     if not sources:
         raise DataError("data.sources: at least one source is needed.")
     if not 0 <= fraction < 1:
-        raise DataError(f"data.validation_fraction: {fraction} does not lie in [0, 1).")
+        raise DataError(f"data.validation_fraction: {fraction} is not in [0, 1).")
     if shard_tokens < 1 or workers < 1:
         raise DataError(f"data.shard_tokens ({shard_tokens}) and data.workers ({workers}) must be at least 1.")
 
 
 def _existing(out: Path, overwrite: bool) -> tuple[Manifest | None, str | None]:
-    """The manifest in ``out`` if there is one, and what is wrong with it. Never takes a foreign folder for ours."""
+    """The manifest in ``out`` if there is one, and its error. Raises DataError for a folder of another program."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None, None
     if not (out / MANIFEST_FILE).is_file():
@@ -140,7 +140,8 @@ def _damage(out: Path, known: Manifest, verify: bool) -> str | None:
 def _difference(
     known: Manifest, encoder: Encoder, settings: dict[str, Any], sources: Sequence[Source], records: list[Any]
 ) -> str | None:
-    """The difference from the earlier inputs, or None. A source with changed files is read: documents decide."""
+    """The difference from the earlier inputs, or None. A source with changed files is read, because documents
+    decide."""
     start = "was prepared from other inputs: "
     info = encoder.info
     if (known.tokenizer_sha256, known.eos_id) != (info.sha256, info.eos_id):
@@ -179,7 +180,7 @@ def _bar(progress: bool, sources: Sequence[Source]) -> Any:
 
 
 class _Batch(NamedTuple):
-    """Documents of one kind: UTF-8 text, or with ``tokens`` ids as in ``Document``; where the first comes from."""
+    """Documents of one kind (UTF-8 text, or with ``tokens`` ids as in ``Document``), and the origin of the first."""
 
     data: list[bytes]
     tokens: bool
@@ -197,7 +198,7 @@ class _Encoded(NamedTuple):
 
 
 def _encode(encoder: Encoder, seed: int, batch: _Batch) -> _Encoded:
-    """The batch as tokens. Documents of tokens are decoded: their bytes and their split are those of the text."""
+    """The batch as tokens. Documents of tokens are decoded, because their bytes and their split depend on the text."""
     info = encoder.info
     bos, eos = np.array(info.bos_ids, dtype=np.int64), np.array([info.eos_id])
     if batch.tokens:
@@ -244,7 +245,7 @@ class _Encoding:
         self._inline = _INLINE_BATCHES
 
     def run(self, batches: Iterator[_Batch]) -> Iterator[_Encoded]:
-        """Results in the order of the batches, at most two tasks a worker under way."""
+        """Results in the order of the batches, with at most two running tasks per worker."""
         here = batches if self.workers == 1 else itertools.islice(batches, self._inline)
         for batch in here:
             self._inline -= 1
@@ -262,7 +263,7 @@ class _Encoding:
 
     def _started(self) -> ProcessPoolExecutor:
         if self.pool is None:
-            # spawn: a fork would copy the locks of this process's threads (torch, tokenizers), held or not
+            # spawn: a fork would copy the locks of this process's threads (torch, tokenizers), even if they are held
             context = multiprocessing.get_context("spawn")
             self.pool = ProcessPoolExecutor(self.workers, context, _start_worker, (self.encoder, self.seed))
         return self.pool
@@ -296,8 +297,8 @@ def _batches(source: Source, digest: Any) -> Iterator[_Batch]:
 
 
 class _Splitter:
-    """Sends each document to its split. While no document has a hash below the threshold, the one with the lowest is
-    held back, to be the validation split in case none comes."""
+    """Sends each document to its split. Until a document has a hash below the threshold, the one with the lowest hash
+    is held back: if no such document comes, it becomes the validation split."""
 
     def __init__(self, train: SplitWriter, validation: SplitWriter, fraction: float) -> None:
         self.train, self.validation = train, validation

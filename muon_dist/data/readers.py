@@ -1,4 +1,5 @@
-"""Documents that lie in no text files: rows of ``datasets``, and the text of the running Python's standard library."""
+"""Documents that do not come from text files: rows of ``datasets``, and the text of the running Python's standard
+library."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def read_dataset(
 def _loaded_rows(name: str, config: str | None, split: str, streaming: bool, revision: str | None) -> Any:
     import datasets
 
-    # The cache of `datasets` knows local files by their times: it would give the rows of an earlier content.
+    # The cache of `datasets` identifies local files by their times, so it could give rows of older content.
     mode = "force_redownload" if not streaming and Path(name).exists() else None
     try:
         return datasets.load_dataset(
@@ -65,13 +66,13 @@ def _saved_rows(name: str, split: str) -> Any:
 
 
 def _rows(rows: Any, name: str, split: str) -> Iterator[Any]:
-    """The rows; what `datasets` raises between two of them (it reads lazily) as a DataError that says where."""
+    """The rows. `datasets` reads lazily; an error between two rows becomes a DataError that says where."""
     number = 0
     try:
         for row in rows:
             yield row
             number += 1
-    except Exception as error:  # as in `_loaded_rows`; what our reader raises does not come through here
+    except Exception as error:  # as in `_loaded_rows`; errors of our own reader do not pass through here
         cause = error.__cause__ or error  # its own messages say little: "An error occurred while generating"
         raise DataError(
             f"dataset {name!r} (split {split!r}) cannot be read after row {number - 1}: "
@@ -90,7 +91,7 @@ def is_saved(path: str | Path) -> bool:
 
 
 def hub_commit(name: str, split: str, revision: str | None) -> str:
-    """The commit that a dataset of the hub stands at. Raises SourceGoneError when the hub cannot be asked."""
+    """The current commit of a dataset of the hub. Raises SourceGoneError if the hub cannot be reached."""
     from huggingface_hub import HfApi
 
     try:
@@ -121,14 +122,14 @@ def stdlib_files() -> list[Path]:
 
 @functools.lru_cache(maxsize=1)
 def read_stdlib() -> tuple[Document, ...]:
-    """English text of the Python standard library: the language reference of ``pydoc_data.topics`` (a document a
-    topic) and every module's docstrings (a document a module). Sources are parsed, never imported or run.
-    Kept in memory (about 2 MB) because parsing them takes seconds.
+    """English text of the Python standard library: the language reference of ``pydoc_data.topics`` (one document per
+    topic) and every module's docstrings (one document per module). Sources are parsed, never imported or run. Kept in
+    memory (about 2 MB) because parsing them takes seconds.
     """
     root = stdlib_root()
     found: list[Document] = []
     collecting = gc.isenabled()
-    gc.disable()  # trees hold no circles, and looking for some takes as long as parsing
+    gc.disable()  # syntax trees have no cycles, and looking for cycles takes as long as parsing
     try:
         for path in stdlib_files():
             name = path.relative_to(root).as_posix()
@@ -156,7 +157,7 @@ def _docstrings(tree: ast.Module) -> str:
 
 
 def _documented(node: ast.AST) -> Iterator[_Documented]:
-    # through statements only: expressions hold no definitions, and are most of a tree
+    # statements only: expressions contain no definitions, and are most of a tree
     if isinstance(node, _Documented):
         yield node
     for field in ("body", "handlers", "orelse", "finalbody"):

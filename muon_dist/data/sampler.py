@@ -1,15 +1,15 @@
 """The global order of samples: a pure function of (seed, position), the same for every number of ranks.
 
-Position s of the order names a source and a sample of it. Two steps:
+Position s of the order names a source and one of its samples. Two steps:
 
 *Which source.* The order is cut into blocks of BLOCK positions; each source has a fixed whole number of places in a
 block, by its weight (largest remainder), spread evenly over it (the j-th of q places near (j + u) / q of the block).
-So how often a source was drawn before any position needs no history.
+So the number of draws of a source before any position is known without history.
 
 *Which sample.* The d-th draw of a source of n samples is sample ``permute(d mod n)`` of epoch ``d // n``; the
 permutation is a Feistel network over the next power of four, followed until it falls below n ("cycle walking", Black
 and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). Unlike ``torch.randperm`` it needs no memory (a thousand
-million samples would take 8 GB an epoch), any position is reached at once, and the order is not tied to a torch
+million samples would take 8 GB per epoch), any position is reached at once, and the order is not tied to a torch
 version.
 """
 
@@ -49,7 +49,7 @@ def _key(*parts: int | Int64) -> UInt64:
 
 
 def permute(index: Int64, size: int, *key: int | Int64) -> Int64:
-    """Images of ``index`` under the permutation of [0, size) that ``key`` names.
+    """Images of ``index`` under the permutation of [0, size) for ``key``.
 
     Shapes: index (K,), values in [0, size); parts of the key are whole numbers or (K,); the result is (K,).
     """
@@ -68,14 +68,15 @@ def permute(index: Int64, size: int, *key: int | Int64) -> Int64:
 
 
 def quotas(weights: Sequence[float]) -> list[int]:
-    """Places of each source in a block of BLOCK positions, by largest remainder: at least one, none of weight 0."""
+    """Places of each source in a block of BLOCK positions, by largest remainder: at least one, but none for weight
+    0."""
     total = math.fsum(weights)
     exact = [weight / total * BLOCK for weight in weights]
     counts = [max(1, int(share)) if share > 0 else 0 for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda k: (counts[k] - exact[k], k))
     for k in by_remainder[: max(0, BLOCK - sum(counts))]:
         counts[k] += 1
-    while sum(counts) > BLOCK:  # the least places of one were taken from nobody: take them from the largest
+    while sum(counts) > BLOCK:  # the places that were rounded up to one are taken from the largest source
         counts[counts.index(max(counts))] -= 1
     return counts
 
@@ -88,10 +89,10 @@ class MixtureSampler(Sampler[int]):
     position 0 (default: none). Yields positions ``consumed`` to ``total`` (default: the sum of lengths). No sample of
     a source comes twice before all of them came once; each epoch of a source has another permutation.
 
-    The order knows nothing of ranks: every rank builds the same sampler, and accelerate's ``BatchSamplerShard`` deals
-    its batches out in turn, so one optimizer step takes the same set of samples for any number of ranks as long as the
-    global batch is the same. To resume, pass ``consumed = optimizer steps x global batch``, never a loader's own
-    counter, which runs ahead by its prefetch.
+    The order does not depend on ranks: every rank builds the same sampler, and accelerate's ``BatchSamplerShard``
+    deals its batches out in turn, so one optimizer step takes the same set of samples for any number of ranks as long
+    as the global batch is the same. To resume, pass ``consumed = optimizer steps x global batch``, never a loader's
+    own counter, which is ahead by its prefetch.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class MixtureSampler(Sampler[int]):
     def set_consumed(self, consumed: int) -> None:
         """Start the next iteration at this position of the order."""
         if not 0 <= consumed <= self.total:
-            raise DataError(f"consumed: {consumed} samples lie outside the order of {self.total} samples.")
+            raise DataError(f"consumed: {consumed} samples are outside the order of {self.total} samples.")
         self.consumed = consumed
 
     def __len__(self) -> int:
@@ -151,11 +152,11 @@ class MixtureSampler(Sampler[int]):
         return source, flat - int(self._offsets[source])
 
     def passes(self, position: int) -> list[float]:
-        """Passes over each source that the positions up to `position` make; a sample counts when it is drawn."""
+        """Passes over each source up to `position`; a sample counts when it is drawn."""
         return [count / length for count, length in zip(self.drawn(position), self.lengths, strict=True)]
 
     def drawn(self, position: int) -> list[int]:
-        """Samples of each source that are drawn by the positions up to `position`, and were before."""
+        """Samples drawn from each source up to `position`, including those drawn before position 0."""
         block, place = divmod(position, BLOCK)
         rest = np.searchsorted(self._offsets, self._block(block)[:place], side="right") - 1
         counts = np.bincount(rest, minlength=len(self.lengths))
@@ -163,8 +164,8 @@ class MixtureSampler(Sampler[int]):
         return [before + block * quota + int(count) for before, quota, count in done]
 
     def digest(self) -> str:
-        """Hash of all that fixes the order. A run that resumes with another one reads other samples: store and
-        compare."""
+        """Hash of everything that decides the order. A resumed run with another hash reads other samples: store and
+        compare it."""
         order = {"lengths": self.lengths, "quotas": self._quotas, "seed": self.seed, "block": BLOCK, "version": 1}
         return sha256_json({**order, "drawn": self._drawn} if any(self._drawn) else order)
 
@@ -176,7 +177,7 @@ class MixtureSampler(Sampler[int]):
             places.append((np.arange(quota) + shift) / quota)
             first = self._drawn[source] + block * quota
             flat.append(self._draws(source, first, quota, length) + self._offsets[source])
-        # stable: equal places are settled by the order of the sources, the same everywhere
+        # stable: equal places are ordered by source, the same everywhere
         return np.concatenate(flat)[np.argsort(np.concatenate(places), kind="stable")]
 
     def _draws(self, source: int, first: int, count: int, length: int) -> Int64:

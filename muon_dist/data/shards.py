@@ -35,13 +35,13 @@ SPLITS = ("train", "validation")
 
 
 def token_dtype(vocab_size: int) -> str:
-    """The smallest of the two token types that holds every id."""
+    """uint16 if it holds every id, else uint32."""
     return "<u2" if vocab_size <= 1 << 16 else "<u4"
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """One ``.bin`` file. ``blocks`` are the SHA-256 of its successive BLOCK_BYTES, by which damage is located."""
+    """One ``.bin`` file. ``blocks`` are the SHA-256 of its successive BLOCK_BYTES; they locate damage."""
 
     file: str
     tokens: int
@@ -96,7 +96,7 @@ class SplitTotals:
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """One source's shard set: folder under the prepared folder, what it was made from, its splits."""
+    """One source's shard set: its folder in the prepared folder, its inputs, its splits."""
 
     folder: str
     record: dict[str, Any]
@@ -106,7 +106,7 @@ class PreparedSource:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of a prepared folder, and the inputs that it was made from."""
+    """The contents of a prepared folder, and its inputs."""
 
     vocab_size: int
     eos_id: int
@@ -122,7 +122,7 @@ class Manifest:
         return sum(one.tokens for one in chosen), sum(one.bytes for one in chosen)
 
     def bytes_per_token(self, split: str = "validation") -> float:
-        """UTF-8 bytes per token of a split, exactly counted, by which a loss becomes bits per byte:
+        """UTF-8 bytes per token of a split, exactly counted, to convert a loss to bits per byte:
         ``mean loss per token / ln 2 / bytes_per_token``. End-of-sequence tokens count as tokens of no bytes.
         DataError when the split is empty."""
         tokens, size = self.totals(split)
@@ -152,7 +152,7 @@ class Manifest:
 
     def find(self, folder: str | Path, split: str, source: str | None) -> tuple[Path, SplitIndex]:
         """The folder and index of one source's split. ``source`` may be left out when there is only one.
-        DataError on an unknown name, and on an index that is not the one the manifest knows."""
+        Raises DataError for an unknown name, and for an index whose hash differs from the manifest's."""
         names = [one.folder for one in self.sources]
         if split not in SPLITS:
             raise DataError(f"split: {split!r} is not one of {', '.join(SPLITS)}.")

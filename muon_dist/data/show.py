@@ -1,4 +1,4 @@
-"""Samples as a model sees them, decoded, with the bounds of their documents."""
+"""Decoded samples as a model sees them, with the bounds of their documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def show_samples(
 ) -> Iterator[str]:
     """``count`` training samples of each source of a prepared folder, evenly over it, as lines of text.
 
-    A line of its own marks each end of a document; other special tokens are shown by name, padding is left out.
+    A separate line marks each end of a document; other special tokens are shown by name, padding is left out.
     """
     info = encoder.info
     end = f"---- {encoder.decode([info.eos_id])} end of document"

@@ -21,12 +21,13 @@ class Source:
 
     ``path`` is a file, a folder (walked in sorted order, hidden names left out), a glob, a URL that fsspec opens, or
     several of these. ``text_field`` may lead into records: ``a.b``. Text files longer than about ``document_bytes``
-    are cut into documents at blank lines, or at each ``separator``. ``dataset`` is what ``datasets.load_dataset``
-    takes (``config``, ``split``, ``revision``, ``streaming`` are passed on). ``max_documents`` ends any source early.
-    ``on_bad_record``: stop at a record that cannot be read, or skip it, at most ``max_bad_records`` of them.
-    ``weight`` plays a part only in the tokenizer's sample and in sampling, never in the shards.
+    are cut into documents at blank lines; with ``separator`` at each one. ``dataset`` is what
+    ``datasets.load_dataset`` takes (``config``, ``split``, ``revision``, ``streaming`` are passed on).
+    ``max_documents`` ends any source early. ``on_bad_record``: stop at a record that cannot be read, or skip it, at
+    most ``max_bad_records`` of them. ``weight`` affects only the tokenizer's sample and the sampling, never the
+    shards.
 
-    Raises DataError on a source that is contradictory or unknown.
+    Raises DataError if the settings contradict each other, or a name is unknown.
     """
 
     builtin: str | None = None
@@ -67,14 +68,14 @@ class Source:
 
     @property
     def paths(self) -> tuple[str | Path, ...]:
-        """The paths as a tuple; empty for a source without."""
+        """The paths as a tuple; empty for a source without paths."""
         if self.path is None:
             return ()
         return (self.path,) if isinstance(self.path, (str, Path)) else tuple(self.path)
 
     @property
     def label(self) -> str:
-        """The name by which messages call this source."""
+        """The name of this source in messages."""
         if self.paths:
             more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
             return f"{self.paths[0]}{more}"

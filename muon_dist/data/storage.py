@@ -1,4 +1,4 @@
-"""Files of a corpus, wherever they lie: local paths, folders, globs, URLs through fsspec; decompressed by content."""
+"""Files of a corpus: local paths, folders, globs, URLs through fsspec; compression is detected from the content."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ _COMPRESSIONS: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file: ``path`` is its full path or URL, ``name`` its place in the source, by which files are ordered.
+    """One file: ``path`` is its full path or URL, ``name`` its path within the source, which decides the order of
+    files.
 
     ``remote`` is the fsspec file system of a URL, and None for a local file.
     """
@@ -53,19 +54,19 @@ class DataFile:
 
     @property
     def suffix(self) -> str:
-        """The last suffix in lower case, that of a compression left out: ".csv" of "a.csv.gz"."""
+        """The last suffix in lower case, without a suffix of compression: ".csv" for "a.csv.gz"."""
         path = PurePosixPath(self.name.lower())
         return PurePosixPath(path.stem).suffix if path.suffix in (".gz", ".zst", ".bz2", ".xz") else path.suffix
 
     def size(self) -> int:
-        """Bytes of the file as it is stored."""
+        """Size of the stored file in bytes."""
         with self._named():
             return int(self.remote.size(self.path) or 0) if self.remote else Path(self.path).stat().st_size
 
     def record(self, known: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Name, size, stamp and SHA-256; the hash is taken from ``known`` where size and stamp agree.
+        """Name, size, stamp and SHA-256; if size and stamp agree with ``known``, its hash is used.
 
-        A local file's stamp holds the time of its inode's last change too, which no program can set back.
+        A local file's stamp includes the inode's change time, which no program can set back.
         """
         with self._named():
             if self.remote is not None:
@@ -86,12 +87,12 @@ class DataFile:
         return DataFile(self.path + suffix, self.name + suffix, self.remote)
 
     def exists(self) -> bool:
-        """Whether the file is there."""
+        """Whether the file exists."""
         return bool(self.remote.isfile(self.path)) if self.remote else Path(self.path).is_file()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """The file's bytes as they are stored. An error of reading becomes a DataError that names the file."""
+        """The stored bytes of the file. A read error becomes a DataError that names the file."""
         with self._named():
             stream = self.remote.open(self.path, "rb") if self.remote else Path(self.path).open("rb")
             with stream:
@@ -117,7 +118,7 @@ class DataFile:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        unreadable = DataError if self.remote is None else SourceGoneError  # a server may be away
+        unreadable = DataError if self.remote is None else SourceGoneError  # a server may not answer
         try:
             yield
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -126,7 +127,7 @@ class DataFile:
             raise unreadable(f"{self.path}: no such file (it was there when the source was listed).") from None
         except OSError as error:
             if error.filename is not None and self.remote is None:
-                raise  # says itself which file
+                raise  # its message names the file
             raise unreadable(f"{self.path}: cannot be read ({one_line(error)}).") from None
         except (DataError, GeneratorExit, KeyboardInterrupt, MemoryError):
             raise
@@ -139,9 +140,9 @@ class DataFile:
 def find_files(paths: Sequence[str | Path]) -> list[DataFile]:
     """The files of paths: files, folders (walked), globs and URLs of any of these; in order, each once.
 
-    A folder's files are sorted by name; hidden ones are left out. A link inside a folder may point only to a place
-    inside that folder; linked folders are not walked (they may be circles). Raises SourceGoneError when a path is not
-    there or holds nothing, and DataError on a broken link, one that leads out, and a file that is named twice.
+    A folder's files are sorted by name; hidden ones are left out. A link in a folder may point only inside that
+    folder; linked folders are not walked (they may form cycles). Raises SourceGoneError if a path does not exist or is
+    empty, and DataError for a broken link, a link that leads out of the folder, and a file that is named twice.
     """
     found: list[DataFile] = []
     for path in paths:
@@ -169,7 +170,8 @@ def _find_local(root: Path) -> list[DataFile]:
             raise SourceGoneError(f"{root}: no non-empty file matches this pattern{only}.")
         if folders and "**" not in root.parts:
             say(
-                f"{root}: matches folders too, which are left out, such as {folders[0]}; for what is in them: {root}/*"
+                f"{root}: matches folders too, which are left out, such as {folders[0]}; for their files "
+                f"write {root}/*"
             )
         return [DataFile(str(file), file.name) for file in files]
     if not root.exists():
@@ -210,7 +212,7 @@ def _find_remote(url: str) -> list[DataFile]:
         system, path = fsspec.core.url_to_fs(url)
         if url.lower().startswith(("file://", "local://")):
             return _find_local(Path(path))
-        system.invalidate_cache()  # a listing of before does not know what came since
+        system.invalidate_cache()  # an old listing lacks newer files
         if system.isfile(path):
             names = [path]
         elif is_pattern(path):
@@ -226,7 +228,7 @@ def _find_remote(url: str) -> list[DataFile]:
         raise
     except FileNotFoundError as error:  # a bucket that does not exist
         raise SourceGoneError(f"{url}: no such file or folder ({one_line(error)}).") from None
-    except Exception as error:  # every file system has errors of its own
+    except Exception as error:  # every file system has its own errors
         raise SourceGoneError(
             f"{url}: cannot be reached ({type(error).__name__}: {one_line(error)}). "
             "Check the URL, the network and your credentials."

@@ -13,8 +13,9 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def _checked(data: bytes, path: str, start: int) -> Item:
-    """The text as a document, or the error that says where it is not text: not UTF-8, or a zero byte."""
-    if (zero := data.find(b"\0")) >= 0:  # a crash leaves them where data were not written; programs write them too
+    """The text as a document, or an error with the place of a zero byte or of a byte that is not UTF-8."""
+    # A crash leaves zero bytes where data were not written; some programs write them too.
+    if (zero := data.find(b"\0")) >= 0:
         return DataError(
             f"{path}: a zero byte at byte offset {start + zero}: the file is damaged or binary. Repair it, or leave "
             "it out."
@@ -65,10 +66,10 @@ def _cut(buffer: bytes, start: int, size: int) -> int:
 
 
 def read_separated(file: DataFile, separator: str) -> Iterator[Item]:
-    """A text file with ``separator`` between its documents, which belongs to none of them; a newline: one document
-    per line, of any kind of line end.
+    """A text file with ``separator`` between its documents; the separator is part of no document. A newline: one
+    document per line, for any kind of line end.
 
-    Raises DataError when the separator is nowhere in a file that has several lines.
+    Raises DataError if a file with several lines does not contain the separator.
     """
     mark = separator.encode("utf-8")
     with file.decompressed() as stream:

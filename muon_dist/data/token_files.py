@@ -1,6 +1,6 @@
 """Token files of other programs: Megatron's ``.bin`` with ``.idx``, and datatrove's ``.ds`` with ``.ds.index``.
 
-Megatron's index, little-endian: ``MMIDIDX\\0\\0``, version 1 (uint64), a code of the token type (uint8), the numbers
+Megatron's index, little-endian: ``MMIDIDX\\0\\0``, version 1 (uint64), a code for the token type (uint8), the numbers
 of sequences and of document bounds (uint64 each), tokens of each sequence (int32), its byte offset (int64), and the
 document bounds as numbers of sequences (int64), the first 0. datatrove: tokens as uint16 or uint32; the index holds
 the end of each document in tokens (uint64); the first line of ``.metadata`` is ``TOKENIZER|BYTES_PER_TOKEN``.
@@ -28,7 +28,7 @@ EXPORTS = ("megatron", "datatrove")
 
 
 def _documents(file: DataFile, ends: npt.NDArray[np.int64], dtype: str) -> Iterator[Item]:
-    """The documents of a file of tokens; ``ends`` (documents,) are where each ends, counted in tokens."""
+    """The documents of a file of tokens; ``ends`` (documents,) are the ends of the documents, counted in tokens."""
     width = np.dtype(dtype).itemsize
     if len(ends) and (ends[0] < 0 or (np.diff(ends) < 0).any() or file.size() != int(ends[-1]) * width):
         raise DataError(
@@ -49,7 +49,7 @@ def read_megatron(file: DataFile) -> Iterator[Item]:
     """The documents of a pair that Megatron wrote; ``file`` is the index. Raises DataError on a damaged pair."""
     tokens = DataFile(file.path.removesuffix(".idx") + ".bin", file.name.removesuffix(".idx") + ".bin", file.remote)
     if not tokens.exists():
-        raise DataError(f"{file.path}: its tokens are missing ({tokens.path}).")
+        raise DataError(f"{file.path}: the file with its tokens is missing ({tokens.path}).")
     with file.open() as stream:
         raw = stream.read()
     try:
@@ -58,7 +58,7 @@ def read_megatron(file: DataFile) -> Iterator[Item]:
         documents = np.frombuffer(raw, "<i8", bounds, _HEADER.size + 12 * sequences)
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[documents]
     except (struct.error, ValueError, IndexError):
-        raise DataError(f"{file.path}: damaged or cut off, no index of Megatron.") from None
+        raise DataError(f"{file.path}: not an index of Megatron, or damaged or cut off.") from None
     if magic != MAGIC or version != 1 or code not in _TYPES:
         raise DataError(f"{file.path}: an index of Megatron of version 1 with whole numbers is needed.")
     if not len(ends) or ends[0] != 0:
@@ -88,7 +88,7 @@ def read_datatrove(file: DataFile) -> Iterator[Item]:
 
 
 def export_tokens(folder: str | Path, out: str | Path, kind: str) -> list[Path]:
-    """Write each source and split of a prepared folder for another program; the files that hold the tokens.
+    """Write each source and split of a prepared folder for another program. Returns the files with the tokens.
 
     Documents keep their order and their end-of-sequence token. Raises ConfigError on an unknown kind or an ``out``
     that exists, DataError on a folder that is not prepared.

@@ -1,9 +1,9 @@
 """Training a sentencepiece tokenizer on a corpus, and loading any tokenizer for the preparation of shards.
 
 The model is trained by sentencepiece and saved as a ``tokenizers`` file (``tokenizer.json``), which is what
-``AutoTokenizer`` loads and what encodes the corpus. Both give the same ids, and both give every text back exactly,
-with one exception in our favour: sentencepiece writes a space as U+2581 and so reads a genuine U+2581 as a space; here
-a space is a space, and U+2581 goes through its bytes.
+``AutoTokenizer`` loads and what encodes the corpus. Both give the same ids, and both decode every text exactly, with
+one exception: sentencepiece writes a space as U+2581, so it decodes a genuine U+2581 as a space. Here a space is a
+space, and U+2581 is encoded by its bytes.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def train_tokenizer(
 ) -> TokenizerInfo:
     """Train a tokenizer on a sample of the sources and save it as a folder for ``AutoTokenizer``.
 
-    Byte fallback, no normalization, the newline a symbol of its own, runs of spaces may be one piece. The sample takes
-    whole documents up to ``sample_bytes`` in all, each source its share by weight. ``special_tokens`` are tokens of
-    their own wherever a text holds them. ``split_digits``: each digit is a token. A folder that already holds a
-    tokenizer of the same inputs is left as it is, whatever the weights are now; one of other inputs is replaced only
-    with ``rebuild`` or ``overwrite``.
+    Byte fallback, no normalization, the newline is one symbol, runs of spaces may be one piece. The sample takes
+    whole documents up to ``sample_bytes`` in all, each source its share by weight. ``special_tokens`` become one token
+    each wherever a text contains them. ``split_digits``: each digit is a token. A folder with a tokenizer of the same
+    inputs does not change (weights do not count); a tokenizer of other inputs is replaced only with ``rebuild`` or
+    ``overwrite``.
 
     Raises DataError when a source is bad, the corpus is too small for the vocabulary (the largest possible one is
-    named), or a text of the corpus does not come back exactly.
+    named), or a text of the corpus is not decoded exactly.
     """
     if model_type not in MODEL_TYPES:
         raise DataError(f"tokenizer.model_type: {model_type!r} is not one of {', '.join(MODEL_TYPES)}.")
@@ -86,7 +86,7 @@ def train_tokenizer(
             "sample_bytes": sample_bytes,
             "seed": seed,
         }
-        # only where they are used, so that tokenizers trained before these settings existed stay
+        # only if they are set, so that tokenizers trained before these settings existed stay valid
         settings |= {"special_tokens": list(special_tokens)} if special_tokens else {}
         settings |= {"split_digits": True} if split_digits else {}
         if _is_done(out, known, settings, sources, records, overwrite, rebuild):
@@ -115,7 +115,7 @@ def _is_done(
     overwrite: bool,
     rebuild: bool,
 ) -> bool:
-    """Whether ``out`` holds the tokenizer of these inputs. DataError on one that is damaged or of others."""
+    """Whether ``out`` has the tokenizer of these inputs. Raises DataError if it is damaged or of other inputs."""
     if not out.exists() or not any(out.iterdir()):
         return False
     difference = _difference(out, known, settings, sources, records)
@@ -135,8 +135,8 @@ def _is_done(
 def _difference(
     out: Path, known: dict[str, Any], settings: dict[str, Any], sources: Sequence[Source], records: list[Any]
 ) -> str | None:
-    """What differs from the inputs of the tokenizer in ``out``, or None. Where files differ, the sample is drawn
-    again, by the weights of then: its text counts."""
+    """The difference from the inputs of the tokenizer in ``out``, or None. If files differ, the sample is drawn again
+    with the earlier weights, because only its text counts."""
     if not known:
         raise DataError(f"{out}: holds something other than a tokenizer trained here; choose another folder.")
     before = {name: value for name, value in known["settings"].items() if name != "weights"}
@@ -167,8 +167,8 @@ def _differs(file: Path, digest: str) -> bool:
 
 
 def _sample(sources: Sequence[Source], sample_bytes: int, seed: int) -> Iterator[str]:
-    """Documents up to ``sample_bytes`` in all, each source its share by weight. Where a source's size is known, those
-    with the lowest hashes of their numbers are taken, all over it; of a stream, the first ones."""
+    """Documents up to ``sample_bytes`` in all, each source its share by weight. If a source's size is known, the
+    documents with the lowest hashes of their numbers are taken, from all over it; of a stream, the first ones."""
     total = sum(source.weight for source in sources)
     for source in sources:
         share = sample_bytes * source.weight / total
@@ -210,7 +210,7 @@ def _lowest(source: Source, share: float, seed: int) -> Iterator[str]:
 
 
 def _sentences(sample: Sequence[str]) -> Iterator[str]:
-    """Training sentences: lines without what the trainer cannot hold (its own space sign, NUL)."""
+    """Training sentences: lines without the characters that the trainer cannot take (its own space sign, NUL)."""
     for text in sample:
         for line in text.replace(_SPACE, " ").replace("\0", " ").split("\n"):
             for start in range(0, len(line), _MAX_LINE):
@@ -237,7 +237,7 @@ def _train(
             allow_whitespace_only_pieces=True,
             user_defined_symbols=["\n", *special],
             split_digits=split_digits,
-            # letters with which a text can spell a special or byte piece: so that it never needs to match one
+            # the characters of special and byte pieces, so that a text that spells such a piece never matches it
             required_chars="".join(sorted({*"<0x123456789ABCDEF>", *UNK, *BOS, *EOS, *PAD})),
             character_coverage=0.9999,
             max_sentence_length=4 * _MAX_LINE,
@@ -249,7 +249,7 @@ def _train(
             bos_piece=BOS,
             eos_piece=EOS,
             pad_piece=PAD,
-            # unigram sums over threads in float32: another number of them gives another model
+            # unigram sums over threads in float32: another number of threads gives another model
             num_threads=threads if model_type == "bpe" else 1,
             minloglevel=2,
         )
@@ -279,8 +279,8 @@ def _proto(model: bytes) -> Any:
 
 def _rounded(model: bytes) -> bytes:
     """Unigram scores rounded to 1/64. Sentencepiece adds them in float32, ``tokenizers`` in float64; sums of such
-    scores are exact in both, so that ties between segmentations fall the same way (they did not, in 56 of 62,696 lines
-    of the default corpus). The number of tokens is unchanged to six digits.
+    scores are exact in both, so ties between segmentations are resolved equally (before, they differed in 56 of 62,696
+    lines of the default corpus). The number of tokens is unchanged to six digits.
     """
     proto = _proto(model)
     if proto.trainer_spec.model_type == _UNIGRAM:
@@ -290,12 +290,12 @@ def _rounded(model: bytes) -> bytes:
 
 
 def _save(model: bytes, folder: Path, special: Sequence[str]) -> None:
-    """Write the folder: tokenizer.json and its configuration, and the sentencepiece model beside them."""
+    """Write the folder: tokenizer.json, its configuration, and the sentencepiece model."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     proto = _proto(model)
-    # sentencepiece's sign for a space becomes the space itself: a genuine U+2581 in a text then stays what it is
+    # sentencepiece's sign for a space becomes the space itself, so a genuine U+2581 in a text stays unchanged
     pieces = [(p.piece.replace(_SPACE, " ") if p.type == _NORMAL else p.piece, p.score, p.type) for p in proto.pieces]
     tokenizer = Tokenizer(_unigram(pieces) if proto.trainer_spec.model_type == _UNIGRAM else _bpe(pieces))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
@@ -314,8 +314,8 @@ def _save(model: bytes, folder: Path, special: Sequence[str]) -> None:
 
 
 def _bpe(pieces: Sequence[tuple[str, float, int]]) -> Any:
-    """BPE with a merge for every way to make a piece of two pieces, best piece first; among the ways of one piece the
-    longer left part first, which is what merging from the left gives in runs of one character."""
+    """BPE with a merge for every way to make a piece of two pieces, best piece first. Among the merges of one piece
+    the longer left part comes first: that equals merging from the left in runs of one character."""
     from tokenizers import models
 
     normal = sorted((-score, name) for name, score, kind in pieces if kind == _NORMAL)
@@ -331,8 +331,8 @@ def _bpe(pieces: Sequence[tuple[str, float, int]]) -> Any:
 
 
 def _unigram(pieces: Sequence[tuple[str, float, int]]) -> Any:
-    """Unigram; control and byte pieces get a score below any spelling of them, because ``tokenizers`` (other than
-    sentencepiece) would match them in a text that contains their names."""
+    """Unigram; control and byte pieces get a score below any spelling of them, because ``tokenizers``, unlike
+    sentencepiece, would match them in a text that contains their names."""
     from tokenizers import models
 
     never = min(score for _, score, kind in pieces if kind == _NORMAL) - 1e4
@@ -341,7 +341,7 @@ def _unigram(pieces: Sequence[tuple[str, float, int]]) -> Any:
 
 
 def _check(folder: Path, sample: Sequence[str]) -> None:
-    """Load the folder as a user does; texts must come back exactly, with sentencepiece's ids."""
+    """Load the folder as a user does, and check that texts decode exactly and have sentencepiece's ids."""
     import sentencepiece
 
     encoder = load_tokenizer(folder)
@@ -359,8 +359,8 @@ def _check(folder: Path, sample: Sequence[str]) -> None:
 
 
 def load_tokenizer(path: str | Path, add_bos: bool | None = None) -> Encoder:
-    """Any tokenizer folder that ``AutoTokenizer`` loads from disk with a ``tokenizers`` backend and an end-of-sequence
-    token. Nothing is downloaded and no code of the folder is run. Raises DataError otherwise.
+    """The encoder of any folder that ``AutoTokenizer`` loads from disk, with a ``tokenizers`` backend and an
+    end-of-sequence token. Nothing is downloaded and no code of the folder is run. Raises DataError otherwise.
 
     ``add_bos``: whether documents begin with the beginning-of-sequence token; None: as the tokenizer does it.
     """

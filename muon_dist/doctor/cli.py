@@ -1,4 +1,4 @@
-"""``muon-dist doctor``: what stands in the way of a run here."""
+"""``muon-dist doctor``: find the problems that would stop or slow a run on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def doctor(
 ) -> None:
     """Check this machine for problems; under torchrun also the connections between machines.
 
-    Exit code 0 when there is no problem, 1 when there is.
+    Exit code 1 if there is a problem, else 0.
     """
     from muon_dist.doctor.examine import examine
     from muon_dist.train import distributed
@@ -29,7 +29,7 @@ def doctor(
     first = distributed.rank() == 0
     found = examine(run_dir, master_port, timeout)
     unmet = any(verdict.check == "meeting" for verdict in found)
-    if first or unmet:  # a rank that met no others speaks for itself
+    if first or unmet:  # a rank that could not reach the others prints its own verdicts
         typer.echo(_json(found) if as_json else _text(found))
     level = worst(found)
     sys.exit(1 if level == "problem" or (strict and level == "warning") else 0)

@@ -1,7 +1,6 @@
-"""Checks that the machines of a job do together: one rank a machine talks, in turn with every other.
+"""Checks between the machines of a job: one rank per machine exchanges messages with every other machine in turn.
 
-Everything goes over gloo on the CPU, because that is what tells one machine's link from another's; NCCL gets one
-all-reduce over all ranks.
+They use gloo on the CPU, which can measure each link separately; NCCL gets one all-reduce over all ranks.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ import torch.distributed as dist
 from muon_dist.doctor.verdict import Verdict
 
 _PINGS = 8
-_FIRST = 1 << 18  # bytes of the first message between two machines, from which the next size follows
+_FIRST = 1 << 18  # bytes of the first message between two machines; its time decides the next size
 _LARGEST = 1 << 26
-_SECONDS = 0.25  # that a message should take
+_SECONDS = 0.25  # seconds that a message should take
 
 
 def one_rank_a_host() -> tuple[list[int], list[str]]:
@@ -36,7 +35,7 @@ def one_rank_a_host() -> tuple[list[int], list[str]]:
 def pairs(count: int) -> list[list[tuple[int, int]]]:
     """Rounds in which each of `count` players meets another, until all have met (the circle method).
 
-    Within a round nobody plays twice, so that its games can continue at the same time.
+    In a round nobody plays twice, so all its games can run at the same time.
     """
     players: list[int | None] = [*range(count), *([None] if count % 2 else [])]
     rounds = []
@@ -71,7 +70,7 @@ def link(peer: int, begins: bool, group: dist.ProcessGroup) -> dict[str, float]:
         began = time.perf_counter()
         exchange(message)
         took = torch.tensor([max(1e-6, time.perf_counter() - began - trip)], dtype=torch.float64)
-        # both go by the clock of the one that began
+        # both use the clock of the rank that began
         if begins:
             dist.send(took, peer, group)
         else:
@@ -82,7 +81,8 @@ def link(peer: int, begins: bool, group: dist.ProcessGroup) -> dict[str, float]:
 
 
 def offset(peer: int, begins: bool, group: dist.ProcessGroup, clock: Callable[[], float] = time.time) -> float:
-    """Seconds by which `peer`'s clock is ahead of this rank's; both call it, and only the one that begins knows.
+    """Seconds by which `peer`'s clock is ahead of this rank's. Both call it; only the rank that begins gets the
+    result.
 
     As NTP does it (RFC 5905, section 8): of several exchanges the one with the shortest round trip counts.
     """
@@ -102,7 +102,7 @@ def offset(peer: int, begins: bool, group: dist.ProcessGroup, clock: Callable[[]
 
 
 def measure_links(ranks: Sequence[int]) -> dict[tuple[int, int], dict[str, float]]:
-    """(a, b) -> what `link` found between the a-th and b-th of `ranks`, on every rank. A collective."""
+    """(a, b) -> result of `link` between the a-th and b-th of `ranks`, on every rank. A collective."""
     group = dist.new_group(list(ranks), backend="gloo")
     found: dict[tuple[int, int], dict[str, float]] = {}
     for games in pairs(len(ranks)):
@@ -115,7 +115,8 @@ def measure_links(ranks: Sequence[int]) -> dict[tuple[int, int], dict[str, float
 
 
 def measure_clocks(ranks: Sequence[int], clock: Callable[[], float] = time.time) -> dict[int, float]:
-    """i -> seconds by which the clock of the i-th of `ranks` is ahead of the first's, on every rank. A collective."""
+    """i -> seconds by which the clock of the i-th of `ranks` is ahead of the first one's, on every rank. A
+    collective."""
     group = dist.new_group(list(ranks), backend="gloo")
     found: dict[int, float] = {}
     for i, rank in enumerate(ranks[1:], start=1):
@@ -127,14 +128,14 @@ def measure_clocks(ranks: Sequence[int], clock: Callable[[], float] = time.time)
 
 
 def _merged(own: dict[Any, Any]) -> dict[Any, Any]:
-    """The union of what the ranks know."""
+    """The union of all ranks' entries."""
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own)
     return {key: value for part in parts for key, value in part.items()}
 
 
 def judge_links(found: Mapping[tuple[int, int], Mapping[str, float]], names: Sequence[str]) -> list[Verdict]:
-    """Verdicts on the links: one that is much slower than the others holds all of them up."""
+    """Verdicts on the links: a link that is much slower than the others delays every step."""
     if not found:
         return [Verdict("links", "ok", "one machine: nothing to measure")]
     figures = {f"{names[a]} - {names[b]}": dict(values) for (a, b), values in found.items()}
@@ -146,7 +147,7 @@ def judge_links(found: Mapping[tuple[int, int], Mapping[str, float]], names: Seq
                 f"{names[a]} - {names[b]}: {_gigabits(values['bandwidth'])}, the median is {_gigabits(median)}; "
                 "every step waits for it"
             )
-            fix = "compare with the other links of both: the machine that all slow ones share has the fault"
+            fix = "compare with the other links of both machines: the machine that all slow links share has the fault"
             verdicts.append(Verdict("links", "warning", text, fix, figures=dict(values)))
     slowest = min(found.values(), key=lambda values: values["bandwidth"])
     if slowest["bandwidth"] * 8 < 1e9:
@@ -167,10 +168,10 @@ def _gigabits(bandwidth: float) -> str:
 def judge_clocks(
     found: Mapping[int, float], names: Sequence[str], warn: float = 1.0, bad: float = 5.0
 ) -> list[Verdict]:
-    """Verdicts on clocks; warn and bad in seconds.
+    """Verdicts on clocks. warn, bad: seconds.
 
-    torchrun's c10d rendezvous compares the heartbeats that the machines write with each one's own clock, and takes a
-    machine for dead whose last is older than 15 s (three intervals of 5 s; torch's dynamic_rendezvous.py).
+    torchrun's c10d rendezvous compares the time stamps of heartbeats, written by each machine's own clock, and treats
+    a machine as dead if its last heartbeat is older than 15 s (three intervals of 5 s; torch's dynamic_rendezvous.py).
     """
     far = {i: ahead for i, ahead in found.items() if abs(ahead) > warn}
     if not far:
@@ -183,7 +184,7 @@ def judge_clocks(
             "clocks",
             "problem" if abs(ahead) > bad else "warning",
             f"{names[i]}'s clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} {names[0]}'s; "
-            "torchrun's rendezvous takes a machine for dead by its clock",
+            "torchrun's rendezvous compares clocks to find dead machines",
             "synchronize the clocks (chronyd or systemd-timesyncd)",
             figures={names[i]: ahead},
         )
@@ -192,19 +193,20 @@ def judge_clocks(
 
 
 def judge_versions(found: Sequence[Mapping[str, str | None]], names: Sequence[str]) -> list[Verdict]:
-    """Whether all machines have the first one's versions."""
+    """Whether all machines have the same versions as the first one."""
     verdicts = []
     for name, versions in zip(names[1:], found[1:], strict=True):
         for package, version in versions.items():
             if version != found[0].get(package):
                 text = f"{package} is {version} on {name} and {found[0].get(package)} on {names[0]}"
-                fix = "install the same everywhere, or use one environment on a shared file system"
+                fix = "install the same version everywhere, or use one environment on a shared file system"
                 verdicts.append(Verdict("same versions", "problem", text, fix))
     return verdicts or [Verdict("same versions", "ok", f"on {len(names)} machines")]
 
 
 def check_collective() -> list[Verdict]:
-    """One all-reduce over all ranks, and over the GPUs where each has one; its result and its time. A collective."""
+    """Verdict on one all-reduce over all ranks, on the GPUs if each rank has one: its result and time. A
+    collective."""
     world, rank = dist.get_world_size(), dist.get_rank()
     devices = ["cpu"]
     if torch.cuda.is_available() and "nccl" in str(dist.get_backend_config()):
@@ -212,7 +214,7 @@ def check_collective() -> list[Verdict]:
     verdicts = []
     for device in devices:
         values = torch.full((1 << 20,), float(rank + 1), device=device)
-        dist.all_reduce(values.clone())  # connections are made by the first
+        dist.all_reduce(values.clone())  # the first all-reduce makes the connections
         began = time.perf_counter()
         dist.all_reduce(values)
         wrong = int((values != world * (world + 1) / 2).sum())  # waits for the GPU

@@ -1,4 +1,4 @@
-"""All checks, on this machine or, started by torchrun, on every machine of a job and between them."""
+"""All checks: of this machine, or under torchrun of every machine of a job and of the links between them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from muon_dist.train import distributed
 
 
 def examine_machine(folder: Path, port: int | None, several: bool = False) -> list[Verdict]:
-    """The checks of this machine alone. folder: where checkpoints go. port: of the rendezvous; None: it is running."""
+    """The checks of this machine. folder: folder for checkpoints. port: port of the rendezvous; None: it is in use by
+    this job."""
     checks: dict[str, Callable[[], list[Verdict]]] = {
         "versions": software.check_versions,
         "devices": software.check_devices,
@@ -35,9 +36,9 @@ def examine_machine(folder: Path, port: int | None, several: bool = False) -> li
 
 
 def examine(folder: Path, port: int, timeout: float) -> list[Verdict]:
-    """Run all checks; under a launcher with several processes the checks between machines too.
+    """Run all checks; with several processes also the checks between machines.
 
-    Every rank calls it and gets the verdicts of all. timeout: seconds for one exchange between machines.
+    Every rank must call it, and gets all verdicts. timeout: seconds for one exchange between machines.
     """
     if distributed.world_size() == 1:
         return examine_machine(folder, port)
@@ -46,13 +47,13 @@ def examine(folder: Path, port: int, timeout: float) -> list[Verdict]:
     except MuonDistError:
         raise
     except Exception as error:
-        fix = "look at the port and the interfaces of the first machine, and at firewalls between them"
-        text = f"rank {distributed.rank()} met no others: {error}"
+        fix = "check the port and the interfaces of the first machine, and the firewalls between the machines"
+        text = f"rank {distributed.rank()} cannot reach the other ranks: {error}"
         return [*examine_machine(folder, None, several=True), Verdict("meeting", "problem", text, fix)]
     try:
         return _together(folder)
-    except RuntimeError as error:  # gloo's and NCCL's own, when somebody does not answer
-        fix = "the machine that is not named among those that complain is the one that does not answer"
+    except RuntimeError as error:  # gloo and NCCL raise their own errors if a rank does not answer
+        fix = "the machine that reports no such error is the one that does not answer"
         text = (
             f"on {socket.gethostname()} (rank {distributed.rank()}) an exchange failed within {timeout:g} s: {error}"
         )

@@ -15,13 +15,13 @@ GIB = 2**30
 
 
 def check_limits(files: int = 4096, infiniband: Path = Path("/sys/class/infiniband")) -> list[Verdict]:
-    """Open files, and locked memory where there is InfiniBand. files: open files that a process should be allowed."""
+    """Limits of open files, and of locked memory if there is InfiniBand. files: open files that a process needs."""
     verdicts = []
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < files:
         enough = hard == resource.RLIM_INFINITY or hard >= files
         fix = f"ulimit -n {files}" + ("" if enough else f", after raising the hard limit of {hard} (limits.conf)")
-        text = f"a process may open {soft} files; sockets, data loaders and shards want {files}"
+        text = f"a process may open {soft} files; sockets, data loaders and shards need {files}"
         verdicts.append(Verdict("limits", "warning", text, fix, figures={"files": soft}))
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if locked != resource.RLIM_INFINITY and infiniband.is_dir() and any(infiniband.iterdir()):
@@ -40,16 +40,16 @@ def check_shared_memory(path: Path = Path("/dev/shm"), wanted: float = 1.0) -> l
     text = f"{path}: {usage.free / 2**20:,.0f} of {usage.total / 2**20:,.0f} MiB free"
     if usage.free >= wanted * GIB:
         return [Verdict("shared memory", "ok", text, figures=figures)]
-    # docker's default of 64 MiB is less than what NCCL takes for 8 GPUs of a machine
+    # docker's default of 64 MiB is too small for NCCL with 8 GPUs
     fix = f"in a container: --shm-size 8g; else: mount -o remount,size=8g {path}, or delete old files in it"
     level: Level = "problem" if usage.free < wanted * GIB / 16 else "warning"
     return [Verdict("shared memory", level, f"{text}, wanted {wanted:g} GiB", fix, figures=figures)]
 
 
 def check_locks(folder: Path | None = None) -> list[Verdict]:
-    """Locks that a killed build left: a later run waits for them forever, silently.
+    """Locks that a killed build left behind: a later run waits for them forever, without a message.
 
-    torch keeps a lock open while it builds (torch.utils.file_baton), so one that no process has open is stale.
+    torch keeps a lock open while it builds (torch.utils.file_baton), so a lock that no process has open is stale.
     """
     locks = build_locks(folder)
     if not locks:
@@ -67,7 +67,7 @@ def check_locks(folder: Path | None = None) -> list[Verdict]:
 
 
 def _process_with(path: Path) -> int | None:
-    """A process that has the file open, of those that we may look into."""
+    """A process that has the file open, among the processes that this user may inspect."""
     wanted = os.stat(path)
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -81,7 +81,7 @@ def _process_with(path: Path) -> int | None:
 
 
 def check_disk(path: Path = Path("."), wanted: float = 20.0) -> list[Verdict]:
-    """Free space where checkpoints go, and whether it can be written. wanted: GiB."""
+    """Free space in the folder for checkpoints, and whether it can be written. wanted: GiB."""
     existing = path
     while not existing.exists():
         existing = existing.absolute().parent

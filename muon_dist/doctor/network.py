@@ -18,7 +18,7 @@ _IFF_UP = 0x1
 
 
 def addresses() -> dict[str, list[str]]:
-    """Interface -> its addresses, of those that are up."""
+    """Interface -> its addresses, for interfaces that are up."""
     found: dict[str, list[str]] = {}
     for _, name in socket.if_nameindex():
         flags = _flags(name)
@@ -29,7 +29,7 @@ def addresses() -> dict[str, list[str]]:
             try:
                 request = struct.pack("256s", name.encode()[:15])
                 found[name].append(socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]))
-            except OSError:  # it has no IPv4 address
+            except OSError:  # the interface has no IPv4 address
                 pass
     try:
         lines = Path("/proc/net/if_inet6").read_text().splitlines()
@@ -43,7 +43,7 @@ def addresses() -> dict[str, list[str]]:
 
 
 def _flags(name: str) -> int | None:
-    """Flags of an interface, or None; asked of the kernel, since sysfs may be that of another network namespace."""
+    """Flags of an interface, or None; read from the kernel, because sysfs may show another network namespace."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             answer = fcntl.ioctl(probe.fileno(), 0x8913, struct.pack("256s", name.encode()[:15]))  # SIOCGIFFLAGS
@@ -55,18 +55,19 @@ def _flags(name: str) -> int | None:
 def check_interfaces(
     variables: Mapping[str, str] = os.environ, found: Mapping[str, list[str]] | None = None
 ) -> list[Verdict]:
-    """The interfaces that gloo and NCCL were told to use, and public addresses, on which a rendezvous would listen."""
+    """Checks the interfaces that gloo and NCCL are set to use, and finds public addresses on which a rendezvous would
+    listen."""
     found = addresses() if found is None else found
     verdicts = []
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        # NCCL takes prefixes (eth), exact names (=eth0), exclusions (^lo) and lists of them
+        # NCCL accepts prefixes (eth), exact names (=eth0), exclusions (^lo) and lists of these
         wanted = variables.get(variable, "")
         if not wanted or wanted.startswith("^"):
             continue
         exact = variable.startswith("GLOO") or wanted.startswith("=")
         for name in wanted.lstrip("=").split(","):
             if not any(other == name if exact else other.startswith(name) for other in found):
-                text = f"{variable} is {wanted}, and there is no such interface that is up"
+                text = f"{variable} is {wanted}, but no such interface is up"
                 verdicts.append(Verdict("interfaces", "problem", text, f"set it to one of {', '.join(found)}"))
     public = {
         name: [a for a in own if ipaddress.ip_address(a.partition("%")[0]).is_global] for name, own in found.items()
@@ -74,7 +75,7 @@ def check_interfaces(
     for name, own in public.items():
         if own:
             text = f"{name} has the public address {own[0]}: a rendezvous of torch.distributed would listen there"
-            fix = "close the port to the outside (firewall), or let a machine without one be the first"
+            fix = "close the port to the outside (firewall), or start with a machine without a public address"
             verdicts.append(Verdict("interfaces", "warning", text, fix))
     shown = ", ".join(f"{name} {' '.join(own)}" for name, own in found.items() if own)
     return verdicts or [Verdict("interfaces", "ok", shown, figures={name: list(own) for name, own in found.items()})]
@@ -83,7 +84,7 @@ def check_interfaces(
 def check_hostname(name: str | None = None, several: bool = False) -> list[Verdict]:
     """The addresses of the machine's own name: gloo tells the other ranks to connect there unless an interface is set.
 
-    several: whether the run is to have other machines.
+    several: whether the run will use other machines.
     """
     name = socket.gethostname() if name is None else name
     level: Level = "problem" if several else "warning"
@@ -104,7 +105,7 @@ def check_port(port: int = 29500) -> list[Verdict]:
     """Whether a rendezvous could listen on the port."""
     family, any_address = (socket.AF_INET6, "::") if socket.has_dualstack_ipv6() else (socket.AF_INET, "0.0.0.0")
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # as torch's store does; a connection that was closed a moment ago is not an obstacle
+        # as torch's store does, so that a connection closed a moment ago does not count
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
@@ -123,7 +124,7 @@ def check_port(port: int = 29500) -> list[Verdict]:
 
 
 def _listener(port: int) -> int | None:
-    """A process that listens on the port, of those that we may look into."""
+    """A process that listens on the port, among the processes that this user may inspect."""
     inodes = set()
     for table in ("tcp", "tcp6"):
         try:

@@ -1,4 +1,4 @@
-"""Versions, combinations that are known not to work, devices and backends."""
+"""Versions, combinations that are known to fail, devices and backends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib import metadata
 from muon_dist.doctor.verdict import Verdict
 from muon_dist.train.device import gpus_of_driver
 
-# The ranges of pyproject.toml: package -> (lowest, first that is too new or None).
+# The ranges of pyproject.toml: package -> (lowest version, first version that is too new, or None).
 RANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
     "torch": ((2, 9), None),
     "deepspeed": ((0, 19, 8), None),
@@ -35,7 +35,7 @@ def installed() -> dict[str, str | None]:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """ "2.13.0+cpu" -> (2, 13, 0); what follows the numbers does not count."""
+    """ "2.13.0+cpu" -> (2, 13, 0); text after the numbers is ignored."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match[0].split(".")) if match is not None else ()
 
@@ -43,7 +43,7 @@ def numbers(version: str) -> tuple[int, ...]:
 def check_versions(
     found: Mapping[str, str | None] | None = None, python: tuple[int, ...] = sys.version_info[:3]
 ) -> list[Verdict]:
-    """Python and the packages against the ranges that muon_dist is written for."""
+    """Checks Python and the packages against the supported ranges."""
     found = installed() if found is None else found
     shown = ".".join(map(str, python))
     verdicts = []
@@ -55,7 +55,7 @@ def check_versions(
         if version is None:
             verdicts.append(Verdict("versions", "problem", f"{name} is not installed", f"pip install '{wanted}'"))
         elif numbers(version) < lowest or (above is not None and numbers(version) >= above):
-            text = f"{name} {version} is outside of what muon_dist is written for ({wanted})"
+            text = f"{name} {version} is outside the supported range ({wanted})"
             verdicts.append(Verdict("versions", "problem", text, f"pip install '{wanted}'"))
     if verdicts:
         return verdicts
@@ -64,7 +64,8 @@ def check_versions(
 
 
 def check_devices(driver: int | None = None) -> list[Verdict]:
-    """GPUs, and whether torch can use those that the driver lists. driver: their number, looked up by default."""
+    """GPUs, and whether torch can use those that the driver lists. driver: number of GPUs of the driver; None: look it
+    up."""
     import torch
 
     driver = gpus_of_driver() if driver is None else driver
@@ -93,7 +94,7 @@ def check_devices(driver: int | None = None) -> list[Verdict]:
 
 
 def check_backends() -> list[Verdict]:
-    """gloo, and NCCL where there are GPUs."""
+    """gloo, and NCCL if there are GPUs."""
     import torch
     import torch.distributed as dist
 
@@ -123,12 +124,12 @@ def check_combinations(variables: Mapping[str, str] = os.environ, gpu: bool | No
             text = f"DS_ACCELERATOR is {variables['DS_ACCELERATOR']}, and there is no GPU"
             verdicts.append(Verdict("combinations", "problem", text, "unset DS_ACCELERATOR, or set it to cpu"))
     if gpu and variables.get("DS_ACCELERATOR") == "cpu":
-        text = "DS_ACCELERATOR is cpu, and there is a GPU: DeepSpeed would leave it alone"
+        text = "DS_ACCELERATOR is cpu, and there is a GPU: DeepSpeed would not use it"
         verdicts.append(Verdict("combinations", "problem", text, "unset DS_ACCELERATOR"))
     if variables.get("NCCL_BLOCKING_WAIT", variables.get("TORCH_NCCL_BLOCKING_WAIT")) == "1" and gpu:
-        text = "TORCH_NCCL_BLOCKING_WAIT=1: every collective blocks the host, so that nothing overlaps"
+        text = "TORCH_NCCL_BLOCKING_WAIT=1: every collective blocks the host, so nothing overlaps"
         verdicts.append(Verdict("combinations", "warning", text, "unset it; the watchdog ends a stuck collective"))
     if variables.get("CUDA_LAUNCH_BLOCKING") == "1" and gpu:
-        text = "CUDA_LAUNCH_BLOCKING=1: every kernel waits for the one before"
+        text = "CUDA_LAUNCH_BLOCKING=1: every kernel waits for the previous one"
         verdicts.append(Verdict("combinations", "warning", text, "unset it, unless you look for a fault"))
     return verdicts or [Verdict("combinations", "ok", "none of the known bad ones")]

@@ -16,11 +16,9 @@ class Verdict:
 
     Attributes:
         check: short name of the check.
-        level: "ok"; "warning", with which a run works but slowly or at a risk; "problem", with which it will not work.
-        text: what was found, in one sentence.
-        fix: what to do about it; None when there is nothing to do.
-        host: where, when several were looked at.
-        figures: numbers behind it, plain data.
+        level: "ok"; "warning": a run works, but slowly or at a risk; "problem": a run will not work.
+        text: the finding, in one sentence. fix: what to do; None if there is nothing to do. host: the machine, if
+            several were checked. figures: the numbers of the finding, plain data.
     """
 
     check: str
@@ -35,20 +33,20 @@ class Verdict:
         return asdict(self)
 
     def line(self) -> str:
-        """For people: level, check, host, text and on a line of its own the fix."""
+        """For people: level, check, host and text; the fix on the next line."""
         where = f" [{self.host}]" if self.host is not None else ""
         fix = f"\n{'':9}fix: {self.fix}" if self.fix is not None else ""
         return f"{self.level:<8} {self.check}{where}: {self.text}{fix}"
 
 
 def worst(verdicts: Sequence[Verdict]) -> Level:
-    """The gravest level among them; "ok" of none."""
+    """The worst level of the verdicts; "ok" without verdicts."""
     return max((v.level for v in verdicts), key=_ORDER.index, default="ok")
 
 
 def attempt(check: str, look: Callable[[], list[Verdict]]) -> list[Verdict]:
-    """The verdicts of a check. A check that raises becomes a warning, and the others still run."""
+    """The verdicts of a check. If it raises, the error becomes a warning, and the other checks still run."""
     try:
         return look()
     except Exception as error:
-        return [Verdict(check, "warning", f"could not be looked at: {type(error).__name__}: {error}")]
+        return [Verdict(check, "warning", f"could not be checked: {type(error).__name__}: {error}")]

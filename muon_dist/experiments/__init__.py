@@ -1,4 +1,4 @@
 """The paper (arXiv 2605.13079), measured: experiments E1 to E8 and the Newton-Schulz study. See docs/theory.md.
 
-Imports nothing here: the command line mounts ``experiments.cli`` and must answer --help at once.
+This file imports nothing, because the command line imports ``experiments.cli`` and must answer --help at once.
 """

@@ -1,4 +1,4 @@
-"""``muon-dist spectra``: run the experiments, the Newton-Schulz study, and the page that shows them.
+"""``muon-dist spectra``: run the experiments and the Newton-Schulz study, and write the page of their results.
 
 Each command imports what it needs itself, so that --help answers at once.
 """
@@ -84,7 +84,7 @@ def report(
 
 
 def _report(record: dict[str, Any], output: Path) -> None:
-    """A few plain lines for one experiment."""
+    """A few lines of text for one experiment."""
     typer.echo(f"{record['experiment']}  {record['title']} ({record['seconds']:.0f} s): {record['verdict']}")
     for criterion in record["criteria"]:
         measured = criterion["measured"]

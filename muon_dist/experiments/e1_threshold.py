@@ -1,4 +1,5 @@
-"""E1, the threshold law: Muon's stable step goes with the mean singular value of the gradient, not the largest."""
+"""E1, the threshold law: Muon's stable step is proportional to the mean singular value of the gradient, not the
+largest."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ def slopes(target: Tensor, s_mean: Tensor, s_max: Tensor) -> tuple[float, float,
 
 
 def simulated_threshold(q: Quadratic, g: Tensor, x: Tensor) -> Tensor:
-    """The step at which f stops to decrease along X, found by bisection on values of f alone, (B,)."""
+    """The step at which f stops decreasing along X, by bisection on values of f only, (B,)."""
     d = g / q.h
     start = q.value(d)
     low = torch.zeros(len(g), dtype=g.dtype)
@@ -103,7 +104,7 @@ def regression(config: Config, seed: int, kappa: float) -> dict[str, Any]:
 
 
 def trajectory(config: Config, seed: int, kappa: float, spread: float, c: float, steps: int) -> dict[str, float]:
-    """Muon at eta_t = c s_mean(G_t) / L, reset in every step: increases of f, and the error of the exact law.
+    """Muon at eta_t = c s_mean(G_t) / L, recomputed in every step: increases of f, and the error of the exact law.
 
     The start has log-spaced gradient singular values of ratio ``spread``.
     """

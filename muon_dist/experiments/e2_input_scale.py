@@ -1,4 +1,4 @@
-"""E2, units: with inputs scaled by s, SGD's stable step goes as s^-2 and Muon's as s^-1."""
+"""E2, units: with inputs scaled by s, SGD's stable step is proportional to s^-2 and Muon's to s^-1."""
 
 from __future__ import annotations
 

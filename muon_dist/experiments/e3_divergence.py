@@ -1,4 +1,5 @@
-"""E3, divergence: where SGD blows up in its first steps, Muon does not, and neither does spectrally normalised SGD."""
+"""E3, divergence: at learning rates at which SGD blows up in its first steps, Muon and spectrally normalised SGD do
+not."""
 
 from __future__ import annotations
 
@@ -132,7 +133,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def blown(found: Sequence[dict[str, Any]], within: float = math.inf) -> int:
-    """How many runs blew up, at step ``within`` at the latest."""
+    """Number of runs that blew up at step ``within`` or earlier."""
     return sum(r["blown_up_at"] is not None and r["blown_up_at"] <= within for r in found)
 
 

@@ -69,7 +69,7 @@ PROFILES = {
 
 
 def starting_points(config: Config, shape: tuple[int, int]) -> Tensor:
-    """Isotropic error: one Gaussian D (m, n) for each seed, (S, m, n)."""
+    """Isotropic error: one Gaussian D (m, n) per seed, (S, m, n)."""
     return torch.stack([gaussian(shape, torch.Generator().manual_seed(seed)) for seed in config.seeds])
 
 

@@ -63,7 +63,7 @@ def aligned(config: Config, seed: int, q: float) -> dict[str, float]:
 def shuffled(config: Config, seed: int, share: float) -> dict[str, float]:
     """A diagonal Hessian whose spectrum is that of A (x) B, with a share of its entries permuted at random.
 
-    The Hessian keeps every eigenvalue; what is lost is the Kronecker structure alone.
+    The Hessian keeps every eigenvalue; only the Kronecker structure is lost.
     """
     generator = torch.Generator().manual_seed(seed)
     h = kronecker(*config.knob_shape, *config.kappas).h.flatten().clone()

@@ -1,4 +1,4 @@
-"""E7, milestones: epochs to 97% at identical learning rates, beside the controls that the comparison needs."""
+"""E7, milestones: epochs to 97% at identical learning rates, with the controls that the comparison needs."""
 
 from __future__ import annotations
 

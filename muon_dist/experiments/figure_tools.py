@@ -47,7 +47,7 @@ def over_seeds(values: Sequence[Sequence[float]]) -> dict[str, Any]:
 def horizontal_bars(
     ax: Axes, labels: Sequence[str], rows: Sequence[dict[str, Any]], colour: str, **kwargs: Any
 ) -> None:
-    """One bar a row with its SD; a mean that is not finite is written out instead."""
+    """One bar per row with its SD; a mean that is not finite is written as text."""
     means, sds = stats(rows)
     shown = [m if m < float("inf") else 0.0 for m in means]
     places = range(len(labels))

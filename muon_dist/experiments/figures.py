@@ -1,4 +1,5 @@
-"""Figures of the experiments: one small SVG a panel, the theory's curve beside the measurement, the verdict below.
+"""Figures of the experiments: one small SVG per panel, with the theory's curve, the measurement, and the verdict
+below.
 
 Panels are separate files so that a page can put them in one row on a desk and below each other on a phone.
 """

@@ -66,7 +66,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """Build a module with torch's default initialisation under its own seed, leaving the global generator alone."""
+    """Build a module with torch's default initialisation under its own seed, without changing the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
@@ -174,7 +174,7 @@ class TinyGPT(nn.Module):
         return self.head(F.rms_norm(x, x.shape[-1:]))
 
     def matrices(self) -> list[nn.Parameter]:
-        """The hidden matrices, (48, 48), (192, 48) or (48, 192) each: those that Muon takes."""
+        """The hidden matrices, which Muon trains: (48, 48), (192, 48) or (48, 192) each."""
         return list(self.blocks.parameters())
 
     def others(self) -> list[nn.Parameter]:

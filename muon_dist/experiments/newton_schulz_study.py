@@ -1,4 +1,4 @@
-"""Numerics study: what every Newton-Schulz schedule makes of a spectrum, and whether it moves the stable step."""
+"""Numerics study: the effect of every Newton-Schulz schedule on a spectrum and on the stable step."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def measure(spectrum: Spectrum, schedule: str, steps: int, dtype: str) -> dict[s
 
 
 def synthetic(config: Config) -> dict[str, list[Spectrum]]:
-    """Gaussian matrices and log-spaced spectra of each condition, one a seed."""
+    """Gaussian matrices and log-spaced spectra of each condition number, one per seed."""
     found: dict[str, list[Spectrum]] = {"Gaussian": []}
     for seed in config.seeds:
         generator = torch.Generator().manual_seed(seed)

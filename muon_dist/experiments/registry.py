@@ -1,4 +1,4 @@
-"""The experiments by name, and the one way in which each is run, timed and written."""
+"""The experiments by name; every experiment is run, timed and written here."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def profile_config(name: str, profile: str) -> Any:
 def run_experiment(name: str, config: Any, profile: str) -> dict[str, Any]:
     """Run one experiment on one thread and add profile, environment and time.
 
-    One thread: the matrices are small, and a result must not depend on the number of cores.
+    One thread, because the matrices are small, and a result must not depend on the number of cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,1 +1,1 @@
-"""Random models on random meshes under random options, each against the plain algorithm on whole tensors."""
+"""Tests random models on random meshes with random options against the plain algorithm on whole tensors."""

@@ -15,9 +15,9 @@ MUON, ADAMW, FROZEN = "muon", "adamw", "frozen"
 PROCESS, DDP, FSDP2, ZERO = "process", "ddp", "fsdp2", "zero"
 RELOAD, FULL, CHECKPOINT = "reload", "full", "checkpoint"
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts"
-"""Where an MoE layer of DeepSpeed keeps its experts."""
+"""Path of the experts in a DeepSpeed MoE layer."""
 SECOND_GROUP: dict[str, Any] = {"scale": "spectral", "momentum": 0.9, "nesterov": False, "weight_decay": 0.02}
-"""Options of the parameters with `group` 1, with half the learning rate; their rule is Muon's."""
+"""Options of the parameters with `group` 1. They have half the learning rate and the rule "muon"."""
 ADAMW_OPTIONS: dict[str, Any] = {"weight_decay": 0.05, "betas": (0.9, 0.95), "eps": 1e-8}
 
 
@@ -28,14 +28,13 @@ class Parameter:
     Attributes:
         name: unique; the parameter is `layers.<layer>.<name>.weight` of the model.
         shape: (M, N), (E, M, N) for experts, or one axis under AdamW.
-        kind: who steps it: "muon", "adamw" or, "frozen", nobody.
-        layer: module that holds it.
+        kind: its optimizer, "muon" or "adamw", or "frozen". layer: its module.
         heads, sizes, transposed: as of `layout.cut_parameter`.
         group: 1 for the second Muon group.
-        tp: the tensor axis that tensor parallelism cuts; None for a plain copy on all its ranks.
+        tp: the tensor axis that tensor parallelism cuts; None: a plain copy on all tp ranks.
         tied: the module holds the parameter under a second name too, and uses both.
-        fsdp_dim: the tensor axis that FSDP2 cuts, where it divides evenly; else 0.
-        listed: the parts along the first axis are experts of an MoE layer of DeepSpeed, parameters of their own.
+        fsdp_dim: the tensor axis that FSDP2 cuts if it divides evenly; else axis 0 is cut.
+        listed: each part along the first axis is an expert of a DeepSpeed MoE layer, and a separate parameter.
     """
 
     name: str
@@ -57,7 +56,7 @@ class Parameter:
 
     @property
     def fqns(self) -> tuple[str, ...]:
-        """Names of the model's parameters that hold it: one, or one for each expert."""
+        """Names of the model's parameters that hold it: one name, or one per expert."""
         if not self.listed:
             return (self.fqn,)
         return tuple(f"layers.{self.layer}.{self.name}.{EXPERTS}.{i}.weight" for i in range(self.shape[0]))
@@ -69,14 +68,14 @@ class Parameter:
         return {key: value for key, value in given.items() if value}
 
     def leaves_empty(self, tp: int) -> bool:
-        """Whether `torch.chunk` over `tp` ranks leaves one without elements."""
+        """Whether `torch.chunk` over `tp` ranks leaves a rank without elements."""
         if self.tp is None:
             return False
         length = self.shape[self.tp]
         return -(-length // -(-length // tp)) < tp
 
     def matrices(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Views of the matrices of a whole tensor. Written a second time, to test the package's own code."""
+        """Views of the matrices of a whole tensor. Does not use the package's code, in order to test it."""
         found = [tensor] if tensor.dim() == 2 else list(tensor)
         axis = -1 if self.transposed else -2
         out = found[0].size(axis)
@@ -89,10 +88,12 @@ class Setup:
     """The framework and mesh that hold the model.
 
     Attributes:
-        framework: "process", "ddp" (`replicate` ranks), "fsdp2" (any of the axes; without `shard` tensor parallelism
-            alone) or "zero" (DeepSpeed: `replicate`, and one of `tp`, AutoTP, `sp`, Ulysses, and `ep`, MoE layers).
+        framework: "process", "ddp" (`replicate` ranks), "fsdp2" (any of the axes; without `shard` only tensor
+            parallelism) or "zero" (DeepSpeed: `replicate`, and one of `tp`, AutoTP, `sp`, Ulysses, and `ep`, MoE
+            layers).
         replicate, shard, tp, sp: ranks along the axes of the mesh.
-        ep: ranks that share the experts of a layer, of the others; under "fsdp2" a multiple of `tp`.
+        ep: ranks that share the experts of a layer, among the ranks of the other axes; under "fsdp2" a multiple of
+            `tp`.
         stage: of ZeRO.
     """
 
@@ -110,12 +111,13 @@ class Setup:
 
     @property
     def data(self) -> int:
-        """Ranks with samples, or parts of samples, of their own."""
+        """Number of ranks that read different samples, or different parts of samples."""
         return self.replicate * self.shard * self.sp
 
     @property
     def for_good(self) -> bool:
-        """DeepSpeed keeps the groups of these axes for as long as the process lives."""
+        """Whether the ranks can run only this case: DeepSpeed keeps the groups of these axes until the process
+        ends."""
         return self.framework == ZERO and max(self.tp, self.sp, self.ep) > 1
 
     @property
@@ -129,7 +131,7 @@ class Setup:
         return self.ep > 1 and kind and not p.tied and p.shape[0] % self.ep == 0
 
     def problem(self) -> str | None:
-        """Why no framework has this mesh; None if one has."""
+        """The reason why no framework supports this mesh; None if one does."""
         if self.framework not in (PROCESS, DDP, FSDP2, ZERO):
             return "framework must be process, ddp, fsdp2 or zero"
         if self.framework == ZERO:
@@ -156,12 +158,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Resume:
-    """After `at` steps everything is rebuilt and loaded.
+    """After `at` steps the model and the optimizer are rebuilt and loaded.
 
     Attributes:
-        how: "reload" (`state_dict` and `load_state_dict`), "full" (`full_state_dict`, also onto another number of
-            ranks) or "checkpoint" (ours, onto anything).
-        setup: what holds the model afterwards.
+        how: "reload" (`state_dict` and `load_state_dict`), "full" (`full_state_dict`, also to another number of ranks)
+            or "checkpoint" (ours, to any layout). setup: framework and mesh afterwards.
     """
 
     at: int
@@ -171,21 +172,20 @@ class Resume:
 
 @dataclass(frozen=True)
 class Case:
-    """All that a run depends on.
+    """Everything that a run depends on.
 
     Attributes:
         seed: of weights and gradients.
         nesterov, scale: None for the rule's default.
-        rule_options: of the first group; a part is one of them.
-        ns_rows: rows of an own `ns_schedule`; none for Keller Jordan's.
+        rule_options: of the first group; a part is one of them. ns_rows: rows of a custom `ns_schedule`; empty: Keller
+            Jordan's.
         dtype: of weights and gradients; "bfloat16" or "float16" come with `rounding`.
         rounding: "master" (`master_weights`) or "stochastic" (`stochastic_rounding`).
         momentum_everywhere: the optimizer's option.
         audit: every step is audited; an alarm is an error.
-        by_pattern: groups are made by `param_groups(model, groups=...)`, an entry for each parameter.
-        wire: dtype of the messages, None for that of the updates.
-        clip: bound of the norm of all gradients.
-        clip_muon: with DeepSpeed, clip the gradients of Muon too.
+        by_pattern: groups are made by `param_groups(model, groups=...)`, one entry per parameter.
+        wire: dtype of the messages; None: the dtype of the updates. clip: bound of the norm of all gradients.
+        clip_muon: with DeepSpeed, clip Muon's gradients too.
         zero: (step, name, matrix) with a gradient of zero; matrix -1 means the whole parameter.
         missing: (step, name) without a gradient.
     """
@@ -221,9 +221,9 @@ class Case:
 
     @property
     def exact(self) -> bool:
-        """Whether gradients are made of few bits, so that every sum of them is exact in 16 bits too.
+        """Whether gradients have few bits, so that every sum of them is exact in 16 bits.
 
-        16-bit gradients would be rounded otherwise, before any optimizer sees them.
+        Otherwise 16-bit gradients would be rounded before any optimizer sees them.
         """
         return self.dtype != "float32"
 
@@ -242,12 +242,12 @@ class Case:
         return self.lr * (1 + step % 3) / 2
 
     def labels(self) -> list[str]:
-        """Under which a report counts this case: what holds the model first, the rule, the way to resume."""
+        """Labels under which a report counts this case: first framework, rule, way to resume."""
         resume = [f"resume {self.resume.how}"] if self.resume is not None else []
         return [self.setup.label(), f"rule {self.rule}", *resume]
 
     def to_json(self) -> str:
-        """One line; what is as by default is left out."""
+        """One line of JSON; default values are left out."""
         return json.dumps(_sparse(self), separators=(",", ":"))
 
     @staticmethod
@@ -268,7 +268,7 @@ class Case:
         return case
 
     def problem(self) -> str | None:
-        """Why this case means nothing; None if it does."""
+        """The reason why this case is not valid; None if it is."""
         if not any(p.kind == MUON for p in self.parameters):
             return "no parameter is Muon's"
         if self.steps < 1 or self.accumulation < 1:
@@ -291,7 +291,7 @@ class Case:
 
     @property
     def clips_moe(self) -> bool:
-        """Whether a bound of the norm would change what MoE layers of DeepSpeed come to: Muon's are exempt."""
+        """Whether clipping would change DeepSpeed's MoE layers; Muon's parameters are exempt from clipping."""
         moe = any(setup.framework == ZERO and setup.ep > 1 for setup, _ in self.segments())
         return moe and (self.clip_muon or any(p.kind == ADAMW for p in self.parameters))
 
@@ -316,7 +316,8 @@ class Case:
 
 
 def second_group(case: Case) -> dict[str, Any]:
-    """Options of the parameters with `group` 1. Patterns do not choose momentum: it is then that of the others."""
+    """Options of the parameters with `group` 1. Patterns cannot set momentum, so with `by_pattern` it is that of the
+    first group."""
     others = {"momentum": case.momentum, "nesterov": True} if case.by_pattern else {}
     return {**SECOND_GROUP, **others}
 

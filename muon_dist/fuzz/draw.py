@@ -52,13 +52,13 @@ _PARTS: dict[str, float | bool] = {
 }
 _ROWS = (((3.4445, -4.775, 2.0315), (2.0, -1.5, 0.5)), ((4.0848, -6.8946, 2.927), (1.875, -1.25, 0.375)) * 2)
 _ENGINES = 0.07
-"""Share of DeepSpeed: an engine costs as much as ten others."""
+"""Share of DeepSpeed cases: an engine takes as long as ten other cases."""
 _AXES = {"": 6, "tp": 3, "ep": 3, "sp": 1}
-"""AutoTP, MoE layers and Ulysses, how often: their processes are forked for one case."""
+"""Shares of AutoTP, MoE layers and Ulysses: their processes are forked for one case only."""
 
 
 def draw(seed: int, number: int, engines: bool = True) -> Case:
-    """Case `number` of a seed. engines: whether DeepSpeed may be drawn."""
+    """The case with this number and seed. engines: whether DeepSpeed may be drawn."""
     r = random.Random(f"{seed}/{number}")
     setup = draw_setup(r, engines)
     rule = r.choices(("muon", "normuon", "adamuon", "soap_muon", "hyperball", "namo"), (5, 2, 2, 2, 2, 2))[0]
@@ -116,19 +116,20 @@ def _with_options(r: random.Random, case: Case) -> Case:
 
 
 def _squared(r: random.Random, p: Parameter) -> Parameter:
-    """Square, for most: the eigenvectors of a singular covariance are no number of a formula, but of rounding."""
+    """Mostly square shapes: the eigenvectors of a singular covariance depend on rounding, not on the formula."""
     if p.kind != MUON or p.heads or p.sizes or r.random() < 0.3:
         return p
     return replace(p, shape=(*p.shape[:-1], p.shape[-2]))
 
 
 def _audited(case: Case, others: bool) -> bool:
-    """Whether a case may have an audit: SOAP may not, whose basis may hang on rounding. others: rows or options."""
+    """Whether a case may have an audit. SOAP may not, because its basis may depend on rounding. others: rows or
+    options."""
     return case.rule != "soap_muon" and case.scale != "unit_rms" and not others
 
 
 def _with_dtype(r: random.Random, case: Case) -> Case:
-    """16-bit weights for some; what has to be exact loses what would round its gradients."""
+    """Some cases with 16-bit weights; options that would round their gradients are removed."""
     plain = all(setup.framework != ZERO for setup, _ in case.segments())
     if plain and case.rule != "adamuon" and r.random() < 0.15:
         case = replace(case, dtype="bfloat16", rounding=r.choice(("master", "master", "stochastic")))
@@ -144,7 +145,7 @@ def _with_dtype(r: random.Random, case: Case) -> Case:
 
 
 def _with_experts(r: random.Random, case: Case) -> Case:
-    """With a parameter that the ranks of `ep` share, if there are any."""
+    """The case with a parameter that the ranks of `ep` share, if it has experts."""
     sizes = [setup.ep for setup, _ in case.segments() if setup.ep > 1]
     if not sizes:
         return case
@@ -160,10 +161,10 @@ def _with_experts(r: random.Random, case: Case) -> Case:
 
 
 def _holdable(case: Case) -> Case:
-    """The case, changed where torch cannot hold it.
+    """The case, changed if torch cannot hold it.
 
-    FSDP2 takes no parameter of which tensor parallelism leaves a rank nothing. And where it leaves all of Muon's
-    parameters only, the optimizer knows of no such axis.
+    FSDP2 refuses a parameter if tensor parallelism leaves a rank without elements of it. And if tensor parallelism
+    cuts none of Muon's parameters, the optimizer does not know of the axis.
     """
     over = [setup.tp for setup, _ in case.segments() if setup.needs_elements]
     if not over:
@@ -214,7 +215,7 @@ def _parameters(r: random.Random) -> tuple[Parameter, ...]:
     kinds = [MUON] * r.randint(1, 4) + [ADAMW] * r.randint(0, 2) + [FROZEN] * (r.random() < 0.15)
     found: list[Parameter] = []
     for i, kind in enumerate(kinds):
-        if found and kind == MUON and r.random() < 0.3:  # of one shape, as layers are: they are stacked
+        if found and kind == MUON and r.random() < 0.3:  # equal shapes, as in layers, so that they are stacked
             like = r.choice([p for p in found if p.kind == MUON])
             found.append(replace(like, name=f"p{i}", layer=r.randrange(layers)))
             continue
@@ -258,7 +259,7 @@ def _resume(r: random.Random, case: Case, engines: bool) -> Resume:
 
 
 def _with_gaps(r: random.Random, case: Case) -> Case:
-    """With gradients that are zero or missing; something has one in every step."""
+    """The case with gradients that are zero or missing; in every step some parameter has a gradient."""
     zero, missing = [], []
     engine = any(setup.framework == ZERO for setup, _ in case.segments())
     first = case.parameters[0]

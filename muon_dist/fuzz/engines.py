@@ -27,7 +27,7 @@ from muon_dist.fuzz.model import Layer, Model, Tensors, named
 
 
 class EngineHolder(Holder):
-    """An engine steps, accumulates and clips."""
+    """A holder whose DeepSpeed engine steps, accumulates and clips."""
 
     def __init__(self, case: Case, setup: Setup, weights: Mapping[str, torch.Tensor]) -> None:
         logger.setLevel("ERROR")
@@ -37,7 +37,7 @@ class EngineHolder(Holder):
         if setup.sp > 1:
             parallel_state_sp.initialize_sequence_parallel(setup.sp)
             mpu = parallel_state_sp
-        with contextlib.redirect_stdout(io.StringIO()):  # each MoE layer prints the group that it makes
+        with contextlib.redirect_stdout(io.StringIO()):  # each MoE layer prints its group
             self.engine, *_ = deepspeed.initialize(
                 model=self.model, optimizer=self.optimizer, config=_configuration(case, setup), mpu=mpu
             )
@@ -56,7 +56,7 @@ class EngineHolder(Holder):
         return model
 
     def fed(self, step: int, micro: int) -> Tensors:
-        """Below stage 3 DeepSpeed adds up the gradients of a sequence-parallel group: a rank has a part."""
+        """Below stage 3 DeepSpeed sums the gradients of a sequence-parallel group, so each rank has a part."""
         found = super().fed(step, micro)
         share = self.setup.sp if self.setup.stage < 3 else 1
         return {name: given / share for name, given in found.items()}
@@ -83,7 +83,7 @@ class EngineHolder(Holder):
         return found
 
     def _of_this_rank(self) -> Tensors:
-        """The whole weights, by their names in this rank's module."""
+        """The whole weights by their names in this rank's module."""
         found = {}
         for name, p in self.parameters.items():
             if not p.requires_grad:
@@ -104,13 +104,13 @@ class EngineHolder(Holder):
 
 
 def _share(layer: Layer, p: Parameter, ep: int) -> None:
-    """Put an MoE layer of DeepSpeed's in place of all experts; this rank holds some of them."""
+    """Replace all experts by a DeepSpeed MoE layer; this rank holds some of them."""
     local = p.shape[0] // ep
     first = dist.get_rank() % ep * local
     of_all = [use for use in layer.uses if use.key == p.fqn]
     modules: list[Any] = [layer.get_submodule(use.path) for use in of_all]
     moe: Any = MoE(p.shape[-1], modules[0], p.shape[0], ep)
-    moe.deepspeed_moe.gate.wg = nn.Identity()  # a router's weight would be a parameter that the case does not have
+    moe.deepspeed_moe.gate.wg = nn.Identity()  # the router's weight would be a parameter that is not in the case
     layer.add_module(p.name, moe)
     held = [replace(use, path=of_all[i].path) for i, use in enumerate(of_all[first : first + local])]
     for made, module in zip(moe.deepspeed_moe.experts.deepspeed_experts, modules[first : first + local], strict=True):
@@ -119,12 +119,13 @@ def _share(layer: Layer, p: Parameter, ep: int) -> None:
 
 
 def cut_by_autotp(p: Parameter, setup: Setup) -> bool:
-    """Whether AutoTP cuts a parameter: a weight of a module that multiplies, used once."""
+    """Whether AutoTP cuts a parameter: the weight of a linear module that is used once."""
     return setup.tp > 1 and p.tp is not None and len(p.shape) == 2 and not p.tied
 
 
 def _fused(p: Parameter, tp: int) -> tuple[int, ...]:
-    """The parts along the first axis that are each split over the ranks; a weight that is not fused has one part."""
+    """Sizes of the parts along the first axis, each of which is split over the ranks; a weight that is not fused has
+    one part."""
     fused = p.sizes is not None and not p.transposed and p.tp == 0 and all(n % tp == 0 for n in p.sizes)
     return p.sizes if fused and p.sizes is not None else (p.shape[p.tp or 0],)
 
@@ -135,7 +136,7 @@ def _part(whole: torch.Tensor, p: Parameter, tp: int, rank: int) -> torch.Tensor
 
 
 def _joined(parts: list[torch.Tensor], p: Parameter) -> torch.Tensor:
-    """What `_part` took apart, by rank."""
+    """The whole weight from the parts of all ranks, the inverse of `_part`."""
     axis, tp = p.tp or 0, len(parts)
     fused = _fused(p, tp)
     if len(fused) == 1:

@@ -25,7 +25,7 @@ SECOND = "second"
 
 
 def make_optimizer(case: Case, model: Any, parameters: Mapping[str, Any]) -> Muon:
-    """The optimizer of a case over the parameters of `model`, which are given by FQN in the whole model too."""
+    """The optimizer of a case over the parameters of `model`, which are also given by their FQN in the whole model."""
     own = {"weight_decay": case.weight_decay, "scale": case.scale, "nesterov": case.nesterov}
     first: dict[str, Any] = {
         "rule": case.rule,
@@ -71,7 +71,7 @@ def make_optimizer(case: Case, model: Any, parameters: Mapping[str, Any]) -> Muo
 def _groups(
     case: Case, model: Any, parameters: Mapping[str, Any], kind: str, number: int, **options: Any
 ) -> Iterator[dict[str, Any]]:
-    """One for all parameters but the experts of MoE layers, and one for these, as DeepSpeed asks."""
+    """One group for all parameters except the experts of MoE layers, and one for these, as DeepSpeed requires."""
     own_names = {id(q): name for name, q in model.named_parameters()}
     by_ranks: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
     for p in case.parameters:
@@ -86,7 +86,7 @@ def _groups(
 
 
 def _by_pattern(case: Case, model: Any, options: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups as a user writes them: an entry for each parameter, and what entries do not say on the groups."""
+    """Groups as a user writes them: one entry per parameter; options that entries lack are set on the groups."""
     said = ("weight_decay", "scale", "rule", "rule_options")
     trained = [p for p in case.parameters if p.kind != FROZEN]
     entries = []
@@ -114,8 +114,8 @@ class Holder:
     """The model and its optimizer on this rank.
 
     Args:
-        case, setup: what is run, and the framework that holds it.
-        weights: to begin with, by FQN; whole tensors, the same on all ranks.
+        case, setup: the case, and the framework that holds the model. weights: first weights by FQN, whole tensors,
+            equal on all ranks.
     """
 
     def __init__(self, case: Case, setup: Setup, weights: Mapping[str, torch.Tensor]) -> None:
@@ -126,7 +126,7 @@ class Holder:
         self.optimizer = make_optimizer(case, module, self.parameters)
         names = [fqn for p in case.parameters if _options_of(p) == SECOND for fqn in p.fqns]
         second = {id(self.parameters[fqn]) for fqn in names if fqn in self.parameters}
-        # By index: an engine puts tensors of its own into the groups.
+        # By index, because an engine replaces the tensors in the groups.
         self._second = [any(id(p) in second for p in group["params"]) for group in self.optimizer.param_groups]
 
     def wrap(self, model: Model) -> Any:
@@ -147,10 +147,10 @@ class Holder:
         self.finish()
 
     def fed(self, step: int, micro: int) -> Tensors:
-        """What this rank's micro-batch feeds to the model, by `Parameter.fqn`.
+        """The model's inputs for this rank's micro-batch, by `Parameter.fqn`.
 
-        Experts get the tokens of all ranks that share those of a layer. Their gradients are then divided by all data
-        ranks under DeepSpeed; FSDP2 divides by those that hold the same experts.
+        Experts get the tokens of all ranks that share a layer's experts. DeepSpeed then divides their gradients by the
+        number of all data-parallel ranks, FSDP2 by the number of ranks that hold the same experts.
         """
         case, setup = self.case, self.setup
         found = sample(case, step, self.data_rank * case.accumulation + micro)
@@ -181,7 +181,7 @@ class Holder:
 
     @torch.no_grad()
     def _clip(self, bound: float) -> None:
-        # torch.nn.utils.clip_grad_norm_ takes no gradients of several meshes.
+        # torch.nn.utils.clip_grad_norm_ refuses gradients on several meshes.
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.stack([whole(torch.linalg.vector_norm(g)) for g in gradients]).norm()
         factor = min(1.0, bound / (float(norm) + 1e-6))
@@ -189,7 +189,7 @@ class Holder:
             (g.to_local() if isinstance(g, DTensor) else g).mul_(factor)
 
     def whole(self) -> Tensors:
-        """The weights, whole, by `Parameter.fqn`; a collective."""
+        """The whole weights by `Parameter.fqn`; a collective."""
         found = self.wholes()
         return {
             p.fqn: torch.stack([found[name] for name in p.fqns]) if p.listed else found[p.fqn]
@@ -201,18 +201,18 @@ class Holder:
         return {name: self._whole(p) for name, p in self.parameters.items()}
 
     def _whole(self, p: Any) -> torch.Tensor:
-        """A weight in fp32, whole: its master, if it has one."""
+        """A whole weight in fp32: its master copy, if it has one."""
         found = whole(p.detach())
         master = self.optimizer.state.get(p, {}).get("master_weight")
         if master is None:
             return found.float().clone()
         master = whole(master)
         if not torch.equal(master.to(found.dtype), found):
-            raise AssertionError("a weight is not its master, rounded")
+            raise AssertionError("a weight differs from its rounded master copy")
         return master.float().clone()
 
     def check(self) -> None:
-        """Raises AssertionError for an alarm of the audit: there is nothing to find."""
+        """Raises AssertionError if the audit raised an alarm: every alarm here is false."""
         audit = self.optimizer.audit
         if audit is not None and audit.alarms:
             raise AssertionError(f"the audit has raised an alarm: {audit.alarms[0]}")
@@ -222,7 +222,7 @@ class Holder:
         return module_state.holding(self.model, self.optimizer, dist.get_world_size(), source=source)
 
     def close(self) -> None:
-        """Give back what the framework keeps outside the objects."""
+        """Release the state that the framework keeps outside its objects."""
 
 
 def whole(tensor: Any) -> torch.Tensor:

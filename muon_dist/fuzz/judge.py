@@ -16,33 +16,32 @@ from muon_dist.fuzz.work import Found, run_segment
 
 RIGHT, WRONG, REFUSED = "right", "wrong", "refused"
 TOLERANCE, ROUNDED_TOLERANCE = 1e-3, 0.3
-"""Of the error of `distance`. Newton-Schulz makes rounding up to 485 times larger where a singular value is small, and
-far more where the messages themselves are rounded to 16 bits."""
+"""Largest error (`distance`) of a right case, and the same with 16-bit messages. Newton-Schulz makes rounding up to
+485 times larger if a singular value is small, and far more if messages are rounded to 16 bits."""
 NOISE, ROUNDED_NOISE = 3e-7, 4e-3
-"""What rounding does to the input of Newton-Schulz, in fp32 and in bfloat16. AdaMuon and SOAP divide what comes out by
-its own size, element by element: where an element is zero but for rounding, rounding decides it."""
+"""Relative size of rounding in the input of Newton-Schulz, in fp32 and in bfloat16. AdaMuon and SOAP divide the result
+by its own size, element by element: if an element is zero except for rounding, rounding decides it."""
 SPREAD_SHARE = 8.0
-"""How often the error may be as large as what such noise does to the references that have it."""
+"""The error may be this many times the effect of such noise on the references."""
 _NOISY, _MORE_NOISY = 3, 30
-"""References with noise, and how many more are computed before a case is called wrong: one reference may draw little
-noise just where rounding decides."""
+"""References with noise, and how many more are computed before a case is called wrong: a single reference may have
+little noise exactly where rounding decides."""
 STOCHASTIC = 2.0**-7
-"""Stochastic rounding moves a bfloat16 weight by less than this share of it, in each step (hyperball: twice)."""
+"""Stochastic rounding changes a bfloat16 weight by less than this share of it per step (hyperball: twice per step)."""
 PATIENCE = 60.0
-"""Seconds after which a case hangs: it takes about one, and machines do other work too."""
+"""After so many seconds a case counts as hanging; a case takes about one second, more on a busy machine."""
 _JOBS_OF_A_POOL = 150
-"""Process groups that frameworks make are never given back: after so many jobs the ranks are forked again."""
+"""After so many jobs the ranks are forked again, because process groups made by frameworks are never released."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a case ended.
+    """The result of a case.
 
     Attributes:
         kind: "right", "wrong" or "refused".
-        error: the largest of any parameter, see `distance`; None if nothing could be compared.
-        parameter: that has it.
-        message: why it was refused or is wrong.
+        error: the largest error of any parameter, see `distance`; None if nothing could be compared. parameter: the
+            parameter with it. message: why the case was refused or is wrong.
     """
 
     kind: str
@@ -56,9 +55,9 @@ def tolerance(case: Case) -> float:
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor, first: torch.Tensor, rounded: float = 0.0) -> float:
-    """||found - wanted|| over ||wanted - first|| + 1e-3 ||wanted||: an error of the change, where there is one.
+    """||found - wanted|| / (||wanted - first|| + 1e-3 ||wanted||): the error as a share of the change.
 
-    rounded: share of the norm of the weights by which they may differ besides.
+    rounded: further difference that is allowed, as a share of the norm of the weights.
     """
     if found.shape != wanted.shape or not bool(torch.isfinite(found).all()):
         return float("inf")
@@ -68,11 +67,10 @@ def distance(found: torch.Tensor, wanted: torch.Tensor, first: torch.Tensor, rou
 
 
 class Judge:
-    """Keeps ranks of each number, and runs cases on them.
+    """Keeps forked ranks per world size, and runs cases on them.
 
     Args:
-        prepare: called in every rank, for tests.
-        patience: seconds after which a case hangs.
+        prepare: called in every rank, for tests. patience: seconds after which a case counts as hanging.
     """
 
     def __init__(self, prepare: Callable[[], None] | None = None, patience: float = PATIENCE) -> None:
@@ -107,7 +105,7 @@ class Judge:
             noisy += [_noisy(case, _NOISY + seed) for seed in range(_MORE_NOISY)]
             outcome = _compare(case, reference, noisy, found)
         if outcome.kind == RIGHT and orthogonalized != reference.orthogonalized:
-            said = f"{orthogonalized} matrices were orthogonalized in place of {reference.orthogonalized}"
+            said = f"{orthogonalized} matrices were orthogonalized instead of {reference.orthogonalized}"
             return Outcome(WRONG, outcome.error, outcome.parameter, said)
         return outcome
 
@@ -120,7 +118,7 @@ class Judge:
             pool = self._pools[world] = Pool(world, self._patience, self._prepare)
         answers = pool.run(run_segment, text, number, folder)
         spent = setup.for_good or pool.jobs >= _JOBS_OF_A_POOL
-        if spent or any(a.kind != "done" for a in answers):  # messages may be on their way
+        if spent or any(a.kind != "done" for a in answers):  # messages may still be in transit
             self._close(world)
         return answers
 
@@ -130,7 +128,7 @@ class Judge:
 
 
 def _noisy(case: Case, seed: int) -> Reference:
-    """The weights of the whole case, computed with noise of the size of rounding."""
+    """The final weights of the case, computed with noise of the size of rounding."""
     reference = Reference(case, ROUNDED_NOISE if case.wire == "bfloat16" else NOISE, seed)
     for _, steps in case.segments():
         for step in steps:
@@ -156,7 +154,7 @@ def _compare(case: Case, reference: Reference, noisy: Sequence[Reference], found
 
 
 def _groups(case: Case, setup: Setup) -> int:
-    """Groups of ranks that step the same matrices, not knowing of each other: no matrix lies on the axis of tp."""
+    """Groups of ranks that step the same matrices independently, because no matrix is cut along the tp axis."""
     known = setup.shard == 1 or any(p.kind == MUON and (p.tp is not None or setup.shares(p)) for p in case.parameters)
     return 1 if known else setup.tp
 

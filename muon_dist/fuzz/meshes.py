@@ -1,4 +1,4 @@
-"""FSDP2, HSDP and tensor parallelism, alone and together."""
+"""FSDP2, HSDP and tensor parallelism, each and in combination."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPLICATE, SHARD, TP, EP = "dp_replicate", "dp_shard", "tp", "ep"
 
 @functools.cache
 def mesh_of(setup: Setup) -> DeviceMesh:
-    """The axes of more than one rank. Made once: each makes process groups, which stay."""
+    """The mesh of the axes with more than one rank. It is made once, because its process groups stay."""
     axes = {REPLICATE: setup.replicate, SHARD: setup.shard, TP: setup.tp}
     used = {name: size for name, size in axes.items() if size > 1}
     return init_device_mesh("cpu", tuple(used.values()), mesh_dim_names=tuple(used))
@@ -27,19 +27,20 @@ def mesh_of(setup: Setup) -> DeviceMesh:
 
 @functools.cache
 def mesh_of_experts(setup: Setup) -> DeviceMesh:
-    """The second view of the same ranks: `ep` and what it leaves of shard x tp, also where that is one rank."""
+    """The second mesh of the same ranks: `ep`, and shard x tp / ep even if that is 1."""
     axes = {REPLICATE: setup.replicate, SHARD: setup.shard * setup.tp // setup.ep, EP: setup.ep}
     used = {name: size for name, size in axes.items() if size > 1 or name == SHARD}
     return init_device_mesh("cpu", tuple(used.values()), mesh_dim_names=tuple(used))
 
 
 def _data(mesh: DeviceMesh, setup: Setup) -> Any:
-    """The axes of a mesh over which `fully_shard` cuts and copies."""
+    """The mesh over which `fully_shard` cuts and copies."""
     return mesh[(REPLICATE, SHARD)] if setup.replicate > 1 else mesh[SHARD]
 
 
 class MeshHolder(Holder):
-    """Parameters as `parallelize_module` leaves them, below `fully_shard` of every layer and of the whole."""
+    """A holder with the parameters of `parallelize_module`, then `fully_shard` of every layer and of the whole
+    model."""
 
     def wrap(self, model: Model) -> Any:
         for p in self.case.parameters:
@@ -70,7 +71,7 @@ class MeshHolder(Holder):
 
 
 def _distribute(layer: Any, p: Parameter, mesh: DeviceMesh) -> None:
-    """As `ColwiseParallel` and `RowwiseParallel` do with a Linear; these take no experts."""
+    """Cuts parameters like `ColwiseParallel` and `RowwiseParallel` cut a Linear; those two do not accept experts."""
     module = layer.get_submodule(p.name)
     given = module.weight
     cut = nn.Parameter(distribute_tensor(given.detach(), mesh, [Shard(p.tp or 0)]), requires_grad=given.requires_grad)

@@ -1,6 +1,6 @@
-"""A model whose gradients are given: its loss is the sum of its parameters times what it is fed.
+"""A model with given gradients: its loss is the sum of its parameters times its inputs.
 
-So the real DDP, FSDP2 and DeepSpeed average, shard, accumulate and clip, and one process knows what must come out.
+So the real DDP, FSDP2 and DeepSpeed average, shard, accumulate and clip, and one process can compute the right result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from muon_dist.fuzz.case import EXPERTS, FROZEN, Case, Parameter
 Tensors = dict[str, torch.Tensor]
 TIED = "_again"
 _SIZES = (1.0, 0.125, 8.0)
-"""Gradients differ in size between steps, so that clipping changes what momentum is made of."""
+"""Gradients differ in size between steps, so that clipping changes the momentum."""
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -35,7 +35,7 @@ def start(case: Case) -> Tensors:
 
 
 def _numbered(case: Case) -> Iterator[tuple[int, Parameter]]:
-    """Parameters with numbers that do not change when others are left out."""
+    """Parameters with their numbers, which do not change if other parameters are left out."""
     for p in case.parameters:
         yield int.from_bytes(p.name.encode(), "little"), p
 
@@ -58,7 +58,7 @@ def sample(case: Case, step: int, number: int) -> Tensors:
 
 
 class Weight(nn.Module):
-    """One parameter, as an `nn.Linear` holds it: AutoTP replaces such modules."""
+    """One parameter in a module like `nn.Linear`, which AutoTP replaces."""
 
     bias = None
 
@@ -72,13 +72,11 @@ class Weight(nn.Module):
 
 @dataclass(frozen=True)
 class Use:
-    """What a layer does with one of its modules.
+    """One use of a module by a layer.
 
     Attributes:
-        fqn: of its weight in the whole model.
-        path: of the module in the layer.
-        key, expert: what it is fed, or which part of that along the first axis.
-        part: takes from that what belongs to this rank's part of the weight.
+        fqn: name of its weight in the whole model. path: path of the module in the layer. key, expert: the input, or
+            the expert's part of it along the first axis. part: selects from the input this rank's part of the weight.
     """
 
     fqn: str
@@ -93,10 +91,10 @@ class Use:
 
 
 class Layer(nn.Module):
-    """Parameters that one module holds.
+    """The parameters of one module.
 
     Attributes:
-        uses: a wrapper that replaces modules changes them.
+        uses: changed by a wrapper that replaces modules.
     """
 
     def __init__(self, parameters: list[Parameter], weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -120,18 +118,18 @@ class Layer(nn.Module):
             if use.key in fed:
                 module: Any = self.get_submodule(use.path)
                 given = use.fed(fed)
-                # A module of AutoTP's multiplies in another way.
+                # A module of AutoTP multiplies in another way.
                 terms.append(module(given) if isinstance(module, Weight) else product(module.weight, given))
         return torch.stack(terms).sum()
 
 
 def pieces(p: Parameter, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """What the model's parameters hold of a whole tensor, in the order of `Parameter.fqns`."""
+    """The parts of a whole tensor in the model's parameters, in the order of `Parameter.fqns`."""
     return list(tensor) if p.listed else [tensor]
 
 
 def _listed(experts: list[Weight]) -> nn.Module:
-    """The experts below the names that an MoE layer of DeepSpeed gives them."""
+    """The experts under the names that a DeepSpeed MoE layer gives them."""
     found: nn.Module = nn.ModuleList(experts)
     for name in reversed(EXPERTS.split(".")):
         found = nn.ModuleDict({name: found})
@@ -139,7 +137,7 @@ def _listed(experts: list[Weight]) -> nn.Module:
 
 
 def product(parameter: Any, fed: torch.Tensor) -> torch.Tensor:
-    if isinstance(parameter, DTensor):  # this rank's part of the sum is enough: its gradient is this rank's part
+    if isinstance(parameter, DTensor):  # its gradient is this rank's part, and so is the sum
         mesh = parameter.device_mesh
         whole = DTensor.from_local(fed, mesh, [Replicate()] * mesh.ndim, run_check=False)
         fed = whole.redistribute(placements=parameter.placements).to_local()
@@ -157,10 +155,10 @@ class Model(nn.Module):
         by_layer = ([p for p in case.parameters if p.layer == i] for i in range(count))
         self.layers = nn.ModuleList(Layer(of_layer, weights, dtype) for of_layer in by_layer)
 
-    def forward(self, **fed: torch.Tensor) -> torch.Tensor:  # by name: AutoTP compares them over its ranks
+    def forward(self, **fed: torch.Tensor) -> torch.Tensor:  # by name, because AutoTP compares names over its ranks
         return torch.stack([layer(fed) for layer in self.layers]).sum()
 
 
 def named(model: Any) -> dict[str, Any]:
-    """This rank's parameters by their FQN in the whole model; tied ones once. model: without a wrapper around it."""
+    """This rank's parameters by their FQN in the whole model; tied ones once. model: without a wrapper."""
     return {use.fqn: layer.get_submodule(use.path).weight for layer in model.layers for use in layer.uses}

@@ -1,4 +1,4 @@
-"""Forked gloo ranks that stay: a fork and a process group cost more than a case."""
+"""Forked gloo ranks that run many cases: a fork and a process group take longer than a case."""
 
 from __future__ import annotations
 
@@ -28,23 +28,22 @@ from muon_dist.errors import AuditError, MuonDistError
 
 Job = Callable[..., Any]
 GRACE = 5.0
-"""Seconds that the other ranks get once one has failed: what one refuses, all should refuse."""
+"""Seconds that the other ranks get after one has failed, because all should refuse the same case."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The outcome of a rank. kind: "done", "refused" (one of our errors), "failed" (any other) or "hung"."""
+    """The outcome of a rank. kind: "done", "refused" (an error of muon_dist), "failed" (any other error) or "hung"."""
 
     kind: str
     value: Any
 
 
 class Pool:
-    """Ranks that run one job after another, together.
+    """Ranks that run one job after another, all the same job.
 
     Args:
-        world_size: how many.
-        patience: seconds for a job.
+        world_size: number of ranks. patience: seconds for a job.
         prepare: called once in every rank, for tests.
     """
 
@@ -69,7 +68,8 @@ class Pool:
         gc.unfreeze()
 
     def run(self, job: Job, *args: Any) -> list[Answer]:
-        """`job(*args)` on every rank; answers in rank order. After one that is not done, close the pool."""
+        """`job(*args)` on every rank; answers in rank order. If an answer is not "done", the caller must close the
+        pool."""
         self.jobs += 1
         message = pickle.dumps((job, args))
         answers: dict[int, Answer] = {}
@@ -95,7 +95,7 @@ class Pool:
         return [answers[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
-        """End the ranks, whatever they do."""
+        """End the ranks, even while they work."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -124,7 +124,7 @@ def _serve(
     if prepare is not None:
         prepare()
     while True:
-        while not pipe.poll(2.0):  # ranks hold each other's ends of pipes: none sees that the parent has died
+        while not pipe.poll(2.0):  # ranks hold each other's ends of pipes, so none notices that the parent has died
             if os.getppid() != parent:
                 os._exit(0)
         try:

@@ -17,16 +17,16 @@ from muon_dist.optim.reference import plain_newton_schulz
 
 
 class Reference:
-    """The weights of a case, stepped plainly.
+    """The weights of a case, stepped by the plain algorithm.
 
     Args:
-        noise: of what Newton-Schulz gets and of SOAP's products, relative to their norm. Two references, one with
-            noise, tell how much of a case rounding decides.
+        noise: on the input of Newton-Schulz and on SOAP's products, relative to their norm. Two references, one with
+            noise, show how much of the result rounding decides.
         seed: of the noise.
 
     Attributes:
         weights: by FQN, in fp64.
-        orthogonalized: matrices that a step has to orthogonalize, over all steps so far.
+        orthogonalized: number of matrices that had to be orthogonalized in all steps so far.
     """
 
     def __init__(self, case: Case, noise: float = 0.0, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""The fuzzer's loop and what it says."""
+"""The fuzzer's loop and its report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SEARCHED = 20_000
 
 @dataclass
 class Wrong:
-    """A case that is wrong, as it was drawn and shrunk."""
+    """A wrong case, as drawn and as shrunk."""
 
     number: int
     drawn: Case
@@ -48,10 +48,9 @@ class Report:
 
     Attributes:
         counts: right, wrong and refused.
-        by: of each framework, rule and way to resume, cases by outcome.
-        refusals: messages, their first line, and how often.
-        refused_cases: the same messages, and the command that runs the first case of each again.
-        largest: the largest error of a right case, with messages as wide as the updates, and its replay.
+        by: per framework, rule and way to resume, the number of cases by outcome. refusals: first line of each message
+            -> count. refused_cases: first line of each message -> command that runs its first case again. largest: the
+            largest error of a right case whose messages are as wide as the updates, and its replay.
     """
 
     seed: int
@@ -122,14 +121,14 @@ def fuzz(
     """Run cases for `seconds`, each against the reference, and shrink those that are wrong.
 
     Args:
-        seed: the cases follow from it; how many there are follows from the machine.
+        seed: decides the cases; the speed of the machine decides their number.
         say: prints a line.
         only: text that a label of each case must contain.
         engines: whether DeepSpeed may be drawn; by default if it is installed.
         prepare: called in every rank, for tests.
         stop_at_first: end with the first wrong case.
         shrink_seconds: for each wrong case.
-        patience: seconds after which a case hangs.
+        patience: seconds after which a case counts as hanging.
 
     Raises:
         ConfigError: no case has a label with the text `only`.
@@ -176,7 +175,7 @@ def replay(text: str, say: Say = print) -> Outcome:
 
 
 def warm(engines: bool) -> None:
-    """Import, before ranks are forked, what they would each import."""
+    """Import, before ranks are forked, the modules that each rank would import."""
     torch.set_num_threads(1)
     import muon_dist.fuzz.meshes
 
@@ -189,7 +188,7 @@ def command(seconds: float, seed: int, json_file: Path | None, case: str | None,
 
     Raises:
         InexactError: a case is wrong.
-        ConfigError: `case` is none, or nothing has a label with the text `only`.
+        ConfigError: `case` is not a case, or no case has a label with the text `only`.
     """
     if case is not None:
         outcome = replay(case, say)

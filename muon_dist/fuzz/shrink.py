@@ -22,7 +22,7 @@ def shrink(case: Case, outcome: Outcome, run: Callable[[Case], Outcome], seconds
 
     Args:
         run: judges a case.
-        seconds: no other is begun after these.
+        seconds: after this time no further case is begun.
     """
     end = time.monotonic() + seconds
     progress = True
@@ -41,7 +41,7 @@ def shrink(case: Case, outcome: Outcome, run: Callable[[Case], Outcome], seconds
 
 
 def candidates(case: Case) -> Iterator[Case]:
-    """Cases with one thing less, the largest steps first."""
+    """Cases with one part removed, the largest parts first."""
     if case.resume is not None:
         yield replace(case, resume=None)
     yield from (case.shortened(steps) for steps in sorted({1, case.steps // 2, case.steps - 1}) if steps < case.steps)

@@ -32,7 +32,8 @@ class Found:
 
 
 def run_segment(text: str, number: int, folder: str) -> Found:
-    """The steps of segment `number` of a case given as JSON; what a segment leaves to the next goes to `folder`."""
+    """Run the steps of segment `number` of a case given as JSON; the state for the next segment is written to
+    `folder`."""
     case = Case.from_json(text)
     setup, steps = case.segments()[number]
     resume = case.resume
@@ -65,7 +66,7 @@ def hold(case: Case, setup: Setup, weights: Mapping[str, torch.Tensor]) -> Holde
 
 
 def reloaded(before: Holder) -> Holder:
-    """A new model and optimizer that load the old one's `state_dict` on the same ranks."""
+    """A new model and optimizer that load the `state_dict` of the old ones on the same ranks."""
     after = hold(before.case, before.setup, before.whole())
     after.optimizer.load_state_dict(before.optimizer.state_dict())
     return after
@@ -84,7 +85,7 @@ def _leave(holder: Holder, resume: Resume, folder: Path) -> None:
 
 
 def resumed(case: Case, setup: Setup, resume: Resume | None, folder: Path) -> Holder:
-    """A holder that continues from what the first segment has left."""
+    """A holder that continues from the state of the first segment."""
     assert resume is not None
     if resume.how == FULL:
         saved = torch.load(folder / _FULL)

@@ -91,7 +91,7 @@ def _job(
     settings = load_config(config, overrides)
     fewest, most = parse_nodes(nodes)
     where = ["--run-dir", run_dir] if run_dir is not None else []
-    # whatever starts the same command again continues from what is there
+    # a restart of the same command continues from the newest checkpoint
     arguments = ("train", str(config), *overrides, *where, "--resume", IF_ANY)
     job = Job(
         name=name if name is not None else settings.name,
@@ -106,13 +106,13 @@ def _job(
     )
     secret = [word.partition("=")[0] for word in overrides if _is_secret(word)]
     if secret:
-        _warn([f"{', '.join(secret)}: the value stands in the file that is written; better set it in the environment"])
+        _warn([f"{', '.join(secret)}: the value is written into the file; better set it in the environment"])
     _warn(check_resumable(settings.model_dump(mode="json"), job, repeated))
     return job
 
 
 def _is_secret(word: str) -> bool:
-    """Whether a KEY=VALUE looks like a credential; a number is none (evaluation.generate_tokens=64)."""
+    """Whether a KEY=VALUE looks like a credential; a number does not (evaluation.generate_tokens=64)."""
     from muon_dist.config import is_secret
 
     key, equals, value = word.partition("=")
@@ -133,7 +133,8 @@ def _warn(warnings: Sequence[str]) -> None:
 
 
 def _write(text: str, output: Path | None, executable: bool = False, start: str | None = None) -> None:
-    """Write a file, or print it without `output`. start: the command that starts a run from it, to be shown."""
+    """Write a file, or print it without `output`. start: the command that starts a run from the file, for a
+    message."""
     from muon_dist.errors import ConfigError
 
     if output is None:
@@ -160,7 +161,7 @@ def torchrun(
     master_addr: AddressOption = "127.0.0.1",
     master_port: PortOption = 29500,
     static: Annotated[
-        bool, typer.Option("--static", help="Pass each machine's number by hand, instead of c10d.")
+        bool, typer.Option("--static", help="Give each machine its number by hand, instead of c10d.")
     ] = False,
     max_restarts: Annotated[
         int | None,
@@ -207,7 +208,7 @@ def slurm(
     account: Annotated[str | None, typer.Option(help="sbatch's option of this name.")] = None,
     qos: Annotated[str | None, typer.Option(help="sbatch's option of this name.")] = None,
     constraint: Annotated[str | None, typer.Option(help="sbatch's option of this name.")] = None,
-    exclusive: Annotated[bool, typer.Option("--exclusive", help="Share no machine with other jobs.")] = False,
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="Do not share machines with other jobs.")] = False,
     log: Annotated[str, typer.Option(help="sbatch's --output.")] = "%x-%j.out",
     name: NameOption = None,
     run_dir: RunDirOption = None,
@@ -216,7 +217,7 @@ def slurm(
     interface: InterfaceOption = None,
     output: OutputOption = None,
 ) -> None:
-    """A script for sbatch: one task a machine, a signal before the time limit, requeue and resume."""
+    """A script for sbatch: one task per machine, a signal before the time limit, requeue and resume."""
     from muon_dist.launcher.slurm import Slurm, render_slurm
 
     job = _job(config, overrides or [], nodes, gpus, processes, name, run_dir, "SLURM's requeue",
@@ -255,7 +256,7 @@ def k8s(
     interface: InterfaceOption = None,
     output: OutputOption = None,
 ) -> None:
-    """A Kubernetes manifest: TrainJob with a runtime of its own, or PyTorchJob."""
+    """A Kubernetes manifest: a TrainJob with its own runtime, or a PyTorchJob."""
     from muon_dist.errors import ConfigError
     from muon_dist.launcher.kubernetes import Kubernetes, render_kubernetes
 
@@ -293,8 +294,8 @@ def deepspeed(
     files = render_hostfile(job, host, master_port, _made_by())
     _warn(check_address(host[0], master_port, job.nodes))
     _write(files.text, output)
-    # DeepSpeed carries few variables to the other machines by itself, and these from a file
-    note = "# in ~/.deepspeed_env on the first machine, which DeepSpeed carries to the others:"
+    # By itself DeepSpeed passes few variables to the other machines.
+    note = "# for ~/.deepspeed_env on the first machine; DeepSpeed passes them to the others:"
     _show([note, *(f"#   {variable}" for variable in variables(job))], files.command, output)
 
 

@@ -16,16 +16,17 @@ from muon_dist.launcher.shell import header, words
 
 @dataclass(frozen=True)
 class Files:
-    """A file for a launcher, and the command that uses it. `name` of the file stands in the command as {file}."""
+    """A file for a launcher, and the command that uses it. In the command, {file} stands for the file's path."""
 
     text: str
     command: str
 
 
 def render_hostfile(job: Job, hosts: Sequence[str], port: int, command: Sequence[str]) -> Files:
-    """DeepSpeed's hostfile, a line a machine, and the command for the first of them (one machine: without the file).
+    """DeepSpeed's hostfile, one line per machine, and the command for the first machine (one machine: without the
+    file).
 
-    Raises ConfigError when the number of hosts is not the number of machines, a host comes twice, or the job is
+    Raises ConfigError if the number of hosts is not the number of machines, a host is named twice, or the job is
     elastic.
     """
     _fixed(job, "deepspeed")
@@ -34,10 +35,10 @@ def render_hostfile(job: Job, hosts: Sequence[str], port: int, command: Sequence
     for host in hosts:
         check_address(host, port, 1)
     lines = [header(command), *(f"{host} slots={job.processes}" for host in hosts)]
-    # --module: what follows is a module; --no_local_rank: muon-dist takes it from the environment, not as an argument
+    # --module: a module follows; --no_local_rank: muon-dist reads the local rank from the environment
     last = ["--master_port", str(port), "--no_local_rank", "--module"]
     if job.nodes == 1:
-        # with a hostfile DeepSpeed wants ssh even to itself, and without one it looks in /job/hostfile
+        # with a hostfile DeepSpeed uses ssh even to this machine; without one it reads /job/hostfile
         where = shlex.join(["--hostfile", "/dev/null", "--num_gpus", str(job.processes), *last])
     else:
         where = f"--hostfile {{file}} {shlex.join(['--master_addr', hosts[0], *last])}"
@@ -52,7 +53,7 @@ def render_accelerate(job: Job, address: str, port: int, command: Sequence[str])
     """
     _fixed(job, "accelerate")
     if not job.gpus and job.nodes * job.processes > 1:
-        raise ConfigError("accelerate starts several processes without GPUs through mpirun alone; use launch torchrun")
+        raise ConfigError("accelerate starts several processes without GPUs only through mpirun; use launch torchrun")
     settings: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "debug": False,

@@ -10,7 +10,7 @@ from typing import Any
 
 from muon_dist.errors import ConfigError
 
-# Host names (RFC 1123) and addresses: nothing in them needs quoting anywhere.
+# Host names (RFC 1123) and addresses: they need no quoting in any file.
 _HOST = re.compile(r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$|^[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*$")
 _NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,199}$")
 _INTERFACE = re.compile(r"^[A-Za-z0-9._@-]{1,15}$")  # IFNAMSIZ - 1
@@ -23,15 +23,15 @@ class Job:
     """One run of `muon-dist train` on a number of machines.
 
     Attributes:
-        name: of the run.
+        name: name of the run.
         arguments: words after `muon-dist`; any text, quoted wherever they are written.
         fewest_nodes, nodes: machines; they differ when the job is elastic.
-        gpus: GPUs of a machine; 0 for CPU.
+        gpus: GPUs per machine; 0 for CPU.
         processes: processes on each machine.
-        folder: where it runs, the same on all machines; None: where the launcher's file is started.
+        folder: working folder, the same on all machines; None: the folder in which the launcher's file is started.
         environment: folder of a Python virtual environment to activate; None: the python in PATH.
-        interface: network interface of gloo and NCCL; None: they choose.
-        threads: OMP_NUM_THREADS of each process.
+        interface: network interface of gloo and NCCL; None: gloo and NCCL choose.
+        threads: OMP_NUM_THREADS per process.
     """
 
     name: str
@@ -52,7 +52,9 @@ class Job:
             raise ConfigError(f"--interface: {self.interface!r} is not a valid network interface, such as eth0")
         for option, text in (("--folder", self.folder), ("--venv", self.environment), *self._words()):
             if text is not None and ("\0" in text or "\n" in text):
-                raise ConfigError(f"{option}: {text!r} holds a line break or a zero byte, which no launcher can carry")
+                raise ConfigError(
+                    f"{option}: {text!r} contains a line break or a zero byte, which no launcher can pass on"
+                )
 
     def _words(self) -> list[tuple[str, str]]:
         return [("argument", word) for word in self.arguments]
@@ -80,9 +82,9 @@ def parse_nodes(text: str) -> tuple[int, int]:
 
 
 def check_address(address: str, port: int, nodes: int) -> list[str]:
-    """Warnings about a meeting place, which every machine must reach and nobody else should.
+    """Warnings about a rendezvous address, which every machine must reach, but no one else should.
 
-    Raises ConfigError when it cannot be one: no host name or address, a port out of range, loopback for several
+    Raises ConfigError if it cannot work: not a host name or address, a port out of range, loopback for several
     machines.
     """
     if not _HOST.match(address):
@@ -112,10 +114,10 @@ def check_address(address: str, port: int, nodes: int) -> list[str]:
 
 
 def check_resumable(settings: Mapping[str, Any], job: Job, repeated: str | None) -> list[str]:
-    """Warnings about a configuration whose run shall continue after an interruption, or on fewer machines.
+    """Warnings about a configuration whose run should continue after an interruption, or on fewer machines.
 
-    settings: the configuration as plain data. repeated: what starts the same command again ("SLURM's requeue"), or
-    None when nothing does.
+    settings: the configuration as plain data. repeated: the event that starts the same command again ("SLURM's
+    requeue"), or None.
     """
     trainer, warnings = settings.get("trainer", {}), []
     again = "an elastic restart" if job.elastic else repeated
@@ -138,5 +140,5 @@ def check_resumable(settings: Mapping[str, Any], job: Job, repeated: str | None)
             )
     timeout = trainer.get("ddp_timeout", 1800)
     if timeout > 600:
-        warnings.append(f"trainer.ddp_timeout is {timeout} s: for so long the others wait for a machine that is lost")
+        warnings.append(f"trainer.ddp_timeout is {timeout} s: the other machines wait this long for a lost machine")
     return warnings

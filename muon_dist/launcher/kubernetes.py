@@ -1,8 +1,8 @@
 """Kubernetes manifests: Kubeflow Trainer v2 (TrainingRuntime and TrainJob) and, for elastic jobs, PyTorchJob.
 
 Sources: the resource definitions of Kubeflow Trainer v2 (`trainer.kubeflow.org/v1alpha1`; package
-kubeflow-trainer-api) and of the Training Operator v1 (`kubeflow.org/v1`). Both tell torchrun where to meet through its
-own PET_ variables.
+kubeflow-trainer-api) and of the Training Operator v1 (`kubeflow.org/v1`). Both give torchrun the rendezvous address in
+its PET_ variables.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from muon_dist.errors import ConfigError
 from muon_dist.launcher.job import Job
 from muon_dist.launcher.shell import header, script
 
-_LABEL = re.compile(r"^[a-z]([a-z0-9-]{0,48}[a-z0-9])?$")  # RFC 1035, with room for the suffixes of pods
+_LABEL = re.compile(r"^[a-z]([a-z0-9-]{0,48}[a-z0-9])?$")  # RFC 1035, leaving room for the suffixes of pods
 _QUANTITY = re.compile(r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$")
 _IMAGE = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$")
 _VOLUME = re.compile(r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?):(/[^:]*)$")
@@ -30,8 +30,8 @@ class Kubernetes:
     """Options of the containers: image, namespace, volumes, resources.
 
     kind: "trainjob" (Kubeflow Trainer v2) or "pytorchjob" (Training Operator v1, which has elastic jobs). volumes:
-    "claim:/path" of persistent volume claims that all pods mount. grace: seconds that a pod has for saving when it is
-    told to end.
+    "claim:/path" of persistent volume claims that all pods mount. grace: seconds for saving after a pod is told to
+    end.
     """
 
     image: str
@@ -57,7 +57,7 @@ class Kubernetes:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe YAML with texts of several lines written as such."""
+    """Safe YAML that writes a text of several lines as a block."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -70,7 +70,7 @@ _Dumper.add_representer(str, _text)
 def resource_name(name: str) -> str:
     """A name of Kubernetes (RFC 1035, at most 50 characters) from the name of a run.
 
-    Raises ConfigError when nothing of it can be kept.
+    Raises ConfigError if no character of it is allowed.
     """
     label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     label = f"run-{label}" if label[:1].isdigit() else label
@@ -81,12 +81,12 @@ def resource_name(name: str) -> str:
 
 
 def literal(text: str) -> str:
-    """`text` so that Kubernetes, which replaces $(VARIABLE) in commands and arguments, leaves it as it is."""
+    """`text` escaped, so that Kubernetes does not replace $(VARIABLE) in it."""
     return re.sub(r"\$(?=[$(])", "$$", text)
 
 
 def render_kubernetes(job: Job, kubernetes: Kubernetes, command: Sequence[str]) -> str:
-    """The manifest as YAML. Raises ConfigError for an elastic TrainJob, which Kubeflow Trainer v2 does not have."""
+    """The manifest as YAML. Raises ConfigError for an elastic TrainJob, which Kubeflow Trainer v2 does not support."""
     name = resource_name(job.name)
     if kubernetes.kind == "trainjob" and job.elastic:
         raise ConfigError(
@@ -129,7 +129,7 @@ def _container(name: str, job: Job, kubernetes: Kubernetes) -> dict[str, Any]:
 def _pod(name: str, job: Job, kubernetes: Kubernetes) -> dict[str, Any]:
     claims = [(volume.partition(":")[0], f"volume-{i}") for i, volume in enumerate(kubernetes.volumes)]
     return {
-        # the 64 MiB that a container has by default are too few for NCCL and for workers of a data loader
+        # a container's default of 64 MiB is too small for NCCL and for a data loader's workers
         "volumes": [
             {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": kubernetes.shared_memory}},
             *({"name": volume, "persistentVolumeClaim": {"claimName": claim}} for claim, volume in claims),
@@ -147,7 +147,7 @@ def _metadata(name: str, kubernetes: Kubernetes) -> dict[str, Any]:
 
 
 def _trainjob(name: str, job: Job, kubernetes: Kubernetes) -> list[dict[str, Any]]:
-    """A runtime of the job's own with the whole pod, and the job: no part rests on what the cluster has installed."""
+    """A runtime that contains the whole pod, and the job: nothing depends on the runtimes of the cluster."""
     step = {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
     runtime = {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
@@ -157,7 +157,7 @@ def _trainjob(name: str, job: Job, kubernetes: Kubernetes) -> list[dict[str, Any
             "mlPolicy": {"numNodes": job.nodes, "torch": {}},
             "template": {
                 "spec": {
-                    # a pod that was evicted or whose machine died: all start again, from the newest checkpoint
+                    # if a pod was evicted or its machine failed, all pods start again, from the newest checkpoint
                     "failurePolicy": {"maxRestarts": 10},
                     "replicatedJobs": [
                         {

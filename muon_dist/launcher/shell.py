@@ -12,7 +12,8 @@ from muon_dist.launcher.job import Job
 
 
 def script(template: str, **given: Any) -> str:
-    """The script that `templates/TEMPLATE.j2` makes of `given`. Texts are written as they are: `quote` is a filter."""
+    """The script that `templates/TEMPLATE.j2` makes of `given`. Texts are not quoted by default: use the filter
+    `quote`."""
     environment = Environment(
         loader=PackageLoader("muon_dist.launcher"),
         undefined=StrictUndefined,

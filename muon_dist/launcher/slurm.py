@@ -1,4 +1,4 @@
-"""An sbatch script: one task a machine, a signal before the time limit, requeue and resume."""
+"""An sbatch script: one task per machine, a signal before the time limit, requeue and resume."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from muon_dist.errors import ConfigError
 from muon_dist.launcher.job import Job
 from muon_dist.launcher.shell import header, script, words
 
-# What sbatch takes for its own options. It parses #SBATCH lines itself, with rules of its own for quotes, so nothing
-# that would need any is let in.
+# Characters allowed in sbatch's options. sbatch parses #SBATCH lines with its own rules for quotes, so a value that
+# needs quotes is refused.
 _TIME = re.compile(r"^(\d+|\d+:\d{2}|\d+:\d{2}:\d{2}|\d+-\d{1,2}(:\d{2}){0,2})$")
 _WORD = re.compile(r"^[A-Za-z0-9_./%][A-Za-z0-9_.,:=@+/%-]*$")
 
 
 @dataclass(frozen=True)
 class Slurm:
-    """Options of sbatch; None leaves one out.
+    """Options of sbatch; None: the option is left out.
 
-    warn: seconds before the time limit at which the run is told to save and end. requeues: how often it may be started
-    again.
+    warn: seconds before the time limit at which the run is told to save and end. requeues: how often the job may
+    requeue itself.
     """
 
     time: str = "24:00:00"

@@ -17,13 +17,13 @@ def render_torchrun(
     static: bool = False,
     restarts: int | None = None,
 ) -> str:
-    """The script. `static`: each machine is told its number; else they come in any order (c10d rendezvous).
+    """The script. `static`: each machine gets its number; else machines may start in any order (c10d rendezvous).
 
-    An elastic job is started again `restarts` times (3 by default) after a failure, another never.
+    After a failure an elastic job restarts at most `restarts` times (default 3); other jobs default to 0.
     """
     numbered = job.nodes > 1 and static and not job.elastic
     if job.nodes == 1:
-        how = "Run it on one machine; nothing listens beyond the loopback interface."
+        how = "Run it on one machine; no port is open to other machines."
     elif numbered:
         how = f"Run it on each of the {job.nodes} machines with its number: bash FILE 0 on {address}, bash FILE 1, ..."
     else:

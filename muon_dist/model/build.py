@@ -23,15 +23,15 @@ from muon_dist.failures import known, one_line
 from muon_dist.model.load import load_model
 from muon_dist.model.start import saved_config, starting_config, starting_folder
 
-# Keys of the `model` block that are ours: what it is, the weights' dtype, whether ZeRO-3 partitions it as it is built,
-# where its first weights come from.
+# Keys of the `model` block that are not transformers': model type, dtype of the weights, partitioning by ZeRO-3 while
+# the model is built, and the source of the first weights.
 _NOT_OF_THE_CLASS = ("model_type", "dtype", "partitioned_init", "init_from")
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# Accepted by every configuration class besides its own fields: transformers turns the first two into
+# Every configuration class accepts these besides its own fields: transformers turns the first two into
 # rope_parameters, and the last two choose an implementation.
 _ALWAYS_KNOWN = ("rope_theta", "rope_scaling", "attn_implementation", "experts_implementation")
 _MUST_BE_POSITIVE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -49,9 +49,9 @@ def build_config(
     """The transformers configuration of the `model` block of a run.
 
     model: `model_type`, and keyword arguments of its configuration class by their exact names; `dtype` and
-    `partitioned_init` are for whoever builds the model. With `init_from` it is that model's, and `model_type` is not
-    needed. The vocabulary and the special tokens come from the tokenizer;
-    a larger `vocab_size` pads the vocabulary.
+    `partitioned_init` are used where the model is built. With `init_from` the configuration is that model's, and
+    `model_type` is not needed. The vocabulary and the special tokens come from the tokenizer; a larger `vocab_size`
+    pads the vocabulary.
 
     Raises ConfigError that names the key: an unknown model type or keyword argument (with the closest one), a value
     that the configuration class refuses, dimensions that do not fit, a vocabulary smaller than the
@@ -83,7 +83,7 @@ def build_config(
     }
     padded = arguments.get("vocab_size")
     if isinstance(padded, int) and not isinstance(padded, bool) and padded > vocab_size:
-        given["vocab_size"] = padded  # a padded vocabulary: rows of the embedding that no token has
+        given["vocab_size"] = padded  # a padded vocabulary: embedding rows without a token
     for name, value in given.items():
         if arguments.get(name, value) != value:
             raise ConfigError(f"model.{name} is {arguments[name]}, but the tokenizer has {value}: remove model.{name}")
@@ -112,8 +112,8 @@ def build_model(
     """A causal language model with fresh weights, the same for the same seed and configuration; or with the weights of
     `model["init_from"]`.
 
-    dtype: of the weights, "float32", "bfloat16" or "float16"; None takes `model["dtype"]`, else float32. The random
-    state of the caller is left as it was. Under `torch.device("meta")` no memory is used and no weight is drawn.
+    dtype: of the weights, "float32", "bfloat16" or "float16"; None takes `model["dtype"]`, else float32. The caller's
+    random state is restored. Under `torch.device("meta")` no memory is used and no weight is drawn.
 
     Raises ConfigError as `build_config` does, and for an unknown dtype.
     """
@@ -133,7 +133,7 @@ def build_model(
         torch.manual_seed(seed)
         try:
             built = AutoModelForCausalLM.from_config(config, dtype=DTYPES[name])
-        except Exception as error:  # modelling code raises what it stumbles on
+        except Exception as error:  # modelling code may raise any error
             out_of_memory = known(error)
             raise out_of_memory or ConfigError(
                 f"model: a {config.model_type} cannot be built from these settings: {type(error).__name__}: "
@@ -163,7 +163,7 @@ def _kind_of_start(start: Path, kind: object, arguments: dict[str, Any], vocab_s
 def _known_arguments(config_class: type[PretrainedConfig]) -> set[str]:
     """Every keyword argument that a configuration class understands.
 
-    The class also accepts any other one, and keeps it as an attribute that nothing reads.
+    The class also accepts unknown arguments, and stores them as attributes that nothing reads.
     """
     names = set(config_class.attribute_map) | set(_ALWAYS_KNOWN)
     if dataclasses.is_dataclass(config_class):
@@ -215,7 +215,7 @@ def number_of_experts(config: PretrainedConfig) -> int | None:
 
 
 def check_sequence_length(config: PretrainedConfig, sequence_length: int) -> None:
-    """Raise ConfigError when samples are longer than the positions that the model knows."""
+    """Raise ConfigError if samples have more tokens than the model has positions."""
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(longest, int) and sequence_length > longest:
         raise ConfigError(

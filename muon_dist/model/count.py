@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many floating-point operations a training token costs."""
+"""Number of parameters of a model, and floating-point operations per training token."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from muon_dist.routing import embedding_weights, logical_shape, output_head
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Elements of the parameters, tied weights once.
+    """Elements of the parameters; tied weights count once.
 
     total: everything. non_embedding: without embeddings and output head (N of Kaplan et al. 2020, section 2.1).
-    active: what one token uses, of the routed experts only its own. active_non_embedding: both at once.
-    head: the output head, also where it is tied to the embedding; 0 when there is none.
+    active: parameters that one token uses, so only its own routed experts. active_non_embedding: active and outside
+    embeddings and head. head: the output head, even if it is tied to the embedding; 0 if there is none.
     """
 
     total: int
@@ -58,9 +58,9 @@ def flops_per_token(model: PreTrainedModel, sequence_length: int) -> int:
 
     6 N + 12 L H Q T. N: the parameters that multiply a token, which are the active ones without the embedding tables
     (a lookup costs nothing) but with the output head, tied or not (6 N: Kaplan et al. 2020, arXiv 2001.08361,
-    section 2.1). L layers, H heads, Q head size, T sequence length (PaLM, arXiv 2204.02311, appendix B); like there,
-    the causal mask is not taken off, so that figures compare. A layer with a sliding window counts the window for T.
-    Recomputation of activations is not counted.
+    section 2.1). L layers, H heads, Q head size, T sequence length (PaLM, arXiv 2204.02311, appendix B); as in PaLM
+    the causal mask is not subtracted, so that figures can be compared. In a layer with a sliding window, T is the
+    window. Recomputation of activations is not counted.
 
     Raises ConfigError when the configuration does not say how many attention heads and layers there are.
     """
@@ -79,7 +79,7 @@ def _attention_width(config: Any) -> int:
 
 
 def _contexts(config: Any, sequence_length: int) -> list[int]:
-    """How many positions a token attends to at most, layer by layer."""
+    """Largest number of positions to which a token attends, per layer."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     if len(kinds) != config.num_hidden_layers:

@@ -1,4 +1,4 @@
-"""Models and tokenizers that lie in a folder, as transformers saved them. Nothing is downloaded, no code is run."""
+"""Load models and tokenizers from folders that transformers saved. Nothing is downloaded, no code is run."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from muon_dist.pretrained import pretrained_tokenizer
 def load_model(
     folder: str | Path, dtype: torch.dtype | None = None, config: PretrainedConfig | None = None
 ) -> PreTrainedModel:
-    """The causal language model in `folder`, in `dtype` or as it was saved. Raises CheckpointError.
+    """The causal language model in `folder`, in `dtype` or in its saved dtype. Raises CheckpointError.
 
-    folder: as transformers saved it, or one of our checkpoints, which is verified first. config: in the place of that
-    in the folder.
+    folder: as transformers saved it, or one of our checkpoints, which is verified first. config: used instead of the
+    folder's configuration.
     """
     path = Path(folder)
     if is_checkpoint(path):
@@ -42,17 +42,17 @@ def load_model(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # then it lists them; without, its error names none
+            ignore_mismatched_sizes=True,  # then it lists the keys; without it, its error names none
             output_loading_info=True,
         )
-    except Exception as error:  # transformers and safetensors raise many kinds on a damaged folder
+    except Exception as error:  # transformers and safetensors raise many kinds of errors for a damaged folder
         raise CheckpointError(f"{path}: the model cannot be loaded ({type(error).__name__}: {error})") from error
     _check_complete(path, report)
     return model
 
 
 def _check_complete(path: Path, report: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where transformers drew weights at random because the files do not hold them."""
+    """Raises CheckpointError if transformers drew weights at random because the files lack them."""
     wrong = sorted(report.get("mismatched_keys", ()), key=str)
     if wrong:
         name, found, expected = wrong[0]
@@ -65,14 +65,14 @@ def _check_complete(path: Path, report: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{path}: the weights lack {missing[0]}"
             + (f" and {len(missing) - 1} more parameters" if len(missing) > 1 else "")
-            + ", which config.json says the model has: the files are of another model, or incomplete"
+            + ", which config.json requires: the files are of another model, or incomplete"
         )
 
 
 def _from_checkpoint(
     checkpoint: Checkpoint, dtype: torch.dtype | None, config: PretrainedConfig | None = None
 ) -> PreTrainedModel:
-    """The model of a checkpoint: its weights only, also where they lie in the files of many ranks."""
+    """The model of a checkpoint: its weights only, also if they are in the files of many ranks."""
     path = checkpoint.path / MODEL_FOLDER
     model = _described(path, dtype, config)
     found = {WEIGHT: dict(model.named_parameters()), BUFFER: dict(model.named_buffers())}
@@ -103,7 +103,7 @@ def _described(
         if config is None:
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds on a damaged file
+    except Exception as error:  # transformers raises many kinds of errors for a damaged file
         raise CheckpointError(f"{path}: no model can be made ({type(error).__name__}: {error})") from error
 
 
@@ -121,5 +121,5 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise DataError(f"{path}: no such tokenizer folder")
     try:
         return cast(PreTrainedTokenizerBase, pretrained_tokenizer(path))
-    except Exception as error:  # as above
+    except Exception as error:  # as in _new_model
         raise DataError(f"{path}: the tokenizer cannot be loaded ({type(error).__name__}: {error})") from error

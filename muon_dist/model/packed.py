@@ -1,8 +1,8 @@
-"""Whether a model keeps the documents of a packed sample apart, and what it needs to do so.
+"""Tests whether a model keeps the documents of a packed sample apart, and sets what it needs for that.
 
-transformers takes positions that begin again inside a sample for the borders of documents, and masks attention by them
-(`transformers.masking_utils`). Models with a recurrent state or without positions do not look at them. Nothing says
-so; hence a model is tried.
+If positions start again inside a sample, transformers takes that for the border of a document, and masks attention
+there (`transformers.masking_utils`). Models with a recurrent state or without positions ignore this, and no setting
+says so; therefore the model is tested.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from muon_dist.errors import ConfigError
 
 ATTENTION = ("sdpa", "eager", "flex_attention")
 """Implementations of attention that mask by positions for any number of samples in a batch."""
-_TOKENS = 12  # of each document of the trial
-_ROUNDING = 1e-5  # of the largest logit: kernels sum in another order in a longer sample
-_SHARE = 1e-4  # of what the first document does to the second where nothing keeps them apart
+_TOKENS = 12  # tokens of each document of the test
+_ROUNDING = 1e-5  # share of the largest logit: in a longer sample kernels sum in another order
+_SHARE = 1e-4  # share of the effect of the first document on the second without masks
 
 
 def keep_documents_apart(model: PreTrainedModel, packing: str) -> None:
-    """Make `model` ready for samples with `position_ids`, and try whether it keeps their documents apart.
+    """Prepare `model` for samples with `position_ids`, and test whether it keeps their documents apart.
 
-    The logits of a document behind another one, in one sample, must be those of the document alone. A model on the
-    meta device is not tried. Raises ConfigError that names the model's type.
+    A document's logits must not change if another document is before it in the sample. A model on the meta device is
+    not tested. Raises ConfigError that names the model's type.
     """
     name = model.config.model_type
     refusal = f"data.packing: {packing}, and {name}"
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ConfigError(
-            f"{refusal} takes no position_ids, by which documents are kept apart: set data.packing to concatenate"
+            f"{refusal} takes no position_ids, which keep documents apart: set data.packing to concatenate"
         )
     attention = model.config._attn_implementation or "eager"
     if attention not in ATTENTION:
@@ -52,7 +52,7 @@ def keep_documents_apart(model: PreTrainedModel, packing: str) -> None:
 
 
 def _without_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """With a cache, transformers does not look for documents in the positions."""
+    """Without a cache: with one, transformers does not look for documents in the positions."""
     if kwargs.get("position_ids") is not None:
         kwargs.setdefault("use_cache", False)
     return args, kwargs

@@ -11,7 +11,7 @@ from muon_dist.model.build import number_of_experts
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a model that mesh axes must divide, and the data that they send.
+    """The sizes of a model that mesh axes must divide, and that decide how much data they send.
 
     Attributes:
         name: class of the model, for messages.
@@ -19,7 +19,7 @@ class Architecture:
         intermediate: inner features of the feed-forward layers that tensor parallelism cuts, by the setting's name.
         experts, experts_per_token: routed experts of a layer; 0 in a dense model.
         tp_plan, ep_plan: whether transformers has such a plan for the class.
-        keys_are_cut: the tensor-parallel plan cuts the key projection, so that tp must divide kv_heads as well.
+        keys_are_cut: the tensor-parallel plan cuts the key projection, so that tp must divide kv_heads too.
     """
 
     name: str
@@ -56,7 +56,8 @@ def architecture(model: Any) -> Architecture:
 
 
 def misfits(sizes: Mapping[str, int], a: Architecture, sequence_length: int) -> Iterator[tuple[str, str]]:
-    """(axis, what is wrong) where an axis of `sizes` does not fit the model or the context; 1 where one is missing."""
+    """Yield (axis, error) for each axis of `sizes` that does not fit the model or the context. A missing axis has size
+    1."""
     tp, sp, cp, ep = (sizes.get(name, 1) for name in ("tp", "sp", "cp", "ep"))
     if tp > 1:
         if not a.tp_plan:
@@ -75,7 +76,7 @@ def misfits(sizes: Mapping[str, int], a: Architecture, sequence_length: int) -> 
             yield "sp", f"neither divides the {a.kv_heads} key and value heads nor is a multiple of them"
         if sequence_length % sp:
             yield "sp", f"does not divide the {sequence_length} tokens of a sample"
-    if cp > 1 and sequence_length % (2 * cp):  # two pieces a rank, to balance the causal mask
+    if cp > 1 and sequence_length % (2 * cp):  # two pieces per rank, to balance the causal mask
         yield "cp", f"{sequence_length} tokens of a sample are not a multiple of {2 * cp}"
     if ep > 1:
         if not a.experts:

@@ -1,4 +1,4 @@
-"""The highest rate of a device's arithmetic, for MFU: looked up for a GPU, measured for a CPU."""
+"""Peak FLOP/s of a device, for MFU: looked up for a GPU, measured for a CPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Peak FLOP/s of one `device` for matrix products in `dtype`; None for a GPU that is not in the table.
 
     For a CPU it is measured (best of five products of 512 x 512, about 50 ms), by this process with its number of
-    threads: what the hardware gives to one rank.
+    threads, so it is the peak of one rank.
     """
     if device.type == "cuda":
         return gpu_peak_flops(torch.cuda.get_device_name(device), dtype)

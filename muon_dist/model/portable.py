@@ -1,10 +1,9 @@
 """Model folders that transformers 4.57 and 5.x, vLLM and llama.cpp's converter all read.
 
-transformers 5 writes some settings in a new place alone. A reader that does not know it takes a default instead, often
-silently: a `rope_theta` of 500,000 is read as 10,000. So the old spelling is written too, with the same value.
-
-Read by their source: transformers 4.57 (`configuration_utils.py`, `modeling_rope_utils.py`, `tokenization_auto.py`),
-vLLM (`transformers_utils/config.py`: `rope_theta`, `rope_scaling`, `dtype` or `torch_dtype`), llama.cpp
+transformers 5 writes some settings only in a new place. A reader that does not know this place uses a default, often
+silently: a `rope_theta` of 500,000 is read as 10,000. So the old key is written too, with the same value. The readers'
+sources: transformers 4.57 (`configuration_utils.py`, `modeling_rope_utils.py`, `tokenization_auto.py`), vLLM
+(`transformers_utils/config.py`: `rope_theta`, `rope_scaling`, `dtype` or `torch_dtype`), llama.cpp
 (`conversion/base.py`: `rope_theta`, `rotary_emb_base`, `rope_scaling`, `partial_rotary_factor`).
 """
 
@@ -26,22 +25,22 @@ Json = dict[str, Any]
 
 # Tokenizer classes of transformers 5 only. All of them save tokenizer.json, which holds the whole tokenizer.
 _NEW_TOKENIZERS = frozenset({"TokenizersBackend", "PreTrainedTokenizer"})
-# Where and how this process loaded the tokenizer.
+# Settings that only say where and how this process loaded the tokenizer.
 _OF_THE_PROCESS = ("backend", "is_local", "local_files_only", "name_or_path")
-_UNLIMITED = 10**9  # transformers writes 1e30 where it knows no limit
+_UNLIMITED = 10**9  # transformers writes 1e30 if it knows no limit
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-# rope settings that are not scaling: they stand at the top level in version 4
+# rope settings other than scaling, which version 4 has at the top level
 _PLAIN_ROPE = frozenset({"rope_theta", "rope_type", "partial_rotary_factor"})
-# Models with a second theta, for layers with a window, in version 4 too.
+# Models that have a second theta, for layers with a window, in version 4 too.
 _LOCAL, _TWO_THETAS = "sliding_attention", frozenset({"gemma3_text", "gemma3n_text"})
 
 
 def make_portable(folder: str | Path) -> list[str]:
     """Rewrite config.json and the tokenizer's files in `folder`, which transformers 5 has saved, for older readers.
 
-    Sets `use_cache`, which training turns off; a `model_max_length` where there is none; and the modes of all files to
-    what the umask allows (weights are written for their owner only). Removes training_args.bin, which is pickled, and
-    may hold secrets. Returns a sentence for each setting that version 4 cannot express.
+    Sets `use_cache`, which training turns off; a `model_max_length` if there is none; and the modes of all files to
+    what the umask allows (weights are written for their owner only). Removes training_args.bin, which is pickled and
+    may contain secrets. Returns one sentence per setting that version 4 cannot express.
     """
     root = Path(folder)
     (root / "training_args.bin").unlink(missing_ok=True)
@@ -80,7 +79,8 @@ def _rewrite(file: Path, change: Callable[[Json], Any]) -> Any:
 
 
 def _old_config(settings: Json) -> tuple[int | None, list[str]]:
-    """Adds the spellings of version 4; the longest sequence, if the model has one, and what could not be spelled."""
+    """Adds the keys of version 4. Returns the longest sequence, if the model has one, and the settings without such a
+    key."""
     lost = []
     for part in (settings, *(v for v in settings.values() if isinstance(v, dict) and "model_type" in v)):
         if part.get("use_cache") is False:
@@ -116,10 +116,10 @@ def _old_rope(settings: Json) -> list[str]:
         settings.setdefault("rope_theta", rope["rope_theta"])
     if "partial_rotary_factor" in rope:
         settings.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
-    if settings.get("model_type") == "gpt_neox":  # its own names for the two
+    if settings.get("model_type") == "gpt_neox":  # this model's own names for both
         settings.setdefault("rotary_emb_base", rope.get("rope_theta", 10000))
         settings.setdefault("rotary_pct", rope.get("partial_rotary_factor", 0.25))
-    if rope.get("rope_type") == "llama3" and "original_max_position_embeddings" in rope:  # where llama.cpp looks
+    if rope.get("rope_type") == "llama3" and "original_max_position_embeddings" in rope:  # llama.cpp looks here
         settings.setdefault("original_max_position_embeddings", rope["original_max_position_embeddings"])
     if rope.get("rope_type", "default") != "default":
         settings.setdefault(

@@ -1,4 +1,4 @@
-"""`model.init_from`: the weights that a run begins with, instead of fresh ones."""
+"""`model.init_from`: the first weights of a run, instead of fresh ones."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from muon_dist.failures import one_line
 
 
 def starting_folder(path: str) -> Path:
-    """The model folder or checkpoint that `model.init_from` means: of a run folder the newest weights.
+    """The model folder or checkpoint that `model.init_from` names; of a run folder, the newest weights.
 
-    Raises ConfigError when there is none.
+    Raises ConfigError if there is none.
     """
     root = Path(path)
     if (root / "config.json").is_file() or is_checkpoint(root):
@@ -32,17 +32,17 @@ def starting_folder(path: str) -> Path:
 
 
 def starting_config(folder: Path, arguments: Mapping[str, Any], given: Mapping[str, Any]) -> PretrainedConfig:
-    """The configuration of the model in `folder`, with what the `model` block changes (`arguments`) and what follows
-    from the tokenizer (`given`).
+    """The configuration of the model in `folder`, changed by the `model` block (`arguments`) and by the tokenizer's
+    values (`given`).
 
-    Raises ConfigError that names the key: it cannot be read, or a change is not taken.
+    Raises ConfigError that names the key: it cannot be read, or a change is not accepted.
     """
     path = model_folder(folder)
     try:
         config = AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, **{**arguments, **given}
         )
-    except Exception as error:  # transformers raises many kinds on a damaged file
+    except Exception as error:  # transformers raises many kinds of errors for a damaged file
         raise ConfigError(f"model.init_from: {path}: no configuration can be read ({one_line(error)})") from error
     for name, value in arguments.items():
         attribute = "_attn_implementation" if name == "attn_implementation" else name
@@ -55,5 +55,5 @@ def starting_config(folder: Path, arguments: Mapping[str, Any], given: Mapping[s
 
 
 def saved_config(folder: Path) -> PretrainedConfig:
-    """The configuration of the model in `folder` as it is. Raises ConfigError."""
+    """The unchanged configuration of the model in `folder`. Raises ConfigError."""
     return starting_config(folder, {}, {})

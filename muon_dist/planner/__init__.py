@@ -1,4 +1,4 @@
 """The cost of a run, computed from its configuration: memory, bytes, balance, time.
 
-Re-exports nothing: the command line imports `planner.cli`, and must not wait for torch.
+Re-exports nothing: the command line imports `planner.cli`, and should not wait for the import of torch.
 """

@@ -14,13 +14,14 @@ from muon_dist.planner.model import PlannedParameter, Settings, Workload
 from muon_dist.planner.plan import Plan, cost_model, iteration_dtype, plan_on, step_seconds
 from muon_dist.planner.search import Outline, outlines, ranked
 
-_WORTH = 0.05  # of the step: less is not worth a change of settings
-_FIRST = 3  # meshes of the search that are planned with real owners
-_SMALL = 4_000_000  # matrices times ranks up to which other settings are planned as well
+_WORTH = 0.05  # share of the step: a smaller gain is not worth a change of settings
+_FIRST = 3  # number of meshes of the search that are planned with real owners
+_SMALL = 4_000_000  # largest matrices x ranks for which other settings are planned too
 
 
 def advise(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Plan:
-    """`plan` with advice, each line with what it would change; the last compares the meshes of as many ranks."""
+    """`plan` with advice: one line per change with its effect; the last lines compare all meshes of this number of
+    ranks."""
     lines = [*_memory(plan, device), *_unsplit(plan, workload, settings, device)]
     if plan.matrices * plan.ranks <= _SMALL:
         lines += [*_buckets(plan, workload, settings, device), *_wire(plan, workload, settings, device)]
@@ -49,7 +50,7 @@ def _memory(plan: Plan, device: Device) -> Iterator[str]:
 
 
 def _unsplit(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Iterator[str]:
-    """Matrices that take longer than a rank's even share: more ranks do not help them."""
+    """Matrices that take longer than a rank's even share, so that more ranks do not help."""
     mean = plan.newton_schulz["mean"]
     if plan.newton_schulz["max"] < 1.1 * mean:
         return
@@ -69,7 +70,7 @@ def _unsplit(plan: Plan, workload: Workload, settings: Settings, device: Device)
         name = examples[shape].name
         word = "split by heads (optimizer.routing.split, heads: ...) if per-head updates are wanted"
         if not any(part in name for part in ("attn", "attention")):
-            word = "nothing splits it without another update: it stays whole, and sets the least time"
+            word = "every split would change the update, so it stays whole and sets the shortest possible time"
         yield (
             f"{found[shape]} matrices of {shape[0]} x {shape[1]} (such as {name}) take {seconds / mean:.1f} times a "
             f"rank's even share of Newton-Schulz: {word}"
@@ -105,7 +106,7 @@ def _wire(plan: Plan, workload: Workload, settings: Settings, device: Device) ->
 
 
 def _policy(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Iterator[str]:
-    """Advice on round-robin owners, if they are more even: the effect on the whole step."""
+    """Advice on round-robin owners if they are balanced better: the effect on the whole step."""
     ns = plan.newton_schulz
     if settings.owner_policy == "round_robin" or ns["round robin"] >= ns["max"] * (1 - _WORTH / 5):
         return
@@ -119,11 +120,11 @@ def _policy(plan: Plan, workload: Workload, settings: Settings, device: Device) 
 
 
 def _meshes(plan: Plan, workload: Workload, settings: Settings, device: Device) -> Iterator[str]:
-    """The best mesh of as many ranks with the same tokens per step, why, and the next best."""
+    """The best mesh of this number of ranks with the same tokens per step, the reason, and the next best."""
     found = outlines(workload, settings, device, plan.ranks, plan.per_node, plan.tokens)
     own = Outline.of_plan(plan, settings)
     rivals = [o for o in ranked(found) if o.mesh != plan.mesh]
-    if plan.matrices * plan.ranks <= _SMALL:  # the first of them with their real owners
+    if plan.matrices * plan.ranks <= _SMALL:  # the first meshes, now with real owners
         planned = (Outline.of_plan(plan_on(o.mesh, workload, o.settings, device), o.settings) for o in rivals[:_FIRST])
         rivals = [*ranked(list(planned)), *rivals[_FIRST:]]
     if not rivals and not own.fits:
@@ -142,7 +143,7 @@ def _meshes(plan: Plan, workload: Workload, settings: Settings, device: Device) 
         yield from (f"that mesh: {note}" for note in notes(best.mesh))
         stock = next((o for o in rivals[1:] if not own_loop(o.mesh)), None)
         if own_loop(best.mesh) and stock is not None:
-            yield f"the best without a loop of your own: {_figures(stock, own)}"
+            yield f"the best that needs no training loop of your own: {_figures(stock, own)}"
     else:
         yield (
             f"of {len(found):,} meshes of {plan.ranks:,} ranks none is more than {_WORTH:.0%} faster than this one: "
@@ -155,7 +156,7 @@ def _time(seconds: float) -> str:
 
 
 def _figures(o: Outline, own: Outline) -> str:
-    """One mesh, as the command line takes it, with its memory and its step."""
+    """One mesh as command-line options, with its memory and step time."""
     changed = ""
     if o.settings.accumulation != own.settings.accumulation:
         changed = f" trainer.gradient_accumulation_steps={o.settings.accumulation}"

@@ -1,8 +1,9 @@
 """DeepSpeed's AutoTP under ZeRO 1, 2 and 3.
 
-A rank of tensor parallelism has a part of each weight, and ZeRO cuts these parts over the ranks that have the same.
+A rank of tensor parallelism holds a part of each weight, and ZeRO cuts this part over the ranks that hold the same
+part.
 
-The rules are those of DeepSpeed 0.19.8, which takes the model's own tensor-parallel plan (module_inject/auto_tp.py,
+The rules are those of DeepSpeed 0.19.8, which uses the model's own tensor-parallel plan (module_inject/auto_tp.py,
 tp_plan_converter.py). tests/planner/test_meshes.py compares the layouts with those of real engines.
 """
 
@@ -32,7 +33,7 @@ def over_tensor_parallel_ranks(
 
     Args:
         members: the parameters of each of Muon's groups.
-        zero: ZeRO's cut, over `copies` ranks, of what one rank of tensor parallelism has of `members`.
+        zero: cuts one tensor-parallel rank's parts of `members` over `copies` ranks, as ZeRO does.
 
     Raises:
         ConfigError: AutoTP refuses the model's plan, or would cut a weight unevenly.
@@ -49,7 +50,7 @@ def over_tensor_parallel_ranks(
 
 
 def _united(parts: Sequence[StoredParameter], shards: Sequence[Shard], copies: int) -> StoredParameter:
-    """One parameter on all ranks, of what ZeRO has made of each rank's part of it."""
+    """One parameter on all ranks, composed of the pieces that ZeRO makes of each tensor-parallel rank's part."""
     held = Fragments.of(
         fragment
         for copy in range(copies)
@@ -60,7 +61,7 @@ def _united(parts: Sequence[StoredParameter], shards: Sequence[Shard], copies: i
 
 
 def shard_of(p: PlannedParameter, tp: int, part: int) -> Shard:
-    """What rank `part` of tensor parallelism has of a parameter. Raises ConfigError as above."""
+    """The part of a parameter on tensor-parallel rank `part`. Raises ConfigError as `autotp_layout`."""
     if p.tp is not None and p.tp not in _STYLES:
         raise ConfigError(
             f"deepspeed.tensor_parallel: AutoTP does not take the style '{p.tp}' of {p.name}; give it a "

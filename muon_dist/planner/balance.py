@@ -14,13 +14,13 @@ from muon_dist.planner.model import Settings, Workload
 from muon_dist.planner.plan import iteration_dtype
 
 Row = tuple[str, int, int, float, float, float, float]
-"""model, matrices, ranks, ideal seconds, and max / mean of: the best possible, ours, dealt in turn"""
+"""model, matrices, ranks, even share in seconds, and max / mean of: the lower bound, our owners, round-robin owners"""
 
 
 def balance(workload: Workload, settings: Settings, device: Device, ranks: Sequence[int]) -> list[Row]:
-    """Loads of the busiest rank over the mean, for each number of ranks.
+    """Load of the busiest rank divided by the mean, for each number of ranks.
 
-    The best possible is at least 1 and the largest matrix over the mean: a matrix is never split.
+    The lower bound is 1, or the largest matrix divided by the mean if that is more: a matrix is never split.
     """
     dtype, model = iteration_dtype(settings, device), CostModel(device.matmul(iteration_dtype(settings, device)))
     rows = []

@@ -55,13 +55,14 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     advice: Annotated[bool, typer.Option(help="Look for better settings and meshes.")] = True,
 ) -> None:
-    """Memory, bytes by link, Newton-Schulz balance and overhead of a run on any number of machines; needs no GPU.
+    """Compute memory, bytes per link, balance of Newton-Schulz and overhead of a run on any number of machines; needs
+    no GPU.
 
-    The mesh is that of the configuration (parallel:, deepspeed) where no option says otherwise.
+    The mesh is that of the configuration (parallel:, deepspeed), unless options change it.
     """
     from muon_dist.config import load_config
 
-    given = load_config(config, overrides or [])  # first: what is wrong with the file is said before torch is imported
+    given = load_config(config, overrides or [])  # first: errors of the file come before torch's import
     from muon_dist.planner.advice import advise
     from muon_dist.planner.devices import find_device
     from muon_dist.planner.plan import make_plan
@@ -95,7 +96,7 @@ def balance(
     ] = None,
     device: Annotated[str, typer.Option(help="As for plan.")] = "h100",
 ) -> None:
-    """A Markdown table of how evenly Newton-Schulz spreads: busiest rank over the mean."""
+    """Print a Markdown table of the balance of Newton-Schulz: load of the busiest rank divided by the mean."""
     from muon_dist.config import load_config
     from muon_dist.planner.balance import balance as rows_of
     from muon_dist.planner.balance import markdown
@@ -146,7 +147,7 @@ def unpack(config: Config) -> tuple[Workload, Settings]:
 
 
 def routed(config: Config) -> tuple[nn.Module, RoutingTable]:
-    """The model of a configuration on the meta device, where no weight takes memory, and how it is routed."""
+    """The model of a configuration on the meta device, where weights take no memory, and its routing."""
     from muon_dist.config.routing import routing_rules
     from muon_dist.planner.model import build_on_meta
     from muon_dist.routing import route
@@ -160,7 +161,7 @@ def _vocabulary(config: Config) -> int:
 
 
 def layout_of(config: Config) -> str:
-    """The layout that the configuration asks for: its ZeRO stage, FSDP2, HSDP, or DDP."""
+    """The layout of the configuration: its ZeRO stage, FSDP2, HSDP, or DDP."""
     stage = (_deepspeed(config).get("zero_optimization") or {}).get("stage", 0)
     if stage:
         return f"zero{stage}"
@@ -172,7 +173,7 @@ def layout_of(config: Config) -> str:
 
 
 def axes_of(config: Config, layout: str) -> dict[str, int]:
-    """Ranks by axis that the configuration asks for under `layout`: its `parallel:` block, or DeepSpeed's keys.
+    """The configuration's ranks by axis under `layout`, from its `parallel:` block or DeepSpeed's keys.
 
     Raises:
         ConfigError: AutoTP with a `partition_config`.
@@ -196,10 +197,10 @@ def axes_of(config: Config, layout: str) -> dict[str, int]:
 
 
 def check_ranks(config: Config, axes: Mapping[str, int], own_layout: bool, ranks: int) -> None:
-    """Raises ConfigError where `parallel.dp_shard` is a number other than that of the planned ranks.
+    """Raises ConfigError if `parallel.dp_shard` is set and differs from the planned mesh.
 
     Args:
-        axes: what is planned; an option may differ from the block, which then says nothing of the ranks.
+        axes: the planned axes; if an option differs from the block, dp_shard is not compared.
         own_layout: the layout is the configuration's.
     """
     block = config.parallel

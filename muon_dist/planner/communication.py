@@ -1,7 +1,7 @@
 """Bytes that a rank receives in a training step without Muon, by mesh axis and link.
 
-Rings: an all-reduce brings 2 (W - 1) / W of the elements, a gather or a reduce-scatter half of that (Patarasuk and
-Yuan 2009). An all-to-all brings (W - 1) / W of what a rank holds.
+Rings: in an all-reduce a rank receives 2 (W - 1) / W of the elements, in a gather or a reduce-scatter half of that
+(Patarasuk and Yuan 2009). In an all-to-all it receives (W - 1) / W of the elements that it holds.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ Links = tuple[float, float]
 """bytes received (inside the node, from other nodes)"""
 
 DATA_AXES = ("dp_replicate", "dp_shard", "efsdp")
-"""Axes whose messages libraries send while layers compute; those of the other axes are waited for."""
+"""Axes whose messages libraries send while layers compute; for messages of the other axes a rank waits."""
 
 
 def bytes_by_axis(workload: Workload, settings: Settings, mesh: Mesh) -> dict[str, Links]:
-    """Bytes that a rank receives in a step along each axis with more than one rank; `workload` is of one stage.
+    """Bytes that a rank receives per step along each axis with more than one rank; `workload`: of one pipeline stage.
 
     dp_replicate, dp_shard, efsdp: gradients and weights (`_data`). The others: activations (`_activations`).
     """
@@ -39,8 +39,8 @@ def _data(workload: Workload, settings: Settings, mesh: Mesh) -> dict[str, Links
     """Gradients and weights.
 
     DDP: one all-reduce in fp32. ZeRO-1: one all-reduce of 16-bit gradients and a gather of weights; ZeRO-2 reduces in
-    every micro-batch. ZeRO-3 and FSDP2: two gathers and a reduce-scatter in each micro-batch, at most; HSDP beside
-    these an all-reduce of the shard among the copies.
+    every micro-batch. ZeRO-3 and FSDP2: at most two gathers and a reduce-scatter per micro-batch; HSDP also an
+    all-reduce of the shard among the copies.
     """
     low = 2 if settings.low_precision else 4
     rounds, world = settings.accumulation, mesh.stage_ranks // mesh.tp
@@ -71,7 +71,7 @@ def _activations(workload: Workload, settings: Settings, mesh: Mesh) -> dict[str
     arXiv 1909.08053, section 3). sp: all-to-all of query, key, value and output (Jacobs et al. 2023, arXiv 2309.14509,
     section 3). cp: keys and values pass all ranks forward, and with their gradients backward (Liu et al. 2023, arXiv
     2310.01889). ep: each token goes to its experts and returns. pp: hidden states forward, their gradients backward.
-    With recomputation the forward part of tp, sp, cp and ep is sent once more.
+    With recomputation the forward messages of tp, sp, cp and ep are sent twice.
     """
     a, low = workload.architecture, 2 if settings.low_precision else 4
     tokens = settings.tokens / (mesh.cp * mesh.sp)

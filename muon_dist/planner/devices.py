@@ -1,4 +1,4 @@
-"""Speed and memory of one rank's device, and speed of its links."""
+"""Speed and memory of one rank's device, and the speed of its links."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from muon_dist.model.peaks import gpu_peak_flops, peak_flops
 
 GB = 1e9
 GIB = 2**30
-# Shares of the peak that large matrix products, whole training steps and large messages reach; rules of thumb, which
-# `--device measured` replaces for products. 0.6 of the dense peak: what cuBLAS reaches in bf16 on an H100 SXM under
-# its power limit. 0.4: the MFU of well-tuned dense pretraining (PaLM, arXiv 2204.02311, table 3: 0.462; Llama 3, arXiv
-# 2407.21783, table 4: 0.38 to 0.43). 0.8: nccl-tests' bus bandwidth over the nominal one.
+# Shares of the peak that large matrix products, whole training steps and large messages reach: rules of thumb.
+# `--device measured` replaces the share of products. 0.6 of the dense peak: what cuBLAS reaches in bf16 on an H100 SXM
+# under its power limit. 0.4: the MFU of well-tuned dense pretraining (PaLM, arXiv 2204.02311, table 3: 0.462; Llama 3,
+# arXiv 2407.21783, table 4: 0.38 to 0.43). 0.8: nccl-tests' bus bandwidth over the nominal one.
 MATMUL_SHARE = 0.6
 TRAINING_SHARE = 0.4
 LINK_SHARE = 0.8
-COLLECTIVE_SECONDS = 30e-6  # of a collective on an empty message; NCCL over InfiniBand takes 20 to 50 us
+COLLECTIVE_SECONDS = 30e-6  # seconds of a collective with an empty message; NCCL over InfiniBand takes 20 to 50 us
 
 
 @dataclass(frozen=True)
 class Device:
-    """One rank's accelerator; bytes/s in one direction, and each rank with its own network card.
+    """One rank's accelerator. bytes/s are in one direction; each rank has its own network card.
 
     Attributes:
         name: for messages and tables.
@@ -33,9 +33,8 @@ class Device:
         memory_bandwidth: bytes/s.
         inside: bytes/s of a rank to others of its node.
         between: bytes/s of a rank to other nodes.
-        source: of the figures.
-        matmul_share: of the peak that large products reach.
-        type: as torch calls it.
+        source: source of the figures.
+        matmul_share: share of the peak that large products reach. type: torch's device type.
     """
 
     name: str
@@ -64,7 +63,7 @@ def _gpu(
 
 
 # Memory in GB, memory bandwidth and NVLink or Infinity Fabric in GB/s one way, from the vendors' data sheets; peak
-# rates stand in model/peaks.py. Between nodes: one 400 Gbit/s card a GPU (50 GB/s), as in DGX H100, H200 and B200;
+# rates are in model/peaks.py. Between nodes: one 400 Gbit/s card per GPU (50 GB/s), as in DGX H100, H200 and B200;
 # 200 Gbit/s for A100 (DGX A100).
 DEVICES: dict[str, Device] = {
     "a100": _gpu("a100", "A100", 80, 2039, 300, 25, "NVIDIA A100 80GB SXM data sheet, 2021; NVLink 600 GB/s"),
@@ -89,12 +88,12 @@ def find_device(name: str) -> Device:
 
 
 def measured_device() -> Device:
-    """This machine as one rank sees it: products and copies are timed, links are those of a table entry."""
+    """This machine as one rank sees it: products and copies are timed, links come from the table."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda") if cuda else torch.device("cpu")
     half, single = peak_flops(device, torch.bfloat16), peak_flops(device, torch.float32)
     if half is None or single is None:
-        raise ConfigError(f"--device measured: {torch.cuda.get_device_name()} is unknown; use a name of the table")
+        raise ConfigError(f"--device measured: {torch.cuda.get_device_name()} is unknown; use a name from the table")
     memory = torch.cuda.get_device_properties(device).total_memory if cuda else _free_memory()
     links = DEVICES["h100" if cuda else "cpu"]
     return Device(
@@ -110,7 +109,7 @@ def _free_memory() -> float:
 
 
 def _copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written in a second by `lerp_` on tensors far larger than any cache."""
+    """Bytes read and written per second by `lerp_` on tensors much larger than any cache."""
     a = torch.zeros(2**24, device=device)
     b = torch.ones_like(a)
     best = float("inf")

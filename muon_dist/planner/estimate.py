@@ -21,11 +21,11 @@ class Exchange:
     """Muon's own communication in one optimizer step.
 
     Attributes:
-        sent, received: bytes, (2, ranks): to and from ranks of the same node, and of others. Of a broadcast (DDP,
-            HSDP) a rank receives the whole; a node receives it once from outside, in equal parts through the cards of
-            those of its ranks that take part, and sends it on, as a ring does.
-        buckets: how many.
-        collectives: calls that a rank enters, exchanges of both directions and broadcasts; of the rank with most.
+        sent, received: bytes, (2, ranks): to and from ranks of the same node, and of others. In a broadcast (DDP,
+            HSDP) each rank receives the whole message. A node receives it once from outside, in equal parts through
+            the network cards of its participating ranks, and passes it on, as in a ring.
+        buckets: their number. collectives: calls of the rank with most calls, counting exchanges in both directions
+            and broadcasts.
     """
 
     sent: np.ndarray
@@ -34,7 +34,7 @@ class Exchange:
     collectives: int
 
     def seconds(self, inside: float, between: float, per_collective: float) -> float:
-        """Seconds of the rank with the slowest link, at a rank's bytes/s inside a node and between nodes."""
+        """Seconds of the rank that needs longest, at a rank's bytes/s inside a node and between nodes."""
         slowest = max(
             float((way[INSIDE] / inside + way[BETWEEN] / between).max()) for way in (self.sent, self.received)
         )
@@ -44,7 +44,7 @@ class Exchange:
 def buckets_of(
     plan: OwnershipPlan, bucket_elements: int, overlap: bool, device_type: str = "cpu"
 ) -> list[list[tuple[int, ...]]]:
-    """The matrices of each bucket, phase by phase, as `Runtime` cuts them on a device of this type."""
+    """The matrices of each bucket, phase by phase, as `Runtime` makes buckets on a device of this type."""
     smallest = smallest_bucket(device_type)
     members: dict[int, list[int]] = {}
     for i, m in enumerate(plan.layout.matrices):
@@ -63,7 +63,7 @@ def exchange_of(
 ) -> Exchange:
     """Bytes and collectives of a step of `plan` in `buckets`, with `per_node` consecutive ranks on each node.
 
-    gather_bytes, scatter_bytes: of an element in each message. gathers: tensors that owners get of each matrix.
+    gather_bytes, scatter_bytes: bytes per element of a message. gathers: tensors that the owner receives per matrix.
     """
     world = plan.layout.world_size
     node = np.arange(world) // per_node
@@ -99,7 +99,7 @@ def exchange_of(
 def _add_broadcasts(
     sent: np.ndarray, received: np.ndarray, broadcast: np.ndarray, ranks: np.ndarray, node: np.ndarray
 ) -> None:
-    """What each of `ranks`, a column, sends to all others of it, along a ring that passes each node once."""
+    """Bytes that each of `ranks` (a replica group) sends to the others, along a ring that passes each node once."""
     total = broadcast.sum()
     own_node = np.bincount(node, weights=broadcast)[node]
     size = np.bincount(node)[node]
@@ -118,7 +118,7 @@ def newton_schulz_seconds(
     steps: int,
     dtype: torch.dtype,
 ) -> tuple[np.ndarray, float]:
-    """(seconds of each rank, seconds until the last has ended when they wait for each other's buckets).
+    """(seconds of each rank, seconds until the last rank has ended if ranks wait for each other's buckets).
 
     Two buckets are under way at a time (`optim.runtime`): a rank begins a bucket when it has ended the one before, all
     ranks have begun that one (and so sent their part of this one), and all owners have ended the one before that (so
@@ -146,7 +146,7 @@ def newton_schulz_seconds(
 
 
 def momentum_bytes(plan: OwnershipPlan, rule: MuonRule) -> np.ndarray:
-    """fp32 momentum of each rank, without the padding of flat groups, and what the rule keeps on owners."""
+    """Bytes per rank of fp32 momentum, without the padding of flat groups, and of the rule's state on owners."""
     held = np.zeros(plan.layout.world_size)
     for owner, pieces, m in zip(plan.owners, plan.sources, plan.layout.matrices, strict=True):
         if not rule.momentum_at_owner:

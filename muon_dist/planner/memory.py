@@ -1,4 +1,4 @@
-"""Bytes of a rank by purpose."""
+"""Memory of a rank by purpose, in bytes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from muon_dist.planner.model import Settings, Workload
 from muon_dist.planner.placement import Held
 
 USABLE = 0.9
-"""Share of a device's memory that a plan may fill: the rest is for fragmentation and what the framework keeps."""
+"""Share of a device's memory that a plan may fill; the rest is for fragmentation and the framework."""
 
 
 def usable(device: Device) -> float:
-    """Bytes of a device that a plan may fill."""
+    """Bytes of a device's memory that a plan may fill."""
     return USABLE * device.memory
 
 
@@ -49,7 +49,7 @@ def activation_bytes(workload: Workload, settings: Settings, mesh: Mesh) -> floa
 
 
 def bucket_bytes(settings: Settings, owners: OwnershipPlan, dtype: torch.dtype) -> float:
-    """Muon's two buckets: `bucket_mb` each, or more for one matrix that alone is larger."""
+    """Muon's two buckets: `bucket_mb` each, or more if a single matrix is larger."""
     every = range(len(owners.layout.matrices))
     also = len(settings.rule.sends) + settings.rule.gradient_stays
     alone = bytes_of_two_buckets(dtype.itemsize, moves(owners, every), also) * max(
@@ -68,7 +68,7 @@ def memory_of(
     momentum: float,
     buckets: float,
 ) -> dict[str, float]:
-    """Bytes of the rank with most, of one pipeline stage. momentum, buckets: Muon's."""
+    """Bytes of the rank with most memory in one pipeline stage. momentum, buckets: Muon's."""
     return {
         "weights": held.weights,
         "gradients": held.gradients,

@@ -1,7 +1,7 @@
-"""The device mesh of a plan: how many ranks along each axis, whether they fit, and which links an axis uses.
+"""The device mesh of a plan: ranks along each axis, their checks, and the links that an axis uses.
 
 Ranks are numbered as accelerate and transformers number them, from the slowest axis to the fastest:
-pp, dp_replicate, dp_shard, cp, sp, tp. Expert parallelism is another view of the same ranks: dp_shard x cp x tp is
+pp, dp_replicate, dp_shard, cp, sp, tp. Expert parallelism groups the same ranks a second time: dp_shard x cp x tp =
 efsdp x ep, with ep the fastest.
 """
 
@@ -19,7 +19,7 @@ LAYOUTS = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp")
 _ON_DTENSORS = ("fsdp2", "hsdp")
 _AUTOTP = tuple(("tp", layout) for layout in ("zero1", "zero2", "zero3"))
 OPTIONS = ("tp", "cp", "sp", "ep", "pp", "dp_replicate")
-"""The axes that a user chooses; dp_shard is what is left of the ranks."""
+"""The axes that a user chooses; dp_shard gets the remaining ranks."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Mesh:
 
     @property
     def data(self) -> int:
-        """Batches at a time: ranks that differ along these axes read different samples."""
+        """Number of data-parallel ranks, which read different samples."""
         return self.dp_replicate * self.dp_shard
 
     @property
@@ -85,13 +85,13 @@ class Mesh:
         return " ".join(words)
 
     def ring_between(self, size: int, stride: int) -> float:
-        """Share of what a rank receives in a ring of `size` ranks, `stride` apart, that comes from another node, on
-        average: one rank of each node receives from outside."""
+        """Average share of the bytes in a ring of `size` ranks, `stride` apart, that come from another node: one rank
+        per node receives from outside."""
         together = self._together(size, stride)
         return 0.0 if together == size else 1 / together
 
     def peers_between(self, size: int, stride: int) -> float:
-        """Share of the other ranks of such a group that are on other nodes: of an all-to-all."""
+        """Share of the other ranks of such a group that are on other nodes, for an all-to-all."""
         return (size - self._together(size, stride)) / (size - 1) if size > 1 else 0.0
 
     def _together(self, size: int, stride: int) -> int:
@@ -100,7 +100,7 @@ class Mesh:
 
 
 def _copies(ranks: int, per_node: int, mesh: Mesh) -> int:
-    """Copies of the model under HSDP by default: one on each node, or as few nodes as one copy needs."""
+    """Default number of copies of the model under HSDP: one per node, or one per as few nodes as a copy needs."""
     return max(1, ranks // mesh.pp // max(per_node, mesh.cp * mesh.tp))
 
 
@@ -158,7 +158,7 @@ def _with_data(mesh: Mesh, copies: int, shards: int) -> Mesh:
 
 
 def _check_layout(mesh: Mesh, copies: int | None) -> None:
-    """Which axes the libraries offer with a layout, as far as Muon runs there."""
+    """Raise ConfigError for an axis that the libraries do not offer with a layout, or where Muon does not run."""
     layout = mesh.layout
     for name in ("tp", "cp", "ep"):
         if getattr(mesh, name) > 1 and layout not in _ON_DTENSORS and (name, layout) not in _AUTOTP:
@@ -173,7 +173,7 @@ def _check_layout(mesh: Mesh, copies: int | None) -> None:
     if mesh.pp > 1 and layout.startswith("zero"):
         raise ConfigError(
             f"--pp {mesh.pp} with --layout {layout}: DeepSpeed's PipelineModule is not planned: use --layout ddp, "
-            "fsdp2 or hsdp, which stand for torch.distributed.pipelining"
+            "fsdp2 or hsdp, which mean torch.distributed.pipelining"
         )
     if copies is not None and layout != "hsdp":
         raise ConfigError(f"--dp-replicate {copies} with --layout {layout}: copies of shards are --layout hsdp")
@@ -211,7 +211,7 @@ def own_loop(mesh: Mesh) -> tuple[str, ...]:
 def notes(mesh: Mesh) -> tuple[str, ...]:
     """Remarks for a user who wants to run this mesh."""
     loop = own_loop(mesh)
-    found = [f"takes a loop of your own ({'; '.join(loop)})"] if loop else []
+    found = [f"needs your own training loop ({'; '.join(loop)})"] if loop else []
     if mesh.cp > 1:
         found.append("cp: ring attention has no CPU kernel; Muon's layout is tested, the attention is torch's")
     return tuple(found)

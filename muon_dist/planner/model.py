@@ -25,7 +25,7 @@ from muon_dist.routing import GroupRule, Override, RoutedGroup, SplitRule, route
 class PlannedParameter:
     """A trained parameter: name, shape, and its matrices (none under AdamW).
 
-    tp, ep: the style that the model's tensor-parallel and expert-parallel plan gives it, None without one. layer: its
+    tp, ep: its style in the model's tensor-parallel and expert-parallel plan; None without one. layer: its
     transformer layer; -1 before the first (embeddings), the number of layers after the last (final norm, head).
     """
 
@@ -43,8 +43,8 @@ class Settings:
     """The settings of optimizer and trainer on which a plan depends.
 
     micro_batch: samples of a rank in one forward pass. low_precision: the model computes in bf16. ordered: under
-    ZeRO-1/2 each Muon group is put into the order of `partition_order`, as `MuonFactory` does. momentum_everywhere:
-    see `Muon`. rule: of `optimizer.muon`, with its parts; entries of `groups` count as if they had it.
+    ZeRO-1/2 each Muon group is sorted by `partition_order`, as in `MuonFactory`. momentum_everywhere: see `Muon`.
+    rule: of `optimizer.muon`, with its parts; entries of `groups` are planned with this rule.
     """
 
     ns_steps: int = NS_STEPS
@@ -114,7 +114,8 @@ class Workload:
 
     @cached_property
     def kinds(self) -> tuple[tuple[PlannedParameter, int, bool], ...]:
-        """(an example, how many there are, Muon's) of parameters that every mesh places in the same way, for sums."""
+        """(example, number, whether Muon's) of each set of parameters that every mesh places in the same way, for
+        sums."""
         found: dict[tuple[Any, ...], list[PlannedParameter]] = {}
         for p, muon in [*((p, True) for p in self.muon), *((p, False) for p in self.adamw)]:
             found.setdefault((p.shape, p.tp, p.ep, muon), []).append(p)
@@ -127,8 +128,9 @@ class Workload:
         return tuple(self.muon[end - count : end] for end, count in zip(ends, self.muon_groups, strict=True))
 
     def largest_stage(self, stages: int) -> Workload:
-        """The part of the model on the pipeline stage with the most parameters, as transformers divides the layers: in
-        equal numbers, the rest on the last stage; embeddings on the first, the final norm and the head on the last."""
+        """The part of the model on the pipeline stage with the most parameters, with layers divided as in
+        transformers: equal numbers, the rest on the last stage; embeddings on the first, the final norm and the head
+        on the last."""
         if stages == 1:
             return self
         each = self.layers // stages
@@ -161,7 +163,7 @@ class Workload:
 
 
 def _stage(parameter: PlannedParameter, layers: int, stages: int) -> int:
-    """The pipeline stage of a parameter, with `layers` on each stage and the rest on the last."""
+    """The pipeline stage of a parameter, with `layers` layers per stage and the rest on the last."""
     return min(max(parameter.layer, 0) // layers, stages - 1)
 
 
@@ -203,7 +205,7 @@ def describe_model(
 
 
 def _styles(model: Any, layers: int) -> Callable[[PlannedParameter], PlannedParameter]:
-    """Adds to a parameter its layer and its styles in the tensor- and expert-parallel plans of the model."""
+    """The parameter with its layer and its styles in the model's tensor- and expert-parallel plans."""
     tp, ep = dict(model.tp_plan or {}), dict(model.ep_plan or {})
     stage: dict[str, int] = {}
     reached = -1
@@ -227,7 +229,7 @@ def build_on_meta(model: Mapping[str, Any], vocabulary: int) -> nn.Module:
 
 
 def parameters_of(group: RoutedGroup) -> tuple[PlannedParameter, ...]:
-    """The parameters of a group, cut as the optimizer cuts them."""
+    """The parameters of a group, split into matrices as in the optimizer."""
     found = []
     for r in group.routes:
         cut: dict[str, Any] = {"transposed": r.transposed}

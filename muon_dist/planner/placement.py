@@ -1,7 +1,7 @@
-"""How each framework stores the parameters: the layout that the optimizer would use, and bytes per rank.
+"""How each framework stores the parameters: the layout that the optimizer will use, and bytes per rank.
 
-The rules are those of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py), of FSDP2 and of DDP; the tests
-compare the layouts with those that the adapters find on real engines.
+The rules are those of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py), of FSDP2 and of DDP; tests compare
+the layouts with those that the adapters read from real engines.
 """
 
 from __future__ import annotations
@@ -35,11 +35,10 @@ class Held:
     """Bytes on the fullest rank, for any owners.
 
     Attributes:
-        weights: as the model computes with them.
-        gradients: at their peak, after the last backward pass.
+        weights: in the dtype of the model's computation. gradients: at their peak, after the last backward pass.
         master: fp32 copies.
         adamw: both moments of AdamW's groups.
-        working: weights gathered for the layer at work, and its gradients.
+        working: gathered weights of the layer that computes, and its gradients.
     """
 
     weights: float
@@ -51,7 +50,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Placement:
-    """The layout of Muon's matrices on the ranks of a mesh, and whether Muon's group was put into the order of
+    """The layout of Muon's matrices on the ranks of a mesh, and whether Muon's group was sorted by
     `partition_order`."""
 
     mesh: Mesh
@@ -65,20 +64,20 @@ def place(workload: Workload, settings: Settings, kind: str, world: int, per_nod
 
 
 def place_on(workload: Workload, settings: Settings, mesh: Mesh) -> Placement:
-    """The placement of one pipeline stage, whose part of the model is `workload`, on the ranks of the stage."""
+    """The placement of one pipeline stage on its ranks. workload: the stage's part of the model."""
     layout, ordered = _layout(workload, settings, mesh)
     return Placement(mesh, layout, ordered)
 
 
 def held_bytes(workload: Workload, settings: Settings, mesh: Mesh) -> Held:
-    """Bytes of the rank with most, of a stage whose part of the model is `workload`."""
+    """Bytes of the rank with most memory in a stage. workload: the stage's part of the model."""
     low = 2 if settings.low_precision else 4
     world, layers = mesh.stage_ranks // mesh.tp, max(workload.layers, 1)
     total = sum(n * p.numel / whole_parts(p, mesh)[0] for p, n, _ in workload.kinds)
     adamw = sum(n * p.numel / whole_parts(p, mesh)[0] for p, n, muon in workload.kinds if not muon)
     layer = low * 2 * total / layers  # weights and gradients of a layer
     if mesh.layout == "ddp":
-        # autocast: weights stay fp32 and so do gradients, DDP's buckets are their storage
+        # autocast: weights and gradients stay fp32; DDP's buckets store the gradients
         return Held(4.0 * total, 4.0 * total, 0.0, 8.0 * adamw, 0.0)
     if mesh.layout in ("zero1", "zero2"):
         gradients = low * total / (world if mesh.layout == "zero2" else 1)
@@ -102,7 +101,7 @@ def _layout(workload: Workload, settings: Settings, mesh: Mesh) -> tuple[Layout,
 
 
 def _zero_layout(workload: Workload, settings: Settings, mesh: Mesh) -> tuple[Layout, bool]:
-    """ZeRO over the ranks that hold the same: all of them but for AutoTP."""
+    """ZeRO over the ranks that hold the same part: all ranks, unless there is AutoTP."""
     ranks, stage3, ordered = mesh.stage_ranks // mesh.tp, mesh.layout == "zero3", False
     members = [list(group) for group in workload.by_muon_group]
     if not stage3 and settings.ordered:
@@ -128,7 +127,7 @@ def _zero_layout(workload: Workload, settings: Settings, mesh: Mesh) -> tuple[La
 
 
 def _flat_groups(members: Sequence[Sequence[PlannedParameter]], ranks: int) -> list[FlatGroup]:
-    """Stages 1 and 2: the parameters of each group end to end."""
+    """Stages 1 and 2: the parameters of each group, concatenated and cut into slices."""
     numels = [[p.numel for p in group] for group in members]
     return [FlatGroup(_end_to_end(g, n), slice_elements(n, ranks)) for g, n in zip(members, numels, strict=True)]
 
@@ -136,7 +135,7 @@ def _flat_groups(members: Sequence[Sequence[PlannedParameter]], ranks: int) -> l
 def _placed_sub_groups(
     members: Sequence[Sequence[PlannedParameter]], ranks: int, size: int
 ) -> list[tuple[PlacedParameter, ...]]:
-    """Stage 3: the slices of each sub-group's parameters end to end."""
+    """Stage 3: the slices of each sub-group's parameters, concatenated."""
     groups = [g for group in members for g in sub_groups(group, ranks, size)]
     return [_end_to_end(g, [slice_length(p.numel, ranks) for p in g]) for g in groups]
 

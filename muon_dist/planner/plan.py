@@ -36,24 +36,23 @@ from muon_dist.planner.times import adamw_seconds, muon_seconds, seconds_of
 
 @dataclass(frozen=True)
 class Plan:
-    """The figures of one run; bytes and seconds, of the rank that has most where ranks differ.
+    """The figures of one run, in bytes and seconds; if ranks differ, those of the rank with most.
 
     Attributes:
-        mesh: ranks by axis. Under pp the figures are those of the stage with most parameters.
+        mesh: ranks by axis. Under pp the figures are those of the stage with the most parameters.
         run: micro_batch, sequence_length, accumulation, recomputation.
-        tokens: of a step of the whole run.
-        memory: part -> bytes on a rank. usable: bytes of the device that it may fill (`memory.USABLE`).
-        axes: mesh axis -> (bytes received inside the node, between nodes) by a rank for all but Muon.
+        tokens: tokens per step of the whole run. memory: part -> bytes per rank. usable: bytes of the device's memory
+            that a plan may fill (`memory.USABLE`).
+        axes: mesh axis -> (bytes received inside the node, between nodes) by a rank for everything except Muon.
         moved: part -> (bytes received inside the node, between nodes) by a rank, on average.
         busiest: bytes that the busiest rank receives for Muon, (inside, between).
-        collectives, buckets: of Muon's exchange in a step.
-        newton_schulz: seconds: "mean" and "max" over the ranks, "in buckets" when each bucket waits for its slowest
-            owner, "round robin" the maximum if owners were dealt in turn.
-        largest: seconds of the largest single matrix, below which no balance can go.
+        collectives, buckets: numbers of Muon's exchange per step.
+        newton_schulz: seconds: "mean" and "max" over the ranks, "in buckets" if each bucket waits for its slowest
+            owner, "round robin" the maximum with round-robin owners. largest: seconds of the largest matrix, a lower
+            bound for every balance.
         seconds: part of a step -> seconds.
-        overhead: of Muon over AdamW, as a share of AdamW's step.
-        notes: what must be known to run this mesh.
-        advice: what would be better.
+        overhead: of Muon over AdamW, as a share of AdamW's step. notes: requirements of this mesh. advice: better
+            settings.
     """
 
     model: str
@@ -114,7 +113,7 @@ def make_plan(
 
     Args:
         cost: seconds of Newton-Schulz and of moves; from the device by default.
-        axes: ranks along the axes of a mesh (`mesh.OPTIONS`); data parallelism alone by default.
+        axes: ranks along the axes of a mesh (`mesh.OPTIONS`); by default only data parallelism.
 
     Raises:
         ConfigError: an unknown layout, or numbers that do not fit; names the option.
@@ -127,7 +126,7 @@ def make_plan(
 
 
 def plan_on(mesh: Mesh, workload: Workload, settings: Settings, device: Device, cost: CostModel | None = None) -> Plan:
-    """Plan `workload` on `mesh`, which fits it; the figures are those of its largest pipeline stage."""
+    """Plan `workload` on a `mesh` that fits it; the figures are those of the largest pipeline stage."""
     stage, world = workload.largest_stage(mesh.pp), mesh.stage_ranks
     dtype = iteration_dtype(settings, device)
     model = cost or cost_model(stage, settings, device, world, dtype)
@@ -142,7 +141,7 @@ def plan_on(mesh: Mesh, workload: Workload, settings: Settings, device: Device, 
     )
     loads, waiting = newton_schulz_seconds(owners, buckets, model, settings.iterations, dtype)
     axes, momentum = bytes_by_axis(stage, settings, mesh), float(momentum_bytes(owners, settings.rule).max())
-    if settings.momentum_everywhere:  # every holder of a copy keeps all of its part
+    if settings.momentum_everywhere:  # every rank with a copy keeps the momentum of its whole part
         momentum = max(momentum, (held.master or held.weights) * stage.muon_elements / max(stage.parameters, 1))
     parts = seconds_of(
         stage, settings, device, mesh, axes, held=held, momentum=momentum, newton_schulz=waiting,
@@ -201,7 +200,7 @@ def _sum(links: Iterable[Links]) -> Links:
 
 
 def _owners(placement: Placement, settings: Settings, model: CostModel, dtype: torch.dtype) -> OwnershipPlan:
-    """The owners, chosen as `Muon.bind` does."""
+    """The owners, chosen as in `Muon.bind`."""
     return assign_owners(
         placement.layout,
         policy=settings.owner_policy,
@@ -213,7 +212,7 @@ def _owners(placement: Placement, settings: Settings, model: CostModel, dtype: t
 
 
 def _bound(owners: OwnershipPlan, settings: Settings, dtype: torch.dtype) -> int:
-    """Elements of the largest bucket, as `optim.compiler` takes them."""
+    """Elements of the largest bucket, counted as in `optim.compiler`."""
     messages = moves(owners, range(len(owners.layout.matrices)))
     also = len(settings.rule.sends) + settings.rule.gradient_stays
     return bucket_elements(int(settings.bucket_mb * 2**20), dtype.itemsize, messages, also)
@@ -224,7 +223,8 @@ def _pair(both: np.ndarray) -> tuple[float, float]:
 
 
 def iteration_dtype(settings: Settings, device: Device) -> torch.dtype:
-    """The dtype of Newton-Schulz on `device`, which may be another machine's: fp16 on a GPU unless one is asked."""
+    """The dtype of Newton-Schulz on `device`, which may be another machine's: the configured one, else fp16 on a
+    GPU."""
     given = settings.ns_dtype
     if given is None and device.name not in ("cpu", "measured") and not get_schedule(settings.ns_schedule).fp32_only:
         return torch.float16

@@ -1,4 +1,4 @@
-"""The meshes of a number of ranks, each outlined without choosing owners: thousands in seconds."""
+"""All meshes of a number of ranks, estimated without choosing owners: thousands in seconds."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from muon_dist.planner.placement import held_bytes
 from muon_dist.planner.plan import Plan, iteration_dtype
 from muon_dist.planner.times import adamw_seconds, muon_seconds, seconds_of
 
-_ALIKE = 0.01  # of the step: of meshes as fast as this the one with the fewest axes is the best
-_LEAST_TOKENS = 2048  # of a sample on one rank: below it attention is too short to be worth a cut
+_ALIKE = 0.01  # share of the step: among meshes within it, the one with the fewest axes is the best
+_LEAST_TOKENS = 2048  # tokens of a sample per rank: a shorter sample is not worth cutting further
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A mesh with its figures, Muon's owners taken as evenly spread unless it is `of_plan`.
+    """A mesh with its figures. Muon's work is taken as evenly spread, unless the figures come `of_plan`.
 
     Attributes:
         mesh: ranks by axis.
-        settings: with the accumulation that gives the same tokens per step.
-        memory, seconds: as of a `Plan`.
-        fits: into the usable memory.
+        settings: with the accumulation that keeps the tokens per step. memory, seconds: as in `Plan`. fits: whether
+            the memory is enough.
     """
 
     mesh: Mesh
@@ -54,12 +53,12 @@ class Outline:
 
     @property
     def axes(self) -> int:
-        """How many options it takes besides the layout."""
+        """Number of options of this mesh besides the layout."""
         return sum(getattr(self.mesh, name) > 1 for name in OPTIONS)
 
 
 def outline(mesh: Mesh, workload: Workload, settings: Settings, device: Device) -> Outline:
-    """The figures of one pipeline stage on `mesh`, which fits the model."""
+    """The figures of one pipeline stage on a `mesh` that fits the model."""
     stage, world, dtype = workload.largest_stage(mesh.pp), mesh.stage_ranks, iteration_dtype(settings, device)
     held, axes = held_bytes(stage, settings, mesh), bytes_by_axis(stage, settings, mesh)
     model = CostModel(device.matmul(dtype))
@@ -88,7 +87,7 @@ def outline(mesh: Mesh, workload: Workload, settings: Settings, device: Device) 
 
 def every_mesh(workload: Workload, settings: Settings, ranks: int, per_node: int) -> Iterator[Mesh]:
     """The meshes of `ranks` that fit the model: tp within a node, ep dividing the experts, pp dividing the layers,
-    dp_shard and dp_replicate the rest."""
+    dp_shard and dp_replicate dividing the rest."""
     experts = workload.architecture.experts
     sizes = {
         "tp": [n for n in _divisors(per_node) if n <= ranks],
@@ -118,7 +117,7 @@ def every_mesh(workload: Workload, settings: Settings, ranks: int, per_node: int
 def outlines(
     workload: Workload, settings: Settings, device: Device, ranks: int, per_node: int, tokens: int
 ) -> list[Outline]:
-    """Every mesh of `ranks` with which a step has `tokens` tokens, the accumulation chosen so."""
+    """Every mesh of `ranks` for which some accumulation gives `tokens` tokens per step."""
     found = []
     for mesh in every_mesh(workload, settings, ranks, per_node):
         one = mesh.data * settings.sequence_length * settings.micro_batch

@@ -1,7 +1,7 @@
 """How the libraries cut a parameter over a mesh of FSDP2, tensor and expert parallelism.
 
 The rules are those of transformers 5.23 (`shard_param` of the styles in distributed/tensor_parallel.py and
-expert_parallel.py) and of `fully_shard`, which cuts axis 0 of what the others have left. tests/planner/test_mesh.py
+expert_parallel.py) and of `fully_shard`, which cuts axis 0 of the remaining part. tests/planner/test_mesh.py
 compares the layouts with those of real models.
 """
 
@@ -17,7 +17,7 @@ from muon_dist.layout.cuts import Cut
 from muon_dist.planner.mesh import Mesh
 from muon_dist.planner.model import PlannedParameter
 
-# The tensor axis that a style cuts, from the last, and its split factor.
+# Per style: the tensor axis that it cuts, counted from the last, and the split factor.
 _CUTS: dict[str, Cut] = {
     "colwise": (-2, 1),
     "colwise_gather_output": (-2, 1),
@@ -30,7 +30,7 @@ _CUTS: dict[str, Cut] = {
     "embedding_rowwise": (-2, 1),
     "embedding_colwise": (-1, 1),
 }
-# Styles that leave the parameters of their module whole on every rank of the axis.
+# Styles that keep the module's parameters whole on every rank of the axis.
 _WHOLE = frozenset(
     {"replicate", "replicated_with_grad_allreduce", "sequence_parallel", "mla_kv_a_proj", "all_reduce", "local_params"}
     | {"moe_tp_experts", "moe_identity_expert"}
@@ -38,35 +38,35 @@ _WHOLE = frozenset(
 
 
 def tensor_cut(p: PlannedParameter) -> Cut | None:
-    """The cut of tensor parallelism, None if every rank has the whole. Raises ConfigError for an unknown style."""
+    """The cut of tensor parallelism; None if every rank has the whole parameter. Raises ConfigError for an unknown
+    style."""
     if p.tp is None or p.tp in _WHOLE:
         return None
     if p.tp not in _CUTS:
-        raise ConfigError(
-            f"--tp: the plan does not know how the style '{p.tp}' of {p.name} places its parts: plan without --tp"
-        )
+        raise ConfigError(f"--tp: `plan` does not know how the style '{p.tp}' of {p.name} cuts it: plan without --tp")
     axis, factor = _CUTS[p.tp]
-    if len(p.shape) == 1:  # a bias: cut with the output features, whole beside cut input features
+    if len(p.shape) == 1:  # a bias: cut if the output features are cut, whole if the input features are
         return (0, 1) if axis == -2 else None
     return len(p.shape) + axis, factor
 
 
 def by_experts(p: PlannedParameter, mesh: Mesh) -> bool:
-    """Whether expert parallelism cuts a parameter; tensor parallelism then leaves it alone."""
+    """Whether expert parallelism cuts a parameter; then tensor parallelism does not cut it."""
     return mesh.ep > 1 and p.ep == "grouped_gemm"
 
 
 def whole_parts(p: PlannedParameter, mesh: Mesh) -> tuple[int, int]:
-    """(parts that tensor or expert parallelism makes of a parameter, ranks among which FSDP2 cuts each part)."""
+    """(number of parts by tensor or expert parallelism, number of ranks over which FSDP2 cuts each part)."""
     if by_experts(p, mesh):
         return mesh.ep, mesh.efsdp
-    # DeepSpeed's AutoTP leaves embeddings whole.
+    # DeepSpeed's AutoTP does not cut embeddings.
     whole = tensor_cut(p) is None or (mesh.layout.startswith("zero") and p.tp == "embedding_rowwise")
     return (mesh.tp if mesh.tp > 1 and not whole else 1), mesh.fsdp
 
 
 def largest_part(p: PlannedParameter, mesh: Mesh) -> int:
-    """Elements of a parameter on the rank that holds most: the first, since `torch.chunk` fills the first chunks."""
+    """Elements of a parameter on the rank that holds most: the first rank, because `torch.chunk` fills the first
+    chunks."""
     parts, shards = whole_parts(p, mesh)
     shape = list(p.shape)
     cut = (0, 1) if by_experts(p, mesh) else tensor_cut(p) if parts > 1 else None
@@ -78,7 +78,7 @@ def largest_part(p: PlannedParameter, mesh: Mesh) -> int:
 
 
 def sharded_parameter(p: PlannedParameter, mesh: Mesh) -> ShardedParameter:
-    """`p` over the ranks of one pipeline stage. Raises ConfigError for cuts that cannot be exact."""
+    """The layout of `p` over the ranks of one pipeline stage. Raises ConfigError for a cut that cannot be exact."""
     ranks = tuple(range(mesh.stage_ranks))
     inner, sharding = (mesh.ep, mesh.efsdp) if by_experts(p, mesh) else (mesh.tp, mesh.fsdp)
     cut = (0, 1) if by_experts(p, mesh) else tensor_cut(p) if mesh.tp > 1 else None
@@ -99,8 +99,9 @@ def sharded_parameter(p: PlannedParameter, mesh: Mesh) -> ShardedParameter:
 
 
 def _whole_on_tp(p: PlannedParameter, mesh: Mesh, ranks: tuple[int, ...]) -> ShardedParameter:
-    """A parameter that tensor parallelism does not cut: on each tp rank a copy, which FSDP2 cuts over the others."""
-    if mesh.tp > 1 and mesh.dp_replicate * mesh.fsdp == 1:  # a plain tensor: no axis has made a DTensor of it
+    """A parameter that tensor parallelism does not cut: each tp rank has a copy, which FSDP2 cuts over the other
+    ranks."""
+    if mesh.tp > 1 and mesh.dp_replicate * mesh.fsdp == 1:  # a plain tensor: no axis turned it into a DTensor
         return ShardedParameter(p.name, p.shape, (len(ranks),), ranks, (None,), p.matrices)
     shape, cuts = (mesh.tp, mesh.dp_replicate, mesh.fsdp), (None, None, 0)
     of_each_tp_rank = tuple(np.asarray(ranks).reshape(-1, mesh.tp).T.reshape(-1).tolist())

@@ -23,11 +23,11 @@ def seconds_of(
     newton_schulz: float,
     exchange: float,
 ) -> dict[str, float]:
-    """Parts of a step of one pipeline stage; what is elementwise runs at the bandwidth of memory.
+    """Predicted seconds of a step of one pipeline stage, by part; elementwise work runs at memory bandwidth.
 
     Args:
-        axes: bytes of the step without Muon (`bytes_by_axis`).
-        momentum: bytes of Muon's momentum on the rank with most.
+        axes: bytes of the step without Muon (`bytes_by_axis`). momentum: bytes of Muon's momentum on the rank with the
+            most.
         newton_schulz, exchange: seconds.
     """
     peak = (device.half if settings.low_precision else device.single) * TRAINING_SHARE
@@ -41,7 +41,7 @@ def seconds_of(
     found = {
         "forward and backward": arithmetic,
         "activations' communication": inside_layers,
-        # a pipeline of p stages stands still for p - 1 micro-batches (Narayanan et al. 2021, arXiv 2104.04473, 2.2.1)
+        # a pipeline of p stages is idle for p - 1 micro-batches (Narayanan et al. 2021, arXiv 2104.04473, 2.2.1)
         "pipeline bubble": (arithmetic + inside_layers) * (mesh.pp - 1) / settings.accumulation,
         "AdamW's communication": data,
         # weight, gradient and both moments read, weight and moments written: 7 passes of fp32
@@ -62,8 +62,8 @@ def _seconds(links: Iterable[Links], device: Device) -> float:
 
 
 def adamw_seconds(seconds: Mapping[str, float]) -> float:
-    """Of a step if AdamW stepped everything. Gradients and weights travel while layers compute; activations are waited
-    for, which is an upper bound."""
+    """Seconds of a step if AdamW trained all parameters. Gradients and weights are sent while layers compute. For
+    activations ranks wait, so this is an upper bound."""
     layers = sum(
         seconds.get(n, 0.0) for n in ("forward and backward", "activations' communication", "pipeline bubble")
     )
@@ -71,6 +71,6 @@ def adamw_seconds(seconds: Mapping[str, float]) -> float:
 
 
 def muon_seconds(seconds: Mapping[str, float]) -> float:
-    """Seconds that Muon adds to `adamw_seconds`; an exchange shorter than the arithmetic is hidden behind it."""
+    """Seconds that Muon adds to `adamw_seconds`; the exchange is hidden if it is shorter than the arithmetic."""
     muon = seconds["momentum and update"] + max(seconds["Newton-Schulz"], seconds["exchange"])
     return muon - seconds["AdamW's update of Muon's"]

@@ -1,4 +1,4 @@
-"""Several runs on one self-contained HTML page: curves in common figures, figures and settings in tables."""
+"""Several runs on one self-contained HTML page: curves in shared plots, results and settings in tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from muon_dist.report.page import save, template
 from muon_dist.report.run_page import status, tiles
 from muon_dist.report.run_record import RunRecord, read_run
 
-# (caption, key in the log, figure's options); the validation loss first, which is what runs are compared by
+# (caption, key in the log, figure's options); the validation loss comes first, because runs are compared by it
 CURVES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Validation loss, nats per token", "eval_loss", {}),
     ("Validation, bits per byte", "eval_bits_per_byte", {}),
@@ -28,11 +28,11 @@ MOST = len(figures.PALETTE)
 
 
 def write_compare_page(runs: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write the page of these run folders (`compare.html` in the current folder unless `output` is given); its path.
+    """Write the page of these run folders (default: `compare.html` in the current folder) and return its path.
 
     Raises:
-        ConfigError: more runs than colours, or a run twice.
-        DataError: one of them is not a run, or the page cannot be written.
+        ConfigError: more runs than colours, or a run is named twice. DataError: a folder is not a run, or the page
+            cannot be written.
     """
     folders = [Path(run).resolve() for run in runs]
     if len(folders) > MOST:
@@ -45,7 +45,7 @@ def write_compare_page(runs: Sequence[str | Path], output: str | Path | None = N
 
 
 def labels(records: Sequence[RunRecord]) -> list[str]:
-    """A name for each run: its own, or with as much of its path as tells it from the others."""
+    """A name for each run: its own, with as much of its path as is needed to make the names different."""
     names = [record.name for record in records]
     if len(set(names)) == len(names):
         return names
@@ -65,12 +65,13 @@ def render(records: Sequence[RunRecord]) -> str:
 
 
 def figures_of(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """(name, a value for each run) of what a reader asks first."""
+    """(name, one value per run) of the main results."""
     return _table([dict(_plain(tiles(record))) for record in records])
 
 
 def curves(records: Sequence[RunRecord], names: Sequence[str]) -> list[tuple[str, Markup]]:
-    """(caption, figure) of what any run has logged; each run has its colour, and the legend stands above all."""
+    """(caption, figure) of every curve that any run has logged; each run has one colour, and one legend is above all
+    figures."""
     found = []
     for caption, key, options in CURVES:
         series = {name: figures.curve(record.metrics, key) for name, record in zip(names, records, strict=True)}
@@ -89,7 +90,7 @@ def curves(records: Sequence[RunRecord], names: Sequence[str]) -> list[tuple[str
 
 
 def _plain(found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The step moves from the label to the value, so that runs that end at different steps share a row."""
+    """The step is moved from the label to the value, so that runs that end at different steps share a row."""
     return [
         (
             label.partition(" at step ")[0],
@@ -100,13 +101,13 @@ def _plain(found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _table(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
-    """(name, a value for each run) of every name in any of them."""
+    """(name, one value per run) for every name that any run has."""
     names = dict.fromkeys(name for row in rows for name in row)
     return [(name, [row.get(name, "-") for row in rows]) for name in names]
 
 
 def differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """(dotted key, a value for each run) of the settings in which they differ."""
+    """(dotted key, one value per run) of the settings that differ."""
     flat = [dict(_leaves(record.config or {})) for record in records]
     rows = _table(flat)
     same: Callable[[list[str]], bool] = lambda values: len(set(values)) == 1  # noqa: E731

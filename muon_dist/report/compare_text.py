@@ -1,4 +1,4 @@
-"""Several runs in one table for a terminal: figures, and the settings that differ."""
+"""Several runs in one table for a terminal: results, and the settings that differ."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     """A table with one column per run; the runs may have any settings, and need not have finished.
 
     Raises:
-        ConfigError: fewer than two runs, or one twice.
-        DataError: one of them is not a run.
+        ConfigError: fewer than two runs, or a run is named twice. DataError: a folder is not a run.
     """
     folders = [Path(run).resolve() for run in runs]
     if len(folders) < 2 or len(set(folders)) < len(folders):
@@ -32,7 +31,7 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
 
 
 def _at_one_step(records: Sequence[RunRecord]) -> list[Row]:
-    """The validation losses at the last step at which all runs have one: runs of other lengths compare there."""
+    """The validation losses at the last step at which all runs have one, to compare runs of different lengths."""
     losses = [{line["step"]: line["eval_loss"] for line in r.evaluations if line.get("eval_loss")} for r in records]
     common = set.intersection(*(set(of_run) for of_run in losses))
     if not common:

@@ -1,6 +1,6 @@
 """One self-contained HTML page of the experiments: reads the JSON and SVG files that ``muon-dist spectra run`` wrote.
 
-The page makes no request: styles and figures are in it, there is no script.
+The page makes no requests: it contains its styles and figures, and no script.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SOURCES = {
 def inline_svg(path: Path) -> Markup:
     """The <svg> element of a figure file, without metadata, for use inside HTML.
 
-    Raises DataError when the file is not an SVG or holds anything that could run or load something.
+    Raises DataError if the file is not an SVG, or contains an element that could run or load something.
     """
     try:
         root = ElementTree.fromstring(path.read_text(encoding="utf-8"))
@@ -62,9 +62,9 @@ def inline_svg(path: Path) -> Markup:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Every result of a folder in order of name (E1 ... E8, NS), each with its figures.
+    """All results of a folder in order of name (E1 ... E8, NS), each with its figures.
 
-    Raises DataError for a folder without results, or a file that is damaged or no result.
+    Raises DataError for a folder without results, and for a file that is damaged or not a result.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; run `muon-dist spectra run all --output {folder}` first")
@@ -92,7 +92,7 @@ def _measured(value: Any) -> str:
 
 
 def render(records: list[dict[str, Any]]) -> str:
-    """The page as text. Everything from the files is escaped but the figures, which ``inline_svg`` has checked."""
+    """The page as text. Everything from the files is escaped, except the figures, which ``inline_svg`` has checked."""
     return template("experiments", measured=_measured).render(records=records, sources=SOURCES)
 
 

@@ -1,4 +1,5 @@
-"""Figures of a run as SVG text for inlining: they take the ink and the grid of the page, in light and in dark."""
+"""Figures of a run as SVG text for inlining. They use the page's colours for text and grid, in light and in dark
+mode."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ Record = dict[str, Any]
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Label -> (x, y)."""
 
-# Stand-ins that no figure uses otherwise; the page's own colours take their place in the SVG.
+# Placeholder colours that no figure uses otherwise; in the SVG the page's own colours replace them.
 _INK, _GRID = "#010203", "#040506"
 # Readable on white and on near black.
 PALETTE = (
@@ -37,12 +38,12 @@ PALETTE = (
     "#c760a0",
     "#7d9440",
 )
-# 4.4 inches are 317 points: about the width of a phone, so that text keeps its size there.
+# 4.4 inches are 317 points, about the width of a phone, so that text keeps its size there.
 WIDTH = 4.4
 HEAT_WIDTH = 3.0
 MAX_COLUMNS = 100
-MAX_HOVER = 150  # points of a curve with a note; a page of a long run stays small
-_PIXELS = 100  # of the page, per inch of a figure
+MAX_HOVER = 150  # points of a curve that have a hover text, so that the page of a long run stays small
+_PIXELS = 100  # pixels of the page per inch of a figure
 COLOURS = "viridis"
 
 _STYLE = {
@@ -57,7 +58,7 @@ _STYLE = {
     "font.size": 9.5,
     "grid.color": _GRID,
     "grid.linewidth": 0.6,
-    "image.composite_image": False,  # the cells themselves, not a resampled picture of them
+    "image.composite_image": False,  # show the cells themselves, not a resampled image
     "legend.fontsize": 8.5,
     "lines.linewidth": 1.6,
     "svg.fonttype": "none",
@@ -74,10 +75,10 @@ def _svg(
 ) -> Markup:
     """The figure as one <svg> element whose ids begin with `name`.
 
-    hover: id of a group of markers -> what a pointer over each of them shows, in their order.
+    hover: id of a group of markers -> the hover text of each marker, in order.
     """
     out = io.StringIO()
-    # The whole canvas, not cut to its content: then all text has one size on the page.
+    # The whole canvas is kept, not cut to its content, so that all text has one size on the page.
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
@@ -87,7 +88,7 @@ def _svg(
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
     text = text.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
-    # The viewBox keeps the proportions. Every figure has the same scale, so its text has the same size.
+    # The viewBox keeps the proportions. Every figure has the same scale, so all text has the same size.
     head, rest = text.split(">", 1)
     head = re.sub(r'\s(width|height|version)="[^"]*"', "", head)
     width = f"{figure.get_figwidth() * _PIXELS:.0f}px"
@@ -95,7 +96,7 @@ def _svg(
 
 
 def _with_notes(text: str, gid: str, notes: Sequence[str]) -> str:
-    """`text` with a <title> in each marker of the group `gid`, which browsers show where the pointer is."""
+    """`text` with a <title> in each marker of the group `gid`; browsers show it as hover text."""
     start = text.index(f'<g id="{gid}">')
     end = text.index("</g>", text.index("<use", start))
     parts = re.split(r"(<use [^>]*/>)", text[start:end])
@@ -125,12 +126,12 @@ def lines(
     dots: Iterable[str] = (),
     legend: bool = True,
 ) -> Markup | None:
-    """Curves over steps; None when no series holds a point. A pointer over a curve shows label, step and value.
+    """Curves over steps; None if no series has a point. The hover text shows label, step and value.
 
-    log: logarithmic y. zero: y begins at 0. marks: steps with a fine vertical line (checkpoints). parts: steps at
-    which part 2, 3, ... of the run begins: a line with its number. dots: labels whose points are marked, being far
-    apart. legend: False where the page has one for several figures; the colours follow
-    the order of `series`, whether all of them hold points or not.
+    log: logarithmic y. zero: y begins at 0. marks: steps with a thin vertical line (checkpoints). parts: steps at
+    which part 2, 3, ... of the run begins, shown as a line with its number. dots: labels whose points are few and
+    therefore marked. legend: False if the page has one legend for several figures; colours follow the order of
+    `series`, and a series without points uses one too.
     """
     colours = {label: PALETTE[index % len(PALETTE)] for index, label in enumerate(series)}
     shown = {label: _finite(*xy) for label, xy in series.items()}
@@ -202,13 +203,13 @@ def _is_number(value: Any) -> bool:
 
 
 def curve(records: Sequence[Record], key: str) -> tuple[list[Any], list[Any]]:
-    """(steps, values) of the records that hold `key`."""
+    """(steps, values) of the records that have `key`."""
     held = [r for r in records if r.get(key) is not None]
     return [r["step"] for r in held], [r[key] for r in held]
 
 
 def bars(name: str, labels: Sequence[str], values: Sequence[float], *, xlabel: str, description: str) -> Markup:
-    """A horizontal bar for each label, the first on top."""
+    """One horizontal bar per label, the first on top."""
     with matplotlib.rc_context({**_STYLE, "axes.grid.axis": "x"}):
         figure, ax = _figure(0.7 + 0.26 * len(labels))
         ax.barh(range(len(labels)), values, color=[PALETTE[i % len(PALETTE)] for i in range(len(labels))], height=0.62)
@@ -219,7 +220,8 @@ def bars(name: str, labels: Sequence[str], values: Sequence[float], *, xlabel: s
 
 
 def newest(spectra: Sequence[Record], measure: str) -> dict[int, dict[str, Record]]:
-    """Round -> matrix -> its newest record up to that round: the last one if it was not measured in this round."""
+    """Round -> matrix -> its newest record up to that round: an older record if the matrix was not measured in this
+    round."""
     held = [r for r in spectra if _is_number(r.get(measure))]
     rounds: dict[int, dict[str, Record]] = {}
     state: dict[str, Record] = {}
@@ -246,9 +248,9 @@ def by_type(spectra: Sequence[Record], measure: str) -> dict[str, tuple[list[flo
 def heat_maps(
     name: str, spectra: Sequence[Record], measure: str, kinds: Sequence[str]
 ) -> tuple[dict[str, Markup], Markup | None]:
-    """Type -> picture with a row for each layer and a column for each round; and the scale that they share.
+    """Type -> picture with one row per layer and one column per round; and the common scale.
 
-    A cell is the mean over the matrices (heads, experts) of that layer and type; empty where none was measured yet.
+    A cell is the mean over the matrices (heads, experts) of that layer and type; empty if none was measured yet.
     """
     rounds = newest(spectra, measure)
     if not rounds:
@@ -292,7 +294,7 @@ def _heat_map(
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """At most `most` of the indices below `count`, evenly spread, the first and the last among them."""
+    """At most `most` indices below `count`, evenly spread, including the first and the last."""
     if count <= most:
         return list(range(count))
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})

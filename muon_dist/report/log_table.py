@@ -30,10 +30,10 @@ _SHOWN = {
 
 
 def read_log(run: str | Path) -> list[Record]:
-    """One row a step, in order: all that was logged at it, of training and evaluation. Damaged lines are left out, and
-    a note on standard error names them.
+    """One row per step, in order, with all logged figures of training and evaluation. Damaged lines are left out, and
+    a message on standard error names them.
 
-    run: a run folder, or a metrics.jsonl itself. Raises DataError where there is none, or no line in it.
+    run: a run folder, or the path of a metrics.jsonl. Raises DataError if there is no log, or no line in it.
     """
     path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
     if not path.is_file():
@@ -56,7 +56,7 @@ def columns(rows: Sequence[Record]) -> list[str]:
 
 
 def as_csv(rows: Sequence[Record]) -> str:
-    """Comma-separated values with a header; what a row does not have, and what is not finite, is empty."""
+    """Comma-separated values with a header; a cell is empty if the row has no value, or one that is not finite."""
     out = io.StringIO()
     writer = csv.DictWriter(out, columns(rows), lineterminator="\n")
     writer.writeheader()
@@ -77,12 +77,12 @@ def _cell(value: Any, form: str) -> str:
 
 
 def metrics(run: str | Path) -> DataFrame:
-    """The log of a run as a pandas DataFrame: one row a step (the index), a column for each figure of metrics.jsonl.
+    """The log of a run as a pandas DataFrame: one row per step (the index), one column per figure of metrics.jsonl.
 
     run: a run folder, also of a run that has not finished. Figures that were not logged at a step are NaN. Raises
-    DataError where there is no log.
+    DataError if there is no log.
     """
-    import pandas  # a second, so only where it is asked for
+    import pandas  # imported here because the import takes a second
 
     rows = read_log(run)
     return pandas.DataFrame(rows, columns=columns(rows)).set_index("step")

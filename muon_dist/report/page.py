@@ -13,14 +13,14 @@ from muon_dist.errors import DataError
 
 
 def template(name: str, **filters: Callable[..., Any]) -> Template:
-    """The template `name`.html.j2 of this folder with these filters. It escapes what it is given."""
+    """The template `name`.html.j2 of this folder with these filters. It escapes its arguments."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(filters)
     return environment.from_string(files("muon_dist.report").joinpath(f"{name}.html.j2").read_text(encoding="utf-8"))
 
 
 def save(page: str, target: Path) -> Path:
-    """Write a page, and the folders above it; returns its path. Raises DataError where it cannot be written."""
+    """Write a page, make its folder, and return its path. Raises DataError if it cannot be written."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(page, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run: reads the run folder, makes no request, runs no script."""
+"""One self-contained HTML page of a run, made from the run folder; it makes no requests and has no script."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from muon_dist.report import figures
 from muon_dist.report.page import save, template
 from muon_dist.report.run_record import Record, RunRecord, read_run
 
-# (measure, title, what it says, logarithmic axis)
+# (measure, title, meaning, logarithmic axis)
 SPECTRA = (
     ("flatness", "Flatness", "mean over the largest singular value of the momentum", False),
     ("stable_rank", "Stable rank", "||G||_F^2 / ||G||_2^2 of the momentum", False),
@@ -32,11 +32,11 @@ HEAT = "nuclear_rank_ratio"
 def write_run_page(folder: str | Path, output: str | Path | None = None, choice: Choice | None = None) -> Path:
     """Write the page of a run folder (`report.html` in it unless `output` is given) and return its path.
 
-    choice: the weights whose figures stand on top; None: those that the run ends with.
+    choice: the weights whose figures are at the top; None: the run's last weights.
 
     Raises:
-        CheckpointError: the run has none of those weights.
-        DataError: no run there, or the page cannot be written.
+        CheckpointError: the run does not have the chosen weights. DataError: the folder is not a run, or the page
+            cannot be written.
     """
     record = read_run(folder)
     if choice is not None:
@@ -67,7 +67,7 @@ def render(record: RunRecord) -> str:
 
 
 def status(record: RunRecord) -> str:
-    """The run's status, in words: "finished" only when it says so itself."""
+    """The run's status, in words: "finished" only if its summary says so."""
     steps = [e["steps"] for e in record.events if "steps" in e]
     last = max((line["step"] for line in record.metrics), default=None)
     if record.final is not None:
@@ -78,14 +78,15 @@ def status(record: RunRecord) -> str:
 
 
 def tiles(record: RunRecord) -> list[tuple[str, str]]:
-    """(label, figure) of the main results; from the last log lines if there is no summary."""
+    """(label, figure) of the main results; without a summary, from the last log lines."""
     last_train: Record = record.training[-1] if record.training else {}
     last_eval: Record = record.evaluations[-1] if record.evaluations else {}
     summary: Record = record.final or {}
     weights, newest = record.chosen or record.weights, "newest weights" if record.chosen is None else "chosen weights"
     if record.chosen is not None:
         last_eval = next((line for line in reversed(record.evaluations) if line["step"] == record.chosen.step), {})
-        own = ("validation_loss", "validation_bits_per_byte", "weights_step")  # of other weights
+        # the summary's figures are those of other weights
+        own = ("validation_loss", "validation_bits_per_byte", "weights_step")
         summary = {name: value for name, value in summary.items() if name not in own}
     bits = last_eval.get("eval_bits_per_byte")
     ended = last_eval.get("step") if record.chosen is not None else summary.get("steps", last_eval.get("step"))
@@ -108,7 +109,7 @@ def tiles(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def curves(record: RunRecord) -> list[tuple[str, Markup]]:
-    """(caption, figure): loss, learning rates, throughput, gradient norms; those that have data."""
+    """(caption, figure) of loss, learning rates, throughput and gradient norms, if there are data."""
     train, evaluations = record.training, record.evaluations
     begun = [part["from_step"] for part in parts(record) if part["begun"]]
     marks = [c["step"] for c in record.checkpoints]
@@ -150,7 +151,7 @@ def _keyed(name: str, records: list[Record], prefix: str, ylabel: str, **style: 
 
 
 def parts(record: RunRecord) -> list[Record]:
-    """The parts of the curriculum after the first, in order: number (from 2), from_step, begun, and what changes."""
+    """The parts of the curriculum after the first, in order: number (from 2), from_step, begun, and changes."""
     last = max((line["step"] for line in record.metrics), default=0)
     found = []
     given = record.setting("curriculum")
@@ -163,7 +164,7 @@ def parts(record: RunRecord) -> list[Record]:
 
 
 def _settings(block: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of the settings of a block that say something."""
+    """(dotted name, value) of the settings of a block that are not empty."""
     for name, value in block.items():
         if isinstance(value, dict):
             yield from _settings(value, f"{prefix}{name}.")
@@ -172,7 +173,7 @@ def _settings(block: Record, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def kinds(record: RunRecord) -> list[str]:
-    """The types of matrices that were measured, in the order of the model's parameters where that is known."""
+    """The types of matrices that were measured, in the order of the model's parameters if it is known."""
     routes = (record.routing or {}).get("routes", [])
     order = list(dict.fromkeys(place(r["fqn"])[1] for r in routes))
     found = list(dict.fromkeys(r["type"] for r in record.spectra))
@@ -180,7 +181,7 @@ def kinds(record: RunRecord) -> list[str]:
 
 
 def short_names(types: Sequence[str]) -> list[str]:
-    """The last part of each name where that tells them apart, else the whole."""
+    """The last part of each name if these parts differ, else the whole names."""
     last = [kind.rpartition(".")[2] for kind in types]
     return last if len(set(last)) == len(last) else list(types)
 
@@ -216,7 +217,7 @@ def load_figure(record: RunRecord) -> Markup | None:
 
 
 def spectra_curves(record: RunRecord) -> list[tuple[str, str, Markup]]:
-    """(title, meaning, figure) of each measure that was taken, a curve for each type of matrix."""
+    """(title, meaning, figure) of each measure that was taken, with one curve per type of matrix."""
     found = []
     types = kinds(record)
     short = dict(zip(types, short_names(types), strict=True))
@@ -235,7 +236,7 @@ def spectra_curves(record: RunRecord) -> list[tuple[str, str, Markup]]:
 
 
 def latest_spectra(record: RunRecord) -> list[Record]:
-    """The newest measures of every matrix, in the order in which they were first taken."""
+    """The newest measures of every matrix, in the order of their first measurement."""
     newest: dict[str, Record] = {}
     for line in record.spectra:
         newest[line["matrix"]] = line
@@ -243,11 +244,11 @@ def latest_spectra(record: RunRecord) -> list[Record]:
 
 
 def timeline(record: RunRecord) -> list[dict[str, Any]]:
-    """Starts, resumptions, checkpoints and ends in order of time, with the seconds since the first."""
+    """Starts, resumptions, checkpoints and ends in order of time, with seconds since the first event."""
     sizes = {c["step"]: c for c in record.checkpoints}
     known = {e["step"] for e in record.events if e["event"] == "checkpoint"}
     rows = [dict(e) for e in record.events]
-    # Runs of other versions have no events, but their checkpoints are there.
+    # Runs of older versions have no events, but they have checkpoints.
     rows += [
         {"event": "checkpoint", "step": c["step"], "time": c["time"]}
         for c in record.checkpoints

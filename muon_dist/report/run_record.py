@@ -1,4 +1,4 @@
-"""Reads a run folder, also an unfinished, incomplete or damaged one. Every problem is reported."""
+"""Reads a run folder, even an unfinished, incomplete or damaged one. Every problem is reported."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class RunRecord:
 
     Attributes:
         metrics, events, spectra, sharpness: the lines of the files, in order; spectra of all ranks, by step.
-        weights: the newest weights in the folder. chosen: others, whose figures are asked for.
-        audit: what `muon-dist verify` finds; None without an audit.
-        problems: one sentence for each missing file and each damaged line.
+        weights: the newest weights in the folder. chosen: other weights, if their figures were requested. audit: the
+            result of `muon-dist verify`; None without an audit.
+        problems: one sentence per missing file and per damaged line.
     """
 
     root: Path
@@ -53,7 +53,7 @@ class RunRecord:
 
     @property
     def final(self) -> Record | None:
-        """The summary, unless the run has gone on since it was written."""
+        """The summary, unless the run continued after the summary was written."""
         newest = max((line["step"] for line in self.metrics), default=0)
         if self.weights is not None and self.weights.step is not None:
             newest = max(newest, self.weights.step)
@@ -66,16 +66,16 @@ class RunRecord:
 
     @property
     def training(self) -> list[Record]:
-        """The lines of the log that carry a training loss."""
+        """The lines of the log that have a training loss."""
         return [line for line in self.metrics if "loss" in line]
 
     @property
     def evaluations(self) -> list[Record]:
-        """The lines of the log that carry a validation loss."""
+        """The lines of the log that have a validation loss."""
         return [line for line in self.metrics if "eval_loss" in line]
 
     def setting(self, *keys: str) -> Any:
-        """A value of the configuration by its path, None if it is not there."""
+        """A value of the configuration by its path; None if it is not set."""
         value: Any = self.config
         for key in keys:
             if not isinstance(value, Mapping):
@@ -88,7 +88,7 @@ def read_run(folder: str | Path) -> RunRecord:
     """Read a run folder.
 
     Raises:
-        DataError: there is no such folder, or nothing of a run in it.
+        DataError: the folder does not exist, or has no file of a run.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -156,7 +156,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_lines(path: Path, problems: list[str], consequence: str, needed: tuple[str, ...]) -> list[Record]:
-    """The objects of a JSON-lines file; a line that is none, or lacks a field, is left out and named."""
+    """The objects of a JSON-lines file. A line that is not an object, or lacks a field, is left out and reported."""
     try:
         lines = list(lines_of(path))
     except FileNotFoundError:
@@ -182,7 +182,7 @@ def read_lines(path: Path, problems: list[str], consequence: str, needed: tuple[
 
 
 def _spectra(folder: Path, problems: list[str], plan: Record | None, wanted: bool) -> list[Record]:
-    """The measures of all ranks, by step; ranks that own matrices and wrote nothing are named."""
+    """The measures of all ranks, by step. Ranks that own matrices but wrote no measures are reported."""
     files = sorted(folder.glob("rank-*.jsonl"))
     needed = ("step", "round", "matrix", "layer", "type")
     found = [line for path in files for line in read_lines(path, problems, "", needed)]
@@ -200,7 +200,7 @@ def _spectra(folder: Path, problems: list[str], plan: Record | None, wanted: boo
 
 
 def _checkpoints(folder: Path) -> list[Record]:
-    """Step, whether the save was finished, bytes and time of each checkpoint folder, oldest step first."""
+    """Per checkpoint folder, oldest step first: step, whether the save was finished, bytes and time."""
     if not folder.is_dir():
         return []
     found = []

@@ -43,9 +43,9 @@ from muon_dist.train.parts import check_starting_tokenizer, prepare_for_parts, r
 
 
 class AdamWFactory:
-    """`torch.optim.AdamW` on the parameters that Muon would train, with the same ones exempt from weight decay.
+    """`torch.optim.AdamW` on the same parameters, with the same parameters exempt from weight decay.
 
-    torch's own optimizer, so that the comparison does not rest on our code.
+    It is torch's own optimizer, so that the comparison does not depend on our code.
     """
 
     def __call__(
@@ -60,7 +60,7 @@ class AdamWFactory:
     ) -> torch.optim.AdamW:
         """The optimizer, with the groups "adamw" and "adamw_no_decay".
 
-        Entries of `optimizer.groups` keep their lr and weight decay where AdamW trains the parameters beside Muon too.
+        An entry of `optimizer.groups` keeps its lr and weight decay if AdamW trains its parameters also in a Muon run.
         """
         merged: dict[str, dict[str, Any]] = {}
         for group in param_groups(opt_model, lr=lr, weight_decay=weight_decay, table=table):
@@ -75,7 +75,7 @@ class AdamWFactory:
 def make_model(config: Config, tokenizer: Any) -> Any:
     """The model, its vocabulary and special tokens from the tokenizer.
 
-    Its weights are fresh ones from `config.seed`, or those of `model.init_from`.
+    Its weights are drawn from `config.seed`, or loaded from `model.init_from`.
     """
     check_starting_tokenizer(config)
     model = build_model(
@@ -104,8 +104,8 @@ def optimizer_factory(
 ) -> tuple[type, dict[str, Any]]:
     """The value for Trainer's `optimizer_cls_and_kwargs`.
 
-    spectra: the folder of the measures, if there are any. audit: the file of the audit, if there is one. muon: the
-    settings of a part of the run, in place of the configuration's.
+    spectra: the folder of the measures; None: nothing is measured. audit: the file of the audit; None: no audit.
+    muon: the settings of a part of the run; None: the configuration's.
     """
     muon, adamw = muon if muon is not None else config.optimizer.muon, config.optimizer.adamw
     shared: dict[str, Any] = {"table": table, "betas": tuple(adamw.betas), "eps": adamw.eps}
@@ -129,7 +129,7 @@ def optimizer_factory(
 
 
 def part_rules(config: Config, table: RoutingTable) -> PartRules | None:
-    """The update rules of the parts of the curriculum; None where no part changes any."""
+    """The update rules of the parts of the curriculum; None if no part changes a rule."""
     if not any(map(changes_rule, config.curriculum)):
         return None
     starts = (0, *(part.from_step for part in config.curriculum))
@@ -142,8 +142,7 @@ def part_rules(config: Config, table: RoutingTable) -> PartRules | None:
 def training_arguments(config: Config, folder: RunFolder, train_samples: int) -> TrainingArguments:
     """`TrainingArguments` of the trainer block. Epochs are turned into steps, which is how the sampler counts.
 
-    Raises ConfigError with the message of transformers when it refuses a value, and where torch does not see the
-    machine's GPUs.
+    Raises ConfigError if transformers refuses a value (with its message), or if torch does not see the machine's GPUs.
     """
     cuda = torch.cuda.is_available() and not config.trainer.get("use_cpu", False)
     if not cuda and "use_cpu" not in config.trainer:
@@ -151,13 +150,13 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
     settings: dict[str, Any] = {
         "logging_steps": 10,
         "report_to": "none",
-        # Every parameter of a causal language model gets a gradient; looking for those that do not costs time. But
-        # without looking, DDP orders its buckets again after a process's first step, which changes the order of its
-        # sums: with three ranks or more a resumed run would differ in the last bits.
+        # Every parameter of a causal language model gets a gradient, so find_unused_parameters only costs time. But
+        # without it DDP reorders its buckets after the first step of a process, which changes the order of its sums:
+        # on three or more ranks a resumed run would differ in the last bits.
         "ddp_find_unused_parameters": bool(config.trainer.get("full_determinism", False)),
         "use_cpu": not cuda,
-        # It reads the loss of every micro-batch on the host, which then waits for the GPU. The guard of the optimizer
-        # step looks at the gradients of all ranks instead, and leaves a bad step out.
+        # The filter reads the loss of every micro-batch on the host, so the host waits for the GPU. The guard of the
+        # optimizer step checks the gradients of all ranks instead, and skips a bad step.
         "logging_nan_inf_filter": False,
         "dataloader_pin_memory": cuda,
         **config.trainer,
@@ -165,7 +164,7 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         "seed": config.seed,
         "data_seed": config.seed,
         "learning_rate": config.optimizer.muon.lr if config.optimizer.name == "muon" else config.optimizer.adamw.lr,
-        # DeepSpeed clips by itself, by the norm over all parameters, and our adapter exempts Muon's from it.
+        # DeepSpeed clips by the norm over all parameters; our adapter exempts Muon's parameters.
         "max_grad_norm": (config.optimizer.clip.adamw or 0.0) if config.deepspeed is not None else 0.0,
         "disable_tqdm": True,
         "remove_unused_columns": False,
@@ -182,7 +181,7 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
         settings.update(per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
     try:
         args = TrainingArguments(**settings)
-    except Exception as error:  # it raises what it finds: of files, JSON, enums, other libraries
+    except Exception as error:  # errors of files, JSON, enums and other libraries
         leave_deepspeed()  # a half-made DeepSpeed configuration stays registered, and breaks the next model
         raise ConfigError(f"{_blamed(config)}: transformers refuses these settings: {one_line(error)}") from error
     if args.n_gpu > 1:  # Trainer would wrap the model in DataParallel
@@ -199,15 +198,15 @@ def training_arguments(config: Config, folder: RunFolder, train_samples: int) ->
 
 
 def _blamed(config: Config) -> str:
-    """The blocks that `TrainingArguments` reads, for a message."""
+    """The names of the blocks that `TrainingArguments` reads, for a message."""
     if config.deepspeed is None:
         return "trainer"
     return f"trainer, deepspeed ({config.deepspeed})" if isinstance(config.deepspeed, str) else "trainer, deepspeed"
 
 
 def check_settings(config: Config, folder: RunFolder) -> None:
-    """Raises what `training_arguments`, the trainer and the model would raise of settings only, before data are
-    prepared for hours: trackers and kernels that are not installed, schedules, layouts, model settings, routing.
+    """Raises, before data are prepared for hours, every error that depends on settings only: trackers and kernels that
+    are not installed, schedules, layouts, model settings, routing.
 
     Raises:
         ConfigError: a framework refuses a setting.
@@ -215,7 +214,7 @@ def check_settings(config: Config, folder: RunFolder) -> None:
     """
     known = load_text_tokenizer(config.tokenizer.path) if config.tokenizer.path is not None else None
     vocabulary = vocabulary_size(known) if known is not None else config.tokenizer.vocab_size
-    # Before the arguments: while there are some with ZeRO-3, transformers partitions every model.
+    # Before the arguments: once arguments with ZeRO-3 exist, transformers partitions every model.
     with torch.device("meta"):
         model = build_model(config.model, vocab_size=max(vocabulary or 0, 1), seed=config.seed)
     prepare_for_parts(config, model)
@@ -244,7 +243,7 @@ def require_zero3(args: TrainingArguments) -> TrainingArguments:
 
 
 def check_partitioned_model(model: nn.Module, args: TrainingArguments) -> None:
-    """Raises FrameworkError where the weights that DeepSpeed partitioned have another dtype than it was asked for."""
+    """Raises FrameworkError if the weights that DeepSpeed partitioned do not have the configured dtype."""
     from muon_dist.adapters.deepspeed import check_partitioned  # imports DeepSpeed, so only where it is used
 
     check_partitioned(model, args.hf_deepspeed_config.config)
@@ -257,7 +256,8 @@ def make_guards(config: Config, stop_requested: Callable[[], int], say: Callable
 
 
 def checkpoint_options(config: Config, begin: Callable[[], None] = lambda: None) -> CheckpointOptions:
-    """How the trainer saves; the configuration goes into each manifest, without its secrets. begin: as there."""
+    """How the trainer saves. Each manifest contains the configuration without its secrets. begin: see
+    `CheckpointOptions`."""
     block = config.checkpoint
     return CheckpointOptions(
         background=block.background,
@@ -275,7 +275,7 @@ def stack(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tens
 
 
 def stack_with_positions(samples: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """`stack`, with the position of each token in its sample, which Ulysses wants when it cuts samples."""
+    """`stack`, with the position of each token in its sample, which Ulysses needs because it cuts samples."""
     batch = stack(samples)
     return {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])}
 
@@ -312,7 +312,7 @@ def make_trainer(
         callbacks=[EventsFile(folder.events), OwnershipFile(folder.ownership), *([PartLog(parts)] if parts else [])],
         clip_muon=clip.muon,
         clip_adamw=clip.adamw,
-        # counted from here: with another batch than before, what was consumed is not part of our total
+        # counted from here: if the batch size changed, the samples consumed before are not part of our total
         train_sampler=lambda consumed: sampler(consumed, consumed + total, per_step),
         bytes_per_token=bytes_per_token,
         passes=lambda consumed: passes(consumed, per_step),

@@ -28,7 +28,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not
 def list_(
     path: Source, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False
 ) -> None:
-    """Steps, sizes, ranks and layouts. Damaged ones are marked where that shows without reading all bytes."""
+    """Steps, sizes, ranks and layouts. Damage that shows without reading all bytes is marked."""
     from muon_dist.train import checkpoints
 
     rows = [checkpoints.describe(p) for p in checkpoints.found(path)]
@@ -37,7 +37,7 @@ def list_(
 
 @app.command()
 def verify(path: Source) -> None:
-    """Read every byte and compare it with the manifest. Exit code 7 when one is wrong; names the file."""
+    """Read every byte and compare it with the manifest. A damaged file is named, and the exit code is 7."""
     from muon_dist.train import checkpoints
 
     wrong = 0
@@ -66,7 +66,7 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SOURCE", help="A Hugging Face folder, DeepSpeed's universal format, or one of our checkpoints."
+            metavar="SOURCE", help="A Hugging Face folder, DeepSpeed's universal format, or a checkpoint of muon-dist."
         ),
     ],
     out: Out,
@@ -77,10 +77,11 @@ def convert(
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave out AdamW's state.")] = False,
     step: Annotated[
         int | None,
-        typer.Option(help="AdamW's step, which is missing in DeepSpeed's universal format of ZeRO-3.", min=0),
+        typer.Option(help="AdamW's step number, which DeepSpeed's universal format lacks under ZeRO-3.", min=0),
     ] = None,
 ) -> None:
-    """Make a checkpoint to begin a run with (train --resume OUT), or a Hugging Face folder from a checkpoint."""
+    """Make a checkpoint from other weights, to begin a run with (train --resume OUT); or a Hugging Face folder from a
+    checkpoint."""
     from muon_dist.train import checkpoints
 
     what = checkpoints.convert(source, out, model=model, weights_only=weights_only, step=step)

@@ -1,6 +1,6 @@
-"""What `muon-dist checkpoint convert` can read: one class per format, asked in the order of `FORMATS`.
+"""The formats that `muon-dist checkpoint convert` reads: one class per format, tried in the order of `FORMATS`.
 
-A new format is one subclass of `CheckpointFormat`, entered in `FORMATS`.
+A new format is one subclass of `CheckpointFormat`, added to `FORMATS`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _WEIGHT_FILES = re.compile(r".*\.(safetensors|safetensors\.index\.json|bin|pt|pt
 
 @dataclass(frozen=True)
 class Given:
-    """What a caller adds to the folder.
+    """Information that the caller gives in addition to the folder.
 
     model: Hugging Face folder with configuration and tokenizer. weights_only: leave optimizer state out. step: AdamW's
-    step, where the folder does not hold it.
+    step, if the folder does not contain it.
     """
 
     model: str | Path | None = None
@@ -55,7 +55,8 @@ class CheckpointFormat(ABC):
     @staticmethod
     @abstractmethod
     def convert(path: Path, target: Path, given: Given) -> str:
-        """Write the new folder `target` from `path`; what it is, in words. Raises CheckpointError, ConfigError."""
+        """Write the new folder `target` from `path`, and return a description of it. Raises CheckpointError,
+        ConfigError."""
 
 
 class Own(CheckpointFormat):
@@ -72,7 +73,7 @@ class Own(CheckpointFormat):
 
 
 class Universal(CheckpointFormat):
-    """DeepSpeed's universal format: `zero/NAME/{fp32,exp_avg,...}.pt`; tensors and numbers alone are unpickled."""
+    """DeepSpeed's universal format: `zero/NAME/{fp32,exp_avg,...}.pt`; only tensors and numbers are unpickled."""
 
     # file -> our kind
     files: ClassVar[Mapping[str, str]] = {
@@ -89,7 +90,7 @@ class Universal(CheckpointFormat):
     @staticmethod
     def convert(path: Path, target: Path, given: Given) -> str:
         if given.model is None:
-            raise ConfigError(f"{path} does not describe the model: name a folder with its config.json by --model")
+            raise ConfigError(f"{path} does not describe the model: name a folder with its config.json with --model")
         documents = _documents(Path(given.model))
         _write(target, Universal._pieces(path / "zero", parameter_shapes(given.model), given), documents)
         return "a checkpoint, from DeepSpeed's universal format"
@@ -99,9 +100,9 @@ class Universal(CheckpointFormat):
         """Under ZeRO-3 the tensors are flat and AdamW's step is missing: `shapes` and `given.step` supply them."""
         found = {p.name: p for p in sorted(zero.iterdir()) if (p / "fp32.pt").is_file() and not p.is_symlink()}
         if missing := shapes.keys() - found.keys():
-            raise CheckpointError(f"{zero} does not hold {min(missing)}, which config.json says the model has")
+            raise CheckpointError(f"{zero} does not hold {min(missing)}, which the model has by its config.json")
         if unknown := found.keys() - shapes.keys():
-            raise CheckpointError(f"{zero} holds {min(unknown)}, which config.json says the model does not have")
+            raise CheckpointError(f"{zero} holds {min(unknown)}, which the model does not have by its config.json")
         for name, folder in found.items():
             paths = {kind: folder / f"{file}.pt" for file, kind in Universal.files.items()}
             kinds = {kind: file for kind, file in paths.items() if file.is_file()}
@@ -110,14 +111,15 @@ class Universal(CheckpointFormat):
                     continue
                 tensor = _tensor(file)
                 if tensor.numel() != math.prod(shapes[name]):
-                    raise CheckpointError(f"{file} has {tensor.numel()} elements, {name} is of shape {shapes[name]}")
+                    raise CheckpointError(f"{file} has {tensor.numel()} elements, but {name} has shape {shapes[name]}")
                 yield from whole(name, kind, shapes[name], tensor.reshape(shapes[name]).contiguous())
             if "exp_avg" in kinds and not given.weights_only:
                 yield from whole(name, "step", (), _adamw_step(folder / "step.pt", given.step))
 
 
 class DeepSpeed(CheckpointFormat):
-    """DeepSpeed's own files, which are pickled: refused, with the command that makes the universal format of them."""
+    """DeepSpeed's own files, which are pickled: refused; the message has the command that makes the universal
+    format."""
 
     @staticmethod
     def _step_folder(path: Path) -> Path:
@@ -157,7 +159,7 @@ FORMATS: tuple[type[CheckpointFormat], ...] = (Own, Universal, DeepSpeed, Huggin
 
 
 def format_of(path: Path) -> type[CheckpointFormat]:
-    """The format of a folder. Raises CheckpointError for one of none."""
+    """The format of a folder. Raises CheckpointError if no format fits."""
     for one in FORMATS:
         if one.matches(path):
             return one
@@ -197,6 +199,6 @@ def _adamw_step(file: Path, given: int | None) -> torch.Tensor:
 def _tensor(path: Path) -> Any:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds on what it refuses to unpickle
+    except Exception as error:  # torch raises many kinds of errors when it refuses to unpickle
         raise CheckpointError(f"{path} is not a plain tensor: {type(error).__name__}: {error}") from error
     return value["param"] if isinstance(value, dict) else value

@@ -18,7 +18,7 @@ from muon_dist.train.models import export_folder
 
 
 def found(path: str | Path) -> list[Path]:
-    """The checkpoints meant by a path: itself, or those of a run folder or of a folder of checkpoints, oldest first.
+    """The checkpoints under a path (a checkpoint, a run folder or a folder of checkpoints), oldest first.
 
     Raises CheckpointError when there is none.
     """
@@ -32,7 +32,7 @@ def found(path: str | Path) -> list[Path]:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """One row of the list; `problem` says what is wrong where the manifest or a file's size is."""
+    """One row of the list; `problem`: the error of the manifest or of a file's size, or None."""
     try:
         checkpoint = Checkpoint.look(path)
     except CheckpointError as error:
@@ -52,7 +52,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def verify(path: str | Path) -> Iterator[tuple[Path, str | None]]:
-    """(checkpoint, what is wrong with it or None), every byte read."""
+    """(checkpoint, its damage or None) after every byte was read."""
     for checkpoint in found(path):
         try:
             open_checkpoint(checkpoint)
@@ -63,7 +63,8 @@ def verify(path: str | Path) -> Iterator[tuple[Path, str | None]]:
 
 
 def export(path: str | Path, out: str | Path, dtype: str | None = None) -> Path:
-    """Write the model of a checkpoint, or of the newest good one of a run, as a Hugging Face folder; its source."""
+    """Write the model of a checkpoint, or of a run's newest undamaged one, as a Hugging Face folder. Returns its
+    source."""
     paths = found(path)
     if len(paths) == 1:
         source = paths[0]
@@ -83,7 +84,8 @@ def convert(
     weights_only: bool = False,
     step: int | None = None,
 ) -> str:
-    """Make one of our checkpoints from other weights, or a Hugging Face folder from a checkpoint; what was done.
+    """Make a muon-dist checkpoint from other weights, or a Hugging Face folder from a checkpoint. Returns a
+    description.
 
     source: one of our checkpoints (becomes a Hugging Face folder); a Hugging Face folder; or DeepSpeed's universal
     format, whose configuration and tokenizer come from the Hugging Face folder `model`, and AdamW's `step` where it
@@ -91,15 +93,16 @@ def convert(
 
     Raises:
         ConfigError: `out` exists.
-        CheckpointError: `source` is nothing of these, such as DeepSpeed's own files, which are pickled, or not of
-            `model`.
+        CheckpointError: `source` has another format, such as DeepSpeed's own pickled files, or is not of `model`.
     """
     quiet_transformers()
     path, target = Path(source), Path(out)
     if target.exists():
         raise ConfigError(f"{target} exists already: choose another folder")
     if not NAME.fullmatch(target.name):
-        raise ConfigError(f"{target.name!r}: a checkpoint's name has letters, digits, and . _ - behind the first")
+        raise ConfigError(
+            f"{target.name!r}: a checkpoint's name has letters, digits, . _ and -, and does not begin with a dot"
+        )
     return format_of(path).convert(path, target, Given(model, weights_only, step))
 
 

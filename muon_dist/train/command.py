@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from muon_dist.train.environment import redact_arguments
 
 LAUNCHED_BY = "MUON_DIST_COMMAND"
-"""Environment variable with the command that one of our launch scripts was started as, quoted for a shell."""
+"""Environment variable with the command line of the launch script that started the run, quoted for a shell."""
 _WITH_VALUE = ("--resume",)
 _ALONE = ("--overwrite",)
 
@@ -18,10 +18,11 @@ _ALONE = ("--overwrite",)
 def continuing(
     saved: bool, arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None
 ) -> str:
-    """The command line that continues the run of this process, or restarts it if nothing was `saved`.
+    """The command line that continues this process's run, or starts it again if nothing was `saved`.
 
-    The arguments are those of this process, secrets left out; --resume and --overwrite are replaced. Processes of
-    launch/torchrun.sh and launch/slurm.sbatch name that script; those of another torchrun its own form for one node.
+    It has the arguments of this process without secrets; --resume and --overwrite are replaced. Under
+    launch/torchrun.sh and launch/slurm.sbatch it names that script; under another torchrun, torchrun's command for one
+    node.
     """
     given = list(sys.argv if arguments is None else arguments)
     env = os.environ if environment is None else environment

@@ -1,4 +1,4 @@
-"""Muon against AdamW, each at its best learning rate of one grid, over several seeds; or runs that are there."""
+"""Muon against AdamW, each at its best learning rate of one grid, over several seeds; or finished runs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def compare_optimizers(
         jobs: runs at a time, each on one thread.
 
     Returns:
-        What `output/compare.json` holds: `results`, `best` (by optimizer) and `table` (Markdown).
+        The contents of `output/compare.json`: `results`, `best` (by optimizer) and `table` (Markdown).
 
     Raises:
         ConfigError: an empty grid or no seed.

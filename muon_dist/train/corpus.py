@@ -19,16 +19,16 @@ from muon_dist.data.sampler import MixtureSampler
 from muon_dist.data.show import show_samples
 from muon_dist.model.load import load_text_tokenizer
 
-# Of the tokenizer's sample and of the split by document. Not the seed of the run: runs with several seeds are compared
-# on the same data.
+# Seed of the tokenizer's sample and of the split by document. It is not the run's seed, so that runs with different
+# seeds are compared on the same data.
 _DATA_SEED = 0
 
 
 def sources(config: Config, wanted: Sequence[SourceConfig] | None = None) -> list[Source]:
-    """Some sources of text, with what the configuration says of all; by default those that are trained on."""
+    """Sources of text with the configuration's settings for all of them; by default the sources of the training."""
     shared = {name: getattr(config.data, name) for name in ("on_bad_record", "max_bad_records")}
     chosen = config.data.chosen if wanted is None else wanted
-    # One that is drawn in a later part alone has its share of the tokenizer's sample.
+    # A source that is drawn only in a later part still has its share of the tokenizer's sample.
     plain = [source.model_dump(exclude_none=True) for source in chosen]
     return [Source(**shared | {**source, "weight": source["weight"] or 1.0}) for source in plain]
 
@@ -44,16 +44,16 @@ def tokens_folder(config: Config) -> Path:
 
 
 def validation_data(config: Config) -> tuple[Path, str] | None:
-    """(prepared folder, split) of the text that is evaluated on; None if nothing is kept for it."""
+    """(prepared folder, split) of the text for evaluation; None if there is none."""
     if config.data.validation_sources:
         return Path(config.data.dir) / "validation", "train"
     return (tokens_folder(config), "validation") if config.data.validation_fraction > 0 else None
 
 
 def make_tokenizer(config: Config, overwrite: bool = False, rebuild: bool = True) -> TokenizerInfo:
-    """Load the tokenizer of the configuration, or train it; one trained before on the same text stays.
+    """Load the tokenizer of the configuration, or train it. A tokenizer trained before on the same text stays.
 
-    One trained on other text is trained again, unless `rebuild` is off, which makes it a DataError.
+    If the text has changed, it is trained again; without `rebuild` that is a DataError.
     """
     block = config.tokenizer
     if block.path is not None:
@@ -75,7 +75,7 @@ def make_tokenizer(config: Config, overwrite: bool = False, rebuild: bool = True
 
 
 def text_tokenizer(config: Config) -> Any:
-    """The tokenizer of the configuration for transformers, which encodes a text as the shards hold it."""
+    """The tokenizer of the configuration for transformers; it encodes a text as in the shards."""
     tokenizer = load_text_tokenizer(tokenizer_folder(config))
     frame_as_documents(tokenizer, config.data.add_bos)
     return tokenizer
@@ -84,7 +84,7 @@ def text_tokenizer(config: Config) -> Any:
 def prepare(config: Config, overwrite: bool = False, verify: bool = False, rebuild: bool = True) -> Manifest:
     """Make tokenizer and token shards of the configuration, if they do not exist yet.
 
-    Both are made again when what makes them has changed, unless `rebuild` is off, which makes it a DataError.
+    If their inputs have changed, both are made again; without `rebuild` that is a DataError.
     """
     make_tokenizer(config, overwrite, rebuild)
     data = config.data
@@ -125,7 +125,7 @@ class Datasets:
 
     @property
     def train(self) -> MixtureDataset:
-        """Samples of the first part; of the whole run without a curriculum."""
+        """Samples of the first part; without a curriculum, of the whole run."""
         return self.parts[0].dataset
 
     @property
@@ -135,7 +135,7 @@ class Datasets:
 
     @property
     def bytes_per_token(self) -> tuple[float, float]:
-        """(train, validation): of the mixture as it is drawn, and of all validation samples."""
+        """Bytes per token of (train, validation): of the training mixture, and of all validation samples."""
         weights = self.parts[0].weights
         total = sum(weights)
         train = sum(w / total * d.bytes_per_token for w, d in zip(weights, self.train.datasets, strict=True))
@@ -150,7 +150,7 @@ class Datasets:
         }
 
     def passes(self, consumed: int, samples_per_step: int) -> dict[str, float]:
-        """Source -> passes over it after so many samples; nothing for a single source, whose passes are the epochs."""
+        """Source -> passes over it after the given samples; empty for a single source, whose passes are the epochs."""
         names = self.train.names
         sampler = self.sampler(0, max(consumed, 1), samples_per_step)
         return dict(zip(names, sampler.passes(consumed), strict=True)) if names[1:] else {}
@@ -164,12 +164,12 @@ class Datasets:
 
 
 def bytes_per_token(dataset: MixtureDataset) -> float:
-    """Bytes of text for each token, over the samples of all sources."""
+    """Bytes of text per token, over the samples of all sources."""
     return sum(len(d) * d.bytes_per_token for d in dataset.datasets) / len(dataset)
 
 
 def open_datasets(config: Config, vocab_size: int) -> Datasets:
-    """The prepared data. DataError when it is missing, damaged or holds tokens beyond `vocab_size`."""
+    """The prepared data. Raises DataError if it is missing, damaged or contains token ids of `vocab_size` or above."""
     folder = tokens_folder(config)
     opened: dict[tuple[int, str], MixtureDataset] = {}
     parts = []

@@ -26,10 +26,10 @@ def gpus_of_driver() -> int:
 
 
 def refuse_unseen_gpus(environment: Mapping[str, str] = os.environ, node: Path = Path("/dev/nvidia0")) -> None:
-    """Raise ConfigError when this machine has an NVIDIA GPU that torch cannot use, unless CUDA_VISIBLE_DEVICES hides
-    all GPUs: else a run that should use the GPU would train on the CPU.
+    """Raise ConfigError if this machine has an NVIDIA GPU that torch cannot use: the run would train on the CPU.
+    Nothing is raised if CUDA_VISIBLE_DEVICES hides all GPUs.
 
-    node: device file of the first GPU, which also containers without nvidia-smi have.
+    node: device file of the first GPU, which exists also in containers without nvidia-smi.
     """
     if torch.cuda.is_available() or environment.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles"):
         return

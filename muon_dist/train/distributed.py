@@ -11,13 +11,14 @@ import torch.distributed as dist
 from muon_dist.errors import ConfigError, PeerError
 
 PATIENCE = timedelta(hours=24).total_seconds()
-"""Seconds that ranks wait for the first one, which may prepare data for hours."""
+"""Seconds that other ranks wait for rank 0, which may prepare data for hours."""
 
 _lent: list[str] = []
 
 
 def rank() -> int:
-    """This process's rank, from torch.distributed or else from the launcher's environment; 0 when alone."""
+    """This process's rank, from torch.distributed or else from the launcher's environment; 0 in a run of one
+    process."""
     return dist.get_rank() if dist.is_initialized() else _number("RANK", 0)
 
 
@@ -40,15 +41,15 @@ def _number(name: str, default: int) -> int:
 
 
 def start(timeout_seconds: float = 1800.0, use_cpu: bool = False, alone: bool = False) -> bool:
-    """Join the default process group when a launcher started several processes; True when that was done here.
+    """Join the default process group if a launcher started several processes. Returns True if this call joined it.
 
-    gloo on CPU, NCCL beside it with CUDA. With MUON_DIST_STORE (launch/torchrun.sh, one node) the processes meet in
-    that file, and no store listens on the network; else as MASTER_ADDR and MASTER_PORT say.
+    gloo for CPU tensors, and NCCL for CUDA tensors. With MUON_DIST_STORE (launch/torchrun.sh, one node) the processes
+    meet in that file, and no store listens on the network; else at MASTER_ADDR and MASTER_PORT.
 
     Args:
         timeout_seconds: of each collective.
         use_cpu: leave GPUs alone.
-        alone: make a group also for a single process, as DeepSpeed needs (without one it looks for MPI).
+        alone: make a group also for a single process; DeepSpeed needs one, else it looks for MPI.
 
     Raises:
         ConfigError: this process has no GPU of its own although the machine has some, or the launcher's environment
@@ -84,7 +85,7 @@ def start(timeout_seconds: float = 1800.0, use_cpu: bool = False, alone: bool = 
                 "first node, does every node reach that address, and have all processes been started?"
             ) from error
         return True
-    # A restarted group must not meet what the failed one left in the file.
+    # Restarted processes must not read the entries that the failed ones left in the file.
     path = f"{path}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     store = dist.FileStore(path, world_size())
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout)

@@ -30,7 +30,7 @@ def redact_arguments(arguments: Sequence[str]) -> list[str]:
     shown = []
     for argument in arguments:
         key, equals, _ = argument.partition("=")
-        # tokenizer.path is not a secret, trainer.hub_token is: the last part of the key decides
+        # the last part of the key decides: trainer.hub_token is a secret, tokenizer.path is not
         shown.append(f"{key}={REDACTED}" if equals and is_secret(key.rpartition(".")[2]) else argument)
     return shown
 
@@ -45,7 +45,7 @@ def redact_variables(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def describe() -> dict[str, Any]:
-    """Versions, hardware, command line, commit and the bearing environment variables."""
+    """Versions, hardware, command line, commit and the environment variables that affect the run."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": redact_arguments(sys.argv),
@@ -70,7 +70,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file lies in, "+changes" appended when it is not clean."""
+    """The commit of the checkout that contains this file; "+changes" is appended if it is not clean."""
     folder = Path(__file__).resolve().parent
     try:
         commit = _git(folder, "rev-parse", "HEAD")

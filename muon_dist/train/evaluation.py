@@ -1,4 +1,4 @@
-"""How well a model predicts text: one process, no trainer."""
+"""Loss and perplexity of a model on text, in one process without a trainer."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean loss (nats per predicted token), perplexity and bits per byte of `model` on the samples of `dataset`.
 
-    A sample of T tokens gives T - 1 predictions, as in training. max_samples: the first so many only.
+    A sample of T tokens gives T - 1 predictions, as in training. max_samples: use only this many samples, the first
+    ones.
     """
     count = len(dataset) if max_samples is None else min(max_samples, len(dataset))  # type: ignore[arg-type]
     if count < 1:
-        raise DataError("no sample to evaluate: the data holds less than one sample, or max_samples is below 1")
+        raise DataError("no sample to evaluate: the data have less than one sample, or max_samples is below 1")
     batches = DataLoader(torch.utils.data.Subset(dataset, range(count)), batch_size=batch_size)
     nats, predictions = 0.0, 0
     model.eval()
@@ -58,9 +59,9 @@ def is_prepared(path: str | Path) -> bool:
 
 
 def check_tokenizer(data: str | Path, folder: Path) -> None:
-    """Raises DataError unless the tokens of a prepared folder mean what they mean to the model in `folder`.
+    """Raises DataError unless the prepared folder and the model in `folder` have the same tokenizer.
 
-    A loss over tokens of another tokenizer is a number like any other, and says nothing.
+    A loss over tokens of another tokenizer looks like a valid number, but means nothing.
     """
     path = model_folder(folder)
     manifest = Manifest.load(data)
@@ -78,9 +79,10 @@ def check_tokenizer(data: str | Path, folder: Path) -> None:
 def text_dataset(
     text: str | Path, folder: Path, sequence_length: int, vocab_size: int, packing: str = "concatenate"
 ) -> Iterator[MixtureDataset]:
-    """All of a text as samples for the model in `folder`, in a temporary folder that goes with the context.
+    """All of a text as samples for the model in `folder`, in a temporary folder that is removed at the end of the
+    context.
 
-    sequence_length: of a sample at most; a shorter text is one sample. Raises DataError for what is not text.
+    sequence_length: tokens per sample at most; a shorter text is one sample. Raises DataError if it is not text.
     """
     with tempfile.TemporaryDirectory(prefix="muon-dist-eval-") as temporary:
         out = Path(temporary) / "tokens"
@@ -88,7 +90,7 @@ def text_dataset(
             model_folder(folder),
             Path(temporary) / "tokenizer",
             ignore=shutil.ignore_patterns("*.safetensors*", "config.json"),
-        )  # without the model's type, for which AutoTokenizer may choose another class
+        )  # without the model's type, because AutoTokenizer may choose another class for it
         source = Source(path=str(text))
         manifest = prepare([source], tokenizer, out, validation_fraction=0.0, progress=False)
         length = min(sequence_length, manifest.totals("train")[0])

@@ -23,9 +23,9 @@ from muon_dist.train.restarts import is_restart, launch_names
 
 @dataclass(frozen=True)
 class Start:
-    """How a run begins in its folder.
+    """How a run starts in its folder.
 
-    resume: AUTO, the path of a checkpoint, or None for step 0. replaces: the run that the folder holds is removed.
+    resume: AUTO, the path of a checkpoint, or None for step 0. replaces: the run already in the folder is removed.
     """
 
     resume: str | None
@@ -60,12 +60,12 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line."""
+        """One JSON object per line."""
         return self.root / "metrics.jsonl"
 
     @property
     def events(self) -> Path:
-        """Starts, checkpoints, ends; one JSON object a line."""
+        """Starts, checkpoints, ends; one JSON object per line."""
         return self.root / "events.jsonl"
 
     @property
@@ -75,7 +75,7 @@ class RunFolder:
 
     @property
     def spectra(self) -> Path:
-        """Spectral measures, a file a rank."""
+        """Spectral measures, one file per rank."""
         return self.root / "spectra"
 
     @property
@@ -105,7 +105,7 @@ class RunFolder:
 
     @property
     def launch(self) -> Path:
-        """Which launch made the folder, so that its restarts continue by themselves."""
+        """The launch that made the folder, so that a restart of this launch continues the run by itself."""
         return self.root / "launch.json"
 
     def finished_checkpoints(self) -> list[Path]:
@@ -113,16 +113,16 @@ class RunFolder:
         return commits(self.checkpoints)
 
     def decide(self, resume: str | None, overwrite: bool, policy: str = "auto") -> Start:
-        """The decision how a run begins in the folder; nothing changes before `begin`.
+        """Decide how a run starts in the folder; `begin` makes the changes.
 
-        resume: "auto" (the newest checkpoint), "if-any" (the same, and from the start when there is none: for
+        resume: "auto" (the newest checkpoint), "if-any" (the newest checkpoint, or step 0 if there is none: for
         launchers that repeat the command), the path of a checkpoint, or None.
         policy: `checkpoint.resume`. With "auto" a restart of the launch that made the folder continues from its newest
-        checkpoint, or begins again if there is none, whatever `resume` and `overwrite` said the first time. With
-        "always" so does any start without `resume` and `overwrite`.
+        checkpoint, or begins again if there is none, for any `resume` and `overwrite` of the first start. With
+        "always" every start without `resume` and `overwrite` does the same.
 
-        Raises ConfigError when the folder holds a run already and neither resume nor overwrite was asked for, or when
-        it cannot be made; CheckpointError when there is nothing to resume from.
+        Raises ConfigError if the folder already contains a run and neither resume nor overwrite is set, or if it
+        cannot be made; CheckpointError if there is no checkpoint to resume from.
         """
         resume, overwrite = self._decided(resume, overwrite, policy)
         if resume == AUTO and not self.finished_checkpoints():
@@ -147,7 +147,7 @@ class RunFolder:
     def _try_to_make(self) -> None:
         """Raises ConfigError unless the folder and a file in it can be made; leaves nothing behind.
 
-        Asking for permissions is not enough: /proc allows root to write and refuses every folder.
+        A check of permissions is not enough: /proc allows root to write, but refuses every folder.
         """
         made: list[Path] = []
         try:
@@ -181,7 +181,7 @@ class RunFolder:
         write_json(self.launch, {"names": launch_names()})
 
     def remove_if_empty(self) -> None:
-        """Remove what a start left behind that failed before `begin`; a folder with a file in it stays."""
+        """Remove the empty folders of a start that failed before `begin`; a folder with a file in it stays."""
         for path in (self.checkpoints, self.root):
             with contextlib.suppress(OSError, ValueError):
                 path.rmdir()

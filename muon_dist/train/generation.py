@@ -25,18 +25,18 @@ def generate(
 ) -> str:
     """`prompt` and its continuation by at most `tokens` tokens.
 
-    temperature 0 takes the most probable token always; else one of the `top_k` most probable is drawn, the same for
-    the same `seed`. The text ends where the model's positions end. The caller's random state is left as it was.
+    temperature 0 always takes the most probable token; else one of the `top_k` most probable tokens is drawn, the same
+    for equal `seed`. The text ends at the model's last position. The caller's random state is restored.
 
     Raises:
         ConfigError: the prompt fills all positions or is not UTF-8, or the temperature is not a finite number.
         NonFiniteError: the model's probabilities are NaN or infinite.
     """
     if not math.isfinite(temperature):
-        raise ConfigError(f"temperature {temperature}: use a finite number; 0 takes the most probable token always")
+        raise ConfigError(f"temperature {temperature}: use a finite number; 0 always takes the most probable token")
     try:
         prompt.encode()
-    except UnicodeEncodeError:  # Python makes lone surrogates of a shell's bytes that are not UTF-8
+    except UnicodeEncodeError:  # Python turns bytes of the shell that are not UTF-8 into lone surrogates
         raise ConfigError("the prompt is not UTF-8: set the terminal to UTF-8") from None
     ids = torch.tensor([_prompt_ids(tokenizer, prompt)], device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -52,7 +52,9 @@ def generate(
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             if not torch.isfinite(model(**inputs, use_cache=False).logits).all():
-                raise NonFiniteError("the model's outputs are NaN or infinite: its weights are, or the run diverged")
+                raise NonFiniteError(
+                    "the model's outputs are NaN or infinite: the run diverged, or its weights are not finite"
+                )
             out = model.generate(**inputs, max_new_tokens=tokens, pad_token_id=padding, **choice)
     finally:
         model.train(was_training)
@@ -61,9 +63,9 @@ def generate(
 
 
 def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The prompt as a document begins: with what the tokenizer puts before a text, and never an end behind it.
+    """Token ids of the prompt as the beginning of a document: with the tokenizer's tokens before it, and no end token.
 
-    An empty prompt is what comes before a document: that, or the end of the one before.
+    An empty prompt gives the tokens before a document, or else the end token of the previous document.
     """
     ids = [*frame(tokenizer)[0], *text_ids(tokenizer, prompt, False)]
     if ids:
@@ -72,8 +74,9 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _room(model: Any, prompt: int) -> int:
-    """How many tokens may follow a prompt of `prompt` tokens: beyond its positions a model fails or writes noise."""
-    longest = getattr(model.config, "max_position_embeddings", None)  # GPT-2's n_positions goes by this name too
+    """Number of tokens that may follow a prompt of `prompt` tokens: beyond its positions a model fails or writes
+    noise."""
+    longest = getattr(model.config, "max_position_embeddings", None)  # GPT-2's n_positions has this name too
     if not isinstance(longest, int) or longest < 1:
         return sys.maxsize
     if prompt >= longest:

@@ -14,31 +14,32 @@ from muon_dist.train import distributed
 
 
 def mesh_of(config: Config) -> Parallel | None:
-    """The mesh of this run's ranks; None without a `parallel:` block. Raises ConfigError where the two do not fit."""
+    """The mesh of this run's ranks; None without a `parallel:` block. Raises ConfigError if the block does not fit the
+    number of ranks."""
     if config.parallel is None:
         return None
     return Parallel.of(config.parallel.model_dump(exclude={"sp_backend"}), distributed.world_size())
 
 
 def batches(config: Config) -> int:
-    """Ranks that read samples of their own: all of them, unless some share a sample."""
+    """Number of data-parallel ranks: all ranks, unless some share their samples."""
     mesh = mesh_of(config)
     return distributed.world_size() if mesh is None else mesh.data
 
 
 def cuts_samples(config: Config) -> bool:
-    """Whether Ulysses cuts each sample into parts, one for each rank of a group."""
+    """Whether Ulysses cuts each sample into parts, one per rank of a group."""
     return config.parallel is not None and config.parallel.sp > 1
 
 
 def check(config: Config, model: Any) -> None:
-    """Look at the mesh before data are prepared.
+    """Check the mesh before data are prepared.
 
     Args:
         model: the model of the configuration; it may be on the meta device.
 
     Raises:
-        ConfigError: an axis does not divide the model or the samples, or the libraries do not run it on this machine;
+        ConfigError: an axis does not divide the model or the samples, or the libraries cannot run it on this machine;
             names the key.
     """
     mesh = mesh_of(config)
@@ -66,7 +67,7 @@ def trainer_settings(config: Config) -> dict[str, Any]:
 
 
 def shard(config: Config, model: Any) -> Any:
-    """The model, sharded over the mesh where transformers does that: without DeepSpeed and context parallelism."""
+    """The model, sharded over the mesh if transformers does it (not with DeepSpeed or context parallelism)."""
     mesh = mesh_of(config)
     if mesh is None or config.deepspeed is not None or mesh.cp > 1:
         return model
@@ -76,7 +77,7 @@ def shard(config: Config, model: Any) -> Any:
 
 
 def describe(config: Config) -> str:
-    """For the first line of a run: ": dp_shard 2 x tp 2"; nothing without a block."""
+    """Text for the first lines of a run, such as ": dp_shard 2 x tp 2"; empty without a block."""
     mesh = mesh_of(config)
     if mesh is None:
         return ""

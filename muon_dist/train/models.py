@@ -33,10 +33,10 @@ from muon_dist.train.generation import generate
 
 
 def find_weights(path: str | Path, choice: Choice = NEWEST) -> Weights:
-    """The weights meant by a path: of a run folder the newest unless `choice` says otherwise, of a checkpoint or a
-    model folder its own.
+    """The weights under a path: of a run folder, the newest or those of `choice`; of a checkpoint or a model folder,
+    its own.
 
-    Raises CheckpointError when there are none, or none of those that `choice` means.
+    Raises CheckpointError if there are none, or none that fit `choice`.
     """
     root = Path(path)
     if (root / "config.json").is_file() or is_checkpoint(root):
@@ -51,7 +51,7 @@ def find_weights(path: str | Path, choice: Choice = NEWEST) -> Weights:
 
 
 def choice_of(path: str | Path, step: int | None, best: bool) -> Choice:
-    """The choice of --step and --best. The best by the figure that the run chose by, else by the validation loss."""
+    """The choice of --step and --best. Best: by the run's metric_for_best_model, else by the validation loss."""
     if not best:
         return Choice(step)
     config = run_config(path)
@@ -62,7 +62,8 @@ def choice_of(path: str | Path, step: int | None, best: bool) -> Choice:
 
 
 def run_config(path: str | Path) -> Config | None:
-    """The configuration of the run that a run, model or checkpoint folder belongs to, if it is in one."""
+    """The configuration of the run to which a run, model or checkpoint folder belongs; None if it is in no run
+    folder."""
     root = Path(path)
     for candidate in (root, root.parent, root.parent.parent):
         file = RunFolder(candidate).config
@@ -83,13 +84,13 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """`evaluate` on the validation split of the run's data, of other prepared `data`, or on raw `text`.
 
-    text: a file, folder or URL of any format that a source may have, all of it. data: a prepared folder of the
-    tokenizer that the model was trained with, or the `data.dir` above it; a path of anything else is read as text. The
-    figures come with `model`, the folder of the weights, and `step`, theirs.
+    text: a file, folder or URL of any format of a source; all of it is used. data: a folder prepared with the model's
+    tokenizer, or the `data.dir` that contains it; any other path is read as text. The result also has `model` (the
+    folder of the weights) and `step` (their step).
 
     Raises:
-        ConfigError: both are given, what is needed is not known, or samples are longer than the model's positions.
-        DataError: tokens of another tokenizer; the data of the run are gone.
+        ConfigError: both are given, a needed value is not known, or samples are longer than the model's positions.
+        DataError: the tokens are of another tokenizer, or the run's data no longer exist.
     """
     quiet_transformers()
     if data is not None and text is not None:
@@ -110,7 +111,7 @@ def evaluate_folder(
     if isinstance(longest, int) and sequence_length > longest > 0:
         raise ConfigError(
             f"--sequence-length {sequence_length}: the model has {longest} positions (max_position_embeddings): give "
-            "at most so many"
+            f"at most {longest}"
         )
     opened: AbstractContextManager[MixtureDataset]
     if text is not None:
@@ -121,7 +122,7 @@ def evaluate_folder(
             assert config is not None
             data, split = corpus.validation_data(config) or (corpus.tokens_folder(config), split)
             if not is_prepared(data):
-                raise DataError(f"{data}: the data of the run are no longer there: give others by --data or --text")
+                raise DataError(f"{data}: the data of the run no longer exist: give other data with --data or --text")
         else:
             check_tokenizer(data, weights.path)
         vocab_size = model.config.vocab_size
@@ -135,7 +136,7 @@ def evaluate_folder(
 def generate_from_folder(
     path: str | Path, prompt: str, tokens: int, *, choice: Choice = NEWEST, **sampling: Any
 ) -> tuple[str, Weights]:
-    """`generate` with the model and the tokenizer of a folder: (text, the weights that wrote it)."""
+    """`generate` with the model and the tokenizer of a folder. Returns (text, the weights that were used)."""
     quiet_transformers()
     weights = find_weights(path, choice)
     text = generate(load_model(weights.path), load_text_tokenizer(weights.path), prompt, tokens, **sampling)
@@ -143,9 +144,10 @@ def generate_from_folder(
 
 
 def export_folder(path: str | Path, out: str | Path, dtype: str | None = None, choice: Choice = NEWEST) -> Weights:
-    """Save the model (in `dtype`, or as it is) and its tokenizer to the new folder `out`; the weights that it took.
+    """Save the model (in `dtype`, or unchanged) and its tokenizer to the new folder `out`. Returns its source.
 
-    transformers 4.57 and 5.x load it, see `muon_dist.model.portable`; what version 4 cannot express is a warning.
+    transformers 4.57 and 5.x load it, see `muon_dist.model.portable`; a setting that version 4 cannot express causes a
+    warning.
 
     Raises ConfigError when `out` exists or the dtype is unknown, CheckpointError when there is no model.
     """
@@ -158,7 +160,7 @@ def export_folder(path: str | Path, out: str | Path, dtype: str | None = None, c
     weights = find_weights(path, choice)
     folder = weights.path
     model = load_model(folder, DTYPES[dtype] if dtype is not None else None)
-    # weights that came without one are exported without one
+    # weights without a tokenizer are exported without one
     tokenizer = load_text_tokenizer(folder) if (model_folder(folder) / "tokenizer_config.json").is_file() else None
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)

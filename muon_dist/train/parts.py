@@ -1,4 +1,4 @@
-"""From the curriculum and the first weights of a configuration to what the model and the trainer need of them."""
+"""Checks and learning rates that follow from `curriculum` and `model.init_from` of a configuration."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from muon_dist.train import corpus
 
 
 def prepare_for_parts(config: Config, model: Any) -> None:
-    """Check the model against the data of every part, and make it keep documents apart where one asks for that.
+    """Check the model against the data of every part, and make it keep documents apart if a part needs that.
 
-    Raises ConfigError: samples longer than its positions, documents that it would mix.
+    Raises ConfigError: samples are longer than the model's positions, or the model would mix documents.
     """
     for part in config.parts:
         check_sequence_length(model.config, part.sequence_length)
@@ -29,9 +29,9 @@ def prepare_for_parts(config: Config, model: Any) -> None:
 
 
 def check_starting_tokenizer(config: Config) -> None:
-    """Raises ConfigError unless the tokens mean to the model of `model.init_from` what they mean in the data.
+    """Raises ConfigError unless the model of `model.init_from` and the data have the same tokenizer.
 
-    A model folder without a tokenizer is believed.
+    A model folder without a tokenizer is accepted unchecked.
     """
     if config.model.get("init_from") is None:
         return
@@ -48,7 +48,7 @@ def check_starting_tokenizer(config: Config) -> None:
 
 
 def rate_parts(config: Config) -> list[RatePart]:
-    """The learning rates of the parts of the curriculum, and a line about each."""
+    """The learning rates of the parts of the curriculum, and one line of text per part."""
     found = []
     for part in config.curriculum:
         plain = part.model_dump(exclude={"from_step"}, exclude_defaults=True)

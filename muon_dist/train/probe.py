@@ -78,7 +78,7 @@ def _batch(config: Config, vocab_size: int, samples: int) -> torch.Tensor:
 
 
 def _lr(folder: RunFolder, step: int, config: Config) -> float:
-    """Muon's learning rate at `step` as it was logged; that of the configuration where nothing was."""
+    """Muon's logged learning rate at `step`; the configured one if nothing was logged."""
     lr = config.optimizer.muon.lr
     if not folder.metrics.is_file():
         return lr
@@ -89,14 +89,14 @@ def _lr(folder: RunFolder, step: int, config: Config) -> float:
 
 
 def _add(path: Path, record: dict[str, Any]) -> None:
-    """Put a probe into the file, in the place of an earlier one of the same step."""
+    """Write a probe into the file; it replaces an earlier probe of the same step."""
     lines = [line for _, line in read_lines(path) if line is not None] if path.is_file() else []
     kept = [line for line in lines if line["step"] != record["step"]]
     write_lines(path, sorted([*kept, record], key=lambda line: line["step"]))
 
 
 def table(record: dict[str, Any]) -> str:
-    """The probe as text: the whole update in a sentence, then a line for each matrix."""
+    """The probe as text: one sentence for the whole update, then one line per matrix."""
     whole = record["whole"]
     lines = [f"step {record['step']}, lr {record['lr']:.3g}, {record['samples']} samples: {_sentence(whole)}", ""]
     width = max(len(m["name"]) for m in record["matrices"])

@@ -11,13 +11,13 @@ from muon_dist.json_files import read_object
 
 
 def launch_names(environment: Mapping[str, str] | None = None, *, restarting: bool = False) -> list[str]:
-    """Names of the launch that this process belongs to; none for a process that somebody started by hand.
+    """Names of the launch to which this process belongs; none for a process that was started by hand.
 
-    MUON_DIST_LAUNCH_ID, if set. torchrun's run id, which its restarts share; the agent itself (host, process, start
-    time) where there is no id, as with a static rendezvous. A SLURM job; one allocation may run a command several
-    times, so a job is the same launch only where SLURM says that it was requeued.
+    MUON_DIST_LAUNCH_ID, if set. torchrun's run id, which all its restarts share; without an id (static rendezvous),
+    the agent: host, process, start time. A SLURM job; with `restarting` only if SLURM says that it was requeued,
+    because one allocation may run a command several times.
 
-    restarting: the names by which this process may claim to be a restart, instead of those that it leaves behind.
+    restarting: return the names that identify a restart, instead of the names to record.
     """
     env = os.environ if environment is None else environment
     names = []
@@ -32,7 +32,8 @@ def launch_names(environment: Mapping[str, str] | None = None, *, restarting: bo
 
 
 def _parent() -> str:
-    """The parent process, told apart from a later one of the same number by when it started."""
+    """Host, number and start time of the parent process; the start time tells it from a later process with the same
+    number."""
     pid = os.getppid()
     try:
         started = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
@@ -42,7 +43,7 @@ def _parent() -> str:
 
 
 def is_restart(record: Path) -> bool:
-    """`record` was left by an earlier start of the launch that this process belongs to."""
+    """Whether an earlier start of this process's launch wrote `record`."""
     try:
         left = read_object(record)["names"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -47,10 +47,10 @@ def train(
     resume: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Train as the configuration says and return the summary (on the first rank complete, else without the sample).
+    """Train as configured and return the summary (rank 0: complete; other ranks: without the sample).
 
-    run_dir: where the run folder (run_dir/name) is made, instead of the configuration's. resume: "auto" or a
-    checkpoint. overwrite: start again in a folder that holds a run. Every rank of a launcher calls it.
+    run_dir: parent folder of the run folder (run_dir/name), instead of the configured one. resume: "auto" or a
+    checkpoint. overwrite: start again in a folder that already has a run. Every rank must call this function.
     """
     quiet_transformers()
     use_cpu = bool(config.trainer.get("use_cpu", False))
@@ -76,7 +76,7 @@ def train(
         with trackers:
             ranks.everywhere(lambda: build.check_settings(config, folder))
             started = time.perf_counter()
-            # a run that continues must find the tokens that it began with
+            # a run that continues needs the tokens with which it began
             ranks.first_of_each_node(
                 lambda: corpus.prepare(config, rebuild=checkpoint is None), distributed.local_rank()
             )
@@ -100,7 +100,7 @@ def _say(text: str) -> None:
 
 
 def _decide(folder: RunFolder, config: Config, resume: str | None, overwrite: bool) -> Start:
-    """How the run begins; says which settings have changed when it continues."""
+    """How the run starts. If it continues, the changed settings are logged."""
     start = folder.decide(resume, overwrite, config.checkpoint.resume)
     if start.resume is not None and folder.config.exists():
         before = yaml.safe_load(folder.config.read_text("utf-8"))
@@ -119,7 +119,7 @@ def _begin(folder: RunFolder, start: Start, config: Config, table: RoutingTable,
 
 
 def _verified(folder: RunFolder, found: str | None, timeout: float) -> Checkpoint | None:
-    """The checkpoint to continue from, every byte checked; if it is damaged, the one before."""
+    """The checkpoint to continue from, after every byte was checked; if it is damaged, the previous checkpoint."""
     if found is None:
         return None
     ranks = CheckpointRanks.of_the_run(timeout)
@@ -190,7 +190,7 @@ def _parts(config: Config, folder: RunFolder) -> tuple[Any, corpus.Datasets, Any
     def arguments() -> Any:
         return build.training_arguments(config, folder, len(datasets.train))
 
-    # While there are TrainingArguments with ZeRO-3, transformers partitions a model as it builds it.
+    # While TrainingArguments with ZeRO-3 exist, transformers partitions every model that it builds.
     if config.model.get("partitioned_init", False):
         args = build.require_zero3(arguments())
         model = build.make_model(config, tokenizer)
@@ -202,9 +202,9 @@ def _parts(config: Config, folder: RunFolder) -> tuple[Any, corpus.Datasets, Any
 
 
 def _final_evaluation(trainer: MuonTrainer) -> dict[str, float]:
-    """The figures of the weights that the model holds, taken now unless the training loop has taken them.
+    """The validation figures of the final weights, computed now unless the training loop has computed them.
 
-    Nothing with a warning where they cannot be taken: the training is finished, and its model is saved.
+    If that fails: a warning and no figures, because the training is finished and its model is saved.
     """
     if trainer.eval_dataset is None:
         return {}
@@ -214,8 +214,8 @@ def _final_evaluation(trainer: MuonTrainer) -> dict[str, float]:
     try:
         return dict(trainer.evaluate())
     except PeerError:
-        raise  # another rank is gone, and says why
-    except Exception as error:  # data, memory, a kernel: `eval` says more
+        raise  # another rank ended; its own message says why
+    except Exception as error:  # errors of data, memory or a kernel: `eval` shows more
         _warn(f"no validation figures ({type(error).__name__}: {one_line(error)}): muon-dist eval gives them")
         return {}
 
@@ -225,7 +225,7 @@ def _warn(text: str) -> None:
 
 
 def _save_model(folder: RunFolder, trainer: MuonTrainer) -> None:
-    """The final model, whole or not at all, as transformers 4.57 and 5.x load it. Every rank calls it."""
+    """Save the final model by one rename, as transformers 4.57 and 5.x load it. Every rank must call this."""
     temporary = folder.model.with_name(".model.tmp")
     trainer.save_model(str(temporary))
     if distributed.rank() != 0:
@@ -240,7 +240,7 @@ def _save_model(folder: RunFolder, trainer: MuonTrainer) -> None:
 
 def _finish(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str, Any]:
     """Evaluate, save the model, write and show the summary."""
-    _save_model(folder, trainer)  # first: nothing that fails from here on costs the weights
+    _save_model(folder, trainer)  # first, so that no later failure loses the weights
     figures = _final_evaluation(trainer)
     found = folder.finished_checkpoints()
     out: dict[str, Any] = {
@@ -268,12 +268,13 @@ def _finish(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str
 
 
 def _sample(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str, str]:
-    """{"sample": a text of the model}, or nothing with a warning: a sample never fails a finished training."""
+    """{"sample": text of the model}; if that fails, {} and a warning, because a sample must not fail a finished
+    training."""
     block = config.evaluation
     try:
         speaker = trainer.model
         if trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers:
-            # This rank may hold a part of the model alone, so the saved one speaks.
+            # This rank may hold only a part of the model, so the saved model is used.
             leave_deepspeed()
             speaker = load_model(folder.model)
         text = generate(
@@ -285,7 +286,7 @@ def _sample(config: Config, folder: RunFolder, trainer: MuonTrainer) -> dict[str
             top_k=block.top_k,
             seed=config.seed,
         )
-    except Exception as error:  # tokenizer, prompt, weights, memory: the model is saved, and `generate` says more
+    except Exception as error:  # of tokenizer, prompt, weights or memory: the model is saved; `generate` shows more
         _warn(
             f"no sample ({type(error).__name__}: {one_line(error)}); the model is saved: muon-dist generate "
             f"{folder.root}"

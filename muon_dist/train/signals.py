@@ -10,12 +10,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """While entered, a signal is remembered instead of ending the process; a second one ends it.
+    """While entered, the first signal is recorded instead of ending the process; a second signal ends it.
 
-    The ranks agree on it in the vote of a step (see `Guards`), commit a checkpoint and leave with exit code 75.
+    In the vote of a step (see `Guards`) the ranks agree to stop; they commit a checkpoint and end with exit code 75.
 
     Attributes:
-        requested: number of the first signal that came, or 0.
+        requested: number of the first signal received, or 0.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class StopSignals:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            # A launcher that has lost patience: end as the signal says.
+            # The launcher does not wait any longer: end now.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.requested = number

@@ -30,7 +30,7 @@ _FIGURES = (
 
 
 def rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(label, text) of every figure that the summary holds."""
+    """(label, text) of every figure in the summary."""
     peak = f"{summary['peak_flops'] / 1e9:,.0f} GFLOP/s" if summary.get("peak_flops") else "peak"
     return [
         (label, form.format(summary[name], peak=peak))

@@ -19,11 +19,11 @@ def evaluate_tasks(
     """Scores of the model of a run, checkpoint or model folder: `model`, `step`, and task -> metric -> value.
 
     tasks: a YAML file of lm-evaluation-harness, or a folder of them. A task names its data (`dataset_path: json` with
-    `data_files` for files on this machine). limit: the first so many documents of each task.
+    `data_files` for files on this machine). limit: use only this many documents per task, the first ones.
 
     Raises:
         ConfigError: lm-evaluation-harness is not installed, or there is no such file.
-        DataError: it refuses a task or its data.
+        DataError: lm-evaluation-harness refuses a task or its data.
     """
     files = _files(Path(tasks))
     try:
@@ -49,7 +49,7 @@ def evaluate_tasks(
             log_samples=False,
             bootstrap_iters=0,
         )
-    except Exception as error:  # tasks, their data and their code raise what they like
+    except Exception as error:  # tasks, their data and their code may raise any error
         raise DataError(f"{tasks}: lm-evaluation-harness: {type(error).__name__}: {one_line(error)}") from error
     scores = {
         name: {key.partition(",")[0]: value for key, value in values.items() if isinstance(value, (int, float))}

@@ -10,7 +10,7 @@ from pathlib import Path
 # tracker -> (variable that it reads, folder below the run's)
 _PLACES = {
     "tensorboard": ("TENSORBOARD_LOGGING_DIR", "tensorboard"),
-    "wandb": ("WANDB_DIR", "."),  # it makes a folder wandb in there
+    "wandb": ("WANDB_DIR", "."),  # wandb makes a folder "wandb" in it
     "trackio": ("TRACKIO_DIR", "trackio"),
 }
 
@@ -18,8 +18,8 @@ _PLACES = {
 class TrackerFolder:
     """The trackers' folder of one start of a run.
 
-    While entered, the trackers that are asked for find it in their own environment variables. A variable that the
-    user has set stays. Use it on every rank; `first`: this rank makes and clears the folder.
+    While entered, the environment variables of the requested trackers name this folder. A variable that the user has
+    set does not change. Use it on every rank; `first`: this rank makes and clears the folder.
     """
 
     def __init__(self, folder: Path, trackers: str | Sequence[str] | None, first: bool) -> None:
@@ -39,7 +39,7 @@ class TrackerFolder:
             target = (self.folder / place).absolute()
             if self.first:
                 self._made += [path for path in (target, *target.parents) if not path.exists()]
-                target.mkdir(parents=True, exist_ok=True)  # wandb takes another folder unless this one exists
+                target.mkdir(parents=True, exist_ok=True)  # if this folder does not exist, wandb uses another one
             os.environ[variable] = str(target)
             self._lent.append(variable)
         return self
@@ -49,19 +49,19 @@ class TrackerFolder:
             os.environ.pop(self._lent.pop(), None)
 
     def drop_old(self) -> None:
-        """Remove the events of the run that this start replaces."""
+        """Remove the tracker events of the run that this start replaces."""
         for path, changed in self._before.items():
             if path.exists() and path.stat().st_mtime_ns == changed:
                 path.unlink()
         self._drop_empty()
 
     def drop_new(self) -> None:
-        """Remove what trackers wrote for a start that failed before its first step."""
+        """Remove the tracker files of a start that failed before its first step."""
         for path in self._files().keys() - self._before.keys():
             with contextlib.suppress(OSError):
                 path.unlink()
         self._drop_empty()
-        for path in self._made:  # the run folder and those above it, where this start made them
+        for path in self._made:  # the run folder and its parents, if this start made them
             with contextlib.suppress(OSError):
                 path.rmdir()
 

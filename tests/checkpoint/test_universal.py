@@ -101,7 +101,7 @@ def test_another_model_is_refused(made: Any, tmp_path: Path) -> None:
     wider.mkdir()
     config = (folder / "hf" / "config.json").read_text()
     (wider / "config.json").write_text(config.replace('"intermediate_size": 24', '"intermediate_size": 25'))
-    with pytest.raises(CheckpointError, match=r"fp32\.pt has 384 elements, .*mlp.* is of shape \(\d+, \d+\)"):
+    with pytest.raises(CheckpointError, match=r"fp32\.pt has 384 elements, .*mlp.* has shape \(\d+, \d+\)"):
         checkpoints.convert(folder / "universal", tmp_path / "start", model=wider, weights_only=True)
     assert not (tmp_path / "start").exists()
 

@@ -1,4 +1,4 @@
-"""Loading: inheritance, overrides, and what every kind of bad input gets."""
+"""Loading: inheritance, overrides, and the error of every kind of bad input."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_base_that_is_missing_or_goes_in_a_circle(tmp_path: Path) -> None:
     assert errors(path) == [f"run.yaml:2: base: no such file: {tmp_path}/nowhere.yaml".replace(f"{tmp_path}/", "")]
     write(tmp_path, "base: run.yaml\n", "other.yaml")
     (line,) = errors(write(tmp_path, "base: other.yaml\n"))
-    assert line == "other.yaml:1: base: files that name each other as base: run.yaml -> other.yaml -> run.yaml"
+    assert line == "other.yaml:1: base: these files name each other as base: run.yaml -> other.yaml -> run.yaml"
     assert errors(write(tmp_path, "base: [a]\n")) == ["run.yaml:1: base: needs the path of a file"]
 
 
@@ -172,7 +172,7 @@ evaluaton: {}
         "run.yaml:15: trainer.lr_scheduler_type: 'cosin' is not one of linear, cosine,",
         "run.yaml:16: evaluaton: unknown key; did you mean evaluation?",
     ]
-    # A key that is given twice is told once.
+    # A key that is given twice is reported once.
     assert [s for s in starts[1:] if not any(line.startswith(s) for line in lines)] == []
     assert len(lines) == len(starts) - 1
 
@@ -236,7 +236,7 @@ def test_tags_that_make_objects_are_refused(tmp_path: Path, tag: str) -> None:
     canary = tmp_path / "canary"
     path = write(tmp_path, MINIMAL + f'run_dir: {tag} ["touch {canary}"]\n')
     (line,) = errors(path)
-    assert line == f"run.yaml:6: run_dir: the tag {tag} is refused: a configuration holds plain data only"
+    assert line == f"run.yaml:6: run_dir: the tag {tag} is refused: a configuration may contain plain data only"
     (line,) = errors(write(tmp_path, MINIMAL), f'run_dir={tag} "touch {canary}"')
     assert f"the tag {tag} is refused" in line
     assert not canary.exists()

@@ -1,4 +1,4 @@
-"""What is redacted, and what only looks like it."""
+"""Values that are redacted, and values that only look secret."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that are fine alone and wrong together, and the trainer block."""
+"""Settings that contradict each other, and the trainer block."""
 
 from __future__ import annotations
 
@@ -131,13 +131,13 @@ def test_contradictions_name_both_keys(tmp_path: Path, overrides: list[str], fir
 
 
 def test_what_is_written_may_not_lie_in_what_is_read(tmp_path: Path) -> None:
-    """The tokens, the tokenizer and the figures of a run would be text of the next one."""
+    """Otherwise the tokens, the tokenizer and the figures of a run would become text of the next run."""
     (tmp_path / "corpus").mkdir()
     path = tmp_path / "run.yaml"
     path.write_text(MINIMAL, encoding="utf-8")
     source = f"data.sources=[{{path: {tmp_path}/corpus}}]"
     for key, place in (("data.dir", "corpus/data"), ("data.dir", "corpus"), ("run_dir", "corpus/a/../runs")):
-        with pytest.raises(ConfigError, match=rf"{re.escape(key)}: .*lies in the data source {tmp_path}/corpus"):
+        with pytest.raises(ConfigError, match=rf"{re.escape(key)}: .*is inside the data source {tmp_path}/corpus"):
             load_config(path, [source, f"{key}={tmp_path}/{place}"])
     for place in ("corpus-data", "corpus/.cache", "corpus/../data"):
         assert load_config(path, [source, f"data.dir={tmp_path}/{place}"]).data.dir.endswith(place)
@@ -178,7 +178,8 @@ def test_trainer_values(tmp_path: Path, value: str, expected: str | None) -> Non
 
 
 def test_text_that_is_not_there(tmp_path: Path) -> None:
-    """Said with its key before torch is imported; not where tokens are prepared, and not by what reads no text."""
+    """Reported with its key before torch is imported, but not if tokens are prepared, nor by commands that read no
+    text."""
     path, gone, data = tmp_path / "c.yaml", tmp_path / "gone", tmp_path / "data"
     path.write_text(MINIMAL)
     (tmp_path / "pair.idx").touch()

@@ -19,7 +19,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path:
-    """A folder of text files, one a topic, some in a folder below."""
+    """A folder of text files, one per topic, some in a subfolder."""
     folder = tmp_path_factory.mktemp("corpus") / "topics"
     (folder / "more").mkdir(parents=True)
     for number, text in enumerate(texts):

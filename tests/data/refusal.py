@@ -1,4 +1,4 @@
-"""What every refusal of bad data has in common."""
+"""The check of every refusal of bad data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources: what they read, and what they refuse."""
+"""Sources: the files that they read, and those that they refuse."""
 
 from __future__ import annotations
 

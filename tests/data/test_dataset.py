@@ -1,4 +1,4 @@
-"""Samples: exactly the stream, with damage and strange tokens named."""
+"""Samples equal the stream exactly; damage and unknown tokens are named."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_one_sample_may_span_many_shards(tmp_path: Path, corpus: Path, tokenizer
 def test_loader_workers_and_pickling(prepared: Path) -> None:
     dataset = TokenDataset(prepared, "train", 128)
     first = dataset[0]["input_ids"]
-    assert len(pickle.dumps(dataset)) < 50_000  # no token travels
+    assert len(pickle.dumps(dataset)) < 50_000  # no token is sent
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[0]["input_ids"], first)
     sampler = MixtureSampler([len(dataset)], seed=0, total=40)
     loader = DataLoader(dataset, batch_size=8, sampler=sampler, num_workers=2)

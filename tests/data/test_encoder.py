@@ -1,4 +1,5 @@
-"""Tokenizers of others: gaps, markers, BOS and EOS, dropout, loss; the same ids in shards, prompts and samples."""
+"""Tokenizers from elsewhere: gaps, markers, BOS and EOS, dropout, loss; the same ids in shards, prompts and
+samples."""
 
 from __future__ import annotations
 

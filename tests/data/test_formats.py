@@ -1,4 +1,4 @@
-"""Files as people have them: formats known by content, compression, places; what is no data is said."""
+"""Files of users: formats detected from content, compression, paths; files that are not data are reported."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_what_is_no_data_beside_data_is_left_out_and_said(tmp_path: Path, capsys
     (tmp_path / "README.md").write_text("# About")
     assert texts_of(Source(path=tmp_path)) == ["data"]
     said = capsys.readouterr().err
-    assert "1 file as jsonl; left out as no data: README.md, notes.txt" in said
+    assert "1 file as jsonl; left out because they are not data: README.md, notes.txt" in said
     (tmp_path / "a.jsonl").unlink()
     assert texts_of(Source(path=tmp_path)) == ["about the data"]
     assert texts_of(Source(path=[tmp_path / "notes.txt", tmp_path / "README.md"])) == ["about the data", "# About"]
@@ -246,14 +246,17 @@ def test_what_is_no_data_beside_data_is_left_out_and_said(tmp_path: Path, capsys
 def test_what_programs_leave_in_a_folder_is_left_out_at_any_depth(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A backup holds its document twice. Spark and Dask write a `_metadata` whose rows lie in the other files."""
+    """A backup file contains its document a second time. Spark and Dask write a `_metadata` whose rows are in the
+    other files."""
     place = tmp_path / "license" / "deep"
     place.mkdir(parents=True)
     (place / "a.txt").write_text("the text")
     for name in ("a.txt~", "#a.txt#", "Thumbs.db", "desktop.ini", "README.md"):
         (place / name).write_bytes(b"\0no text")
     assert texts_of(Source(path=tmp_path)) == ["the text"]
-    assert "left out as no data: license/deep/#a.txt#, license/deep/README.md" in capsys.readouterr().err
+    assert (
+        "left out because they are not data: license/deep/#a.txt#, license/deep/README.md" in capsys.readouterr().err
+    )
     rows, found = pyarrow.table({"text": TEXTS}), []
     pyarrow.parquet.write_to_dataset(rows, tmp_path / "spark", metadata_collector=found)
     pyarrow.parquet.write_metadata(rows.schema, tmp_path / "spark" / "_common_metadata")
@@ -304,9 +307,9 @@ def test_rare_spellings_of_good_records_are_read(tmp_path: Path, name: str, cont
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("a.jsonl", '{"text": "one", "text": "two"}', [":1", "'text' stands twice"]),
-        ("a.json", '[{"text": "one", "text": "two"}]', ["record 0", "'text' stands twice"]),
-        ("b.jsonl", '{"a": {"text": "one", "text": "two"}}', [":1", "'text' stands twice"]),
+        ("a.jsonl", '{"text": "one", "text": "two"}', [":1", "'text' appears twice"]),
+        ("a.json", '[{"text": "one", "text": "two"}]', ["record 0", "'text' appears twice"]),
+        ("b.jsonl", '{"a": {"text": "one", "text": "two"}}', [":1", "'text' appears twice"]),
         ("a.csv", "text,text\none,two\n", ["2 columns named 'text'"]),
         ("a.csv", 'id,text\n1,fine\n2,"never closed\n3,lost\n', [":3", "quotation mark"]),
         ("a.csv", 'id,text\n1,"one" more\n', [":2", "quotation mark"]),

@@ -1,4 +1,4 @@
-"""Tokens are made again when what makes them has changed, and only then."""
+"""Tokens are made again if their inputs have changed, and only then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents in samples: apart, and whole where they fit."""
+"""Documents in samples: kept apart, and whole if they fit."""
 
 from __future__ import annotations
 

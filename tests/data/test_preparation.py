@@ -1,4 +1,4 @@
-"""Shards: exactly the corpus, the same for any number of workers, and never half there."""
+"""Shards contain exactly the corpus, are the same for any number of workers, and never exist in part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, position), whatever the number of ranks."""
+"""The order of samples: a pure function of (seed, position), for any number of ranks."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_damaged_token_files_are_named(tmp_path: Path) -> None:
     with refused(tmp_path / "m.bin", "3 bytes", "12 tokens of 2 bytes"):
         ids_of(Source(path=path))
     path.with_suffix(".bin").unlink()
-    with refused(path, "tokens are missing", "m.bin"):
+    with refused(path, "the file with its tokens is missing", "m.bin"):
         ids_of(Source(path=path))
     path = datatrove(tmp_path / "d.ds")
     Path(f"{path}.index").write_bytes(b"123")

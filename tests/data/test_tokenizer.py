@@ -1,4 +1,4 @@
-"""Training: the saved folder gives sentencepiece's ids, and every text back."""
+"""Training: the saved folder gives sentencepiece's ids, and decodes every text exactly."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_auto_tokenizer_gives_sentencepiece_ids_and_every_text_back(folder: Path
         assert auto.decode(ids) == text == reference.decode(ids)
     ids = auto(SPACE_SIGN)["input_ids"]
     assert auto.decode(ids) == SPACE_SIGN and reference.decode(ids) == SPACE_SIGN
-    assert reference.decode(reference.encode(SPACE_SIGN)) != SPACE_SIGN  # why ours does not take its way of spaces
+    assert reference.decode(reference.encode(SPACE_SIGN)) != SPACE_SIGN  # so ours does not use this sign for spaces
 
 
 def test_special_pieces(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Each check of `muon-dist doctor`, with the thing it looks for really broken where a test may break it."""
+"""Each check of `muon-dist doctor`, with real faults if a test can cause them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_ranges_are_those_of_the_package(root: Path) -> None:
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"torch": "2.8.1+cu128"}, "torch 2.8.1+cu128 is outside of what muon_dist is written for (torch>=2.9)"),
+        ({"torch": "2.8.1+cu128"}, "torch 2.8.1+cu128 is outside the supported range (torch>=2.9)"),
         ({"transformers": "6.0.0.dev0"}, "transformers 6.0.0.dev0 is outside"),
         ({"transformers": "4.57.1"}, "transformers 4.57.1 is outside"),
         ({"deepspeed": "0.19.7"}, "deepspeed 0.19.7 is outside"),
@@ -201,7 +201,7 @@ def test_every_pair_meets_once_and_nobody_plays_twice_in_a_round(count: int) -> 
 
 
 def measured(ahead: float) -> tuple[dict, dict, list]:
-    """What three ranks find that stand for three machines; the clock of the last is wrong."""
+    """The verdicts of three ranks that represent three machines; the clock of the last one is wrong."""
     rank = torch.distributed.get_rank()
     links = cluster.measure_links([0, 1, 2])
     clocks = cluster.measure_clocks([0, 1, 2], clock=lambda: time.time() + (ahead if rank == 2 else 0.0))

@@ -1,6 +1,6 @@
 """Faults at named places: a rank kills or stops itself, sleeps, gets a signal, or finds its disk full.
 
-Places are what `Progress` and `checkpoint.phases` call out; nothing in the package is changed for it.
+Places are the events of `Progress` and `checkpoint.phases`; the package is not changed for this.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The other points: NaN, plans, data; and those that tests of their own cover, which are run or looked up here."""
+"""The other points: NaN, plans, data; and points that other tests cover, which are run or looked up here."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ ONE_OF_EACH_FIELD = ("bucket_mb", "ns_schedule", "wire_dtype", "owner_policy", "
 
 
 def mutations(changes: Iterable[str] = tuple(MUTATIONS)) -> Count:
-    """Point 10: refused by all ranks before anything moves, the field named."""
+    """Point 10: refused by all ranks before anything is sent; the field is named."""
     out = Count()
     for change in changes:
         field = MUTATIONS[change]
@@ -149,7 +149,7 @@ def data_positions(count: int, seed: int = 15) -> Count:
     return out
 
 
-# Covered by tests of their own -------------------------------------------------------------------------------------
+# Covered by other tests -------------------------------------------------------------------------------------
 
 RESHARD_POINTS = ("tests/checkpoint/test_reshard.py::test_points",)
 RESHARD_SWEEP = ("tests/checkpoint/test_reshard.py::test_sweep",)
@@ -248,7 +248,7 @@ def look_up(names: tuple[str, ...]) -> Count:
 
 
 def run_tests(names: tuple[str, ...], *options: str) -> Count:
-    """Run tests in a pytest of their own and count their cases."""
+    """Run tests in a separate pytest process and count their cases."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, f"--basetemp={folder}/t"]
         found = subprocess.run(

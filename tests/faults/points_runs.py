@@ -40,7 +40,7 @@ class Reference:
         self.commits = {line["step"]: line["digest"] for line in lines if line["kind"] == "commit"}
 
     def differences(self, folder: Path) -> list[str]:
-        """What a run's record holds that this one does not."""
+        """The differences of a run's record from this one."""
         found = []
         for line in record(folder):
             known = self.losses if line["kind"] == "loss" else self.commits
@@ -58,7 +58,7 @@ def reference() -> Reference:
 
 
 class Chain:
-    """One run lived in many lives, each ended by a fault, until it reaches its last step; then another."""
+    """A run in many processes, each ended by a fault, until its last step; then the next run."""
 
     def __init__(self, reference: Reference, folder: Path, seed: int) -> None:
         self.reference, self.folder = reference, folder
@@ -108,7 +108,7 @@ class Chain:
 
 
 def interrupted(kind: str, count: int, seed: int) -> Count:
-    """`count` faults of a kind over runs that are taken up again each time."""
+    """`count` faults of a kind, over runs that are resumed each time."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         chain = Chain(reference(), folder, seed)
@@ -129,7 +129,7 @@ def terminations(count: int, seed: int = 14) -> Count:
 
 
 def stops(count: int, seed: int = 13) -> Count:
-    """Point 13: a stopped rank is named by all others, with what they wait in, shortly after the watchdog's time."""
+    """Point 13: all other ranks name a stopped rank and their own operation, shortly after the watchdog's time."""
     watchdog, chooser, out = 1.5, random.Random(seed), Count()
     places = ["forward", "backward", "gradient flags", "momentum", "gather", "orthogonalize", "scatter", "update"]
     for _ in range(count):
@@ -155,7 +155,7 @@ def stops(count: int, seed: int = 13) -> Count:
 
 
 def spikes(count: int, seed: int = 9) -> Count:
-    """Point 9: a spike on one rank is judged alike by all, and by a run resumed at any commit."""
+    """Point 9: all ranks, and a run resumed at any commit, judge a spike on one rank in the same way."""
     out, chooser = Count(), random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
         at = (9, 14, 15, 20)

@@ -1,4 +1,4 @@
-"""Forked gloo ranks that may die: what each of them came to, and how long it took."""
+"""Forked gloo ranks that may die: the outcome of each, and its time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GROUP_TIMEOUT = 240.0
 
 @dataclass
 class Outcome:
-    """What a rank came to.
+    """The outcome of a rank.
 
     Attributes:
         code: exit code; minus the number of the signal that ended it; None for a rank that had to be ended here.
@@ -73,7 +73,7 @@ def _child(fn: Callable[..., Any], rank: int, world: int, folder: Path, timeout:
 def launch(
     fn: Callable[..., Any], world: int, *args: Any, patience: float = 240.0, timeout: float = GROUP_TIMEOUT
 ) -> list[Outcome]:
-    """Run `fn(*args)` on forked ranks to whatever end; the outcomes in rank order.
+    """Run `fn(*args)` on forked ranks until each has ended in some way; the outcomes in rank order.
 
     patience: seconds after which, or after the others have ended, a rank that is left (a stopped one) is killed.
     timeout: of the process group.

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class Count:
-    """How many cases of a point were tried and how many held; what did not."""
+    """The number of tried and passed cases of a point, and the failed ones."""
 
     tried: int = 0
     held: int = 0

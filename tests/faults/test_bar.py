@@ -1,4 +1,4 @@
-"""The bar in its two short profiles; `python -m tests.faults --profile full` is the whole of it."""
+"""The fault tests in their two short profiles; `python -m tests.faults --profile full` runs all cases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.faults.table import Count, as_json, render
 
 
 def run_profile(profile: str, folder: Path) -> dict[int, dict[str, Any]]:
-    """All points by the command: its process is smaller than this one, and it forks hundreds of times."""
+    """All points, run by the command, because its process is smaller than this one and forks hundreds of times."""
     path = folder / f"{profile}.json"
     command = [sys.executable, "-m", "tests.faults", "--profile", profile, "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -65,7 +65,7 @@ def wait_for(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def test_killed_then_asked_to_stop_then_finished(root: Path, workspace: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Two processes, bit-identical to two that were left alone, but for what torchrun's restarts cost."""
+    """Two processes, bit-identical to two that were not disturbed."""
     config, alone, log = workspace / "tiny.yaml", tmp_path / "alone", tmp_path / "log"
     run.train(load_config(config, SETTINGS), run_dir=str(alone))
     folder = tmp_path / "runs" / "tiny"

@@ -1,6 +1,6 @@
 """A small training run that can be killed anywhere: DDP, Muon and AdamW groups, dropout, schedule, checkpoints.
 
-Everything that a run must keep is in it; everything that a test must compare is written down as it happens.
+It contains everything that a run must keep, and records everything that a test must compare.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Tiny(nn.Module):
 
 
 def batch(step: int, rank: int) -> torch.Tensor:
-    """What a rank sees in a step."""
+    """The samples of a rank in a step."""
     generator = torch.Generator().manual_seed(7919 * step + rank)
     return torch.randint(0, VOCABULARY, (SAMPLES, 9), generator=generator)
 
@@ -73,7 +73,7 @@ class Plan:
         folder: of checkpoints and records.
         steps: of the whole run.
         save_every: steps between two commits.
-        start: step of the commit to go on from; None: the newest good one.
+        start: step of the commit from which to continue; None: the newest good one.
         watchdog: seconds, 0 for none.
         spike_at: steps in which rank 1 sees a loss ten times as large; with a window of 8.
         stragglers: collect the report's messages.
@@ -89,13 +89,13 @@ class Plan:
 
 
 class Life:
-    """One process of the run, from where the last one was left."""
+    """One process of the run, which continues where the last one ended."""
 
     def __init__(self, plan: Plan, fault: Fault | None) -> None:
         self.plan = plan
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.root = Path(plan.folder)
-        # else DDP lays its buckets out anew after its first step, which changes the order of summation on resume
+        # else DDP rebuilds its buckets after its first step, which changes the order of summation on resume
         self.model = nn.parallel.DistributedDataParallel(Tiny(), find_unused_parameters=True)
         torch.manual_seed(100 + self.rank)
         self.optimizer = Muon(param_groups(self.model.module, lr=0.02, adamw_lr=0.01), bucket_mb=0.001)

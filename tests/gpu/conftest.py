@@ -36,7 +36,7 @@ def add(entry: dict[str, Any]) -> None:
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
-    """Notes a measured value: what it is, and the value with its unit."""
+    """Records a measured value: its name, and the value with its unit."""
 
     def note(what: str, value: object) -> None:
         add({"test": request.node.name, "figure": what, "value": value})
@@ -58,5 +58,5 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture
 def wait(device: torch.device) -> Callable[[], None]:
-    """Waits until the device has done what it was given."""
+    """Waits until the device has finished its work."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None

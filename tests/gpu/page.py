@@ -1,4 +1,4 @@
-"""The figures of the tests on a device as one Markdown table and one page: `python -m tests.gpu.page FOLDER`."""
+"""Writes the figures of the device tests as one Markdown table and one page: `python -m tests.gpu.page FOLDER`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The first hour on a GPU: every path on the device against the CPU in fp64, memory, host reads, kernels, speed.
+"""Tests of a GPU: every path on the device against the CPU in fp64, memory, host reads, kernels, speed.
 
-The order is that of what stops everything first. The same tests run on the CPU where there is no GPU.
+Tests whose failure stops everything come first. Without a GPU the same tests run on the CPU.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def test_a_step_is_that_of_the_cpu(rule: str, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def no_host_reads(device: torch.device, reads: list[int], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Inside, every wait of the host for the device is an error but that for the flags of the gradients."""
+    """Inside, every wait of the host for the device is an error, except the one for the flags of the gradients."""
     real = Transport.highest
     cuda = device.type == "cuda"
 

@@ -361,8 +361,8 @@ def test_accelerate_takes_its_file(capsys: pytest.CaptureFixture[str], config: P
         ("--master-port: 80", ["torchrun", "--master-port", "80"]),
         ("--static: an elastic job", ["torchrun", "--nodes", "2:3", "--static", "--master-addr", "a"]),
         ("--interface: 'eth0;x'", ["torchrun", "--interface", "eth0;x"]),
-        ("holds a line break", ["torchrun", "evaluation.generate_prompt=a\nb"]),
-        ("holds a line break", ["torchrun", "--folder", "a\nb"]),
+        ("contains a line break", ["torchrun", "evaluation.generate_prompt=a\nb"]),
+        ("contains a line break", ["torchrun", "--folder", "a\nb"]),
         ("--name: 'a b'", ["torchrun", "--name", "a b"]),
         ("SLURM gives a job a fixed number of machines", ["slurm", "--nodes", "2:3"]),
         ("--time: '1 day'", ["slurm", "--time", "1 day"]),
@@ -373,7 +373,7 @@ def test_accelerate_takes_its_file(capsys: pytest.CaptureFixture[str], config: P
         ("--volume: '/data'", ["k8s", "--image", "a", "--volume", "/data"]),
         ("--memory: 'much'", ["k8s", "--image", "a", "--memory", "much"]),
         ("--kind: 'job'", ["k8s", "--image", "a", "--kind", "job"]),
-        ("through mpirun alone", ["accelerate", "-o", "x", "--processes-per-node", "2"]),
+        ("only through mpirun", ["accelerate", "-o", "x", "--processes-per-node", "2"]),
         ("2 different hosts for --nodes 3", ["deepspeed", "-o", "x", "--host", "a", "--host", "b", "--host", "a"]),
         ("--output: cannot write", ["torchrun", "-o", "/nowhere/at/all"]),
         ("optimizer.muon.lrr", ["torchrun", "optimizer.muon.lrr=3"]),
@@ -399,7 +399,7 @@ def test_warnings(capsys: pytest.CaptureFixture[str], config: Path, tmp_path: Pa
     assert "no --volume" in render(capsys, config, KINDS["one pod"])[1]
     output = tmp_path / "job"
     _, warnings = render(capsys, config, ["torchrun", "trainer.hub_token=hf_secret", "-o", str(output)])
-    assert "trainer.hub_token: the value stands in the file" in warnings
+    assert "trainer.hub_token: the value is written into the file" in warnings
     assert os.access(output, os.X_OK)
 
 

@@ -1,4 +1,4 @@
-"""Models from scratch: what is accepted, what is refused, and that a seed decides the weights."""
+"""Models from scratch: accepted and refused settings; the seed decides the weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_models_train_one_step(kind: str) -> None:
     assert model.dtype == torch.float32
     ids = torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(0))
     loss = model(input_ids=ids, labels=ids).loss
-    # fresh weights know nothing: the loss is that of a uniform guess, ln 96 = 4.56
+    # with fresh weights the loss is that of a uniform guess, ln 96 = 4.56
     assert abs(loss.item() - torch.tensor(96.0).log().item()) < 0.3
     loss.backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Every configuration that is shipped loads, builds on the meta device and has the size that it states."""
+"""Every shipped configuration loads, builds on the meta device, and has the stated size."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_shipped_configuration(name: str) -> None:
         active * 1e6, rel=0.01
     )
     table = route(model, **routing_rules(config.optimizer))
-    # All of the body but its vectors is Muon's.
+    # Muon trains everything in the body except vectors.
     muon = sum(r.elements for r in table.select("muon"))
     assert muon + sum(r.elements for r in table.routes if len(r.shape) < 2) == count.non_embedding
     scheduler = config.trainer["lr_scheduler_type"]

@@ -45,8 +45,8 @@ def test_partitioned_parameters_count_whole() -> None:
 
 
 def test_flops_match_those_that_torch_counts() -> None:
-    # Eager attention multiplies whole matrices, which is what the formula counts; torch counts matrix products alone,
-    # so the vectors are taken off. They are exact integers.
+    # Eager attention multiplies whole matrices, as the formula assumes. torch counts only matrix products, so the
+    # vectors are subtracted. The counts are exact integers.
     length = 64
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     for kind, settings in KINDS.items():

@@ -1,4 +1,4 @@
-"""The highest rate of arithmetic, by a device's name and measured."""
+"""Peak FLOP/s, by a device's name and measured."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ BASE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num
 GPT_NEOX = {name: value for name, value in BASE.items() if name != "num_key_value_heads"}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
-# kind -> settings, and what a reader of version 4 looks for
+# kind -> settings, and the keys that a reader of version 4 needs
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", {**BASE, "rope_theta": 500000}, {"rope_theta": 500000}),
     "llama3": (
@@ -139,7 +139,8 @@ def test_the_old_spellings_are_there_and_version_5_reads_the_same_model(saved: P
 
 
 def test_files(saved: Path) -> None:
-    """Everybody may read them, nothing pickled, no path of this machine, and what only version 5 knows is gone."""
+    """All users may read the files; they contain no pickle, no path of this machine, and no setting that only version
+    5 knows."""
     for folder in saved.iterdir():
         files = {p.name: p.stat().st_mode & 0o777 for p in folder.iterdir() if p.name != "known.pt"}
         assert set(files.values()) == {0o644} and "training_args.bin" not in files and "model.safetensors" in files
@@ -157,7 +158,8 @@ def test_two_thetas_that_version_4_cannot_tell_apart(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_transformers_5_replaces(tmp_path: Path) -> None:
-    """For qwen2 it makes a Qwen2Tokenizer of any tokenizer.json. We say so, and load what the file holds."""
+    """For qwen2 AutoTokenizer makes a Qwen2Tokenizer of any tokenizer.json. We warn, and load the contents of the
+    file."""
     ids = save_tokenizer(tmp_path)
     AutoConfig.for_model("qwen2", **BASE).save_pretrained(tmp_path)
     assert "makes a Qwen2Tokenizer with rules of its own" in make_portable(tmp_path)[0]
@@ -166,7 +168,7 @@ def test_a_tokenizer_that_transformers_5_replaces(tmp_path: Path) -> None:
 
 @pytest.mark.skipif("MUON_DIST_TRANSFORMERS_4" not in os.environ, reason="bash .ci/extended transformers4")
 def test_version_4_reads_the_same_model(saved: Path) -> None:
-    """In a process of its own, in which the folder with transformers 4.57 comes before all others."""
+    """In a separate process, in which the folder with transformers 4.57 comes first in the path."""
     path = os.pathsep.join([os.environ["MUON_DIST_TRANSFORMERS_4"], os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", OLD, str(saved)], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Plans of meshes against models that transformers really shards: layouts, bytes and collectives on 4 ranks."""
+"""Plans of meshes against models sharded by transformers: layouts, bytes and collectives on 4 ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def workload(name: str, **changes: Any) -> Workload:
 
 
 def _stepped(folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
-    """What one step moved, the layout it ran on, and the parameters' elements on this rank."""
+    """The bytes of one step, its layout, and the elements of the parameters on this rank."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, distributed_config=DistributedConfig(**sizes), dtype=torch.float32
     )
@@ -166,7 +166,7 @@ def test_memory_and_bytes_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
 def test_every_mesh_of_the_search_has_the_layout_that_its_memory_says(name: str) -> None:
-    """The closed form of the fullest rank is that of the layout, which proves that it covers each matrix."""
+    """The closed form for the fullest rank equals the layout's, and a layout always covers each matrix."""
     model = workload(name, intermediate_size=44, num_attention_heads=4, num_key_value_heads=4)
     checked = 0
     for mesh in every_mesh(model, Settings(sequence_length=16), 8, 4):
@@ -274,7 +274,7 @@ def test_the_search_is_over_meshes_that_fit() -> None:
 
 
 def test_advice_finds_the_mesh_and_says_why() -> None:
-    """Weights that no data parallelism of 4 ranks can hold whole on one; slow links between nodes."""
+    """Weights that are too large for one rank under data parallelism of 4 ranks; slow links between nodes."""
     model = workload("llama")
     settings = Settings(sequence_length=16, micro_batch=1, accumulation=4, bucket_mb=0.01)
     device = replace(DEVICES["cpu"], memory=5e5)

@@ -1,4 +1,4 @@
-"""The command `muon-dist plan`: its figures by hand, its advice, and that it needs neither much time nor memory."""
+"""The command `muon-dist plan`: its figures computed by hand, its advice, and its small need of time and memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_memory_by_hand(tiny):
     assert by_layout["zero3"].memory["master weights"] == 4 * total / n
     assert by_layout["fsdp2"].memory["AdamW's moments"] == 8 * adamw / n
     assert by_layout["hsdp"].memory["weights"] == 4 * total / 2
-    for kind in ("zero1", "zero2", "zero3", "fsdp2"):  # momentum exists once: a rank's share, and never two
+    for kind in ("zero1", "zero2", "zero3", "fsdp2"):  # momentum exists once, so a rank holds its share only
         assert 4 * muon / n <= by_layout[kind].memory["momentum"] < 4 * muon / n * 1.1, kind
     kept = {k: replace(settings, momentum_everywhere=True) for k in LAYOUTS}
     kept_bytes = {k: make_plan(tiny, s, DEVICES["h100"], layout=k, nodes=2, per_node=2) for k, s in kept.items()}
@@ -74,8 +74,8 @@ def test_bf16_on_a_gpu_and_what_was_asked_for(tiny):
 
 
 def test_waiting_in_buckets():
-    """Two ranks, two matrices each, two buckets with one matrix of each rank: nobody waits. With both matrices of a
-    bucket on one rank the other waits."""
+    """Two ranks, two matrices each, two buckets with one matrix of each rank: no rank waits. If one rank has both
+    matrices of a bucket, the other rank waits."""
     from muon_dist.layout import cut_parameter, replicated_layout
     from muon_dist.ownership import OwnershipPlan
     from muon_dist.ownership.cost import CostModel

@@ -1,4 +1,4 @@
-"""What `muon-dist plan` predicts against what real engines do: layouts, bytes and collectives, on 2 to 4 ranks."""
+"""The predictions of `muon-dist plan` against real engines: layouts, bytes and collectives, on 2 to 4 ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def workload(model: str) -> Workload:
 
 
 def predicted(model: str, kind: str, world: int, per_node: int, settings: Settings = SETTINGS) -> Exchange:
-    """The exchange by the same steps as `make_plan` takes."""
+    """The exchange, computed as in `make_plan`."""
     layout = place(workload(model), settings, kind, world, per_node).layout
     plan = assign_owners(layout)
     buckets = buckets_of(plan, bucket_elements(int(settings.bucket_mb * 2**20)), settings.overlap)
@@ -85,7 +85,7 @@ def _under_deepspeed(cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def check(rows: list[dict[str, Any]], model: str, kind: str, per_node: int, settings: Settings = SETTINGS) -> None:
-    """Layout and owners are those that ran, and each rank's bytes and collectives are the predicted ones."""
+    """Layout and owners equal those of the run, and so do each rank's bytes and collectives."""
     world = len(rows)
     made = place(workload(model), SETTINGS, kind, world, per_node)
     exchange = predicted(model, kind, world, per_node, settings)
@@ -96,7 +96,7 @@ def check(rows: list[dict[str, Any]], model: str, kind: str, per_node: int, sett
         if kind not in ("ddp", "hsdp"):
             assert row["received"] == exchange.received[:, rank].sum(), (kind, rank)
             assert row["sent"] == exchange.sent[:, rank].sum(), (kind, rank)
-    # Of a broadcast the counter takes on each rank the mean over the ranks of what it brings.
+    # For a broadcast the counter uses, on each rank, the mean of the received bytes over the ranks.
     assert sum(row["received"] for row in rows) == pytest.approx(exchange.received.sum(), rel=1e-12)
 
 
@@ -170,7 +170,7 @@ def test_links_by_hand(kind):
 
 
 def test_hsdp_gathers_inside_the_node():
-    """Two copies of the model, each on a node: momentum never travels between them, updates do."""
+    """Two copies of the model, each on a node: updates are sent between them, momentum is not."""
     world, per_node = 6, 3
     plan = assign_owners(place(workload("llama"), SETTINGS, "hsdp", world, per_node).layout)
     assert {owner // per_node for owner in plan.owners} == {0, 1}

@@ -37,7 +37,7 @@ def test_the_step_takes_what_was_predicted_within_a_quarter(hidden, wide, layers
     optimizer.step()  # plans
     ratios = []
     for i in range(ROUNDS):
-        monkeypatch.setenv("MUON_DIST_CACHE", str(tmp_path / str(i)))  # measured anew
+        monkeypatch.setenv("MUON_DIST_CACHE", str(tmp_path / str(i)))  # measured again
         parts = make_plan(workload, SETTINGS, measured_device(), layout="ddp", nodes=1, per_node=1).seconds
         of_adamw = parts["AdamW's update"] - parts["AdamW's update of Muon's"]
         predicted = parts["Newton-Schulz"] + parts["momentum and update"] + of_adamw

@@ -1,4 +1,4 @@
-"""The experiments' page: everything is in it, everything is escaped, nothing is loaded."""
+"""The experiments' page contains everything, escapes everything, and loads nothing."""
 
 from __future__ import annotations
 

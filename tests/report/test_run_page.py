@@ -264,7 +264,7 @@ def test_the_heat_map_keeps_what_was_measured_last() -> None:
 
 
 def test_rounding_does_not_look_like_a_difference() -> None:
-    """Two runs that differ by 1e-9 filled the figure, below an axis that counted from 6.19321427."""
+    """The curves of two runs that differ by 1e-9 filled the figure, on an axis that began at 6.19321427."""
     from muon_dist.report.figures import lines
 
     series = {"one": ([1, 2], [6.193214270, 6.193214271]), "two": ([1, 2], [6.193214275, 6.193214279])}

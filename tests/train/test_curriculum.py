@@ -102,7 +102,8 @@ def rules_on_two(workspace: str, source: str) -> dict[int, float]:
 
 
 def test_a_rule_changes_on_the_way(workspace: Path) -> None:
-    """As a run by one rule that is stopped there and goes on with a curriculum; and resumed inside each part."""
+    """Equals a run with one rule that is stopped there and continues with a curriculum; also if resumed inside each
+    part."""
     whole = by_rules(workspace, "rules")
     saved = workspace / "runs" / "rules" / "checkpoints"
     rules = [Checkpoint.look(saved / f"checkpoint-{step}").manifest.info["position"]["rules"] for step in (3, 4, 8)]

@@ -1,4 +1,4 @@
-"""What a run does about GPUs, with stand-ins for them: which it takes, and that none is left alone without a word."""
+"""How a run uses GPUs (with fake GPUs): which one it takes, and that an unused one causes a message."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_run_says_it_before_it_trains_on_the_cpu(driver: Path, workspace: Path
 
 @pytest.fixture()
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A machine with one GPU and a launcher of two processes; what `start` does is noted."""
+    """A machine with one GPU and a launcher of two processes; the calls of `start` are recorded."""
     noted: list[Any] = []
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
@@ -129,7 +129,7 @@ def test_a_loss_per_gpu_is_averaged_for_the_vote() -> None:
         accelerator = SimpleNamespace(sync_gradients=True)
 
         def __init__(self) -> None:
-            pass  # what the loss needs stands above
+            pass  # the loss needs only the lines above
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
             return torch.tensor([1.0, 3.0])

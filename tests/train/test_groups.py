@@ -1,4 +1,4 @@
-"""`optimizer.groups` of a configuration: in a real run, in the plan, in AdamW's, and what is refused."""
+"""`optimizer.groups` of a configuration: in a real run, in the plan, in an AdamW run, and refusals."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.torchrun
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of a user who has activated this interpreter's environment."""
+    """The environment variables of a user who has activated this interpreter's environment."""
     of_a_launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in of_a_launcher}
     return {**kept, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1", **more}
@@ -82,7 +82,7 @@ def met(folder: Path) -> list[Any]:
 
 
 def listening_beyond_loopback(pids: set[int]) -> list[str]:
-    """Listening TCP sockets of these processes on other addresses than 127.0.0.1 and ::1."""
+    """Listening TCP sockets of these processes on addresses other than 127.0.0.1 and ::1."""
     inodes = {
         os.readlink(link)
         for pid in pids
@@ -131,7 +131,7 @@ def test_one_node_meets_in_a_file_and_listens_on_loopback_alone(root: Path, tmp_
 
 @pytest.mark.parametrize("rendezvous", ["static", pytest.param("c10d", marks=pytest.mark.slow)])  # and test_hosts
 def test_two_nodes(root: Path, tmp_path: Path, meet: Path, rendezvous: str) -> None:
-    """Two agents on the loopback interface, one told by arguments, one by the environment."""
+    """Two agents on the loopback interface, one set by arguments, one by environment variables."""
     port = str(free_port())
     first = start(root, "--nnodes", 2, "--node-rank", 0, "--nproc-per-node", 1, "--master-port", port,
                   "--rdzv", rendezvous, meet, tmp_path, "x")  # fmt: skip
@@ -144,7 +144,7 @@ def test_two_nodes(root: Path, tmp_path: Path, meet: Path, rendezvous: str) -> N
 
 
 def test_train_on_two_processes(root: Path, workspace: Path, tmp_path: Path) -> None:
-    """As the quickstart does it; both ranks end with the weights that rank 0 saves, and stopping is clean."""
+    """Like the quickstart; both ranks end with the weights that rank 0 saves, and the processes end cleanly."""
     batch = "trainer.per_device_train_batch_size=2"
     code, out, err = finish(
         start(root, "--nproc-per-node", 2, "train", workspace / "tiny.yaml", "--run-dir", tmp_path, batch)
@@ -187,7 +187,8 @@ def test_bad_arguments(root: Path, arguments: list[str], message: str) -> None:
 
 @pytest.mark.parametrize(("seen", "processes"), [(0, "1"), (3, "3")])
 def test_one_process_for_each_gpu_that_torch_sees(root: Path, tmp_path: Path, seen: int, processes: str) -> None:
-    """The driver lists eight GPUs. What counts is what torch sees of them, by CUDA_VISIBLE_DEVICES or MIG."""
+    """The driver lists eight GPUs. The number of processes is the number of GPUs that torch sees
+    (CUDA_VISIBLE_DEVICES, MIG)."""
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
     (stand_ins / "nvidia-smi").write_text('#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo "GPU $i: A"; done\n')
@@ -202,7 +203,7 @@ def test_one_process_for_each_gpu_that_torch_sees(root: Path, tmp_path: Path, se
 
 
 def test_slurm_starts_torchrun_on_every_node(root: Path, tmp_path: Path) -> None:
-    """With stand-ins for srun and scontrol that do here what SLURM does on two nodes."""
+    """With substitutes for srun and scontrol that act like SLURM on two nodes."""
     stand_ins = tmp_path / "bin"
     stand_ins.mkdir()
     (stand_ins / "scontrol").write_text("#!/bin/sh\nprintf '127.0.0.1\\n127.0.0.1\\n'\n")

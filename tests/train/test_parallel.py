@@ -1,4 +1,4 @@
-"""Runs on meshes: `muon-dist train` with a `parallel:` block, against one process with the same samples a step."""
+"""Runs on meshes: `muon-dist train` with a `parallel:` block, against one process with the same samples per step."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def two_ranks(workspace: Path, folder: Path) -> Curves:
 
 
 def test_two_ranks_and_resumes(workspace: Path, tmp_path: Path, alone: tuple[Path, Curves]) -> None:
-    """A model that transformers sharded as it was loaded goes on: bit for bit on its mesh, and on any other, which the
-    Trainer's own checkpoints cannot."""
+    """A run with a model that transformers sharded at load time resumes: bit for bit on its mesh, and on any other
+    mesh, which the Trainer's own checkpoints cannot do."""
     curves = run_ranks(two_ranks, 2, workspace, tmp_path)[0]
     for name in ("fsdp", "tp"):
         assert_same(curves[name], alone[1]["dense"], name)
@@ -118,8 +118,8 @@ def _one(workspace: Path, folder: Path, half: Path) -> dict[str, Any]:
 def test_ulysses(
     workspace: Path, tmp_path: Path, alone: tuple[Path, Curves], name: str, ranks: int, stage: int
 ) -> None:
-    """One group of two ranks, or two. Gradients are those of one process, so the clip is; two groups train on the
-    samples in their order, so a run can go on between any two steps. With QK-clip each rank sees half the heads."""
+    """One group of two ranks, or two. Gradients equal those of one process, and so does the clip. Two groups train on
+    the samples in order, so a run can continue at any step. With QK-clip each rank sees half the heads."""
     settings = ("parallel.sp=2", f"deepspeed={ROOT}/configs/deepspeed/zero{stage}.json")
     settings += CLIP if name == "clipped" else ()
     found = run_ranks(several, ranks, workspace, tmp_path, {name: settings})[0][name]

@@ -92,7 +92,7 @@ def test_changed_settings() -> None:
     assert changed_settings(old, new) == ["a.lr: 0.1 -> 0.2", "gone: 2 -> None", "new: None -> [1]"]
 
 
-# ---- the command that goes on
+# ---- the command that continues a run
 
 
 @pytest.mark.parametrize(

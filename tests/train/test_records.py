@@ -1,4 +1,4 @@
-"""What a run leaves for its report: events, owners, spectra, sharpness; and the page of a real run."""
+"""The records of a run for its report: events, owners, spectra, sharpness; and the page of a real run."""
 
 from __future__ import annotations
 

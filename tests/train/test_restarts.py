@@ -1,4 +1,4 @@
-"""A restarted launch goes on from what it has saved; a second start by hand does not."""
+"""A restarted launch continues from its newest checkpoint; a second start by hand does not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(folder: RunFolder, *arguments: object) -> str | None:
-    """Begin a run in the folder; what it goes on from."""
+    """Begin a run in the folder; returns the checkpoint from which it continues."""
     start = folder.decide(*arguments)  # type: ignore[arg-type]
     folder.begin(start)
     return start.resume
@@ -44,7 +44,7 @@ def test_a_restart_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, firs
         monkeypatch.setenv(name, value)
     folder = RunFolder(tmp_path)
     assert opened(folder, *first) is None
-    begun(tmp_path)  # killed before it saved anything: the same command begins again, unasked
+    begun(tmp_path)  # killed before the first save: the same command begins again by itself
     assert opened(folder, *first) is None and not folder.metrics.exists()
     begun(tmp_path, 5)
     assert opened(folder, *first) == "auto"
@@ -68,7 +68,7 @@ def test_a_restart_of_a_refused_start_is_refused_too(tmp_path: Path, monkeypatch
 
 
 def test_a_slurm_job_goes_on_when_it_was_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice by hand within one allocation is not a restart."""
+    """Two starts by hand in one allocation are not a restart."""
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     folder = RunFolder(tmp_path)
     opened(folder, None, False)

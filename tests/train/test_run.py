@@ -1,4 +1,4 @@
-"""A whole run: what lies in its folder, resuming, AdamW, and what is done with the model afterwards."""
+"""A whole run: the files in its folder, resuming, AdamW, and the commands for its model."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_resume_ends_where_the_whole_run_ended(finished: dict[str, Any], workspa
     # as if it had been killed after its first checkpoint
     for path in (root / "checkpoints" / "checkpoint-8" / "manifest.json", root / "summary.json"):
         path.unlink()
-    # a run may log and save at other steps when it goes on; Trainer would keep those of the checkpoint
+    # a resumed run may log and save at other steps; Trainer would keep those of the checkpoint
     resumed = train(
         workspace / "tiny.yaml", [*halted, "trainer.logging_steps=3", "trainer.save_steps=6"], resume="auto"
     )
@@ -123,7 +123,8 @@ def test_nothing_to_resume(workspace: Path, tmp_path: Path) -> None:
 
 
 def test_resume_if_any(workspace: Path, tmp_path: Path) -> None:
-    """The command that a launcher repeats: anew while there is nothing finished, then from the newest checkpoint."""
+    """The command that a launcher repeats: from the start while there is no checkpoint, then from the newest
+    checkpoint."""
     config = load_config(workspace / "tiny.yaml", ["trainer.max_steps=4", "trainer.save_steps=2"])
     folder = RunFolder(tmp_path / "tiny")
     for unfinished in (False, True):
@@ -235,7 +236,7 @@ def test_epochs_become_steps(workspace: Path, tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_is_not_utf8(finished: dict[str, Any]) -> None:
-    """Bytes of a shell in another encoding come as lone surrogates."""
+    """Bytes of a shell in another encoding arrive as lone surrogates."""
     with pytest.raises(ConfigError, match="the prompt is not UTF-8"):
         generate_from_folder(finished["run"], "caf\udce9", 4)
 
@@ -272,7 +273,7 @@ def test_find_weights(finished: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_everything_speaks_of_the_newest_weights(workspace: Path, tmp_path: Path) -> None:
-    """A run that was extended, and ended before it had a final model: what it had saved at step 12 counts."""
+    """A run that was extended, and ended before it had a final model: its checkpoint of step 12 is used."""
     train(workspace / "tiny.yaml", run_dir=str(tmp_path))
     root = tmp_path / "tiny"
 
@@ -321,7 +322,7 @@ def test_figures_belong_to_the_weights_that_are_saved(workspace: Path, tmp_path:
 
 
 def test_a_run_that_goes_on_from_an_earlier_step_sets_its_model_aside(workspace: Path, tmp_path: Path) -> None:
-    """What was trained after that step belongs to an abandoned branch: nothing speaks of it, also after a crash."""
+    """Steps after that one belong to an abandoned branch: no file mentions them, even after a crash."""
     train(workspace / "tiny.yaml", run_dir=str(tmp_path))
     root = tmp_path / "tiny"
     earlier = str(root / "checkpoints" / "checkpoint-4")
@@ -367,7 +368,7 @@ def test_a_refused_resume_changes_nothing(
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_refused_start_leaves_nothing_behind(workspace: Path, tmp_path: Path, overwrite: bool) -> None:
-    """And `--overwrite` removes a run only once the new one begins."""
+    """`--overwrite` removes a run only when the new one begins."""
     if overwrite:
         train(workspace / "tiny.yaml", ["trainer.max_steps=2"], run_dir=str(tmp_path))
     before = contents(tmp_path)
@@ -386,7 +387,7 @@ def test_a_refused_start_leaves_nothing_behind(workspace: Path, tmp_path: Path, 
 def test_a_tracker_that_cannot_begin_leaves_everything_as_it_was(
     finished: dict[str, Any], workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It writes below the run folder before it fails; a start and a resume leave nothing of it."""
+    """The tracker writes into the run folder before it fails; a start and a resume remove these files."""
     from transformers.integrations import integration_utils
 
     class Tracker(integration_utils.TensorBoardCallback):

@@ -22,7 +22,7 @@ def need(name: str) -> None:
 
 
 def train(workspace: Path, folder: Path, *settings: str, **variables: str) -> tuple[int, str]:
-    """Exit code and output of `muon-dist train`, in a folder of its own and without a network."""
+    """Exit code and output of `muon-dist train`, in a separate folder and without a network."""
     folder.mkdir(exist_ok=True)
     words = ["train", str(workspace / "tiny.yaml"), "--run-dir", str(folder), "trainer.max_steps=4", *settings]
     offline = {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "HOME": str(folder), **variables}
@@ -65,7 +65,7 @@ import {name} as tracker
 def fails(*args, **kwargs):
     raise OSError("no space left on device")
 """
-# what a tracker calls at each log
+# the function that a tracker calls at each log
 CALLS = {
     "tensorboard": "import torch.utils.tensorboard as t\nt.SummaryWriter.add_scalar = fails\n",
     "wandb": "tracker.sdk.wandb_run.Run.log = fails\n",

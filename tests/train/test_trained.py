@@ -1,4 +1,4 @@
-"""What is done with a finished run: text and foreign tokens in eval, tasks, the log as a table, runs side by side."""
+"""Commands for a finished run: eval with text and other tokens, tasks, the log as a table, runs side by side."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_eval_of_raw_text(finished: dict[str, Any], tmp_path: Path) -> None:
 def test_data_of_eval_that_moved_are_found_or_asked_for(
     finished: dict[str, Any], workspace: Path, tmp_path: Path
 ) -> None:
-    """A whole `data.dir` is as good as its `tokens`, a URL as good as a path; what is gone is asked for."""
+    """A whole `data.dir` works like its `tokens`, a URL like a path; if the data no longer exist, the message asks for
+    other data."""
     moved, data = tmp_path / "moved run", tmp_path / "data"
     shutil.copytree(finished["run"], moved)
     shutil.copytree(workspace / "data", data)
@@ -68,14 +69,14 @@ def test_data_of_eval_that_moved_are_found_or_asked_for(
     assert evaluate_folder(moved, text=f"file://{text}")["loss"] == evaluate_folder(moved, text=text)["loss"]
     config = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(config.replace(f"{workspace}/data", f"{workspace}/gone"))
-    with pytest.raises(DataError, match=r"gone/tokens: the data of the run are no longer there: .*--data or --text"):
+    with pytest.raises(DataError, match=r"gone/tokens: the data of the run no longer exist: .*--data or --text"):
         evaluate_folder(moved)
     with pytest.raises(ConfigError, match=r"--sequence-length 65: the model has 64 positions"):
         evaluate_folder(moved, text=text, sequence_length=65)
 
 
 def test_tokens_of_another_tokenizer_are_refused(finished: dict[str, Any], workspace: Path, tmp_path: Path) -> None:
-    """Those of the run's own tokenizer are taken, by an export as well."""
+    """Tokens of the run's own tokenizer are accepted, for an export too."""
     foreign = load_config(
         workspace / "tiny.yaml",
         [f"data.dir={tmp_path}/data", "tokenizer.vocab_size=310"],
@@ -179,7 +180,7 @@ def test_runs_on_one_page(finished: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_runs_in_one_table(finished: dict[str, Any], tmp_path: Path) -> None:
-    """Any two runs; their losses stand at the last step that both have evaluated."""
+    """Any two runs; their losses are compared at the last step that both have evaluated."""
     run, other = Path(finished["run"]), tmp_path / "longer"
     shutil.copytree(run, other)
     (other / "summary.json").unlink()
@@ -206,7 +207,8 @@ def test_runs_in_one_table(finished: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_own_validation_sources(workspace: Path, tmp_path: Path) -> None:
-    """All of them is evaluated on, each has its loss, nothing of the training text is kept back; passes are logged."""
+    """All validation sources are evaluated, each has its loss, no training text is kept for validation; passes are
+    logged."""
     for name, text in (("cats", "the cat sat by the mat. "), ("owls", "the owl hid by the tree. ")):
         (tmp_path / f"{name}.txt").write_text(text * 40)
     own = [f"{{path: {tmp_path}/{name}.txt}}" for name in ("cats", "owls")]
