@@ -125,8 +125,8 @@ def test_folders_of_datasets_by_path_and_by_name(tmp_path: Path) -> None:
     import datasets
 
     flat = datasets.Dataset.from_list(RECORDS)
-    flat.save_to_disk(tmp_path / "flat")
-    datasets.DatasetDict(train=flat, test=flat.select([1])).save_to_disk(tmp_path / "splits")
+    flat.save_to_disk(str(tmp_path / "flat"))
+    datasets.DatasetDict(train=flat, test=flat.select([1])).save_to_disk(str(tmp_path / "splits"))
     for arguments in ({"path": tmp_path / "flat"}, {"dataset": str(tmp_path / "flat")}, {"path": tmp_path / "splits"}):
         assert texts_of(Source(**arguments)) == TEXTS
     assert texts_of(Source(path=tmp_path / "splits", split="test")) == TEXTS[1:2]

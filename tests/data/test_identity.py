@@ -43,7 +43,7 @@ def write(kind: str, place: Path, texts: list[str]) -> Source:
     if kind == "saved":
         import datasets
 
-        datasets.Dataset.from_list(rows).save_to_disk(place / "set")
+        datasets.Dataset.from_list(rows).save_to_disk(str(place / "set"))
         return Source(path=place / "set")
     if kind in ("jsonl", "dataset", "cached dataset", "glob"):
         (place / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
