@@ -242,7 +242,7 @@ def test_short_forms_as_dicts_are_checked_as_well(given: dict[str, Any], words: 
 
 def test_groups_need_a_model_and_a_table_is_not_changed_by_them() -> None:
     net = model()
-    with pytest.raises(ConfigError, match=r"params are not a model: write Muon\(model, groups"):
+    with pytest.raises(ConfigError, match=r"params is not a model: write Muon\(model, groups"):
         Muon(net.model.layers[0].mlp.parameters(), groups=[{"pattern": ".*", "lr": 0.1}])
     with pytest.raises(ConfigError, match="table and groups are both given"):
         param_groups(net, table=route(net), groups=[{"pattern": ".*q_proj", "lr": 0.1}])
