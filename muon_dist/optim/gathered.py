@@ -56,7 +56,7 @@ def full_state(runtime: Runtime, local: dict[str, Any], parameters: Iterable[Ten
     layout, group, rank = runtime.plan.layout, runtime.transport.group, runtime.transport.rank
     if layout.kind != "replicated":
         raise CheckpointError(
-            "save each rank's shard (DeepSpeed: engine.save_checkpoint; FSDP2: torch.distributed.checkpoint)"
+            f"full_state_dict supports only the replicated layout, and this one is {layout.kind}: let the framework "
             "save each rank's shard (engine.save_checkpoint under DeepSpeed, torch.distributed.checkpoint under FSDP2)"
         )
     # copied, because torch's inner dicts are the live state
