@@ -51,7 +51,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def open(self, parameter: Tensor, part: Tensor) -> Tensor:
-        """The tensor that a step updates for `part`, this rank's part of `parameter`: its master, or an fp32 `part`."""
+        """The tensor that a step updates: `part`, this rank's part of `parameter`, if it is fp32; else its master."""
         if not is_narrow(parameter):
             return part
         master = self._local(self.of(parameter))

@@ -224,7 +224,7 @@ def test_options_and_parameters_that_are_refused() -> None:
     model = make_model("llama")
     with pytest.raises(ConfigError, match="threshold is -1"):
         attach(model, make_muon(model), threshold=-1)
-    with pytest.raises(ConfigError, match=r"hyperball sets the norm of model.layers.0.self_attn.q_proj.weight back"):
+    with pytest.raises(ConfigError, match=r"hyperball restores the norm of model.layers.0.self_attn.q_proj.weight"):
         attach(model, Muon(param_groups(model, lr=0.1, weight_decay=None), rule="hyperball"))
     with pytest.raises(ConfigError, match="the optimizer is SGD"):
         attach(model, torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
