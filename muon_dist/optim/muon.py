@@ -81,7 +81,7 @@ class Muon(StateDicts):
         cost: estimate of seconds per matrix for "balanced": "analytic", "measured" (rank 0 measures once and stores
             the times), or a `CostModel`.
         bucket_mb: a step allocates at most twice this much memory, in MiB, beyond the memory held between steps. A
-            larger matrix is a bucket by itself. See docs/performance.md.
+            larger matrix raises the limit to its own size. See docs/performance.md.
         overlap: while a bucket is orthogonalized, gather the next bucket and scatter the previous one. The weights are
             bit-identical with and without it.
         ns_compile: run Newton-Schulz through `torch.compile`, compiled once per shape; a failure is an error.
