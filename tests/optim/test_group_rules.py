@@ -216,7 +216,7 @@ def test_an_entry_that_cannot_be_used_is_refused_by_name(entry: Any, words: str)
     ([{"pattern": ".*q_proj", "split": {"heads": 2, "sizes": [6, 6]}}], "needs exactly one of heads and sizes"),
     ([{"pattern": ".*q_proj", "split": {"heads": 2.0}}], "whole numbers of at least 1"),
     ([{"pattern": ".*", "lr": 0.1}, {"pattern": "lm_head", "lr": 0.2}],
-     r"group 'lm_head' decides about no parameter: the first match wins, and group '\.\*', which stands before it"),
+     r"group 'lm_head' decides about no parameter: the first match wins, and the earlier group '\.\*'"),
     ([{"pattern": ".*", "algorithm": "adamw", "lr": 0.1}], "no parameter reaches Muon"),
 ])  # fmt: skip
 def test_an_entry_that_does_not_fit_the_model_is_refused_by_name(entries: list[Any], words: str) -> None:
