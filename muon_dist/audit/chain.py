@@ -143,7 +143,7 @@ def _broken(found: Read, number: int, record: dict[str, Any]) -> str:
     if str(record["digest"]) in found.digests:
         return f"line {number}: is line {found.digests[str(record['digest'])]} once more"
     if numbers and own <= last:
-        return f"line {number}: out of order, it was written as line {own} and stands behind line {last}"
+        return f"line {number}: out of order, it was written as line {own} and comes after line {last}"
     missing = own - max(numbers, default=0) - 1
     if missing > 0:
         return f"line {number}: {missing} line{'s' if missing > 1 else ''} missing before it"

@@ -119,9 +119,9 @@ def _of_muon(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterat
         yield Direction(Cause("nesterov", f"computed {said} the Nesterov look-ahead"), of(
             replace(asked, nesterov=not asked.nesterov)))  # fmt: skip
     if bool(before.momentum.any()):
-        stale = Cause("stale_momentum", "made of the momentum before this step")
+        stale = Cause("stale_momentum", "made from the momentum before this step")
         yield Direction(stale, of(without, before.momentum))
-    yield Direction(Cause("no_momentum", "made of the gradient alone"), of(without, gradient))
+    yield Direction(Cause("no_momentum", "made only from the gradient"), of(without, gradient))
     f = asked.gradient_factor
     if f != 1.0 and asked.nesterov:
         for name, how, other in (("clipped_twice", "applied twice", f * f), ("not_clipped", "not applied", 1.0)):

@@ -101,7 +101,7 @@ class MatrixAudit:
         if copies and finding.alarms and len(alarms) < len(copies):  # the copies in the cover are wrong
             inside = tuple(sorted({int(r) for r in self.parts.cover.rank}))
             first = finding.alarms[0]
-            said = f"on rank {', '.join(map(str, inside))} alone: {first.sentence}"
+            said = f"only on rank {', '.join(map(str, inside))}: {first.sentence}"
             marked = (replace(first, sentence=said, ranks=inside), *finding.alarms[1:])
             finding = replace(finding, alarms=marked)
         return finding, alarms
@@ -126,7 +126,7 @@ class MatrixAudit:
             return Alarm("rate", said, ("wrong_rate",), 1 + w.b, 0.0, (rank,))
         if found is None:
             return Alarm("copy", f"the copy of rank {rank} is another", ("wrong_copy",), 1 + w.b, 0.0, (rank,))
-        return replace(found, sentence=f"on rank {rank} alone: {found.sentence}", ranks=(rank,))
+        return replace(found, sentence=f"only on rank {rank}: {found.sentence}", ranks=(rank,))
 
 
 @dataclass

@@ -43,7 +43,7 @@ def localized(alarms: Mapping[str, tuple[Alarm | None, tuple[int, ...]]]) -> Ala
     first = next(alarm for alarm, _ in wrong.values() if alarm is not None)
     ranks = tuple(rank for _, of_part in wrong.values() for rank in of_part)
     names = f"on rank {', '.join(map(str, ranks))}" if ranks else ", ".join(wrong)
-    return replace(first, sentence=f"{names} alone: {first.sentence}", ranks=ranks)
+    return replace(first, sentence=f"only {names}: {first.sentence}", ranks=ranks)
 
 
 def bands(wrong: Tensor) -> dict[str, Cut]:
@@ -105,7 +105,7 @@ def _sum(
     got: Tensor, old: Tensor, new: Tensor, beta: float, limit: float, asked: Hyperparameters, around: Circumstances,
     what: str, weight: Tensor | None,
 ) -> Alarm:  # fmt: skip
-    """The alarm of a wrong moving average, with the terms of which it was made."""
+    """The alarm of a wrong moving average; its sentence names the wrong terms."""
     p, q, left, _ = fit(got, old, new)
     size = beta * float(old.norm()) + (1 - beta) * float(new.norm())
     want = beta * old + (1 - beta) * new

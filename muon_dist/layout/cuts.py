@@ -212,7 +212,7 @@ def _product(shape: tuple[int, ...], intervals: list[list[Interval]]) -> list[tu
 
 
 def _refined(outer: list[Interval], held: list[Interval], length: int, local: int) -> list[Interval]:
-    """The intervals `outer`, extended by one axis of which the rank holds the intervals `held`."""
+    """The intervals `outer`, extended by one axis. held: the rank's intervals of the new axis."""
     if held == [(0, length, 0)]:
         return [(first * length, number * length, where * local) for first, number, where in outer]
     return [

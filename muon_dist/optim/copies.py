@@ -36,7 +36,7 @@ def packed(optimizer: Any) -> dict[str, Any]:
     The plan, `diagnostics`, `audit`, and callbacks of `guard` and `progress` stay with the original.
 
     Raises:
-        ConfigError: the optimizer has a process group of its own, which cannot be copied.
+        ConfigError: the optimizer was made with `process_group`, which cannot be copied.
     """
     if isinstance(optimizer.process_group, dist.ProcessGroup):
         raise ConfigError(

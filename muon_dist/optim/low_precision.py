@@ -1,4 +1,4 @@
-"""16-bit weights: fp32 masters, stochastic rounding, or a warning of what plain rounding loses."""
+"""16-bit weights: fp32 masters, stochastic rounding, or a warning that plain rounding loses updates."""
 
 from __future__ import annotations
 

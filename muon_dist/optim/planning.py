@@ -131,7 +131,7 @@ def check_saved_groups(
         keys = ", ".join(sorted(set(strange[0]) - {"params", "param_names"}))
         raise ConfigError(
             f"this is the state of another optimizer, not of muon_dist.Muon: its groups have {keys} and no algorithm. "
-            "Momentum of other optimizers cannot be taken over: start with the weights alone"
+            "Momentum of other optimizers cannot be used: start with only the weights"
         )
     found = [g["algorithm"] for g in saved]
     if found != list(algorithms):
@@ -174,7 +174,7 @@ def check_rules(saved: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> 
 def group_fields(
     groups: Sequence[Group], group_of: Mapping[int, int], device: torch.device
 ) -> Iterable[tuple[str, object]]:
-    """(name, value) of the groups' options that decide what is computed; equal on all ranks."""
+    """(name, value) of the groups' options that affect the result; equal on all ranks."""
     for index in sorted(set(group_of.values())):
         group = groups[index]
         dtype = compute_dtype(group["ns_dtype"], device, group["ns_schedule"])

@@ -24,7 +24,7 @@ Found = dict[int, Split | str]
 
 
 def blocks_of(model: nn.Module) -> Found:
-    """By `id()` of a parameter, the split that makes each of its blocks a separate matrix.
+    """The split of each parameter with several blocks, by `id()`: each block becomes a separate matrix.
 
     Q, K and V are split into heads along the outputs, also if they are fused or interleaved; the output projection is
     split along its inputs. In latent attention (MLA) each head has parts of different sizes, and all heads share one

@@ -42,7 +42,7 @@ class PrivateTrainer(Trainer):
         check_private(Trainer)
         super().__init__(*args, **kwargs)
 
-    # ---- what a subclass overrides
+    # ---- methods that a subclass overrides
 
     def training_order(self, dataset: Any) -> torch.utils.data.Sampler[int] | None:
         """The sampler of the training data; by default Trainer's. Called when the training data loader is made."""
@@ -70,7 +70,7 @@ class PrivateTrainer(Trainer):
     def finish_saves(self) -> None:
         """Wait for saves in the background. Called after the last step, before the best checkpoint is loaded."""
 
-    # ---- what we read
+    # ---- attributes that we read
 
     @property
     def micro_batch_size(self) -> int:
