@@ -220,9 +220,9 @@ def _latent(name: str, module: Any, alpha: float) -> _Read:
     heads = _configured(module)
     query = "q_b_proj" if getattr(module, "q_b_proj", None) is not None else "q_proj"
     if heads is None or _out(name, module, query) != heads * (nope + rope):
-        raise _unknown(name, module, f"{query} does not have {heads} heads of {nope} + {rope} outputs")
+        raise _unknown(name, module, f"{query} does not consist of heads of {nope} + {rope} outputs")
     if _out(name, module, _LATENT) != heads * (nope + value):
-        raise _unknown(name, module, f"{_LATENT} does not have {heads} heads of {nope} + {value} outputs")
+        raise _unknown(name, module, f"{_LATENT} does not consist of heads of {nope} + {value} outputs")
     queries = _heads(heads, heads, [(nope, alpha), (rope, 1.0)])
     return heads, heads, [(query, 0, queries), (_LATENT, 0, _heads(heads, heads, [(nope, 1 - alpha), (value, 0.0)]))]
 
