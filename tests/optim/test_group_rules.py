@@ -211,7 +211,7 @@ def test_an_entry_that_cannot_be_used_is_refused_by_name(entry: Any, words: str)
     ([{"pattern": r".*norm.*", "rule": "namo"}], "matches only parameters that go to AdamW: .*norm"),
     ([{"pattern": "lm_head", "split": {"heads": 2}}], "'lm_head' matches only parameters that go to AdamW: lm_head"),
     ([{"pattern": ".*q_proj", "split": {"heads": 5}}], r"heads = 5 does not divide .*q_proj\.weight \(12, 20\)"),
-    ([{"pattern": ".*q_proj", "split": {"sizes": [6, 7]}}], "the sizes add up to 13, unlike .* 12 rows"),
+    ([{"pattern": ".*q_proj", "split": {"sizes": [6, 7]}}], "the sizes add up to 13, which does not fit .* 12 rows"),
     ([{"pattern": ".*q_proj", "split": {}}], "needs exactly one of heads and sizes"),
     ([{"pattern": ".*q_proj", "split": {"heads": 2, "sizes": [6, 6]}}], "needs exactly one of heads and sizes"),
     ([{"pattern": ".*q_proj", "split": {"heads": 2.0}}], "whole numbers of at least 1"),
