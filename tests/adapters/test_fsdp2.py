@@ -475,8 +475,8 @@ def test_what_cannot_be_exact_is_refused_by_name():
         "twice strided": r"FrameworkError: w0 is placed .*torch does not say which elements a rank holds",
         "plain": r"ReplicaError: .*these weights are not the same: w1: ranks 0, 1, 2, 3 do not agree",
         "ranks": r"FrameworkError: w1 is on meshes of ranks \[\[0, 1\], \[0, 1, 2, 3\]\].*process_group=",
-        "group": r"FrameworkError: process_group has ranks \[0, 1\], the mesh of w0 has \[0, 1, 2, 3\]",
-        "none": r"FrameworkError: process_group has ranks \[0\], the mesh of w0 has",
+        "group": r"FrameworkError: process_group has ranks \[0, 1\], but the mesh of w0 has \[0, 1, 2, 3\]",
+        "none": r"FrameworkError: process_group has ranks \[0\], but the mesh of w0 has",
     }
     assert first.keys() == last.keys() == expected.keys()
     for case, pattern in expected.items():
