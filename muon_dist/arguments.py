@@ -11,11 +11,11 @@ from typer.core import TyperCommand
 from muon_dist.errors import CheckpointError, ConfigError
 
 AUTO, IF_ANY = "auto", "if-any"
-"""Values of `--resume` that are no path: the newest checkpoint of the run; the same, or step 0 if there is none."""
+"""Values of `--resume` other than a path: the newest checkpoint of the run; or the newest, or step 0 without one."""
 
 
 class SettingsCommand(TyperCommand):
-    """A command that takes settings as KEY=VALUE. The error for `--key value` says so."""
+    """A command with settings as KEY=VALUE, which the error for `--key value` explains."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments. Raises ConfigError for an option that the command does not have."""
@@ -33,14 +33,14 @@ class SettingsCommand(TyperCommand):
 
 
 def existing(path: Path) -> Path:
-    """`path` of a configuration or a run, if there is such a file or folder; ConfigError otherwise."""
+    """`path` of a configuration or a run. Raises ConfigError if it does not exist."""
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder: name a configuration, or run folders")
     return path
 
 
 def existing_run(path: Path) -> Path:
-    """`path`, if there is such a file or folder; CheckpointError otherwise."""
+    """`path`. Raises CheckpointError if it does not exist."""
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder; name a run folder, such as runs/quickstart, or a checkpoint")
     return path

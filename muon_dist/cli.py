@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs itself, so that --help answers at once."""
+"""The command line. Each command imports its modules when it runs, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -60,12 +60,10 @@ Step = Annotated[
     int | None,
     typer.Option(min=0, help="With a run folder: the weights of this step, not the newest."),
 ]
-Best = Annotated[bool, typer.Option("--best", help="With a run folder: the saved weights with the best figures.")]
+Best = Annotated[bool, typer.Option("--best", help="With a run folder: the saved weights with the best metric.")]
 Overwrite = Annotated[
     bool,
-    typer.Option(
-        "--overwrite", help="Make it again where the command would refuse, for instance if files are damaged."
-    ),
+    typer.Option("--overwrite", help="Make it again even if it exists, for instance if files are damaged."),
 ]
 
 
@@ -88,7 +86,7 @@ def _general(
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the project; it is made if needed.")],
 ) -> None:
-    """Write a project: configurations, launch files and a README with the first commands."""
+    """Write a project folder: configurations, launch files and a README with the first commands."""
     from muon_dist import project
 
     for path in project.init(folder):
@@ -143,12 +141,12 @@ def prepare(
     config: ConfigPath,
     overrides: Overrides = None,
     overwrite: Overwrite = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Check every byte of data prepared before.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every byte of already prepared data.")] = False,
     show: Annotated[
         int, typer.Option(min=0, help="Print this many training samples of each source, decoded, with document ends.")
     ] = 0,
 ) -> None:
-    """Turn the configuration's text into token shards. Existing shards are kept if their inputs have not changed."""
+    """Convert the configuration's text to token shards. Existing shards are kept if their inputs have not changed."""
     from muon_dist.config import load_config
 
     settings = load_config(config, overrides or [], reads_files=True)
@@ -172,7 +170,7 @@ def export_tokens(
         str, typer.Option(help="megatron (.bin, .idx) or datatrove (.ds, .ds.index; nanotron).")
     ] = "megatron",
 ) -> None:
-    """Write prepared tokens as files for Megatron or nanotron. A source's path may name such files too."""
+    """Write prepared tokens as files for Megatron or nanotron. Such files can also be a source's path."""
     _quiet()
     from muon_dist.config import load_config
     from muon_dist.data.token_files import export_tokens as export
@@ -340,7 +338,7 @@ def probe(
     samples: Annotated[int, typer.Option(min=1, help="Training samples in the probe batch.")] = 4,
     lanczos: Annotated[int, typer.Option(min=1, help="Lanczos steps for the largest eigenvalue.")] = 12,
 ) -> None:
-    """The learning rate of a run against the stable step of its updates, by Hessian-vector products; one process."""
+    """Compare a run's learning rate with the stable step of its updates, by Hessian-vector products; one process."""
     _quiet()
     from muon_dist.train.probe import probe_run, table
 
@@ -356,13 +354,13 @@ def schema() -> None:
 
 
 def _quiet() -> None:
-    """Switch off banners of libraries. Call it before torch and transformers are imported."""
+    """Turn off banners of libraries. Call it before torch and transformers are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _plain_switches(command: Any, context: Any) -> None:
-    """No `<bool>` behind switches in the help of a command and of those under it: a switch takes no value."""
+    """Remove `<bool>` after switches in the help of a command and its subcommands: a switch has no value."""
     for option in command.get_params(context):
         if getattr(option, "is_flag", False):
             option.metavar = ""
@@ -371,10 +369,10 @@ def _plain_switches(command: Any, context: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Entry point: run the command; whatever fails is a message and an exit code, never a traceback.
+    """Entry point: run the command. Every error becomes a message and an exit code, never a traceback.
 
-    The exit code is that of the error's class in `muon_dist.errors`. An error of no known kind is a bug: its message
-    says where its traceback lies.
+    The exit code is that of the error's class in `muon_dist.errors`. An unknown error is a bug: its message names the
+    file with the traceback.
     """
     streams.make_safe()
     command = typer.main.get_command(app)

@@ -1,7 +1,6 @@
-"""Defaults that stand in several places: signatures, the schema of a configuration, the planner.
+"""Defaults that are used in several places: signatures, the schema of a configuration, the planner.
 
-Each is written here once. `tests/test_defaults.py` compares what the places say. It imports no
-torch, nor does the schema.
+`tests/test_defaults.py` checks that all places agree. This module does not import torch, and neither does the schema.
 """
 
 from __future__ import annotations

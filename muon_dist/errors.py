@@ -1,15 +1,15 @@
-"""Typed errors. Each carries the exit code with which the command line ends; messages name the key, file, parameter
-or rank at fault and what to do about it."""
+"""Typed errors, each with an exit code for the command line. Messages name the wrong key, file, parameter or rank, and
+say what to do."""
 
 from __future__ import annotations
 
 
 class MuonDistError(Exception):
-    """Base of every error that this package raises for a user.
+    """Base class of all errors that this package raises for a user.
 
     Attributes:
-        exit_code: with which the command line ends.
-        reported_elsewhere: another rank prints the message, so that it appears once.
+        exit_code: exit code of the command line.
+        reported_elsewhere: True if another rank prints the message, so that it appears only once.
     """
 
     exit_code = 1
@@ -35,7 +35,7 @@ class RoutingError(MuonDistError, ValueError):
 
 
 class LayoutError(MuonDistError, ValueError):
-    """A layout does not cover its matrices exactly, or the parameters are not those that were planned for."""
+    """A layout does not cover its matrices exactly, or the parameters differ from those of the plan."""
 
     exit_code = 5
 
@@ -59,7 +59,7 @@ class NonFiniteError(MuonDistError, RuntimeError):
 
 
 class FrameworkError(MuonDistError, RuntimeError):
-    """A framework (DeepSpeed, Trainer, accelerate, FSDP2) has settings with which the training cannot be exact."""
+    """A framework (DeepSpeed, Trainer, accelerate, FSDP2) has settings with which training cannot be exact."""
 
     exit_code = 9
 
@@ -77,13 +77,13 @@ class ReplicaError(MuonDistError, RuntimeError):
 
 
 class InexactError(MuonDistError):
-    """A step differs from that of one process: a case of `muon-dist fuzz` is wrong."""
+    """A step differs from its reference: a wrong case of `muon-dist fuzz`, or a fault found by the witness."""
 
     exit_code = 12
 
 
 class AuditError(MuonDistError, RuntimeError):
-    """An audited step differs from what was asked for."""
+    """An audited step differs from the expected step."""
 
     exit_code = 13
 
@@ -104,7 +104,7 @@ class ResourceError(MuonDistError, RuntimeError):
 
 
 class FileError(MuonDistError):
-    """The file system refuses: a full disk, a missing permission, a file where a folder is needed.
+    """The file system reports an error: a full disk, a missing permission, a file where a folder is needed.
 
     74 is EX_IOERR of sysexits.h.
     """

@@ -1,6 +1,6 @@
-"""Errors that are not ours, as a user of the command line meets them: one message and an exit code.
+"""Converts errors of other libraries to one message and an exit code for the command line.
 
-Imports no torch, since `muon-dist --help` imports this.
+Does not import torch, because `muon-dist --help` imports this module.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _ADVICE = {
     errno.ESTALE: "the network file system has lost it: mount it again",
     errno.EIO: "the disk or the mount fails: check it, then start the same command again with --resume auto",
 }
-# How libraries that are written in Rust or C++ spell an error of the system or of memory: safetensors and tokenizers,
-# torch's allocators, gloo and NCCL.
+# Texts of system and memory errors in libraries written in Rust or C++: safetensors and tokenizers, torch's
+# allocators, gloo and NCCL.
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _NO_MEMORY = re.compile(r"can't allocate memory|CUDA out of memory|std::bad_alloc|Cannot allocate memory")
 _PEERS = re.compile(r"gloo/|NCCL error|ncclInternalError|ncclSystemError|ncclRemoteError|Socket Timeout")
 
 
 def known(error: BaseException) -> MuonDistError | None:
-    """`error` as one of ours, if it is one or is of a kind that has a name: files, memory, other ranks. Else None."""
+    """`error` itself if it is one of our errors; our error for a file, memory or other-rank error; else None."""
     if isinstance(error, MuonDistError):
         return error
     text = one_line(error)
@@ -55,11 +55,11 @@ def known(error: BaseException) -> MuonDistError | None:
     if isinstance(error, MemoryError) or "OutOfMemoryError" in names or _NO_MEMORY.search(text):
         return ResourceError(
             f"no memory is left ({text}): lower trainer.per_device_train_batch_size (or --batch-size), "
-            "data.sequence_length or the model's size; `muon-dist plan` says what a run needs"
+            "data.sequence_length or the model's size; `muon-dist plan` shows the memory that a run needs"
         )
     if "DistError" in names or (isinstance(error, RuntimeError) and _PEERS.search(text)):
         return PeerError(
-            f"another rank is gone or cannot be reached: {text}. The rank that failed first says why in its message"
+            f"another rank is gone or cannot be reached: {text}. The message of the rank that failed first says why"
         )
     return None
 
@@ -93,9 +93,9 @@ def _unexpected(error: BaseException) -> str:
     said = f"unexpected {type(error).__name__}: {_shortened(one_line(error))}{where}. "
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     path = _kept(text)
-    if path is None:  # nothing is lost
-        return f"{said}No folder takes the traceback, so here it is:\n{text}"
-    return f"{said}The traceback is in {path}: please report it with that file"
+    if path is None:
+        return f"{said}The traceback could not be written to a file, so here it is:\n{text}"
+    return f"{said}The traceback is in {path}: please report the error with that file"
 
 
 def _place(frame: traceback.FrameSummary) -> str:
@@ -103,7 +103,7 @@ def _place(frame: traceback.FrameSummary) -> str:
 
 
 def _kept(text: str) -> Path | None:
-    """The new file that holds `text`: in the folder for temporary files, else in the current one."""
+    """A new file with `text`, in the folder for temporary files or else in the current folder; None if both fail."""
     name = f"muon-dist-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for folder in (tempfile.gettempdir, os.getcwd):
         with contextlib.suppress(OSError):
@@ -114,5 +114,5 @@ def _kept(text: str) -> Path | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without its line breaks; its type where it has none."""
+    """The message of an error on one line; the name of its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

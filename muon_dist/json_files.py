@@ -1,6 +1,6 @@
-"""JSON as this package writes it: strict, files whole or not at all, logs of one object per line.
+"""Reads and writes JSON: strict, files written atomically, logs with one object per line.
 
-JSON has no NaN and no infinity, and most readers refuse a file that holds one: such a number is written as null.
+JSON has no NaN and no infinity, and most readers refuse a file with one: such a number is written as null.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Object = dict[str, Any]
 
 
 def strict(value: Any) -> Any:
-    """`value` with null for each number that is NaN or infinite, and with lists for tuples."""
+    """`value` with None instead of NaN and infinity, and with lists instead of tuples."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -28,26 +28,26 @@ def strict(value: Any) -> Any:
 
 
 def one_line(value: Any, sort_keys: bool = False) -> str:
-    """One line without its end, in ASCII: no character in it can be taken for the end of a line."""
+    """`value` as one line of JSON in ASCII, without the line end; no character in it looks like a line end."""
     return json.dumps(strict(value), sort_keys=sort_keys, allow_nan=False)
 
 
 def indented(value: Any, sort_keys: bool = False) -> str:
-    """The form for people, on a screen or in a file, without a last end of line."""
+    """`value` as indented JSON for people, without the last line end."""
     return json.dumps(strict(value), indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
 
 
 def canonical(value: Any) -> bytes:
-    """The form for digests: equal values give equal bytes, whatever the order of their keys.
+    """`value` as bytes for digests: equal values give equal bytes, for any order of keys.
 
     Raises:
-        ValueError: a number is NaN or infinite. Null in its place would give different values one digest.
+        ValueError: a number is NaN or infinite. With null instead, different values would have the same digest.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
-    """Write a file whole or not at all, and make its folder: a reader finds the old file or the new one."""
+    """Write a file atomically, and make its folder: a reader finds the old file or the new one."""
     # A lone surrogate (from a file name that is not UTF-8) becomes its JSON escape.
     _replace(path, (indented(value, sort_keys) + "\n").encode("utf-8", "backslashreplace"))
 
@@ -55,7 +55,7 @@ def write_json(path: Path, value: Any, sort_keys: bool = False) -> None:
 def append_line(path: Path, value: Any, sort_keys: bool = False) -> None:
     """Append an object to a JSON-lines file, and make its folder.
 
-    If a killed run left half a line at the end, it stays a line of its own.
+    If a killed run left an incomplete line at the end, it stays a separate line.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
@@ -66,13 +66,12 @@ def append_line(path: Path, value: Any, sort_keys: bool = False) -> None:
 
 
 def write_lines(path: Path, values: Sequence[Any]) -> None:
-    """Write a JSON-lines file whole or not at all."""
+    """Write a JSON-lines file atomically."""
     _replace(path, "".join(one_line(value) + "\n" for value in values).encode())
 
 
 def keep_lines(path: Path, keep: Callable[[Object], bool]) -> None:
-    """Keep the lines of a JSON-lines file whose object `keep` accepts; a damaged line goes. No file: nothing happens.
-
+    """Keep the lines of a JSON-lines file whose object `keep` accepts; delete damaged lines. The file may be missing.
     Killed runs leave damaged lines: the end of the last line is missing.
     """
     if path.exists():
@@ -83,17 +82,17 @@ def read_object(path: Path) -> Object:
     """The object in a JSON file.
 
     Raises:
-        OSError: it cannot be read; FileNotFoundError if it is missing.
-        ValueError: it is not JSON, or another value than an object.
+        OSError: the file cannot be read; FileNotFoundError if it is missing.
+        ValueError: the file is not JSON, or its value is not an object.
     """
     value = json.loads(path.read_bytes())
     if not isinstance(value, dict):
-        raise ValueError(f"it holds {type(value).__name__} instead of an object")
+        raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     return value
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, Object | None]]:
-    """(line number from 1, object) of each line of a JSON-lines file; None for a line that does not hold an object.
+    """(line number from 1, object) of each line of a JSON-lines file; None for a line without an object.
 
     Raises:
         OSError: the file cannot be read.
@@ -108,7 +107,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, Object | None]]:
 
 def _replace(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: two processes may write the same file.
+    # A unique name, because two processes may write the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_bytes(data)

@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder as its files describe it: the same one for token shards, prompts and samples."""
+"""Loads the tokenizer of a model folder from its files, in the same way for token shards, prompts and samples."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _PLAIN = frozenset({"TokenizersBackend", "PreTrainedTokenizerFast"})
 
 
 def replaced(folder: Path, tokenizer: Any) -> bool:
-    """Whether AutoTokenizer chose another class than tokenizer_config.json names.
+    """Whether AutoTokenizer chose another class than the one in tokenizer_config.json.
 
-    For some model types (qwen2: Qwen2Tokenizer) it always takes the class of the type. That class splits text by its
-    own rules, and ignores those in tokenizer.json.
+    For some model types it always uses the class of the type (qwen2: Qwen2Tokenizer). This class splits text by its
+    own rules, and ignores the rules in tokenizer.json.
     """
     file = folder / "tokenizer_config.json"
     named = read_object(file).get("tokenizer_class") if file.is_file() else None

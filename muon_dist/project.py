@@ -1,4 +1,4 @@
-"""``muon-dist init``: a project folder with the configurations and launch files that come with the package."""
+"""``muon-dist init``: writes a project folder with the configurations and launch files of the package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from muon_dist.errors import FileError
 
-# The wheel carries them inside the package; a checkout (also an editable install) has them at its top level.
+# In a wheel these files are inside the package; in a checkout (also an editable install) at the top level.
 _PACKAGE = Path(__file__).resolve().parent
 _LAUNCH = ("_env.sh", "torchrun.sh", "slurm.sbatch")
 
@@ -31,15 +31,15 @@ _GITIGNORE = "runs/\ndata/\nresults/\n"
 
 
 def packaged(name: str) -> Path:
-    """Path of `configs` or `launch`, or of a file inside, as installed: `packaged("configs/quickstart.yaml")`."""
+    """Installed path of `configs`, `launch`, or a file inside, such as `packaged("configs/quickstart.yaml")`."""
     inside = _PACKAGE / "project" / name
     return inside if inside.exists() else _PACKAGE.parent / name
 
 
 def init(folder: Path) -> list[Path]:
-    """Write a project into `folder`, which need not exist, and return the files, in order of their names.
+    """Write a project into `folder`, which need not exist, and return the files, sorted by name.
 
-    Raises FileError, before anything is written, if one of the files is there already.
+    Raises FileError, before it writes, if one of the files exists already.
     """
     configs = packaged("configs")
     sources = {

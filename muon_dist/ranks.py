@@ -1,4 +1,4 @@
-"""Processes that agree on every outcome, so that none continues where another failed."""
+"""Ranks that exchange the outcome of each operation, so that no rank continues after another has failed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ R = TypeVar("R", bound="Ranks")
 
 @dataclass
 class _Outcome:
-    """The outcome of work on one rank, as it is sent: a value, or type and text of an error."""
+    """The outcome of work on one rank, in the form that is sent: a value, or type and text of an error."""
 
     value: Any = None
     kind: type[MuonDistError] | None = None
@@ -28,18 +28,18 @@ class _Outcome:
 
 
 class Ranks:
-    """The ranks of a process group, or a single process. For small and rare messages: values are pickled.
+    """The ranks of a process group, or a single process. Only for small and rare messages, because it pickles values.
 
-    One instance serves one thread at a time.
+    Only one thread at a time may use an instance.
 
     Args:
-        group: None for a single process.
-        device: of this rank. A process group that has NCCL alone sends values through the current CUDA device, which
-            must be the rank's own; by default it is left as it is.
+        group: the process group; None for a single process.
+        device: this rank's device. A process group with only NCCL sends values through the current CUDA device, which
+            must be this rank's device; None does not change the current device.
 
     Attributes:
-        failure: the type in which an error that is not one of ours is raised. None: the rank that had it raises it as
-            it is, the others a MuonDistError.
+        failure: type of error to raise for an error that is not ours. None: the rank with the error raises it
+            unchanged, the others raise a MuonDistError.
     """
 
     failure: ClassVar[type[MuonDistError] | None] = None
@@ -52,9 +52,9 @@ class Ranks:
 
     @classmethod
     def of_the_run(cls: type[R], timeout: float | None = None) -> R:
-        """All ranks of the default process group, over a gloo group of their own; a collective.
+        """All ranks of the default process group, with a new gloo group; a collective.
 
-        timeout: seconds that a rank waits for the others, by default torch's.
+        timeout: seconds that a rank waits for the others; None: torch's default.
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
@@ -62,7 +62,7 @@ class Ranks:
         return cls(dist.new_group(backend="gloo", timeout=wait))
 
     def gather(self, value: T) -> list[T]:
-        """The (picklable) values of all ranks, in rank order, on every rank; a barrier too."""
+        """The (picklable) values of all ranks, in rank order, on every rank. Also a barrier."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -72,35 +72,35 @@ class Ranks:
         return found
 
     def everywhere(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank; this rank's result, which does not travel.
+        """Run `work` on every rank, and return this rank's result, which is not sent.
 
         Raises:
-            MuonDistError: on every rank, when it failed on any. A rank on which it failed raises its own error, the
-                others that of the first such rank, which they name. `reported_elsewhere` is True on all ranks but one.
+            MuonDistError: on every rank, if `work` failed on any rank. A failed rank raises its own error; the others
+                raise the error of the first failed rank, and name it. `reported_elsewhere` is False on one rank only.
         """
         return cast(T, self._agreed(work, here=True, keep=False)[self.rank].value)
 
     def first(self, work: Callable[[], T]) -> T:
-        """Run `work` on the first rank while the others wait; its (picklable) result on all.
+        """Run `work` on the first rank while the others wait; return its (picklable) result on all ranks.
 
-        Raises as `everywhere`.
+        Raises as `everywhere` does.
         """
         return cast(T, self._agreed(work, here=self.rank == 0, keep=True)[0].value)
 
     def first_of_each_node(self, work: Callable[[], Any], local_rank: int) -> None:
-        """Run `work` on the first rank, then on the first process of every other node. Raises as `everywhere`.
+        """Run `work` on the first rank, then on the first process of every other node. Raises as `everywhere` does.
 
-        With a shared file system the later ones find everything done; without one, each node does its own.
+        With a shared file system the other nodes find the work done; otherwise each node does it.
 
         Args:
-            work: what to do; its result is dropped.
-            local_rank: this process's number on its node.
+            work: the work; its result is ignored.
+            local_rank: index of this process on its node.
         """
         self._agreed(work, here=self.rank == 0, keep=False)
         self._agreed(work, here=self.rank != 0 and local_rank == 0, keep=False)
 
     def _agreed(self, work: Callable[[], Any], here: bool, keep: bool) -> list[_Outcome]:
-        """The outcomes of all ranks, of which those work that say so `here`; without their values unless `keep`."""
+        """Run `work` on ranks with `here`; return the outcomes of all ranks, with values only if `keep`."""
         own, error = _Outcome(), None
         if here:
             own, error = self._try(work)
@@ -131,7 +131,7 @@ class Ranks:
             return _Outcome(kind=self.failure or MuonDistError, text=f"{type(error).__name__}: {error}"), error
 
     def _raise_own(self, error: Exception, own: _Outcome, said: bool) -> None:
-        """Raise the error of this rank; `said`: a rank before it reports the same."""
+        """Raise the error of this rank. said: a lower rank reports the same error."""
         if isinstance(error, MuonDistError):
             error.reported_elsewhere = said
             raise error

@@ -1,4 +1,4 @@
-"""Standard output and standard error that cannot end a command: gone readers, full disks, narrow encodings."""
+"""Keeps commands running if standard output or error fails: closed readers, full disks, narrow encodings."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 
 
 def make_safe() -> None:
-    """Before a command runs. A closed stream is opened on the null device, before one of our files gets its number; a
-    character that the stream's encoding lacks (LANG=C) is shown as an escape instead of raising UnicodeEncodeError.
+    """Make the standard streams safe; call it before a command runs.
+
+    A closed stream is opened on the null device, so that none of our files gets its number. A character that the
+    stream's encoding lacks (LANG=C) is shown as an escape, instead of a UnicodeEncodeError.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -41,7 +43,7 @@ class Lasting:
             self._leave(error)
 
     def _leave(self, error: OSError) -> None:
-        """Discard everything written from now on, and the contents of the buffer."""
+        """Discard the buffer and everything that is written from now on."""
         with contextlib.suppress(OSError, ValueError):
             number = self._stream.fileno()
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""Long silent waits are said aloud: for another process, for a compiler, for a framework that starts."""
+"""Notes during long waits: for another process, a compiler, or a framework that starts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ AGAIN = 60.0
 
 @contextlib.contextmanager
 def told(what: str | Callable[[], str], after: float = AFTER, again: float = AGAIN) -> Iterator[None]:
-    """While the block runs longer than `after` seconds, say `what` on standard error, then every `again` seconds.
+    """Context that prints `what` to standard error after `after` seconds, and again every `again` seconds.
 
-    One process per machine speaks (LOCAL_RANK 0). what: such as "torch.compile builds Newton-Schulz"; a function is
-    asked when the line is due, so it can look at what the block waits for.
+    Only one process per machine prints (LOCAL_RANK 0). what: text such as "torch.compile builds Newton-Schulz", or a
+    function that returns it. The function is called before each line, so the text can name the reason for the wait.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         yield
@@ -45,7 +45,7 @@ def told(what: str | Callable[[], str], after: float = AFTER, again: float = AGA
 
 
 def extensions_folder(variables: Mapping[str, str] = os.environ) -> Path:
-    """Where torch puts the extensions that it compiles."""
+    """The folder in which torch stores compiled extensions."""
     if variables.get("TORCH_EXTENSIONS_DIR"):
         return Path(variables["TORCH_EXTENSIONS_DIR"])
     cache = variables.get("XDG_CACHE_HOME") or Path(variables.get("HOME", "~")).expanduser() / ".cache"
@@ -53,13 +53,13 @@ def extensions_folder(variables: Mapping[str, str] = os.environ) -> Path:
 
 
 def build_locks(folder: Path | None = None) -> list[Path]:
-    """The locks of builds in torch's folder of extensions. A killed build leaves one; others then wait forever."""
+    """The build locks in torch's folder of extensions. A killed build leaves one, and later builds wait for it."""
     folder = extensions_folder() if folder is None else folder
     return sorted(folder.rglob("lock")) if folder.is_dir() else []
 
 
 def starting(framework: str) -> str:
-    """The line for a framework that prepares a model; names a lock that it may be waiting for."""
+    """The text for a framework that prepares a model; names a build lock for which it may be waiting."""
     locks = build_locks()
     if not locks:
         return f"{framework} prepares the model"

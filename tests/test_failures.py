@@ -406,7 +406,7 @@ def test_a_tracker_that_cannot_begin_ends_the_start() -> None:
     Tracker.__module__ = integration_utils.__name__
     tracker = Tracker()
     outlive_trackers([tracker])
-    with pytest.raises(ConfigError, match=r"trainer\.report_to: Tracker cannot begin: no key"):
+    with pytest.raises(ConfigError, match=r"trainer\.report_to: Tracker cannot start: no key"):
         tracker.on_train_begin(None, None, None)
 
 

@@ -226,7 +226,7 @@ def test_overrides_and_splits() -> None:
         ([Override("(", "muon")], [], r"override '\(' is not a valid regular expression"),
         ([Override("lm_head", "sgd")], [], "algorithm 'sgd' is not muon or adamw"),  # type: ignore[arg-type]
         ([], [SplitRule(".*q_proj", heads=5)], r"heads = 5 does not divide .*q_proj\.weight \(32, 32\).* 32 rows"),
-        ([], [SplitRule(".*q_proj", sizes=(8, 8))], "add up to 16, unlike .* 32 rows"),
+        ([], [SplitRule(".*q_proj", sizes=(8, 8))], "add up to 16, which does not fit .* 32 rows"),
         ([], [SplitRule(".*q_proj")], "exactly one of heads and sizes"),
         ([], [SplitRule(".*q_proj", heads=2, sizes=(16, 16))], "exactly one of heads and sizes"),
         ([], [SplitRule(".*q_proj", sizes=(32, 0))], "whole numbers of at least 1"),

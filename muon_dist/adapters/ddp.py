@@ -15,14 +15,14 @@ from muon_dist.optim.binding import Bound
 from muon_dist.optim.planning import plain_binding
 
 _JOIN = (
-    "this step runs inside join() of DistributedDataParallel, where a rank that has no more batches stands in for its "
-    "gradients, but not for the matrices that it owns, so that the other ranks would wait for it or fail. Give every "
+    "this step runs inside join() of DistributedDataParallel. There a rank without batches still takes part in the "
+    "gradient reduction, but it does not orthogonalize its matrices: the other ranks would hang or fail. Give every "
     "rank the same number of batches (drop_last=True in DistributedSampler and DataLoader), or end all ranks "
     "together: join(throw_on_early_termination=True)"
 )
 _SHARDED_TWICE = (
-    "ZeroRedundancyOptimizer gives each rank other parameters, while Muon shards its own work and memory over the "
-    "same ranks: leave it out, and make Muon with all parameters"
+    "ZeroRedundancyOptimizer gives each rank different parameters, but Muon itself divides work and memory between "
+    "the ranks: leave ZeroRedundancyOptimizer out, and make Muon with all parameters"
 )
 
 
@@ -30,12 +30,12 @@ def bind(optimizer: Any) -> Bound | None:
     """The binder: None if no parameter of `optimizer` belongs to a DistributedDataParallel.
 
     Raises:
-        FrameworkError: a ZeroRedundancyOptimizer holds `optimizer`, or this is inside `join`.
+        FrameworkError: a ZeroRedundancyOptimizer holds `optimizer`, or the call is inside `join`.
     """
     if optimizer.process_group is None or not torch.distributed.is_initialized():
         return None
     ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    # torch keeps no list of them. By type, since isinstance asks the objects, and some import modules when asked.
+    # torch has no list of these, so search all objects. Compare types: isinstance may make an object import modules.
     living = gc.get_objects()
     sharder = getattr(sys.modules.get("torch.distributed.optim"), "ZeroRedundancyOptimizer", None)
     if sharder is not None and any(vars(o).get("optim") is optimizer for o in living if issubclass(type(o), sharder)):
@@ -51,7 +51,7 @@ def bind(optimizer: Any) -> Bound | None:
             if join is not None and join.enable and not join.throw_on_early_termination:
                 raise FrameworkError(_JOIN)
 
-    check()  # before the plan, which is a collective
+    check()  # before the plan: making it is a collective
     binding, group_of = plain_binding(optimizer.param_groups, optimizer.specs, optimizer.process_group)
     binding.before_step = check
     return binding, group_of

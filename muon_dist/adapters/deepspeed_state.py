@@ -1,4 +1,4 @@
-"""The pieces of a DeepSpeed engine: ZeRO 0 to 3, fp32 masters instead of the 16-bit weights."""
+"""Checkpoint pieces of a DeepSpeed engine: ZeRO 0 to 3, with fp32 masters instead of the 16-bit weights."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
     """This rank's part of an engine's state. See `module_state.holding`.
 
-    A collective when its Muon has not planned yet, and under AutoTP and with experts.
+    A collective if its Muon has no plan yet, under AutoTP, and with experts.
 
     Raises:
-        FrameworkError: an optimizer wrapper of which the layout is not known; names it.
+        FrameworkError: DeepSpeed's optimizer wrapper is not supported; names it.
     """
-    # Here, so that importing this module does not import DeepSpeed.
+    # Imported here, so that importing this module does not import DeepSpeed.
     from muon_dist.adapters.deepspeed.parallel import Parallelism
     from muon_dist.adapters.deepspeed.storage import read
 
@@ -83,7 +83,7 @@ def holding(engine: Any, *, source: Checkpoint | None = None) -> Holding:
 
 
 class _HeldPlaces(module_state.Places):
-    """Places of the stage-0 tensors that are split over ranks. held: by `id()` of the tensors."""
+    """`Places` of stage-0 tensors that are split over ranks. held: this rank's parts, by `id()` of the tensors."""
 
     def __init__(self, held: Mapping[int, Held]) -> None:
         super().__init__([], dist.get_world_size())
@@ -97,7 +97,7 @@ class _HeldPlaces(module_state.Places):
 
 
 def _of(held: Held, kind: str, tensor: torch.Tensor) -> list[Piece]:
-    """The pieces of a tensor that is stored as `held` describes."""
+    """The pieces of a tensor, of which this rank holds the part `held`."""
     return [
         Piece(held.name, kind, held.shard.shape, block, shaped(tensor, place), held.holders)
         for block, place in held.shard.blocks
@@ -105,7 +105,7 @@ def _of(held: Held, kind: str, tensor: torch.Tensor) -> list[Piece]:
 
 
 def _parts(parameters: list[StoredParameter], kind: str, tensor: torch.Tensor, loads: bool) -> list[Piece]:
-    """What this rank holds of some parameters in one of its flat tensors, or, to save, what it is to write of them."""
+    """This rank's pieces of `parameters` in a flat tensor: for a load all that it holds, for a save its share."""
     return [
         Piece(p.name, kind, p.shape, f.block, shaped(tensor.data, f.local))
         for p in parameters
@@ -114,9 +114,9 @@ def _parts(parameters: list[StoredParameter], kind: str, tensor: torch.Tensor, l
 
 
 def _written(p: StoredParameter) -> list[Fragment]:
-    """The fragments of a parameter that this rank writes: all that it holds, or its part of one copy.
+    """The fragments of a parameter that this rank writes: all that it holds, or its share of one copy.
 
-    AutoTP leaves some parameters whole. Then each of its ranks has a copy, which ZeRO may cut at other places.
+    AutoTP leaves some parameters whole. Then each tensor-parallel rank has a copy, which ZeRO may shard differently.
     """
     rank = dist.get_rank()
     if int(p.fragments.length.sum()) == math.prod(p.shape):
@@ -136,7 +136,7 @@ def _buffer_state(
     source: Checkpoint | None,
     checks: list[Callable[[], None]],
 ) -> list[Piece]:
-    """The state that the optimizer keeps for a flat buffer: of the buffer's shape, or one number for all of it."""
+    """The pieces of the optimizer's state for a flat buffer: tensors of the buffer's shape, or one number."""
     state = optimizer.state[tensor] if source is not None else optimizer.state.get(tensor, {})
     held = [p for p in parameters if len(p.fragments.on(dist.get_rank()))]
     if source is not None:
@@ -155,7 +155,7 @@ def _buffer_state(
         if value.numel() == tensor.numel() and value.dim() > 0:
             pieces += _parts(held, kind, value, source is not None)
         elif source is None:
-            # one number for all parameters of the buffer, told by the rank that holds the first element of each
+            # One number for all parameters of the buffer: the rank with a parameter's first element writes it.
             first = (p for p in held if any(f.block.start == 0 for f in _written(p)))
             pieces += [piece for p in first for piece in whole(p.name, kind, (), value)]
         else:
@@ -164,15 +164,15 @@ def _buffer_state(
 
 
 def _one_number(names: list[str], kind: str, value: torch.Tensor, checks: list[Callable[[], None]]) -> list[Piece]:
-    """Pieces for the number of each parameter, which must be the same for all of a buffer."""
+    """Pieces with one number per parameter; the number must be equal for all parameters of a buffer."""
     found = {name: torch.zeros((), dtype=value.dtype) for name in names}
 
     def check() -> None:
         different = {float(number) for number in found.values()}
         if len(different) > 1:
             raise CheckpointError(
-                f"{kind} differs between parameters that ZeRO steps as one ({sorted(different)}; some had no gradient "
-                "in some steps): this state can continue under DDP or FSDP2 only"
+                f"{kind} differs between parameters that ZeRO steps together ({sorted(different)}; some had no "
+                "gradient in some steps): this state can continue only under DDP or FSDP2"
             )
         value.fill_(different.pop() if different else 0.0)
 
@@ -181,8 +181,10 @@ def _one_number(names: list[str], kind: str, value: torch.Tensor, checks: list[C
 
 
 def _outside(engine: Any, parallelism: Parallelism, stored: set[str], loads: bool) -> list[Piece]:
-    """Frozen parameters and buffers, which no optimizer holds. stored: the names of those that one holds. loads: list
-    every copy; to save, one."""
+    """Pieces of frozen parameters and buffers, which no optimizer holds.
+
+    stored: names that an optimizer holds. loads: True lists every copy (load), False one copy (save).
+    """
     pieces: list[Piece] = []
     tensor: Any
     for kind, fqn, tensor in module_state.named_tensors(engine.module):
@@ -207,7 +209,7 @@ def _outside(engine: Any, parallelism: Parallelism, stored: set[str], loads: boo
 
 
 class EngineState:
-    """DeepSpeed's counters and its loss scaler, as a provider."""
+    """State provider for DeepSpeed's counters and its loss scaler."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -217,7 +219,7 @@ class EngineState:
         return getattr(wrapper, "loss_scaler", None) or getattr(wrapper, "loss_scale_config", None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Counters and loss-scaler values, as plain numbers."""
         scaler = self._scaler()
         return {
             "counters": {name: int(getattr(self._engine, name)) for name in _COUNTERS},
@@ -225,7 +227,7 @@ class EngineState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load them; values that this engine's scaler does not have are ignored."""
+        """Load counters and loss scaler; ignores values that this engine's scaler does not have."""
         for name, value in state["counters"].items():
             setattr(self._engine, name, value)
         scaler = self._scaler()

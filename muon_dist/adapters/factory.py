@@ -1,4 +1,4 @@
-"""`MuonFactory`: from a whole model to a `Muon`, for the factory hook of the Hugging Face Trainer."""
+"""`MuonFactory`: makes a `Muon` from a model, for the factory hook of the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from muon_dist.routing import announce, is_rank_zero
 
 
 def for_trainer(args: Any, **options: Any) -> tuple[type[MuonFactory], dict[str, Any]]:
-    """The value for `optimizer_cls_and_kwargs` of a stock Trainer. The Trainer's arguments are checked at once.
+    """The value for `optimizer_cls_and_kwargs` of a stock Trainer. Checks the Trainer's arguments now.
 
         trainer = Trainer(model, args, optimizer_cls_and_kwargs=muon_dist.for_trainer(args), ...)
 
     Args:
         args: the `TrainingArguments` of that Trainer. Muon uses its `learning_rate` and `weight_decay` unless
             `options` has `lr` and `weight_decay`. They are read when the Trainer creates the optimizer, so a
-            hyper-parameter search may change them before.
+            hyper-parameter search can still change them.
         options: arguments of `muon_dist.param_groups` and `muon_dist.Muon`, such as `adamw_lr` and `groups`, and
             `print_routing`.
 
     Raises:
         ConfigError: an option is unknown.
-        FrameworkError: the DeepSpeed configuration of `args` has an "optimizer" or "scheduler" block that would
-            replace Muon or its learning rates, or offload settings that would.
+        FrameworkError: the DeepSpeed configuration of `args` has an "optimizer" or "scheduler" block, or offload
+            settings, that would replace Muon or its learning rates.
     """
     split_kwargs(options)
     check_trainer(args)
@@ -44,12 +44,12 @@ def for_trainer(args: Any, **options: Any) -> tuple[type[MuonFactory], dict[str,
 
 
 def check_trainer(args: Any) -> None:
-    """Check whether a Trainer with `args` would replace Muon or its learning rates.
+    """Check that a Trainer with `args` keeps Muon and its learning rates.
 
-    Warns on the first rank where it would leave out FSDP.
+    Warns on the first rank if the Trainer would ignore FSDP.
 
     Raises:
-        FrameworkError: under DeepSpeed it would replace Muon or its learning rates.
+        FrameworkError: under DeepSpeed the Trainer would replace Muon or its learning rates.
     """
     asked = getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
     if asked and args.device.type == "cpu" and is_rank_zero():
@@ -77,34 +77,34 @@ def _check_deepspeed(config: Mapping[str, Any]) -> None:
 
 
 def trainer_defaults(args: Any, options: Mapping[str, Any]) -> dict[str, float]:
-    """Values of `TrainingArguments` for options that were not given.
+    """Default options from `TrainingArguments`: the learning rate and the weight decay.
 
-    `args.weight_decay` is meant for all parameters. Where the rule has no weight decay, it is that of AdamW's.
+    `args.weight_decay` is for all parameters. If the optimizer's rule has no weight decay, it is only for AdamW.
 
     Raises:
-        ConfigError: then an entry of `groups` has a rule with weight decay, but none of its own.
+        ConfigError: in this case an entry of `groups` has a rule with weight decay, but no `weight_decay`.
     """
     if not _decays(options.get("rule", "muon")):
         for number, entry in enumerate(group_rules(options.get("groups", ()), options["rule"])):
             if _decays(entry.options.get("rule", options["rule"])) and "weight_decay" not in entry.options:
                 raise ConfigError(
-                    f"groups[{number}] ({entry.pattern!r}): its rule has weight decay, that of the optimizer "
-                    f"({options['rule']}) has none, so the Trainer's goes to AdamW alone: write weight_decay here too"
+                    f"groups[{number}] ({entry.pattern!r}): its rule has weight decay, but the optimizer's rule "
+                    f"({options['rule']}) has none, so only AdamW gets the Trainer's: write weight_decay here too"
                 )
         return {"lr": args.learning_rate, "adamw_weight_decay": args.weight_decay}
     return {"lr": args.learning_rate, "weight_decay": args.weight_decay}
 
 
 def _decays(rule: Any) -> bool:
-    """Whether a rule has weight decay; True for one that is unknown, which is an error later."""
+    """Whether a rule has weight decay. True for an unknown rule, which is an error later."""
     return rule not in RULES or "weight_decay" not in RULES[rule].refused
 
 
 class MuonFactory:
     """Creates a `Muon` for a model, through the factory hook of a stock Trainer; see `for_trainer`.
 
-    The keyword arguments are those of `muon_dist.param_groups` and of `muon_dist.Muon`. On the first rank the routing
-    table is printed unless `print_routing=False`. Not an Optimizer subclass: Trainer would flatten the model into its
+    The keyword arguments are those of `muon_dist.param_groups` and of `muon_dist.Muon`. On the first rank it prints
+    the routing table unless `print_routing=False`. It is no Optimizer subclass, because for one Trainer would make its
     own parameter groups.
     """
 
@@ -116,8 +116,9 @@ class MuonFactory:
         Args:
             opt_model: the model.
             print_routing: print the routing table on the first rank.
-            training_arguments: `TrainingArguments` or a function that returns them: default `lr` and `weight_decay`.
-            kwargs: of `param_groups` and `Muon`.
+            training_arguments: `TrainingArguments`, or a function that returns them, for the default `lr` and
+                `weight_decay`.
+            kwargs: arguments of `param_groups` and `Muon`.
 
         Raises:
             ConfigError: an unknown argument, or no learning rate.
@@ -129,7 +130,7 @@ class MuonFactory:
             kwargs = {**trainer_defaults(training_arguments, kwargs), **kwargs}
         if "lr" not in kwargs:
             raise ConfigError(
-                "MuonFactory needs lr: use optimizer_cls_and_kwargs=muon_dist.for_trainer(args), which takes the "
+                "MuonFactory needs lr: use optimizer_cls_and_kwargs=muon_dist.for_trainer(args), which uses the "
                 "learning_rate of args, or (MuonFactory, {'lr': 0.003})"
             )
         of_groups, of_muon = split_kwargs(kwargs)
@@ -146,7 +147,7 @@ class MuonFactory:
 def _deepspeed_config() -> dict[str, Any] | None:
     """The Trainer's DeepSpeed configuration, if any.
 
-    Raises FrameworkError where the Trainer would hand DeepSpeed another optimizer than the one made here.
+    Raises FrameworkError if the Trainer would give DeepSpeed another optimizer than the new Muon.
     """
     integration = sys.modules.get("transformers.integrations.deepspeed")
     config = integration.deepspeed_config() if integration is not None else None
@@ -156,7 +157,7 @@ def _deepspeed_config() -> dict[str, Any] | None:
 
 
 def _partitions(config: Mapping[str, Any] | None) -> int | None:
-    """The ranks over which ZeRO stage 1 or 2 will cut the Muon group; None if it keeps no given order."""
+    """Number of ranks over which ZeRO stage 1 or 2 will shard the Muon group; None if the order has no effect."""
     zero = (config or {}).get("zero_optimization") or {}
     if zero.get("stage") not in (1, 2) or zero.get("round_robin_gradients", False):
         return None
@@ -167,13 +168,13 @@ def _partitions(config: Mapping[str, Any] | None) -> int | None:
 
 
 def split_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Sort keyword arguments into those of `param_groups` and those of `Muon` (a shared one goes to both).
+    """Split keyword arguments into those of `param_groups` and those of `Muon`; a shared argument goes to both.
 
-    Raises ConfigError that names an unknown one and what to write instead, what the update rule does not have, or what
-    is wrong with an entry of `groups`, `overrides` or `splits`.
+    Raises ConfigError for an unknown argument (with its replacement), an option that the update rule does not have, or
+    an invalid entry of `groups`, `overrides` or `splits`.
     """
     for_groups = arguments_of(param_groups)
-    for_muon = arguments_of(Muon) - {"groups"}  # by name: of the model
+    for_muon = arguments_of(Muon) - {"groups"}  # `groups` is an argument of param_groups here
     refuse_arguments("arguments for Muon", kwargs, for_groups | for_muon | {"print_routing"})
     of_muon = {k: v for k, v in kwargs.items() if k in for_muon}
     check_options({"rule": "muon", "rule_options": {}, **{k: v for k, v in of_muon.items() if v is not None}})

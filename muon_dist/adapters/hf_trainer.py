@@ -1,4 +1,4 @@
-"""The former place of `muon_dist.adapters.hf.trainer`: what others have imported from here stays until 1.0."""
+"""Old module name of `muon_dist.adapters.hf.trainer`; kept until 1.0 for existing imports."""
 
 from muon_dist.adapters.hf.trainer import CheckpointOptions, MuonTrainer
 

@@ -1,4 +1,4 @@
-"""The pieces of a model and an optimizer whose parameters are whole on every rank (DDP) or DTensors (FSDP2)."""
+"""Checkpoint pieces of a model and its optimizer; parameters are whole on every rank (DDP) or DTensors (FSDP2)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from muon_dist.optim.state import MOMENTUM, is_own
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """(kind, clean name, tensor) of every parameter, tied ones once, and every persistent buffer."""
+    """(kind, clean name, tensor) of every parameter and persistent buffer; a tied parameter once."""
     for name, p in model.named_parameters():
         yield WEIGHT, clean_name(name), p
     kept = set(model.state_dict(keep_vars=True))
@@ -45,17 +45,17 @@ def holding(
 ) -> Holding:
     """This rank's part of the model and of the optimizer's state, as pieces of a checkpoint.
 
-    A collective when `optimizer` is a Muon that has not planned yet.
+    A collective if `optimizer` is a Muon without a plan.
 
     Args:
         model: bare or wrapped (DDP, torch.compile, FSDP2).
-        optimizer: Muon or any of torch whose state is numbers and tensors shaped as their parameter; None for the
-            weights only.
-        world_size: ranks that save or load together; parameters that are not DTensors are whole on each.
-        source: the checkpoint about to be loaded; state that it has and the optimizer has not yet made is made.
+        optimizer: Muon, or a torch optimizer whose state has only numbers and tensors in the shape of the parameter;
+            None: only weights.
+        world_size: number of ranks that save or load together; each holds all parameters that are not DTensors whole.
+        source: the checkpoint to load; optimizer state that it has and the optimizer lacks is created.
 
     Raises:
-        FrameworkError: parameters flattened by FSDP1, or a DTensor that is a sum not yet taken.
+        FrameworkError: parameters flattened by FSDP1, or a DTensor with the placement `Partial`.
         CheckpointError: state that cannot be saved by parameter.
     """
     reshard(model)
@@ -104,12 +104,12 @@ def state_pieces(optimizer: torch.optim.Optimizer, name: str, p: torch.Tensor, p
         if value.shape == p.shape:
             pieces += places.pieces(name, key, value, p)
         elif value.numel() == 1 and not is_sharded(value):
-            if not is_sharded(p) or local_part(p).numel():  # Muon keeps no state of no elements: no rank counts on it
+            if not is_sharded(p) or local_part(p).numel():  # Muon keeps no state for empty shards
                 pieces += whole(name, key, (), value, places.ranks(p))
         else:
             raise CheckpointError(
-                f"{type(optimizer).__name__} keeps {key} of {name} in shape {tuple(value.shape)}, the parameter has "
-                f"{tuple(p.shape)}: it cannot be cut as the parameter is"
+                f"{type(optimizer).__name__} keeps {key} of {name} in shape {tuple(value.shape)}, but the parameter "
+                f"has {tuple(p.shape)}: it cannot be sharded as the parameter is"
             )
     return pieces
 
@@ -117,7 +117,7 @@ def state_pieces(optimizer: torch.optim.Optimizer, name: str, p: torch.Tensor, p
 def make_state(
     optimizer: torch.optim.Optimizer, p: torch.Tensor, name: str, source: Checkpoint, group: dict[str, Any]
 ) -> None:
-    """Create the optimizer state of the first step, for all entries that the checkpoint has."""
+    """Create initial optimizer state for all entries of the checkpoint."""
     for kind, tensor in source.states.get(name, {}).items():
         state = optimizer.state[p]
         if kind in state or (isinstance(optimizer, Muon) and (kind == MOMENTUM_KIND or is_own(kind))):
@@ -134,19 +134,19 @@ def make_state(
 
 
 class Places:
-    """Which blocks of every tensor each rank of a checkpoint holds.
+    """The blocks of every tensor on each rank that saves or loads.
 
-    Where the ranks of the checkpoint are those of the default group, DTensors on a part of them are looked up on the
-    others too: it is a collective then, if there are DTensors at all.
+    If these ranks are the default group and there are DTensors, making this object is a collective: a DTensor may be
+    on some ranks only, so all ranks exchange their blocks.
 
     Args:
-        named: names and tensors of a model, the same on all ranks.
-        world_size: ranks that save or load together.
+        named: names and tensors of a model, equal on all ranks.
+        world_size: number of ranks that save or load together.
     """
 
     def __init__(self, named: Sequence[tuple[str, torch.Tensor]], world_size: int) -> None:
         self._everyone = tuple(range(world_size))
-        # Tensors of another memory format, such as channels_last, and contiguous copies, which are what pieces view.
+        # Tensors in another memory format, such as channels_last, with contiguous copies, which the pieces use.
         self._strided: list[tuple[torch.Tensor, torch.Tensor]] = []
         ours = [(name, tensor, ()) for name, tensor in named if is_sharded(tensor)]
         world = dist.group.WORLD if ours else None
@@ -160,10 +160,10 @@ class Places:
         return self._everyone if where is None else tuple(sorted(set(where.fragments(0).rank.tolist())))
 
     def pieces(self, name: str, kind: str, tensor: Any, like: Any) -> list[Piece]:
-        """The pieces of `tensor`, which lies as `like` does, a parameter or buffer of the model."""
+        """The pieces of `tensor`, which has the placement of `like`, a parameter or buffer of the model."""
         if not is_sharded(tensor):
             if is_sharded(like):
-                raise CheckpointError(f"{kind} of {name} is a plain tensor, the parameter a DTensor")
+                raise CheckpointError(f"{kind} of {name} is a plain tensor, but the parameter is a DTensor")
             if not tensor.is_contiguous():
                 self._strided.append((tensor, tensor.detach().contiguous()))
                 tensor = self._strided[-1][1]
@@ -182,6 +182,6 @@ class Places:
 
     @torch.no_grad()
     def copy_back(self) -> None:
-        """Copy loaded values into the model's tensors, after a load."""
+        """Copy loaded values into the model's non-contiguous tensors; call it after a load."""
         for tensor, loaded in self._strided:
             tensor.copy_(loaded)

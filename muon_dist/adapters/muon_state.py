@@ -16,24 +16,24 @@ from muon_dist.optim.state import RESTING
 
 
 def kept_by_all(optimizer: Muon) -> set[int]:
-    """`id()` of the parameters whose momentum every holder keeps, not its sources alone (`Runtime.everywhere`)."""
+    """`id()` of the parameters whose momentum every holder keeps, not only the sources (`Runtime.everywhere`)."""
     runtime = optimizer.bound_runtime()
     return {id(runtime.binding.buffers[buffer]) for buffer in runtime.everywhere}
 
 
 def muon_pieces(optimizer: Muon, source: Checkpoint | None = None) -> list[Piece]:
-    """Momentum that this rank is a source of, and the memory of the rule, as live pieces by parameter.
+    """Live pieces of this rank's momentum and of the rule's memory, by parameter.
 
-    No element of momentum is listed by two ranks. Parameters of which every holder keeps the momentum (`kept_by_all`)
-    are left out: their copies are equal, and a load must fill them all.
+    Each element of momentum is in the pieces of one rank only. Parameters whose momentum every holder keeps
+    (`kept_by_all`) are left out: their copies are equal, and a load must fill all copies.
 
     Args:
-        optimizer: planned now if it was not yet; then a collective.
-        source: the checkpoint about to be loaded.
+        optimizer: makes its plan now if it has none; then this call is a collective.
+        source: the checkpoint to load.
     """
     runtime = optimizer.bound_runtime()
     if source is not None:
-        runtime.unmoved.clear()  # as far as anybody knows
+        runtime.unmoved.clear()  # the checkpoint does not say whether momentum is zero
     kept = kept_by_all(optimizer)
     every = optimizer.specs if runtime.binding.specs is None else runtime.binding.specs
     shapes = {spec.name: spec.shape for specs in every for spec in specs}
@@ -48,13 +48,13 @@ def muon_pieces(optimizer: Muon, source: Checkpoint | None = None) -> list[Piece
 
 
 def _everyone(runtime: Runtime) -> tuple[int, ...]:
-    """The ranks that hold the optimizer's parameters, by their global numbers: a stage of a pipeline has some."""
+    """Global numbers of the ranks that hold the optimizer's parameters; in a pipeline only the ranks of its stage."""
     group = runtime.binding.group
     return () if group is None or runtime.transport.world_size == 1 else tuple(dist.get_process_group_ranks(group))
 
 
 def _resting(runtime: Runtime) -> Iterator[Piece]:
-    """Steps with a zero gradient, of each matrix of a parameter; the same on all ranks."""
+    """Pieces of the number of zero-gradient steps per matrix of a parameter; equal on all ranks."""
     everyone = _everyone(runtime)
     names = [m.matrix.parameter for m in runtime.plan.layout.matrices]
     for name, numbers in groupby(range(len(names)), key=names.__getitem__):
@@ -67,7 +67,7 @@ def _momentum(runtime: Runtime, buffer: int, shapes: dict[str, tuple[int, ...]])
     for matrix, f, part in runtime.momentum_pieces(buffer):
         name = matrix.parameter
         blocks = matrix.block.inside(f.block)
-        # A run that crosses rows of a matrix with gaps is several blocks of the parameter.
+        # A run over several rows of a matrix with gaps is several blocks of the parameter.
         parts = [part] if len(blocks) == 1 else part.view(-1).split([b.numel for b in blocks])
         for block, live in zip(blocks, parts, strict=True):
             shaped = live.view(-1) if block.rows == 1 else live.view(block.rows, block.cols)
@@ -75,7 +75,7 @@ def _momentum(runtime: Runtime, buffer: int, shapes: dict[str, tuple[int, ...]])
 
 
 def _memory(runtime: Runtime, buffer: int) -> Iterator[Piece]:
-    """The rule's state of a parameter: numbers per matrix on all ranks, and the owners' state on the owners."""
+    """Pieces of the rule's state of a parameter: numbers per matrix on all ranks, and the owners' tensors."""
     memory, layouts = runtime.memory, runtime.plan.layout.matrices
     everyone = _everyone(runtime)
     parameters: dict[str, list[int]] = {}

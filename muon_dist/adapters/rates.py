@@ -1,4 +1,4 @@
-"""Learning rates of the parameter groups in checkpoints."""
+"""Saves and restores the learning rates of the parameter groups."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from muon_dist.errors import CheckpointError
 
 
 class GroupRates:
-    """The rate of each parameter group as the scheduler has left it, as a provider.
+    """State provider for the current learning rate of each parameter group.
 
-    Other settings of the groups (momentum, weight decay) are not in checkpoints: they are what the configuration of
-    the run that continues says. So is a changed rate: schedules multiply, so the whole schedule is scaled by it.
+    Other settings of the groups (momentum, weight decay) are not in checkpoints: the configuration of the resumed run
+    decides. If it changes a learning rate, the whole schedule is scaled by the ratio.
     """
 
     def __init__(self, optimizer: Any, scheduler: Any, say: Callable[[str], None]) -> None:
         self._groups = optimizer.param_groups
         self._scheduler = scheduler
         self._say = say
-        # what this run was configured with; the scheduler's own state brings the old ones
+        # rates of this run's configuration; loading the scheduler's state restores the old ones
         self._initial = [group.get("initial_lr") for group in self._groups]
 
     def state_dict(self) -> dict[str, Any]:
@@ -36,10 +36,10 @@ class GroupRates:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the rates. Call it after the scheduler's state.
+        """Load the rates. Call it after the scheduler's state was loaded.
 
         Raises:
-            CheckpointError: there are other groups, or their algorithms differ.
+            CheckpointError: the number of groups or their algorithms differ.
         """
         saved = state["groups"]
         was, now = [g["algorithm"] for g in saved], [g.get("algorithm") for g in self._groups]
@@ -49,7 +49,7 @@ class GroupRates:
             factor = 1.0
             if initial is not None and old["initial_lr"] and float(initial) != old["initial_lr"]:
                 factor = float(initial) / old["initial_lr"]
-                self._say(f"learning rate of group {index} scaled by {factor:g}, as the configuration says now")
+                self._say(f"learning rate of group {index} scaled by {factor:g}, because the configuration changed it")
                 for name in ("base_lrs", "_last_lr"):
                     rates = getattr(self._scheduler, name, None)
                     if rates is not None and index < len(rates):

@@ -1,1 +1,1 @@
-"""Independent proof of what an optimizer does: one matrix at a time, against plain formulas on whole tensors."""
+"""Independent checks of an optimizer's steps: one matrix at a time, against plain formulas on whole tensors."""

@@ -1,4 +1,4 @@
-"""What an auditor has before it, and what it raises."""
+"""The inputs and the alarms of an auditor."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from muon_dist.audit.recompute import Before
 
 Cut = Callable[[Tensor], Tensor]
-"""Takes a part out of a whole matrix."""
+"""Returns a part of a whole matrix."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What an optimizer has made of a matrix in one step: everything whole, in fp32 or fp64.
+    """One step of an optimizer on one matrix: whole tensors in fp32 or fp64.
 
     Attributes:
-        before: the inputs.
-        momentum, weight, memory: after the step.
+        before: the tensors before the step.
+        momentum, weight, memory: the tensors after the step.
     """
 
     before: Before
@@ -36,10 +36,10 @@ class Alarm:
 
     Attributes:
         stage: "gradient", "momentum", "direction", "scale", "decay", "rate", "weight" or "copy".
-        sentence: for people: what is wrong.
+        sentence: a description of the error, for people.
         causes: names of likely causes.
-        factor, angle: of what was found to what was wanted, see `Difference`; angle in radians.
-        ranks: whose copy is wrong, if not all are.
+        factor, angle: of the observed tensor relative to the wanted tensor, see `Difference`; angle in radians.
+        ranks: ranks with a wrong copy, if not all copies are wrong.
     """
 
     stage: str
@@ -50,7 +50,7 @@ class Alarm:
     ranks: tuple[int, ...] = ()
 
     def plain(self) -> dict[str, Any]:
-        """For JSON: numbers that are not finite become None."""
+        """The alarm as plain data for JSON; numbers that are not finite become None."""
         numbers = {"factor": self.factor, "angle": self.angle}
         return {
             "stage": self.stage,
@@ -63,13 +63,14 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What else may explain a difference.
+    """Further facts that may explain a difference.
 
     Attributes:
-        earlier: learning rates of the group in the steps before. others: of the other groups in this step.
-        world_size: ranks that share the work.
-        wanted: the user's tolerance, if there is one.
-        weights, momentum: by rank, what it holds of a whole matrix; empty if one rank holds all that was judged.
+        earlier: learning rates of the group in previous steps. others: rates of the other groups in this step.
+        world_size: number of ranks that share the work.
+        wanted: the user's tolerance; None for the default.
+        weights, momentum: by rank, a function that returns the rank's part of a whole matrix; empty if one rank holds
+            the whole judged tensor.
     """
 
     earlier: Sequence[float] = ()

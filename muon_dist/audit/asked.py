@@ -1,4 +1,4 @@
-"""The options of a parameter group, read in the option names of several optimizers."""
+"""Reads the options of a parameter group, under the option names of several optimizers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from muon_dist.audit.convention import SCALES, Iteration, named
 
-# How other optimizers name their factors of an update -> name in SCALES.
+# (option, value) of other optimizers for the factor on an update -> name in SCALES.
 _SCALES: Mapping[tuple[str, Any], str] = {
     ("adjust_lr_fn", None): "spectral",  # torch.optim.Muon
     ("adjust_lr_fn", "original"): "spectral",
@@ -28,13 +28,13 @@ class Asked:
     Attributes:
         rule: "muon", "normuon" or "adamw".
         lr, weight_decay: decoupled decay: the weight shrinks by lr * weight_decay.
-        momentum: of the running mean of gradients.
-        nesterov: None if nothing says it; the look-ahead is then assumed, and its absence a choice.
-        scale: name in `SCALES`; None if nothing says it.
-        iteration: None if nothing says it.
-        betas, eps: of AdamW.
-        cautious: decay only where update and weight have one sign.
-        pieces: rows of the blocks that are orthogonalized by themselves; empty for the whole matrix.
+        momentum: decay rate of the running mean of gradients.
+        nesterov: None if unknown; then the look-ahead is assumed, and a step without it is reported as a choice.
+        scale: name in `SCALES`; None if unknown.
+        iteration: None if unknown.
+        betas, eps: options of AdamW.
+        cautious: decay only where update and weight have the same sign.
+        pieces: rows of the blocks that are orthogonalized separately; empty for the whole matrix.
     """
 
     rule: str = "muon"
@@ -52,7 +52,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Options that the caller of `witness` gave; None: read them from the parameter groups."""
+    """Options that the caller of `witness` passed; None: read them from the parameter groups."""
 
     rule: str = "muon"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +68,7 @@ def is_muon_group(group: Mapping[str, Any], optimizer_name: str) -> bool:
 
 
 def read(group: Mapping[str, Any], wanted: Wanted, pieces: tuple[int, ...] = ()) -> Asked:
-    """The options of `group`, overridden by those that the caller of `witness` gave."""
+    """The options of `group`, overridden by those that the caller of `witness` passed."""
 
     def first(*names: str, otherwise: Any) -> Any:
         for source in (wanted.options, group):

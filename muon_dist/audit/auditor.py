@@ -1,4 +1,4 @@
-"""`Audit`: follows an optimizer, and lets another rank recompute one matrix of it every few steps."""
+"""`Audit`: follows an optimizer, and lets another rank recompute one of its matrices every few steps."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Call:
     """The audit of one call of the optimizer's step.
 
     Attributes:
-        work: by buffer, of Muon.
-        adamw: by group, of AdamW.
+        work: Muon's work by buffer.
+        adamw: AdamW's work by group.
         present: all parameters of this call with their group's index, with or without a gradient.
         zero: matrices whose gradient is exactly zero.
-        audited: what is audited.
+        audited: the tensors that are audited in this call.
     """
 
     work: dict[int, Work]
@@ -47,20 +47,20 @@ class Call:
 class Audit:
     """Recomputes some of an optimizer's steps on other ranks, and writes a chain of the results.
 
-    It changes nothing of a step. Between audited steps it costs a few operations on 64 elements; an audited step sends
+    It does not change the steps. Between audited steps it needs a few operations on 64 elements; an audited step sends
     the parts of one matrix to one rank.
 
     Args:
         settings: see `AuditSettings`; or its fields as a mapping.
 
     Attributes:
-        step: optimizer steps since the beginning of the run.
+        step: number of optimizer steps since the beginning of the run.
         latest: the newest line of each matrix, by name.
-        alarms: lines with an alarm since this process began.
-        undone: steps that were taken back since this process began.
-        chain: what was written.
-        bytes_sent: by this rank, for the audit, since this process began.
-        seconds: that the host has spent on the audit, waiting for other ranks included.
+        alarms: number of lines with an alarm since this process began.
+        undone: number of steps that were undone since this process began.
+        chain: the written chain.
+        bytes_sent: bytes that this rank has sent for the audit since this process began.
+        seconds: time that the host has spent on the audit, including waiting for other ranks.
     """
 
     def __init__(self, settings: AuditSettings | Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ class Audit:
         self._offset: int | None = None
         self._resumed: tuple[str, int] | None = None
         self._undo: Undo | None = None
-        self._followed: tuple[int, Tensor | None] = (-1, None)  # the AdamW parameter that is audited next
+        self._followed: tuple[int, Tensor | None] = (-1, None)  # the next audited AdamW parameter
         self._rates: deque[dict[int, float]] = deque(maxlen=_RATES_KEPT)
 
     def before(
@@ -87,7 +87,7 @@ class Audit:
         zero: Set[int],
         rates: Sequence[float],
     ) -> Call:
-        """At the beginning of a call of the optimizer's step; what `after` needs. See `Call`.
+        """Called at the beginning of a call of the optimizer's step; returns the data for `after`. See `Call`.
 
         rates: lr, weight decay and momentum of each group of this call.
         """
@@ -108,7 +108,7 @@ class Audit:
         return call
 
     def after(self, optimizer: Any, call: Call) -> None:
-        """At the end of a call; a collective if anything is audited.
+        """Called at the end of a call; a collective if a tensor is audited.
 
         Raises:
             AuditError: with `on_alarm="stop"`, on all ranks.
@@ -123,24 +123,24 @@ class Audit:
             self.bytes_sent += runtime.transport.bytes_sent - sent
             taken_back = self._note(runtime, lines)
         if taken_back:
-            optimizer.guard.applied = False  # what a framework still steps of this step is skipped as well
+            optimizer.guard.applied = False  # further calls in this step are skipped too
             self.follow.forget()
         else:
             self._go_on(optimizer, call)
         self.seconds += time.perf_counter() - began
 
     def _track(self, optimizer: Any, call: Call) -> None:
-        """Compare what is audited next with what the last step left."""
+        """Compare the next audited tensors with their values after the last step."""
         runtime, follow = optimizer.runtime, self.follow
         follow.matrix.before(of_matrix(runtime, call.work, follow.matrix.number) or {})
         number = follow.parameter.number
-        if self._followed[0] != number:  # a resumed run
+        if self._followed[0] != number:  # in a resumed run
             self._followed = number, dict(enumerate(p for _, p in _of_adamw(optimizer))).get(number)
         now = of_parameter(runtime.binding, call.adamw, optimizer.state, self._followed[1])
         follow.parameter.before(now or {})
 
     def _go_on(self, optimizer: Any, call: Call) -> None:
-        """Keep what this step left of what is audited next."""
+        """Record the values of the next audited tensors after this step."""
         runtime, step = optimizer.runtime, (self.step // self.settings.every + 1) * self.settings.every
         number = in_rotation(self.settings.seed, len(runtime.plan.layout.matrices), self._turn(step))[0]
         self.follow.matrix.after(number, of_matrix(runtime, call.work, number))
@@ -151,7 +151,7 @@ class Audit:
         self.follow.parameter.after(self._followed[0], now)
 
     def _circumstances(self, optimizer: Any, audited: Audited) -> Circumstances:
-        """What may explain a wrong step of a tensor: the rates of other steps and groups."""
+        """Facts that may explain a wrong step of a tensor, such as the rates of other steps and groups."""
         own = next(i for i, group in enumerate(optimizer._groups) if group is audited.group)
         *before, now = self._rates
         earlier = [rates[own] for rates in reversed(before) if own in rates]
@@ -159,7 +159,7 @@ class Audit:
         return Circumstances(earlier, others, optimizer.runtime.transport.world_size, self.settings.tolerance)
 
     def _step_of(self, runtime: Runtime) -> int:
-        """Number of the step that is being made. Steps that are left out for their gradients count as well."""
+        """Number of the current step. Steps that were skipped because of their gradients count too."""
         made = runtime.transport.progress.step
         if self._offset is None:
             self._offset = self.step - made
@@ -175,7 +175,7 @@ class Audit:
         return (step // self.settings.every - 1) * self.settings.matrices
 
     def _next_parameter(self, step: int, count: int) -> tuple[int, int]:
-        """(index, rotation) of the AdamW parameter that is audited in a step."""
+        """(index, rotation) of the AdamW parameter to audit in a step."""
         return in_rotation(number_of(self.settings.seed, "adamw"), count, step // self.settings.every - 1)
 
     def _matrices(self, runtime: Runtime, call: Call) -> list[Audited]:
@@ -239,13 +239,13 @@ class Audit:
             return False
         text = f"audit of step {self.step}: {'; '.join(texts)}"
         if self.settings.on_alarm == "stop":
-            error = AuditError(f"{text}. The step is in the weights: continue from the last checkpoint before it")
+            error = AuditError(f"{text}. The step was applied: continue from the last checkpoint before it")
             error.reported_elsewhere = runtime.transport.rank != 0
             raise error
         if self._undo is not None:
             self._undo.restore()
             self.undone += 1
-            text += ". The step was taken back"
+            text += ". The step was undone"
         if runtime.transport.rank == 0:
             warnings.warn(text, RuntimeWarning, stacklevel=5)
         return self._undo is not None
@@ -253,19 +253,19 @@ class Audit:
     # State ----------------------------------------------------------------------------------------------------------
 
     def begin_at(self, step: int) -> None:
-        """The next optimizer step is `step + 1`."""
+        """Set the number of finished steps: the next optimizer step is `step + 1`."""
         self.step, self._offset = step, None
 
     def forget(self) -> None:
-        """The optimizer's state was loaded: expect nothing of it in the next step."""
+        """Call this after the optimizer's state was loaded: the next step does not compare it with recorded values."""
         self.follow.forget()
 
     def forget_weights(self) -> None:
-        """Weights are written after the step on purpose: expect momentum and moments alone in the next one."""
+        """Call this after other code has changed weights: the next step compares only momentum and moments."""
         self.follow.matrix.forget("weight")
 
     def state_dict(self) -> dict[str, Any]:
-        """State for a checkpoint: the step, and digest and length of the chain; equal on all ranks."""
+        """State for a checkpoint: step number, and digest and length of the chain; equal on all ranks."""
         if not self._begun and self._resumed is not None:
             return {"step": self.step, "head": self._resumed[0], "lines": self._resumed[1]}
         return {"step": self.step, "head": self.chain.head, "lines": self.chain.lines}
@@ -278,12 +278,12 @@ class Audit:
 
 
 def _of_adamw(optimizer: Any) -> list[tuple[str, Tensor]]:
-    """Name and tensor of all AdamW parameters, in one order on all ranks."""
+    """Name and tensor of all AdamW parameters, in the same order on all ranks."""
     return [(name, p) for name, p, kind in optimizer._named() if kind == "adamw" and p.is_floating_point()]
 
 
 def sentence(alarms: Sequence[Mapping[str, Any] | Alarm]) -> str:
-    """ "decay: weight decay was not applied; also rate: ...": all alarms of one matrix, the earliest stage first."""
+    """Text of all alarms of one matrix, first stage first: "decay: weight decay was not applied; also rate: ..."."""
     plain = [a.plain() if isinstance(a, Alarm) else a for a in alarms]
     said = [f"{a['stage']}: {a['sentence']}" for a in plain]
     return "; also ".join(said)

@@ -1,10 +1,9 @@
-"""From a difference between two updates to a named cause.
+"""Finds a named cause for the difference between two updates.
 
-Two kinds of evidence name a cause. A *direction* is the update that a known deviation would have made (orthogonalized
-by shards, without Nesterov, ...): a deviation whose update equals the observed one explains it. A *factor* is a number
-that somebody may have multiplied the update with (a clip coefficient, another rate, a world size): it explains an
-update of the right direction and the wrong length. A cause is a fault, or a choice: other coefficients, another scale
-convention, a lower precision.
+There are two kinds of evidence. A *direction* is the update of a known deviation (orthogonalized by shards, without
+Nesterov, ...): it explains an observed update that is equal to it. A *factor* is a number that may have multiplied the
+update by mistake (a clip coefficient, another rate, a world size): it explains an update with the right direction and
+the wrong length. A cause is a fault or a choice: other coefficients, another scale convention, a lower precision.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ Kind = Literal["fault", "choice"]
 
 @dataclass(frozen=True)
 class Difference:
-    """How one tensor differs from the tensor that was wanted.
+    """The difference between an observed tensor `got` and the wanted tensor `want`.
 
     Attributes:
         error: ||got - want|| / ||want||, Frobenius norms; infinite if only `want` is zero.
         factor: <got, want> / <want, want>, the multiple of `want` that is nearest to `got`.
-        angle: between the two, in radians, 0 to pi; 0 if both are zero.
+        angle: angle between the two, in radians, 0 to pi; 0 if both are zero.
     """
 
     error: float
@@ -46,14 +45,14 @@ class Difference:
             return cls(0.0 if same else math.inf, 1.0 if same else math.inf, 0.0 if same else math.pi / 2)
         if norm_got == 0.0:
             return cls(1.0, 0.0, math.pi / 2)
-        # atan2 of the half-angle form: the arc cosine loses angles below 1e-8.
+        # atan2 in half-angle form, because the arc cosine loses angles below 1e-8.
         x, y = got / norm_got, want / norm_want
         angle = 2 * math.atan2(float((x - y).norm()), float((x + y).norm()))
         factor = norm_got / norm_want * math.cos(angle)
         return cls(float((got - want).norm()) / norm_want, factor, angle)
 
     def against(self, scale: float) -> Difference:
-        """The same update against `scale` times what was wanted."""
+        """The difference of the same update from `scale` times the wanted tensor."""
         if not math.isfinite(self.error) or scale == 1.0:
             return self
         cosine = math.cos(self.angle)
@@ -62,7 +61,7 @@ class Difference:
 
     @property
     def turn(self) -> float:
-        """Relative error that is left after the best positive factor: sin(angle), and 1 beyond a right angle."""
+        """Relative error after the best positive factor: sin(angle), or 1 beyond a right angle."""
         return math.sin(self.angle) if self.angle < math.pi / 2 else 1.0
 
 
@@ -86,9 +85,9 @@ class Direction:
     """A known deviation, and the update that it would have made.
 
     Attributes:
-        cause: what it is called.
-        update: computes the update, in the shape of the observed one; called only if it is needed.
-        tolerance: greatest `Difference.turn` at which this deviation explains an update; None for the caller's.
+        cause: the cause that it shows.
+        update: computes the update, in the shape of the observed update; called only if needed.
+        tolerance: largest `Difference.turn` at which it explains an observed update; None: the caller's tolerance.
     """
 
     cause: Cause
@@ -98,7 +97,7 @@ class Direction:
 
 @dataclass(frozen=True)
 class Factor:
-    """A number by which the update may have been multiplied, 1 being right, and what it would mean."""
+    """A number that may have multiplied the update (1 is right), and the cause that it would show."""
 
     cause: Cause
     value: float
@@ -109,10 +108,10 @@ class Verdict:
     """The explanation of an observed update.
 
     Attributes:
-        difference: of the observed update to the wanted one.
-        causes: none if the update is right, or if nothing known explains it.
-        right: the error is within the tolerance.
-        left: turn that the causes leave unexplained.
+        difference: the difference of the observed update from the wanted update.
+        causes: empty if the update is right, or if no known cause explains it.
+        right: whether the error is within the tolerance.
+        left: the part of `Difference.turn` that the causes do not explain.
     """
 
     difference: Difference
@@ -122,7 +121,7 @@ class Verdict:
 
     @property
     def sentence(self) -> str:
-        """Such as "update 39% off: orthogonalized by shards"; the empty string if the update is right."""
+        """Text such as "update 39% off: orthogonalized by shards"; empty if the update is right."""
         if self.right:
             return ""
         names = ", ".join(c.sentence for c in self.causes) or "no known cause"
@@ -147,7 +146,7 @@ def size_of(difference: Difference) -> str:
 
 
 def match_factor(value: float, factors: Iterable[Factor], tolerance: float) -> Cause | None:
-    """The cause whose factor is nearest to `value` in ratio, within `tolerance`; None without one, or for 1."""
+    """The cause whose factor is nearest to `value`, within relative `tolerance`; None if none matches, or 1 does."""
     if not value > 0 or abs(math.log(value)) <= tolerance:
         return None
     known = [f for f in factors if f.value > 0 and abs(math.log(f.value)) > tolerance]
@@ -166,16 +165,16 @@ def explain(
     factors: Sequence[Factor] = (),
     tolerance: float,
 ) -> Verdict:
-    """Why the update `got` is not `want`.
+    """The explanation why the update `got` differs from `want`.
 
     Args:
-        got, want: of one shape, without weight decay.
-        directions: deviations to try, likelier ones first: the first that explains the update is taken.
-        factors: numbers that may stand before the update.
+        got, want: updates of one shape, without weight decay.
+        directions: deviations to try, likely ones first: the first that explains the update is used.
+        factors: numbers that may have multiplied the update.
         tolerance: relative error that the dtypes of the step explain.
 
-    An update of the right direction is explained by a factor alone; another by a direction, and by a factor as well if
-    its length differs from that direction's.
+    If the direction is right, a factor explains the update. Otherwise a direction explains it, together with a factor
+    if the lengths differ.
     """
     seen = Difference.between(got, want)
     if seen.error <= tolerance:

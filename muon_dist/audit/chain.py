@@ -1,4 +1,4 @@
-"""`audit.jsonl`: one line for each audited matrix, each with a digest of itself and of all lines before it."""
+"""`audit.jsonl`: one line per audited matrix, each with a digest of itself and of all previous lines."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any
 from muon_dist.json_files import append_line, one_line
 
 BEGINNING = "0" * 64
-"""The digest before the first line: there is no line to hash."""
+"""The digest before the first line."""
 FILE = "audit.jsonl"
 _AUDIT = ("step", "matrix", "algorithm", "owner", "auditor", "errors", "tolerance", "alarms")
 _NEEDED = {"start": ("previous", "step"), "audit": _AUDIT}
 
 
 def digest_of(previous: str, record: Mapping[str, Any]) -> str:
-    """SHA-256 of the digest before and of the record as JSON with sorted keys, in hexadecimal."""
-    # As it stands in the file: what earlier versions wrote may hold NaN.
+    """SHA-256 of the previous digest and of the record as JSON with sorted keys, in hexadecimal."""
+    # In the same JSON form as in the file: lines of earlier versions may contain NaN.
     text = json.dumps({k: v for k, v in record.items() if k != "digest"}, sort_keys=True)
     return hashlib.sha256(f"{previous}{text}".encode()).hexdigest()
 
 
 class Chain:
-    """Appends lines. Every rank keeps the head, one rank writes the file.
+    """Appends lines. Every rank keeps the head; one rank writes the file.
 
     Attributes:
         head: digest of the newest line.
-        lines: written since the beginning of the run, those before a resume included.
+        lines: number of lines since the beginning of the run, including those before a resume.
     """
 
     def __init__(self, path: Path | None = None, writes: bool = False) -> None:
@@ -40,8 +40,8 @@ class Chain:
         self._path = path if writes else None
 
     def append(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a record; it as written, with its digest."""
-        # Once through JSON, so that what is hashed is what a reader gets.
+        """Write a record; return it with its digest, as written."""
+        # Convert to JSON and back, so that the digest is over the values that a reader gets.
         self.lines += 1
         plain = json.loads(one_line({"line": self.lines, **record}))
         plain["digest"] = self.head = digest_of(self.head, plain)
@@ -49,20 +49,20 @@ class Chain:
             try:
                 append_line(self._path, plain, sort_keys=True)
             except OSError as error:
-                # Raising on this rank only would leave the others waiting in a collective.
+                # If only this rank raised, the others would wait forever in a collective.
                 print(f"audit: cannot write {self._path}: {error}; the audit continues without it", file=sys.stderr)
                 self._path = None
         return dict(plain)
 
     def start(self, record: Mapping[str, Any], head: str = BEGINNING, lines: int = 0) -> None:
-        """Begin a chain, or continue after line number `lines` with digest `head`. A line records the start.
+        """Begin a chain, or continue after line number `lines` with digest `head`. Writes a line about the start.
 
-        What the file holds behind that line belongs to an abandoned branch of the run, or to an older run, and stays.
+        Later lines in the file belong to an abandoned branch of the run, or to an older run, and are kept.
         """
         self.head, self.lines = head, lines
         if self._path is not None and self._path.is_file():
             whole, end, rest = self._path.read_bytes().rpartition(b"\n")
-            if rest:  # a process that was killed may leave half of its last line
+            if rest:  # a killed process may leave half of its last line
                 self._path.write_bytes(whole + end)
         self.append({"kind": "start", "previous": head, **record})
 
@@ -72,10 +72,10 @@ class Read:
     """A chain, read from its file.
 
     Attributes:
-        records: of all lines that could be read, with their line numbers.
-        problems: "line 12: ..." of what is damaged, changed or missing.
-        abandoned: numbers of lines that no later start continues from: a branch that was left, or an older run.
-        digests: of all lines.
+        records: records of all readable lines, with their line numbers.
+        problems: texts such as "line 12: ...", about damaged, changed or missing lines.
+        abandoned: numbers of lines in abandoned branches or older runs: no later start continues from them.
+        digests: digests of all lines.
         head: digest of the last line.
     """
 
@@ -92,7 +92,7 @@ class Read:
 
 
 def read_chain(path: Path) -> Read:
-    """Read and check a file; see `Read`. A problem is reported once: lines behind it are checked from it on."""
+    """Read and check a file; see `Read`. A problem is reported once: the check continues from the line that has it."""
     found = Read()
     text = path.read_bytes()
     if not text.strip():
@@ -137,13 +137,13 @@ def _link(found: Read, number: int, record: dict[str, Any], claimed: str) -> Non
 
 
 def _broken(found: Read, number: int, record: dict[str, Any]) -> str:
-    """Whether lines before this one are missing, or it stands elsewhere than it was written, or it was changed."""
+    """Text of the problem with a line: a repeated line, wrong order, missing lines before it, or a changed line."""
     numbers = [r.get("line", 0) for n, r in found.records if n not in found.abandoned]
     own, last = record.get("line", 0), numbers[-1] if numbers else 0
     if str(record["digest"]) in found.digests:
         return f"line {number}: is line {found.digests[str(record['digest'])]} once more"
     if numbers and own <= last:
-        return f"line {number}: out of order, it was written as line {own} and stands behind line {last}"
+        return f"line {number}: out of order, it was written as line {own} and comes after line {last}"
     missing = own - max(numbers, default=0) - 1
     if missing > 0:
         return f"line {number}: {missing} line{'s' if missing > 1 else ''} missing before it"

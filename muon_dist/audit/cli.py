@@ -1,4 +1,4 @@
-"""``muon-dist verify``: whether a run's steps were what they should be."""
+"""``muon-dist verify``: checks whether a run's steps were correct."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def verify(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Check the audit of a run: is its chain complete, what was recomputed, how large were the errors?
+    """Check the audit of a run: completeness of the chain, recomputed matrices, size of errors.
 
-    Exit code 0 when all is well; 13 when a line is missing or was changed, or when there was an alarm.
+    Exit code 0 if everything is right; 13 if a line is missing or was changed, or if there was an alarm.
     """
     from muon_dist.audit.page import show, to_json
     from muon_dist.audit.verify import verify as check

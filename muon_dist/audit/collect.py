@@ -1,7 +1,7 @@
 """Keeps the parts of an audited tensor before and after a step, and gathers them on one rank.
 
-The parts come from the layout and from the momentum's sources, not from the buckets of the step: which rank the step
-has made the owner, and what it has gathered there, does not matter.
+The parts come from the layout and from the momentum's sources, not from the buckets of the step, so they do not depend
+on the owner or on the data that the step gathered.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from muon_dist.optim.rules.parts import OWNER_MOMENTUM
 from muon_dist.optim.runtime import Runtime
 
 SLICE = 2**16
-"""Elements of an AdamW parameter that are looked at: its arithmetic is elementwise."""
+"""Number of audited elements of an AdamW parameter; few are enough, because AdamW is elementwise."""
 
 
 @dataclass
@@ -30,13 +30,13 @@ class MatrixParts:
     """This rank's parts of one Muon matrix.
 
     Args:
-        runtime: of the optimizer.
-        number: of the matrix in the layout.
+        runtime: the optimizer's runtime.
+        number: number of the matrix in the layout.
         auditor: rank that recomputes.
-        parameter, gradient: this rank's buffer and its gradient; `parameter` is what the step will write.
+        parameter, gradient: this rank's buffer and its gradient; the step will write `parameter`.
 
     Attributes:
-        cover: fragments that make the whole matrix, the auditor's own first.
+        cover: fragments that cover the whole matrix, the auditor's fragments first.
         sums: checksums of this rank's copy before and after the step.
     """
 
@@ -69,16 +69,16 @@ class MatrixParts:
         self._sum()
 
     def finish(self) -> list[Tensor]:
-        """Flat tensors that this rank sends to the auditor, after the step."""
+        """The flat tensors that this rank sends to the auditor; call it after the step."""
         self._sum()
         return [*self.first, *self._parts(self.parameter, self.cover), *self._state()]
 
     def copy_of(self, rank: int) -> list[Tensor]:
-        """The weight after the step as `rank` holds it, if that is this rank."""
+        """The fragments of the weight after the step, if `rank` is this rank; else empty."""
         return self._parts(self.parameter, self.held) if rank == self.rank else []
 
     def sent_by(self, rank: int) -> int:
-        """Elements that `rank` sends to the auditor."""
+        """Number of elements that `rank` sends to the auditor."""
         return 3 * _count(self.cover, rank) + 2 * self._state_size(rank)
 
     def _state_size(self, rank: int) -> int:
@@ -104,7 +104,7 @@ class MatrixParts:
         self.sums.append(sum(int(checksum(view(flat, f.local))) for f in self.held.on(self.rank)))
 
     def whole(self, received: Sequence[Tensor]) -> tuple[Before, Tensor, Tensor, dict[str, Tensor]]:
-        """On the auditor: (tensors before the step, momentum, weight and memory after), from the ranks' messages."""
+        """On the auditor: (tensors before the step, momentum, weight, memory after it), from all ranks' messages."""
         names = ("weight", "gradient", "momentum", "weight after", "momentum after")
         found = {name: torch.zeros(self.matrix.numel, dtype=self.dtype, device=self.device) for name in names}
         memory: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
@@ -127,7 +127,7 @@ class MatrixParts:
         return before, whole["momentum after"], whole["weight after"], memory[1]
 
     def copies(self, sums: Sequence[Sequence[int]]) -> list[int]:
-        """Ranks whose copy after the step is not that of the rank which is in the cover."""
+        """Ranks whose copy after the step differs from the copy in the cover."""
         like: dict[tuple[tuple[int, int, int], ...], list[int]] = {}
         for rank in dict.fromkeys(int(r) for r in self.held.rank):
             places = tuple((f.block.start, f.block.rows, f.block.cols) for f in self.held.on(rank))
@@ -140,12 +140,12 @@ class MatrixParts:
         return found
 
     def on(self, rank: int, whole: Tensor) -> Tensor:
-        """What of a whole tensor `rank` holds, flat, in the order of `copy_of`."""
+        """The part of a whole tensor that `rank` holds, flat, in the order of `copy_of`."""
         return _cut(self.held, rank, whole)
 
 
 def cuts(fragments: Fragments) -> dict[int, Callable[[Tensor], Tensor]]:
-    """By rank, what takes its fragments out of a whole matrix, flat."""
+    """By rank, a function that returns the rank's fragments of a whole matrix, flat."""
     return {rank: partial(_cut, fragments, rank) for rank in sorted({int(r) for r in fragments.rank})}
 
 
@@ -174,10 +174,10 @@ class SliceParts:
 
     Args:
         work: parameter, this rank's part and its gradient; None if this rank has none.
-        state: AdamW's of the parameter.
-        local: this rank's part of a state tensor.
-        place: where in the part the slice begins, given the number of places.
-        device: where the slice travels.
+        state: AdamW's state of the parameter.
+        local: returns this rank's part of a state tensor.
+        place: returns the first element of the slice in the part, from the number of possible positions.
+        device: device of the messages.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class SliceParts:
         self._sum()
 
     def finish(self, state: Mapping[str, Tensor]) -> list[Tensor]:
-        """Flat tensors for the auditor, after the step. `state`: AdamW's of the parameter."""
+        """The flat tensors for the auditor; call it after the step. `state`: AdamW's state of the parameter."""
         if self.work is None or not self.length:
             return []
         self._sum()
@@ -225,11 +225,11 @@ class SliceParts:
 def exchange(
     transport: Transport, sent: Sequence[Sequence[Tensor]], sizes: Sequence[int], dtype: torch.dtype
 ) -> list[Tensor]:
-    """Send flat tensors to each rank. Returns those that each rank sent to this one. A collective.
+    """Send flat tensors to each rank; return the tensors that each rank has sent to this rank. A collective.
 
     Args:
-        sent: for each rank, in its order.
-        sizes: elements that each rank sends here.
+        sent: the tensors for each rank, in rank order.
+        sizes: number of elements that each rank sends to this rank.
     """
     device = transport.device
     flats = [torch.cat([p.to(dtype) for p in parts]) if parts else torch.empty(0, dtype=dtype, device=device)
@@ -237,7 +237,7 @@ def exchange(
     own = flats[transport.rank]
     if transport.world_size == 1:
         return [own]
-    # What stays on this rank does not travel.
+    # Tensors for this rank itself are not sent.
     flats[transport.rank] = own[:0]
     receives = [0 if r == transport.rank else n for r, n in enumerate(sizes)]
     received = torch.empty(sum(receives), dtype=dtype, device=device)

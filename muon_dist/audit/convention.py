@@ -1,7 +1,7 @@
 """Deliberate differences between published Muons: coefficients, precision, factors of the update.
 
-None of these is a fault. The witness finds out which of them an optimizer follows, and measures how far that is from
-the same rule in fp64.
+None of these is a fault. The witness finds out which of them an optimizer uses, and measures the distance from the
+same rule in fp64.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Iteration:
     """A Newton-Schulz iteration.
 
     Attributes:
-        name: of its coefficients.
+        name: name of its coefficients.
         rows: (a, b, c) of every step.
-        safety: the input is divided by this as well, after its Frobenius norm.
-        aol: the rows are scaled by the sums of the Gram matrix first (arXiv 2512.04632).
-        dtype: "fp64" means fp32 and better; or "bf16", "fp16".
-        fused: a step's sums are rounded once, as `addmm` and a compiler do. Otherwise each operation is rounded, as in
-            plain PyTorch code: two to four times as far from fp64.
+        safety: the input is divided by its Frobenius norm, and by this number.
+        aol: first divide the rows by sums of the Gram matrix (arXiv 2512.04632).
+        dtype: "fp64" stands for fp32 and better; or "bf16", "fp16".
+        fused: True: a step's sums are rounded once, as `addmm` and compilers do. False: each operation is rounded, as
+            in plain PyTorch code; the result is then two to four times as far from fp64.
         epsilon: added to the Frobenius norm.
     """
 
@@ -54,7 +54,7 @@ class Iteration:
         return replace(self, dtype=dtype, fused=fused)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The orthogonalized (rows, columns) matrix, in fp64. 16-bit products add in fp32, as hardware does."""
+        """The orthogonalized (rows, columns) matrix, in fp64. 16-bit products are summed in fp32, as in hardware."""
         if x.size(0) > x.size(1):
             return self(x.mT).mT
         norm = float(x.norm())
@@ -79,7 +79,7 @@ class Iteration:
 
 
 def named(name: str, steps: int = 5) -> Iteration:
-    """The iteration of a schedule of `numerics.SCHEDULES`; "polar_express_102" as well. A fixed length runs whole."""
+    """The iteration of a schedule in `numerics.SCHEDULES`, or of "polar_express_102". A fixed length runs whole."""
     if name == "polar_express_102":
         return Iteration(name, _POLAR_EXPRESS_102[:steps], safety=1.02)
     schedule = SCHEDULES[name]
@@ -88,15 +88,15 @@ def named(name: str, steps: int = 5) -> Iteration:
 
 
 VARIANTS = (("fp64", True), ("fp16", True), ("bf16", True), ("bf16", False))
-"""(dtype, fused) in which an iteration is tried."""
+"""Pairs (dtype, fused) that are tried for an iteration."""
 EPSILON, FAINT = 1e-7, 1e-4
-"""What most implementations add to the Frobenius norm, and the norm below which that is felt."""
+"""The number that most implementations add to the Frobenius norm, and the norm below which it has an effect."""
 
 
 def choices(iteration: Iteration, asked: Iteration | None, norm: float) -> list[Cause]:
-    """What an iteration does differently from what was asked, or from Keller Jordan's if nothing was.
+    """The choices that an iteration shows, compared with `asked`, or with Keller Jordan's iteration if that is None.
 
-    norm: of the smallest matrix that it gets.
+    norm: norm of its smallest input matrix.
     """
     found = []
     expected = asked or named("keller")
@@ -112,7 +112,7 @@ def choices(iteration: Iteration, asked: Iteration | None, norm: float) -> list[
 
 
 def known_iterations() -> tuple[Iteration, ...]:
-    """Every known set of coefficients with five steps, then Keller Jordan's with other numbers of steps."""
+    """All known sets of coefficients with five steps, then Keller Jordan's with other numbers of steps."""
     names = ("keller", "polar_express_102", *(n for n in SCHEDULES if n not in ("keller", "strict")))
     others = (6, 4, 8, 3, 10)
     return (*(named(n) for n in names), *(replace(named("keller", s), name=f"keller, {s} steps") for s in others))
@@ -125,5 +125,5 @@ SCALES: Mapping[str, Callable[[int, int], float]] = {
     "rms_to_rms": lambda out, fan_in: math.sqrt(out / fan_in),
     "max": lambda out, fan_in: math.sqrt(max(out, fan_in)),
 }
-"""Factors of an (out, in) update by name. match_rms_adamw: Moonlight (arXiv 2502.16982). spectral: Keller Jordan's.
+"""Factors on an (out, in) update by name. match_rms_adamw: Moonlight (arXiv 2502.16982). spectral: Keller Jordan's.
 rms_to_rms: modular norm theory, dion's "spectral_norm". max: Megatron's "spectral"."""

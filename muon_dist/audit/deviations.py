@@ -1,4 +1,4 @@
-"""Known ways in which a step can be wrong: the updates that they would make, and the factors that they leave."""
+"""Known ways in which a step can be wrong: the updates that they would make, and the factors that they show."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SWAPPED = Cause("swapped", "the direction of another matrix, or of other inputs:
 
 
 RATES = ("old_rate", "other_group")
-"""Causes that are another learning rate."""
+"""Causes that mean another learning rate."""
 
 
 def rates(asked: Hyperparameters, earlier: Sequence[float], others: Sequence[float]) -> list[Factor]:
-    """Other learning rates over the one that was asked for: of the steps before, and of the other groups."""
+    """Factors of wrong learning rates: the rates of previous steps and of other groups, divided by the asked rate."""
     found = []
     for name, what, values in (("old_rate", "a step before", earlier), ("other_group", "another group", others)):
         for lr in dict.fromkeys(values):
@@ -39,7 +39,7 @@ def rates(asked: Hyperparameters, earlier: Sequence[float], others: Sequence[flo
 
 
 def factors(asked: Hyperparameters, before: Before, world_size: int) -> list[Factor]:
-    """Numbers that may stand before an update, beside other learning rates. world_size: ranks that share the work."""
+    """Factors that may multiply an update by mistake, apart from rates. world_size: number of ranks."""
     found = []
     if asked.rule == "adamw":
         found += _corrections(asked, float(before.memory["step"]) + 1)
@@ -63,7 +63,7 @@ def factors(asked: Hyperparameters, before: Before, world_size: int) -> list[Fac
 
 
 def _corrections(asked: Hyperparameters, steps: float) -> list[Factor]:
-    """Where eps does not count, a wrong bias correction of AdamW is a factor: c1 / sqrt(c2), or a part of it."""
+    """Factors of a wrong bias correction of AdamW: c1 / sqrt(c2), or a part of it, where eps is negligible."""
     beta1, beta2 = asked.betas
     c1, root = 1 - beta1**steps, math.sqrt(1 - beta2**steps)
     ways = [
@@ -79,7 +79,7 @@ def _corrections(asked: Hyperparameters, steps: float) -> list[Factor]:
 
 
 def gradient_factors(asked: Hyperparameters, beta: float, world_size: int) -> list[Factor]:
-    """Numbers that may stand before the gradient in momentum, a moving average with `beta`."""
+    """Factors that may multiply the gradient in momentum by mistake; momentum is a moving average with `beta`."""
     found = []
     if beta:
         found.append(Factor(Cause("summed_momentum", "added in full, as in a sum of gradients"), 1 / (1 - beta)))
@@ -96,12 +96,12 @@ def gradient_factors(asked: Hyperparameters, beta: float, world_size: int) -> li
 def directions(
     before: Before, asked: Hyperparameters, momentum: Tensor, memory: dict[str, Tensor], got: Tensor, world_size: int
 ) -> list[Direction]:
-    """Updates of known deviations, likelier ones first.
+    """Updates of known deviations, likely ones first.
 
     Args:
-        momentum, memory: after the step.
-        got: the update that was seen, over the rate.
-        world_size: ranks that share the work.
+        momentum, memory: tensors after the step.
+        got: the observed update, divided by the rate.
+        world_size: number of ranks that share the work.
     """
     if asked.rule == "adamw":
         return list(_of_adamw(before, asked, momentum, memory, got))
@@ -119,9 +119,9 @@ def _of_muon(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterat
         yield Direction(Cause("nesterov", f"computed {said} the Nesterov look-ahead"), of(
             replace(asked, nesterov=not asked.nesterov)))  # fmt: skip
     if bool(before.momentum.any()):
-        stale = Cause("stale_momentum", "made of the momentum before this step")
+        stale = Cause("stale_momentum", "made from the momentum before this step")
         yield Direction(stale, of(without, before.momentum))
-    yield Direction(Cause("no_momentum", "made of the gradient alone"), of(without, gradient))
+    yield Direction(Cause("no_momentum", "made only from the gradient"), of(without, gradient))
     f = asked.gradient_factor
     if f != 1.0 and asked.nesterov:
         for name, how, other in (("clipped_twice", "applied twice", f * f), ("not_clipped", "not applied", 1.0)):
@@ -140,7 +140,7 @@ def _of_muon(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterat
 
 
 def _of_blocks(before: Before, asked: Hyperparameters, momentum: Tensor, world_size: int) -> Iterator[Direction]:
-    """Newton-Schulz of blocks of the matrix."""
+    """Updates that orthogonalize the matrix block by block: `world_size`, 2, 3, 4 or 8 blocks of outputs or inputs."""
 
     def of(count: int, axis: int) -> Tensor:
         def iteration(x: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def _of_blocks(before: Before, asked: Hyperparameters, momentum: Tensor, world_s
 
 
 def halves(before: Before, asked: Hyperparameters, momentum: Tensor) -> Iterator[Direction]:
-    """Newton-Schulz in 16 bits; as far from the plain one as two of its roundings are from each other."""
+    """Updates by Newton-Schulz in 16 bits. Tolerance: the distance between two roundings of this iteration."""
 
     def of(dtype: torch.dtype) -> Tensor:
         def iteration(x: Tensor) -> Tensor:
@@ -202,15 +202,15 @@ def _of_adamw(
 
 
 def swapped(difference: Difference) -> bool:
-    """Whether an update has about the length and nothing of the direction that it should have."""
+    """Whether an update has about the right length, but a completely different direction."""
     return math.isfinite(difference.error) and abs(difference.factor) < 0.3 and 0.5 < difference.error < 3.0
 
 
 def trait(got: Tensor, want: Tensor) -> Cause | None:
-    """What an unexplained direction of Muon has in common with the right one.
+    """A cause for an otherwise unexplained direction of Muon, from properties that it shares with the right one.
 
-    With the same singular vectors, got want^T and want^T got are symmetric. Newton-Schulz leaves singular values
-    between .65 and 1.35 of full rank, whatever it was given.
+    If both have the same singular vectors, got want^T and want^T got are symmetric. The output of Newton-Schulz always
+    has full rank and singular values between 0.65 and 1.35.
     """
     got, want = got.double(), want.double()
     pairs = (got @ want.mT, want.mT @ got)
@@ -224,9 +224,9 @@ def trait(got: Tensor, want: Tensor) -> Cause | None:
 
 
 def flipped(before: Before, asked: Hyperparameters, momentum: Tensor, got: Tensor, want: Tensor, limit: float) -> str:
-    """Which bit of which element of the gathered matrix explains the update `got`; "" for none.
+    """Text about the flipped bit in the gathered matrix that explains the update `got`; "" if there is none.
 
-    Every bit of the elements at which the difference of the updates is largest is tried.
+    Tries every bit of the elements where the updates differ most.
     """
     mu = asked.momentum
     sent = momentum.float()

@@ -1,7 +1,7 @@
-"""One step of one matrix: which known update rule explains the change of the weight.
+"""Finds the update rule that explains the change of the weight in one step of one matrix.
 
-The change W' - W is fitted by -decay W - length D for the direction D that was asked for, and if that leaves more than
-the dtypes explain, for the direction that each known choice and each known fault would have made.
+The change W' - W is fitted by -decay W - length D, with D the asked direction. If the remainder is larger than the
+dtypes explain, D is the direction of each known choice and each known fault in turn.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from muon_dist.audit.cause import Cause, Difference, Factor
 from muon_dist.audit.convention import EPSILON, FAINT, HALVES, VARIANTS, Iteration, choices, known_iterations, named
 from muon_dist.audit.memory import BASE, BF16, CLIPPED, LOCAL, RESET, SCALED, STALE, TWICE, Memory
 
-# What fp32 arithmetic leaves of a well-conditioned step, with room for one order of magnitude.
+# Error of fp32 arithmetic in a well-conditioned step, with a margin of one order of magnitude.
 TIGHT = 2e-3
-# An update that its dtypes blur by more than this share of its length cannot be judged.
+# If rounding may change an update by more than this share of its length, the update cannot be judged.
 BLURRED = 0.5
 ADAM_BETAS = ((0.9, 0.95), (0.9, 0.999))
 
@@ -41,10 +41,10 @@ class Facts:
     """Facts about a step besides its tensors.
 
     Attributes:
-        shards: numbers of shards in which a framework holds the matrix, such as the world size.
-        factors: numbers that may wrongly stand before the update.
-        weight_eps, gradient_eps: machine epsilon of the stored weight; of the gradient as we read it, 0 if it is the
-            very tensor that the optimizer reads.
+        shards: possible numbers of shards of the matrix, such as the world size.
+        factors: numbers that may multiply the update by mistake.
+        weight_eps, gradient_eps: machine epsilon of the stored weight, and of the gradient that we read; 0 if the
+            optimizer reads the same tensor.
     """
 
     shards: tuple[int, ...] = ()
@@ -66,9 +66,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Fit:
-    """W' - W = -decay W - length D, and the share of the update that is left over.
+    """The fit W' - W = -decay W - length D, and the remainder as a share of the update.
 
-    `doubt`: the greatest error of `decay` that what is left over can explain.
+    `doubt`: largest error of `decay` that the remainder can explain.
     """
 
     length: float
@@ -79,12 +79,12 @@ class Fit:
 
 @dataclass(frozen=True)
 class Habit:
-    """The explanation of the last step, which is tried first for the next one.
+    """The explanation of the last step, to be tried first for the next step.
 
     Attributes:
-        iteration: with the dtype found.
-        deviation: name of the choice that is part of it; empty for none.
-        suspect: name of the deviation that explained the last step, a fault perhaps: tried after `deviation`.
+        iteration: the iteration, with its dtype.
+        deviation: name of the choice in the explanation; empty without one.
+        suspect: name of the deviation that explained the last step, possibly a fault: tried after `deviation`.
     """
 
     iteration: Iteration
@@ -97,12 +97,12 @@ class Judgement:
     """The explanation of a step.
 
     Attributes:
-        causes: of the direction: none if it is right as asked.
-        known: a known direction explains the step.
-        fit: of that direction, or of the asked one if none does.
-        difference: of the update to the asked direction times the rate, without any factor of the shape.
-        habit: what is tried first in the next step.
-        noise: error of this step against the same rule in fp64, by its precision alone.
+        causes: causes for the direction; empty if it is the asked direction.
+        known: whether a known direction explains the step.
+        fit: the fit of this direction, or of the asked direction if none explains the step.
+        difference: difference of the update from the asked direction times the rate, without a factor of the shape.
+        habit: the explanation to try first in the next step.
+        noise: error of this step against the same rule in fp64, only from its precision.
     """
 
     causes: tuple[Cause, ...]
@@ -115,7 +115,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Deviation:
-    """A direction as a function of the iteration; no cause: as asked. label: the running mean it is made of."""
+    """A direction as a function of the iteration; without a cause: the asked one. label: the running mean it uses."""
 
     name: str
     cause: Cause | None
@@ -126,10 +126,10 @@ class Deviation:
 
 @torch.no_grad()
 def fit(change: Tensor, weight: Tensor, direction: Tensor) -> Fit:
-    """Least squares of the change of a weight by its decay and a direction."""
+    """The least-squares fit of the change of a weight by decay and a direction."""
     ww, wd, dd = float((weight * weight).sum()), float((weight * direction).sum()), float((direction**2).sum())
     cw, cd = float((change * weight).sum()), float((change * direction).sum())
-    # Without a part of the weight that the direction does not have, decay cannot be told from the update.
+    # If the weight is parallel to the direction, decay cannot be told from the update.
     apart = ww - wd * wd / dd if dd > 0 else ww
     decay = 0.0
     if apart > 1e-12 * max(ww, 1e-300):
@@ -142,13 +142,15 @@ def fit(change: Tensor, weight: Tensor, direction: Tensor) -> Fit:
 
 
 def blocks(cut: int, axis: int, u: Tensor, iteration: Iteration) -> Tensor:
-    """Every one of `cut` blocks along `axis` orthogonalized by itself."""
+    """The matrix with each of `cut` blocks along `axis` orthogonalized separately."""
     return torch.cat([iteration(part) for part in u.chunk(cut, dim=axis)], dim=axis)
 
 
 def normalized_rows(o: Tensor, memory: Memory, cut: int = 1) -> Tensor:
-    """NorMuon's direction (arXiv 2510.05491): rows divided by their running root mean square, and the norm restored
-    over the whole matrix; with `cut` > 1 over each block of rows alone."""
+    """NorMuon's direction (arXiv 2510.05491): rows divided by their running root mean square, then the norm restored.
+
+    The norm is that of the whole matrix, or with `cut` > 1 of each block of rows.
+    """
     before = memory.rows if memory.rows is not None else torch.zeros_like(o[:, :1])
     mean = before.lerp(o.square().mean(dim=1, keepdim=True), 0.05)
     n = o / (mean.sqrt() + 1e-10)
@@ -167,7 +169,7 @@ class Judge:
         self._directions: dict[tuple[str, Iteration | None], Tensor] = {}
 
     def direction(self, deviation: Deviation, iteration: Iteration) -> Tensor:
-        """The direction of a deviation; computed once."""
+        """The direction of a deviation; cached."""
         key = deviation.name, iteration if deviation.iterates else None
         if key not in self._directions:
             self._directions[key] = deviation.direction(iteration)
@@ -181,13 +183,13 @@ class Judge:
         return normalized_rows(o, self.memory, cut) if self.asked.rule == "normuon" else o
 
     def _orthogonal(self, iteration: Iteration, u: Tensor) -> Tensor:
-        """By the pieces that were asked for."""
+        """The orthogonalized matrix, by the asked pieces."""
         if not self.asked.pieces:
             return iteration(u)
         return torch.cat([iteration(part) for part in u.split(list(self.asked.pieces))])
 
     def norm(self, deviation: Deviation) -> float:
-        """Of the running mean that a deviation is made of."""
+        """Norm of the running mean that a deviation uses."""
         return float(self.memory.means[deviation.label].norm())
 
     def base(self) -> Deviation:
@@ -197,7 +199,7 @@ class Judge:
         return Deviation("", None, lambda it: self._finish(self._orthogonal(it, self._ahead())))
 
     def deviations(self) -> Iterator[Deviation]:
-        """Known ones; faults and choices."""
+        """All known deviations: faults and choices."""
         muon = self.asked.rule != "adamw"
         if muon:
             yield from self._of_muon()
@@ -264,11 +266,11 @@ class Judge:
                     yield Deviation(f"rescale {cut}", why, functools.partial(self._rescaled, cut))
 
     def blur(self, deviation: Deviation, iteration: Iteration, direction: Tensor, size: float) -> float:
-        """How far the dtypes may turn the update, as a share of its length.
+        """Largest error of the update from rounding, as a share of its length.
 
-        The weight's rounding, the rounding of the gradient as far as the iteration amplifies it, and the iteration's
-        own: three times its distance from fp64, since two programs round at different places; half of that where each
-        operation is rounded already.
+        It includes the rounding of the weight, the rounding of the gradient (amplified by the iteration), and that of
+        the iteration: three times its distance from fp64, because two programs round at different places, or half of
+        this if each operation is rounded.
         """
         margin = 3.0 if iteration.fused else 1.5
         weight = 0.6 * self.step.facts.weight_eps * float(self.step.before.norm()) / max(size, 1e-300)
@@ -311,8 +313,8 @@ def judge(step: Step, habit: Habit | None = None, *, search: bool = True) -> Jud
     """Find the explanation of one step.
 
     Args:
-        habit: of the last step; tried first.
-        search: look for a cause if neither what was asked nor the habit explains the step.
+        habit: explanation of the last step; tried first.
+        search: search a cause if neither the asked direction nor the habit explains the step.
     """
     judging = Judge(step)
     asked = step.asked.iteration or named("keller")
@@ -357,10 +359,10 @@ Explained = tuple[Deviation, Iteration, Fit]
 
 
 def _best(judging: Judge, deviations: Sequence[Deviation], asked: Iteration) -> Explained | None:
-    """The direction that leaves least, where a further cause must pay for itself.
+    """The direction with the smallest remainder; each further cause must reduce the remainder enough.
 
-    16-bit precision is tried where fp64 comes near, since it is the dearer one. Of an iteration in 16 bits, what is
-    left below half of its own error says nothing: another rounding leaves as much.
+    16-bit precision is tried only if fp64 comes near, because it costs more. For a 16-bit iteration, a remainder below
+    half of its rounding error means nothing: another order of rounding gives as much.
     """
     found: list[tuple[float, Explained]] = []
     for deviation in deviations:

@@ -1,4 +1,4 @@
-"""Some elements of the tensors that are audited next, followed from one step to the next."""
+"""Follows some elements of the next audited tensors from one step to the next."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from muon_dist.optim.binding import Binding
 from muon_dist.optim.runtime import Runtime, Work
 
 _SIDE = 8
-"""At most this many rows, and columns, of a matrix on each rank."""
+"""Largest number of rows, and of columns, followed per matrix on each rank."""
 Samples = dict[str, Tensor]
-"""Elements by what they are of: "momentum" and "weight", or "moments" and "steps" of AdamW."""
+"""Followed elements by tensor: "momentum" and "weight", or "moments" and "steps" of AdamW."""
 
 
 @dataclass(frozen=True)
 class Changed:
-    """What was changed between two steps, and not by the optimizer.
+    """The tensors that other code changed between two steps.
 
     Attributes:
-        of: names of `Samples`.
-        resumed: the run was resumed between these steps.
+        of: names of the changed tensors in `Samples`.
+        resumed: whether the run was resumed between these steps.
     """
 
     of: frozenset[str] = frozenset()
@@ -34,7 +34,7 @@ class Changed:
 
 @dataclass
 class Track:
-    """One followed tensor. number: which it is; -1 for none yet."""
+    """One followed tensor. number: number of the tensor; -1: none yet."""
 
     number: int = -1
     _left: Samples | None = None
@@ -42,14 +42,14 @@ class Track:
     _resumed: bool = False
 
     def forget(self, name: str | None = None) -> None:
-        """The samples of this name were written by others, or all: the next step begins with other numbers."""
+        """Drop the samples of this name, or all: other code has written these tensors."""
         if name is None:
             self._left, self._gaps, self._resumed = None, {}, False
         elif self._left is not None:
             self._left.pop(name, None)
 
     def before(self, now: Samples) -> None:
-        """At the beginning of a step."""
+        """Compare with the recorded samples; called at the beginning of a step."""
         left = self._left or {}
         if {name: t.shape for name, t in now.items() if name in left} != {name: t.shape for name, t in left.items()}:
             return
@@ -58,7 +58,7 @@ class Track:
             self._gaps[name] = gap.maximum(self._gaps[name]) if name in self._gaps else gap
 
     def after(self, number: int, now: Samples | None) -> None:
-        """At the end of a step. number: what is audited next; now: None if it was no part of this call."""
+        """Record samples at the end of a step. number: the next audited tensor. now: None if not in this call."""
         if number != self.number:
             self.forget()
             self.number = number
@@ -66,7 +66,7 @@ class Track:
             self._left = {name: t.detach().float().clone() for name, t in now.items()}
 
     def changed(self) -> Changed:
-        """What was changed since this was asked last."""
+        """The tensors that were changed since the last call of this method."""
         found = frozenset(name for name, gap in self._gaps.items() if float(gap) != 0.0)
         self._gaps = {}
         return Changed(found, self._resumed)
@@ -82,35 +82,35 @@ class Track:
 
 
 class Follow:
-    """Compares momentum, weight and AdamW's moments at the beginning of a step with what the last step left.
+    """Compares momentum, weight and AdamW's moments at the beginning of a step with their values after the last step.
 
-    It reads nothing on the host and sends nothing: `changed` is asked in an audited step alone.
+    It does not make the host wait and sends nothing: `changed` is called only in an audited step.
 
     Attributes:
-        matrix, parameter: the Muon matrix and the AdamW parameter that are audited next.
+        matrix, parameter: the next audited Muon matrix and AdamW parameter.
     """
 
     def __init__(self) -> None:
         self.matrix, self.parameter = Track(), Track()
 
     def forget(self) -> None:
-        """State was loaded: expect nothing in the next step."""
+        """Drop all samples, after a load of the state."""
         self.matrix.forget()
         self.parameter.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must find again on this rank."""
+        """The samples of this rank, with which a resumed run compares its state."""
         return {"matrix": self.matrix.state_dict(), "parameter": self.parameter.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Expect the momentum, weight and moments of the saved run."""
+        """Compare the next step with the momentum, weight and moments of the saved run."""
         for name, track in (("matrix", self.matrix), ("parameter", self.parameter)):
             if name in state:
                 track.load_state_dict(state[name])
 
 
 def of_matrix(runtime: Runtime, work: Mapping[int, Work], number: int) -> Samples | None:
-    """Of a Muon matrix; None if it is no part of this call."""
+    """Samples of a Muon matrix; None if it is not in this call."""
     if number < 0:
         return None
     held = runtime.plan.layout.matrices[number]
@@ -129,7 +129,7 @@ def of_matrix(runtime: Runtime, work: Mapping[int, Work], number: int) -> Sample
 def of_parameter(
     binding: Binding, adamw: Mapping[int, Sequence[AdamWork]], state: Mapping[Tensor, Any], parameter: Tensor | None
 ) -> Samples | None:
-    """Of an AdamW parameter; None if it is no part of this call."""
+    """Samples of an AdamW parameter; None if it is not in this call."""
     if parameter is None or not any(p is parameter for items in adamw.values() for p, _, _ in items):
         return None
     kept = state.get(parameter, {})

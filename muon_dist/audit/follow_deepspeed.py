@@ -1,7 +1,8 @@
-"""DeepSpeed: engines of stages 0 to 3 and AutoTP, around their own Muon or any client optimizer.
+"""Source for DeepSpeed engines of stages 0 to 3 and AutoTP, with DeepSpeed's Muon or any client optimizer.
 
-At stages 1 to 3 the gradient is taken by hooks on the parameters, before DeepSpeed reduces it: its own Muon leaves the
-orthogonalized update where the gradient was. Ranks are averaged here. At stage 0 it is `p.grad` when the step begins.
+At stages 1 to 3 hooks on the parameters read the gradient before DeepSpeed reduces it, because DeepSpeed's Muon
+overwrites the gradient with the orthogonalized update. This source averages over ranks itself. At stage 0 the gradient
+is `p.grad` at the beginning of the step.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class DeepSpeedSource:
             if len(shape) != 2 or not p.requires_grad or id(p) not in self._homes:
                 continue
             if getattr(p, "tensor_model_parallel", False) and id(p) not in slices:
-                continue  # a fused layer: its slice is not a contiguous part of the whole
+                continue  # in a fused layer a slice is not contiguous in the whole weight
             self._parameters[name] = p
             if id(p) in slices:
                 axis, layer = self._slices[name] = slices[id(p)]
@@ -63,7 +64,7 @@ class DeepSpeedSource:
         if not self.matrices:
             raise FrameworkError("the witness found no two-dimensional parameter in the engine's optimizer")
         some = next(iter(self._parameters.values()))
-        # Stage 0 does not multiply the loss, and divides the gradient all the same.
+        # Stage 0 does not multiply the loss by the scale, but still divides the gradient by it.
         self._scales_loss = isinstance(engine.optimizer, ZeROOptimizer)
         self.gradient_eps = torch.finfo(some.dtype).eps if self._scales_loss else 0.0
 
@@ -105,7 +106,7 @@ class DeepSpeedSource:
     def gradients(self, name: str) -> dict[str, Tensor] | None:
         p = self._parameters[name]
         found = self._sums.get(name)
-        if found is None:  # DeepSpeed steps a parameter without a gradient as if it were zero
+        if found is None:  # DeepSpeed uses a zero gradient for a parameter without one
             found = torch.zeros(tuple(getattr(p, "ds_shape", p.shape)), device=p.device)
         local = self._joined(name, found.double())
         mean = local.clone()
@@ -137,10 +138,10 @@ class DeepSpeedSource:
         return torch.finfo(torch.float32 if masters else p.dtype).eps
 
     def _has_masters(self, p: Any) -> bool:
-        """Whether `safe_get_full_fp32_param` reads this parameter rightly.
+        """Whether `safe_get_full_fp32_param` must and can read this parameter.
 
-        At stages 1 and 2 the parameters are whole after each step: in fp32 nothing else is needed. Under
-        `round_robin_gradients` DeepSpeed's own mapping finds the wrong fragments.
+        At stages 1 and 2 in fp32 it is not needed, because the parameters are whole after each step. With
+        `round_robin_gradients` DeepSpeed's mapping finds the wrong fragments.
         """
         if hasattr(p, "ds_id"):
             return True
@@ -170,7 +171,7 @@ class DeepSpeedSource:
         return Circumstances(self.engine.was_step_applied(), factors, clip, scale)
 
     def _gradient_norm(self) -> float:
-        """Of the whole model's gradients, at stage 0."""
+        """Norm of all gradients of the model, at stage 0."""
         whole = sliced = 0.0
         for p in self.engine.module.parameters():
             if p.grad is not None:
@@ -200,7 +201,7 @@ class DeepSpeedSource:
         return float(getattr(self.engine.optimizer, "cur_scale", 0) or self.engine.optimizer.loss_scale)
 
     def _joined(self, name: str, tensor: Tensor) -> Tensor:
-        """The whole of a tensor that tensor parallelism slices."""
+        """The whole tensor, gathered if tensor parallelism slices it."""
         if name not in self._slices:
             return tensor.clone()
         axis, layer = self._slices[name]
@@ -215,7 +216,7 @@ class DeepSpeedSource:
 
 
 def _homes(engine: DeepSpeedEngine) -> Iterator[tuple[int, int]]:
-    """(id of a parameter, index of its group) for all that the engine's optimizer steps."""
+    """(id of a parameter, index of its group) for all parameters that the engine's optimizer steps."""
     optimizer = engine.optimizer
     lists = next(
         (g for a in ("bit16_groups", "bf16_groups", "fp16_groups") if (g := getattr(optimizer, a, None))), None
@@ -226,7 +227,7 @@ def _homes(engine: DeepSpeedEngine) -> Iterator[tuple[int, int]]:
 
 
 def _slices(module: torch.nn.Module) -> Iterator[tuple[int, tuple[int, TensorParallel_Layer]]]:
-    """(id of a weight, (axis along which AutoTP slices it, its layer)); layers of fused weights are left out."""
+    """(id of a weight, (axis along which AutoTP slices it, its layer)), except for fused weights."""
     for layer in module.modules():
         if not isinstance(layer, (LinearLayer, LinearAllreduce)) or isinstance(layer, SubParamColumnParallel):
             continue
@@ -235,7 +236,7 @@ def _slices(module: torch.nn.Module) -> Iterator[tuple[int, tuple[int, TensorPar
 
 
 def _master_of_stage_0(engine: DeepSpeedEngine, p: Any) -> Tensor | None:
-    """The fp32 master that the 16-bit engine of stage 0 keeps; None without one."""
+    """The fp32 master of a parameter in a 16-bit engine at stage 0; None without a master."""
     optimizer = engine.optimizer
     if engine.zero_optimization() or not hasattr(optimizer, "fp32_groups"):
         return None

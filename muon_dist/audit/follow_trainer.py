@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer: its optimizer exists only once training begins."""
+"""Attaches a witness to the Hugging Face Trainer, whose optimizer exists only after training begins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 
 class _Begin(TrainerCallback):
-    """Hands the optimizer or the engine over when training begins."""
+    """Calls `attach` with the optimizer or the engine when training begins."""
 
     def __init__(self, trainer: Any, attach: Callable[[Any, nn.Module], None]) -> None:
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""The matrices that a witness follows: where it reads them, and its record of each."""
+"""The matrices that a witness follows: their choice, their source, and the record of each."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Followed:
     """The witness's record of one matrix.
 
     Attributes:
-        late: it is followed from a later step on than the optimizer's first, so its momentum must be taken in first.
-        written: somebody wrote the weight between two steps, and no save that was seen has it.
+        late: it was not followed from the optimizer's first step on, so its momentum is not known at first.
+        written: other code wrote the weight between two steps, and not from a save that the witness has seen.
     """
 
     def __init__(self, name: str, shape: tuple[int, int], pieces: Sequence[int], late: bool) -> None:
@@ -45,7 +45,7 @@ class Followed:
 
 
 def candidates(source: Source, model: nn.Module | None, wanted: Wanted, chosen: int | str | Sequence[str]) -> set[str]:
-    """Names of the matrices that may be followed: as chosen, or all that the rule should train."""
+    """Names of the matrices that may be followed: those in `chosen`, or all that the rule should train."""
     if not isinstance(chosen, (int, str)):
         found = {n for n in source.matrices for pattern in chosen if re.fullmatch(pattern, n)}
         if not found:
@@ -60,14 +60,14 @@ def candidates(source: Source, model: nn.Module | None, wanted: Wanted, chosen: 
     found = (routed | set(source.claimed)) & set(source.matrices)
     if not found:
         raise ConfigError(
-            "the witness found no matrix that Muon should train: no group says so, and none is a hidden matrix of "
-            f"the model; name them, as matrices=[...], of {', '.join(source.matrices)}"
+            "the witness found no matrix that Muon should train: no parameter group says so, and no parameter is a "
+            f"hidden matrix of the model; pass matrices=[...] with names from {', '.join(source.matrices)}"
         )
     return found
 
 
 def draw(names: Sequence[str], shapes: Mapping[str, tuple[int, int]], count: int, seed: str) -> list[str]:
-    """`count` of the names, seeded; different shapes first, since several tell a factor of the shape from a rate."""
+    """`count` random names by `seed`; prefers different shapes, to tell a factor of the shape from a rate."""
     names = list(names)
     random.Random(seed).shuffle(names)
     seen: dict[tuple[int, int], int] = {}
@@ -78,7 +78,7 @@ def draw(names: Sequence[str], shapes: Mapping[str, tuple[int, int]], count: int
 
 
 def digest(tensor: Tensor | None) -> int:
-    """Equal for equal bits, in whatever order a device adds."""
+    """A checksum that is equal for equal bits, in any order of summation; 0 for None."""
     if tensor is None:
         return 0
     bits = tensor.contiguous().view(torch.int64).flatten()
@@ -86,7 +86,7 @@ def digest(tensor: Tensor | None) -> int:
 
 
 def source_of(optimizer: Any, model: nn.Module | None, clip: float | None) -> Source:
-    """An object that reads the tensors of an optimizer, a list of optimizers, or an engine."""
+    """The source for an optimizer, a list of optimizers, or an engine."""
     if "deepspeed" in sys.modules:
         from deepspeed.runtime.engine import DeepSpeedEngine
 

@@ -1,4 +1,4 @@
-"""Compares one step that an optimizer has made with the plain one, stage by stage."""
+"""Compares one step of an optimizer with the plain step, stage by stage."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Finding:
 
     Attributes:
         errors: relative errors of "momentum", "direction" (and length) of the update, and "weight".
-        tolerance: of "momentum" and "direction", as they held for this matrix.
-        alarms: the earliest stage first.
-        wanted: the plain step, of the momentum that was observed; None for a rule that has no plain form.
-        limit: tolerance of the update, with the rounding of the weight.
-        only: what was compared, if not all was.
+        tolerance: tolerances of "momentum" and "direction" for this matrix.
+        alarms: alarms, earliest stage first.
+        wanted: the plain step, with the observed momentum; None for a rule without a plain form.
+        limit: tolerance of the update, including the rounding of the weight.
+        only: text about the compared tensors, if not all were compared.
     """
 
     errors: dict[str, float]
@@ -38,7 +38,7 @@ class Finding:
 
 
 def judge(seen: Observed, asked: Hyperparameters, precision: Precision, around: Circumstances) -> Finding:
-    """Compare a step with the plain one. All arithmetic is in the dtype of the tensors of `seen`, or in fp64."""
+    """The result of comparing a step with the plain step, computed in the dtype of `seen` or in fp64."""
     if not asked.known:
         return _of_unknown(seen, asked, precision, around)
     step, limit = _reference(seen, asked, precision, around)
@@ -62,7 +62,7 @@ def judge(seen: Observed, asked: Hyperparameters, precision: Precision, around: 
 
 
 def _of_unknown(seen: Observed, asked: Hyperparameters, precision: Precision, around: Circumstances) -> Finding:
-    """Compare the momentum of a registered rule, if it is Muon's. Copies are compared for every rule."""
+    """The result for a user-defined rule: compares its momentum if it is Muon's. Copies are compared elsewhere."""
     limit = tolerance_of(precision, wanted=around.wanted)
     only = f"rule '{asked.rule}' has no plain form: "
     if not asked.plain_momentum:
@@ -78,7 +78,7 @@ def _of_unknown(seen: Observed, asked: Hyperparameters, precision: Precision, ar
 def _reference(
     seen: Observed, asked: Hyperparameters, precision: Precision, around: Circumstances
 ) -> tuple[Step, Tolerance]:
-    """The plain step and the tolerance. In fp64, with the spread of the dtype measured, where fp32 leaves a doubt."""
+    """The plain step and the tolerance. If fp32 leaves a doubt: in fp64, with the measured spread of the dtype."""
     step = plain_step(seen.before, asked, momentum=seen.momentum, memory=seen.memory)
     limit = tolerance_of(precision, wanted=around.wanted)
     if asked.rule == "adamw":
@@ -112,7 +112,7 @@ def _memory(
 
 
 def _off(seen: Observed, step: Step, limit: Tolerance) -> dict[str, Difference]:
-    """What of a rule's memory is wrong. It holds squares of directions, with twice their error and some rows more."""
+    """The wrong tensors of a rule's memory. They hold squares of directions: more than twice the error is allowed."""
     found = {
         name: Difference.between(value, step.memory[name]) for name, value in seen.memory.items() if name not in BASES
     }
@@ -120,7 +120,7 @@ def _off(seen: Observed, step: Step, limit: Tolerance) -> dict[str, Difference]:
 
 
 def _basis_error(name: str, seen: Observed) -> float:
-    """The distance of a basis's columns from orthonormal; 0 if there is no basis yet."""
+    """The error of a basis's columns from being orthonormal; 0 if there is no basis yet."""
     if name not in seen.memory or not bool(seen.memory[name].any()):
         return 0.0
     side = math.isqrt(seen.memory[name].numel())

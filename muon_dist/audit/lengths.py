@@ -1,6 +1,6 @@
-"""The lengths of updates: the factor by shape, the rate, the decay, and what multiplied an update by mistake.
+"""Judges the lengths of updates: the factor of the shape, the rate, the decay, and factors applied by mistake.
 
-One matrix alone cannot show whether its factor or its rate is another; several shapes together can.
+One matrix cannot show whether its factor or its rate differs; several shapes together can.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from muon_dist.audit.directions import BLURRED, TIGHT, Judgement
 
 # A gradient may be zero by accident once or twice.
 ZEROS = 3
-# Under these another rule altogether trains the matrix: its length and decay say nothing more.
+# Causes by which another rule trains the matrix: its length and decay then have no meaning.
 OTHER_RULES = ("sgd", "adamw", "sign", "muon", "blurred")
-# Under these each block has the factor of its own shape.
+# Causes by which each block has the factor of its own shape.
 BLOCKS = ("by_shards", "by_blocks")
 # Steps over which decay is averaged where the direction is blurred.
 DECAY_STEPS = 4
@@ -27,7 +27,7 @@ DECAY_STEPS = 4
 
 @dataclass(frozen=True)
 class Length:
-    """One judged step of one matrix. shape: (out, in); zeros: gradients that were zero in a row, with this one."""
+    """One judged step of one matrix. shape: (out, in); zeros: number of zero gradients in a row, this one included."""
 
     name: str
     shape: tuple[int, int]
@@ -39,30 +39,30 @@ class Length:
 
     @property
     def ratio(self) -> float:
-        """Length of the update over the rate."""
+        """Length of the update divided by the rate."""
         return self.judgement.fit.length / self.asked.lr
 
     @property
     def tolerance(self) -> float:
-        """Of a ratio: what the fit leaves turns the update, and shortens or lengthens it by about as much."""
+        """Tolerance of `ratio`: the fit's remainder may also have changed the length, by about as much."""
         return 0.01 + min(self.judgement.fit.left, BLURRED)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The factor by shape that an optimizer follows. settled: lengths showed it, or it was asked for."""
+    """The factor of the shape that an optimizer uses. settled: lengths showed it, or it was asked for."""
 
     name: str
     settled: bool
 
 
 def tells_rate(judgement: Judgement) -> bool:
-    """Whether a length of this judgement tells a rate."""
+    """Whether the length in this judgement shows the rate."""
     return judgement.known and not any(c.name in (*OTHER_RULES, *BLOCKS) for c in judgement.causes)
 
 
 def find_scale(lengths: Sequence[Length], before: Scale | None) -> Scale:
-    """The factor by shape that most matrices follow at the rate asked for; without any, the one whose rates agree."""
+    """The factor of the shape that most matrices use at the asked rate; if none fits, the one whose rates agree."""
     if before is not None and before.settled:
         return before
     asked = next((e.asked.scale for e in lengths if e.asked.scale is not None), None)
@@ -88,10 +88,10 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def causes_of(length: Length, scale: Scale, all_ratios: Sequence[float]) -> tuple[Cause, ...]:
-    """The causes that the length of one update and its weight decay show.
+    """The causes shown by the length of one update and by its weight decay.
 
     Args:
-        all_ratios: of all matrices of the same rate in this step, by the factor of their shapes.
+        all_ratios: `Length.ratio` of all matrices with the same rate in this step, divided by their factors.
     """
     found: list[Cause] = []
     if not tells_rate(length.judgement):
@@ -129,13 +129,13 @@ class Decay:
         self._fits: deque[tuple[float, float, float]] = deque(maxlen=DECAY_STEPS)
 
     def cause(self, length: Length, scale: Scale) -> Cause | None:
-        """Decay that is not the one asked for, as far as the fits can tell.
+        """The cause for a wrong decay, as far as the fits can show it; None if the decay may be right.
 
-        What a direction leaves over may happen to lie along the weight. Where it is more than fp32's rounding, a third
-        of it may, in the mean of several steps; else all of it, in one.
+        A part of the fit's remainder may be parallel to the weight. If the remainder is larger than fp32's rounding, a
+        third of it may be, in the mean of several steps; otherwise all of it, in one step.
         """
         found, asked = length.judgement, length.asked.lr * length.asked.weight_decay
-        # Fitted under an unknown direction, decay would be whatever the direction has of the weight.
+        # With an unknown direction the fitted decay would contain the direction's part along the weight.
         if not tells_rate(found) or length.asked.cautious:
             self._fits.clear()
             return None

@@ -1,4 +1,4 @@
-"""Plain fp64 momentum of one followed matrix, and what it would be if something known had gone wrong."""
+"""The expected fp64 momentum of one followed matrix, and its momentum under each known fault."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Memory:
     """Running means of a matrix's gradient from its first step on.
 
     Attributes:
-        steps: gradients taken in so far.
-        zeros: how many of the last gradients were exactly zero.
-        moved: a gradient was not zero before.
-        means: label -> running mean. "base" is right; "bf16" is stored in bf16; "scaled" holds loss-scaled gradients,
-            "twice" gradients divided by the loss scale once too often, "clipped" clipped ones, "local" those of this
-            rank; "stale" and "reset" exist after a load.
-        gradients: label -> gradient of this step; labels without one of their own use the base's.
+        steps: number of gradients so far.
+        zeros: number of exactly zero gradients in a row, up to the last one.
+        moved: whether an earlier gradient was not zero.
+        means: label -> running mean. "base" is right; "bf16" is stored in bf16; "scaled" has loss-scaled gradients,
+            "twice" gradients divided by the loss scale twice, "clipped" clipped gradients, "local" gradients of this
+            rank only; "stale" and "reset" exist after a load.
+        gradients: label -> gradient of this step; a label without an entry uses the gradient of "base".
         adam: running means of the gradient and of its square, for `betas`, without bias correction.
     """
 
@@ -34,7 +34,7 @@ class Memory:
         self.rows: Tensor | None = None  # NorMuon's second moments of rows, (m, 1)
 
     def take(self, gradients: dict[str, Tensor], momentum: float, betas: tuple[tuple[float, float], ...]) -> None:
-        """Take in the gradients of one step, by label; `gradients["base"]` is required."""
+        """Add the gradients of one step, by label; `gradients["base"]` is required."""
         base = gradients[BASE]
         self.steps += 1
         zero = not bool(base.any())
@@ -43,9 +43,9 @@ class Memory:
         self.gradients = gradients
         for label in {*self.means, *gradients, BF16}:
             mean = self.means.get(label)
-            if mean is None:  # a label that comes later was the same as the base until now
+            if mean is None:  # a new label was equal to the base until now
                 mean = self.means[BASE].clone() if label != BF16 else self.means[BASE].bfloat16().double()
-            self.means[label] = mean  # the base is updated last, so that late labels start from its old value
+            self.means[label] = mean  # the base is updated last, so that new labels start from its old value
         for label, mean in self.means.items():
             mean.lerp_(gradients.get(label, base), 1 - momentum)
             if label == BF16:
@@ -62,7 +62,7 @@ class Memory:
         return gradient.lerp(mean, momentum) if nesterov else mean
 
     def adam_update(self, betas: tuple[float, float], eps: float) -> Tensor:
-        """AdamW's update of this step for a rate of 1, with bias correction."""
+        """AdamW's update of this step for a learning rate of 1, with bias correction."""
         first, second = self.adam[betas]
         mean = first / (1 - betas[0] ** self.steps)
         return mean / ((second / (1 - betas[1] ** self.steps)).sqrt() + eps)
@@ -85,7 +85,7 @@ class Memory:
         self.rows = before.lerp(orthogonalized.square().mean(dim=1, keepdim=True), 0.05)
 
     def after_load(self, kept: Memory | None) -> None:
-        """Watch from now on whether the optimizer uses the momentum from before the load (`kept`), or none."""
+        """Also track from now on the momentum from before the load (`kept`), and momentum that starts at zero."""
         if kept is not None:
             self.means[STALE] = kept.means[BASE].clone()
         self.means[RESET] = torch.zeros_like(self.means[BASE])

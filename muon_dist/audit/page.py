@@ -46,12 +46,12 @@ def summary(found: Verified) -> list[tuple[str, str]]:
         ("ranks", ", ".join(f"{r}: {a} audited, {b} as auditor" for r, (a, b) in found.ranks().items())),
     ]  # fmt: skip
     if found.abandoned:
-        rows.append(("left branches", f"{found.abandoned} lines after which a resumed run did not continue"))
+        rows.append(("abandoned branches", f"{found.abandoned} lines from which no resumed run continued"))
     if found.heads:
         rows.append(("checkpoints", f"{len(found.heads)} name a line of this chain"))
     if found.gaps:
         said = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in found.gaps[:_SHOWN])
-        rows.append(("not audited", f"steps {said}: left out for their gradients, or without one"))
+        rows.append(("not audited", f"steps {said}: skipped because of their gradients, or without a gradient"))
     return rows
 
 
@@ -71,7 +71,7 @@ def show(found: Verified) -> None:
     for record in found.alarms[:_SHOWN]:
         for alarm in record["alarms"]:
             said = f"alarm: step {record['step']}, {record['matrix']}: {alarm['stage']}: {alarm['sentence']}"
-            console.print(said + (" (taken back)" if record.get("undone") else ""), markup=False)
+            console.print(said + (" (undone)" if record.get("undone") else ""), markup=False)
     never = [name for name, n in found.counts().items() if not n]
     if never:
         console.print(f"not recomputed yet: {', '.join(never[:_SHOWN])}{' ...' if len(never) > _SHOWN else ''}")

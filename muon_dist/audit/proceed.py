@@ -1,4 +1,4 @@
-"""One audited step: everybody sends, one rank recomputes, all learn the result."""
+"""One audited step: all ranks send, one rank recomputes, all ranks get the result."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class MatrixAudit:
     def judge(
         self, received: list[Tensor], messages: Sequence[Mapping[str, Any]], around: Circumstances, copies: Any
     ) -> tuple[Finding, list[Alarm]]:
-        """On the auditor. copies: by rank with another copy, the weight after the step that it holds, flat."""
+        """On the auditor: the finding and all alarms. copies: by rank with a different copy, its weight, flat."""
         before, momentum, weight, memory = self.parts.whole(received)
         seen = Observed(before, momentum, weight, memory)
         asked, precision = self.asked(), self.precision()
@@ -98,10 +98,10 @@ class MatrixAudit:
         finding = judge(seen, asked, precision, around)
         wrong = [self._copy(rank, flat, seen, finding, messages) for rank, flat in copies.items()]
         alarms = [alarm for alarm in wrong if alarm is not None]
-        if copies and finding.alarms and len(alarms) < len(copies):  # then the copies in the cover are wrong
+        if copies and finding.alarms and len(alarms) < len(copies):  # the copies in the cover are wrong
             inside = tuple(sorted({int(r) for r in self.parts.cover.rank}))
             first = finding.alarms[0]
-            said = f"on rank {', '.join(map(str, inside))} alone: {first.sentence}"
+            said = f"only on rank {', '.join(map(str, inside))}: {first.sentence}"
             marked = (replace(first, sentence=said, ranks=inside), *finding.alarms[1:])
             finding = replace(finding, alarms=marked)
         return finding, alarms
@@ -109,7 +109,7 @@ class MatrixAudit:
     def _copy(
         self, rank: int, flat: Tensor, seen: Observed, finding: Finding, messages: Sequence[Mapping[str, Any]]
     ) -> Alarm | None:
-        """The alarm of another copy than that which was judged; None if that copy is as it should be."""
+        """The alarm for a copy that differs from the judged one; None if this copy is right."""
         step, asked = finding.wanted, self.asked()
         unequal = Alarm("copy", f"the copy of rank {rank} is not equal bit for bit", ("unequal",), ranks=(rank,))
         if step is None:
@@ -126,7 +126,7 @@ class MatrixAudit:
             return Alarm("rate", said, ("wrong_rate",), 1 + w.b, 0.0, (rank,))
         if found is None:
             return Alarm("copy", f"the copy of rank {rank} is another", ("wrong_copy",), 1 + w.b, 0.0, (rank,))
-        return replace(found, sentence=f"on rank {rank} alone: {found.sentence}", ranks=(rank,))
+        return replace(found, sentence=f"only on rank {rank}: {found.sentence}", ranks=(rank,))
 
 
 @dataclass
@@ -152,7 +152,7 @@ class SliceAudit:
                 "dtypes": [weight, moments]}  # fmt: skip
 
     def holder(self, messages: Sequence[Mapping[str, Any]], settings: AuditSettings) -> int | None:
-        """The rank whose part is audited; None if no rank has any."""
+        """The rank whose part is audited; None if no rank has a part."""
         having = [rank for rank, m in enumerate(messages) if m["length"]]
         if not having:
             return None
@@ -188,13 +188,13 @@ class SliceAudit:
                                 betas=tuple(g["betas"]), eps=float(g["eps"]))  # fmt: skip
         written, moments = (getattr(torch, name.removeprefix("torch.")) for name in told["dtypes"])
         arithmetic = written if moments.itemsize < 4 else moments
-        # A 16-bit parameter whose moments are in fp32 was stepped in fp32 and then rounded stochastically.
+        # A 16-bit parameter with fp32 moments was stepped in fp32 and then rounded stochastically.
         stochastic = written.itemsize < 4 <= moments.itemsize
         precision = Precision(torch.float32, written, moments, None, stochastic, arithmetic)
         return judge(seen, asked, precision, around), []
 
     def unequal(self, messages: Sequence[Mapping[str, Any]], columns: Sequence[int]) -> list[int]:
-        """Ranks whose copy after the step is not that of the rank that was audited.
+        """Ranks whose copy after the step differs from the audited rank's copy.
 
         columns: the layout's replica-group id per rank; empty without copies.
         """
@@ -208,7 +208,7 @@ class Told:
     """Data that one rank sends to all others.
 
     Attributes:
-        matrix, parameter: what was changed between two steps on its rank.
+        matrix, parameter: tensors that were changed between two steps on this rank.
         each: message of each audited tensor.
     """
 
@@ -227,14 +227,14 @@ def proceed(
     follow: Follow,
     around: Sequence[Circumstances],
 ) -> list[dict[str, Any]]:
-    """The line of each audited tensor, the same on all ranks; a collective.
+    """The line of each audited tensor, equal on all ranks; a collective.
 
     Args:
-        follow: what was audited next until this step.
-        around: what may explain a difference, for each audited tensor.
+        follow: the samples recorded after the last step.
+        around: facts that may explain a difference, per audited tensor.
 
     Raises:
-        AuditError: on all ranks, if the recomputation itself failed on one.
+        AuditError: the recomputation itself failed on one rank; raised on all ranks.
     """
     transport = runtime.transport
     transport.progress.enter("audit")
@@ -294,7 +294,7 @@ def _judged(
     runtime: Runtime, a: Audited, received: list[Tensor], messages: Sequence[Mapping[str, Any]], around: Circumstances,
     copies: dict[int, Tensor],
 ) -> dict[str, Any]:  # fmt: skip
-    """The line; an error as text, since the other ranks wait."""
+    """The line of an audited tensor. It contains an error as text, because the other ranks wait for it."""
     try:
         finding, others = a.judge(received, messages, around, copies)
     except Exception as error:
@@ -317,7 +317,7 @@ def _judged(
 
 
 def _between(changed: Sequence[Changed]) -> list[dict[str, Any]]:
-    """The alarm of a matrix that was changed between two steps, on any rank."""
+    """The alarm for a matrix that was changed between two steps on any rank."""
     momentum = tuple(r for r, c in enumerate(changed) if "momentum" in c.of)
     weight = tuple(r for r, c in enumerate(changed) if "weight" in c.of)
     resumed = any(c.resumed for c in changed)
@@ -330,7 +330,7 @@ def _between(changed: Sequence[Changed]) -> list[dict[str, Any]]:
 
 
 def _of_moments(changed: Sequence[Changed]) -> list[dict[str, Any]]:
-    """The alarm of AdamW's state that was changed between two steps, on any rank."""
+    """The alarm for AdamW's state that was changed between two steps on any rank."""
     ranks = tuple(r for r, c in enumerate(changed) if c.of)
     if not ranks:
         return []

@@ -1,8 +1,8 @@
-"""One optimizer step of a whole matrix or AdamW parameter, with which every audited step is compared.
+"""The reference step of a whole matrix or AdamW parameter, with which audited steps are compared.
 
-Muon's rules are those of `optim.plain`; here a matrix as it is stored becomes the (out, in) of the papers, and back.
-Nothing is shared with the optimizer's own step except the tables of Newton-Schulz coefficients. All functions compute
-in the dtype of the tensors that they get and change none of them.
+Muon's rules come from `optim.plain`; this module converts stored matrices to the (out, in) of the papers, and back. It
+shares nothing with the optimizer's step except the tables of Newton-Schulz coefficients. All functions compute in the
+dtype of their arguments, and do not change them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MATRICES = ("update_second_moment", "projected_second_moment")
 _NUMBERS = ("gradient_second_moment", "gradient_steps", "basis_steps")
 _SQUARES = ("row_covariance", "column_covariance", "row_basis", "column_basis")
 BASES = _SQUARES[2:]
-"""Of soap_muon. An eigenvector depends on the last bit of its covariance: what is compared is what a basis does."""
+"""Bases of soap_muon. They depend on the last bit of the covariance, so only their effect is compared."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Hyperparameters:
         weight_decay: decoupled, times lr.
         momentum: decay of the momentum buffer.
         nesterov: orthogonalize the look-ahead, not the momentum.
-        ns_steps, ns_schedule: of Newton-Schulz.
-        scale: as the option of that name.
+        ns_steps, ns_schedule: options of Newton-Schulz.
+        scale: the option `scale`.
         transposed: the matrix is stored (in, out).
-        options: `rule_options`: of the rule and of its parts.
-        betas, eps: of AdamW.
+        options: `rule_options` of the rule and of its parts.
+        betas, eps: options of AdamW.
         gradient_factor: multiplies the raw gradient before momentum.
         rest: multiplies the direction; below 1 while the gradient of a matrix stays exactly zero.
-        plain_momentum: False for a registered rule that remembers in its own way.
+        plain_momentum: False for a user-defined rule with another momentum.
     """
 
     rule: str = "muon"
@@ -63,12 +63,12 @@ class Hyperparameters:
 
     @property
     def known(self) -> bool:
-        """Whether the rule has a plain form; a registered one has none."""
+        """Whether the rule has a plain form; a user-defined rule has none."""
         return self.rule == "adamw" or self.rule in plain.DEFAULTS
 
     @property
     def rescales(self) -> bool:
-        """Whether the step ends with a factor that follows from the norm of the new weight."""
+        """Whether the step ends with a factor that depends on the norm of the new weight."""
         return self.rule == "hyperball" or "radial_brake" in self.options
 
 
@@ -78,9 +78,9 @@ class Before:
 
     Attributes:
         weight, gradient: (rows, cols); the gradient is raw, before `gradient_factor`.
-        momentum: (rows, cols); of AdamW, the first moment.
-        memory: what the rule remembers besides momentum, by its names in the state, flat and as the matrix is stored;
-            zero before the first step. "exp_avg_sq" and "step" of AdamW.
+        momentum: (rows, cols); for AdamW the first moment.
+        memory: the rule's other state, by its names in the state, flat, in the stored orientation; zero before the
+            first step. For AdamW "exp_avg_sq" and "step".
     """
 
     weight: Tensor
@@ -94,13 +94,13 @@ class Step:
     """A matrix after the step, and the parts of the step.
 
     Attributes:
-        momentum: after the step.
+        momentum: the momentum after the step.
         direction: (rows, cols); the rule's update, before learning rate and scale.
-        scale: factor of `scale` on the direction.
-        rate: learning rate times scale. decay: of the old weight, a number or (rows, cols). Both with the factor on
-            the norm, if the rule or a part has one; see `optim.plain.Stages`.
-        weight: after the step, `decay * weight - rate * direction`.
-        memory: after the step, under the names of `Before.memory`.
+        scale: the factor of `scale` on the direction.
+        rate: learning rate times scale. decay: factor on the old weight, a number or (rows, cols). Both include the
+            factor on the norm, if the rule or a part has one; see `optim.plain.Stages`.
+        weight: the weight after the step, `decay * weight - rate * direction`.
+        memory: the memory after the step, under the names of `Before.memory`.
     """
 
     momentum: Tensor
@@ -117,7 +117,7 @@ Iteration = Callable[[Tensor], Tensor]
 
 
 def scale_factor(kind: str, rows: int, cols: int, transposed: bool = False) -> float:
-    """The factor of `scale`, from the stored shape. Raises KeyError for another kind."""
+    """The factor of `scale`, from the stored shape. Raises KeyError for an unknown kind."""
     return plain.plain_scale(kind, *((cols, rows) if transposed else (rows, cols)))
 
 
@@ -131,12 +131,13 @@ def plain_step(
     """The step of one matrix or, with rule "adamw", of one tensor of any shape.
 
     Args:
-        iteration: what orthogonalizes; by default `plain_newton_schulz` in the dtype of the tensors.
-        momentum, memory: what the update is made of, in place of what is computed here. With those that the optimizer
-            has computed, an error in them does not show again in the update. Of `memory` AdamW's "exp_avg_sq" counts.
+        iteration: orthogonalizes a matrix; by default `plain_newton_schulz` in the dtype of the tensors.
+        momentum, memory: tensors to compute the update from, instead of those computed here. With the optimizer's
+            tensors, an error in them is not reported again in the update. Of `memory` only AdamW's "exp_avg_sq" is
+            used.
 
     Raises:
-        KeyError: an unknown rule or scale, or memory that the rule needs and `before` lacks.
+        KeyError: the rule or scale is unknown, or `before` lacks memory that the rule needs.
     """
     if asked.rule == "adamw":
         return _adamw(before, asked, momentum, memory or {})
@@ -164,13 +165,13 @@ def plain_step(
 
 
 def _for_plain(before: Before, transposed: bool) -> plain.Memory:
-    """The memory of a stored matrix as `optim.plain` has it; copies. What other things remember is left out."""
+    """Copies of the rule's memory of a stored matrix, in the form of `optim.plain`; other entries are left out."""
     found: plain.Memory = {"momentum_buffer": before.momentum.mT if transposed else before.momentum}
     for name, value in before.memory.items():
         if name in _MATRICES:
             whole = value.view(before.weight.shape)
             found[name] = whole.mT.clone() if transposed else whole.clone()
-        elif name in _SQUARES:  # fp32, as the state has them
+        elif name in _SQUARES:  # fp32, as in the state
             side = math.isqrt(value.numel())
             found[_stored(name, transposed)] = value.view(side, side).float().clone()
         elif name in _NUMBERS:
@@ -191,7 +192,7 @@ def _from_plain(memory: plain.Memory, transposed: bool) -> dict[str, Tensor]:
 
 
 def _stored(name: str, transposed: bool) -> str:
-    """The name in the state: of a matrix that is stored (in, out), the rows are the inputs."""
+    """The name in the state; if the matrix is stored (in, out), names of rows and columns are exchanged."""
     if not transposed or name not in _SQUARES:
         return name
     side, _, what = name.partition("_")

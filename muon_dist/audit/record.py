@@ -18,8 +18,8 @@ class Finding:
         cause: short and stable name, such as "by_shards".
         kind: "fault" or "choice".
         sentence: such as "update 39% off: orthogonalized by shards (2 blocks of rows)".
-        first, last, count: steps at which it was seen, from 1; how many.
-        difference: the largest, of the update to what was asked; NaN where nothing is measured.
+        first, last, count: first and last step with the cause, from 1, and the number of such steps.
+        difference: the largest difference of the update from the asked one; NaN if not measured.
     """
 
     matrix: str
@@ -34,7 +34,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Seen:
-    """One judged step of one matrix. noise: error by the precision of the optimizer's Newton-Schulz alone."""
+    """One judged step of one matrix. noise: error only from the precision of the optimizer's Newton-Schulz."""
 
     step: int
     matrix: str
@@ -43,7 +43,7 @@ class Seen:
     causes: tuple[str, ...]
 
 
-# Their sentences hold the figures already.
+# Causes whose sentences already contain the numbers.
 _COMPLETE = ("rate", "no_decay", "decay", "zero_gradient", "rests", "sgd", "adamw", "sign", "muon")
 
 
@@ -73,7 +73,7 @@ class Findings:
         return [f for f in self._all.values() if f.kind == kind]
 
     def table(self, steps: int, followed: Sequence[str], noise: float) -> str:
-        """Markdown; equal sentences of several matrices are one row."""
+        """A Markdown table; equal sentences of several matrices share a row."""
         lines = ["| kind | what | matrices | steps | error | factor | angle |", "|---|---|---|---|---|---|---|"]
         for kind in ("fault", "choice"):
             rows: dict[str, list[Finding]] = {}

@@ -20,13 +20,13 @@ class AuditSettings:
     """Options of an audit.
 
     Attributes:
-        every: optimizer steps from one audited step to the next.
-        matrices: Muon matrices that are recomputed in an audited step; one AdamW parameter is besides.
-        tolerance: largest relative error of an update; None: what the dtypes explain, see `tolerance.tolerance_of`.
-        on_alarm: "warn"; "stop": an `AuditError` on all ranks; "undo": parameters and state become what they were
-            before the step, bit for bit. "undo" keeps a copy of both during every audited step.
-        seed: of the order of matrices and ranks.
-        path: JSON-lines file; None: lines are kept in memory alone.
+        every: number of optimizer steps from one audited step to the next.
+        matrices: number of Muon matrices that are recomputed in an audited step, besides one AdamW parameter.
+        tolerance: largest relative error of an update; None: from the dtypes, see `tolerance.tolerance_of`.
+        on_alarm: "warn"; "stop": an `AuditError` on all ranks; "undo": restore parameters and state from before the
+            step, bit for bit. "undo" keeps a copy of both during every audited step.
+        seed: seed of the order of matrices and ranks.
+        path: JSON-lines file; None: lines are kept only in memory.
 
     Raises:
         ConfigError: an option is out of range.
@@ -53,11 +53,11 @@ class AuditSettings:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> AuditSettings:
-        """From a mapping. Raises ConfigError for an unknown key."""
+        """The settings from a mapping. Raises ConfigError for an unknown key."""
         known = [f.name for f in fields(cls)]
         for key in given:
             if key not in known:
-                raise ConfigError(f"audit: '{key}' is unknown: known are {', '.join(known)}")
+                raise ConfigError(f"audit: '{key}' is unknown: use one of {', '.join(known)}")
         return cls(**given)
 
 
@@ -68,8 +68,7 @@ def number_of(*parts: object) -> int:
 
 
 def in_rotation(seed: int, count: int, number: int) -> tuple[int, int]:
-    """(index, rotation) of audit `number`, from 0: each rotation visits all of `count` indices in an order of its
-    own."""
+    """(index, rotation) of audit `number`, from 0. Each rotation visits all `count` indices, in another order."""
     rotation, place = divmod(number, count)
     order = list(range(count))
     random.Random(number_of(seed, rotation)).shuffle(order)
@@ -77,7 +76,7 @@ def in_rotation(seed: int, count: int, number: int) -> tuple[int, int]:
 
 
 def other_rank(rank: int, world_size: int, *parts: object, rotation: int) -> int:
-    """A rank other than `rank`, if there is one; the next rotation takes another."""
+    """A rank other than `rank`, if there is one; each rotation chooses another rank."""
     if world_size == 1:
         return rank
     return (rank + 1 + (number_of(*parts) + rotation) % (world_size - 1)) % world_size

@@ -1,7 +1,7 @@
 """Reads a followed matrix from any framework.
 
-A source hands out whole tensors: the weight before and after a step, and the gradient that the optimizer is to use. It
-changes nothing, and hooks the step only. All ranks call it with the same arguments; reading is a collective.
+A source returns whole tensors: the weight before and after a step, and the gradient that the optimizer will use. It
+only adds hooks to the step, and changes nothing. All ranks call it with the same arguments; reading is a collective.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Circumstances:
     """Facts that a framework reports about its last step.
 
     Attributes:
-        applied: False if the step was skipped, such as after an overflow.
-        factors: numbers that a mistake may have put before an update.
-        clip: coefficient of the gradient clip, 1 without one.
-        scale: loss scale of this step, by which a mistake may have divided its gradients once more.
+        applied: False if the step was skipped, for instance after an overflow.
+        factors: numbers that may multiply an update by mistake.
+        clip: coefficient of the gradient clip, 1 without a clip.
+        scale: loss scale of this step; by mistake its gradients may have been divided by it twice.
     """
 
     applied: bool = True
@@ -46,9 +46,9 @@ class Source(Protocol):
 
     Attributes:
         matrices: name -> stored shape of every two-dimensional trained parameter.
-        claimed: names of the matrices that the optimizer's own groups give to Muon.
-        group: process group of the ranks that hold the same model; None without one.
-        gradient_eps: relative rounding between the gradient that is read here and the one that the optimizer uses.
+        claimed: names of the matrices that the optimizer's groups give to Muon.
+        group: process group of the ranks that hold the same model; None without a group.
+        gradient_eps: relative rounding difference between the gradient read here and the gradient of the optimizer.
     """
 
     @property
@@ -61,34 +61,34 @@ class Source(Protocol):
     gradient_eps: float
 
     def listen(self, before: Callable[[Names], None], after: Callable[[Names], None]) -> None:
-        """Call `before` and `after` around every step with the names of the matrices that the step is about."""
+        """Call `before` and `after` around every step, with the names of the stepped matrices."""
 
     def follow(self, names: Names) -> None:
-        """Start to keep what is needed of these matrices."""
+        """Start recording the data of these matrices."""
 
     def on_save(self, call: Callable[[], None]) -> None:
-        """Call when the optimizer's state is saved."""
+        """Call `call` whenever the optimizer's state is saved."""
 
     def gradients(self, name: str) -> dict[str, Tensor] | None:
-        """Whole gradients by label of `audit.memory`, "base" among them; None without a gradient."""
+        """Whole gradients by label of `audit.memory`, including "base"; None without a gradient."""
 
     def weight(self, name: str) -> Tensor:
-        """The whole weight in the best precision that is kept; a copy."""
+        """A copy of the whole weight, in the best stored precision."""
 
     def weight_eps(self, name: str) -> float:
-        """Machine epsilon of that precision."""
+        """Machine epsilon of the precision of `weight`."""
 
     def options(self, name: str) -> Mapping[str, Any]:
         """The parameter group of a matrix."""
 
     def shards(self, name: str) -> tuple[int, ...]:
-        """Numbers of ranks over which the framework or the optimizer spreads the matrix."""
+        """Possible numbers of ranks over which the framework or the optimizer shards the matrix."""
 
     def circumstances(self) -> Circumstances:
         """Facts about the last step."""
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
 
 
 def world_group() -> dist.ProcessGroup | None:
@@ -105,7 +105,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def shared_factors(ranks: int, accumulation: int = 1, scale: float = 1.0) -> tuple[Factor, ...]:
-    """Factors of a world size, of gradient accumulation and of a loss scale."""
+    """Factors of mistakes with the world size, gradient accumulation and the loss scale."""
     found = []
     for value, what in ((ranks, f"the {ranks} ranks"), (accumulation, f"the {accumulation} micro-batches")):
         if value > 1:
@@ -119,9 +119,9 @@ def shared_factors(ranks: int, accumulation: int = 1, scale: float = 1.0) -> tup
 
 @dataclass
 class TorchSource:
-    """Optimizers of torch's kind: plain loops, DDP, and DTensors of FSDP2, HSDP or tensor parallelism.
+    """Source for torch optimizers: plain loops, DDP, and DTensors of FSDP2, HSDP or tensor parallelism.
 
-    The gradient is `p.grad` when the step begins, after the caller's clipping: the tensor that the optimizer reads.
+    The gradient is `p.grad` at the beginning of the step, after clipping: the same tensor that the optimizer reads.
     """
 
     optimizers: Sequence[torch.optim.Optimizer]
@@ -169,7 +169,7 @@ class TorchSource:
             self._hooks += [optimizer.register_step_pre_hook(enter), optimizer.register_step_post_hook(leave)]
 
     def follow(self, names: Names) -> None:
-        """Does nothing: gradients exist when the step begins."""
+        """Do nothing: all gradients exist at the beginning of the step."""
 
     def on_save(self, call: Callable[[], None]) -> None:
         for optimizer in self.optimizers:
@@ -209,7 +209,7 @@ class TorchSource:
         self._hooks.clear()
 
     def _gradient_norm(self) -> float:
-        """The norm of all gradients, if clipping was asked for."""
+        """The norm of all gradients, if clipping is used."""
         if self.clip is None:
             return 0.0
         found = [p.grad for o in self.optimizers for g in o.param_groups for p in g["params"] if p.grad is not None]

@@ -16,7 +16,7 @@ def spread_of(wide: Before, asked: Hyperparameters, momentum: Tensor, precision:
 
     Args:
         wide: the inputs in fp64.
-        momentum: after the step, in fp64.
+        momentum: the momentum after the step, in fp64.
         step: the plain step in fp64.
     """
     narrow = _narrow(wide, asked, momentum, precision)
@@ -25,7 +25,7 @@ def spread_of(wide: Before, asked: Hyperparameters, momentum: Tensor, precision:
 
 
 def _narrow(wide: Before, asked: Hyperparameters, momentum: Tensor, precision: Precision) -> Step:
-    """The step as the dtypes of the optimizer may make it: messages and iteration rounded, all else in fp32."""
+    """The step in the optimizer's dtypes: messages and iteration are rounded, all else is in fp32."""
 
     def rounded(x: Tensor) -> Tensor:
         return x.float() if precision.wire is None else x.to(precision.wire).float()
@@ -38,7 +38,7 @@ def _narrow(wide: Before, asked: Hyperparameters, momentum: Tensor, precision: P
     memory = {name: value.float() for name, value in wide.memory.items()}
     gradient, sent = rounded(wide.gradient * asked.gradient_factor), rounded(momentum)
     if asked.rule == "adamuon":
-        # The sign of a sum that nearly cancels is a rounding error: zero here, so that it counts.
+        # The sign of a sum that nearly cancels is random: set it to zero, so that the spread includes it.
         gradient, sent = _without_cancelled(gradient, sent, asked)
     before = Before(wide.weight.float(), gradient, wide.momentum.float(), memory)
     return plain_step(before, replace(asked, gradient_factor=1.0), iteration, sent)

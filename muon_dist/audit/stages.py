@@ -1,4 +1,4 @@
-"""One stage of a step at a time: is it right, and if it is not, what was done instead."""
+"""Checks of single stages of a step; if a stage is wrong, they find the cause."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from muon_dist.audit.tolerance import Precision, Tolerance
 from muon_dist.audit.written import Written, fit, rounded_to
 
 _STAGES = {BIAS: "direction", "wrong_sign": "direction", "decay_order": "decay"}
-"""Of causes that are no factor of their own, but show as one."""
+"""Causes that look like a factor, but are not a factor."""
 FEW = 2
-"""So many wrong elements are a flipped bit or two."""
+"""Up to this many wrong elements count as flipped bits."""
 
 
 def localized(alarms: Mapping[str, tuple[Alarm | None, tuple[int, ...]]]) -> Alarm | None:
-    """The alarm of those parts that are wrong, if others are right: (alarm, ranks) by name of the part."""
+    """The alarm of the wrong parts, if other parts are right. alarms: (alarm, ranks) by name of the part."""
     wrong = {name: (alarm, ranks) for name, (alarm, ranks) in alarms.items() if alarm is not None}
     if not wrong or len(wrong) == len(alarms):
         return None
     first = next(alarm for alarm, _ in wrong.values() if alarm is not None)
     ranks = tuple(rank for _, of_part in wrong.values() for rank in of_part)
     names = f"on rank {', '.join(map(str, ranks))}" if ranks else ", ".join(wrong)
-    return replace(first, sentence=f"{names} alone: {first.sentence}", ranks=ranks)
+    return replace(first, sentence=f"only {names}: {first.sentence}", ranks=ranks)
 
 
 def bands(wrong: Tensor) -> dict[str, Cut]:
-    """Rows, or columns, in which an error lies, and the others; empty if it lies everywhere or here and there.
+    """The band of rows, or columns, with errors, and the rest; empty if errors are everywhere or scattered.
 
-    wrong: sizes of errors, (rows, cols); zero where there is none.
+    wrong: sizes of errors, (rows, cols); zero without an error.
     """
     if wrong.ndim != 2:
         return {}
@@ -67,7 +67,7 @@ def _where(dim: int, chosen: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _parts(held: Mapping[int, Cut], wrong: Tensor) -> dict[str, tuple[Cut, tuple[int, ...]]]:
-    """Parts of a matrix that may be wrong alone: what each rank holds, or a band of rows or columns."""
+    """Parts of a matrix that may be wrong while others are right: each rank's part, or a band of rows or columns."""
     if len(held) > 1:
         return {f"rank {rank}": (cut, (rank,)) for rank, cut in held.items()}
     return {name: (cut, ()) for name, cut in bands(wrong).items()}
@@ -77,7 +77,7 @@ def added(
     got: Tensor, old: Tensor, new: Tensor, beta: float, limit: float, asked: Hyperparameters, around: Circumstances,
     what: str = "momentum", weight: Tensor | None = None,
 ) -> tuple[float, Alarm | None]:  # fmt: skip
-    """Error and alarm of a moving average: got = beta old + (1 - beta) new. weight: before the step."""
+    """Error and alarm of a moving average, got = beta old + (1 - beta) new. weight: the weight before the step."""
     want = beta * old + (1 - beta) * new
     size = beta * float(old.norm()) + (1 - beta) * float(new.norm())
     difference = Difference.between(got, want)
@@ -105,7 +105,7 @@ def _sum(
     got: Tensor, old: Tensor, new: Tensor, beta: float, limit: float, asked: Hyperparameters, around: Circumstances,
     what: str, weight: Tensor | None,
 ) -> Alarm:  # fmt: skip
-    """Of what a wrong moving average was made."""
+    """The alarm of a wrong moving average; its sentence names the wrong terms."""
     p, q, left, _ = fit(got, old, new)
     size = beta * float(old.norm()) + (1 - beta) * float(new.norm())
     want = beta * old + (1 - beta) * new
@@ -141,7 +141,7 @@ def _sum(
 def update_alarm(
     w: Written, seen: Observed, asked: Hyperparameters, precision: Precision, limit: Tolerance, around: Circumstances
 ) -> Alarm | None:
-    """The alarm of what was written; None if rounding explains it."""
+    """The alarm of a wrong written weight; None if rounding explains the difference."""
     if not w.wrong:
         return None
     if not math.isfinite(w.error):
@@ -158,7 +158,7 @@ def _of_elements(
     w: Written, asked: Hyperparameters, precision: Precision, limit: Tolerance, around: Circumstances,
     lengths: Sequence[Factor],
 ) -> Alarm | None:  # fmt: skip
-    """The alarm of single elements, of a band of rows, of what one rank holds, or of a rounding."""
+    """The alarm for wrong single elements, a wrong band of rows, a wrong part of one rank, or wrong rounding."""
     wrong = (w.got - w.want).abs()
     turn = Difference.between(w.decay * w.old - w.got, w.update)
     numbers = turn.factor, turn.angle
@@ -181,7 +181,7 @@ def _of_elements(
 def _of_direction(
     w: Written, seen: Observed, asked: Hyperparameters, around: Circumstances, lengths: Sequence[Factor]
 ) -> Alarm:
-    """The alarm of an update of another direction."""
+    """The alarm of an update with a wrong direction."""
     got, want, limit = (w.decay * w.old - w.got) / w.rate, w.update / w.rate, max(w.bound, 0.01)
     ways = directions(seen.before, asked, seen.momentum, dict(seen.memory), got, around.world_size)
     verdict = explain(got, want, directions=ways, factors=lengths, tolerance=limit)
@@ -205,7 +205,7 @@ def _said(verdict: Verdict, sentence: str, names: tuple[str, ...]) -> Alarm:
 
 
 def length_alarm(w: Written, lengths: Sequence[Factor]) -> Alarm | None:
-    """The alarm of a difference that factors on old weight and update explain; None if they do not."""
+    """The alarm of a difference that factors on old weight and update explain; None if they do not explain it."""
     weight = float(w.old.norm()) / float(w.update.norm()) if bool(w.update.any()) else math.inf
     explained = max(abs(w.b), abs(w.a) * weight)
     if w.left > max(w.bound, 0.02 * explained):
@@ -233,7 +233,7 @@ def length_alarm(w: Written, lengths: Sequence[Factor]) -> Alarm | None:
 
 
 def _decay(w: Written, lengths: Sequence[Factor]) -> Alarm:
-    """The alarm of another factor on the old weight."""
+    """The alarm of a wrong factor on the old weight."""
     if w.lost > 0 and abs(w.a - w.lost) < 0.2 * w.lost:
         return Alarm("decay", "weight decay was not applied", ("skipped_decay",))
     said = f"the old weight was multiplied by {1 - w.lost + w.a:.8g}, asked {1 - w.lost:.8g}"

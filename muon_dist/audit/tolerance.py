@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 
 _ITERATION = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 0.01, torch.bfloat16: 0.08}
-"""Relative error of Newton-Schulz of a matrix of full rank against fp64: measured 1e-6, 2e-3 and .015 (256 x 256,
-Keller's coefficients), times a margin of five or more for other shapes and orders of summation."""
+"""Largest relative error of Newton-Schulz against fp64, for a matrix of full rank, by dtype. Measured: 1e-6, 2e-3 and
+0.015 (256 x 256, Keller's coefficients); times a margin of five or more for other shapes and orders of summation."""
 _SPREAD = 4.0
-"""Two iterations in one dtype differ from fp64 by errors of one size; their difference is within this many of them."""
+"""Two iterations in one dtype have errors of equal size; their difference is at most this many times one error."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Precision:
     """The dtypes of a step of one matrix.
 
     Attributes:
-        iteration: of Newton-Schulz; fp32 for AdamW.
-        weight: of the tensor that the step writes: of the master, if there is one.
-        state: of momentum, or of AdamW's moments.
-        wire: in which look-ahead and update travel, if that is narrower than fp32.
+        iteration: dtype of Newton-Schulz; fp32 for AdamW.
+        weight: dtype of the tensor that the step writes: the master if there is one.
+        state: dtype of momentum, or of AdamW's moments.
+        wire: dtype of sent look-aheads and updates, if narrower than fp32.
         stochastic: weights are rounded stochastically.
-        arithmetic: in which the update is computed outside the iteration: under AdamW that of the weight.
+        arithmetic: dtype of the arithmetic outside the iteration; for AdamW the weight's dtype.
         rescaled: the weight is multiplied once more after decay and update.
     """
 
@@ -41,9 +41,9 @@ class Tolerance:
     """Largest errors without an alarm.
 
     Attributes:
-        momentum: of the new momentum, relative to what was added up.
-        direction: of the update, relative to it.
-        written: rounding of each weight when it is written, relative to the weight.
+        momentum: error of the new momentum, relative to its summands.
+        direction: error of the update, relative to the update.
+        written: rounding of each written weight, relative to the weight.
     """
 
     momentum: float
@@ -60,17 +60,16 @@ def tolerance_of(precision: Precision, spread: float | None = None, wanted: floa
     """The tolerance of one audited matrix.
 
     Args:
-        precision: see there.
-        spread: relative difference of the plain step with its iteration in `precision.iteration`, on the matrix at
-            hand, to the same in fp64; None before it was measured. Directions without momentum, which a matrix of low
-            rank has, are rounding errors that the iteration brings to full size, so no constant can hold for all
-            matrices.
-        wanted: the user's tolerance of the update, in place of `direction`.
+        precision: the dtypes of the step.
+        spread: for this matrix, the relative difference between the plain step with its iteration in
+            `precision.iteration` and the same step in fp64; None if not measured. It is needed because in a matrix of
+            low rank the iteration brings rounding errors to full size, so that no constant fits all matrices.
+        wanted: the user's tolerance of the update, instead of `direction`.
 
-    Momentum: a lerp has three roundings, the gradient's factor one, a stored 16-bit moment another; with u the unit
-    roundoff of the state, 8 u is above their sum. Direction: the constant of the dtype, four spreads, one rounding of
-    each message and eight operations outside the iteration. Written: decay and update round once each, and a
-    factor on the norm once more, u |w| at most.
+    Momentum: a lerp has three roundings, the gradient's factor one, a stored 16-bit moment another one. With u the
+    unit roundoff of the state, 8 u is larger than their sum. Direction: the constant of the dtype, four spreads, one
+    rounding per message and eight operations outside the iteration. Written: decay and update round once each, and a
+    factor on the norm once more, at most u |w| each.
     """
     direction = _ITERATION[precision.iteration] + 8 * unit(precision.arithmetic)
     if spread is not None:

@@ -28,7 +28,7 @@ class Undo:
         adamw: dict[int, list[AdamWork]],
         state: MutableMapping[Tensor, dict[str, Any]],
     ) -> None:
-        """Copy all state before a step, or before each part of it if a framework steps its groups one by one."""
+        """Copy all state before a step, or before each call if a framework steps its groups in several calls."""
         memory = runtime.memory
         tensors = [w.parameter for w in work.values()] + [runtime.resting]
         tensors += [runtime.momentum[b] for b in work if b in runtime.momentum]

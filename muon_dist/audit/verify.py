@@ -1,4 +1,4 @@
-"""`muon-dist verify`: checks the chain of an audit, what it covered, and how large its errors were."""
+"""`muon-dist verify`: checks the chain of an audit, its coverage, and its errors."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Period:
     """Errors in a part of the run.
 
     Attributes:
-        first, last: steps.
-        audits: audited tensors.
-        errors: by stage the largest share of its tolerance; 1 is the bound.
-        alarms: lines with an alarm.
+        first, last: first and last step.
+        audits: number of audited tensors.
+        errors: by stage, the largest error as a share of its tolerance; 1 is the bound.
+        alarms: number of lines with an alarm.
     """
 
     first: int
@@ -42,16 +42,16 @@ class Verified:
     """The result of a verification.
 
     Attributes:
-        path: of the chain.
-        lines: in the file.
-        problems: of the chain and of checkpoints: empty if everything is whole.
+        path: the file of the chain.
+        lines: number of lines in the file.
+        problems: problems of the chain and of checkpoints; empty if there are none.
         audits: records of audited tensors that belong to the run.
-        abandoned: lines of branches on which a resumed run did not continue.
-        starts: processes of the run, resumed ones included.
-        heads: checkpoints whose head was found in the chain.
+        abandoned: number of lines in abandoned branches of the run.
+        starts: number of processes of the run, including resumed ones.
+        heads: checkpoints whose line was found in the chain.
         names: all Muon matrices, from the newest start.
-        settings: of the audit, from the newest start.
-        gaps: audited steps that are missing, first and last of each gap.
+        settings: the audit's settings, from the newest start.
+        gaps: first and last missing step of each gap in the audited steps.
     """
 
     path: Path
@@ -72,31 +72,31 @@ class Verified:
 
     @property
     def good(self) -> bool:
-        """The chain is whole, and nothing was wrong."""
+        """Whether the chain is complete and there was no alarm."""
         return not self.problems and not self.alarms
 
     def counts(self) -> Counter[str]:
-        """Audits of each Muon matrix; 0 for one that was never audited."""
+        """Number of audits of each Muon matrix; 0 for a matrix that was never audited."""
         found = Counter(dict.fromkeys(self.names, 0))
         found.update(r["matrix"] for r in self.audits if r["algorithm"] == "muon")
         return found
 
     def ranks(self) -> dict[int, tuple[int, int]]:
-        """Per rank: how often it was audited, and how often it was the auditor."""
+        """Per rank: number of times that it was audited, and number of times that it was the auditor."""
         owners, auditors = Counter(r["owner"] for r in self.audits), Counter(r["auditor"] for r in self.audits)
         world = range(int(self.settings.get("world_size", 1)))
         return {rank: (owners[rank], auditors[rank]) for rank in sorted({*world, *owners, *auditors})}
 
     def periods(self) -> list[Period]:
-        """The run in up to five parts of about as many audits."""
+        """Up to five parts of the run with about equal numbers of audits."""
         count = len(self.audits)
         borders = sorted({count * n // _PARTS for n in range(_PARTS + 1)})
         return [_period(self.audits[a:b]) for a, b in itertools.pairwise(borders)]
 
     def raise_if_bad(self) -> None:
-        """Raise AuditError, which says what is wrong."""
+        """Raise AuditError with the problem, if there is one."""
         if self.problems:
-            raise AuditError(f"{self.path} is not whole: {self.problems[0]}")
+            raise AuditError(f"{self.path} is damaged or incomplete: {self.problems[0]}")
         if self.alarms:
             steps = ", ".join(str(r["step"]) for r in self.alarms[:5])
             raise AuditError(f"{len(self.alarms)} audited steps differ from what was asked for: step {steps}")
@@ -117,7 +117,7 @@ def verify(run: Path) -> Verified:
     """Check the chain of a run folder, or of a file.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no chain.
     """
     path = run / FILE if run.is_dir() else run
     if not path.is_file():
@@ -146,7 +146,7 @@ def _gaps(steps: Iterable[int], every: int | None) -> Iterable[tuple[int, int]]:
 
 
 def _check_heads(found: Verified, chain: Read, run: Path) -> None:
-    """Every checkpoint of an audited step must name a line of this chain: one that was cut or rewritten has none."""
+    """Check that every checkpoint of an audited step names a line of this chain; a cut or rewritten chain lacks it."""
     every = int(found.settings.get("every") or 1)
     steps = {r["step"] + n for _, r in chain.records for n in range(every)}
     without: list[str] = []
@@ -169,6 +169,6 @@ def _check_heads(found: Verified, chain: Read, run: Path) -> None:
             found.problems.append(f"{path.name}: line {lines}, which it names, is not in the chain")
         elif lines:
             found.heads.append(path.name)
-    # A loop of the user's own may save no head at all.
+    # A user's own training loop may not save the head.
     for name in without if found.heads else ():
         found.problems.append(f"{name}: it names no line of the chain, though its step was audited")

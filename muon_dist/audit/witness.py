@@ -1,4 +1,4 @@
-"""`muon_dist.witness`: follows any optimizer, and says what its steps do."""
+"""`muon_dist.witness`: follows any optimizer, and reports faults and choices in its steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from muon_dist.errors import ConfigError, InexactError
 logger = logging.getLogger("muon_dist.witness")
 
 RULES = ("muon", "normuon", "adamw")
-# How many steps that nothing explains are searched for a cause: a search tries a hundred directions.
+# Largest number of unexplained steps that are searched for a cause: a search tries a hundred directions.
 SEARCHES = 4
 _OPTIONS = (
     "lr", "weight_decay", "momentum", "nesterov", "scale", "ns_schedule", "ns_steps", "ns_coefficients", "betas", "eps"
@@ -37,8 +37,8 @@ class Witness:
     """Follows an optimizer; returned by `muon_dist.witness`.
 
     Attributes:
-        followed: names of the matrices that are followed now.
-        steps: optimizer steps seen.
+        followed: names of the currently followed matrices.
+        steps: number of optimizer steps seen.
         seen: the last judged steps, one entry per matrix and step.
     """
 
@@ -84,16 +84,16 @@ class Witness:
             raise InexactError("; ".join(f"{f.matrix}: {f.sentence}" for f in self.findings))
 
     def close(self) -> None:
-        """Stop to follow; findings stay."""
+        """Stop following; findings stay."""
         if self._source is not None:
             self._source.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The momentum that the followed matrices should have, to be saved with a checkpoint."""
+        """The expected momentum of the followed matrices, to be saved with a checkpoint."""
         return {n: {"memory": f.memory.copy().__dict__, "weight": f.after} for n, f in self._followed.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the `state_dict` of another process, which has the expected state of the loaded optimizer."""
+        """Load the `state_dict` of the run whose optimizer state was loaded."""
         for name, kept in state.items():
             if name in self._followed:
                 memory = self._followed[name].memory
@@ -109,7 +109,7 @@ class Witness:
         source.listen(self._before, self._after)
 
     def _choose(self) -> None:
-        """Begin with the next followed set."""
+        """Choose the next set of followed matrices."""
         assert self._source is not None
         names = self._names
         if isinstance(self._matrices, int):
@@ -121,7 +121,7 @@ class Witness:
         self._source.follow(list(self._followed))
 
     def _warm(self, asked: Asked) -> int:
-        """Steps after which a momentum that began later than the optimizer's is as good as its own."""
+        """Number of steps after which momentum that started later equals the optimizer's closely enough."""
         slowest = max(asked.betas) if self.wanted.rule == "adamw" else asked.momentum
         return math.ceil(math.log(1e-4) / math.log(slowest)) if slowest > 0 else 1
 
@@ -146,7 +146,7 @@ class Witness:
         return [f for n, f in self._followed.items() if n in mine]
 
     def _jumped(self, f: Followed) -> None:
-        """The weight changed since the last step: a load, or other code that writes it."""
+        """Handle a weight that changed since the last step, by a load or by other code."""
         for save in reversed(self._saves):
             if f.name not in save:
                 continue
@@ -182,11 +182,11 @@ class Witness:
             self._choose()
 
     def _judge(self, f: Followed, said: Circumstances) -> Length | None:
-        """Judge the step of one matrix. Returns the explanation of its update, if there is one."""
+        """Judge the step of one matrix; return the length of its update if the step could be explained."""
         assert self._source is not None and f.before is not None and f.after is not None
         asked = read(self._source.options(f.name), self.wanted, f.pieces)
         if self._rotate and self._rotate <= self._warm(asked):
-            raise ConfigError(f"rotate={self._rotate}: momentum needs {self._warm(asked)} steps to be followed")
+            raise ConfigError(f"rotate={self._rotate}: momentum is known after {self._warm(asked)} steps: use more")
         change = f.after - f.before
         if f.gradients is None:
             if bool(change.any()):
@@ -231,7 +231,7 @@ class Witness:
         )
         found = judge(Step(f.before, f.after, f.memory, asked, facts), f.habit, search=f.searches < SEARCHES)
         if not found.known and f.written:
-            # What was loaded may be any momentum: it is followed from now on, and judged once it is known.
+            # The loaded momentum is unknown: follow it from now on, and judge again when it is known.
             cause = Cause("momentum_unknown", "momentum is unknown after the weight was written", "choice")
             self._note(f.name, cause, found.difference, cause.sentence)
             f.memory, f.late, f.written = Memory(f.shape, f.before.device), True, False
@@ -242,7 +242,7 @@ class Witness:
         return Length(f.name, f.shape, asked, found, said.factors, f.memory.zeros, facts.weight_eps)
 
     def _conclude(self, judged: Sequence[tuple[Followed, Length]]) -> None:
-        """Name what the directions and lengths of one step show."""
+        """Record the causes shown by the directions and lengths of one step."""
         lengths = [length for _, length in judged]
         if not lengths:
             return
@@ -268,7 +268,7 @@ class Witness:
                 self._note(e.name, cause, difference)
 
     def _compare_copies(self, own: Sequence[Followed]) -> None:
-        """Whether all ranks of the source's group hold the same weights, and used the same gradients."""
+        """Check that all ranks of the source's group hold equal weights and used equal gradients."""
         assert self._source is not None
         ranks = size_of_group(self._source.group)
         if ranks < 2 or not own or self.steps % self._every:
@@ -305,7 +305,7 @@ class Witness:
 def checked(
     rule: str, matrices: int | str | Sequence[str], every: int, on_finding: str, asked: Mapping[str, Any]
 ) -> int | str | Sequence[str]:
-    """`matrices`, a lone pattern as a list. Raises ConfigError for arguments of `witness` that cannot be used."""
+    """`matrices`, with a single pattern as a list. Raises ConfigError for invalid arguments of `witness`."""
     if rule not in RULES:
         raise ConfigError(f"rule={rule!r}: use {', '.join(RULES)}")
     unknown = set(asked) - set(_OPTIONS)
@@ -336,33 +336,33 @@ def witness(
 ) -> Witness:
     """Follow an optimizer from now on and compare its steps with the plain rule.
 
-    The optimizer is not changed: its step is hooked, whole weights and gradients of a few matrices are gathered before
-    and after it, momentum is kept apart in fp64, and the step is computed again. Every rank calls it with the
-    same arguments, before the first step.
+    The optimizer does not change. Hooks around its step gather whole weights and gradients of a few matrices, and the
+    witness recomputes the step with its own fp64 momentum. Call it on every rank with the same arguments, before the
+    first step.
 
     Args:
         optimizer: a torch optimizer or a list of them (plain loops, DDP, FSDP2, HSDP), a DeepSpeed engine, or a
-            Hugging Face Trainer, which is then followed from `on_train_begin` on.
-        model: gives names, and the hidden matrices that Muon should train whatever the optimizer's groups say.
+            Hugging Face Trainer, which is followed from `on_train_begin` on.
+        model: for names, and for the hidden matrices that Muon should train even if the groups do not say so.
         rule: "muon", "normuon" or "adamw".
-        matrices: how many are followed, "all", or regular expressions of their names. Two fp64 copies of weight and
-            momentum each are kept.
-        every: judge every this many steps; gradients are taken in at each.
-        rotate: follow other matrices after this many steps; the momentum of new ones is taken in for
-            log(1e-4) / log(momentum) steps before they are judged.
-        seed: of the choice of matrices.
-        clip: bound of the global gradient norm, where the framework does not say it.
-        pieces: name -> numbers of rows that are orthogonalized by themselves (heads, fused projections) as asked for.
+        matrices: number of followed matrices, "all", or regular expressions for names. Each needs two fp64 copies of
+            weight and momentum.
+        every: judge one of this many steps; gradients are recorded at every step.
+        rotate: follow other matrices after this many steps. A new matrix is judged after log(1e-4) / log(momentum)
+            steps, when its momentum is known.
+        seed: seed of the choice of matrices.
+        clip: bound of the global gradient norm, if the framework does not provide it.
+        pieces: name -> numbers of rows of blocks that should be orthogonalized separately (heads, fused projections).
         on_finding: "warn" (logger `muon_dist.witness`) or "raise" (`InexactError`, on all ranks).
-        asked: what was asked for, above what the parameter groups say: lr, weight_decay, momentum, nesterov, scale,
-            ns_schedule, ns_steps, ns_coefficients, betas, eps.
+        asked: options that override the parameter groups: lr, weight_decay, momentum, nesterov, scale, ns_schedule,
+            ns_steps, ns_coefficients, betas, eps.
 
     Returns:
         A `Witness`: `.findings`, `.choices`, `.table()`, `.check()`, `.close()`.
 
     Raises:
         ConfigError: an unknown argument, or no matrix to follow.
-        FrameworkError: the parameters are kept in a form that cannot be read whole.
+        FrameworkError: the parameters are stored in a form that cannot be read whole.
     """
     matrices = checked(rule, matrices, every, on_finding, asked)
     made = Witness(

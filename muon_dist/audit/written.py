@@ -1,4 +1,4 @@
-"""What a step has written into a weight, against what it should have written."""
+"""Compares the weight that a step has written with the weight that it should have written."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from muon_dist.audit.tolerance import Precision, Tolerance, unit
 
 
 def fit(rest: Tensor, x: Tensor, y: Tensor) -> tuple[float, float, float, float]:
-    """(a, b, norm of what is left, condition) of the least squares rest = a x + b y, in fp64.
+    """(a, b, norm of the remainder, condition) of the least-squares fit rest = a x + b y, in fp64.
 
-    The number for a vector that is zero is 0. Errors of `a` and `b` are `condition` times as large as they would be if
-    x and y were at right angles.
+    The coefficient of a zero vector is 0. Errors of `a` and `b` are `condition` times as large as for orthogonal x and
+    y.
     """
     rest, x, y = (t.detach().double().flatten() for t in (rest, x, y))
     xx, yy, xy, xr, yr = (float(p @ q) for p, q in ((x, x), (y, y), (x, y), (x, rest), (y, rest)))
@@ -32,20 +32,21 @@ def fit(rest: Tensor, x: Tensor, y: Tensor) -> tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Written:
-    """A weight that was written, or a part of it, against the one that was wanted.
+    """A written weight, or a part of it, compared with the wanted weight.
 
     Attributes:
-        old, got, want: the weight before the step, after it, and as it should be.
-        update: what should have been subtracted.
-        decay: factor on the old weight, a number or of its shape.
-        lost: share of a decayed element that is taken away.
-        a, b: got - want is `a` times the old weight (of cautious decay: its decayed elements), minus `b` times the
-            update, and what is `left`; as norms of the update. So the update was 1 + b times what it should be.
-        error: norm of got - want in norms of the update.
-        bound: of `error`.
-        bound_a, bound_b: of `a` and `b`: rounding errors of many elements nearly cancel there.
+        old, got, want: the weight before the step, after the step, and the wanted weight after the step.
+        update: the tensor that should have been subtracted.
+        decay: factor on the old weight, a number or a tensor of its shape.
+        lost: 1 - decay, for decayed elements.
+        a, b: got - want = a old - b update + remainder; for cautious decay `old` only has the decayed elements. So the
+            update was 1 + b times the wanted update.
+        left: norm of the remainder, divided by the norm of the update.
+        error: norm of got - want, divided by the norm of the update.
+        bound: largest allowed `error`.
+        bound_a, bound_b: largest allowed |a| and |b|; small, because rounding errors of many elements nearly cancel.
         hidden: share of the decay that the rounding of a 16-bit weight may hide.
-        rate: by which the update was multiplied.
+        rate: factor on the update.
         wide: the weight is stored in more than 16 bits.
     """
 
@@ -70,7 +71,7 @@ class Written:
     def of(
         cls, old: Tensor, got: Tensor, step: Step, asked: Hyperparameters, precision: Precision, limit: Tolerance
     ) -> Written:
-        """Of a whole matrix."""
+        """The comparison for a whole matrix."""
         made = cls.part(old, got, step.rate * step.direction, step.decay, asked, precision, limit)
         return replace(made, rate=step.rate or 1.0)
 
@@ -79,7 +80,7 @@ class Written:
         cls, old: Tensor, got: Tensor, update: Tensor, decay: Tensor | float, asked: Hyperparameters,
         precision: Precision, limit: Tolerance,
     ) -> Written:  # fmt: skip
-        """Of any part of a matrix, all tensors of one shape."""
+        """The comparison for any part of a matrix; all tensors have the shape of the part."""
         old, got, update = old.double(), got.double(), update.double()
         decay, decayed = (decay.double() if isinstance(decay, Tensor) else decay), old
         if isinstance(decay, Tensor) and bool((decay < decay.max()).any()):
@@ -87,7 +88,7 @@ class Written:
         lost = 1 - float(decay.min() if isinstance(decay, Tensor) else decay)
         want = decay * old - update
         if precision.weight.itemsize < 4 and not precision.stochastic and not asked.rescales:
-            # Decay is lost in the rounding of a 16-bit weight: that is what the dtype does, not a fault.
+            # Rounding of a 16-bit weight can lose the decay: this is an effect of the dtype, not a fault.
             want = ((decay * old).to(precision.weight).double() - update).to(precision.weight).double()
         rest = got - want
         size, weight, n = float(update.norm()), float(old.norm()), max(update.numel(), 1)
@@ -105,11 +106,11 @@ class Written:
         bound_a = math.inf
         if weight > 0:
             share, rounding = max(10 / root, 0.02), 6 / root
-            if asked.rescales:  # its factor on the old weight follows from the weight that was written
+            if asked.rescales:  # its factor on the old weight depends on the written weight
                 share = rounding = 1.0
             bound_a = rounding * limit.written + limit.direction * size / weight * share
-            # Weight decay has two errors that are the same in all elements, so that they do not cancel. Its factor is
-            # rounded to fp32, by at most u / 2. And so close to 1 all products are rounded to one side, by at most u.
+            # Weight decay has two errors that are equal in all elements, so they do not cancel. Its factor is rounded
+            # to fp32, by at most u / 2. And close to 1 all products are rounded in the same direction, by at most u.
             bound_a += 1.5 * unit(torch.promote_types(precision.weight, torch.float32))
         error = float(rest.norm()) / size
         bound_a, bound_b = condition * bound_a, condition * bound_b
@@ -125,12 +126,12 @@ class Written:
 
     @property
     def off_a(self) -> bool:
-        """Whether the old weight was multiplied with another factor."""
+        """Whether the old weight was multiplied by a wrong factor."""
         return abs(self.a) > max(self.bound_a, self.hidden * self.lost)
 
     @property
     def off_b(self) -> bool:
-        """Whether the update was multiplied with another factor."""
+        """Whether the update was multiplied by a wrong factor."""
         return abs(self.b) > self.bound_b
 
     @property

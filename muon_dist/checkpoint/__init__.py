@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON by parameter name, committed by rename, loaded only when every byte is right."""
+"""Checkpoints: safetensors and JSON by parameter name, committed by rename, loaded only if every byte is correct."""
 
 from muon_dist.checkpoint.background import Saver
 from muon_dist.checkpoint.folder import checkpoint_name, commits, set_aside_after, step_of, tidy

@@ -1,4 +1,4 @@
-"""Saves checkpoints one after another, in the background or not, with one policy for errors and old checkpoints."""
+"""Saves checkpoints, in the background or not, and applies the policy for errors and old checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from muon_dist.errors import CheckpointError
 
 
 def warn_on_stderr(text: str) -> None:
-    """The default way to tell of a save that failed."""
+    """Print a warning to stderr; the default for failed saves."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -27,17 +27,17 @@ class Saver:
     """Commits checkpoints under `root`.
 
     Args:
-        root: their folder.
-        ranks: all ranks that save together, over a process group of their own: a save in the background uses it
-            while training uses others.
-        background: hold the caller for a copy to host memory only, and write in a thread; at most one save at a time.
-            The copies stay allocated, as large as what this rank writes.
-        on_error: "stop" raises when a save has failed, "continue" warns. In the background the error comes with the
-            next `save` or `wait`, at which all ranks hear of it; the first rank warns at once.
+        root: folder of the checkpoints.
+        ranks: all ranks that save together, with a separate process group, because a save in the background runs
+            during training.
+        background: block the caller only for a copy to host memory, and write in a thread; at most one save at a time.
+            The copies stay allocated; they are as large as this rank's part of a checkpoint.
+        on_error: if a save fails, "stop" raises and "continue" warns. An error in the background is raised on all
+            ranks by the next `save` or `wait`; the first rank warns at once.
         keep_last, keep_every: see `folder.retire`.
 
     Attributes:
-        last: the newest commit of this process.
+        last: the newest commit by this process.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class Saver:
         rank_state: Mapping[str, Any] | None = None,
         protected: Collection[Path] = (),
     ) -> None:
-        """Save; a collective. See `take` and `Contents`; `protected` checkpoints are never removed.
+        """Save a checkpoint; a collective. See `take` and `Contents`. `protected` checkpoints are never removed.
 
         Raises:
-            CheckpointError: this save, or the one in the background before it, failed and the policy is "stop".
+            CheckpointError: this save, or the previous save in the background, failed and the policy is "stop".
         """
         self.wait()
         final = self.root / folder.checkpoint_name(contents.step)
@@ -96,7 +96,7 @@ class Saver:
         snapshot, shared = taken[0]
         contents = replace(contents, state=shared)
         if self.background:
-            # Not a daemon: a process that ends in good order waits for its commit.
+            # Not a daemon, so that a process that ends normally waits for its commit.
             self._thread = threading.Thread(
                 target=self._commit, args=(snapshot, contents, protected), name="checkpoint", daemon=False
             )
@@ -106,13 +106,13 @@ class Saver:
         self._raise_problem()
 
     def wait(self) -> Path | None:
-        """Wait for the save in the background, if any; the newest commit. Raises as `save`."""
+        """Wait for the save in the background, if any; return the newest commit. Raises as `save` does."""
         self.settle()
         self._raise_problem()
         return self.last
 
     def settle(self) -> None:
-        """Wait for the save in the background, and keep its outcome for the next `save` or `wait`."""
+        """Wait for the save in the background. The next `save` or `wait` still reports its outcome."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -121,7 +121,7 @@ class Saver:
         problem, self._problem = self._problem, None
         if problem is None:
             return
-        if not isinstance(problem, CheckpointError):  # a rank is gone, or a bug of this package: no policy covers that
+        if not isinstance(problem, CheckpointError):  # a lost rank or a bug: no policy covers it
             raise problem
         if self.on_error == "stop":
             raise problem

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: written and hashed in one pass, synced, and read back with every byte checked."""
+"""Files of a checkpoint: written and hashed in one pass, synced, and fully verified when read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from muon_dist.checkpoint.phases import enter
 from muon_dist.errors import CheckpointError
 
 CHUNK = 16 * 2**20
-"""Bytes that are copied, hashed and written at a time."""
+"""Number of bytes that are copied, hashed and written at a time."""
 
 # names of the safetensors format, https://github.com/huggingface/safetensors#format
 DTYPES = {
@@ -37,7 +37,7 @@ class FileRecord:
 
 
 class _Hashed:
-    """A new file that is hashed as it is written, and synced before it is closed."""
+    """A new file that is hashed while it is written, and synced before it is closed."""
 
     def __init__(self, path: Path, rank: int) -> None:
         self.path, self.rank = path, rank
@@ -48,7 +48,7 @@ class _Hashed:
         view = memoryview(data).cast("B")
         self._hash.update(view)
         self._size += len(view)
-        while len(view):  # an unbuffered write may take less than it is given
+        while len(view):  # an unbuffered write may write only a part
             view = view[self._file.write(view) :]
 
     def close(self) -> FileRecord:
@@ -74,14 +74,14 @@ def write_bytes(path: Path, data: bytes, rank: int) -> FileRecord:
 
 
 def write_state(path: Path, value: Any, rank: int) -> FileRecord:
-    """Write small state into a new JSON file and sync it. NaN and infinity stay as they are: a resume needs them."""
+    """Write small state into a new JSON file and sync it. Keeps NaN and infinity, because a resumed run needs them."""
     return write_bytes(path, (json.dumps(value, indent=1) + "\n").encode(), rank)
 
 
 def write_tensors(path: Path, items: Sequence[tuple[str, torch.Tensor]], rank: int) -> FileRecord:
-    """Write a new safetensors file tensor by tensor and sync it; host memory beyond `items` is bounded by CHUNK.
+    """Write a new safetensors file tensor by tensor and sync it. Needs at most CHUNK bytes of extra host memory.
 
-    items: unique keys, and tensors on any device, whose last axis is contiguous.
+    items: unique keys, and tensors on any device with a contiguous last axis.
     """
     header: dict[str, Any] = {}
     at = 0
@@ -118,7 +118,7 @@ def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def sync_folder(path: Path, rank: int) -> None:
-    """Make names in a folder durable."""
+    """Sync a folder, so that the names of its files survive a crash."""
     enter("sync_folder", path, rank)
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -128,7 +128,7 @@ def sync_folder(path: Path, rank: int) -> None:
 
 
 def check_size(path: Path, record: FileRecord) -> None:
-    """Raise CheckpointError unless `path` is a regular file, no link, of the recorded size."""
+    """Raise CheckpointError unless `path` is a regular file (not a link) with the recorded size."""
     try:
         found = path.lstat()
     except OSError as error:
@@ -136,11 +136,11 @@ def check_size(path: Path, record: FileRecord) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is not a regular file (a link or a folder): it is not read")
     if found.st_size != record.size:
-        raise CheckpointError(f"{path} has {found.st_size} bytes, the manifest says {record.size}: it is damaged")
+        raise CheckpointError(f"{path} has {found.st_size} bytes, but the manifest says {record.size}: it is damaged")
 
 
 def check_bytes(path: Path, record: FileRecord) -> None:
-    """Read a file whole; raise CheckpointError unless every byte is as it was written."""
+    """Read a whole file; raise CheckpointError if a byte has changed since it was written."""
     check_size(path, record)
     total = hashlib.sha256()
     buffer = bytearray(CHUNK)

@@ -1,7 +1,7 @@
-"""The folder of checkpoints: commits, which of them are kept, and left-overs of killed processes.
+"""The folder of checkpoints: commits, deletion of old ones, and cleanup after killed processes.
 
-Names: `checkpoint-STEP` is a commit. Names with a dot are not: `.checkpoint-STEP.tmp-X` is being written,
-`.checkpoint-STEP.old-X` is a commit whose place a newer one of the same step is taking, `.trash-X` is being removed.
+`checkpoint-STEP` is a commit. Names that begin with a dot are not commits: `.checkpoint-STEP.tmp-X` is being written,
+`.checkpoint-STEP.old-X` is being replaced by a newer commit of the same step, `.trash-X` is being removed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _LEFT = re.compile(r"\.checkpoint-\d+\.tmp-[0-9a-f]+|\.trash-.*")
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of the checkpoint of an optimizer step."""
+    """The name of the checkpoint of an optimizer step."""
     return f"checkpoint-{step}"
 
 
 def temporary_name(step: int) -> str:
-    """A new name for a checkpoint that is being written."""
+    """A new name for a checkpoint while it is written."""
     return f".checkpoint-{step}.tmp-{os.urandom(4).hex()}"
 
 
@@ -40,9 +40,9 @@ def step_of(path: str | Path) -> int | None:
 
 
 def commits(root: str | Path) -> list[Path]:
-    """Committed checkpoints, by name, oldest step first; links are left out. Their bytes are not looked at."""
+    """Committed checkpoints, by name, oldest step first, without links. Their contents are not read."""
     found: dict[int, Path] = {}
-    for pattern in (_OLD, _COMMIT):  # where both are, the newer has taken its place
+    for pattern in (_OLD, _COMMIT):  # if both exist, the newer commit wins
         for path in Path(root).iterdir() if Path(root).is_dir() else ():
             match = pattern.fullmatch(path.name)
             if match and not path.is_symlink() and is_checkpoint(path):
@@ -51,7 +51,7 @@ def commits(root: str | Path) -> list[Path]:
 
 
 def publish(temporary: Path, final: Path, rank: int = 0) -> None:
-    """Give a finished, synced folder its name. At every moment the old commit of that name or the new one is there."""
+    """Rename a finished, synced folder to its final name. At every moment the old or the new commit exists."""
     root = final.parent
     old: Path | None = None
     if final.exists():
@@ -63,12 +63,12 @@ def publish(temporary: Path, final: Path, rank: int = 0) -> None:
     sync_folder(root, rank)
     enter("renamed", final, rank)
     if old is not None:
-        with contextlib.suppress(OSError):  # the commit is made; `tidy` clears the rest away
+        with contextlib.suppress(OSError):  # the commit is complete; `tidy` removes the rest
             remove(old, rank)
 
 
 def remove(path: Path, rank: int = 0) -> None:
-    """Remove a folder: first out of sight by a rename, then file by file, so that no half of it is ever believed."""
+    """Rename a folder, then delete it file by file, so that no half-deleted folder counts as a commit."""
     enter("delete", path, rank)
     trash = path.with_name(f".trash-{path.name.lstrip('.')}-{os.urandom(4).hex()}")
     path.rename(trash)
@@ -76,9 +76,9 @@ def remove(path: Path, rank: int = 0) -> None:
 
 
 def tidy(root: str | Path) -> list[Path]:
-    """Remove left-overs of killed processes. Returns the removed folders. No save may be running there.
+    """Remove temporary folders of killed processes; return the removed folders. No save may be running there.
 
-    A commit that was to be replaced and was not gets its name back.
+    If a killed process had renamed a commit to replace it, but did not finish, the commit gets its name back.
     """
     removed = []
     for path in sorted(Path(root).iterdir()) if Path(root).is_dir() else ():
@@ -94,7 +94,7 @@ def tidy(root: str | Path) -> list[Path]:
 
 
 def set_aside_after(root: str | Path, step: int) -> list[Path]:
-    """Rename commits of steps after `step`, which the resumed run will reach again. Returns the new paths."""
+    """Rename commits of later steps than `step`, which the resumed run will reach again; return the new paths."""
     moved = []
     for path in commits(root):
         number = step_of(path)
@@ -114,10 +114,10 @@ def retire(
     protected: Collection[Path] = (),
     rank: int = 0,
 ) -> list[Path]:
-    """Remove the checkpoints that the policy does not keep. Returns them.
+    """Remove the checkpoints that the policy does not keep; return them.
 
-    newest: the commit just made, which is always kept. keep_last: so many of the newest, this one counted; None
-    keeps all. keep_every: steps that are multiples of it are kept too. protected: kept in any case (the best model).
+    newest: the newest commit, which is always kept. keep_last: number of newest commits to keep, `newest` included;
+    None keeps all. keep_every: also keep steps that are multiples of it. protected: always kept (the best model).
     """
     if keep_last is None:
         return []

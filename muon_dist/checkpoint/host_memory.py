@@ -1,4 +1,4 @@
-"""Host memory into which a save in the background copies, kept from save to save."""
+"""Host memory for the copies of a save in the background, reused by later saves."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ _ALIGNMENT = 256
 
 
 class HostMemory:
-    """Buffers by key. Those for tensors of a GPU are page-locked, and lie together in arenas.
+    """Buffers by key. Buffers for GPU tensors are page-locked, and are parts of arenas.
 
-    torch's allocator of page-locked memory rounds every request up to a power of two, and keeps it for the life of the
-    process. So many buffers of odd sizes would take up to twice the host memory. An arena is a power of two itself.
+    torch's allocator of page-locked memory rounds every request up to a power of two and never frees it, so separate
+    buffers could take twice the host memory. The size of an arena is a power of two.
 
     Args:
-        pinned: page-locked whatever the tensor's device, or never; by default for tensors of a GPU.
+        pinned: True: always page-locked; False: never; None: only for GPU tensors.
 
     Attributes:
-        arenas: flat memory, uint8.
+        arenas: flat uint8 tensors.
     """
 
     def __init__(self, pinned: bool | None = None) -> None:
@@ -28,7 +28,7 @@ class HostMemory:
         self._kept: dict[str, torch.Tensor] = {}
 
     def copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of `tensor` in the buffer of `key`, which the next call with `key` overwrites; waits for the copy."""
+        """A finished copy of `tensor` in the buffer of `key`. The next call with `key` overwrites the buffer."""
         kept = self._kept.get(key)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
             pinned = tensor.is_cuda if self._pinned is None else self._pinned
@@ -37,7 +37,7 @@ class HostMemory:
         return kept.copy_(tensor)
 
     def _taken(self, like: torch.Tensor) -> torch.Tensor:
-        """Room for a tensor in the first arena that has it."""
+        """Memory for a tensor, from the first arena with enough free memory."""
         size = like.numel() * like.element_size()
         room = -(-size // _ALIGNMENT) * _ALIGNMENT
         number = next((i for i, free in enumerate(self._free) if free >= room), None)

@@ -1,6 +1,6 @@
-"""manifest.json: contents and places of a checkpoint's tensors, sizes and hashes of its files.
+"""manifest.json: the tensors of a checkpoint and their positions in files, and the files' sizes and hashes.
 
-The first line is the SHA-256 of all bytes after it, so that a damaged manifest is not believed either.
+The first line is the SHA-256 of all following bytes, so that a damaged manifest is detected too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from muon_dist.layout.block import Block
 
 NAME = "manifest.json"
 MODEL_FOLDER = "hf"
-"""Folder, in a checkpoint, of what transformers needs besides the weights: configuration and tokenizer."""
+"""Folder in a checkpoint with the other files that transformers needs: configuration and tokenizer."""
 FORMAT = "muon_dist checkpoint"
 VERSION = 1
 _FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
@@ -31,7 +31,7 @@ _FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Elements of a logical tensor in a safetensors file: 1-D for a run, (rows, cols) for a block."""
+    """A part of a logical tensor in a safetensors file: 1-D for a run, (rows, cols) for a block."""
 
     file: str
     key: str
@@ -42,7 +42,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A logical tensor: its shape, its dtype as saved ("F32"), and all its parts."""
+    """A logical tensor: its shape, its saved dtype ("F32"), and all its parts."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -59,15 +59,15 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint, as its manifest describes it.
+    """The contents of a checkpoint's manifest.
 
     Attributes:
-        step: optimizer steps that were finished.
-        world_size, layout: of the ranks that saved it; any other may load it.
-        tensors: by (kind, name).
-        files: by name, within the folder.
+        step: number of finished optimizer steps.
+        world_size, layout: those of the saving run; a run with any others can load it.
+        tensors: logical tensors by (kind, name).
+        files: file records by name within the folder.
         info: position in the data, configuration, versions; plain JSON.
-        state: named small states, as `state.encode` made them.
+        state: named small states, encoded by `state.encode`.
     """
 
     step: int
@@ -79,16 +79,16 @@ class Manifest:
     state: dict[str, Any]
 
     def kinds(self) -> list[str]:
-        """The kinds of tensors that it holds."""
+        """The kinds of its tensors."""
         return sorted({kind for kind, _ in self.tensors})
 
     def nbytes(self) -> int:
-        """Bytes of all files but the manifest."""
+        """Bytes of all files except the manifest."""
         return sum(record.size for record in self.files.values())
 
 
 def rank_file(rank: int, suffix: str) -> str:
-    """Name of a rank's own file."""
+    """Name of a rank's file."""
     return f"rank-{rank:05d}.{suffix}"
 
 
@@ -98,7 +98,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def model_folder(folder: Path) -> Path:
-    """Where the configuration and the tokenizer lie in `folder`, one of our checkpoints or a model folder."""
+    """The folder with configuration and tokenizer of `folder`, which is one of our checkpoints or a model folder."""
     return folder / MODEL_FOLDER if is_checkpoint(folder) else folder
 
 
@@ -131,10 +131,10 @@ def write_manifest(folder: Path, manifest: Manifest, rank: int) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a committed checkpoint; the other files are not touched.
+    """The manifest of a committed checkpoint; other files are not read.
 
     Raises:
-        CheckpointError: there is none, it is damaged, of another format, or names something outside of the folder.
+        CheckpointError: the manifest is missing, damaged, in another format, or names a file outside the folder.
     """
     path = folder / NAME
     if folder.is_symlink() or path.is_symlink():
@@ -179,7 +179,9 @@ def _parsed(path: Path, body: Mapping[str, Any]) -> Manifest:
     for (kind, name), tensor in tensors.items():
         held = sum(part.block.numel for part in tensor.parts)
         if held != tensor.numel:
-            raise CheckpointError(f"{path}: {held} of the {tensor.numel} elements of {name} ({kind}) are in its files")
+            raise CheckpointError(
+                f"{path}: only {held} of the {tensor.numel} elements of {name} ({kind}) are in its files"
+            )
     return Manifest(
         step=_number(body["step"]),
         world_size=_number(body["world_size"]),
@@ -199,7 +201,7 @@ def _check_part(path: Path, part: Stored, tensor: Tensor) -> None:
 
 def _known(names: Mapping[str, Any], value: Any) -> str:
     if value not in names:
-        raise ValueError(f"{value!r} is none of {', '.join(names)}")
+        raise ValueError(f"{value!r} is not one of {', '.join(names)}")
     return str(value)
 
 

@@ -1,4 +1,4 @@
-"""The phase of a save: called at each boundary, for the fault injector, for messages and for measurements."""
+"""Phases of a save: listeners are called at each phase, for the fault injector, messages and measurements."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PHASES = (
-    "start",  # every rank: the state is about to be copied or written; path is the future folder
-    "copied",  # every rank: background saves only, the state lies in host memory and training may continue
-    "make",  # first rank: the temporary folder is about to be made
+    "start",  # every rank: before the state is copied or written; path is the future folder
+    "copied",  # every rank, only background saves: the state is in host memory and training may continue
+    "make",  # first rank: before the temporary folder is made
     "write",  # before each tensor and small file is written
     "fsync",  # before a file is synced
     "written",  # after a file was synced and closed
-    "gather",  # every rank: its files are on disk; the ranks are about to agree
-    "manifest",  # first rank: the manifest is about to be written
+    "gather",  # every rank: its files are on disk; before the ranks exchange their results
+    "manifest",  # first rank: before the manifest is written
     "sync_folder",  # first rank: before a folder is synced
-    "set_aside",  # first rank: an older commit of the same step is about to be renamed
-    "rename",  # first rank: the temporary folder is about to become the checkpoint
-    "renamed",  # first rank: it has
-    "committed",  # every rank: the save is over
-    "delete",  # first rank: an old folder is about to be renamed and removed
-    "load",  # every rank: a verified checkpoint is about to be copied into the model
+    "set_aside",  # first rank: before an older commit of the same step is renamed
+    "rename",  # first rank: before the temporary folder is renamed to the checkpoint
+    "renamed",  # first rank: after this rename
+    "committed",  # every rank: the save is finished
+    "delete",  # first rank: before an old folder is renamed and removed
+    "load",  # every rank: before a verified checkpoint is copied into the model
 )
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A boundary that a save or load has reached.
+    """A phase that a save or load has reached.
 
     Attributes:
         name: one of PHASES.
-        path: the file or folder that it is about.
-        rank: of the process.
+        path: the file or folder concerned.
+        rank: rank of the process.
         number: counts the phases of this process, from 1.
     """
 
@@ -44,14 +44,14 @@ class Phase:
 
 Listener = Callable[[Phase], None]
 LISTENERS: list[Listener] = []
-"""Called in turn at every phase, in the thread that saves. What they raise fails the save as an error of the disk
-would; an empty list costs nothing."""
+"""Functions that are called at every phase, in the thread that saves. An error in them fails the save, like a disk
+error. An empty list costs nothing."""
 
 _entered = 0
 
 
 def enter(name: str, path: Path, rank: int) -> None:
-    """Say that a phase begins."""
+    """Call the listeners for a phase."""
     global _entered
     if not LISTENERS:
         return

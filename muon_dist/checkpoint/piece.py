@@ -1,7 +1,7 @@
-"""The parts of the training state that a rank holds, as blocks of whole, logical tensors.
+"""Pieces: the parts of the training state that a rank holds, as blocks of logical tensors.
 
-An adapter lists the pieces of its framework; the same list is read for a save and written to by a load. A checkpoint
-is the union of the pieces of all ranks, so one that was saved under any layout and world size loads under any other.
+An adapter lists the pieces of its framework. A save reads these pieces, and a load writes them. A checkpoint is the
+union of the pieces of all ranks, so it can be loaded under any other layout and world size.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from muon_dist.errors import CheckpointError
 from muon_dist.layout.block import Block, view
 
 WEIGHT = "weight"
-"""Kind of a parameter's value: the fp32 master where a framework keeps one."""
+"""Kind of a parameter's value: its fp32 master if the framework has one."""
 BUFFER = "buffer"
 """Kind of a module's persistent buffer."""
 MOMENTUM = "momentum"
-"""Kind of Muon's momentum. Other state keeps torch's own names: exp_avg, exp_avg_sq, step."""
+"""Kind of Muon's momentum. Other state has torch's names: exp_avg, exp_avg_sq, step."""
 OPTIONAL = frozenset({"zero_gradient_steps", "rounding_steps"})
-"""Kinds that a checkpoint may lack: they are zero then."""
+"""Kinds that a checkpoint may lack; the loaded state is then zero."""
 
 
-# what torch puts into the names of a module that it wraps
+# Parts that torch adds to the names in a wrapped module.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name as the bare model has it, whatever wraps the model (DDP, torch.compile, DeepSpeed, FSDP2)."""
+    """A parameter's name in the bare model, without the parts added by wrappers (DDP, torch.compile, FSDP2, ...)."""
     for inner in _WRAPPERS:
         name = name.replace(inner, "")
     return name.removeprefix("module.")
@@ -43,12 +43,12 @@ class Piece:
 
     Attributes:
         name: FQN of the parameter or buffer.
-        kind: WEIGHT, BUFFER, MOMENTUM, or the optimizer's own name ("exp_avg", "exp_avg_sq", "step").
-        shape: of the whole logical tensor; () for a number.
-        block: which elements of it, flattened.
-        tensor: a live view of them: 1-D for a run, (rows, cols) for a block, its last axis contiguous.
-        holders: ranks of the checkpoint's process group that list this very piece, in the same order among the pieces
-            with the same holders; each of them writes an equal share. Empty: only this rank holds it.
+        kind: WEIGHT, BUFFER, MOMENTUM, or the optimizer's name for its state ("exp_avg", "exp_avg_sq", "step").
+        shape: shape of the whole logical tensor; () for a number.
+        block: the elements, in the flattened logical tensor.
+        tensor: a live view of the elements: 1-D for a run, (rows, cols) for a block, with contiguous last axis.
+        holders: ranks of the checkpoint's process group with this same piece; each writes an equal share. These ranks
+            must list all pieces with equal holders in the same order. Empty: only this rank holds it.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Piece:
         if tuple(self.tensor.shape) != wanted:
             raise ValueError(f"{self.name} ({self.kind}): a view of {tuple(self.tensor.shape)} for {self.block}")
         if self.block.start < 0 or self.block.stop > math.prod(self.shape):
-            raise ValueError(f"{self.name} ({self.kind}): {self.block} lies outside of a tensor of {self.shape}")
+            raise ValueError(f"{self.name} ({self.kind}): {self.block} is outside of a tensor of {self.shape}")
 
     @property
     def offset(self) -> int:
@@ -87,7 +87,7 @@ class Piece:
 
 
 def shaped(tensor: torch.Tensor, block: Block) -> torch.Tensor:
-    """The live view of a block of a contiguous tensor as a `Piece` wants it: 1-D for a run, else (rows, cols)."""
+    """The live view of a block of a contiguous tensor, in the form of a `Piece`: 1-D for a run, else (rows, cols)."""
     part = view(tensor.detach(), block)
     return part[0] if block.rows == 1 else part
 
@@ -95,14 +95,14 @@ def shaped(tensor: torch.Tensor, block: Block) -> torch.Tensor:
 def whole(
     name: str, kind: str, shape: tuple[int, ...], tensor: torch.Tensor, holders: Sequence[int] = ()
 ) -> list[Piece]:
-    """The piece of a tensor that lies whole on this rank; none when it has no elements."""
+    """The piece of a tensor that this rank holds whole; [] if it has no elements."""
     return run(name, kind, shape, 0, tensor, holders)
 
 
 def run(
     name: str, kind: str, shape: tuple[int, ...], offset: int, tensor: torch.Tensor, holders: Sequence[int] = ()
 ) -> list[Piece]:
-    """The piece of a contiguous run, held in a contiguous `tensor`; none when it has no elements."""
+    """The piece of a contiguous run, held in a contiguous `tensor`; [] if it has no elements."""
     flat = tensor.detach().view(-1)
     if flat.numel() == 0:
         return []
@@ -114,10 +114,10 @@ class Holding:
     """All tensors of a run that a rank holds.
 
     Attributes:
-        layout: a word for the manifest and messages ("replicated", "flat", "per_parameter", "dtensor").
+        layout: name for the manifest and messages ("replicated", "flat", "per_parameter", "dtensor").
         pieces: see `Piece`.
-        finish: called on every rank after a load, to bring up to date what is computed from the pieces, such as the
-            16-bit copies of fp32 masters. May be a collective.
+        finish: called on every rank after a load, to update tensors that are computed from the pieces, such as 16-bit
+            copies of fp32 masters. May be a collective.
     """
 
     layout: str
@@ -126,10 +126,9 @@ class Holding:
 
 
 def to_write(pieces: Iterable[Piece], rank: int) -> list[Piece]:
-    """The pieces that `rank` writes: its own, and of each that others hold as well an equal share.
+    """The pieces that `rank` writes: those that only it holds, and an equal share of those with several holders.
 
-    The pieces with the same holders are laid end to end and cut into as many equal parts as there are holders; only
-    runs are cut.
+    Pieces with equal holders are put end to end and divided into equal parts, one per holder. Only runs are divided.
     """
     chosen: list[Piece] = []
     shared: dict[tuple[int, ...], list[Piece]] = defaultdict(list)
@@ -147,7 +146,7 @@ def to_write(pieces: Iterable[Piece], rank: int) -> list[Piece]:
         for piece in members:
             n = piece.block.numel
             start, stop = max(first - at, 0), min(first + part - at, n)
-            if piece.block.rows > 1:  # not cut: whole to the one in whose part it begins
+            if piece.block.rows > 1:  # not divided: goes to the holder in whose part it begins
                 start, stop = (0, n) if first <= at < first + part else (0, 0)
             if start < stop:
                 chosen.append(piece if stop - start == n else _cut(piece, start, stop))

@@ -9,7 +9,7 @@ from muon_dist.errors import CheckpointError
 class Ranks(ranks.Ranks):
     """Ranks that save and load together: a failure on one rank is a CheckpointError on all.
 
-    A save in the background and a load use one instance one after another.
+    A save in the background and a load must not use one instance at the same time.
     """
 
     failure = CheckpointError

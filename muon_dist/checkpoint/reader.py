@@ -21,14 +21,13 @@ from muon_dist.errors import CheckpointError
 from muon_dist.layout.block import Block
 
 _READ = 16 * 2**20
-"""Elements that are read at a time."""
+"""Number of elements that are read at a time."""
 
 
 class Checkpoint:
     """A committed checkpoint.
 
-    Made by `open_checkpoint`, which has verified every byte, or by `Checkpoint.look`, which has read the manifest
-    alone.
+    `open_checkpoint` makes it and verifies every byte. `Checkpoint.look` makes it and reads only the manifest.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -37,7 +36,7 @@ class Checkpoint:
 
     @classmethod
     def look(cls, path: str | Path) -> Checkpoint:
-        """Read the manifest, and check that the files it names are there in their sizes."""
+        """A checkpoint from its manifest; checks only that all files exist and have the recorded sizes."""
         manifest = read_manifest(Path(path))
         for name, record in manifest.files.items():
             if (Path(path) / name).parent.is_symlink():
@@ -46,7 +45,7 @@ class Checkpoint:
         return cls(Path(path), manifest)
 
     def verify(self, only: Sequence[str] | None = None) -> None:
-        """Read `only` these files, or all, and compare their hashes. Raises CheckpointError that names a file."""
+        """Check the hashes of the files `only`, or of all. Raises CheckpointError that names a damaged file."""
         for name in self.manifest.files if only is None else only:
             files.check_bytes(self.path / name, self.manifest.files[name])
 
@@ -56,20 +55,20 @@ class Checkpoint:
 
     @property
     def weights_only(self) -> bool:
-        """It holds no state of an optimizer: made by `convert`, or with `save_only_model`."""
+        """Whether it has no optimizer state: it was made by `convert`, or with `save_only_model`."""
         return not set(self.manifest.kinds()) - {WEIGHT, BUFFER}
 
     @property
     def beginning(self) -> bool:
-        """A run does not continue from it but begins with what it holds: it has no place in a run's data."""
+        """Whether a run starts from it at step 0, because it has no position in the data."""
         return self.weights_only or "position" not in self.manifest.info
 
     def state(self) -> dict[str, Any]:
-        """The named small states that are the same on every rank."""
+        """The named small states that are equal on all ranks."""
         return dict(decode(self.manifest.state, _Tensors(self, rank_file(0, "safetensors"))))
 
     def rank_state(self, rank: int) -> dict[str, Any] | None:
-        """The small state of a rank of the run that saved it; None for a rank that it did not have."""
+        """The small state of one rank of the saving run; None if that run did not have this rank."""
         name = rank_file(rank, "json")
         if name not in self.manifest.files:
             return None
@@ -78,7 +77,7 @@ class Checkpoint:
 
     @cached_property
     def states(self) -> dict[str, dict[str, Tensor]]:
-        """State of each parameter besides its weight: name -> kind -> tensor."""
+        """The optimizer state of each parameter: name -> kind -> tensor."""
         found: dict[str, dict[str, Tensor]] = {}
         for (kind, name), tensor in self.manifest.tensors.items():
             if kind not in (WEIGHT, BUFFER):
@@ -88,37 +87,36 @@ class Checkpoint:
     # ---- tensors
 
     def check(self, pieces: Sequence[Piece]) -> None:
-        """Raise CheckpointError unless every piece can be filled; nothing is read or changed."""
+        """Raise CheckpointError if a piece cannot be filled. Reads and changes nothing."""
         for piece in pieces:
             tensor = self.manifest.tensors.get((piece.kind, piece.name))
             if tensor is None:
                 if piece.kind in OPTIONAL:
                     continue
                 if piece.kind in (WEIGHT, BUFFER) or (WEIGHT, piece.name) not in self.manifest.tensors:
-                    raise CheckpointError(f"{self.path} does not hold {piece.name}: it is of another model")
+                    raise CheckpointError(f"{self.path} does not hold {piece.name}: it belongs to another model")
                 if piece.name in self.states:
                     raise CheckpointError(
                         f"{self.path} holds {', '.join(sorted(self.states[piece.name]))} of {piece.name} and no "
-                        f"{piece.kind}: it was trained by another algorithm or rule; train it as it was, or start a "
-                        "new run"
+                        f"{piece.kind}: it was trained by another algorithm or rule; use that one, or start a new run"
                     )
                 continue
             if tensor.shape != piece.shape:
                 raise CheckpointError(
                     f"{piece.name} ({piece.kind}) has shape {tensor.shape} in {self.path}, but {piece.shape} in this "
-                    "model: resume with the model's settings of that run"
+                    "model: resume with the model settings of the saved run"
                 )
             found = sum(p.numel for part in tensor.parts for p in piece.block.common(part.block))
             if found != piece.block.numel:
                 raise CheckpointError(
-                    f"{self.path} holds {found} of {piece.block.numel} elements of {piece.name} ({piece.kind})"
+                    f"{self.path} holds only {found} of {piece.block.numel} elements of {piece.name} ({piece.kind})"
                 )
 
     @torch.no_grad()
     def fill(self, pieces: Sequence[Piece]) -> None:
-        """Copy into `pieces`; state that the checkpoint does not have is set to zero, its value when it was saved.
+        """Copy into `pieces`. State missing from the checkpoint is set to zero, its value when it was saved.
 
-        Host memory beyond the pieces is bounded by what is read at a time.
+        Needs little extra host memory, because it reads a limited number of elements at a time.
         """
         for piece in pieces:
             tensor = self.manifest.tensors.get((piece.kind, piece.name))
@@ -132,7 +130,7 @@ class Checkpoint:
                         target.copy_(values.view(target.shape))
 
     def tensor(self, kind: str, name: str) -> torch.Tensor:
-        """One whole logical tensor, in the dtype in which it was saved."""
+        """One whole logical tensor, in its saved dtype."""
         found = self.manifest.tensors[kind, name]
         whole = torch.empty(found.shape, dtype=files.DTYPES[found.dtype])
         if found.numel:
@@ -140,7 +138,7 @@ class Checkpoint:
         return whole
 
     def close(self) -> None:
-        """Close its files; they are opened again when something is read."""
+        """Close the files; a later read opens them again."""
         self._open.clear()
 
     def _slice(self, file: str, key: str) -> Any:
@@ -154,7 +152,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path / file} has no tensor {key}: {error}") from error
 
     def _read(self, stored: Stored, part: Block) -> Iterator[tuple[Block, torch.Tensor]]:
-        """`part` of a stored block, piece by piece: (which elements, their values)."""
+        """`part` of a stored block in small parts: (block of elements, their values)."""
         source = self._slice(stored.file, stored.key)
         held = stored.block
         expected = [held.cols] if held.rows == 1 else [held.rows, held.cols]
@@ -180,7 +178,7 @@ class Checkpoint:
 
 
 class _Tensors(dict[str, torch.Tensor]):
-    """The tensors of a rank's small state, read when asked for."""
+    """The tensors of a rank's small state, read on first access."""
 
     def __init__(self, checkpoint: Checkpoint, file: str) -> None:
         super().__init__()
@@ -192,10 +190,10 @@ class _Tensors(dict[str, torch.Tensor]):
 
 
 def open_checkpoint(path: str | Path, ranks: Ranks | None = None) -> Checkpoint:
-    """Verify a checkpoint, each rank a share of its bytes; a collective.
+    """Open and verify a checkpoint; each rank reads a share of its bytes. A collective.
 
     Raises:
-        CheckpointError: on every rank, when a byte is wrong or a file is missing; names it.
+        CheckpointError: on every rank, if a byte is wrong or a file is missing; names the file.
     """
     ranks = ranks or Ranks()
     folder_path = Path(path)
@@ -219,12 +217,12 @@ def open_checkpoint(path: str | Path, ranks: Ranks | None = None) -> Checkpoint:
 def newest_good(
     root: str | Path, ranks: Ranks | None = None, warn: Callable[[str], None] = print
 ) -> Checkpoint | None:
-    """The newest checkpoint under `root` that verifies, with a warning for each newer one that does not; a collective.
+    """The newest undamaged checkpoint under `root`; None without any checkpoint. A collective.
 
-    None if there is none at all.
+    Warns of each newer checkpoint that is damaged.
 
     Raises:
-        CheckpointError: there are some and none of them is good; names what is wrong with the newest.
+        CheckpointError: all checkpoints are damaged; names the damage of the newest.
     """
     ranks = ranks or Ranks()
     first: CheckpointError | None = None
@@ -234,18 +232,18 @@ def newest_good(
         except CheckpointError as error:
             first = first or error
             if ranks.rank == 0:
-                warn(f"{error}; trying the checkpoint before it")
+                warn(f"{error}; trying the previous checkpoint")
     if first is not None:
         raise first
     return None
 
 
 def load(checkpoint: Checkpoint, holding: Holding, ranks: Ranks | None = None) -> None:
-    """Fill what this rank holds from a verified checkpoint, of any layout and world size; a collective.
+    """Load this rank's part from a verified checkpoint of any layout and world size; a collective.
 
     Raises:
-        CheckpointError: on every rank and before a tensor is touched, when the checkpoint is of another model or
-            lacks a part.
+        CheckpointError: the checkpoint belongs to another model or lacks a part; raised on every rank, before a tensor
+            changes.
     """
     ranks = ranks or Ranks()
     enter("load", checkpoint.path, ranks.rank)
@@ -260,7 +258,7 @@ def load(checkpoint: Checkpoint, holding: Holding, ranks: Ranks | None = None) -
 
 
 def _check_nothing_is_left(checkpoint: Checkpoint, held: set[tuple[str, str]]) -> None:
-    """Raise CheckpointError for a weight that no rank holds, and for state of one whose other state they hold."""
+    """Raise CheckpointError if the checkpoint has a weight, or a kind of state, that no rank would load."""
     tensors = checkpoint.manifest.tensors
     unknown = {name for kind, name in tensors if kind == WEIGHT and (WEIGHT, name) not in held}
     if unknown:
@@ -271,5 +269,5 @@ def _check_nothing_is_left(checkpoint: Checkpoint, held: set[tuple[str, str]]) -
         kind, name = min(left, key=lambda key: key[::-1])
         raise CheckpointError(
             f"{checkpoint.path} holds {kind} of {name}, which this run does not keep: it was trained by another "
-            "algorithm or rule; train it as it was, or start a new run"
+            "algorithm or rule; use that one, or start a new run"
         )

@@ -1,7 +1,7 @@
 """Small state as JSON: scheduler, loss scaler, random generators, windows of guards; tensors are stored separately.
 
-Whoever has such state is a provider: `state_dict()` gives plain values (None, bool, int, float, str, lists, tuples,
-dicts with text keys, tensors), `load_state_dict(state)` takes them back, with lists for tuples.
+An object with such state is a provider. Its `state_dict()` returns plain values (None, bool, int, float, str, lists,
+tuples, dicts with text keys, tensors). `load_state_dict(state)` loads them, with lists instead of tuples.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from muon_dist.errors import CheckpointError
 
 _TENSOR = "__tensor__"
 PREFIX = "state/"
-"""Of the keys of such tensors in a safetensors file."""
+"""Prefix of the keys of such tensors in a safetensors file."""
 
 
 class Provider(Protocol):
-    """Something with a small state."""
+    """An object with small state."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -29,15 +29,15 @@ class Provider(Protocol):
 
 
 def encode(value: Any, tensors: dict[str, torch.Tensor], at: str = "") -> Any:
-    """JSON for `value`; its tensors go into `tensors` under keys with PREFIX.
+    """`value` as JSON data; its tensors are put into `tensors` under keys with PREFIX.
 
     Raises:
-        CheckpointError: a value of another type; names its place.
+        CheckpointError: a value has another type; names its position.
     """
     if isinstance(value, Mapping):
         wrong = next((k for k in value if not isinstance(k, str)), None)
         if wrong is not None:
-            raise CheckpointError(f"state {at}: the key {wrong!r} is not text")
+            raise CheckpointError(f"state {at}: the key {wrong!r} is not a string")
         return {k: encode(v, tensors, f"{at}.{k}" if at else k) for k, v in value.items()}
     if isinstance(value, torch.Tensor):
         key = f"{PREFIX}{at}"
@@ -53,7 +53,7 @@ def encode(value: Any, tensors: dict[str, torch.Tensor], at: str = "") -> Any:
 
 
 def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Undo `encode`; tuples become lists."""
+    """The value that `encode` encoded; tuples become lists."""
     if isinstance(value, Mapping):
         if _TENSOR in value:
             return tensors[value[_TENSOR]]
@@ -64,9 +64,9 @@ def decode(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 class RandomState:
-    """The random generators of this process: Python, numpy, torch, and every device that it uses.
+    """Provider for the random generators of this process: Python, numpy, torch, and every device that it uses.
 
-    seed: a rank that was not there at the save starts from it, its rank and the step; two ranks never share numbers.
+    seed: for a rank that the saving run did not have: its generators are seeded from `seed`, rank and step.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,12 +84,12 @@ class RandomState:
             },
             "torch": torch.get_rng_state(),
         }
-        if torch.cuda.is_initialized():  # a run on the CPU makes no context on a GPU
+        if torch.cuda.is_initialized():  # do not create a GPU context in a run on the CPU
             state["cuda"] = torch.cuda.get_rng_state()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue as if there had been no stop."""
+        """Load the state of all generators."""
         python, numpy = state["python"], state["numpy"]
         random.setstate((python["version"], tuple(python["numbers"].tolist()), python["gauss"]))
         keys = numpy["keys"].numpy().astype(np.uint32)
@@ -99,7 +99,7 @@ class RandomState:
             torch.cuda.set_rng_state(state["cuda"])
 
     def start_anew(self, seed: int) -> None:
-        """Seed all generators: on a rank that was not there at the save."""
+        """Seed all generators, on a rank that the saving run did not have."""
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Which weights of a run are meant: the newest, those of a step, or the best. One rule for all commands."""
+"""Chooses the weights of a run: the newest, those of a step, or the best. All commands use this rule."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from muon_dist.errors import CheckpointError
 from muon_dist.json_files import read_lines, read_object, write_json
 
 RECORD = "muon_dist.json"
-"""File in the folder of a final model that says of which optimizer step the weights are."""
+"""File in the folder of a final model with the optimizer step of its weights."""
 
 DATA = "data.json"
-"""File in a run folder that says what its weights were trained on."""
+"""File in a run folder about the data and tokenizer of its training."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model folder or a checkpoint. step: the optimizer step of its weights, None if nothing says it."""
+    """A model folder or a checkpoint. step: the optimizer step of its weights, None if unknown."""
 
     path: Path
     step: int | None
@@ -35,10 +35,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which weights of a run folder to take: the newest, unless `step` or `best` is given.
+    """A choice of weights in a run folder: the newest, unless `step` or `best` is set.
 
-    step: those of this optimizer step. best: those with the best value of `metric` in the log. metric, greater: the
-    name in metrics.jsonl, and whether more is better.
+    step: the weights of this optimizer step. best: the weights with the best value of `metric` in the log. metric: a
+    name in metrics.jsonl. greater: whether a greater value is better.
     """
 
     step: int | None = None
@@ -55,10 +55,10 @@ NEWEST = Choice()
 
 
 def record_step(folder: Path, step: int | None, reached: int | None = None, tokenizers: Collection[str] = ()) -> None:
-    """Write into the model folder `folder` that its weights are those of optimizer step `step`.
+    """Record in the model folder `folder` that its weights are those of optimizer step `step`.
 
-    reached: the step that the run had reached when it wrote them, where that is a later one (the best weights).
-    tokenizers: SHA-256 of those whose tokens it was trained on; the saved tokenizer has other bytes.
+    reached: the run's step when it wrote them, if it is later (best weights). tokenizers: SHA-256 of the tokenizers of
+    the training data; the saved tokenizer file has another hash.
     """
     record: dict[str, Any] = {"step": step} if step is not None else {}
     if reached not in (None, step):
@@ -76,18 +76,20 @@ def weights_at(folder: Path) -> Weights:
 
 
 def trained_with(folder: Path) -> set[str]:
-    """SHA-256 of the tokenizers whose tokens a model folder or a checkpoint was trained on, as far as it is recorded:
-    in the folder itself, or in the run folder that it lies in."""
+    """SHA-256 of the tokenizers of the training data of a model folder or a checkpoint.
+
+    Read from the folder itself or from its run folder; empty if not recorded.
+    """
     records = (folder / RECORD, folder.parent / DATA, folder.parent.parent / DATA)
     return {digest for file in records for digest in _value(file, "tokenizers", list) or () if isinstance(digest, str)}
 
 
 def newest_weights(root: Path) -> Weights | None:
-    """The weights that a run folder ends with: its final model, unless a later checkpoint was committed since.
+    """The newest weights of a run folder: its final model, or a checkpoint that was committed later; None without any.
 
-    The final model holds the weights of an earlier step where the run loaded its best; it counts as what the run
-    ended with until the run continues. A model that does not say its step (it was written by an earlier version) is of
-    the step of summary.json, which was written with it. None if there are no weights.
+    If the run loaded its best weights at the end, the final model has weights of an earlier step, but still counts as
+    the newest until the run continues. A model of an earlier version does not record its step: it has the step in
+    summary.json, which was written at the same time.
     """
     model = _final_model(root)
     saved = commits(root / "checkpoints")
@@ -101,7 +103,7 @@ def newest_weights(root: Path) -> Weights | None:
 
 
 def final_step(root: Path) -> int | None:
-    """The step that the run had reached when it wrote its final model; None without one, or where nothing says it."""
+    """The step that the run had reached when it wrote its final model; None without a final model, or if unknown."""
     model = _final_model(root)
     if model is None:
         return None
@@ -110,9 +112,9 @@ def final_step(root: Path) -> int | None:
 
 
 def choose_weights(root: Path, choice: Choice = NEWEST) -> Weights | None:
-    """The weights of a run folder that `choice` means; None if the folder holds no weights at all.
+    """The weights of a run folder selected by `choice`; None if the folder has no weights.
 
-    Raises CheckpointError when there are weights, but none of that step, or none that the log has figures of.
+    Raises CheckpointError if there are weights, but not of that step, or without a value of the metric in the log.
     """
     if choice.step is None and not choice.best:
         return newest_weights(root)
@@ -127,17 +129,17 @@ def choose_weights(root: Path, choice: Choice = NEWEST) -> Weights | None:
     figures = {step: value for step, value in _logged(root / "metrics.jsonl", choice.metric) if step in held}
     if not figures:
         raise CheckpointError(
-            f"{root}: no saved weights have {choice.metric} in metrics.jsonl, so none is known as the best: evaluate "
-            "where checkpoints are saved (trainer.eval_strategy, trainer.eval_steps), or choose by --step"
+            f"{root}: no saved weights have {choice.metric} in metrics.jsonl, so the best are unknown: evaluate at "
+            "the steps of checkpoints (trainer.eval_strategy, trainer.eval_steps), or choose by --step"
         )
     order = sorted(figures, key=lambda step: (-figures[step] if choice.greater else figures[step], step))
     return held[order[0]]
 
 
 def set_model_aside(root: Path, step: int) -> list[Path]:
-    """Rename the final model and the summary of a run that continues from an earlier `step`; the new paths.
+    """Rename the final model and the summary of a run that resumes from an earlier `step`; return the new paths.
 
-    They belong to the branch that is being abandoned, like the checkpoints after `step`.
+    They belong to an abandoned branch of the run, like the checkpoints after `step`.
     """
     reached = final_step(root)
     if reached is None or reached <= step:
@@ -158,14 +160,14 @@ def _final_model(root: Path) -> Weights | None:
 
 
 def _held(root: Path) -> dict[int, Weights]:
-    """Step -> weights of that step; the final model rather than a checkpoint of the same step."""
+    """Step -> weights of that step; the final model has priority over a checkpoint of the same step."""
     found = [Weights(path, step_of(path)) for path in commits(root / "checkpoints")]
     model = _final_model(root)
     return {w.step: w for w in (*found, model) if w is not None and w.step is not None}
 
 
 def _logged(file: Path, name: str) -> Iterator[tuple[int, float]]:
-    """(step, value) of each line of a log that holds a finite number `name`."""
+    """(step, value) of each line of a log with a finite number `name`."""
     try:
         lines = [line for _, line in read_lines(file) if line is not None]
     except OSError:

@@ -1,4 +1,4 @@
-"""Two-phase commit: every rank writes and syncs its file into a temporary folder, then one rename makes it visible."""
+"""Two-phase commit: all ranks write and sync files in a temporary folder, then one rename makes the folder visible."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from muon_dist.layout.block import Block
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Index = list[tuple[str, str, str, tuple[int, ...], str, Block]]
-"""key, kind, name, shape of the whole, dtype, place in it"""
+"""(key, kind, name, shape of the whole tensor, dtype, block in the tensor) of each written tensor."""
 
 
 @dataclass
 class Snapshot:
-    """The tensors that this rank will write: live ones, or copies that training does not change."""
+    """The tensors that this rank will write: live tensors, or copies that training does not change."""
 
     items: list[tuple[str, torch.Tensor]]
     index: Index
@@ -40,12 +40,12 @@ class Contents:
     """The data of a checkpoint besides tensors; the first rank's values are written.
 
     Attributes:
-        step: optimizer steps that were finished.
-        layout: a word for the manifest.
+        step: number of finished optimizer steps.
+        layout: name of the layout, for the manifest.
         info: plain JSON: position in the data, configuration, versions.
-        state: named small states, the same on every rank, already plain (see `state.encode`).
-        documents: further files by name, one folder deep at most, such as "trainer_state.json".
-        name: of the folder; None: checkpoint-STEP.
+        state: named small states, equal on all ranks, encoded by `state.encode`.
+        documents: further files by name, at most one folder deep, such as "trainer_state.json".
+        name: name of the folder; None: checkpoint-STEP.
     """
 
     step: int
@@ -64,10 +64,10 @@ def take(
     state: Mapping[str, Any] | None = None,
     host: HostMemory | None = None,
 ) -> tuple[Snapshot, dict[str, Any]]:
-    """(what `rank` writes, `state` encoded).
+    """(the snapshot that `rank` writes, the encoded `state`).
 
-    rank_state: of this rank only. state: the same on every rank; the first writes it. host: into which the tensors
-    are copied; without it the snapshot holds live tensors.
+    rank_state: state of this rank. state: state that is equal on all ranks; the first rank writes it. host: memory for
+    copies of the tensors; None: the snapshot has live tensors.
     """
     tensors: dict[str, torch.Tensor] = {}
     own = encode(dict(rank_state), tensors, f"rank{rank}")
@@ -85,11 +85,11 @@ def take(
 
 
 def commit(root: Path, ranks: Ranks, snapshot: Snapshot, contents: Contents) -> Path:
-    """Write a checkpoint and make it visible; its folder. A collective of `ranks`.
+    """Write and commit a checkpoint; return its folder. A collective of `ranks`.
 
     Raises:
-        CheckpointError: on every rank when any failed; the temporary folder is gone and older checkpoints are as
-            they were.
+        CheckpointError: on every rank if one rank failed. Then the temporary folder is removed, and older checkpoints
+            have not changed.
     """
     rank = ranks.rank
     final = root / (contents.name or folder.checkpoint_name(contents.step))
@@ -123,7 +123,7 @@ def _write_own(target: Path, rank: int, snapshot: Snapshot) -> tuple[dict[str, F
     tensors, state = rank_file(rank, "safetensors"), rank_file(rank, "json")
     if not target.is_dir():
         raise CheckpointError(
-            f"{target} is not there: all ranks must see one folder, on a file system that they share"
+            f"{target} does not exist on this rank: all ranks need the same folder on a shared file system"
         )
     records = {
         tensors: files.write_tensors(target / tensors, snapshot.items, rank),
@@ -146,7 +146,7 @@ def _finish(
     for rank, (own, index) in enumerate(written):
         records.update(own)
         for name, record in own.items():
-            files.check_size(target / name, record)  # does this rank see what the others wrote?
+            files.check_size(target / name, record)  # check that this rank sees the files of all ranks
         for key, kind, name, shape, dtype, block in index:
             tensor = tensors.setdefault((kind, name), Tensor(shape, dtype))
             if (tensor.shape, tensor.dtype) != (shape, dtype):
@@ -157,7 +157,7 @@ def _finish(
     for (kind, name), tensor in tensors.items():
         held = sum(part.block.numel for part in tensor.parts)
         if held != tensor.numel:
-            raise CheckpointError(f"the ranks hold {held} of the {tensor.numel} elements of {name} ({kind})")
+            raise CheckpointError(f"the ranks hold only {held} of the {tensor.numel} elements of {name} ({kind})")
     for name, data in contents.documents.items():
         (target / name).parent.mkdir(exist_ok=True)
         records[name] = files.write_bytes(target / name, data, 0)

@@ -1,4 +1,4 @@
-"""Moving fragments to owners and updates back."""
+"""Messages of a step: fragments to the owners, and updates back."""
 
 from muon_dist.exchange.schedule import Bucket, bucket_elements, bytes_sent, make_buckets
 from muon_dist.exchange.transport import Transport

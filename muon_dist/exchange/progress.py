@@ -10,14 +10,14 @@ from typing import Protocol
 
 IDLE = "idle"
 _KEPT = 1024
-"""Operations that are remembered while a device is behind; a step has some hundred."""
+"""Operations that are remembered while the device is behind the host; a step has a few hundred."""
 
 
 class Mark(Protocol):
-    """A place in the queue of a device, such as a `torch.cuda.Event` that was recorded."""
+    """A position in a device's queue, such as a recorded `torch.cuda.Event`."""
 
     def query(self) -> bool:
-        """Whether the device has come there."""
+        """Whether the device has reached this position."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,8 @@ class Standing:
 
     Attributes:
         operation, bucket, step: as in `Progress`.
-        since: time.monotonic() at which the host began it.
-        mark: where it begins in the queue of the device; None if there is none.
+        since: time.monotonic() when the host began the operation.
+        mark: the start of the operation in the device's queue; None without marks.
     """
 
     operation: str
@@ -37,21 +37,21 @@ class Standing:
     mark: Mark | None = None
 
     def text(self) -> str:
-        """ "gather of bucket 3 in step 17"."""
+        """Text such as "gather of bucket 3 in step 17"."""
         return place(self.operation, self.bucket, self.step)
 
 
 @dataclass
 class Progress:
-    """The operation that this rank is in; written by whoever works, read by another thread.
+    """The current operation of this rank. The training thread writes it, and another thread reads it.
 
     Attributes:
-        step: optimizer steps that were finished.
-        operation: "idle", or what runs, such as "gather", "orthogonalize", "scatter", "gradient flags".
-        bucket: index of the bucket that it works on, if any.
-        since: time.monotonic() at which it began.
+        step: number of finished optimizer steps.
+        operation: "idle", or the operation, such as "gather", "orthogonalize", "scatter", "gradient flags".
+        bucket: index of the operation's bucket; None without a bucket.
+        since: time.monotonic() when the operation began.
         listeners: called with this object after each change; they must be quick.
-        mark: makes a mark in the queue of the device, where the host does not wait for what it has started; else None.
+        mark: puts a mark into the device's queue; None if the host waits for each operation.
     """
 
     step: int = 0
@@ -63,7 +63,7 @@ class Progress:
     _trail: deque[Standing] = field(default_factory=lambda: deque(maxlen=_KEPT), repr=False)
 
     def enter(self, operation: str, bucket: int | None = None) -> None:
-        """Say what runs from now on."""
+        """Record that `operation` begins."""
         self.operation, self.bucket, self.since = operation, bucket, time.monotonic()
         if self.mark is not None:
             self._trail.append(Standing(operation, bucket, self.step, self.since, self.mark()))
@@ -80,9 +80,9 @@ class Progress:
         return Standing(self.operation, self.bucket, self.step, self.since)
 
     def device(self) -> Standing | None:
-        """The oldest operation that the device has not finished, while the host has gone on; None if it keeps up.
+        """The oldest operation that the device has not finished; None if the device keeps up with the host.
 
-        To be called by one thread, the watchdog's. An operation is finished when the device has come to the next one.
+        Only the watchdog's thread may call it. The device has finished an operation when it reaches the next mark.
         """
         trail = self._trail
         while len(trail) > 1:
@@ -94,5 +94,5 @@ class Progress:
 
 
 def place(operation: str, bucket: int | None, step: int) -> str:
-    """ "gather of bucket 3 in step 17", for messages; `step` counts finished steps, the message counts from 1."""
+    """Text such as "gather of bucket 3 in step 17". `step` counts finished steps; the text counts from 1."""
     return f"{operation}{'' if bucket is None else f' of bucket {bucket}'} in step {step + 1}"

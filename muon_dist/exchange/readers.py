@@ -1,4 +1,4 @@
-"""Fragments of local tensors: how a step reads them in few operations, and what their numbers are."""
+"""Views of the fragments in local tensors, with few operations per step, and the numbers of the fragments."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ Shape = tuple[int, ...]
 
 
 def _is_all(block: Block, shape: Shape) -> bool:
-    """Whether a block is the whole of a tensor of `shape`, and can be used in its place."""
+    """Whether a block covers a tensor of `shape` in the same shape, so that the tensor itself is the view."""
     return block.numel == math.prod(shape) and (block.rows == 1 or shape == (block.rows, block.cols))
 
 
 class Reader:
-    """Reads fragments out of a local tensor in as few operations as their places allow.
+    """Returns views of the fragments in a local tensor, with as few operations as possible.
 
-    A tensor that is one fragment is taken as it is. Runs are read by one split. Blocks with gaps are read one by one.
+    A tensor that is one fragment is returned itself. Runs need one split. Blocks with gaps need one view each.
 
     Args:
-        shape: of the local tensor.
-        blocks: the fragments in the flattened tensor, in the order in which they are read.
-        by_blocks: read one by one in any case.
+        shape: shape of the local tensor.
+        blocks: the fragments in the flattened tensor, in the order of the result.
+        by_blocks: always make one view per block.
 
     Attributes:
-        whole: the tensor is one fragment.
-        shapes: of the views that `views` returns.
+        whole: whether the tensor is one fragment.
+        shapes: shapes of the views.
     """
 
     def __init__(self, shape: Shape, blocks: Sequence[Block], *, by_blocks: bool = False) -> None:
@@ -66,7 +66,7 @@ class Reader:
             self._sizes.append(numel - at)
 
     def views(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The fragments of `tensor`, of the shapes `shapes`; live where it is contiguous, else of a copy."""
+        """The fragments of `tensor` in the shapes `shapes`: live views if it is contiguous, else views of a copy."""
         if self.whole:
             return [tensor]
         if not self.blocks:
@@ -93,13 +93,13 @@ class Listing:
 
     Args:
         parts: (matrix, fragment) of each buffer, in any order.
-        shapes: of the local tensor of each buffer.
+        shapes: shape of the local tensor of each buffer.
 
     Attributes:
-        parts: of each buffer, in the order of the list.
-        readers: of each buffer.
+        parts: (matrix, fragment) of each buffer, in the order of the list.
+        readers: the reader of each buffer.
         matrices: the matrix of each fragment.
-        blocks: where each fragment stands in its matrix.
+        blocks: the block of each fragment in its matrix.
         shapes: the shape of each fragment's view.
     """
 

@@ -18,9 +18,10 @@ class Bucket:
 
     Attributes:
         matrices: indices into the plan's layout, owner by owner and equal shapes side by side.
-        gathers, scatters: whether any rank sends momentum to an owner, and any owner an update to another rank.
-        relay: elements of update that a rank broadcasts along its column, by rank, when it has them: what all owners
-            of its domain make for it (`Layout.relayed`; for all matrices of a bucket, or for none).
+        gathers, scatters: whether any rank sends momentum to an owner; whether any owner sends an update to a rank.
+        relay: by rank, the number of update elements that the rank broadcasts to its replica group: the updates of
+            its fragments by all owners in its copy of the model. Empty if the matrices are not relayed
+            (`Layout.relayed`); a bucket has either only relayed matrices or none.
     """
 
     matrices: tuple[int, ...]
@@ -29,17 +30,17 @@ class Bucket:
     relay: dict[int, int] = field(default_factory=dict)
 
 
-# What a step allocates at most for a bucket, in bytes per element of the bound on what is sent, received and stacked.
+# Largest memory that a step allocates for a bucket, in bytes per element of the bound of `make_buckets`.
 _MESSAGES = 16
-"""The momentum of the next bucket and the updates of the bucket before, each sent and received, in fp32."""
+"""The momentum of the next bucket and the updates of the previous bucket, each sent and received, in fp32."""
 _STACKS = 4
 _WORKSPACE = {4: 16, 2: 10}
-"""Of Newton-Schulz, by the size of its dtype: one more X and four squares of the shorter side, each at most 2/3 of X
-(14.7 bytes in fp32, and a margin). In 16 bits half of that, and the last X, which is not written to the stack."""
+"""Memory of Newton-Schulz, by the size of its dtype: one more X and four squares of the shorter side, which take at
+most 2/3 of X each (14.7 bytes in fp32, plus a margin). In 16 bits: half of this, plus the last X in 16 bits."""
 
 
 def moves(plan: OwnershipPlan, matrices: Iterable[int]) -> bool:
-    """Whether any of `matrices` does not lie whole on its owner only."""
+    """Whether any of `matrices` needs messages: false if each is whole on its owner and on no other rank."""
     return any(bool((plan.layout.matrices[i].fragments.rank != plan.owners[i]).any()) for i in matrices)
 
 
@@ -47,9 +48,9 @@ def bytes_of_two_buckets(itemsize: int = 4, messages: bool = True, also: int = 0
     """Largest number of bytes that a pipelined step allocates, per element of the bound of `make_buckets`.
 
     Args:
-        itemsize: of the widest dtype of Newton-Schulz; in fp64 it takes more than is said here.
+        itemsize: bytes per element of the widest dtype of Newton-Schulz. fp64 needs more than this function returns.
         messages: whether anything is sent (`moves`).
-        also: tensors that sources send besides the momentum.
+        also: number of tensors that sources send besides the momentum.
     """
     gathered = also * (_STACKS + (_MESSAGES // 2 if messages else 0))
     return _STACKS + _WORKSPACE[2 if itemsize == 2 else 4] + (_MESSAGES if messages else 0) + gathered
@@ -58,33 +59,31 @@ def bytes_of_two_buckets(itemsize: int = 4, messages: bool = True, also: int = 0
 def bucket_elements(bucket_bytes: int, itemsize: int = 4, messages: bool = True, also: int = 0) -> int:
     """The bound of `make_buckets` with which a pipelined step allocates at most `2 * bucket_bytes`.
 
-    A matrix that alone exceeds the bound has a bucket of its own, of its own size. Arguments of
-    `bytes_of_two_buckets`.
+    `make_buckets` raises the bound to the size of the largest matrix. Other arguments: see `bytes_of_two_buckets`.
     """
     return max(1, 2 * bucket_bytes // bytes_of_two_buckets(itemsize, messages, also))
 
 
-# With fewer buckets than this the first gather and the last scatter, which nothing hides, are a large share of the
-# whole.
+# The first gather and the last scatter overlap with nothing. With fewer buckets they take a large share of the time.
 _PIPELINED = 8
 SMALLEST = 2**20
-"""Elements of the smallest bucket that is cut off for overlap on a CPU: a message below 4 MB is mostly latency."""
+"""Elements of the smallest bucket made for overlap on a CPU: a message below 4 MB is mostly latency."""
 SMALLEST_ON_DEVICES = 2**24
 """The same on an accelerator. Its links carry 64 MB in less time than it takes to launch the kernels of a bucket."""
 
 
 def smallest_bucket(device_type: str) -> int:
-    """Elements of the smallest bucket that is cut off for overlap, on a device of this type."""
+    """Elements of the smallest bucket made for overlap, on a device of this type."""
     return SMALLEST if device_type == "cpu" else SMALLEST_ON_DEVICES
 
 
 def pipelined_elements(
     plan: OwnershipPlan, matrices: Sequence[int], bucket_elements: int, smallest: int = SMALLEST
 ) -> int:
-    """The bound of `make_buckets` when they are to overlap: smaller than `bucket_elements` where the busiest owner of
-    `matrices` would otherwise have less than `_PIPELINED` buckets, but not below `smallest`.
+    """The bound of `make_buckets` for overlapping buckets: `bucket_elements`, or less.
 
-    Where every matrix lies whole on its owner only it is `bucket_elements`: there is nothing to hide.
+    It is less, down to `smallest`, if the busiest owner of `matrices` would otherwise have fewer than `_PIPELINED`
+    buckets. If the matrices need no messages (`moves`), it is `bucket_elements`: there is nothing to overlap.
     """
     if not moves(plan, matrices):
         return bucket_elements
@@ -95,12 +94,12 @@ def pipelined_elements(
 
 
 def gather_parts(plan: OwnershipPlan, bucket: Bucket, rank: int) -> tuple[list[Part], list[Part]]:
-    """(what `rank` sends to the owners, what it receives as an owner), peer after peer; nothing to itself."""
+    """(fragments that `rank` sends to owners, fragments that it receives as an owner), both in order of peers."""
     return _parts(plan, bucket, rank, plan.sources)
 
 
 def scatter_parts(plan: OwnershipPlan, bucket: Bucket, rank: int) -> tuple[list[Part], list[Part]]:
-    """(what `rank` sends as an owner, what it receives from the owners), peer after peer."""
+    """(fragments that `rank` sends as an owner, fragments that it receives from owners), both in order of peers."""
     received, sent = _parts(plan, bucket, rank, plan.direct)
     return sent, received
 
@@ -108,7 +107,7 @@ def scatter_parts(plan: OwnershipPlan, bucket: Bucket, rank: int) -> tuple[list[
 def _parts(
     plan: OwnershipPlan, bucket: Bucket, rank: int, pieces: Sequence[Fragments]
 ) -> tuple[list[Part], list[Part]]:
-    """(those of `rank` whose owner is another, those of others which `rank` owns), each in the order of the peers."""
+    """(fragments on `rank` with another owner, fragments on other ranks that `rank` owns), both in order of peers."""
     owners = plan.owners
     here = ((i, f) for i in bucket.matrices if owners[i] != rank for f in pieces[i].on(rank))
     owned = ((i, f) for i in bucket.matrices if owners[i] == rank for f in pieces[i] if f.rank != rank)
@@ -116,7 +115,7 @@ def _parts(
 
 
 def elements_by_rank(world_size: int, ranks: Iterable[int], parts: Iterable[Part]) -> list[int]:
-    """Elements of `parts` for each of their `ranks`."""
+    """Total elements of `parts` per rank, (world_size,); `ranks` has the rank of each part."""
     counts = [0] * world_size
     for r, (_, f) in zip(ranks, parts, strict=True):
         counts[r] += f.length
@@ -124,7 +123,7 @@ def elements_by_rank(world_size: int, ranks: Iterable[int], parts: Iterable[Part
 
 
 def relayed_parts(plan: OwnershipPlan, bucket: Bucket, rank: int, column: Sequence[int]) -> list[Part]:
-    """The updates that `rank` receives from the ranks of its `column`, in their order: one part per domain."""
+    """The updates that `rank` receives from the ranks of its replica group `column`, in their order."""
     if not column:
         return []
     domains = plan.layout.domains
@@ -135,27 +134,27 @@ def relayed_parts(plan: OwnershipPlan, bucket: Bucket, rank: int, column: Sequen
 
 
 def largest_end(plan: OwnershipPlan, i: int) -> int:
-    """Elements of matrix `i` that its owner stacks, or sends to copies that are not relayed, if that is more."""
+    """The larger of two numbers for matrix `i`: elements that its owner stacks, and elements that it sends."""
     given = plan.direct[i]
     return max(plan.layout.matrices[i].matrix.numel, int(given.length[given.rank != plan.owners[i]].sum()))
 
 
 class _Ends:
-    """Elements that each rank sends, receives and stacks while a bucket grows: (kind, rank) -> elements."""
+    """Elements that each rank sends, receives and stacks for a growing bucket, (kinds, world_size)."""
 
     def __init__(self, plan: OwnershipPlan) -> None:
         self.plan = plan
         self.busy = np.zeros((6, plan.layout.world_size), dtype=np.int64)
 
     def of(self, i: int) -> np.ndarray:
-        """Elements that matrix `i` adds: sent and received in the gather, in the scatter, stacked, relayed."""
+        """Elements that matrix `i` adds, (kinds, world_size). Kinds: gather and scatter each way, stacked, relayed."""
         added = np.zeros_like(self.busy)
         owner, given = self.plan.owners[i], self.plan.direct[i]
         np.add.at(added[0], self.plan.sources[i].rank, self.plan.sources[i].length)
         np.add.at(added[3], given.rank, given.length)
         if self.plan.layout.relayed(i):
             added[5] = added[3]
-        added[0, owner] = added[3, owner] = 0  # what stays is not sent
+        added[0, owner] = added[3, owner] = 0  # the owner sends nothing to itself
         added[1, owner] = added[0].sum()
         added[2, owner] = added[3].sum()
         added[4, owner] = self.plan.layout.matrices[i].matrix.numel
@@ -166,7 +165,7 @@ class _Ends:
 
 
 def _by_progress(plan: OwnershipPlan, matrices: Sequence[int]) -> list[int]:
-    """`matrices` with the owners' lists, each sorted by shape, interleaved by the share of it that is done."""
+    """`matrices`, with each owner's sorted by shape, and the owners' lists interleaved by the share that is done."""
     queues: dict[int, list[tuple[tuple[int, int], int]]] = {}
     for i in matrices:
         m = plan.layout.matrices[i].matrix
@@ -188,12 +187,11 @@ def cut_buckets(
     overlap: bool = False,
     smallest: int = SMALLEST,
 ) -> list[tuple[int, ...]]:
-    """The matrices of each bucket of `make_buckets`, without its messages."""
+    """The matrices of each bucket of `make_buckets`, without the other attributes of `Bucket`."""
     if overlap:
         bucket_elements = pipelined_elements(plan, matrices, bucket_elements, smallest)
-    # The owner of the largest matrix must hold it anyway, and send it to every copy. Without this every matrix above
-    # the bound has a bucket of its own, in which all owners but one wait: Newton-Schulz runs one matrix after another
-    # on the whole world.
+    # Raise the bound to the largest matrix: its owner must hold and send it anyway. Otherwise every matrix above the
+    # bound would be a bucket by itself, in which only one owner works and all others wait.
     bound = max(bucket_elements, max((largest_end(plan, i) for i in matrices), default=0))
 
     def key(i: int) -> tuple[int, int, int, int]:
@@ -222,12 +220,11 @@ def make_buckets(
     overlap: bool = False,
     smallest: int = SMALLEST,
 ) -> tuple[Bucket, ...]:
-    """Cut `matrices` into buckets such that no rank sends, receives or stacks more than `bucket_elements` at a time.
-
-    The largest matrix takes the place of a smaller bound. What is relayed counts once at its sender and not at its
-    receivers, which take one sender's after another: else the bound on what they all send would leave a bucket one or
-    two matrices, and all owners but these would wait. The owners' lists are interleaved by progress, so that each
-    bucket gives every owner work, and equal shapes of one owner stay together for one batched call.
+    """Divide `matrices` into buckets. Per bucket, no rank sends, receives or stacks more than `bucket_elements`.
+    If the largest matrix exceeds the bound, its size is the bound. Relayed updates count at their sender but not at
+    their receivers, which take one sender after another. If they counted there too, a bucket would have only one or
+    two matrices, and all other owners would wait. The owners' lists are interleaved by progress, so that each bucket
+    gives work to every owner, and equal shapes of one owner stay together for one batched call.
     """
     return tuple(_bucket(plan, members) for members in cut_buckets(plan, matrices, bucket_elements, overlap, smallest))
 
@@ -252,10 +249,10 @@ def bytes_sent(
     scatter_bytes: int,
     copies: int = 1,
 ) -> int:
-    """Bytes that `rank` sends to other ranks for `buckets`; the byte counter of the tests must find the same.
+    """Bytes that `rank` sends to other ranks for `buckets`; tests compare it with counted bytes.
 
-    What is relayed counts for each of the other `copies` (ranks of a column), although who forwards it is the
-    backend's choice.
+    A relayed update counts once for each other rank of the replica group (`copies` ranks), although the backend may
+    let another rank forward it.
     """
     gathered = sum(f.length for b in buckets for _, f in gather_parts(plan, b, rank)[0])
     scattered = sum(f.length for b in buckets for _, f in scatter_parts(plan, b, rank)[0])

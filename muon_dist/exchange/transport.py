@@ -1,4 +1,4 @@
-"""The only collectives on the hot path."""
+"""All collectives of an optimizer step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from muon_dist.ownership import digest, first_difference
 from muon_dist.ranks import Ranks
 
 _TAG = 0x4D75  # tag of our messages, so that they never match those of another library
-# Words in the RuntimeError that gloo or NCCL raises when a message fails, in lower case.
+# Words (in lower case) in the RuntimeError that gloo or NCCL raises if a message fails.
 _OF_THE_NETWORK = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
-# Words in the error of a failed kernel or driver call. NCCL repeats such an error under its own name.
+# Words in the error of a failed kernel or driver call. NCCL may report such an error as its own.
 _OF_THE_DEVICE = ("cuda error", "cuda kernel errors", "device-side assert", "unhandled cuda error", "hip error")
 _OF_THE_DEVICE_LIBRARIES = ("cublas_status", "cudnn_status", "cusolver_status", "cusparse_status", "cufft_status")
 
@@ -43,14 +43,14 @@ def is_network_error(error: BaseException) -> bool:
 
 
 class Region:
-    """Flat memory that is allocated only while it is used, under views that are made once.
+    """Flat memory that is allocated only while it is used; its views are made once and stay valid.
 
-    Set `allocated` to True and to False. The content is then undefined, and without memory no view may be touched. At
-    first it is allocated, so that views can be made.
+    Set `allocated` to True or False to allocate or free the memory. After allocation the content is undefined; while
+    freed, no view may be used. A new region is allocated, so that views can be made.
 
     Attributes:
-        numel: elements.
-        flat: all of it.
+        numel: number of elements.
+        flat: the whole region, (numel,).
     """
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -71,7 +71,7 @@ class Region:
 
     @property
     def allocated(self) -> bool:
-        """Whether it has its memory."""
+        """Whether the memory is allocated."""
         return self._storage.nbytes() == self._bytes
 
     @allocated.setter
@@ -80,17 +80,17 @@ class Region:
 
 
 class Broadcasts:
-    """Every rank of a replica group sends one tensor to all others, in their order.
+    """Broadcasts within a replica group: every rank sends one tensor to all other ranks, in group order.
 
-    Only as many are under way as there is room for: together they are the updates of the whole model, for which no
-    rank has memory. The rest start as `arrived` continues, on all ranks in the same order.
+    The number of pending broadcasts is limited, because all of them together need the memory of the whole model's
+    updates. The next ones start while `arrived` is iterated, in the same order on all ranks.
 
     Args:
-        transport: over the group.
-        sent: the flat tensor of this rank.
-        counts: elements that each rank of the replica group sends, in their order.
-        memory: where each other rank's tensor arrives, by its place in the replica group.
-        room: elements that may be under way.
+        transport: the transport of the group.
+        sent: the flat tensor that this rank sends.
+        counts: elements that each rank of the replica group sends, in group order.
+        memory: memory for each other rank's tensor, by its index in the replica group.
+        room: largest number of elements in pending broadcasts.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Broadcasts:
         self._start()
 
     def _start(self) -> None:
-        """Start as many broadcasts as there is room for, at least one; on all ranks the same ones."""
+        """Start as many broadcasts as `room` allows, at least one; the same ones on all ranks."""
         while self._turns and (not self._under_way or self._counts[self._turns[0]] <= self._room):
             place = self._turns.popleft()
             self._room -= self._counts[place]
@@ -120,8 +120,8 @@ class Broadcasts:
             self._transport.collectives += 1
 
     def arrived(self) -> Iterator[int]:
-        """The places of the other ranks, in order, as their tensors arrive; the memory of a place is freed after its
-        turn."""
+        """The indices of the other ranks in order, each when its tensor has arrived. Frees the memory of an index when
+        the iteration continues."""
         while self._under_way:
             place, work = self._under_way.popleft()
             work.wait()
@@ -134,22 +134,22 @@ class Broadcasts:
 
 
 class Transport:
-    """Collectives over one process group; none at all when it has one rank.
+    """The collectives of one process group. With one rank it sends nothing.
 
     Args:
         group: a process group, or None for a single process.
-        device: where tensors that travel must be.
-        progress: what is told of each operation; a new one by default.
-        column: ranks of `group` among which this rank broadcasts; all by default.
+        device: device of all tensors that are sent.
+        progress: records each operation; a new one by default.
+        column: the replica group of this rank, a part of `group`, for broadcasts; all ranks by default.
 
     Attributes:
         bytes_sent: payload that this rank has sent to other ranks by `all_to_all` and `broadcast` since the start.
-        collectives: calls made, of any kind.
-        progress: what this rank is doing.
-        ranks: of the group, for small and rare messages.
+        collectives: number of calls of any kind.
+        progress: the current operation of this rank.
+        ranks: small and rare messages between the ranks of the group.
         column_ranks: the ranks of `column` in its order, as numbered in `group`.
-        in_pairs: `all_to_all` sends messages between pairs of ranks, as is faster over gloo, and does not call the
-            backend's all-to-all, as is faster on accelerators. By default as the device asks; equal on all ranks.
+        in_pairs: True: `all_to_all` sends one message per pair of ranks, which is faster over gloo. False: it calls
+            the backend's all-to-all, which is faster on accelerators. Chosen by device; equal on all ranks.
     """
 
     def __init__(
@@ -173,9 +173,9 @@ class Transport:
         self.progress = progress if progress is not None else Progress()
 
     def named(self, error: RuntimeError) -> PeerError | None:
-        """The error to raise instead of `error`, with operation, bucket and step, which backends leave out.
+        """The error to raise instead of `error`; it adds operation, bucket and step, which backends do not report.
 
-        None if no message has failed. So it is with an error of this rank's own device: no other rank is to blame.
+        None if no message has failed, also for an error of this rank's device, which no other rank has caused.
         """
         if not is_network_error(error):
             return None
@@ -188,17 +188,17 @@ class Transport:
     def all_to_all(
         self, sent: torch.Tensor, sends: list[int], received: torch.Tensor, receives: list[int]
     ) -> Sequence[Any]:
-        """Start to exchange runs of flat tensors: `sends[r]` elements to rank r, `receives[r]` from it, in rank order.
+        """Start an exchange of flat tensors: `sends[r]` elements to rank r and `receives[r]` from it, in rank order.
 
-        Neither tensor may be touched before every work that is returned has been waited for. On CUDA a wait makes the
-        current stream wait, not the process.
+        Wait for all returned works before you use either tensor. On CUDA, `wait` blocks the current stream, not the
+        process.
         """
         self.bytes_sent += sent.numel() * sent.element_size()
         self.collectives += 1
         if not self.in_pairs:
             return [dist.all_to_all_single(received, sent, receives, sends, group=self.group, async_op=True)]
-        # gloo's own all-to-all announces receives behind the megabytes that this rank sends, so that a link carries
-        # first one direction and then the other. Here every receive is announced before anything is sent.
+        # gloo's all-to-all posts receives after it has queued megabytes of sends, so a link is used in one direction
+        # at a time. Here all receives are posted before the first send.
         messages = []
         for operation, parts in ((dist.irecv, received.split(receives)), (dist.isend, sent.split(sends))):
             for peer, part in enumerate(parts):
@@ -207,15 +207,15 @@ class Transport:
         return dist.batch_isend_irecv(messages) if messages else ()
 
     def highest(self, values: torch.Tensor, words: torch.Tensor | None = None) -> tuple[list[int], bool]:
-        """Elementwise maximum of a small uint8 tensor over all ranks; one small collective, and the one transfer.
+        """Elementwise maximum of a small uint8 tensor over all ranks, and whether `words` (int64) are equal on all.
 
-        words: int64 numbers. The second result is whether they are equal on all ranks.
+        One small collective, and one transfer to the host.
         """
         if self.world_size == 1:
             return values.tolist(), True
         count = len(values)
         if words is not None:
-            # not x falls as x rises: one maximum gives the highest and the lowest of each byte
+            # ~x falls as x rises, so one maximum of x and ~x gives the largest and the smallest value of each byte.
             evidence = words.view(torch.uint8)
             values = torch.cat([values, evidence, evidence.bitwise_not()])
         self.progress.enter("gradient flags")
@@ -227,7 +227,7 @@ class Transport:
         return found[:count], all(a + b == 255 for a, b in zip(high, low, strict=True))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Elementwise sum of a small tensor over all ranks, in its place."""
+        """Elementwise sum of a small tensor over all ranks, in place."""
         if self.world_size > 1:
             self.progress.enter("norms")
             dist.all_reduce(values, group=self.group)
@@ -235,10 +235,10 @@ class Transport:
         return values
 
     def require_equal(self, what: str, fields: Sequence[tuple[str, object]]) -> None:
-        """Compare `fields` on all ranks by their digest, before anything is exchanged that depends on them.
+        """Check that `fields` are equal on all ranks, by a digest.
 
         Raises:
-            PlanMismatchError: names the first differing field and each rank's value.
+            PlanMismatchError: names the first different field and each rank's value.
         """
         if self.world_size == 1:
             return

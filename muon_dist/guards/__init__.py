@@ -1,1 +1,1 @@
-"""What watches a run, whatever the framework: hanging ranks, spikes of the loss, copies that differ, slow ranks."""
+"""Checks during a run, for every framework: hanging ranks, loss spikes, copies that differ, slow ranks."""

@@ -1,4 +1,4 @@
-"""Whether copies that must be equal still are: a flipped bit is found and its parameter and rank named."""
+"""Checks that copies of parameters are equal: a flipped bit is found, and its parameter and rank are named."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 @torch.no_grad()
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's words, taken as integers of its own width, modulo 2^64 (a 0-d int64 on its device).
+    """The sum of a tensor's elements, read as integers of the same width, modulo 2^64: a 0-d int64 on its device.
 
-    Any change of one element changes it, so any flipped bit is found for certain; changes of several elements that
-    cancel are not.
+    A change of one element always changes the sum, so every single flipped bit is found. Changes of several elements
+    can cancel, and are then not found.
     """
     return tensor.contiguous().view(_WORDS[tensor.element_size()]).sum(dtype=torch.int64)
 
@@ -29,7 +29,7 @@ FAULTY_HARDWARE = (
     "copies of parameters that must be equal are not: {found}. Memory or a network card of that host may be faulty: "
     "continue from the last checkpoint, without that host"
 )
-"""Message of a check in the middle of a run: the copies were equal once."""
+"""Message of a check during a run, when the copies were equal before."""
 
 _ABSENT = torch.iinfo(torch.int64).min
 
@@ -39,8 +39,8 @@ class ReplicaCheck:
 
     named: (name, local tensor) in the same order on every rank of `group`; None in place of a tensor leaves this
         rank's copy out of the comparison.
-    group: the ranks that hold copies of one another: the default group under DDP and ZeRO-1/2, the replicas of a
-        shard under HSDP.
+    group: the ranks that hold copies of the same tensors: the default group under DDP and ZeRO-1/2, the replica group
+        under HSDP.
     message: text of the error, with {found} and {world} (the number of ranks).
     """
 
@@ -56,16 +56,16 @@ class ReplicaCheck:
         self._transport = Transport(group, device)
 
     def check(self) -> None:
-        """A collective over the group: one all-reduce of 16 bytes for each tensor; on all ranks the same outcome.
+        """Compare the copies. A collective: one all-reduce of 16 bytes per tensor; same result on all ranks.
 
         Raises:
-            ReplicaError: names the first tensors that differ, and the rank whose copy differs from the majority's.
+            ReplicaError: names the first tensors that differ, and the rank whose copy differs from the majority.
         """
         transport = self._transport
         if transport.world_size == 1 or not self.named:
             return
         sums = torch.stack([self._sum(t) for _, t in self.named])
-        # ~x falls as x rises, also at the ends of the range: one maximum gives both bounds
+        # ~x falls as x rises, for all int64 values, so one maximum of x and ~x gives both bounds.
         bounds = torch.cat([sums, torch.where(sums == _ABSENT, sums, ~sums)])
         dist.all_reduce(bounds, dist.ReduceOp.MAX, group=transport.group)
         highest, lowest = bounds[: len(sums)], ~bounds[len(sums) :]
@@ -83,7 +83,7 @@ class ReplicaCheck:
         return torch.where(total == _ABSENT, total + 1, total)
 
     def _describe(self, wrong: Sequence[int], every: Sequence[Sequence[int]]) -> str:
-        """ "h.0.weight: rank 2 differs from the others", for up to three tensors."""
+        """Text for up to three tensors, such as "h.0.weight: rank 2 differs from the others"."""
         group = self._transport.group
         globally = dist.get_process_group_ranks(group) if group is not None else list(range(len(every)))
         parts = []
@@ -94,18 +94,18 @@ class ReplicaCheck:
 
 
 def check_everywhere(checks: Iterable[ReplicaCheck], group: dist.ProcessGroup | None) -> None:
-    """Run the checks of this rank's groups; what any rank found is raised on all ranks of `group`. A collective.
+    """Run the checks of this rank's groups; an error on any rank is raised on all ranks of `group`. A collective.
 
-    Under HSDP each shard has a group of its own: without this, ranks whose shard is good would continue and wait
-    for the others.
+    Under HSDP each shard has a different group: without this, ranks with an equal shard would continue and wait
+    forever for the others.
 
     Raises:
-        ReplicaError: what this rank found, or else the lowest rank that found something.
+        ReplicaError: the error of this rank, or else of the lowest rank with an error.
     """
 
     def every() -> None:
         problem = None
-        for check in checks:  # all of them: other ranks wait for this one in the next
+        for check in checks:  # run all, because other ranks wait for this rank in the next check
             try:
                 check.check()
             except ReplicaError as error:
@@ -117,7 +117,7 @@ def check_everywhere(checks: Iterable[ReplicaCheck], group: dist.ProcessGroup | 
 
 
 def odd_copies(values: Mapping[int, int], names: Sequence[int]) -> str:
-    """ "rank 2 differs from the others", of ranks that hold `values`, under the numbers `names`."""
+    """Text such as "rank 2 differs from the others". values: checksum by rank; names: rank numbers for the text."""
     value, holders = Counter(values.values()).most_common(1)[0]
     if holders * 2 <= len(values):
         return f"ranks {', '.join(map(str, names))} do not agree, and there is no majority"

@@ -1,6 +1,6 @@
-"""The vote of a step: one small all-reduce of each rank's loss, wish to stop, and busy seconds.
+"""The vote of a step: one small all-reduce of each rank's loss, request to stop, and busy seconds.
 
-It begins with the backward pass and is read when the optimizer steps, so nobody waits for it.
+It starts with the backward pass and is read at the optimizer step, so usually no rank waits for it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Ballot:
-    """The same on every rank.
+    """The result of a vote, equal on every rank.
 
     Attributes:
         loss: mean over the ranks.
-        stop: rank -> what it asked for, of those that asked (a signal number).
-        busy: by rank, seconds of its own work in this step, in which it could not wait for another.
+        stop: rank -> signal number, for the ranks that asked to stop.
+        busy: by rank, seconds of own work in this step, without waiting for other ranks.
     """
 
     loss: float
@@ -30,9 +30,10 @@ class Ballot:
 
 
 class Stopwatch:
-    """Seconds of this rank's own work in a step; to be paused wherever it may wait for others.
+    """Measures this rank's own work in a step. Pause it while the rank may wait for other ranks.
 
-    On a GPU, kernels run behind: their time (by events) is known one step later, and the longer of both counts.
+    On a GPU, kernels run later than the host. Their time, measured by events, is known one step later; the longer of
+    host time and GPU time counts.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,15 +43,15 @@ class Stopwatch:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> None:
-        """A new step begins, before its data are read."""
-        self.pause()  # else its last event was never recorded
+        """Start the measurement of a new step, before its data are read."""
+        self.pause()  # records the last event of the previous step
         if self._events and self._events[-1][1].query():
             self._kernels_before = sum(a.elapsed_time(b) for a, b in self._events) / 1e3
         self._seconds, self._since, self._events = 0.0, None, []
         self.resume()
 
     def resume(self) -> None:
-        """Own work continues."""
+        """Continue the measurement."""
         if self._since is not None:
             return
         self._since = time.perf_counter()
@@ -60,7 +61,7 @@ class Stopwatch:
             pair[0].record()
 
     def pause(self) -> None:
-        """Others may be waited for."""
+        """Stop the measurement, because this rank may now wait for others."""
         if self._since is None:
             return
         self._seconds += time.perf_counter() - self._since
@@ -75,10 +76,10 @@ class Stopwatch:
 
 
 class StepVote:
-    """One vote a step over a process group (None: a single process).
+    """One vote per step over a process group (None: a single process).
 
     Attributes:
-        work: the watch of this rank's own work, told with the vote.
+        work: the stopwatch of this rank's own work; the vote sends its time.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -90,7 +91,7 @@ class StepVote:
         self._cast: tuple[torch.Tensor, Any] | None = None
 
     def cast(self, loss: torch.Tensor | float, stop: int = 0) -> None:
-        """Begin the vote of this step, on every rank. loss: of this rank, a number or a tensor of one element."""
+        """Start the vote of this step, on every rank. loss: this rank's loss, a number or a tensor of one element."""
         own = torch.zeros(1 + 2 * self.world_size, dtype=torch.float64)
         own[1 + self.rank] = stop
         self.work.pause()
@@ -101,7 +102,7 @@ class StepVote:
         self._cast = votes, work
 
     def result(self) -> Ballot | None:
-        """Wait for the vote that was begun; None when none was since the last call."""
+        """Wait for the result of the vote; None if no vote was started since the last call."""
         if self._cast is None:
             return None
         votes, work = self._cast
@@ -126,7 +127,7 @@ class StragglerReport:
         self._steps: deque[tuple[float, ...]] = deque(maxlen=window)
 
     def add(self, busy: tuple[float, ...]) -> str | None:
-        """Add the busy seconds of each rank in one step. Returns a message if a rank is slow, and starts again."""
+        """Add the busy seconds of each rank in one step. If a rank is slow, return a message and empty the window."""
         self._steps.append(busy)
         if self.world_size < 2 or len(self._steps) < (self._steps.maxlen or 1):
             return None
@@ -140,7 +141,7 @@ class StragglerReport:
         self._steps.clear()
         return (
             f"rank {rank} is slow: {medians[rank]:.3f} s of its own work per step, the others {usual:.3f} s (medians "
-            f"of {steps} steps; the slowest in {times} of them)"
+            f"of {steps} steps; it was the slowest in {times} of them)"
         )
 
 

@@ -1,6 +1,6 @@
-"""A thread that notices when a step hangs, and says which rank is absent, in what, since when.
+"""A thread that detects a hanging step, and names the absent rank, its operation, and since when it hangs.
 
-gloo notices a stopped peer only at its timeout, NCCL too, and neither names the operation or the step.
+gloo and NCCL detect a stopped peer only at their timeout, and name neither operation nor step.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LAST_WORDS = 1.0
 
 @dataclass(frozen=True)
 class Beat:
-    """The last publication of a rank: the number of its publications, and its operation."""
+    """The last publication of a rank: number of publications so far, and current operation."""
 
     count: int
     step: int
@@ -39,16 +39,16 @@ class Beat:
     host: str = ""
 
     def text(self) -> str:
-        """ "gather of bucket 3 in step 17, for 12 s (host node2)"."""
+        """Text such as "gather of bucket 3 in step 17, for 12 s (host node2)"."""
         where = f" (host {self.host})" if self.host else ""
         return f"{place(self.operation, self.bucket, self.step)}, for {self.seconds:.0f} s{where}"
 
 
 def leave(message: str) -> None:
-    """End the process: its main thread hangs in a collective and cannot raise."""
+    """Print `message` and end the process: its main thread hangs in a collective and cannot raise."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    # The other ranks are about to say the same; this one's end would cut them short with an error of the network.
+    # Let the other ranks print their messages first: when this rank ends, they get a network error.
     time.sleep(_LAST_WORDS)
     os._exit(PeerError.exit_code)
 
@@ -56,14 +56,14 @@ def leave(message: str) -> None:
 class Watchdog:
     """Publishes this rank's current operation and ends it when one operation takes longer than `timeout` seconds.
 
-    On a GPU the host continues while the device still works or waits for another rank. There an operation lasts until
-    the device has finished it, and what the device is in counts, also when the host is idle.
+    On a GPU the host continues while the device still works or waits for another rank. So an operation lasts until the
+    device has finished it, and the device's operation counts, even if the host is idle.
 
-    progress: of this rank; nothing is watched while it is "idle".
-    store: through which the ranks see each other; `default_store()` in most cases. None for a single process.
-    timeout: seconds; below the process group's, whose own end names nothing.
+    progress: this rank's progress; nothing is watched while it is "idle".
+    store: store for the publications of all ranks, usually `default_store()`. None for a single process.
+    timeout: seconds; less than the process group's timeout, whose error does not name the operation.
     interval: seconds between two publications; default a twentieth of the timeout, at most 5.
-    device: of the work; on a CUDA device its own progress is followed.
+    device: the device of the work; on a CUDA device the device's own progress is watched.
     on_timeout: called in the thread with the message; by default it is printed and the process ends with exit code 10.
     """
 
@@ -101,14 +101,14 @@ class Watchdog:
         self.stop()
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the thread."""
         if self._device is not None and self._device.type == "cuda" and self.progress.mark is None:
             self.progress.mark = lambda: torch.cuda.current_stream(self._device).record_event()
         self._publish()
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching; the last publication stays."""
+        """Stop the thread; the last publication stays in the store."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=_STORE_PATIENCE)
@@ -133,12 +133,12 @@ class Watchdog:
                 return
 
     def _standing(self) -> tuple[Standing, float]:
-        """This rank's operation and its start: the device's operation, or the host's if the device is not behind."""
+        """This rank's operation and its start time: the device's operation, or the host's if the device keeps up."""
         behind = self.progress.device()
         if behind is None:
             host = self.progress.host()
             return host, host.since
-        if behind is not self._seen:  # the device began it when the one before was seen to end, at the earliest
+        if behind is not self._seen:  # the device cannot have begun it before the previous one ended
             self._seen, self._seen_since = behind, time.monotonic()
         return behind, self._seen_since
 
@@ -171,7 +171,7 @@ class Watchdog:
         return _patiently(read) or {}
 
     def describe(self, before: Mapping[int, Beat], after: Mapping[int, Beat]) -> str:
-        """The message of a time-out, from two readings more than an interval apart."""
+        """The message of a timeout, from two readings that are more than an interval apart."""
         at, since = self._standing()
         waited = time.monotonic() - since
         own = f"rank {self.rank} has been in {at.text()} for {waited:.0f} s"
@@ -180,7 +180,7 @@ class Watchdog:
         if self.world_size == 1:
             return f"{own}: longer than the watchdog's {self.timeout:.0f} s"
         if not after:
-            return f"{own}, and the store of the process group does not answer: the host that keeps it may be gone"
+            return f"{own}, and the store of the process group does not answer: the host that runs it may be gone"
         others = [r for r in range(self.world_size) if r != self.rank]
         never = [r for r in others if r not in after]
         absent = [r for r in others if r in after and r in before and after[r].count == before[r].count]
@@ -193,13 +193,13 @@ class Watchdog:
 
 
 def _patiently(work: Callable[[], Any]) -> Any:
-    """The result of `work`, or None when it fails or takes too long: a store may live on a host that is gone."""
+    """The result of `work`; None if it fails or takes too long, because the store's host may be gone."""
     result: list[Any] = []
 
     def run() -> None:
         try:
             result.append(work())
-        except (RuntimeError, ValueError):  # torch's errors of a store; a key half written
+        except (RuntimeError, ValueError):  # errors of torch's store; an incomplete value
             return
 
     thread = threading.Thread(target=run, daemon=True)
@@ -209,9 +209,9 @@ def _patiently(work: Callable[[], Any]) -> Any:
 
 
 def default_store() -> dist.Store | None:
-    """The store of the default process group for another thread, or None without a process group.
+    """The store of the default process group, for use in another thread; None without a process group.
 
-    A connection of its own where the store is a server, since the main thread may block in the shared one.
+    For a server store it opens a new connection, because the main thread may block in the shared one.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None

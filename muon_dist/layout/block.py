@@ -1,4 +1,4 @@
-"""The one geometry of this package: a block of flat storage."""
+"""`Block`: a rectangle of elements in flat storage. All layouts and checkpoints are described with blocks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`rows x cols` elements of flat storage: element (i, j) stands at `start + i * stride + j`.
+    """`rows x cols` elements of flat storage: element (i, j) is at index `start + i * stride + j`.
 
-    A matrix is a block of its flattened parameter; what a rank holds of a matrix is a block of the flattened matrix
-    and a block of a local tensor; a piece of a checkpoint is a block of a flattened logical tensor. A contiguous run
-    has one row.
+    A matrix is a block of its flattened parameter. A fragment is a block of the flattened matrix, stored as a block of
+    a local tensor. A piece of a checkpoint is a block of a flattened logical tensor. A contiguous run is a block with
+    one row.
     """
 
     start: int
@@ -28,7 +28,7 @@ class Block:
 
     @classmethod
     def of(cls, start: int, rows: int, cols: int, stride: int) -> Block:
-        """A block; a run where its rows follow each other without a gap."""
+        """A block; if its rows follow each other without a gap, it is a run (one row)."""
         if rows == 1 or cols == stride:
             return cls.run(start, rows * cols)
         return cls(start, rows, cols, stride)
@@ -43,15 +43,15 @@ class Block:
         return self.start + (self.rows - 1) * self.stride + self.cols
 
     def moved(self, distance: int) -> Block:
-        """The same block, `distance` elements further on."""
+        """The same block, shifted by `distance` elements."""
         return Block(self.start + distance, self.rows, self.cols, self.stride)
 
     def place(self, part: Block) -> tuple[int, int]:
-        """(row, column) in this block of the first element of `part`, which lies inside it."""
+        """(row, column) of the first element of `part` in this block, which contains it."""
         return divmod(part.start - self.start, self.stride) if self.rows > 1 else (0, part.start - self.start)
 
     def part_of_run(self, first: int, stop: int) -> list[Block]:
-        """The elements of this block in `[first, stop)`: at most a part of a row, whole rows, and a part of a row."""
+        """This block's elements in `[first, stop)`: up to three blocks (end of a row, whole rows, start of a row)."""
         first, stop = max(first, self.start), min(stop, self.stop)
         if first >= stop:
             return []
@@ -73,12 +73,12 @@ class Block:
         return found + (row(bottom, 0, right) if bottom < self.rows else [])
 
     def common(self, other: Block) -> list[Block]:
-        """The elements of both, as blocks that do not overlap."""
+        """The elements that both blocks contain, as blocks without overlap."""
         if other.rows == 1:
             return self.part_of_run(other.start, other.stop)
         if self.rows == 1:
             return other.part_of_run(self.start, self.stop)
-        if self.stride != other.stride:  # the same tensor cut along different axes: row by row
+        if self.stride != other.stride:  # one tensor sharded along two axes: go row by row
             rows = (Block.run(other.start + i * other.stride, other.cols) for i in range(other.rows))
             return [part for row in rows for part in self.common(row)]
         (top, left), (up, west) = divmod(self.start, self.stride), divmod(other.start, self.stride)
@@ -91,9 +91,9 @@ class Block:
         return [Block.of(first * self.stride + begin, last - first, end - begin, self.stride)]
 
     def inside(self, part: Block) -> list[Block]:
-        """The place in the storage of `part`, a block of this block's elements in row-major order.
+        """The storage blocks of `part`. `part` is a block of this block's elements, numbered in row-major order.
 
-        One block, unless `part` is a run that begins or ends inside a row of a block with gaps.
+        One block, or several if `part` is a run that begins or ends inside a row of a block with gaps.
         """
         if self.rows == 1 or self.cols == self.stride:
             return [part.moved(self.start)]

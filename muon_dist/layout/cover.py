@@ -1,4 +1,4 @@
-"""Proof that fragments cover a matrix: no gap, nothing outside, nothing twice on one rank."""
+"""Check that fragments cover a matrix: no gap, no element outside, no element twice on one rank."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def _check_runs(f: Fragments, matrix: Matrix) -> None:
 
 
 def _check_blocks(f: Fragments, matrix: Matrix) -> None:
-    """Count on the grid of all borders of rows and columns how many fragments hold each cell, in all and per rank."""
+    """Check blocks on the grid of all their row and column borders: count the fragments per cell and per rank."""
     if not ((f.stride == matrix.cols) | (f.rows == 1)).all():
-        raise LayoutError(f"{matrix.name}: a fragment has other rows than the matrix, which has {matrix.cols} columns")
+        raise LayoutError(f"{matrix.name}: the row stride of a fragment is not the matrix's {matrix.cols} columns")
     found: set[tuple[int, ...]] = set()
     for row in zip(f.rank.tolist(), f.start.tolist(), f.rows.tolist(), f.cols.tolist(), strict=True):
         found.update(_boxes(*row, width=matrix.cols))
@@ -64,7 +64,7 @@ def _check_blocks(f: Fragments, matrix: Matrix) -> None:
 
 
 def _boxes(rank: int, start: int, rows: int, cols: int, width: int) -> list[tuple[int, int, int, int, int]]:
-    """(rank, top, bottom, left, right) of the rectangles of a fragment: one, or up to three of a run."""
+    """(rank, top, bottom, left, right) of a fragment's rectangles: one for a block, up to three for a run."""
     top, left = divmod(start, width)
     if rows > 1 or left + cols <= width:
         return [(rank, top, top + rows, left, left + cols)]

@@ -1,4 +1,4 @@
-"""Tensors on a device mesh: FSDP2, HSDP, tensor, expert and context parallelism as cuts of tensor axes."""
+"""Tensors on a device mesh: FSDP2, HSDP, tensor, expert and context parallelism as sharded tensor axes."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from muon_dist.layout.matrix import Matrix
 from muon_dist.layout.parameter import StoredParameter, matrix_layouts
 
 Cut = tuple[int, int]
-"""The tensor axis that a mesh axis cuts, and into how many equal parts that axis is split before each part is cut:
-1 for `Shard(axis)`, the split factor of a `_StridedShard`."""
+"""(tensor axis that a mesh axis shards, split factor). The axis is first divided into as many equal parts as the split
+factor, then each part is sharded: 1 for `Shard(axis)`, the split factor of a `_StridedShard`."""
 
 Interval = tuple[int, int, int]
-"""(first index, number of indices, position of the first in the local tensor) along one tensor axis."""
+"""(first index, number of indices, position of the first index in the local tensor) along one tensor axis."""
 
 
 @dataclass(frozen=True)
 class ShardedParameter:
-    """A parameter and its place on a device mesh, as plain numbers; buffer i of the layout is the i-th of them.
+    """A parameter and its sharding on a device mesh, as plain numbers.
 
     Attributes:
         name: FQN, for messages.
-        shape: of the whole parameter.
-        mesh_shape: ranks along each mesh axis.
-        ranks: those of the mesh in row-major order, numbered as in the process group of the layout.
-        cuts: for each mesh axis the `Cut`, an int for a plain one, or None (`Replicate`).
-        matrices: how it is cut into matrices.
+        shape: shape of the whole parameter.
+        mesh_shape: number of ranks along each mesh axis.
+        ranks: the ranks of the mesh in row-major order, numbered as in the layout's process group.
+        cuts: per mesh axis, a `Cut`, an int for `Shard(axis)`, or None for `Replicate`.
+        matrices: the matrices of the parameter.
 
     Raises:
-        LayoutError: the numbers do not fit together, or two strided cuts of one axis make it unknown which elements a
-            rank holds.
+        LayoutError: the numbers are inconsistent, or one axis has two strided cuts, so that the elements of a rank are
+            undefined.
     """
 
     name: str
@@ -63,7 +63,7 @@ class ShardedParameter:
             _in_order(self.name, [(c[1], n) for c, n in zip(cuts, self.mesh_shape, strict=True) if c and c[0] == axis])
 
     def shards(self) -> tuple[tuple[int, ...], ...]:
-        """For each shard, in the order of the mesh, the ranks that hold a copy of it."""
+        """Per shard, in mesh order, the ranks that hold a copy of it."""
         return tuple(tuple(row) for row in self._holders().tolist())
 
     @property
@@ -71,20 +71,20 @@ class ShardedParameter:
         return math.prod(n for n, cut in zip(self.mesh_shape, self.cuts, strict=True) if cut is not None)
 
     def _holders(self) -> np.ndarray:
-        """`shards` as numbers, (shards, copies)."""
+        """Ranks that hold each shard, (shards, copies)."""
         grid = np.asarray(self.ranks).reshape(self.mesh_shape)
         cutting = [i for i, cut in enumerate(self.cuts) if cut is not None]
         copying = [i for i, cut in enumerate(self.cuts) if cut is None]
         return grid.transpose(*cutting, *copying).reshape(self.number_of_shards, -1)
 
     def copies(self) -> tuple[int, ...]:
-        """For each rank of the mesh, in its order, which copy of the parameter it belongs to."""
+        """Per rank of the mesh, in mesh order, the index of the parameter's copy to which it belongs."""
         sizes = [n if cut is None else 1 for n, cut in zip(self.mesh_shape, self.cuts, strict=True)]
         numbers = np.arange(math.prod(sizes)).reshape(sizes)
         return tuple(np.broadcast_to(numbers, self.mesh_shape).reshape(-1).tolist())
 
     def fragments(self, buffer: int) -> Fragments:
-        """The fragments of the flattened parameter on every rank, shard after shard, in buffer number `buffer`."""
+        """The fragments of the flattened parameter on every rank, in order of shards, in buffer number `buffer`."""
         shard, start, rows, cols, stride, local, step = _blocks(self.shape, self.mesh_shape, self.cuts)
         holders = self._holders()
         copies = holders.shape[1]
@@ -99,9 +99,10 @@ class ShardedParameter:
 
 
 def dtensor_layout(parameters: Sequence[ShardedParameter], world_size: int) -> Layout:
-    """A layout in which buffer i is the local tensor of `parameters[i]`; copies (HSDP, Replicate) are fragments.
+    """The layout of DTensors: buffer i is the local tensor of `parameters[i]`. HSDP's copies are fragments.
 
-    The domains are the copies of the parameter with the most shards, the columns its shards.
+    Copies of the model and replica groups follow the parameter with the most shards: its copies are the domains, and
+    the holders of one of its shards are a column.
     """
     matrices = matrix_layouts(p.stored(buffer) for buffer, p in enumerate(parameters))
     widest = max(parameters, key=lambda p: p.number_of_shards, default=None)
@@ -120,10 +121,10 @@ def dtensor_layout(parameters: Sequence[ShardedParameter], world_size: int) -> L
 
 
 def _in_order(name: str, cuts: list[tuple[int, int]]) -> list[int]:
-    """The order in which the cuts of one axis, (split factor, parts), are made, as positions in `cuts`.
+    """The order in which the cuts of one axis, (split factor, parts), are applied: positions in `cuts`.
 
-    A strided cut to the left of plain ones is made last, on what they leave: so `fully_shard` cuts what tensor
-    parallelism has cut, and so `DTensor.full_tensor` puts it together again. Raises LayoutError for another mixture.
+    A strided cut before plain cuts is applied last, to their parts: `fully_shard` shards the parts of tensor
+    parallelism, and `DTensor.full_tensor` reverses this order. Raises LayoutError for any other combination.
     """
     strided = [i for i, (factor, _) in enumerate(cuts) if factor > 1]
     if not strided or len(cuts) == 1:
@@ -132,19 +133,19 @@ def _in_order(name: str, cuts: list[tuple[int, int]]) -> list[int]:
     if strided != [0] or cuts[0][0] != others:
         raise LayoutError(
             f"{name}: one axis is cut as (split factor, parts) {cuts}: torch does not say which elements a rank holds "
-            "unless one strided cut stands before the plain ones that make its split factor"
+            "unless one strided shard comes before the plain shards that make up its split factor"
         )
     return [*range(1, len(cuts)), 0]
 
 
 def _chunk(index: np.ndarray, parts: int, number: int) -> np.ndarray:
-    """Part `number` of `torch.chunk`: the last ones are empty where there are more parts than elements."""
+    """Part `number` of `torch.chunk`; the last parts are empty if there are more parts than elements."""
     size = -(-len(index) // parts)
     return index[number * size : (number + 1) * size]
 
 
 def _held(length: int, cuts: Sequence[tuple[int, int]], at: Sequence[int]) -> list[Interval]:
-    """The range that the rank at coordinates `at` holds of an axis cut by `cuts`, (split factor, parts)."""
+    """The intervals of an axis that the rank at coordinates `at` holds; `cuts`: (split factor, parts)."""
     index = np.arange(length)
     for i in _in_order("", list(cuts)):
         factor, parts = cuts[i] if len(cuts) == 1 else (1, cuts[i][1])
@@ -182,8 +183,8 @@ def _blocks(
 
 
 def blocks_of(shape: tuple[int, ...], intervals: list[list[Interval]]) -> list[tuple[Block, Block]]:
-    """The blocks of a flattened tensor of `shape` that `intervals` of each axis make, and where each lies in the
-    flattened local tensor of these intervals."""
+    """The blocks of a flattened tensor of `shape` inside the `intervals` of all axes, each with its block in the
+    flattened local tensor."""
     found = _product(shape, intervals)
     return [
         (Block(a, rows, cols, b), Block(at, rows, cols, step)) for a, rows, cols, b, at, step in found if rows * cols
@@ -191,11 +192,11 @@ def blocks_of(shape: tuple[int, ...], intervals: list[list[Interval]]) -> list[t
 
 
 def _product(shape: tuple[int, ...], intervals: list[list[Interval]]) -> list[tuple[int, ...]]:
-    """(start, rows, cols, stride, local start, local stride) of the blocks that intervals of all axes make."""
+    """(start, rows, cols, stride, local start, local stride) of the blocks inside the intervals of all axes."""
     last = max((axis for axis, held in enumerate(intervals) if held != [(0, shape[axis], 0)]), default=0)
     inner = math.prod(shape[last + 1 :])
     local_shape = [sum(n for _, n, _ in held) for held in intervals]
-    # Ranges of the axes before `last`, flattened: (first, number, position in the flattened local axes).
+    # Intervals of the flattened axes before `last`: (first, number, position in the flattened local axes).
     outer: list[Interval] = [(0, 1, 0)]
     for axis in range(last):
         outer = _refined(outer, intervals[axis], shape[axis], local_shape[axis])
@@ -211,7 +212,7 @@ def _product(shape: tuple[int, ...], intervals: list[list[Interval]]) -> list[tu
 
 
 def _refined(outer: list[Interval], held: list[Interval], length: int, local: int) -> list[Interval]:
-    """Ranges over one axis more than `outer` covers; of the new axis the intervals `held` are held."""
+    """The intervals `outer`, extended by one axis. held: the rank's intervals of the new axis."""
     if held == [(0, length, 0)]:
         return [(first * length, number * length, where * local) for first, number, where in outer]
     return [

@@ -21,10 +21,10 @@ class PlacedParameter:
     Attributes:
         name: FQN.
         numel: elements of the whole parameter.
-        offset: of its first element, in elements. In a `FlatGroup` within the whole flattened group; in
-            `per_parameter_layout` of this parameter's slice within each rank's buffer.
-        matrices: how it is cut; empty under AdamW.
-        shape: of the whole parameter, where somebody needs it.
+        offset: index of its first element. In a `FlatGroup`: in the whole flattened group. In `per_parameter_layout`:
+            of this parameter's slice in each rank's buffer.
+        matrices: its matrices; empty under AdamW.
+        shape: shape of the whole parameter; empty if not needed.
     """
 
     name: str
@@ -36,13 +36,13 @@ class PlacedParameter:
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """Parameters laid end to end, padding allowed; rank r holds elements `[r * partition, (r + 1) * partition)`."""
+    """Parameters end to end, possibly with padding; rank r holds elements `[r * partition, (r + 1) * partition)`."""
 
     parameters: tuple[PlacedParameter, ...]
     partition: int
 
     def stored(self, buffer: int, world_size: int) -> list[StoredParameter]:
-        """Its parameters where the slices of `world_size` ranks are their buffers number `buffer`.
+        """Its parameters with their fragments; buffer number `buffer` of each rank is the rank's slice.
 
         Raises:
             LayoutError: a parameter reaches past the last partition, or two overlap.
@@ -68,12 +68,12 @@ class FlatGroup:
 
 
 def flat_layout(groups: Sequence[FlatGroup], world_size: int, *, together: bool = False) -> Layout:
-    """A layout in which buffer i is the slice of `groups[i]` that a rank holds; matrices may straddle ranks.
+    """The layout of ZeRO-1/2: buffer i is a rank's slice of `groups[i]`. A matrix may cross slice boundaries.
 
     Args:
-        groups: those of Muon only.
-        world_size: ranks.
-        together: all groups are stepped in one call, so the work is balanced over all of them; else one at a time.
+        groups: only Muon's groups.
+        world_size: number of ranks.
+        together: True: one call steps all groups, so work is balanced over all of them. False: one call per group.
 
     Raises:
         LayoutError: a parameter reaches past the last partition, or two overlap.

@@ -1,4 +1,4 @@
-"""Fragments: what each rank holds of a matrix, one by one and as arrays, since thousands of ranks may hold a part."""
+"""Fragments: the parts of a matrix on each rank, as single objects, and as arrays for thousands of ranks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from muon_dist.layout.block import Block
 from muon_dist.layout.matrix import Matrix
 
 _SHOWN = 4
-_COPIED = 64  # a constant is one number in memory beyond so many; before, copies are quicker than a broadcast
+_COPIED = 64  # a longer constant column is one broadcast number, to save memory; a short one is faster as an array
 
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """A block of a whole (a matrix, or a parameter that is yet to be cut into matrices) that one rank holds.
+    """A block of a tensor (a matrix, or a parameter before it is split into matrices) that one rank holds.
 
     Attributes:
-        rank: who holds it.
-        block: where it is in the flattened whole.
-        buffer: index of the rank's local tensor that contains it; the numbering is the same on all ranks.
-        local: where it is in that tensor, flattened; as many rows and columns as `block`.
+        rank: the rank that holds it.
+        block: its position in the flattened tensor.
+        buffer: index of the rank's local tensor that contains it; the numbering is equal on all ranks.
+        local: its position in the flattened local tensor; same rows and columns as `block`.
     """
 
     rank: int
@@ -34,7 +34,7 @@ class Fragment:
 
     @classmethod
     def run(cls, rank: int, start: int, length: int, buffer: int, position: int) -> Fragment:
-        """The run `[start, start + length)` of the whole, at `position` of the buffer."""
+        """The run `[start, start + length)` of the tensor, at `position` of the buffer."""
         return cls(rank, Block.run(start, length), buffer, Block.run(position, length))
 
     @property
@@ -44,13 +44,13 @@ class Fragment:
 
 
 class Fragments(Sequence[Fragment]):
-    """A sequence of `Fragment`, kept as arrays of equal length; they may share memory.
+    """A sequence of `Fragment`, stored as arrays of equal length that may share memory.
 
-    Attributes:
-        rank, buffer: int64 arrays; read only, as all others.
-        start, rows, cols, stride: of the blocks in the whole.
+    Attributes (read-only int64 arrays, one entry per fragment):
+        rank, buffer: as in `Fragment`.
+        start, rows, cols, stride: the blocks in the tensor.
         local, step: first element and row stride of the blocks in their local tensors.
-        length: elements.
+        length: number of elements.
     """
 
     __slots__ = ("buffer", "cols", "length", "local", "rank", "rows", "start", "step", "stride")
@@ -58,7 +58,7 @@ class Fragments(Sequence[Fragment]):
     def __init__(
         self, rank: Any, start: Any, rows: Any, cols: Any, stride: Any, buffer: Any, local: Any, step: Any
     ) -> None:
-        """Made of the array `rank`, and for each other column an array of that length or one number."""
+        """rank: an array. The others: an array of the same length, or one number for all fragments."""
         length_of = len(rank)
 
         def column(values: Any) -> np.ndarray:
@@ -74,7 +74,7 @@ class Fragments(Sequence[Fragment]):
 
     @classmethod
     def runs(cls, rank: Any, start: Any, length: Any, buffer: Any, local: Any) -> Fragments:
-        """Contiguous runs of the whole that are contiguous in their local tensors as well."""
+        """Contiguous runs of the tensor that are contiguous in their local tensors too."""
         return cls(rank, start, 1, length, length, buffer, local, length)
 
     @classmethod
@@ -99,17 +99,17 @@ class Fragments(Sequence[Fragment]):
 
     @property
     def contiguous(self) -> np.ndarray:
-        """Which are runs of the whole."""
+        """Mask of the fragments that are runs of the tensor."""
         return (self.rows == 1) | (self.cols == self.stride)
 
     @property
     def all_runs(self) -> bool:
-        """Every fragment is one row: a run of the whole and of its local tensor."""
+        """Whether every fragment is one row: a run of the tensor and of its local tensor."""
         return bool((self.rows == 1).all())
 
     @property
     def stop(self) -> np.ndarray:
-        """One past the last element of each block in the whole."""
+        """One past the last element of each block in the tensor."""
         return self.start + (self.rows - 1) * self.stride + self.cols
 
     def chosen(self, index: Any) -> Fragments:
@@ -117,7 +117,7 @@ class Fragments(Sequence[Fragment]):
         return Fragments(*(column[index] for column in self._columns()))
 
     def in_buffer(self, number: int) -> Fragments:
-        """The same in local tensors of another number."""
+        """The same fragments with buffer number `number`."""
         rank, start, rows, cols, stride, _, local, step = self._columns()
         return Fragments(rank, start, rows, cols, stride, number, local, step)
 
@@ -126,9 +126,9 @@ class Fragments(Sequence[Fragment]):
         return self.chosen(self.rank == rank)
 
     def tiles(self, numel: int) -> bool:
-        """Whether they cover `numel` elements on distinct ranks, one run after another or each all of it.
+        """Whether the fragments obviously cover `numel` elements: consecutive runs on distinct ranks, or full copies.
 
-        A cover of another kind is not recognized.
+        Returns False for any other cover.
         """
         if len(self) == 1:
             return bool(self.start[0] == 0 and self.length[0] == numel > 0)
@@ -142,10 +142,10 @@ class Fragments(Sequence[Fragment]):
         return bool(distinct and ends_meet and (self.length > 0).all())
 
     def within(self, part: Block) -> Fragments:
-        """The fragments of `part`, a block of the same whole; their blocks stand in the flattened `part`.
+        """The fragments of `part`, a block of the same tensor; their blocks are positions in the flattened `part`.
 
-        Row-major order makes a run of the whole a run of a contiguous part. Of a part with gaps between its rows it
-        is up to three blocks: the end of a row, whole rows, the beginning of a row.
+        A run of the tensor is a run of a contiguous part. In a part with gaps between its rows it becomes up to three
+        blocks: the end of a row, whole rows, the beginning of a row.
         """
         near = self.chosen((self.start < part.stop) & (self.stop > part.start))
         if part.rows == 1 or part.cols == part.stride:
@@ -159,7 +159,7 @@ class Fragments(Sequence[Fragment]):
         return Fragments.of(f for given in near for f in _within(given, part))
 
     def _rows_within(self, part: Block) -> Fragments:
-        """`within` for blocks whose rows are those of a contiguous `part`."""
+        """`within` for blocks with the same row stride as `part`, which is contiguous."""
         top, left = np.divmod(self.start, part.cols)
         first_row = part.start // part.cols
         first = np.maximum(top, first_row)
@@ -170,7 +170,7 @@ class Fragments(Sequence[Fragment]):
         return Fragments(*(column[inside] for column in columns)).merged()
 
     def merged(self) -> Fragments:
-        """The same, with one row for each block whose rows follow each other in the whole and in its local tensor."""
+        """The same fragments; blocks that are contiguous in the tensor and in the local tensor become runs."""
         single = (self.rows == 1) | ((self.cols == self.stride) & (self.cols == self.step))
         length = self.rows * self.cols
         return Fragments(
@@ -213,7 +213,7 @@ class Fragments(Sequence[Fragment]):
         return hash(tuple(column.tobytes() for column in self._columns()))
 
     def __repr__(self) -> str:
-        """The first few, and a digest of all: what ranks compare."""
+        """The first few fragments, and a digest of all, so that ranks can compare them."""
         columns = [column[:_SHOWN].tolist() for column in self._columns()]
         shown = ", ".join(str(row) for row in zip(*columns, strict=True))
         if len(self) <= _SHOWN:
@@ -221,7 +221,7 @@ class Fragments(Sequence[Fragment]):
         state = hashlib.sha256()
         for column in self._columns():
             state.update(column.tobytes())
-        return f"({shown}, ... {len(self)} in all, sha256 {state.hexdigest()[:16]})"
+        return f"({shown}, ... {len(self)} in total, sha256 {state.hexdigest()[:16]})"
 
 
 def _fragment(
@@ -231,7 +231,7 @@ def _fragment(
 
 
 def _within(given: Fragment, part: Block) -> Iterator[Fragment]:
-    """The elements of `part` that `given` holds, in the order of `part`."""
+    """The elements of `part` inside the fragment `given`, in the order of `part`."""
     block, local = given.block, given.local
     contiguous = part.rows == 1 or part.cols == part.stride
     for shared in block.common(part):
@@ -250,8 +250,10 @@ def _within(given: Fragment, part: Block) -> Iterator[Fragment]:
 
 
 def fragments_of_run(matrix: Matrix, rank: int, start: int, length: int, buffer: int, position: int) -> list[Fragment]:
-    """What of `matrix` lies in the run `[start, start + length)` of the flattened parameter that `rank` holds at
-    `position` of `buffer`; for a layout of one's own."""
+    """The fragments of `matrix` inside a run of the flattened parameter; for user-defined layouts.
+
+    `rank` holds the run `[start, start + length)` at `position` of `buffer`.
+    """
     if length <= 0:
         return []
     return list(Fragments.of([Fragment.run(rank, start, length, buffer, position)]).within(matrix.block))

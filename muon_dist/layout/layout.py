@@ -1,8 +1,8 @@
-"""Which rank holds which fragments of every matrix, as frozen data that checks itself.
+"""`Layout`: the fragments of every matrix on every rank, as frozen data with checks.
 
-A parameter is cut into matrices (one per weight, head or expert); a rank holds fragments of matrices inside local
-tensors called buffers. Everything that differs between DDP, ZeRO and FSDP2 is in this data; no code asks which
-framework produced it.
+A parameter is split into matrices (one per weight, head or expert). A rank holds fragments of matrices inside local
+tensors, called buffers. This data contains every difference between DDP, ZeRO and FSDP2, so no code asks which
+framework is used.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from muon_dist.layout.matrix import Matrix
 
 @dataclass(frozen=True, slots=True)
 class MatrixLayout:
-    """One matrix and every fragment of it, on all ranks; copies are allowed, gaps are not.
+    """One matrix and its fragments on all ranks; copies are allowed, gaps are not.
 
-    `fragments` may be given as any sequence of `Fragment` and is kept as `Fragments`.
+    `fragments` may be any sequence of `Fragment`; it is stored as `Fragments`.
 
-    Raises LayoutError when the fragments leave a gap, run past the end, or overlap on one rank.
+    Raises LayoutError if the fragments leave a gap, run past the end, or overlap on one rank.
     """
 
     matrix: Matrix
@@ -39,7 +39,7 @@ class MatrixLayout:
 
     @property
     def buffer(self) -> int:
-        """The buffer that holds this matrix; the same on every rank that holds a part."""
+        """Index of the buffer that holds this matrix; equal on all ranks that hold a part."""
         return int(self.fragments.buffer[0])
 
     def on(self, rank: int) -> Fragments:
@@ -57,11 +57,11 @@ class MatrixLayout:
         return held
 
     def sources(self, owner: int, domains: Sequence[int] = ()) -> Fragments:
-        """A cover of the matrix without overlap, in the order of the matrix; momentum lives on these.
+        """The matrix's sources: fragments that cover it without overlap, in order; these ranks keep its momentum.
 
-        If several ranks hold a copy, prefer the owner itself, then a rank of the owner's own copy of the model, then
-        the fragment that reaches furthest, then the lowest rank. A source may be a part of a fragment where copies
-        overlap. Deterministic: every rank computes the same.
+        If several ranks hold a copy, prefer the owner itself, then a rank in the owner's copy of the model, then the
+        fragment that ends last, then the lowest rank. If copies overlap, a source may be a part of a fragment.
+        Deterministic: every rank computes the same sources.
         """
         own = self.on(owner)
         if int(own.length.sum()) == self.matrix.numel:
@@ -70,20 +70,20 @@ class MatrixLayout:
         own_copy = (
             self.fragments.chosen(domain[self.fragments.rank] == domain[owner]) if len(domain) else self.fragments
         )
-        if int(own_copy.length.sum()) == self.matrix.numel:  # no copies, or none in the owner's domain
+        if int(own_copy.length.sum()) == self.matrix.numel:  # no second copy in the owner's domain
             return own_copy.chosen(np.argsort(own_copy.start, kind="stable"))
         near = set(own_copy.rank.tolist()) if len(domain) else set()
         if self.fragments.all_runs:
             return self._runs(own, near, owner)
-        best: dict[int, Fragment] = {}  # copies of blocks are equal: one holder of each
+        best: dict[int, Fragment] = {}  # copies have equal blocks: choose one holder of each block
         for f in sorted(self.fragments, key=lambda f: (f.rank != owner, f.rank not in near, f.rank)):
             best.setdefault(f.block.start, f)
         if sum(f.length for f in best.values()) != self.matrix.numel:
-            raise LayoutError(f"{self.matrix.name}: its copies are cut into different blocks")
+            raise LayoutError(f"{self.matrix.name}: its copies are divided into different blocks")
         return Fragments.of(sorted(best.values(), key=lambda f: f.block.start))
 
     def _runs(self, own: Fragments, near: set[int], owner: int) -> Fragments:
-        """`sources` of runs, whose copies may be cut at different places."""
+        """`sources` for runs, whose copies may be divided at different positions."""
         others = [f for f in self.fragments if f.rank != owner]
         ordered = sorted(own, key=lambda f: f.block.start)
         cover = list(ordered)
@@ -107,16 +107,16 @@ class Layout:
     """Every matrix of a model over one process group.
 
     Attributes:
-        kind: a word for messages ("replicated", "flat", "per_parameter", "dtensor").
-        world_size: ranks of the process group.
-        matrices: in the order of the parameters, the same on all ranks.
-        phases: buffers that are stepped together; balance is sought within each. By default all are.
-        complete_gradients: the framework hands every rank a gradient for every buffer that is stepped, so the ranks
-            need not agree first on which are missing.
-        domains: for each rank a number that ranks near each other share (HSDP: the copy of the model, usually a node).
-            Of copies, those of the owner's own domain are its sources. Empty: all are equal.
+        kind: name of the layout: "replicated", "flat", "per_parameter" or "dtensor".
+        world_size: number of ranks in the process group.
+        matrices: all matrices in the order of the parameters, equal on all ranks.
+        phases: groups of buffers that one call steps; each phase is balanced separately. By default one phase.
+        complete_gradients: the framework gives every rank a gradient for every stepped buffer, so the ranks need not
+            compare which gradients are missing.
+        domains: copy-of-the-model id per rank (HSDP: usually a node). Sources are preferably in the owner's domain.
+            Empty: one copy.
         columns: replica-group id per rank: ranks with equal ids hold the same shard in different copies of the model
-            (all ranks under DDP, those of one shard under HSDP) and can broadcast among each other. See `relayed`.
+            (all ranks under DDP, the holders of one shard under HSDP) and can broadcast to each other. See `relayed`.
             Empty: there are no copies.
     """
 
@@ -146,7 +146,7 @@ class Layout:
             if len(wrong):
                 raise LayoutError(f"{m.matrix.name}: rank {wrong[0]} of a world of {self.world_size}")
             if (m.fragments.buffer != m.fragments.buffer[0]).any():
-                raise LayoutError(f"{m.matrix.name}: its fragments lie in different buffers")
+                raise LayoutError(f"{m.matrix.name}: its fragments are in different buffers")
         self._phase_of.update({buffer: i for i, phase in enumerate(self.phases) for buffer in phase})
 
     def phase(self, matrix: MatrixLayout) -> int:
@@ -154,8 +154,8 @@ class Layout:
         return self._phase_of.get(matrix.buffer, 0)
 
     def relayed(self, i: int) -> bool:
-        """Whether the update of matrix `i` goes from its owner to the owner's own domain alone, and from each rank of
-        that along its column: every domain holds a copy, and along each column the same part of it."""
+        """Whether the owner sends the update of matrix `i` only within its domain, and each rank of this domain then
+        broadcasts its part to its column. Requires a copy in every domain, with equal fragments along each column."""
         if i not in self._relayed:
             self._relayed[i] = bool(self.columns) and self._agree(self.matrices[i].fragments)
         return self._relayed[i]

@@ -1,4 +1,4 @@
-"""The matrices that a parameter is cut into."""
+"""The matrices into which a parameter is split."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from muon_dist.layout.block import Block
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """The logical 2-D object that is orthogonalized: one for each weight, head or expert.
+    """The logical 2-D object that is orthogonalized: one per weight, head or expert.
 
     Attributes:
-        name: FQN of the parameter, with `[i]` behind it when the parameter is cut into several matrices.
-        block: its elements in the flattened parameter; `stride == cols` when it spans whole rows, as weights, experts
-            and heads cut along the rows do.
-        transposed: stored as (in, out), like GPT-2's Conv1D; matters to the scale of the update and to rules that
-            look at output rows.
+        name: FQN of the parameter, followed by `[i]` if the parameter has several matrices.
+        block: its elements in the flattened parameter; `stride == cols` if it contains whole rows, as weights, experts
+            and heads along the rows do.
+        transposed: stored as (in, out), like GPT-2's Conv1D; affects the scale of the update and rules that use
+            output features.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Matrix:
 
     @property
     def parameter(self) -> str:
-        """FQN of the parameter that this matrix is cut from."""
+        """FQN of the parameter that contains this matrix."""
         return self.name.partition("[")[0]
 
     @property
@@ -62,16 +62,16 @@ def cut_parameter(
     Args:
         name: FQN.
         shape: (M, N); (E, M, N) is a batch of E matrices; more axes are flattened to (M, -1), as for convolutions.
-        heads: cut the axis into this many equal blocks.
-        sizes: or into blocks of these sizes, as for fused QKV.
-        transposed: stored (in, out), so that the output axis is the columns.
-        axis: what is cut, "outputs" or "inputs".
+        heads: split the axis into this many equal blocks.
+        sizes: or split it into blocks of these sizes, as for fused QKV.
+        transposed: stored as (in, out), so the columns are the outputs.
+        axis: the axis to split, "outputs" or "inputs".
 
     Raises:
-        LayoutError: fewer than two axes, another axis, or a cut that does not fit the axis.
+        LayoutError: fewer than two axes, an unknown axis, or a split that does not fit the axis.
     """
     if len(shape) < 2:
-        raise LayoutError(f"{name} has shape {tuple(shape)}: only matrices can be orthogonalized; send it to adamw")
+        raise LayoutError(f"{name} has shape {tuple(shape)}: only matrices can be orthogonalized; use adamw for it")
     batch, m, n = 1, int(shape[0]), 1
     if len(shape) == 3:
         batch, m, n = (int(s) for s in shape)

@@ -1,4 +1,4 @@
-"""Which rank holds which blocks of a parameter: the input of layouts, checkpoints and comparisons of copies."""
+"""The fragments of a parameter on all ranks: the input of layouts, checkpoints and comparisons of copies."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from muon_dist.layout.matrix import Matrix
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """A parameter, and which part of it lies on which rank.
+    """A parameter and its fragments on all ranks.
 
     Attributes:
         name: FQN.
-        shape: of the whole parameter.
-        fragments: of the flattened parameter, on all ranks.
-        matrices: how it is cut; empty under AdamW.
+        shape: shape of the whole parameter.
+        fragments: fragments of the flattened parameter, on all ranks.
+        matrices: its matrices; empty under AdamW.
     """
 
     name: str

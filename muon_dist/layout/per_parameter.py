@@ -1,4 +1,4 @@
-"""ZeRO-3: every parameter flattened, padded and split over all ranks; the slices of a sub-group laid end to end."""
+"""ZeRO-3: every parameter is flattened, padded and split over all ranks; slices of a sub-group are end to end."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def slice_length(numel: int, world_size: int) -> int:
 
 
 def sub_group(parameters: Sequence[PlacedParameter], buffer: int, world_size: int) -> list[StoredParameter]:
-    """The parameters of a sub-group, whose slices lie in the ranks' buffers number `buffer`.
+    """The parameters of a sub-group with their fragments; their slices are in each rank's buffer number `buffer`.
 
-    Of a parameter of n elements, rank r holds `[r * s, min((r + 1) * s, n))` at the parameter's offset, with
-    `s = slice_length(n, world_size)`; the last ranks of a small one may hold nothing.
+    Of a parameter with n elements, rank r holds `[r * s, min((r + 1) * s, n))` at the parameter's offset, with
+    `s = slice_length(n, world_size)`. If n is small, the last ranks may hold nothing.
 
     Raises:
         LayoutError: two slices overlap.
@@ -43,9 +43,9 @@ def sub_group(parameters: Sequence[PlacedParameter], buffer: int, world_size: in
 
 
 def per_parameter_layout(sub_groups: Sequence[Sequence[PlacedParameter]], world_size: int) -> Layout:
-    """A layout in which buffer i holds a rank's slices of the parameters of `sub_groups[i]`; see `sub_group`.
+    """The layout of ZeRO-3: buffer i has a rank's slices of the parameters in `sub_groups[i]`; see `sub_group`.
 
-    Sub-groups are stepped one at a time.
+    Each sub-group is stepped in a separate call.
     """
     stored = [p for buffer, members in enumerate(sub_groups) for p in sub_group(members, buffer, world_size)]
     phases = tuple((i,) for i in range(len(sub_groups)))

@@ -1,4 +1,4 @@
-"""DDP and ZeRO-0: every rank holds every matrix whole."""
+"""DDP and ZeRO-0: every rank holds every whole matrix."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from muon_dist.layout.parameter import StoredParameter
 def whole_on_all(
     name: str, shape: tuple[int, ...], buffer: int, world_size: int, matrices: tuple[Matrix, ...] = ()
 ) -> StoredParameter:
-    """A parameter that each of `world_size` ranks holds whole, as its buffer number `buffer`."""
+    """A parameter that every one of `world_size` ranks holds whole, in its buffer number `buffer`."""
     return StoredParameter(
         name, shape, Fragments.runs(np.arange(world_size), 0, math.prod(shape), buffer, 0), matrices
     )
 
 
 def copies_on_all(world_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """`domains` and `columns` of a `Layout` in which every rank is a copy of its own."""
+    """`domains` and `columns` of a `Layout` in which every rank has a copy of the model."""
     return ((), ()) if world_size == 1 else (tuple(range(world_size)), (0,) * world_size)
 
 
 def replicated_layout(buffers: Sequence[Sequence[Matrix]], world_size: int) -> Layout:
-    """A layout in which buffer i is one whole parameter, cut into `buffers[i]`, on each of `world_size` ranks."""
+    """The layout in which every rank holds every parameter whole. Buffer i has the matrices `buffers[i]`."""
     ranks = np.arange(world_size)
 
     def fragments(m: Matrix, buffer: int) -> Fragments:

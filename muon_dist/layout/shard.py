@@ -1,4 +1,4 @@
-"""The part of a parameter that one local tensor holds, before a framework cuts that tensor once more."""
+"""The part of a parameter in one local tensor, before a framework shards this tensor again."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Shard:
     """Blocks of a parameter in a contiguous local tensor.
 
     Attributes:
-        shape: of the whole parameter.
-        blocks: pairs of a block of the flattened parameter and its place in the flattened local tensor; the two have
-            as many rows and columns.
+        shape: shape of the whole parameter.
+        blocks: pairs of a block in the flattened parameter and its block in the flattened local tensor, with equal
+            rows and columns.
     """
 
     shape: tuple[int, ...]
@@ -27,17 +27,17 @@ class Shard:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Shard:
-        """The local tensor is the parameter."""
+        """The shard whose local tensor is the whole parameter."""
         run = Block.run(0, math.prod(shape))
         return cls(tuple(shape), ((run, run),))
 
     @classmethod
     def cut(cls, shape: Sequence[int], axis: int, widths: Sequence[Sequence[int]], part: int) -> Shard:
-        """Part number `part` of a parameter that is cut along `axis`.
+        """Part number `part` of a parameter that is sharded along `axis`.
 
         Args:
             widths: for each sub-parameter along the axis (query, key and value of a fused weight), the length of every
-                part. The local tensor holds its part of each, one after another.
+                part. The local tensor has its part of each sub-parameter, one after another.
 
         Raises:
             LayoutError: the widths do not add up to the axis.
@@ -59,16 +59,16 @@ class Shard:
         return sum(whole.numel for whole, _ in self.blocks)
 
     def run(self, start: int, length: int) -> Iterator[tuple[Block, Block]]:
-        """What the run `[start, start + length)` of the flattened local tensor holds, as `blocks`; the places are
-        counted from `start`.
+        """The `blocks` inside the run `[start, start + length)` of the flattened local tensor.
 
-        Of each block at most a part of a row, whole rows, and a part of a row.
+        Local positions count from `start`. A block may become up to three: a part of a row, whole rows, a part of a
+        row.
         """
         for whole, local in self.blocks:
             for part in local.part_of_run(start, start + length):
                 row, column = local.place(part)
                 position = part.start - start
-                if part.rows > 1:  # the rows of several blocks in turn
+                if part.rows > 1:  # rows of several blocks are interleaved
                     first = whole.start + row * whole.stride + column
                     yield (
                         Block(first, part.rows, part.cols, whole.stride),
@@ -80,7 +80,7 @@ class Shard:
                     position += block.numel
 
     def fragments(self, rank: int, runs: Fragments) -> Fragments:
-        """The fragments of the parameter that `rank` holds, where `runs` are runs of the flattened local tensor."""
+        """The fragments of the parameter on `rank`. runs: runs of the flattened local tensor that the rank holds."""
         return Fragments.of(
             Fragment(rank, block, f.buffer, place.moved(f.local.start))
             for f in runs

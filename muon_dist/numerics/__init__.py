@@ -1,4 +1,4 @@
-"""Pure mathematics on tensors. Nothing here communicates."""
+"""Pure mathematics on tensors, without communication between ranks."""
 
 from __future__ import annotations
 

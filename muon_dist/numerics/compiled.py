@@ -1,4 +1,4 @@
-"""The iteration through `torch.compile`."""
+"""The Newton-Schulz iteration through `torch.compile`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from muon_dist.numerics.schedules import Row, Schedule, get_schedule
 from muon_dist.waiting import told
 
 _SHAPES = 1024
-"""Compiled forms that are kept; PyTorch's own bound is 8, beyond which it would stop compiling."""
+"""Number of compiled forms that are kept; with PyTorch's default of 8 it would stop compiling."""
 
 
 def _whole(
@@ -50,7 +50,7 @@ _begun: set[tuple[object, ...]] = set()
 
 
 def _first(shape: tuple[int, ...], *kind: object) -> AbstractContextManager[None]:
-    """Says aloud that a compiler runs, the first time that a stack of this shape and kind comes."""
+    """Context that prints a note if compilation takes long; only for the first stack of a shape and kind."""
     if (shape, *kind) in _begun:
         return nullcontext()
     _begun.add((shape, *kind))
@@ -60,9 +60,9 @@ def _first(shape: tuple[int, ...], *kind: object) -> AbstractContextManager[None
 def compiled_iteration(
     x: Tensor, schedule: Schedule, rows: tuple[Row, ...], segment: int, dtype: torch.dtype, products: Products
 ) -> Tensor:
-    """The orthogonalized stack (B, M, N) in `dtype`, by code that is compiled once for each shape of the stack.
+    """The orthogonalized stack (B, M, N) in `dtype`, by code that is compiled once per shape of the stack.
 
-    Raises ConfigError where compiling fails, instead of running uncompiled.
+    Raises ConfigError if compilation fails; it never runs uncompiled.
     """
     import torch._dynamo  # only here: it takes 2 s to import
 
@@ -74,15 +74,15 @@ def compiled_iteration(
         raise ConfigError(
             f"ns_compile=True, but torch.compile failed on {x.device} ({type(error).__name__}: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}): leave ns_compile out, or "
-            "install what the compiler needs (a C++ compiler on CPU, Triton on CUDA)"
+            "install the compiler that it needs (a C++ compiler on CPU, Triton on CUDA)"
         ) from error
 
 
 @torch.no_grad()
 def orthogonalize_compiled(source: Tensor, target: Tensor | None = None, *, form: Form) -> None:
-    """Newton-Schulz of a stack by compiled code: as `iteration.orthogonalize`, compiled once per shape.
+    """Orthogonalize a stack with compiled code: as `iteration.orthogonalize`, compiled once per shape.
 
-    source: (B, rows, columns). target: receives the result in its own dtype; None: `source` is overwritten.
+    source: (B, rows, columns). target: receives the result, in the target's dtype; None: `source` is overwritten.
     """
     target = source if target is None else target
     if not source.numel():
@@ -93,7 +93,7 @@ def orthogonalize_compiled(source: Tensor, target: Tensor | None = None, *, form
 
 
 def check_compiler(device: torch.device) -> None:
-    """Compile a small iteration on `device`, so that a machine without a compiler says so before the first step.
+    """Compile a small iteration on `device`, so that a missing compiler is reported before the first step.
 
     Raises ConfigError as `compiled_iteration`.
     """

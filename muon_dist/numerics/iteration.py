@@ -1,4 +1,4 @@
-"""The Newton-Schulz iteration itself, on buffers that are made once and written in turn, and its matrix products."""
+"""The Newton-Schulz iteration on buffers that are allocated once, and its matrix products."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from muon_dist.numerics.schedules import Row, Schedule
 
 BLOCKS = 4
 _CPU_CHUNK_BYTES = 3 << 20
-"""What a thread works on at a time, matrices with their buffers: about a core's second-level cache. With 2 to 6 MB it
-takes the same time within 5% (2 MB of cache); with less, calls take as long as small products."""
+"""Bytes of matrices and buffers that a thread works on at a time: about a core's second-level cache. From 2 to 6 MB
+the time is equal within 5% (with 2 MB of cache); with less, calls take as long as small products."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Workspace:
 
     Attributes:
         segment: see `Form`.
-        other: one more X, (B, M, N).
-        squares: `buffers(segment)` of the short side, (B, S, S): A and a polynomial in it, two more in Gram form.
+        other: a second X, (B, M, N).
+        squares: `buffers(segment)` tensors (B, S, S) with S the short side: A and a polynomial in A; two more in Gram
+            form.
     """
 
     segment: int
@@ -34,12 +35,12 @@ class Workspace:
 
 
 def buffers(segment: int) -> int:
-    """How many square buffers the iteration needs."""
+    """Number of square buffers that the iteration needs."""
     return 2 if segment == 1 else 4
 
 
 def matrices_at_once(count: int, rows: int, cols: int, segment: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many of `count` matrices are iterated at a time: all on an accelerator, on a CPU what fits its cache."""
+    """Number of matrices iterated at a time: all `count` on an accelerator, on a CPU as many as fit into its cache."""
     if device.type != "cpu":
         return count
     short = min(rows, cols)
@@ -51,18 +52,18 @@ def matrices_at_once(count: int, rows: int, cols: int, segment: int, dtype: torc
 
 
 class Products:
-    """Batched products of `torch.bmm`, all into given tensors.
+    """Batched products by `torch.bmm`, all with preallocated results.
 
     Attributes:
-        name: what multiplies, as reports and logs call it.
-        symmetric_half: True when only half of a symmetric product is computed.
+        name: name of the implementation in reports and logs.
+        symmetric_half: True if only half of a symmetric product is computed.
     """
 
     name = "torch"
     symmetric_half = False
 
     symmetric: Callable[..., Any] = staticmethod(torch.bmm)
-    """(x, y, out=out): out <- x y, known to be symmetric."""
+    """(x, y, out=out): out <- x y, where the product is symmetric."""
 
     def square(self, x: Tensor, beta: float, alpha: float, out: Tensor) -> None:
         """out <- beta x + alpha x^2, of a symmetric x."""
@@ -74,11 +75,11 @@ class Products:
 
 
 class AddedAfter(Products):
-    """Products on a CPU in fp32 and fp64: sums are added after their products.
+    """Products on a CPU in fp32 and fp64, with sums added after the products.
 
-    `baddbmm` begins by copying a summand to `out`, which waits for memory that the product has not yet brought near:
-    adding to what the product has just written takes 0.95 of the time of the whole iteration for sides of 64. Not in
-    bf16, where the product would be rounded before the sum, and adding is slow.
+    `baddbmm` first copies a summand to `out`, which is not in the cache yet. It is faster to add to the product that
+    was just written: the whole iteration takes 0.95 of the time for sides of 64. Not used in bf16, where the product
+    would be rounded before the sum, and adding is slow.
     """
 
     def square(self, x: Tensor, beta: float, alpha: float, out: Tensor) -> None:
@@ -89,7 +90,7 @@ class AddedAfter(Products):
 
 
 class SymmetricKernels(Products):
-    """The CuTe kernels that the `gram-newton-schulz` package is built on (quack-kernels), for Hopper and newer."""
+    """The CuTe kernels of quack-kernels, which the `gram-newton-schulz` package also uses; for Hopper and newer."""
 
     name = "quack gemm_symmetric"
     symmetric_half = True
@@ -105,7 +106,7 @@ class SymmetricKernels(Products):
 
 
 class BlockedHalf(AddedAfter):
-    """Symmetric products on a CPU: block rows up to the diagonal, the rest copied. For large matrices."""
+    """Symmetric products on a CPU, for large matrices: computes block rows up to the diagonal and copies the rest."""
 
     name = "torch, symmetric products by half"
     symmetric_half = True
@@ -141,14 +142,14 @@ BLOCKED = BlockedHalf()
 
 @dataclass(frozen=True)
 class Form:
-    """How matrices of one shape and dtype are orthogonalized on one device.
+    """The form of the iteration for matrices of one shape and dtype on one device.
 
     Attributes:
         schedule, rows: the coefficients of the steps.
-        segment: steps that are taken on the Gram matrix before X is formed again; 1 is the standard form.
-        dtype: in which the iteration runs.
-        products: who multiplies.
-        at_once: matrices that are iterated at a time.
+        segment: number of steps on the Gram matrix before X is computed again; 1 is the standard form.
+        dtype: dtype of the iteration.
+        products: the matrix products.
+        at_once: number of matrices iterated at a time.
         squares: `buffers(segment)`.
     """
 
@@ -162,15 +163,15 @@ class Form:
 
 
 REDUCED = ("tf32", "bf16")
-"""In what PyTorch may be set to compute fp32 products."""
+"""PyTorch's settings with which fp32 products are computed in lower precision."""
 
 
 @contextlib.contextmanager
 def full_fp32(device: torch.device) -> Iterator[None]:
-    """Inside, fp32 matrix products of `device` are computed in fp32.
+    """Context in which fp32 matrix products on `device` are really computed in fp32.
 
-    `torch.set_float32_matmul_precision`, or the Trainer's `tf32`, may have set TF32 or bf16, on a CPU with AMX too.
-    That is fp32 in name only: a relative error of 2e-3 in place of 3e-7.
+    `torch.set_float32_matmul_precision`, or the Trainer's `tf32`, may have set TF32 or bf16, also on a CPU with AMX.
+    Then the relative error is 2e-3 instead of 3e-7.
     """
     settings = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
     before = settings.fp32_precision
@@ -184,16 +185,16 @@ def full_fp32(device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def orthogonalize(source: Tensor, target: Tensor | None = None, *, form: Form) -> None:
-    """Write the orthogonalized matrices of `source` (B, M, N) into `target`, contiguous, by default over `source`.
+    """Write the orthogonalized matrices of `source` (B, M, N) into the contiguous `target`, by default `source`.
 
-    fp32 means fp32: whatever PyTorch is set to, products are not reduced to TF32 or bf16 inside.
+    Products in fp32 are never reduced to TF32 or bf16, even if PyTorch is set to do so.
     """
     target = source if target is None else target
     if source.numel() == 0:
         return
     count, m, n = source.shape
     dtype = form.dtype
-    # Autocast knows nothing of the meta device, and refuses it.
+    # Autocast does not support the meta device.
     inside = contextlib.nullcontext() if source.is_meta else torch.autocast(source.device.type, enabled=False)
     precision = (torch.backends.cuda if source.is_cuda else torch.backends.mkldnn).matmul.fp32_precision
     with full_fp32(source.device) if precision in REDUCED else contextlib.nullcontext(), inside:
@@ -202,8 +203,8 @@ def orthogonalize(source: Tensor, target: Tensor | None = None, *, form: Form) -
         squares = [other_x.new_empty(at_once, min(m, n), min(m, n)) for _ in range(form.squares)]
         space = Workspace(form.segment, other_x, squares)
         exact_dtype = torch.promote_types(torch.promote_types(source.dtype, dtype), torch.float32)
-        # The last product is written where the result belongs, and X is normalised in a buffer that is there if
-        # one of them has the dtype for it.
+        # The last product is written directly into the result if its dtype fits. X is normalised in an existing buffer
+        # if one has the needed dtype.
         ends = target if target.dtype == dtype else torch.empty_like(space.other)
         there = exact_dtype in (dtype, target.dtype)
         exact = target if there else torch.empty_like(space.other, dtype=exact_dtype)
@@ -222,35 +223,35 @@ def orthogonalize(source: Tensor, target: Tensor | None = None, *, form: Form) -
 
 
 def normalize(x: Tensor, schedule: Schedule, out: Tensor, exact: Tensor) -> None:
-    """out <- the stack `x` (B, M, N) with every matrix brought to spectral norm 1 or less.
+    """out <- the stack `x` (B, M, N), with every matrix divided so that its spectral norm is at most 1.
 
     "frobenius": X / (safety ||X||_F). "aol": each row i of the shorter side is also divided by
     sqrt(sum_j |X X^T|_ij), which bounds the spectral norm by 1 more tightly (Prach and Lampert, arXiv 2208.03160;
     Turbo-Muon, arXiv 2512.04632), but changes the polar factor slightly. Zero matrices and zero rows stay zero.
 
     Args:
-        out: in the dtype of the iteration; may be `x` itself.
-        exact: of dtype `normal_dtype`, gets the result before it is rounded to `out`; may be `out` or `x` itself.
+        out: tensor in the dtype of the iteration; may be `x` itself.
+        exact: tensor in `normal_dtype` for the result before it is rounded to `out`; may be `out` or `x` itself.
     """
     if x.is_cuda and schedule.normalization == "frobenius":
         return _divided_on_device(x, schedule.safety, out, exact)
-    # One pass that widens is cheaper than every pass reading bf16; strides would change the order of the sums.
+    # Convert once, because reading bf16 in every pass costs more. Strides would change the order of the sums.
     if x.dtype != exact.dtype or not x.is_contiguous():
         x = exact.copy_(x)
-    # By rows first: one fp32 sum over 45 million squares is 0.35% too small on CPU.
+    # Sum by rows first: a single fp32 sum of 45 million squares is 0.35% too small on CPU.
     norms = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1, keepdim=True), dim=-2, keepdim=True)
     limits = torch.finfo(x.dtype)
     low, high = 1e9 * limits.tiny**0.5, 1e-3 * limits.max**0.5
-    usual = False  # also where to look would make the host wait for a device
+    usual = False  # on a device do not check: the host would have to wait
     if norms.device.type == "cpu" and not torch.compiler.is_compiling():
-        least, most = torch.aminmax(norms)  # two calls: of a few matrices, each comparison of tensors takes 15 us
+        least, most = torch.aminmax(norms)  # one call, because for few matrices each comparison of tensors takes 15 us
         usual = low < least.item() and most.item() < high  # False for NaN
     if not usual:
         x, norms = _brought_into_range(x, norms, low, high, exact)
-    torch.mul(x, norms.reciprocal_(), out=exact)  # half the time of dividing
+    torch.mul(x, norms.reciprocal_(), out=exact)  # takes half the time of a division
     if schedule.normalization == "aol":
         wide = exact.mT if exact.size(-2) > exact.size(-1) else exact
-        # fp16 would round the small entries of the Gram matrix (below 6e-8) away, and with them the bound.
+        # In fp16 small entries of the Gram matrix (below 6e-8) would become zero, and the bound would not hold.
         low = wide.to(torch.float32 if out.dtype == torch.float16 else out.dtype)
         reach = torch.bmm(low, low.mT).abs_().sum(dim=-1, keepdim=True, dtype=exact.dtype)
         wide.div_(_nonzero(reach.sqrt_()))
@@ -261,10 +262,10 @@ def normalize(x: Tensor, schedule: Schedule, out: Tensor, exact: Tensor) -> None
 
 
 def _divided_on_device(x: Tensor, safety: float, out: Tensor, exact: Tensor) -> None:
-    """`normalize` by the Frobenius norm in eight kernels, four of them over the whole stack, without a host read.
+    """`normalize` by the Frobenius norm in eight kernels, four over the whole stack; the host does not wait.
 
-    Every matrix is first divided by its largest magnitude, so that no square leaves the range of the dtype. An
-    infinity divided by itself is NaN, and so is then the norm.
+    It first divides every matrix by its largest magnitude, so that squares stay in the range of the dtype. An infinity
+    divided by itself is NaN, so the norm is NaN too.
     """
     largest = _nonzero(torch.linalg.vector_norm(x, ord=torch.inf, dim=(-2, -1), keepdim=True, dtype=exact.dtype))
     x = torch.mul(x, largest.reciprocal_(), out=exact)
@@ -278,31 +279,31 @@ def normal_dtype(given: torch.dtype, compute: torch.dtype) -> torch.dtype:
 
 
 def _brought_into_range(x: Tensor, norms: Tensor, low: float, high: float, out: Tensor) -> tuple[Tensor, Tensor]:
-    """X with squares inside the range of the dtype, in `out`, and its norms, none of them zero.
+    """X scaled so that squares are inside the range of the dtype, in `out`, and its norms, which are not zero.
 
-    A matrix whose norm is not between `low` and `high` is divided by a power of two, which rounds nothing; all others
-    by 1. So each is treated alone.
+    A matrix whose norm is not between `low` and `high` is divided by a power of two, which is exact; all others by 1.
+    So no matrix affects another.
     """
-    if x.device.type == "cpu":  # where vector_norm(ord=inf) takes 4 ns an element, ten times as long
+    if x.device.type == "cpu":  # vector_norm(ord=inf) takes 4 ns per element here, ten times as long
         largest = torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True))
     else:  # one pass
         largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=(-2, -1), keepdim=True)
     largest = _nonzero(largest)
-    power = largest / (2 * torch.frexp(largest).mantissa)  # an infinity becomes NaN, as it should
+    power = largest / (2 * torch.frexp(largest).mantissa)  # an infinity becomes NaN, as intended
     x = torch.div(x, power.masked_fill_((norms > low) & (norms < high), 1.0), out=out)
     rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x, _nonzero(torch.linalg.vector_norm(rows, dim=-2, keepdim=True))
 
 
 def _nonzero(divisor: Tensor) -> Tensor:
-    """`divisor`, at least the smallest normal number; NaN stays NaN, so that a bad input is never hidden."""
+    """`divisor`, but at least the smallest normal number. NaN stays NaN, so that a bad input is never hidden."""
     return divisor.clamp_min_(torch.finfo(divisor.dtype).tiny)
 
 
 def iterate(x: Tensor, other: Tensor, rows: tuple[Row, ...], space: Workspace, products: Products = PLAIN) -> Tensor:
-    """The iteration on a stack (B, M, N) of spectral norm at most 1; works on the shorter side, in the dtype of `x`.
+    """The iteration on a stack (B, M, N) with spectral norms of at most 1, on the shorter side, in the dtype of `x`.
 
-    X is formed in `other` and `x` in turn, once for each segment; returns the one written last.
+    Writes X alternately to `other` and `x`, once per segment; returns the last one written.
     """
     tall = x.size(-2) > x.size(-1)
     squares = [square[: x.size(0)] for square in space.squares]
@@ -323,7 +324,7 @@ def iterate(x: Tensor, other: Tensor, rows: tuple[Row, ...], space: Workspace, p
             else:
                 products.square(gram, b, c, z)
         left, right = (x, factor) if tall else (factor, x)
-        if beta:  # not (a I + Z) X, which rounds Z: up to 1.6 times the error in fp32, twice in bf16
+        if beta:  # not (a I + Z) X, which rounds Z: the error would be 1.6 times as large in fp32, twice in bf16
             products.product_plus(left, right, x, beta, other)
         else:
             torch.bmm(left, right, out=other)
@@ -340,8 +341,10 @@ def _polynomial(gram: Tensor, b: float, c: float, out: Tensor, products: Product
 
 
 def _gram_steps(gram: Tensor, steps: tuple[Row, ...], buffers: list[Tensor], products: Products) -> Tensor:
-    """The Q with which `steps` steps multiply X, from A = X X^T alone: all factors are polynomials in A, commute and
-    are symmetric. Overwrites `gram`; returns one of `buffers`."""
+    """The matrix Q such that `steps` steps give Q X, computed from A = X X^T only.
+
+    All factors are polynomials in A, so they commute and are symmetric. Overwrites `gram`; returns one of `buffers`.
+    """
     q, free, second = buffers
     z = q
     for k, (a, b, c) in enumerate(steps):

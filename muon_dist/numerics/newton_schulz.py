@@ -20,12 +20,12 @@ _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def compute_dtype(dtype: torch.dtype | None, device: torch.device, schedule: ScheduleLike = "keller") -> torch.dtype:
     """The dtype in which the iteration runs.
 
-    None means: fp16 on a GPU that has fp16 matrix units (CUDA of compute capability 7.0 or newer,
-    ROCm), fp32 everywhere else. Not bf16: fp16 is 8 times nearer to fp64, and on an H200 no slower (docs/gpu.md). Its
-    range suffices, since X is normalised first. A schedule that is fp32 only (`strict`) is fp32 everywhere.
+    None means fp16 on a GPU with fp16 matrix units (CUDA of compute capability 7.0 or newer, ROCm), else fp32. Not
+    bf16: fp16 is 8 times nearer to fp64, and not slower on an H200 (docs/gpu.md). The range of fp16 is sufficient,
+    because X is normalised first. A schedule for fp32 only (`strict`) always uses fp32.
 
     Raises:
-        ConfigError: not float16, bfloat16, float32 or float64; or the schedule demands float32 and `dtype` is another.
+        ConfigError: `dtype` is not float16, bfloat16, float32 or float64, or the schedule needs float32.
     """
     if dtype is not None and dtype not in _COMPUTE_DTYPES:
         raise ConfigError(f"ns_dtype must be float16, bfloat16, float32 or float64, got {dtype}")
@@ -59,25 +59,25 @@ def newton_schulz(
     """Approximate the polar factor U V^T of every matrix X = U S V^T.
 
     X is normalised, then each step computes X <- a X + (b A + c A^2) X with A = X X^T, on the shorter side (Bernstein
-    and Newhouse, arXiv 2409.20325; Keller Jordan, 2024). The result depends on the direction of X only: its norm is
-    computed in fp32 (fp64 for an fp64 input) after dividing by the largest magnitude, with no epsilon, so inputs of
-    norm 1e-30 and fp16 inputs of 6e4 give what inputs of norm 1 give.
+    and Newhouse, arXiv 2409.20325; Keller Jordan, 2024). The result depends only on the direction of X: the norm is
+    computed in fp32 (fp64 for an fp64 input) after a division by the largest magnitude, without an epsilon. So inputs
+    of norm 1e-30 and fp16 inputs of 6e4 give the same result as inputs of norm 1.
 
     Args:
         x: (M, N) or (B, M, N), any real floating dtype. Not modified.
         steps: number of iterations; see `schedules.coefficients`.
         schedule: one of `schedules.SCHEDULES`, or your own rows [[a, b, c], ...].
         dtype: compute dtype; None: chosen by `compute_dtype`.
-        compiled: through `torch.compile`, once for each shape of a stack; see `compiled.check_compiler`.
+        compiled: use `torch.compile`, once per shape of a stack; see `compiled.check_compiler`.
 
     Returns:
         A contiguous tensor of the shape, dtype and device of `x`, without gradient. The matrices
         of a stack do not affect each other: a zero matrix gives exactly zero, and a matrix with a NaN or an infinity
-        gives NaN in all its entries. On one CPU thread a stack gives bit for bit what its matrices give alone;
-        with several threads products are cut differently (3e-6 relative in fp32). Autocast does not apply inside.
+        gives NaN in all its entries. On one CPU thread a stack gives the same bits as its single matrices; with
+        several threads products are divided differently (3e-6 relative in fp32). Autocast has no effect inside.
 
     Raises:
-        ConfigError: an unknown schedule, or steps or dtype that do not fit it.
+        ConfigError: the schedule is unknown, or steps or dtype do not fit it.
         ValueError: `x` is not a matrix or a stack of matrices of real floating numbers.
     """
     if x.ndim not in (2, 3):
@@ -102,7 +102,7 @@ def newton_schulz_(
     *,
     compiled: bool = False,
 ) -> None:
-    """`newton_schulz` of a contiguous stack (B, M, N), written over it: no second stack is allocated.
+    """`newton_schulz` of a contiguous stack (B, M, N), in place: no second stack is allocated.
 
     Raises as `newton_schulz`.
     """
@@ -121,9 +121,9 @@ def orthogonalizer(
     *,
     compiled: bool = False,
 ) -> Callable[..., None]:
-    """A function of one or two stacks (B, m, n): the orthogonalized matrices of the first are written into the second.
+    """A function (source, target) that writes the orthogonalized matrices of `source` (B, m, n) into `target`.
 
-    The second is contiguous, and by default the first. Raises as `newton_schulz`.
+    `target` is contiguous, and `source` by default. Raises as `newton_schulz` does.
     """
     chosen = get_schedule(schedule)
     rows = chosen.coefficients(steps)
@@ -136,7 +136,7 @@ def orthogonalizer(
 
 
 def kernel_name(m: int, n: int, dtype: torch.dtype, device: torch.device, *, compiled: bool = False) -> str:
-    """Which form runs for (m, n) matrices and who multiplies: "Gram form, segments of 3, float32, torch"."""
+    """Text about form and matrix products for (m, n) matrices, such as "Gram form, segments of 3, float32, torch"."""
     segment = segment_length(m, n, dtype)
     form = "standard" if segment == 1 else f"Gram form, segments of {segment}"
     who = products_for(min(m, n), max(m, n), dtype, device, compiled=compiled).name
@@ -144,14 +144,14 @@ def kernel_name(m: int, n: int, dtype: torch.dtype, device: torch.device, *, com
 
 
 def segment_length(m: int, n: int, dtype: torch.dtype) -> int:
-    """How many steps are taken on the Gram matrix before X is formed again: 1 is standard, more is Gram form.
+    """Number of steps on the Gram matrix before X is computed again: 1 is the standard form, more is Gram form.
 
-    Gram form does the arithmetic of a step on the small A = X X^T alone, since X only ever changes by Q X with Q a
-    polynomial in A (Gram Newton-Schulz, as in the gram-newton-schulz package and DeepSpeed). It squares the singular
-    values, so A loses the small ones, and X must be formed again. Up to condition 1e6 and for rank 1 (tests):
+    Gram form does the arithmetic of a step only on the small A = X X^T, because each step changes X to Q X with Q a
+    polynomial in A (Gram Newton-Schulz, as in the gram-newton-schulz package and DeepSpeed). A has the squares of the
+    singular values and loses the small ones, so X must be computed again. Up to condition 1e6 and for rank 1 (tests):
 
     - fp32: after three steps; the error against fp64 stays within a factor of 4 of the standard iteration's. Without
-      forming X again it is up to a hundred times larger.
+      computing X again it is up to a hundred times larger.
     - fp16: after two and after four; within a factor of 4 of the standard iteration's in fp16 or below 0.5%, and
       never above the standard iteration's in bf16.
     - bf16: not used.

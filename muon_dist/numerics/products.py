@@ -1,4 +1,4 @@
-"""Who multiplies the matrices of the iteration: PyTorch, or kernels that compute half of a symmetric product."""
+"""Chooses the matrix products of the iteration: PyTorch, or kernels that compute half of a symmetric product."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ logger = logging.getLogger("muon_dist")
 
 SYMMETRIC_DTYPES = (torch.float16, torch.bfloat16)
 SYMMETRIC_TILE = 256
-"""Below this side a symmetric product is one tile, of which no half can be left out (gram-newton-schulz 0.1.6)."""
+"""Below this side a symmetric product is a single tile, so no half can be skipped (gram-newton-schulz 0.1.6)."""
 SYMMETRIC_ALIGNMENT = 8
 """The kernels read 16 bytes at a time, so rows must be multiples of 8 two-byte elements."""
 HOPPER = (9, 0)
 BLOCKED_FROM = 512
-"""Shorter sides from which block rows are faster on a CPU: 0.74 to 0.9 of a whole product's time at 512 to 1024, more
-than 1 at 256 (one thread, AVX-512)."""
+"""Smallest short side for which block rows are faster on a CPU: 0.74 to 0.9 of a whole product's time at 512 to 1024,
+more than 1 at 256 (one thread, AVX-512)."""
 
 
 @functools.cache
 def _symmetric_kernels() -> Products:
-    """The kernels, or the plain products with one line in the log that says why.
+    """The kernels, or the plain products and a line in the log with the reason.
 
-    They are compiled when first called, and may fail then in any way, so they prove themselves here.
+    The kernels are compiled at the first call, and may fail in any way, so they are tested here.
     """
     try:
         from quack.gemm_interface import gemm_symmetric
@@ -57,7 +57,7 @@ def _symmetric_kernels() -> Products:
     except Exception as error:
         logger.info(
             "Newton-Schulz runs on torch.bmm: this GPU could use symmetric kernels, but they do not work here (%s: "
-            "%s). pip install quack-kernels brings them.",
+            "%s). Install them with pip install quack-kernels.",
             type(error).__name__,
             error,
         )
@@ -85,7 +85,7 @@ def prove(products: Products, device: torch.device) -> None:
             wanted = -0.5 * gram.float() + 0.25 * torch.bmm(gram.float(), gram.float())
             for what, found, exact in (("X X^T", gram, expected), ("b A + c A^2", square, wanted)):
                 error = float((found.float() - exact).norm() / exact.norm())
-                if not error < 0.02:  # rounding to bf16 is .003
+                if not error < 0.02:  # rounding to bf16 gives 0.003
                     raise RuntimeError(f"{what} of {tuple(shape)} in {dtype} is {error:.2g} off")
 
 

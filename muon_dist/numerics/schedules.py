@@ -1,8 +1,7 @@
 """Coefficient schedules of the Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X.
 
-Every step maps each singular value x to a x + b x^3 + c x^5. A schedule says which (a, b, c) each step uses, how the
-matrix is brought below spectral norm 1 first, and what happens beyond the end of its table. Each table has its source
-beside it.
+Every step maps each singular value x to a x + b x^3 + c x^5. A schedule defines the (a, b, c) of each step, the
+normalization to a spectral norm below 1, and the steps beyond the end of its table. Each table has its source.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from muon_dist.errors import ConfigError
 
 Row = tuple[float, float, float]
 ScheduleLike = str | Sequence[Sequence[float]]
-"""The name of a schedule, or its own rows [[a, b, c], ...], one for each step."""
+"""The name of a schedule, or custom rows [[a, b, c], ...], one per step."""
 Normalization = Literal["frobenius", "aol"]
 
 DEFAULT_STEPS = 5
@@ -29,10 +28,10 @@ DEFAULT_STEPS = 5
 class Schedule:
     """One coefficient schedule.
 
-    `rows`: (a, b, c) of steps 1, 2, ...; `tail`: the row of every later step, or None for a schedule of fixed length,
-    which always runs whole. `normalization`: how the input is brought below spectral norm 1 (see
-    `newton_schulz.normalize`), after which it is divided by `safety` as well. `fp32_only`: low precision is refused.
-    `source`: where the rows are from.
+    `rows`: (a, b, c) of steps 1, 2, ... `tail`: the row of every later step, or None for a schedule of fixed length,
+    which always runs whole. `normalization`: normalization of the input to a spectral norm of at most 1 (see
+    `iteration.normalize`). `safety`: the input is also divided by this number. `fp32_only`: low precision is refused.
+    `source`: source of the rows.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Schedule:
 
     @property
     def fixed_length(self) -> int | None:
-        """Number of steps of a schedule that always runs whole; None if `steps` chooses."""
+        """Number of steps of a schedule that always runs whole; None if `steps` determines the number."""
         return len(self.rows) if self.tail is None else None
 
     def coefficients(self, steps: int = DEFAULT_STEPS) -> tuple[Row, ...]:
@@ -56,7 +55,7 @@ class Schedule:
 
         Raises:
             ConfigError: `steps` is not a positive integer; or this schedule has a fixed length and `steps` is neither
-                that length nor the default of 5, which means "not chosen".
+                that length nor the default of 5, which means that the user set none.
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ConfigError(f"ns_steps must be a positive integer, got {steps!r}")
@@ -72,13 +71,13 @@ class Schedule:
 
 
 def _rescaled(rows: tuple[Row, ...], safety: float) -> tuple[Row, ...]:
-    """The polynomials p(x / safety): the interval on which each is bounded grows by the factor `safety`."""
+    """The rows of the polynomials p(x / safety), which are bounded on an interval `safety` times as long."""
     return tuple((a / safety, b / safety**3, c / safety**5) for a, b, c in rows)
 
 
 # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024), and torch.optim.Muon: the steepest
-# slope at zero that still keeps [0, 1] bounded. Its fixed points are .868 (repelling) and 1.264: it does not converge,
-# it fills the band [.68, 1.21].
+# slope at zero for which [0, 1] stays bounded. Its fixed points are 0.868 (repelling) and 1.264: it does not converge,
+# but ends in the band [0.68, 1.21].
 _KELLER: Row = (3.4445, -4.7750, 2.0315)
 
 # Pade quintic: the Taylor coefficients of (1 - e)^(-1/2), e = 1 - x^2, to second order. Cubic convergence to 1 from
@@ -88,13 +87,13 @@ _PADE: Row = (15 / 8, -10 / 8, 3 / 8)
 # The same to first order: the classical Newton-Schulz iteration.
 _CUBIC: Row = (1.5, -0.5, 0.0)
 
-# The two closing steps of DeepSeek-V4 (technical report, 2026): slope 0 at x = 1, so quadratic convergence (from
-# above, curvature 1), and slope 2 at zero.
+# The last two steps of DeepSeek-V4 (technical report, 2026): slope 0 at x = 1, so quadratic convergence (curvature 1,
+# from above), and slope 2 at zero.
 _DEEPSEEK_CLOSING: Row = (2.0, -1.5, 0.5)
 
 # Amsel, Persson, Musco, Gower, "The Polar Express" (arXiv 2505.16932), Algorithm 1, full precision, l = 1e-3. The
-# limit row is the Pade quintic. "Safety": every row but the limit is p(x / 1.01) and X is normalised by
-# 1.01 ||X||_F, so that rounding in bf16 cannot leave the interval on which the next polynomial is bounded.
+# limit row is the Pade quintic. "Safety": every row except the limit is p(x / 1.01) and X is normalised by
+# 1.01 ||X||_F, so that rounding in bf16 stays inside the interval on which the next polynomial is bounded.
 _POLAR_EXPRESS_SAFETY = 1.01
 _POLAR_EXPRESS = _rescaled(
     (
@@ -110,9 +109,9 @@ _POLAR_EXPRESS = _rescaled(
 )
 
 # Grishina, Smirnov, Rakhuba, "Accelerating Newton-Schulz Iteration for Orthogonalization via Chebyshev-type
-# Polynomials" (arXiv 2506.10935). Equal-ripple: each polynomial reaches the very edge of the interval of the next,
-# and 0.2% beyond it the next steps diverge (x = 1.002 ends at 1e36). So all but the last are widened by 1%, as Polar
-# Express does.
+# Polynomials" (arXiv 2506.10935). Equal-ripple: each polynomial reaches the end of the next one's interval, and 0.2%
+# beyond it the next steps diverge (x = 1.002 ends at 1e36). So all except the last are widened by 1%, as in Polar
+# Express.
 _CANS_SAFETY = 1.01
 _CANS_FITTED: tuple[Row, ...] = (
     (8.4703, -25.1081, 18.6293),
@@ -134,10 +133,9 @@ _YOU: tuple[Row, ...] = (
 )
 
 # Boissin, Massena, Mamalet, Serrurier, "Turbo-Muon" (arXiv 2512.04632; github.com/thib-s/flash-newton-schulz): four
-# steps after AOL preconditioning. The first polynomial has a root at x = .8837 and is negative beyond it, and AOL (or
-# Frobenius) normalisation alone sends the top singular value of a nearly rank-1 matrix to 1, which comes out as -1:
-# an update uphill. Dividing by 1.2 as well keeps every singular value at or below .834, where the sign is right with
-# 6% to spare.
+# steps after AOL preconditioning. The first polynomial has a root at x = 0.8837 and is negative beyond it. AOL (or
+# Frobenius) normalisation gives a nearly rank-1 matrix a singular value of 1, which would become -1: an update uphill.
+# A further division by 1.2 keeps every singular value at or below 0.834, where the sign is right, with a margin of 6%.
 _AOL_SAFETY = 1.2
 _AOL: tuple[Row, ...] = (
     (4.0098, -7.0585, 2.4635),
@@ -154,8 +152,8 @@ _SCHEDULES: dict[str, Schedule] = {
     for schedule in (
         Schedule("keller", (_KELLER,), _KELLER, "Keller Jordan, Muon (2024)"),
         Schedule("polar_express", _POLAR_EXPRESS, _PADE, _POLAR_EXPRESS_SOURCE, safety=_POLAR_EXPRESS_SAFETY),
-        # Past their tables the singular values lie in [.88, 1.15], where the Pade quintic converges to 1;
-        # repeating the last row would only keep them in that band.
+        # After their tables the singular values are in [0.88, 1.15], where the Pade quintic converges to 1; repeating
+        # the last row would only keep them in this band.
         Schedule("cans", _CANS, _PADE, "arXiv 2506.10935", safety=_CANS_SAFETY),
         Schedule("you", _YOU, _PADE, "leloykun.github.io/ponder/muon-opt-coeffs"),
         Schedule("aol", _AOL, None, "arXiv 2512.04632", safety=_AOL_SAFETY, normalization="aol"),
@@ -174,22 +172,22 @@ _SCHEDULES: dict[str, Schedule] = {
 }
 
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType(_SCHEDULES)
-"""By name; `register_schedule` adds to them."""
+"""Schedules by name; `register_schedule` adds to them."""
 
 
 def register_schedule(
     name: str, rows: Sequence[Sequence[float]], *, repeat_last: bool = False, source: str = ""
 ) -> Schedule:
-    """Make `ns_schedule=name` mean these coefficients.
+    """Register a schedule, to be selected by `ns_schedule=name`.
 
     Args:
         rows: (a, b, c) of each step.
-        repeat_last: `ns_steps` chooses the number of steps, and the last row is used for all beyond `rows`. Otherwise
-            the schedule always runs whole.
-        source: where the rows are from, for readers.
+        repeat_last: True: `ns_steps` sets the number of steps, and steps beyond `rows` use the last row. False: the
+            schedule always runs whole.
+        source: source of the rows, for readers.
 
     Raises:
-        ConfigError: another schedule has the name, or the rows cannot be used; see `get_schedule`.
+        ConfigError: another schedule has this name, or the rows are invalid; see `get_schedule`.
     """
     checked = checked_rows(rows)
     made = Schedule(name, checked, checked[-1] if repeat_last else None, source)
@@ -200,43 +198,43 @@ def register_schedule(
 
 
 _GRID = tuple(10 ** (-3 * i / 64) for i in range(65))
-"""Singular values after normalization, from .001 to 1."""
+"""Singular values after normalization, from 0.001 to 1."""
 _WORST = 4.0
-"""No published schedule leaves [0, 2]. What leaves [0, 4] diverges a step later or points uphill."""
+"""No published schedule leaves [0, 2]. Singular values outside [0, 4] diverge in the next step or point uphill."""
 
 
 def checked_rows(rows: Sequence[Sequence[float]]) -> tuple[Row, ...]:
-    """Coefficients that a user gave, as tuples.
+    """Checked coefficients of a user, as tuples.
 
     Raises:
-        ConfigError: they are not rows of three finite numbers, or the polynomials do not keep singular values of
+        ConfigError: they are not rows of three finite numbers, or the polynomials do not keep singular values from
             (0, 1] positive and below 4.
     """
     made: list[Row] = []
     for i, row in enumerate(rows):
         numbers = isinstance(row, Sequence) and not isinstance(row, str) and len(row) == 3
         if not numbers or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in row):
-            raise ConfigError(f"ns_schedule[{i}] is {row!r}: give three finite numbers a, b, c for each step")
+            raise ConfigError(f"ns_schedule[{i}] is {row!r}: give three finite numbers a, b, c per step")
         made.append((float(row[0]), float(row[1]), float(row[2])))
     if not made:
-        raise ConfigError("ns_schedule is an empty list: give [[a, b, c], ...], a row for each step")
+        raise ConfigError("ns_schedule is an empty list: give [[a, b, c], ...], one row per step")
     values = _GRID
     for i, (a, b, c) in enumerate(made):
         values = tuple(x * (a + b * x * x + c * x**4) for x in values)
         worst = max(values, key=lambda x: abs(x) if x > 0 else math.inf)
         if not 0 < worst <= _WORST:
             raise ConfigError(
-                f"ns_schedule[{i}] = {list(made[i])} makes a singular value of [.001, 1] {worst:.3g}: every step must "
-                f"keep them above 0 and below {_WORST:g}, else the update points uphill or grows without bound"
+                f"ns_schedule[{i}] = {list(made[i])} changes a singular value in [.001, 1] to {worst:.3g}: every step "
+                f"must keep them above 0 and below {_WORST:g}, else the update points uphill or grows without bound"
             )
     return tuple(made)
 
 
 def get_schedule(name: ScheduleLike) -> Schedule:
-    """The schedule of a name, or of own rows [[a, b, c], ...], which always runs whole.
+    """The schedule with a name, or a schedule of custom rows [[a, b, c], ...], which always runs whole.
 
     Raises:
-        ConfigError: there is none of the name, and the message names the closest; or the rows cannot be used
+        ConfigError: the name is unknown (the message gives the closest name), or the rows are invalid
             (`checked_rows`).
     """
     if isinstance(name, str):
@@ -257,14 +255,13 @@ def _own(rows: tuple[Row, ...]) -> Schedule:
 
 
 def coefficients(schedule: ScheduleLike, steps: int = DEFAULT_STEPS) -> tuple[Row, ...]:
-    """The (a, b, c) of every step of `schedule` run for `steps` steps.
+    """The (a, b, c) of every step of `schedule`, for `steps` steps.
 
     Open-ended schedules (keller, cubic, pade, polar_express, cans, you) run exactly `steps` steps: the first rows of
-    their table, and the Pade quintic past its end (keller and cubic repeat their one row). Schedules of fixed length
-    (aol 4, deepseek_v4 10, strict 6) and own rows always run whole. `len()` of the result is the number of steps that
-    run.
+    their table, and the Pade quintic after its end (keller and cubic repeat their only row). Schedules of fixed length
+    (aol 4, deepseek_v4 10, strict 6) and custom rows always run whole. `len()` of the result is the number of steps.
 
     Raises:
-        ConfigError: unknown schedule; `steps` not a positive integer; or a `steps` that a fixed length does not allow.
+        ConfigError: the schedule is unknown, `steps` is not a positive integer, or does not fit a fixed length.
     """
     return get_schedule(schedule).coefficients(steps)

@@ -1,4 +1,4 @@
-"""How far a step may go: directional sharpness by Hessian-vector products, and the stable steps that follow from it.
+"""Stable step lengths, from directional sharpness by Hessian-vector products.
 
 Notation (shared/design/theory.md, R1): at a point with gradient G and Hessian H, along an update U,
 NDS(U) = <U, HU> / ||U||_F^2 is the normalised directional sharpness.
@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]
-"""A flat vector -> the (symmetric) curvature times it."""
+"""A function from a flat vector to the (symmetric) curvature times this vector."""
 
 
 @dataclass(frozen=True)
 class StableStep:
     """Bounds on the length of a step along -U, in units of U.
 
-    A threshold or bound is infinite where the curvature along the update (the largest curvature) is not positive, and
-    0 or below where the update does not descend.
+    The threshold (bound) is infinite if the curvature along the update (the largest curvature) is not positive, and 0
+    or below if the update does not descend.
     """
 
     slope: float
-    """<G, U>: the loss falls by this times the step, to first order."""
+    """<G, U>: to first order, the loss falls by the step length times this."""
     nds_update: float
     """<U, HU> / ||U||_F^2."""
     nds_gradient: float
     """<G, HG> / ||G||_F^2."""
     largest: float
-    """L: the largest eigenvalue of H, by Lanczos, which never exceeds the true one."""
+    """L: the largest eigenvalue of H, by Lanczos; never larger than the true one."""
     threshold: float
-    """2 <G, U> / <U, HU>: where the quadratic model of the loss is back at its starting value."""
+    """2 <G, U> / <U, HU>: the step length at which the quadratic model of the loss is back at its starting value."""
     bound: float
     """2 <G, U> / (L ||U||_F^2) <= threshold. For U = polar factor of G it is (2 / L) s_mean, the paper's bound."""
 
@@ -42,12 +42,13 @@ class StableStep:
 def largest_eigenvalue(
     product: Product, like: Tensor, steps: int, seed: int = 0, *, reorthogonalize: bool = False
 ) -> float:
-    """Largest (algebraic) eigenvalue of a symmetric operator on vectors shaped as the flat `like`, by Lanczos.
+    """Largest (algebraic) eigenvalue of a symmetric operator on flat vectors like `like`, by Lanczos.
 
-    A Ritz value never exceeds the true eigenvalue. Starts from random numbers of `seed`; at most `like.numel()` steps.
+    The result is never larger than the true eigenvalue. Starts from random numbers with `seed`; at most `like.numel()`
+    steps.
 
-    reorthogonalize: keep all vectors and project each new one against them, twice. Without, copies of converged
-        eigenvalues may appear, the largest stays what it is, and three vectors are kept instead of `steps`.
+    reorthogonalize: True: keep all vectors and project each new vector against them, twice. False: keep only three
+        vectors; converged eigenvalues may then appear several times, but the largest is the same.
     """
     generator = torch.Generator().manual_seed(seed)
     vector = torch.randn(like.numel(), generator=generator).to(like)
@@ -76,13 +77,13 @@ def largest_eigenvalue(
 
 
 def stable_step(gradient: Tensor, update: Tensor, product: Product, *, lanczos: int = 12) -> StableStep:
-    """The stable step along -`update`; all vectors flat. Costs 2 + `lanczos` products.
+    """The stable step along -`update`; all vectors are flat. Costs 2 + `lanczos` products.
 
     Raises:
         ValueError: the shapes differ, or `lanczos` is below 1.
     """
     if gradient.ndim != 1 or gradient.shape != update.shape or lanczos < 1:
-        raise ValueError(f"flat vectors of one length and lanczos >= 1 are needed, got {update.shape}, {lanczos}")
+        raise ValueError(f"expected flat vectors of one length and lanczos >= 1, got {update.shape}, {lanczos}")
     slope, square = float(gradient @ update), float(update @ update)
     along = float(update @ product(update))
     return StableStep(
@@ -101,14 +102,14 @@ def _quotient(vector: Tensor, product: Product) -> float:
 
 
 class Curvature:
-    """Gradient and Hessian-vector products of one loss, whose graph is kept as long as this object.
+    """Gradient and Hessian-vector products of one loss. This object keeps the graph of the loss.
 
     Args:
         loss: a scalar that can be differentiated twice (attention by its plain formula, not by a fused kernel).
-        parameters: tensors that it depends on.
+        parameters: tensors on which it depends.
 
     Attributes:
-        gradients: of the parameters, detached.
+        gradients: gradients of the parameters, detached.
     """
 
     def __init__(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
@@ -117,7 +118,7 @@ class Curvature:
         self.gradients = [g.detach() for g in self._graph]
 
     def product(self, vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """H v, for v with a tensor or None (zero) for each parameter; None in the result where None was given."""
+        """H v. v has a tensor or None (zero) per parameter; the result has None at the same positions."""
         given = [i for i, v in enumerate(vectors) if v is not None]
         pairs = ((self._graph[i], v) for i, v in enumerate(vectors) if v is not None)
         directional = torch.stack([(g * v).sum() for g, v in pairs]).sum()

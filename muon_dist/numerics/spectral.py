@@ -14,8 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SpectralStats:
-    """Measures of one matrix. All are 0 for a zero matrix, but `residual` and `max_deviation` are 1 for a zero update.
-    The last three are None if no orthogonalized update was given."""
+    """Measures of one matrix.
+
+    All are 0 for a zero matrix, except that `residual` and `max_deviation` are 1 for a zero update. The last three are
+    None without an orthogonalized update.
+    """
 
     s_mean: float
     """Mean singular value, ||G||_* / r."""
@@ -36,7 +39,7 @@ class SpectralStats:
     max_deviation: float | None = None
     """max |x_i - 1|."""
     cosine: float | None = None
-    """<X, U V^T> / (||X||_F ||U V^T||_F), U V^T over the nonzero s_i; 0 where either is zero."""
+    """<X, U V^T> / (||X||_F ||U V^T||_F), with U V^T over the nonzero s_i; 0 if X or U V^T is zero."""
 
 
 def _as_stack(x: Tensor, name: str) -> Tensor:
@@ -48,8 +51,10 @@ def _as_stack(x: Tensor, name: str) -> Tensor:
 
 
 def _finite_or_zero(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """The stack with every matrix that holds a NaN or an infinity replaced by 0 (LAPACK refuses them), and 0 for the
-    finite matrices and NaN for the others, shape (B, 1), to be added to whatever is computed from it."""
+    """The stack with 0 in place of matrices that are not finite, which LAPACK refuses, and a correction (B, 1).
+
+    The correction is 0 for finite matrices and NaN for the others. Add it to all results.
+    """
     finite = stack.isfinite().all(dim=-1).all(dim=-1)
     poison = stack.new_zeros(len(stack), 1).masked_fill(~finite[:, None], torch.nan)
     return stack.masked_fill(~finite[:, None, None], 0.0), poison
@@ -58,7 +63,7 @@ def _finite_or_zero(stack: Tensor) -> tuple[Tensor, Tensor]:
 def _svd(stack: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values (B, r) and polar factors (B, M, N) of fp64 matrices of any scale.
 
-    Singular values below max(M, N) * eps(fp64) of the largest count as zero in the polar factor.
+    In the polar factor, singular values below max(M, N) * eps(fp64) times the largest count as zero.
     """
     stack, poison = _finite_or_zero(stack)
     scale = stack.abs().amax(dim=(-2, -1), keepdim=True)
@@ -71,13 +76,13 @@ def _svd(stack: Tensor) -> tuple[Tensor, Tensor]:
 def polar_factor(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The exact polar factor U V^T of every matrix, by a singular value decomposition in fp64.
 
-    Directions that are zero to fp64 are left out, so a zero matrix has the polar factor 0. Note that rounding makes
-    almost every stored matrix full rank: a rank-1 product rounded to fp32 has a polar factor full of its rounding
-    errors, as exact arithmetic demands. NaN or infinity in a matrix gives NaN in all its entries.
+    Directions with singular value zero (in fp64) are left out, so the polar factor of a zero matrix is 0. Note that
+    rounding gives almost every stored matrix full rank: a rank-1 product rounded to fp32 has a polar factor that
+    consists mostly of rounding errors, which is exact. NaN or infinity in a matrix gives NaN in all its entries.
 
     Args:
         x: (M, N) or (B, M, N).
-        dtype: of the result; None for that of `x`.
+        dtype: dtype of the result; None: that of `x`.
 
     Raises:
         ValueError: not a non-empty matrix or stack of real floating numbers.
@@ -86,7 +91,7 @@ def polar_factor(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def spectral_stats(x: Tensor, orthogonalized: Tensor | None = None) -> SpectralStats:
-    """Measures of the matrix `x` (M, N) and, if given, of its orthogonalized update (M, N), in fp64.
+    """Measures of the matrix `x` (M, N) and optionally of its orthogonalized update (M, N), in fp64.
 
     A NaN or an infinity in `x` or in `orthogonalized` makes the measures that depend on it NaN.
 
@@ -115,7 +120,7 @@ def spectral_stats_batch(x: Tensor, orthogonalized: Tensor | None = None) -> tup
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, 0 where the denominator is 0."""
+    """numerator / denominator; 0 where the denominator is 0."""
     zero = denominator == 0
     return torch.where(zero, torch.zeros_like(numerator), numerator / denominator.masked_fill(zero, 1.0))
 

@@ -1,4 +1,4 @@
-"""The AdamW half of the optimizer: torch's own arithmetic, on whatever tensors the framework keeps."""
+"""The AdamW half of the optimizer: torch's own arithmetic, on the tensors that the framework keeps."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def adamw_step(
 ) -> None:
     """One AdamW step; state is made on first use.
 
-    Parameters are stepped in lists of at most `part_bytes`, a larger one alone: torch allocates once more what a list
-    holds. `local` gives this rank's part of a state tensor. `rounding`: step 16-bit parameters in fp32 and round them
-    stochastically; with it, or where the part is a fp32 master, the moments are in fp32 as well.
+    Parameters are stepped in lists of at most `part_bytes`, because torch allocates as much memory as a list holds. A
+    larger parameter is a list of its own. `local` returns this rank's part of a state tensor. `rounding`: step 16-bit
+    parameters in fp32 and round them stochastically. With `rounding`, or if the part is an fp32 master, the moments
+    are fp32 too.
     """
     for parameter, p, _ in work:
         if "exp_avg" not in state[parameter]:

@@ -17,7 +17,7 @@ __all__ = ["Binding", "Bound", "Group", "NotReady", "ParameterSpec", "update_sca
 
 
 def holders_of_copies(plan: OwnershipPlan, wanted: bool = False) -> Set[int]:
-    """The buffers of which some element lies on several ranks, if they are `wanted`."""
+    """The buffers with an element that several ranks hold; no buffers if `wanted` is False."""
     copied = (m.buffer for m in plan.layout.matrices if int(m.fragments.length.sum()) > m.matrix.numel)
     return frozenset(copied) if wanted else frozenset()
 
@@ -28,32 +28,34 @@ def _all_of(name: str, tensor: torch.Tensor) -> Sequence[Fragment]:
 
 @dataclass
 class Binding:
-    """The optimizer's parameters as a framework really keeps them.
+    """The optimizer's parameters as the framework stores them.
 
     Attributes:
-        layout: where every matrix lies, in terms of `buffers`.
-        buffers: by buffer index, the tensors that `param_groups` hold while they are stepped.
+        layout: the fragments of every matrix, as positions in `buffers`.
+        buffers: by buffer index, the tensors in `param_groups` during the step.
         group: ranks that share the work; None for a single process.
         device: where gathered matrices are orthogonalized and collectives run; buffers may be elsewhere (offload).
-        gradient_factor: multiplies the gradients of Muon groups before momentum; an adapter uses it to take back a
-            clip that the framework has applied to all gradients.
-        finite: whether all gradients of this step are finite, the same answer on every rank; None if the framework
-            has not found out: then the optimizer looks at the gradients itself.
-        local: this rank's part of a buffer or of its stored momentum, where those are distributed tensors; called in
-            every step, because a framework may replace the storage.
-        column: the replica group of this rank: ranks of `group` with the same of `layout.columns`; None: all.
-        everywhere: buffers of which every holder keeps the momentum, not the sources alone: all that have several
-            holders if its second argument is True, else those whose sources the framework's checkpoint cannot express.
-        stored: the momentum of a buffer as it is in the optimizer's `state`, of this rank's part (None if it
-            keeps none); None to store nothing.
-        parts: this rank's part of a buffer and of its gradient, the same elements; None if those are plain tensors.
-        stored_by_owner: as `stored`, of what the owner of a matrix keeps, a 1-D tensor (None on other ranks); given
-            the number of the matrix in the layout, and at the end the length of that tensor.
-        fragments: given name and tensor of any parameter, which elements of it this rank's part is.
-        specs: the parameters that all ranks step, where these step different ones (experts); None: the optimizer's.
-        contents: what lies in a tensor that a framework has made of several parameters; None if every tensor is a
-            parameter.
-        before_step: raises FrameworkError where the framework is in a mode that the step cannot follow.
+        gradient_factor: multiplies the gradients of Muon groups before momentum; an adapter uses it to undo a clip
+            that the framework has applied to all gradients.
+        finite: whether all gradients of this step are finite, equal on all ranks; None if the framework has not
+            checked, so the optimizer checks the gradients itself.
+        local: returns this rank's part of a buffer or of its stored momentum, if these are distributed tensors. Called
+            every step, because the framework may replace the storage.
+        column: the replica group of this rank: the ranks of `group` with its entry in `layout.columns`; None: all.
+        everywhere: returns the buffers whose momentum every holder keeps, not only the sources. If its second argument
+            is True, these are all buffers with several holders; else those whose sources the framework's checkpoint
+            cannot express.
+        stored: returns a buffer's momentum in the form that the optimizer's `state` holds, from this rank's part (None
+            if this rank keeps none). It returns None to store nothing.
+        parts: returns this rank's part of a buffer and of its gradient, the same elements; None if both are plain
+            tensors.
+        stored_by_owner: as `stored`, for the 1-D tensor that the owner of a matrix keeps (None on other ranks). It
+            gets the number of the matrix in the layout, and as last argument the length of that tensor.
+        fragments: returns the elements in this rank's part of a parameter, from its name and tensor.
+        specs: the parameters of all ranks, if ranks step different parameters (experts); None: the optimizer's.
+        contents: returns the parameters inside a tensor that the framework has made of several parameters; None if
+            every tensor is a parameter.
+        before_step: raises FrameworkError if the framework is in a mode that the step does not support.
     """
 
     layout: Layout
@@ -79,7 +81,7 @@ class Binding:
 
 
 class NotReady:
-    """A binder's answer while the framework is still being built: the step that it makes then must change nothing."""
+    """A binder's answer while the framework is still being built. Steps do nothing until then."""
 
 
 Bound = tuple[Binding, dict[int, int]]
@@ -88,12 +90,12 @@ Bound = tuple[Binding, dict[int, int]]
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter as the optimizer was given it, before any framework replaced it.
+    """A parameter as the user passed it to the optimizer, before a framework replaced it.
 
     Attributes:
         name: FQN.
         shape: logical shape.
-        matrices: how it is cut; empty under AdamW.
+        matrices: the matrices into which it is split; empty under AdamW.
     """
 
     name: str

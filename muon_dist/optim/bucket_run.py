@@ -19,10 +19,10 @@ from muon_dist.optim.rules import Group, HeldWeights, MuonRule, Owned
 from muon_dist.optim.rules.muon import GRADIENT
 
 Observer = Callable[[Matrix, Tensor, Tensor], None]
-"""Called on the owner with a matrix, what the sources sent of it and its update, both (rows, cols)."""
+"""Called on the owner with a matrix, the tensor that its sources sent, and its update; both (rows, cols)."""
 
 Orthogonalize = Callable[[Tensor, Group], None]
-"""Replaces a stack (B, rows, cols) of fp32 by its orthogonalized update, with the options of a parameter group."""
+"""Replaces an fp32 stack (B, rows, cols) by its orthogonalized update, with the options of a parameter group."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class GroupStep:
 
     Attributes:
         lr: learning rate.
-        factors: what `MuonRule.begin` returned; None if it returned None.
+        factors: the result of `MuonRule.begin`, (matrices,); None if the rule needs no factors.
+        position: by matrix, its index in `factors`.
         features: by matrix, the norms of the output features of its weight, for a rule with `feature_norms`.
-        position: of each matrix in `factors`.
     """
 
     group: Group
@@ -49,16 +49,17 @@ class StepContext:
     """Data shared by all buckets of a step.
 
     Attributes:
-        groups: by index of the parameter group.
+        groups: the parameter groups of this step, by index.
         weights, gradients, momentum: this rank's fragments, by their numbers in the program's listings.
-        matrices: of each fragment in `weights`, its matrix.
-        source_weights: the weights by the numbers of the gradients; empty if no rule sends them.
+        matrices: number of the matrix of each fragment in `weights`.
+        source_weights: the weights, numbered as the gradients are; empty if no rule sends them.
         gradient_factor: multiplies every gradient.
-        owners: by name of `owner_memory` and matrix, what this rank keeps as an owner.
-        orthogonalize: in place of Newton-Schulz, if it is not None.
-        rest: by matrix whose gradient is zero, what its update is multiplied by.
-        rounding: how bfloat16 weights are written; None for torch's own rounding, to the nearest.
-        rounded: dtype of the messages, if it may be narrower than the updates: owners then round what they keep too.
+        owners: by name of `owner_memory` and by matrix, the tensors that this rank keeps as an owner.
+        orthogonalize: replaces Newton-Schulz; None: Newton-Schulz.
+        rest: factor on the update of each matrix whose gradient is zero, by matrix.
+        rounding: rounds bfloat16 weights stochastically; None: torch rounds them to the nearest.
+        rounded: dtype of the messages if it may be narrower than the updates, else None. The owner rounds its own part
+            of an update too, so that all holders apply equal numbers.
     """
 
     transport: Transport
@@ -91,7 +92,7 @@ class BucketRun:
     _broadcasts: Broadcasts | None = None
 
     def gather(self) -> None:
-        """Start to send this rank's part of the bucket to its owners."""
+        """Start sending this rank's fragments of the bucket to their owners."""
         program, step, envelope = self.program, self.step, self.program.gather
         step.progress.enter("gather", program.number)
         if envelope is None:
@@ -111,7 +112,7 @@ class BucketRun:
                 self._works = [*self._works, *works]
 
     def stack(self) -> None:
-        """Wait for what this rank owns, and stack it."""
+        """Wait for the fragments of the matrices that this rank owns, and copy them into the stacks."""
         program, envelope = self.program, self.program.gather
         self.step.progress.enter("gather", program.number)
         if envelope is not None:
@@ -164,7 +165,7 @@ class BucketRun:
             also.stacked.allocated = False
 
     def scatter(self) -> None:
-        """Start to send the updates back, and apply those that stay on this rank."""
+        """Start sending the updates to the holders, and apply the updates of this rank's own fragments."""
         program, step, envelope, again = self.program, self.step, self.program.scatter, self.program.rebroadcast
         step.progress.enter("scatter", program.number)
         if envelope is not None:
@@ -179,7 +180,7 @@ class BucketRun:
         if again is None:
             program.stacked.allocated = False
             return
-        # Updates that the owners of this rank's copy of the model made are sent on to the replica group.
+        # This rank passes on the updates made by owners in its own copy of the model to its replica group.
         if envelope is not None:
             self.update()
         step.progress.enter("scatter", program.number)
@@ -195,7 +196,7 @@ class BucketRun:
         self._broadcasts = Broadcasts(step.transport, sent, again.counts, again.received, again.room)
 
     def update(self) -> None:
-        """Wait for the updates that other ranks have made, and apply them."""
+        """Wait for the updates from other ranks, and apply them."""
         program, progress, envelope, again = self.program, self.step.progress, self.program.scatter, self._broadcasts
         if again is None and envelope is None:
             return
@@ -206,7 +207,7 @@ class BucketRun:
             envelope.sent.allocated = False
             progress.enter("update", program.number)
             self._apply(program.received_updates)
-            envelope.received.allocated = program.rebroadcast is not None  # which sends it on
+            envelope.received.allocated = program.rebroadcast is not None  # the rebroadcast still sends it
         if again is not None and program.rebroadcast is not None:
             for place in again.arrived():
                 progress.enter("update", program.number)
@@ -215,7 +216,7 @@ class BucketRun:
             (program.rebroadcast.sent or program.stacked).allocated = False
 
     def _write(self, sources: list[Pieces]) -> None:
-        """Write what the rule sends of these fragments into the memory of the exchange."""
+        """Let the rule write its messages for these fragments into the memory of the exchange."""
         step = self.step
         for p in sources:
             of_group = step.groups[p.group]
@@ -236,7 +237,7 @@ class BucketRun:
                 p.scratch.allocated = False
 
     def _copy(self, sources: list[Pieces], name: str) -> None:
-        """Write a tensor of these fragments into the memory of the exchange."""
+        """Copy the gradient or weight (`name`) of these fragments into the memory of the exchange."""
         step = self.step
         for p in sources:
             given = step.gradients if name == GRADIENT else step.source_weights
@@ -252,7 +253,7 @@ class BucketRun:
                 p.scratch.allocated = False
 
     def _apply(self, updates: list[Pieces]) -> None:
-        """Change the weights of these fragments."""
+        """Apply the updates of these fragments to their weights."""
         for p in updates:
             of_group = self.step.groups[p.group]
             given = p.views
@@ -282,7 +283,7 @@ class BucketRun:
         g.rule.decay(HeldWeights(weights, positions, g.factors, g.lr, given), g.group)
 
     def _apply_rounded(self, rounding: MuonRounding, p: Pieces, weights: list[Tensor], given: list[Tensor]) -> None:
-        """Decay and change these weights in fp32, so that each is rounded once."""
+        """Decay and update these weights in fp32, so that each weight is rounded only once."""
         g = self.step.groups[p.group]
         for some in rounding.opened(p.numbers, weights):
             of_members = [rounding.listing.matrices[p.numbers[n]] for n in some.members]

@@ -1,4 +1,4 @@
-"""Checks of a parameter group: every key, value and cut, before anything is made of them."""
+"""Checks of a parameter group: every key, value and cut, before it is used."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from muon_dist.optim.rules.entries import ALGORITHMS, check_flag, check_not_nega
 from muon_dist.optim.rules.scale import update_scale
 
 _OWN = {"params", "param_names", "name", "algorithm", "cuts", "rule", "rule_options", "moe"}
-# What schedulers of torch write into groups, also before the optimizer is created again.
+# Keys that torch's schedulers write into groups. They are still there when the optimizer is created again.
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 _OF_ADAMW = 'in the group whose algorithm is "adamw"'
-# Keys of other optimizers, and the line to write here.
+# Keys of other optimizers, and what to write instead.
 _FOREIGN = {
     **{name: f'write "{ours}"' + (f": {value}" if value else "") for name, (ours, value) in RENAMED.items()},
     **UNNEEDED,
@@ -39,12 +39,12 @@ _FOREIGN = {
 
 
 def check_keys(group: Mapping[str, Any], defaults: Iterable[str], where: str) -> None:
-    """Raise ConfigError for keys that a group does not have; it names the closest, or what to write instead."""
+    """Raise ConfigError for an unknown key of a group; the message names the closest key or the replacement."""
     refuse_unknown(group, {*defaults, *_OWN}, where, _FOREIGN, "is a key of another optimizer", silent=_OF_SCHEDULERS)
 
 
 def check_group(group: Group, where: str) -> None:
-    """Raise ConfigError, naming key and value, for a parameter group whose options cannot be used."""
+    """Raise ConfigError for an invalid option of a parameter group; the message names key and value."""
     if group["algorithm"] not in ALGORITHMS:
         raise ConfigError(f"{where}: algorithm '{group['algorithm']}' is unknown: use one of {ALGORITHMS}")
     for key in ("lr", "weight_decay"):
@@ -70,16 +70,16 @@ def check_group(group: Group, where: str) -> None:
     schedule = get_schedule(group["ns_schedule"])
     schedule.coefficients(group["ns_steps"])
     if not isinstance(group["ns_schedule"], str):
-        group["ns_schedule"] = schedule.rows  # tuples, by which programs are known
+        group["ns_schedule"] = schedule.rows  # tuples can be compared: they are part of the key of a cached program
     compute_dtype(group["ns_dtype"], torch.device("cpu"), group["ns_schedule"])
     update_scale(group["scale"], cut_parameter("", (1, 1))[0])
 
 
 def unplanned(p: torch.Tensor, index: int) -> LayoutError:
-    """The error for a tensor of a Muon group that came in by itself."""
+    """The error for a tensor of a Muon group that is not part of the plan."""
     return LayoutError(
-        f"group {index} has a tensor of shape {tuple(p.shape)} that is not one that the plan was made for: parameters "
-        "must not be replaced after the first step. To add parameters, call add_param_group"
+        f"group {index} has a tensor of shape {tuple(p.shape)} that is not in the plan: parameters must not be "
+        "replaced after the first step. To add parameters, call add_param_group"
     )
 
 
@@ -87,13 +87,13 @@ def check_cuts(cuts: Any, count: int, where: str) -> list[dict[str, Any] | None]
     """The cuts of a group of `count` parameters.
 
     Raises:
-        ConfigError: they are not None or a dict of heads, sizes, transposed and axis for each parameter.
+        ConfigError: a parameter's cut is neither None nor a dict of heads, sizes, transposed and axis.
     """
     if cuts is None:
         return [None] * count
     if isinstance(cuts, Mapping) or not isinstance(cuts, Sequence) or len(cuts) != count:
         raise ConfigError(
-            f"{where}: cuts is {cuts!r}: give a list of {count}, for each parameter None or a dict such as "
+            f"{where}: cuts is {cuts!r}: give a list of {count} entries, one per parameter: None or a dict such as "
             '{"heads": 8}'
         )
     known: Set[str] = {"heads", "sizes", "transposed", "axis"}
@@ -111,7 +111,7 @@ def check_cuts(cuts: Any, count: int, where: str) -> list[dict[str, Any] | None]
 
 
 def check_names(group: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError for another number of names than of parameters."""
+    """Raise ConfigError if `param_names` and `params` differ in length."""
     names, count = group.get("param_names"), len(group["params"])
     if names is not None and len(names) != count:
         raise ConfigError(
@@ -124,14 +124,14 @@ Kind = tuple[Any, Any, frozenset[str]]
 
 
 def kind_of(group: Mapping[str, Any]) -> Kind:
-    """The present kind of a group."""
+    """The kind of a group, from its current options."""
     return group.get("algorithm"), group.get("rule", "muon"), frozenset(group.get("rule_options") or ())
 
 
 def check_changed(groups: Sequence[Group], kinds: Sequence[Kind]) -> None:
-    """Raise ConfigError, naming the group, for a change of its options after the optimizer was made.
+    """Raise ConfigError, naming the group, if its algorithm, rule or rule options differ from `kinds`.
 
-    Rates and other numbers may change at any time. `kinds`: of the groups when they were made.
+    Rates and other numbers may change at any time. `kinds`: one per group, recorded when the group was made.
     """
     for index, (group, kind) in enumerate(zip(groups, kinds, strict=True)):
         for key, was, now in zip(("algorithm", "rule", "rule_options"), kind, kind_of(group), strict=True):

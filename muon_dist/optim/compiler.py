@@ -51,12 +51,12 @@ class ProgramCompiler:
     """Makes the programs of one rank.
 
     Attributes:
-        plan, transport, options: of the runtime.
-        device: of the exchange.
-        matrices: by buffer, its matrices.
+        plan, transport, options: those of the runtime.
+        device: the device of the exchange.
+        matrices: numbers of the matrices in each buffer.
         group_of: parameter-group index of each buffer.
-        rules: of each parameter group.
-        everywhere: buffers of which every holder keeps the momentum.
+        rules: the rule of each parameter group.
+        everywhere: buffers whose momentum every holder keeps.
     """
 
     plan: OwnershipPlan
@@ -142,7 +142,7 @@ class ProgramCompiler:
         )
 
     def _gradient_dtypes(self, gradients: Mapping[int, Tensor], groups: Mapping[int, Group]) -> dict[int, torch.dtype]:
-        """By parameter group whose owners keep the momentum, the dtype of its gradients; the same on all ranks."""
+        """The gradient dtype of each parameter group whose owners keep the momentum; equal on all ranks."""
         found = {}
         for index in groups:
             dtypes = {g.dtype for b, g in gradients.items() if self.group_of[b] == index}
@@ -156,7 +156,7 @@ def _iteration_dtypes(groups: Iterable[Group], device: torch.device) -> set[torc
 
 
 def _update_dtype(iteration: Set[torch.dtype], rules: Set[MuonRule]) -> torch.dtype:
-    """The narrowest dtype that loses nothing of any update; the same on all ranks."""
+    """The narrowest dtype that holds every update without rounding; equal on all ranks."""
     if not all(rule.sends_iteration for rule in rules):
         return torch.float32
     only = next(iter(iteration)) if len(iteration) == 1 else torch.float32
@@ -177,14 +177,14 @@ class BucketCompiler:
     """Makes the program of a bucket.
 
     Attributes:
-        plan, rank: whose program.
+        plan, rank: the plan, and the rank that runs the program.
         replica_group: ranks that hold the same shard, in order.
-        weights, sources: the fragments that this rank changes, and those that it sends from.
-        places: by matrix.
+        weights, sources: the fragments that this rank updates, and the fragments whose momentum it sends.
+        places: parameter group, scale and device of each matrix.
         wire: dtypes of the messages to the owners and back.
-        gradients: by parameter group that sends its gradients alone, their dtype.
-        device: of the exchange.
-        bucket_elements: bound on what may be under way.
+        gradients: gradient dtype of each parameter group that sends only gradients.
+        device: the device of the exchange.
+        bucket_elements: largest number of elements in pending messages.
         groups, rules: options and rule of each parameter group.
         ns_compile: see `Options`.
     """
@@ -243,7 +243,8 @@ class BucketCompiler:
         return program
 
     def _gathered_dtype(self, bucket: Bucket) -> torch.dtype:
-        """Of the gather: `wire`, or less where gradients that are narrower are all that is sent."""
+        """The dtype of the gather: that of the gradients if only gradients are sent and they are narrower than `wire`;
+        else `wire`."""
         dtypes = {self.gradients.get(self.places[i].group, torch.float32) for i in bucket.matrices}
         only = dtypes.pop() if len(dtypes) == 1 else torch.float32
         return only if only.itemsize < self.wire[0].itemsize else self.wire[0]
@@ -253,7 +254,7 @@ class BucketCompiler:
         return sorted({name for i in bucket.matrices for name in self.rules[self.places[i].group].sends})
 
     def _sent(self, name: str, bucket: Bucket, stacks: list[Stack]) -> Sent:
-        """The gather of tensor `name`; gives the stacks of this rank their part of it."""
+        """The gather of tensor `name`. Also puts its views into `sent` of this rank's stacks."""
         plan, rank = self.plan, self.rank
         members = tuple(i for i in bucket.matrices if name in self.rules[self.places[i].group].sends)
         owned = [i for i in members if plan.owners[i] == rank]
@@ -285,12 +286,12 @@ class BucketCompiler:
         return found
 
     def _order(self, i: int) -> tuple[int, int, int, int, bool, int]:
-        """Owner after owner; what makes one stack, side by side. The same on all ranks."""
+        """Sort key of a matrix: by owner, then with the members of one stack side by side. Equal on all ranks."""
         m = self.plan.layout.matrices[i].matrix
         return self.plan.owners[i], m.rows, m.cols, self.places[i].group, m.transposed, i
 
     def _stacks(self, owned: list[int]) -> tuple[Region, list[Stack], dict[int, int]]:
-        """The memory of what this rank orthogonalizes, its stacks, and where each matrix begins."""
+        """The memory of the matrices that this rank orthogonalizes, their stacks, and the first element of each."""
         matrices = self.plan.layout.matrices
         region = Region(sum(matrices[i].matrix.numel for i in owned), torch.float32, self.device)
         stacks: list[Stack] = []
@@ -340,7 +341,7 @@ class BucketCompiler:
         listing: Listing,
         elsewhere: Callable[[Place], bool],
     ) -> list[Pieces]:
-        """`parts` sorted into groups that one call can work on."""
+        """`parts` sorted into `Pieces`: one call processes each."""
         alike: dict[Place, list[int]] = {}
         for n, (i, _) in enumerate(parts):
             alike.setdefault(self.places[i], []).append(n)
@@ -368,7 +369,7 @@ class BucketCompiler:
         awaited: list[Part],
         starts: Mapping[int, int],
     ) -> Rebroadcast | None:
-        """Of what this rank's own copy of the model has made for it, and of what the others' have made for them."""
+        """Messages within the replica group: the updates that each copy's owners made; None if there are none."""
         if not bucket.relay:
             return None
         column = list(self.replica_group)

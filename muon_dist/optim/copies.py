@@ -1,4 +1,4 @@
-"""Copies of the optimizer: `copy.deepcopy` and pickle; and what a state dict makes of it."""
+"""Copies of the optimizer, by `copy.deepcopy` and pickle, and loading of a state dict."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from muon_dist.optim.state import (
 )
 
 MUON = "muon"
-"""Key of what `packed` adds to the state of a `torch.optim.Optimizer`."""
+"""Key of the entry that `packed` adds to the state of a `torch.optim.Optimizer`."""
 _AS_THEY_ARE = ("process_group", "_options", "specs", "algorithms", "_kinds", "_rules", "_default_rule")
 
 
 def packed(optimizer: Any) -> dict[str, Any]:
     """Groups, state and options for a copy of a Muon. The copy makes its own plan at its first step.
 
-    The plan, `diagnostics`, `audit`, and what others have hung on `guard` and `progress` stay with the original.
+    The plan, `diagnostics`, `audit`, and callbacks of `guard` and `progress` stay with the original.
 
     Raises:
-        ConfigError: the optimizer has a process group of its own, which cannot be copied.
+        ConfigError: the optimizer was made with `process_group`, which cannot be copied.
     """
     if isinstance(optimizer.process_group, dist.ProcessGroup):
         raise ConfigError(
-            "an optimizer with process_group= cannot be copied or pickled, since a process group cannot: copy "
-            "state_dict() and load it into an optimizer that is made with that group"
+            "an optimizer with process_group= cannot be copied or pickled, because a process group cannot: copy "
+            "state_dict() and load it into a new optimizer with that group"
         )
     partial: dict[int, list[str]] = {}
     if optimizer.runtime is not None:
@@ -54,7 +54,7 @@ def packed(optimizer: Any) -> dict[str, Any]:
 
 
 def unpack(optimizer: Any, state: dict[str, Any]) -> None:
-    """Make `optimizer`, which has its groups and state already, a Muon of what `packed` returned."""
+    """Restore a Muon from the result of `packed`. `optimizer` has its groups and state already."""
     mine = state[MUON]
     for name, value in mine["kept"].items():
         setattr(optimizer, name, value)
@@ -74,11 +74,12 @@ def unpack(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def load(optimizer: Any, state_dict: dict[str, Any], torchs: Callable[[dict[str, Any]], None]) -> None:
-    """Load a state dict by `torchs`, the `load_state_dict` of `torch.optim.Optimizer`, which would cast momentum.
+    """Load a state dict by `torchs`, the `load_state_dict` of `torch.optim.Optimizer`, without casting momentum.
 
-    Momentum is taken out of the state dict before torch's part, and put into the state after it. Both are load hooks,
-    the last before and the first after. So the hooks of others see momentum, in the state dict before and in
-    `optimizer.state` after, and what they return is loaded. All checks come before anything is changed.
+    Torch would cast momentum to the parameter's dtype. So a load hook removes it from the state dict before torch
+    loads, and another puts it into the state afterwards. They are the last pre-hook and the first post-hook: users'
+    hooks see momentum in the state dict and in `optimizer.state`, and the state dict that they return is loaded. All
+    checks run before anything changes.
     """
     loaded: dict[torch.Tensor, Loaded] = {}
     wide: dict[torch.Tensor, dict[str, torch.Tensor]] = {}

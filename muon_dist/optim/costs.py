@@ -21,13 +21,13 @@ from muon_dist.ranks import Ranks
 def agreed_cost(
     cost: str | CostModel, binding: Binding, groups: Sequence[Group], group_of: Mapping[int, int]
 ) -> CostModel:
-    """The cost model of `cost`; a collective where it is "measured": all ranks take rank 0's figures.
+    """The cost model that `cost` names. "measured" is a collective: all ranks use the times of rank 0.
 
-    Measured are the shapes of the layout in the steps, schedule and dtype of the first Muon group, each alone and in
-    the stacks that ranks will have.
+    Rank 0 times every shape of the layout with the steps, schedule and dtype of the first Muon group, as one matrix
+    and in stacks of the size that ranks will have.
 
     Raises:
-        ConfigError: rank 0 could not measure; on all ranks.
+        ConfigError: the measurement failed on rank 0; raised on all ranks.
     """
     if isinstance(cost, CostModel):
         return cost

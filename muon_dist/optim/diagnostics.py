@@ -1,4 +1,4 @@
-"""Spectral measures of a live run, taken by the owner of each matrix while it holds the whole of it."""
+"""Spectral measures of a live run, taken by the owner of each matrix while it holds the whole matrix."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 def place(name: str) -> tuple[int | None, str]:
     """Layer and type of a matrix: "model.layers.3.mlp.up_proj.weight" -> (3, "mlp.up_proj").
 
-    The layer is the first whole number among the parts of the name, None if there is none; the type is what stands
-    behind it, without ".weight" and without the index of a head or an expert ("mlp.experts.*.up_proj"), or before it
-    where nothing is behind it.
+    The layer is the first integer among the parts of the name, None if there is none. The type is the rest of the name
+    after the layer, or before it if nothing follows, without ".weight" and with "*" for the index of a head or expert
+    ("mlp.experts.*.up_proj").
     """
     stem = name.partition("[")[0].removesuffix(".weight")
     found = _LAYER.search(stem)
@@ -41,21 +41,20 @@ def place(name: str) -> tuple[int | None, str]:
 
 
 class Diagnostics:
-    """Measures every matrix that this rank owns once in `every` steps, one JSON line each, and sends nothing.
+    """Measures every matrix that this rank owns once per `every` steps: one JSON line per matrix, no communication.
 
-    The owner has just gathered the momentum and computed the update, so both are there whole. Each rank writes its
-    own file; readers merge them. A round of measures starts at the first step and at every multiple of
-    `every`. It is spread over as many steps as its cost needs: no matrix is measured while the measures have taken
-    more than `budget` of the time since the first step.
+    The owner has just gathered the momentum and computed the update, so it holds both. Each rank writes its own file;
+    readers merge the files. A round of measures starts at the first step and at every multiple of `every`. A costly
+    round takes several steps: measuring pauses while it has taken more than `budget` of the time since the first step.
 
     Args:
         every: steps from one round to the next.
-        folder: gets `rank-R.jsonl`; made when the first line is written. None keeps the measures in `latest` alone.
-        budget: largest share of the time that measuring may take, on each rank; 1 for no bound.
+        folder: folder of `rank-R.jsonl`; created with the first line. None: the measures are kept only in `latest`.
+        budget: largest share of the time that measuring may take, per rank; 1 for no bound.
 
     Attributes:
-        latest: the newest record of each matrix owned here, by name.
-        seconds: spent on measuring since the start.
+        latest: the newest record of each matrix that this rank owns, by name.
+        seconds: time spent on measuring since the start.
 
     Raises:
         ConfigError: `every` or `budget` out of range.
@@ -93,8 +92,11 @@ class Diagnostics:
         return self.folder / f"rank-{rank}.jsonl" if self.folder is not None else None
 
     def start(self, step: int) -> None:
-        """Count from `step` on: the next optimizer step is `step + 1`. Lines of later steps, of the run that is being
-        continued or replaced, are dropped; by rank 0 also those of ranks that this run does not have. Local."""
+        """Count from `step` on: the next optimizer step is `step + 1`. Local.
+
+        Deletes lines of later steps, which an earlier run wrote. Rank 0 also does so in files of ranks that this run
+        does not have.
+        """
         self._count_from(step)
         if self.path is None or not self.path.parent.is_dir():
             return
@@ -109,21 +111,21 @@ class Diagnostics:
         self._step = self._first = self._round = self._next = step + 1
 
     def begin(self, owned: Iterable[str]) -> None:
-        """From now on `observe` is called with the matrices of these names, which this rank owns, in every step."""
+        """Set the names of the matrices that this rank owns: every step calls `observe` with each."""
         self._owned = tuple(owned)
         self._began = time.perf_counter()
 
     def observe(self, matrix: Matrix, momentum: torch.Tensor, update: torch.Tensor) -> None:
-        """Take note of one orthogonalized matrix, (rows, cols) both, and measure it when it is due."""
+        """Note one orthogonalized matrix and measure it when it is due. momentum, update: (rows, cols)."""
         if matrix.name in self._seen:  # the same matrix again: a new step has begun
-            # A matrix that was not stepped (no gradient anywhere) must not hold up the round.
+            # A matrix without a gradient is not stepped: do not wait for it.
             self._pending &= self._seen
             self._seen.clear()
             self._step += 1
         self._seen.add(matrix.name)
         if not self._pending and self._step >= self._next:
             self._pending = set(self._owned)
-            # The same number on every rank, also where one begins late.
+            # The same number on every rank, even if a rank starts the round later.
             self._round = max(self._step // self.every * self.every, self._first)
             self._next = (self._step // self.every + 1) * self.every
         if matrix.name not in self._pending:
@@ -132,7 +134,7 @@ class Diagnostics:
         if self.seconds >= self.budget * (now - self._began):
             return
         if momentum.device.type != "cpu":
-            torch.accelerator.synchronize()  # what was queued before is not our time
+            torch.accelerator.synchronize()  # do not count the time of work that was queued before
             now = time.perf_counter()
         self._pending.discard(matrix.name)
         self._write(self._record(matrix, momentum, update))
@@ -161,12 +163,12 @@ class Diagnostics:
         try:
             append_line(path, record)
         except OSError as error:
-            # Raising on this rank only would leave the others waiting in a collective.
+            # If only this rank raised, the others would wait forever in a collective.
             self._writable = False
-            print(f"diagnostics: cannot write {path}: {error}; this rank measures on without it", file=sys.stderr)
+            print(f"diagnostics: cannot write {path}: {error}; this rank goes on without the file", file=sys.stderr)
 
     def means(self, names: Iterable[str] = ("flatness", "nuclear_rank_ratio", "cosine")) -> dict[str, float]:
-        """The mean of some measures over the newest records of the matrices owned by this rank; {} before any."""
+        """The mean of some measures over the newest records of this rank's matrices; {} without records."""
         out = {}
         for name in names:
             values = [r[name] for r in self.latest.values() if r[name] is not None]
@@ -181,7 +183,7 @@ def _rank_of(path: Path) -> int:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and the file when none is left."""
+    """Delete the lines of later steps than `step`; delete the file if no line is left."""
     keep_lines(path, lambda line: isinstance(line.get("step"), int) and line["step"] <= step)
     if path.exists() and path.stat().st_size == 0:
         path.unlink()

@@ -1,4 +1,4 @@
-"""Which adapter binds the optimizer under which framework, by name: no adapter is imported before its framework is."""
+"""The adapter of each framework, by module name: an adapter is imported only after its framework."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def loaded_binders() -> Iterator[Callable[[Any], Any]]:
 
 
 def loaded_checks() -> Iterator[Callable[[str, Any], None]]:
-    """`check_parameter(name, parameter)` of each adapter whose framework is imported: raises FrameworkError for a
-    parameter of which that framework has already made something that Muon cannot step."""
+    """The `check_parameter(name, parameter)` of each adapter whose framework this process has imported. It raises
+    FrameworkError for a parameter that the framework has replaced by something that Muon cannot step."""
     return _loaded(CHECKS, "check_parameter")
 
 

@@ -1,4 +1,4 @@
-"""The state of Muon groups of all ranks together: for another plan, and for one state dict."""
+"""The state of Muon groups gathered from all ranks: for a new plan, and for one state dict."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from muon_dist.optim.state import MOMENTUM, RESTING, Loaded, entries, follow, pu
 
 
 def carried(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> dict[Tensor, Loaded]:
-    """The state of this rank's Muon groups for another plan over the same parameters and more; a collective.
+    """The state of this rank's Muon groups, for a new plan that has more parameters; a collective.
 
-    It is put into `state` as well, as after a load.
+    The same state is put into `state`, as after a load.
 
     Raises:
-        ConfigError: parts of it would have to move between ranks in a way that is not known here.
+        ConfigError: under this layout or rule the state would have to move between ranks, which is not supported.
     """
     layout, transport = runtime.plan.layout, runtime.transport
     everywhere = layout.kind == "replicated"
@@ -52,14 +52,14 @@ def carried(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> 
 
 
 def full_state(runtime: Runtime, local: dict[str, Any], parameters: Iterable[Tensor]) -> dict[str, Any]:
-    """`local`, the state dict of this rank, with the state of all ranks on rank 0; {} on the others. A collective."""
+    """`local`, this rank's state dict, completed with the state of all ranks; {} except on rank 0. A collective."""
     layout, group, rank = runtime.plan.layout, runtime.transport.group, runtime.transport.rank
     if layout.kind != "replicated":
         raise CheckpointError(
-            f"full_state_dict gathers the replicated layout only, this one is {layout.kind}: the framework saves each "
-            "rank's own shard (engine.save_checkpoint under DeepSpeed, torch.distributed.checkpoint under FSDP2)"
+            f"full_state_dict supports only the replicated layout, and this one is {layout.kind}: let the framework "
+            "save each rank's shard (engine.save_checkpoint under DeepSpeed, torch.distributed.checkpoint under FSDP2)"
         )
-    # torch's inner dicts are the live state
+    # copied, because torch's inner dicts are the live state
     local["state"] = {
         index: {key: value for key, value in entry.items() if ":" not in key}
         for index, entry in local["state"].items()
@@ -77,7 +77,7 @@ def full_state(runtime: Runtime, local: dict[str, Any], parameters: Iterable[Ten
 
 
 def _padded(runtime: Runtime, buffer: int, parameter: Tensor) -> dict[str, Tensor]:
-    """What the ranks hold different parts of, whole, with zeros where this rank holds nothing."""
+    """This rank's part of every distributed entry, in full size: zeros where this rank holds nothing."""
     memory, found = runtime.memory, dict[str, Tensor]()
     if buffer not in runtime.at_owners:
         found[MOMENTUM] = torch.zeros(parameter.shape, dtype=torch.float32, device=runtime.binding.device)

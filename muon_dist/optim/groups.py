@@ -32,7 +32,7 @@ from muon_dist.routing import (
 )
 
 Entries = Sequence[GroupRule | Mapping[str, Any]]
-"""Of `groups`; see docs/groups.md."""
+"""Type of the argument `groups`; see docs/groups.md."""
 
 
 def param_groups(
@@ -51,8 +51,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """The parameter groups of a model, for `Muon`.
 
-    They are named "muon", "adamw" and "adamw_no_decay" (biases and norms). Each entry of `groups` with options makes
-    one or more groups of its own. Empty groups are left out.
+    They are named "muon", "adamw" and "adamw_no_decay" (biases and norms). Each entry of `groups` with options adds
+    one or more groups. Empty groups are left out.
 
     Args:
         model: the model. Frozen parameters are left out; a tied parameter appears once.
@@ -67,12 +67,12 @@ def param_groups(
         groups: options by name. Each entry is a dict with `pattern` (a regular expression for the whole name, with or
             without `.weight`) and any of `algorithm`, `lr`, `weight_decay`, `rule`, `rule_options`, `scale` and
             `split` ({"heads": N}, {"sizes": [...]} or "heads"). The first entry that matches a parameter decides;
-            options that it leaves out have their normal value. `lr` and `weight_decay` apply to all matches, of Muon
-            and AdamW, biases and norms included; `rule`, `scale` and `split` apply to Muon's only.
-        unknown: there are no other arguments; the error says what to write for those of other optimizers.
+            options that it leaves out have their normal value. `lr` and `weight_decay` apply to all matches, under
+            Muon and AdamW, biases and norms included; `rule`, `scale` and `split` apply only to matches under Muon.
+        unknown: no other argument exists; the error for another optimizer's argument says what to write instead.
 
     Returns:
-        Dicts with `params`, `param_names` (FQNs), `name`, `algorithm`, for Muon `cuts`, and the options given.
+        Dicts with `params`, `param_names` (FQNs), `name`, `algorithm`, for Muon `cuts`, and the options above.
 
     Raises:
         ConfigError: an unknown argument, or an entry has an unknown key or a value that cannot be used.
@@ -96,7 +96,7 @@ def param_groups(
 
 
 def _by_experts(group: RoutedGroup, parameters: Mapping[str, nn.Parameter]) -> list[RoutedGroup]:
-    """The group, without the experts of DeepSpeed's MoE layers, and those: ZeRO cuts them over other ranks."""
+    """The group without DeepSpeed's MoE experts, and a group of these: ZeRO shards experts over other ranks."""
     members: dict[str | None, list[Route]] = {}
     for r in group.routes:
         members.setdefault(expert_group(parameters[r.fqn]), []).append(r)
@@ -113,9 +113,9 @@ def _group(
     weight_decay: float | None,
     partitions: int | None,
 ) -> dict[str, Any]:
-    """A group for `Muon`. parameters: by name. lr, weight_decay: where the group has none of its own."""
+    """A group for `Muon`. parameters: by name. lr, weight_decay: defaults for a group without these options."""
     experts = expert_group(parameters[group.routes[0].fqn]) is not None
-    ordered = group.algorithm == "muon" and not experts  # `partitions` are the ranks of the other groups
+    ordered = group.algorithm == "muon" and not experts  # `partitions` does not count the ranks of experts
     routes = _in_partition_order(group.routes, partitions) if ordered else group.routes
     made: dict[str, Any] = {
         "params": [parameters[r.fqn] for r in routes],
@@ -126,7 +126,7 @@ def _group(
     if group.algorithm == "muon":
         made["cuts"] = [_cut(r) for r in routes]
     if experts:
-        made["moe"] = True  # DeepSpeed looks for it, and for the name of the ranks in `name`
+        made["moe"] = True  # DeepSpeed reads it, and expects the name of the expert process group in `name`
     rates = {"lr": lr, "weight_decay": _decay(group, weight_decay)}
     made.update((key, value) for key, value in rates.items() if value is not None)
     return {**made, **copy.deepcopy(dict(group.options))}
@@ -140,7 +140,7 @@ def routing_for(
     table: RoutingTable | None = None,
     rule: str | None = None,
 ) -> RoutingTable:
-    """The routing table of what a user gave: `table`, or one by the other three. rule: the optimizer's, if known.
+    """The routing table: `table`, or a new one from the other arguments. rule: the optimizer's rule, if known.
 
     Raises:
         ConfigError, RoutingError: see `param_groups`.
@@ -149,7 +149,7 @@ def routing_for(
         return route(model, override_rules(overrides), split_rules(splits), group_rules(groups, rule))
     for name, given in (("groups", groups), ("overrides", overrides), ("splits", splits)):
         if given:
-            raise ConfigError(f"table and {name} are both given: a table is made already; give {name} to route()")
+            raise ConfigError(f"table and {name} are both given: pass {name} to route(), which makes the table")
     return table
 
 
@@ -159,12 +159,12 @@ def routing_table(
     splits: Splits = (),
     groups: Entries = (),
 ) -> FoldedTable:
-    """A table of which algorithm trains each parameter, and why. Equal layers share a row; doubtful rows come first.
+    """A table of each parameter's algorithm and the reason. Equal layers share a row; doubtful rows come first.
 
         print(muon_dist.routing_table(model))
 
     Args:
-        model: on any device, the meta device included. It is not run.
+        model: on any device, also the meta device. Its forward is not called.
         overrides, splits, groups: as for `param_groups`.
 
     Returns:
@@ -183,13 +183,13 @@ def groups_of(params: Any, groups: Entries) -> Any:
     """The parameter groups for `Muon`: those of a model, or `params` unchanged.
 
     Raises:
-        ConfigError: `groups` without a model, whose names its patterns would have to match.
+        ConfigError: `groups` without a model: its patterns match names of a model's parameters.
     """
     if isinstance(params, nn.Module):
         return param_groups(params, groups=groups)
     if groups:
         raise ConfigError(
-            "groups goes by the names of a model's parameters, but params are not a model: write Muon(model, "
+            "groups needs the names of a model's parameters, but params is not a model: write Muon(model, "
             "groups=...), or Muon(muon_dist.param_groups(model, groups=...))"
         )
     if not isinstance(params, Iterable):
@@ -198,10 +198,10 @@ def groups_of(params: Any, groups: Entries) -> Any:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ConfigError for anything but a model, such as its parameters: routing needs names and modules."""
+    """Raise ConfigError if `model` is not a module, such as a list of parameters: routing needs names and modules."""
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"the model is needed, and this is a {type(model).__name__}: write param_groups(model), not "
+            f"expected a model, got {type(model).__name__}: write param_groups(model), not "
             "param_groups(model.parameters())"
         )
 
@@ -220,7 +220,7 @@ def check_parameters(model: nn.Module) -> None:
 
 
 def _decay(group: RoutedGroup, default: float | None) -> float | None:
-    """Weight decay of a group without its own; None to leave it to the optimizer, or to a rule that has none."""
+    """The weight decay to set in a group without one; None to set none (the optimizer's, or a rule without decay)."""
     if not group.decay:
         return 0.0
     rule = RULES.get(group.options.get("rule", "muon"))

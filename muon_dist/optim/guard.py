@@ -1,6 +1,7 @@
-"""Whether a step may be taken: decided by all ranks together, before anything is touched.
+"""Whether to make a step: all ranks decide together, before anything changes.
 
-A bad step is skipped whole. Multiplying its update by zero would not do: 0 x NaN is NaN, and momentum would keep it.
+A step with a bad gradient is skipped as a whole. Its update cannot be multiplied by zero instead: 0 x NaN is NaN, and
+momentum would keep the NaN.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from muon_dist.optim.binding import Group, ParameterSpec
 from muon_dist.optim.program import index_on
 
 ABSENT, ZERO, FINITE, NOT_FINITE = 0, 1, 2, 3
-"""States of a gradient, by rank: over all ranks the highest counts. ZERO: every element is exactly zero."""
-_NAMED = 3  # parameters named in a message, for each rank
+"""States of a gradient on one rank; the maximum over all ranks decides. ZERO: every element is exactly zero."""
+_NAMED = 3  # parameters named in a message
 
 
 @dataclass(frozen=True)
 class Split:
-    """How the gradient of a buffer with several matrices is looked at, matrix by matrix.
+    """The fragments of a buffer with several matrices, so that its gradient is checked matrix by matrix.
 
     Attributes:
-        reader: of this rank's fragments in the gradient.
-        slots: of each fragment, the place of its matrix among `matrices`.
-        matrices: of the buffer, on all ranks the same.
+        reader: reads this rank's fragments from the gradient.
+        slots: per fragment, the index of its matrix in `matrices`.
+        matrices: the matrices of the buffer, equal on all ranks.
     """
 
     reader: Reader
@@ -43,12 +44,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Allowed:
-    """The result of the check before a step that may be made.
+    """The result of the check, if the step may be made.
 
     Attributes:
-        present: whether each parameter has a gradient on some rank.
-        zero: matrices of which the gradient is exactly zero on all ranks.
-        alike: False if rates, or norms of gradients that should be copies, differ between ranks.
+        present: per parameter, whether some rank has a gradient.
+        zero: matrices whose gradient is exactly zero on all ranks.
+        alike: False if rates, or norms of gradients that should be equal, differ between ranks.
     """
 
     present: Sequence[bool]
@@ -57,16 +58,16 @@ class Allowed:
 
 
 class StepGuard:
-    """Decides about each optimizer step, once, also where a framework makes one step of many calls.
+    """Decides once per optimizer step whether it is made, even if a framework splits a step into several calls.
 
-    max_nonfinite: so many steps in a row with a gradient that is NaN or infinite end the run.
+    max_nonfinite: number of steps in a row with NaN or infinite gradients after which the run fails.
 
     Attributes:
-        veto: asked at the start of each step; True leaves it out. The same answer on every rank is up to the caller.
-        skipped: steps left out for a gradient that was not finite, since the start.
-        vetoed: steps left out by `veto`, since the start.
-        in_a_row: steps left out for their gradients since the last good one.
-        applied: False when the current step is skipped.
+        veto: called at the start of each step; True skips the step. It must return the same on every rank.
+        skipped: steps skipped because of NaN or infinite gradients, since the start.
+        vetoed: steps skipped by `veto`, since the start.
+        in_a_row: steps skipped because of NaN or infinite gradients, since the last good step.
+        applied: False while the current step is skipped.
         begins: True in the first call of a step.
     """
 
@@ -84,7 +85,7 @@ class StepGuard:
         return {"skipped": self.skipped, "vetoed": self.vetoed, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the counters of a saved run over."""
+        """Restore the counters of a saved run."""
         self.skipped, self.vetoed = int(state["skipped"]), int(state["vetoed"])
         self.in_a_row = int(state["in_a_row"])
 
@@ -101,17 +102,18 @@ class StepGuard:
         copies: bool = False,
         rates: Sequence[float] = (),
     ) -> Allowed | None:
-        """Which of `parameters` have a gradient on some rank; None when the step is to be left out. A collective.
+        """The gradients that the step may use; None if the step is skipped. A collective.
 
         Args:
-            parameters: of this call, the same on every rank; a parameter seen again begins a new step.
-            gradients: this rank's part of the gradient of each.
-            names: of the parameters, asked for a message only.
-            agreed: whether all gradients of the step are finite, where the framework has found out for all ranks.
-            complete: every rank has the same gradients present, so they need not be compared.
-            matrices: of each parameter, its matrix, a `Split` if it has several, or None under AdamW.
-            copies: every rank has the same gradients. Their norms, which are taken anyway, are compared.
-            rates: of the parameter groups; compared.
+            parameters: the parameters of this call, the same on every rank. A repeated parameter starts a new step.
+            gradients: this rank's part of each parameter's gradient; None where it has none.
+            names: returns the parameters' names; called only for a message.
+            agreed: whether all gradients of the step are finite, if the framework has checked this on all ranks;
+                else None.
+            complete: gradients are present for the same parameters on all ranks, so this is not compared.
+            matrices: per parameter, its matrix, a `Split` if it has several, or None under AdamW.
+            copies: every rank has equal gradients; their norms, computed for the check anyway, are compared.
+            rates: rates of the parameter groups; compared between ranks.
 
         Raises:
             NonFiniteError: on all ranks, after `max_nonfinite` bad steps in a row; names ranks and parameters.
@@ -123,7 +125,7 @@ class StepGuard:
             self.applied = not (self.veto is not None and self.veto())
             self.vetoed += not self.applied
             if agreed is not None and self.applied:
-                norm = "the gradient norm over all parameters, as the framework took it, on every rank"
+                norm = "the gradient norm over all parameters, computed by the framework, on every rank"
                 self._count(transport, agreed, lambda: norm)
         if not self.applied:
             return None
@@ -155,7 +157,7 @@ class StepGuard:
         matrices: Sequence[Split | int | None],
         names: Callable[[], list[str]],
     ) -> bool:
-        """Whether all gradients are finite on all ranks, by their elements: a norm may have overflowed."""
+        """Whether all elements of all gradients are finite on all ranks: a norm may only have overflowed."""
         exact, _ = states(gradients, matrices, transport.device, exact=True)
         own = [int(v) for v in exact.tolist()]
         found, _ = transport.highest(exact)
@@ -179,11 +181,11 @@ class StepGuard:
         if self.in_a_row >= self.max_nonfinite:
             raise NonFiniteError(
                 f"gradients were NaN or infinite in {self.in_a_row} optimizer steps in a row (max_nonfinite): {text}. "
-                "Nothing was changed by those steps. Lower the learning rate, or look at the data of these steps"
+                "These steps changed nothing. Lower the learning rate, or look at the data of these steps"
             )
         if transport.rank == 0:
             warnings.warn(
-                f"optimizer step left out ({self.in_a_row} in a row): NaN or infinite: {text}. Parameters and state "
+                f"optimizer step skipped ({self.in_a_row} in a row): NaN or infinite: {text}. Parameters and state "
                 "are unchanged",
                 RuntimeWarning,
                 stacklevel=4,
@@ -198,12 +200,12 @@ def states(
     *,
     exact: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """ABSENT, ZERO, FINITE or NOT_FINITE for each gradient or, where it has several matrices, for each of these.
+    """Per gradient, or per matrix if a gradient has several: ABSENT, ZERO, FINITE or NOT_FINITE, uint8 on `device`.
 
-    One pass over the elements, on `device` as uint8. On a CPU it goes by the norm in fp32, which is not finite if an
-    element is not. It may overflow (elements beyond 1e19): `exact` looks at the elements, at several times the cost.
+    One pass over the elements. On a CPU the fp32 norm decides: it is not finite if an element is not. It may also
+    overflow (elements above 1e19): `exact` checks the elements instead, which costs several times as much.
 
-    The second result is the sum of the norms that were taken, one fp64 number: equal where the gradients are.
+    The second result is the sum of the norms, (1,) in fp64: equal on ranks with equal gradients.
     """
     found: list[torch.Tensor] = []
     slots: list[int] = []
@@ -225,7 +227,7 @@ def states(
     if found[0].device.type == "cpu":
         values, total = (tensor.to(device) for tensor in _on_the_host(found, exact))
     else:
-        # The largest magnitude is exact for all of it; on an accelerator it costs what any norm costs.
+        # The largest magnitude cannot overflow; on an accelerator it costs the same as any other norm.
         alike = all(g.dtype == found[0].dtype and g.device == found[0].device for g in found)
         ends = torch._foreach_norm(found, torch.inf) if alike else [_largest(g) for g in found]
         largest = torch.stack([e.to(device) for e in ends] if not alike else list(ends)).to(device)
@@ -244,13 +246,13 @@ def _largest(g: torch.Tensor) -> torch.Tensor:
 def _on_the_host(gradients: Sequence[torch.Tensor], exact: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The states of gradients on a CPU, and the sum of their norms.
 
-    A norm of zero is looked at again: squares of tiny elements vanish.
+    If a norm is zero, the elements are checked too: squares of tiny elements underflow to zero.
     """
     found: list[int] = []
     narrow = any(g.dtype.itemsize == 2 for g in gradients)
     if exact:
         norms = [0.0 if bool(torch.isfinite(g).all()) else float("nan") for g in gradients]
-    elif narrow:  # the norm in fp32 first copies the whole gradient; the ends of its range take a third of the time
+    elif narrow:  # the fp32 norm would copy the whole gradient; minimum and maximum take a third of the time
         norms = [float(torch.maximum(g.amax(), -g.amin())) if g.numel() else 0.0 for g in gradients]
     elif all(g.dtype == gradients[0].dtype and g.device == gradients[0].device for g in gradients):
         dtype = torch.promote_types(gradients[0].dtype, torch.float32)
@@ -266,7 +268,7 @@ def _on_the_host(gradients: Sequence[torch.Tensor], exact: bool) -> tuple[torch.
 
 
 def where(transport: Transport, own: Sequence[int], names: Sequence[str]) -> str:
-    """ "h.0.weight on rank 2", from what every rank found; a collective."""
+    """Text that names the bad parameters of all ranks, such as "h.0.weight on rank 2"; a collective."""
     bad = [name for name, state in zip(names, own, strict=True) if state == NOT_FINITE]
     every = transport.ranks.gather(bad)
     holders: dict[str, list[int]] = {}
@@ -276,7 +278,7 @@ def where(transport: Transport, own: Sequence[int], names: Sequence[str]) -> str
     parts = []
     for name, ranks in list(holders.items())[:_NAMED]:
         if len(ranks) == transport.world_size > 1:
-            parts.append(f"{name} on all {len(ranks)} ranks (averaged before it was looked at)")
+            parts.append(f"{name} on all {len(ranks)} ranks (averaged before it was checked)")
         else:
             parts.append(f"{name} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}")
     more = len(holders) - len(parts)
@@ -286,7 +288,7 @@ def where(transport: Transport, own: Sequence[int], names: Sequence[str]) -> str
 def parameter_names(
     groups: Sequence[Group], specs: Sequence[Sequence[ParameterSpec]], group_of: Sequence[int]
 ) -> list[str]:
-    """For messages, of stepped tensors by their group: FQNs, or the group's name where a framework flattened it."""
+    """Names of the stepped tensors for messages: FQNs, or the group's name if a framework has flattened the group."""
     names: list[str] = []
     for index in dict.fromkeys(group_of):
         count = group_of.count(index)

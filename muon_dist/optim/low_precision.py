@@ -1,4 +1,4 @@
-"""16-bit weights: fp32 masters, stochastic rounding, or a warning of what plain rounding loses."""
+"""16-bit weights: fp32 masters, stochastic rounding, or a warning that plain rounding loses updates."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from muon_dist.optim.options import Options
 from muon_dist.optim.rounding import AdamWRounding, is_narrow, is_rounded, rows_within
 
 MASTER = "master_weight"
-"""Key in the optimizer's state of the fp32 master of a 16-bit parameter."""
+"""Key of a 16-bit parameter's fp32 master in the optimizer's state."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = MutableMapping[Tensor, dict[str, Any]]
 _CHUNK = 2**22
 
 
 class MasterWeights:
-    """fp32 masters of 16-bit parameters: a step changes the masters, and the parameters are the masters, rounded.
+    """fp32 masters of 16-bit parameters: a step updates the masters and rounds them into the parameters.
 
-    A master is kept in the optimizer's `state` under `MASTER`, placed and sharded as its parameter is. Elements that
-    other code has changed in the parameter since (a load, an average of weights) are taken over by the master.
+    A master is stored in the optimizer's `state` under `MASTER`, on the device and with the sharding of its parameter.
+    If other code changes elements of the parameter between steps (a load, an average of weights), the master takes
+    these values.
 
     Args:
-        state: of the optimizer; asked every time, because a load replaces it.
-        local: this rank's part of a parameter or of its master.
+        state: returns the optimizer's state; called every time, because a load replaces it.
+        local: returns this rank's part of a parameter or of its master.
     """
 
     def __init__(self, state: Callable[[], State], local: Callable[[Tensor], Tensor]) -> None:
@@ -40,7 +41,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def of(self, parameter: Tensor) -> Tensor:
-        """The master of a 16-bit parameter as it is in the state, made if there is none."""
+        """The master of a 16-bit parameter as the state stores it; created if it is missing."""
         state = self._state()[parameter]
         kept = state.get(MASTER)
         if kept is None or kept.dtype != torch.float32 or kept.device != parameter.device:
@@ -50,7 +51,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def open(self, parameter: Tensor, part: Tensor) -> Tensor:
-        """The tensor that a step changes instead of `part`, this rank's part of `parameter`; `part` itself if fp32."""
+        """The tensor that a step updates: `part`, this rank's part of `parameter`, if it is fp32; else its master."""
         if not is_narrow(parameter):
             return part
         master = self._local(self.of(parameter))
@@ -65,7 +66,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def close(self) -> None:
-        """Round the masters that were opened into their parameters."""
+        """Round the opened masters into their parameters."""
         if self._opened:
             parts, masters = zip(*self._opened, strict=True)
             torch._foreach_copy_(list(parts), list(masters))
@@ -78,15 +79,15 @@ def prepare(
     """The masters or the rounding that the options ask for; warns on rank 0 if 16-bit parameters have neither.
 
     Args:
-        named: name, tensor and algorithm of every parameter; a tensor that a framework has made has any name.
-        rank: in the binding's process group.
+        named: name, tensor and algorithm of every parameter. The name of a tensor that a framework made is arbitrary.
+        rank: rank in the binding's process group.
 
     Raises:
-        ConfigError: stochastic rounding of a dtype that it is not made for.
+        ConfigError: stochastic rounding does not support the dtype of a parameter.
     """
     narrow = [(name, p) for name, p, _ in named if is_narrow(p)]
     for _, p, algorithm in named if options.master_weights or options.stochastic_rounding else ():
-        # All of it now: torch.distributed.checkpoint loads only what the state of a parameter holds.
+        # Create all of it now: torch.distributed.checkpoint loads only entries that the state already has.
         if is_narrow(p) and algorithm == "adamw" and "exp_avg" not in state().get(p, {}):
             state()[p].update(adamw_state(p, torch.float32))
     if options.master_weights:
@@ -106,8 +107,8 @@ def prepare(
         name, p = narrow[0]
         warnings.warn(
             f"{len(narrow)} of {len(named)} parameters are {p.dtype}, such as {name}, and a step rounds them to the "
-            "nearest: changes below 1/512 of a weight are lost, weight decay with them. Pass master_weights=True (4 "
-            "bytes more for each element) or stochastic_rounding=True (none under Muon). See docs/low-precision.md",
+            "nearest: changes below 1/512 of a weight are lost, also weight decay. Pass master_weights=True (4 bytes "
+            "per element) or stochastic_rounding=True (no extra memory under Muon). See docs/low-precision.md",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -117,7 +118,7 @@ def prepare(
 def wide_state(
     options: Options, state_dict: Mapping[str, Any], parameters: Sequence[Tensor]
 ) -> dict[Tensor, dict[str, Tensor]]:
-    """By 16-bit parameter, copies of its saved state that must stay in fp32: torch's own loading would cast it.
+    """Copies of the saved fp32 state of each 16-bit parameter, which torch's own loading would cast to 16 bits.
 
     Empty without `master_weights` and `stochastic_rounding`.
     """

@@ -1,4 +1,4 @@
-"""State of rules besides momentum: numbers on a matrix's owner, and one number per matrix on all ranks."""
+"""State of rules besides momentum: tensors on a matrix's owner, and one number per matrix on all ranks."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from muon_dist.optim.rules import MuonRule
 from muon_dist.ownership import OwnershipPlan
 
 ROUNDINGS = "rounding_steps"
-"""Of each matrix of a parameter, how often it was stepped with stochastic rounding; on the CPU, where it is read."""
+"""Key of the number of stochastically rounded steps of each matrix of a parameter. Stored on the CPU, which reads it.
+"""
 
 
 class RuleMemory:
     """The memory of all rules on one rank, all zero at first.
 
     Args:
-        plan, rank: who owns what.
-        device: of the exchange.
-        rules: by buffer.
+        plan, rank: the ownership plan, and this rank.
+        device: the device of the exchange.
+        rules: the rule of each buffer.
         rounded: buffers that are rounded stochastically.
-        everywhere: keep `owners` of all matrices, not of owned ones alone; see `share`.
+        everywhere: keep `owners` for all matrices, not only for owned ones; see `share`.
 
     Attributes:
-        matrices: of each buffer.
-        owned: of each buffer, the matrices that this rank owns.
-        numbers: by buffer and name of `matrix_memory`, one fp64 number for each matrix of the buffer.
+        matrices: the matrices in each buffer.
+        owned: per buffer, the matrices that this rank owns.
+        numbers: by buffer and name of `matrix_memory`, one fp64 number per matrix of the buffer.
         owner_names: by buffer, the names of `owner_memory`.
-        owners: by name of `owner_memory` and matrix that this rank owns, its fp32 numbers, 1-D.
+        owners: by name of `owner_memory` and matrix, the 1-D fp32 tensor that the matrix's owner keeps.
         everywhere: `owners` has all matrices.
-        started: buffers of which `MuonRule.start` has seen the memory.
+        started: buffers whose memory `MuonRule.start` has prepared.
     """
 
     def __init__(
@@ -68,20 +69,20 @@ class RuleMemory:
                     of_name[i] = torch.zeros(self.size(name, i), dtype=torch.float32, device=device)
 
     def size(self, name: str, i: int) -> int:
-        """How many numbers of `owner_memory` the owner of a matrix keeps."""
+        """Number of elements that the owner of matrix `i` keeps for entry `name` of `owner_memory`."""
         return self._sizes[name](self._layouts[i].matrix)
 
     def vector(self, name: str, buffers: Sequence[int]) -> Tensor:
-        """A copy of the numbers of all matrices of some buffers, one buffer after another."""
+        """A copy of entry `name` of all matrices of `buffers`, (matrices,), one buffer after another."""
         return torch.cat([self.numbers[b][name] for b in buffers])
 
     def store(self, name: str, buffers: Sequence[int], vector: Tensor) -> None:
-        """Take over what `vector` has returned and a rule has changed."""
+        """Store a result of `vector` that a rule has changed."""
         kept = [self.numbers[b][name] for b in buffers]
         torch._foreach_copy_(kept, list(vector.split([len(t) for t in kept])))
 
     def share(self, buffers: Sequence[int], transport: Transport) -> None:
-        """Give all ranks the memory of the owners of some buffers; one all-reduce of it if there is any."""
+        """Send the owners' memory of `buffers` to all ranks; one all-reduce, or none if there is no such memory."""
         kept = [
             (of_name[i], i in self.owned[b])
             for of_name in self.owners.values()
@@ -94,7 +95,7 @@ class RuleMemory:
             torch._foreach_copy_([part for part, _ in kept], list(whole.split([len(part) for part, _ in kept])))
 
     def count(self, buffers: Sequence[int]) -> dict[int, int]:
-        """By matrix of the buffers that are rounded, how often it was stepped, this step included."""
+        """Count this step; return the number of steps so far of each stochastically rounded matrix of `buffers`."""
         found: dict[int, int] = {}
         for b in buffers:
             if ROUNDINGS in self.numbers[b]:
@@ -103,14 +104,14 @@ class RuleMemory:
         return found
 
     def adopt(self, other: RuleMemory) -> None:
-        """Keep the tensors of `other`, a memory of the same plan, wherever both have some of the same name."""
+        """Use the tensors of `other`, a memory of the same plan, for all entries that both have by name."""
         for buffer, numbers in self.numbers.items():
             numbers.update({name: kept for name, kept in other.numbers[buffer].items() if name in numbers})
         for name, of_name in self.owners.items():
             of_name.update({i: kept for i, kept in other.owners.get(name, {}).items() if i in of_name})
 
     def clear(self, buffer: int) -> None:
-        """Back to the beginning, for one buffer."""
+        """Set the memory of one buffer to zero, as before its first step."""
         kept = [self.owners[name] for name in self.owner_names[buffer]]
         of_owner = [of_name[i] for of_name in kept for i in self.matrices[buffer] if i in of_name]
         for tensor in (*self.numbers[buffer].values(), *of_owner):

@@ -70,7 +70,7 @@ class Muon(StateDicts):
             a dict with `heads`, `sizes`, `transposed`; see `layout.cut_parameter`) and any option below. A group
             without `algorithm`, or a plain list of parameters, goes to Muon. A 3-D parameter is a batch of matrices.
         lr: learning rate of groups that do not set their own.
-        weight_decay: decoupled; a step multiplies the weights by 1 - lr * weight_decay.
+        weight_decay: decoupled; each step multiplies the weights by 1 - lr * weight_decay.
         momentum, nesterov: for Muon's groups. Schedulers that change AdamW's beta1 change momentum too.
         ns_steps, ns_schedule, ns_dtype: see `numerics.newton_schulz`. `ns_schedule` is a name, or your own rows
             [[a, b, c], ...].
@@ -78,13 +78,13 @@ class Muon(StateDicts):
         betas, eps: for AdamW's groups.
         process_group: the ranks that share the work. Default: all ranks of torch.distributed; None: this rank only.
         owner_policy: "balanced", "local" or "round_robin"; see `ownership.assign_owners`.
-        cost: seconds that "balanced" balances: "analytic", "measured" (rank 0 times them once and keeps them), or a
-            `CostModel`.
-        bucket_mb: a step allocates at most twice this, in MiB, on top of the memory held between steps. A larger
-            matrix has a bucket of its own. See docs/performance.md.
-        overlap: gather the next bucket and scatter the one before while a bucket is orthogonalized. The weights are
+        cost: estimate of seconds per matrix for "balanced": "analytic", "measured" (rank 0 measures once and stores
+            the times), or a `CostModel`.
+        bucket_mb: a step allocates at most twice this much memory, in MiB, beyond the memory held between steps. A
+            larger matrix raises the limit to its own size. See docs/performance.md.
+        overlap: while a bucket is orthogonalized, gather the next bucket and scatter the previous one. The weights are
             bit-identical with and without it.
-        ns_compile: run Newton-Schulz through `torch.compile`, compiled once per shape; an error if that fails.
+        ns_compile: run Newton-Schulz through `torch.compile`, compiled once per shape; a failure is an error.
         wire_dtype: dtype of sent momentum and updates. None: no rounding; bfloat16: half the bytes, rounded.
         max_nonfinite: a step with a NaN or infinite gradient on any rank changes nothing; this many such steps in a
             row raise NonFiniteError.
@@ -95,18 +95,18 @@ class Muon(StateDicts):
         master_weights: keep an fp32 master of every 16-bit parameter (4 bytes per element); see
             docs/low-precision.md.
         stochastic_rounding: round bfloat16 parameters of both algorithms randomly, so that their mean is exact. The
-            random numbers depend on `rounding_seed`, name, step and element only, so all layouts round equally.
+            random numbers depend only on `rounding_seed`, name, step and element, so all layouts round equally.
         rounding_seed: see `stochastic_rounding`; equal on all ranks.
         momentum_everywhere: every rank that holds a copy of a weight keeps its momentum too (DDP, ZeRO-0, HSDP), 4
-            bytes per element. Then `state_dict()` of any one rank is complete.
+            bytes per element. Then `state_dict()` is complete on every rank.
         audit: an `audit.Audit`, or its settings such as {"every": 20}: other ranks recompute some of the steps; see
             docs/audit.md.
-        groups: options by name, if `params` is a model; as in `param_groups`.
-        unknown: there are no other arguments; the error says what to write for those of other optimizers.
+        groups: options by parameter name, if `params` is a model; as in `param_groups`.
+        unknown: no other argument exists; the error for another optimizer's argument says what to write instead.
 
     Attributes:
-        specs: per group, the parameters as they were given, with Muon's matrices.
-        algorithms: per group.
+        specs: per group, the parameters that the user passed, with their matrices under Muon.
+        algorithms: per group, "muon" or "adamw".
 
     Raises:
         ConfigError: an option is unknown or out of range.
@@ -162,7 +162,7 @@ class Muon(StateDicts):
         self.algorithms: list[str] = []
         self._kinds: list[Kind] = []
         self._rules: list[MuonRule | None] = []
-        # All groups, also while a framework steps them one at a time with `param_groups` cut down to that one.
+        # All groups. A framework may step one group at a time and shorten `param_groups` to that group.
         self._groups: list[Group] = []
         defaults: dict[str, Any] = {
             "algorithm": "muon", "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
@@ -175,7 +175,7 @@ class Muon(StateDicts):
             raise RoutingError("no parameter group has algorithm 'muon': use torch.optim.AdamW if that is intended")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. After the first step this is a collective, and the next step makes a new plan."""
+        """Add a group. After the first step this call is a collective, and the next step makes a new plan."""
         param_group, index = dict(param_group), len(self.param_groups)
         where = f"group {param_group.get('name', index)}"
         check_keys(param_group, self.defaults, where)
@@ -199,12 +199,12 @@ class Muon(StateDicts):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({key: value for key, value in state.items() if key != MUON})
-        if MUON in state:  # else torch's own load_state_dict calls it
+        if MUON in state:  # not in the call from torch's own load_state_dict
             unpack(self, state)
 
     @property
     def runtime(self) -> Runtime | None:
-        """The object that executes the plan; None before the first step or `bind`."""
+        """The object that runs the plan; None before the first step or `bind`."""
         return self._runtime
 
     @property
@@ -225,16 +225,16 @@ class Muon(StateDicts):
         *,
         compare_copies: bool = True,
     ) -> None:
-        """Make the plan for the framework's tensors. Adapters call it; otherwise the first step does.
+        """Make the plan for the framework's tensors. An adapter calls this; without one the first step does.
 
         Args:
             binding: layout, buffers, process group and device.
             groups: index of the parameter group of each buffer.
-            transport: carries the messages; by default over the binding's process group.
+            transport: sends the messages; by default over the binding's process group.
             compare_copies: in the first step, compare tensors that should be equal on several ranks.
 
         Raises:
-            LayoutError: the matrices of the layout are not those of this optimizer.
+            LayoutError: the layout and this optimizer have different matrices.
             PlanMismatchError: the ranks computed different plans.
         """
         transport = transport or Transport(binding.group, binding.device, self.progress, binding.column)
@@ -256,19 +256,19 @@ class Muon(StateDicts):
         )
 
     def bound_runtime(self) -> Runtime:
-        """The runtime. Makes the plan if there is none yet, which is a collective.
+        """The runtime. The first call makes the plan, which is a collective.
 
         Raises:
             FrameworkError: the framework around the optimizer is still being built.
         """
         if self._runtime is None and not self._bind_first():
-            raise FrameworkError("the framework has not finished making the optimizer: save or load after it has")
+            raise FrameworkError("the framework has not finished making the optimizer: save or load afterwards")
         assert self._runtime is not None
         follow(self._runtime, self.state)
         return self._runtime
 
     def _bind_first(self) -> bool:
-        """Bind through an adapter, or to the parameters as they are; False while a framework is still being built."""
+        """Bind through an adapter, or without a framework; False while a framework is still being built."""
         for binder in loaded_binders():
             answer = binder(self)
             if isinstance(answer, NotReady):
@@ -284,8 +284,8 @@ class Muon(StateDicts):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step. With a process group it is a collective: every rank must call it.
 
-        If a parameter has no gradient on any rank, it does not change; if only some lack it, it counts as zero there.
-        If a gradient is NaN or infinite on any rank, the step changes nothing on any rank.
+        A parameter without a gradient on all ranks does not change. If only some ranks lack the gradient, it counts as
+        zero there. If a gradient is NaN or infinite on any rank, the step changes nothing on any rank.
 
         Raises:
             ConfigError: the algorithm or rule of a group was changed.
@@ -312,15 +312,15 @@ class Muon(StateDicts):
     def _step(self, runtime: Runtime) -> None:
         binding, progress = runtime.binding, runtime.transport.progress
         binding.before_step()
-        # What is another object in `state` than was put there comes from others: it counts.
+        # If `state` holds another object than we put there, other code replaced it: use its object.
         if any(self.state.get(p, {}).get(k) is not v for p, kept in runtime.in_state.items() for k, v in kept.items()):
             follow(runtime, self.state)
         if any(all(group is not known for known in self._groups) for group in self.param_groups):
             self._groups = replaced_groups(self._groups, self.param_groups)
         for group in self.param_groups:
-            if "max_momentum" in group:  # a scheduler of torch cycles it, and writes into betas if there are any
+            if "max_momentum" in group:  # torch's cyclic schedulers change betas[0] instead of momentum if betas exist
                 group["momentum"] = group["betas"][0]
-        # Read once: a rate on a device makes the host wait.
+        # Read once, because the host waits for a rate that is a GPU tensor.
         rates = [float(group[key]) for group in self.param_groups for key in ("lr", "weight_decay", "momentum")]
         kinds = [(g.get("algorithm"), g.get("rule", "muon"), {*(g.get("rule_options") or ())}) for g in self._groups]
         if kinds != self._kinds or not all(0.0 <= rate < math.inf for rate in rates):
@@ -372,10 +372,10 @@ class Muon(StateDicts):
 
 
 def _audit(given: Audit | Mapping[str, Any] | None) -> Audit | None:
-    """The argument `audit` as an object. Raises ConfigError for a setting that cannot be used."""
+    """The argument `audit` as an object. Raises ConfigError for an invalid setting."""
     if given is None:
         return None
-    from muon_dist.audit.auditor import Audit  # it imports modules of this package
+    from muon_dist.audit.auditor import Audit  # here, because it imports this package
 
     if not isinstance(given, (Audit, Mapping)):
         raise ConfigError(f'audit is {given!r}: give a dict such as {{"every": 20}}, or an Audit')

@@ -1,4 +1,4 @@
-"""Places of a rule that look at all fragments of a matrix: norms over the ranks, and factors from them."""
+"""Norms of matrices over all ranks, and the factors that rules compute from them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Wanted = tuple[GroupProgram, str]
 def matrix_norms(
     wanted: Sequence[Wanted], fragments: Mapping[str, list[Tensor]], factor: float, transport: Transport
 ) -> dict[Wanted, Tensor]:
-    """Frobenius norms of whole matrices, (n,) in fp64 for each of `wanted`; one small all-reduce for all of them.
+    """Frobenius norms of whole matrices, (n,) in fp64 for each entry of `wanted`; one small all-reduce in total.
 
-    Sources cover each matrix once, so the sum of their squares is that of the matrix.
+    The sources hold each element of a matrix once, so their sums of squares add up to that of the matrix.
 
     Args:
-        wanted: which matrices, and of which tensor ("gradient", "momentum" or "weight").
-        fragments: of each of these tensors, this rank's fragments by the numbers of the sources.
+        wanted: group program and tensor ("gradient", "momentum" or "weight") of each result.
+        fragments: by tensor, this rank's fragments in the order of the sources.
         factor: multiplies every gradient.
     """
     if not wanted:
@@ -48,13 +48,13 @@ def matrix_norms(
 def feature_norms(
     program: Program, weights: list[Tensor], matrices: Sequence[Matrix], transport: Transport
 ) -> dict[int, Tensor]:
-    """By matrix of the rules that ask for it, the norm of each output feature of the weight, (outputs,) in fp64.
+    """Norms of the output features of each matrix whose rule has `feature_norms`, (outputs,) in fp64, by matrix.
 
-    One small all-reduce for all of them.
+    One small all-reduce in total.
 
     Args:
-        weights: this rank's fragments by the numbers of the sources; empty if no rule looks at weights.
-        matrices: of the layout.
+        weights: this rank's fragments in the order of the sources; empty if no rule needs weights.
+        matrices: the matrices of the layout.
     """
     asked = [p for p in program.groups if p.rule.feature_norms]
     if not asked:
@@ -73,9 +73,9 @@ def feature_norms(
 
 
 def _features(piece: Tensor, block: Block, matrix: Matrix) -> Iterator[tuple[int, Tensor]]:
-    """A fragment as blocks of the matrix, each with the output feature that it begins with.
+    """A fragment as blocks of the matrix, each with the index of its first output feature.
 
-    A run that crosses rows is the rest of a row, whole rows, and the begin of a row.
+    A run over several rows becomes the end of the first row, whole rows, and the beginning of the last row.
     """
     row, col = divmod(block.start, matrix.cols)
     if block.rows > 1 or col + block.cols <= matrix.cols:
@@ -98,13 +98,13 @@ def _features(piece: Tensor, block: Block, matrix: Matrix) -> Iterator[tuple[int
 
 @dataclass(frozen=True)
 class RuleSums:
-    """Calls `start`, `begin` and `end` of the rules of a step that have any.
+    """Calls `start`, `begin` and `end` of those rules in a step that define them.
 
     Attributes:
         programs: the groups with such rules.
         groups: the options of all groups.
-        memory: of the rules.
-        matrices: of the layout.
+        memory: the memory of the rules.
+        matrices: the matrices of the layout.
         fragments, factor: see `matrix_norms`.
     """
 
@@ -118,7 +118,7 @@ class RuleSums:
     _before: dict[GroupProgram, dict[str, Tensor]] = field(default_factory=dict)
 
     def begin(self) -> dict[int, Tensor]:
-        """By group, the factors of its matrices before weights are changed, where its rule has any."""
+        """The factors from `MuonRule.begin` by group, before weights change; no entry for a rule without factors."""
         new = {p.index for p in self.programs if not self.memory.started.issuperset(p.buffers)}
         norms = self._norms(lambda p: {*p.rule.norms_before, *(p.rule.norms_first if p.index in new else ())})
         self._before.update(norms)
@@ -136,7 +136,7 @@ class RuleSums:
         return found
 
     def end(self) -> Iterator[tuple[GroupProgram, Tensor]]:
-        """The factors of the weights of each group after they were changed, where its rule has any."""
+        """The groups with factors from `MuonRule.end` on their changed weights, and these factors."""
         norms = self._norms(lambda p: set(p.rule.norms_after))
         for p in self.programs:
             factors = p.rule.end(norms[p], self._before[p], self._memory_of(p), self.groups[p.index])

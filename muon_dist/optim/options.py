@@ -1,4 +1,4 @@
-"""Checks of a parameter group's options, and what is noted of its parameters before a framework replaces them."""
+"""Checks of a parameter group's options, and the record of its parameters before a framework replaces them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Options:
     """The arguments of `Muon` that hold for all groups; equal on all ranks.
 
     Raises:
-        ConfigError: one cannot be used; names it and its value.
+        ConfigError: an option is invalid; names it and its value.
     """
 
     owner_policy: str = OWNER_POLICY
@@ -62,7 +62,7 @@ class Options:
             raise ConfigError(f"cost '{self.cost}' is unknown: use {ANALYTIC}, {MEASURED} or a CostModel")
         if self.master_weights and self.stochastic_rounding:
             raise ConfigError(
-                "master_weights and stochastic_rounding are both on: use one of them (masters need no random rounding)"
+                "master_weights and stochastic_rounding are both on: use only one (masters need no random rounding)"
             )
 
     @property
@@ -71,7 +71,7 @@ class Options:
         return int(self.bucket_mb * 2**20)
 
     def fields(self) -> Iterable[tuple[str, object]]:
-        """(name, value) of what decides what travels, besides the owners."""
+        """(name, value) of each option that decides which messages are sent, apart from the owners."""
         yield "bucket_mb in bytes", self.bucket_bytes
         yield "wire_dtype", str(self.wire_dtype)
         yield "overlap", self.overlap
@@ -94,15 +94,15 @@ def iterations(group: Group) -> int:
 def read_group(
     group: Group, index: int, cuts: Any, given: Set[str], where: str, default_rule: Mapping[str, Any]
 ) -> tuple[MuonRule | None, list[ParameterSpec]]:
-    """The update rule of a group (None for AdamW's) and its parameters; the group gets the rule's options.
+    """The update rule of a group (None for AdamW's) and its parameters; writes the rule's options into the group.
 
     Args:
-        index: of the group.
-        cuts: as they were given.
+        index: index of the group.
+        cuts: the value of `cuts` that the user passed.
         given, where, default_rule: see `choose_rule`.
 
     Raises:
-        ConfigError: an option, a cut or a number of names cannot be used.
+        ConfigError: an option, a cut or the number of names is invalid.
         RoutingError: see `make_spec`.
     """
     check_names(group, where)
@@ -126,7 +126,7 @@ def make_spec(name: str, p: torch.Tensor, algorithm: str, cut: dict[str, Any] | 
         return ParameterSpec(name, shape)
     if not p.is_floating_point():
         raise RoutingError(
-            f"{name} is {p.dtype}, and only real floating-point matrices can be orthogonalized: put it into a group "
+            f"{name} is {p.dtype}, but only real floating-point matrices can be orthogonalized: put it into a group "
             "with algorithm 'adamw', as param_groups(model, overrides=[Override(pattern, 'adamw')]) does"
         )
     if len(shape) < 2:

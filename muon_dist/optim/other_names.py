@@ -1,4 +1,4 @@
-"""Names that other optimizers give to the same options, and the refusal of arguments that do not exist here.
+"""Names of our options in other optimizers, and the errors for unknown arguments.
 
 The names are those of torch's Muon and AdamW, DeepSpeed, dion, Keller Jordan, Moonlight, optax and NVIDIA's
 Emerging-Optimizers.
@@ -49,15 +49,15 @@ RENAMED: dict[str, tuple[str, str]] = {
     "use_polar_express": ("ns_schedule", '"polar_express"'),
     **{part: ("rule_options", f'{{"{part}": ...}}') for part in PARTS},
 }
-"""Name elsewhere -> name here, and what to write for its value ("" where the value stays the same)."""
+"""Name in another optimizer -> our name, and how to write its value ("" if the value stays the same)."""
 _GROUPS = "call Muon(param_groups(model)), which divides the parameters between Muon and AdamW"
 UNNEEDED = {
-    "capturable": "leave it out: ranks agree on each step over the network, which a CUDA graph cannot hold",
+    "capturable": "leave it out: ranks agree on each step over the network, which a CUDA graph cannot capture",
     "differentiable": "leave it out: no gradient flows through this step",
-    "foreach": "leave it out: the step chooses the fastest form by itself",
-    "fused": "leave it out: the step chooses the fastest form by itself",
+    "foreach": "leave it out: the step chooses the fastest implementation itself",
+    "fused": "leave it out: the step chooses the fastest implementation itself",
     "maximize": "leave it out and call backward on the negated loss",
-    "amsgrad": "leave it out: AdamW groups are without it",
+    "amsgrad": "leave it out: AdamW groups do not support it",
     "distributed_mesh": "leave it out with fully_shard; else pass process_group=mesh.get_group() to Muon",
     "rank": "leave it out: the step asks torch.distributed",
     "world_size": "leave it out: the step asks torch.distributed",
@@ -69,7 +69,7 @@ UNNEEDED = {
     "num_heads": 'write splits=[{"pattern": ".*q_proj", "heads": N}], or splits="heads", in param_groups',
     "split_sizes": 'write splits=[{"pattern": NAME, "sizes": [...]}] in param_groups',
 }
-"""Arguments elsewhere that are none here -> what to do instead."""
+"""Arguments of other optimizers that do not exist here -> what to do instead."""
 
 
 def arguments_of(function: Callable[..., Any]) -> set[str]:
@@ -81,12 +81,12 @@ def arguments_of(function: Callable[..., Any]) -> set[str]:
 def refuse_arguments(
     what: str, unknown: Iterable[str], known: Set[str], elsewhere: str = "", there: Set[str] = frozenset()
 ) -> None:
-    """Raise ConfigError for the first of the keyword arguments that is not `known`, with what to write instead.
+    """Raise ConfigError for the first unknown keyword argument; the message says what to write instead.
 
     Args:
-        what: begins the message: the function that was called.
-        elsewhere: the function that has the other arguments.
-        there: those of its arguments that are known.
+        what: name of the called function, at the beginning of the message.
+        elsewhere: another function that has further arguments.
+        there: the names of these arguments.
     """
     for name in unknown:
         if name not in known:
@@ -107,4 +107,4 @@ def _advice(name: str, known: Set[str], elsewhere: str, there: Set[str]) -> str:
         place = f" (an argument of {elsewhere})" if close not in known else ""
         return f"argument '{name}' is unknown: did you mean '{close}'{place}?"
     more = f"; other options are arguments of {elsewhere}" if elsewhere else ""
-    return f"argument '{name}' is unknown: known are {', '.join(sorted(known))}{more}"
+    return f"argument '{name}' is unknown: use one of {', '.join(sorted(known))}{more}"

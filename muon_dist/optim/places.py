@@ -12,28 +12,28 @@ from muon_dist.optim.program import Envelope, Views
 
 
 def sent_of(envelope: Envelope | None) -> Region | None:
-    """The memory of what is sent; None if nothing is."""
+    """The memory of the sent messages; None if nothing is sent."""
     return envelope.sent if envelope is not None else None
 
 
 def received_of(envelope: Envelope | None) -> Region | None:
-    """The memory of what is received; None if nothing is."""
+    """The memory of the received messages; None if nothing is received."""
     return envelope.received if envelope is not None else None
 
 
 def key(part: Part) -> tuple[int, int]:
-    """A key that identifies a fragment among those of one rank."""
+    """A key that identifies a fragment among all fragments of one rank."""
     return part[0], part[1].block.start
 
 
 def _shape(part: Part, listing: Listing | None) -> Shape:
-    """The shape of a fragment's view: that of a listing's view, or the fragment's rows and columns."""
+    """The shape of a fragment's view: the shape of the listing's view, or (rows, columns) without a listing."""
     block = part[1].block
     return (block.rows, block.cols) if listing is None else listing.shapes[listing.numbers([part])[0]]
 
 
 def in_message(region: Region | None, listing: Listing | None) -> Callable[[list[Part]], Views]:
-    """Views of fragments that are laid end to end in a message."""
+    """Function that returns views of fragments stored end to end in a message."""
 
     def views(parts: list[Part]) -> Views:
         found: Views = []
@@ -64,7 +64,7 @@ def one_run(views: Views) -> Tensor | None:
 
 
 def laid_out(region: Region | None, like: Views) -> Views:
-    """Views of the shapes of `like`, end to end in `region`, which is freed."""
+    """Views with the shapes of `like`, end to end in `region`; then frees the region's memory."""
     if region is None:
         return []
     views: Views = []

@@ -1,7 +1,7 @@
-"""Every update rule and part as its source writes it: one matrix, whole. Nothing here is shared with `rules`.
+"""Every update rule and part as its source states it, for one whole matrix. Shares no code with `rules`.
 
-Tests, the fuzzer and the audit compare the optimizer with this. A matrix is (out, in), as in the papers. All is
-computed in the dtype of the tensors: tests give fp64, the audit fp32 first.
+Tests, the fuzzer and the audit compare the optimizer with this code. A matrix is (out, in), as in the papers. The
+arithmetic uses the dtype of the tensors: tests pass fp64, the audit first passes fp32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from muon_dist.optim.reference import plain_newton_schulz
 
 Memory = dict[str, Any]
-"""What a rule remembers of a matrix, by the names in the optimizer's state; empty before the first step."""
+"""A rule's state for one matrix, by the names in the optimizer's state; empty before the first step."""
 Orthogonalize = Callable[[Tensor], Tensor]
 
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -28,7 +28,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "hyperball": {"scale": "none"},
     "namo": {"scale": "none", "nesterov": False, "mu2": 0.99, "eps": 1e-8},
 }
-"""Of each rule, the options whose defaults are its own."""
+"""Per rule, the options whose defaults differ from Muon's."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Stages:
     Attributes:
         momentum: (out, in), after the step.
         direction: (out, in), the rule's update with its parts, before learning rate and scale.
-        scale: factor of `scale`.
+        scale: the factor of the option `scale`.
         rate: learning rate times scale. With hyperball or radial_brake also times the factor on the norm.
-        decay: factor on the old weight, with the factor on the norm. Under cautious decay (out, in), else a number.
+        decay: factor on the old weight, including the factor on the norm; (out, in) if cautious, else a number.
     """
 
     momentum: Tensor
@@ -69,13 +69,13 @@ def plain_step(
 
     Args:
         weight, gradient: (out, in), of one dtype.
-        memory: changed in place.
-        rule: of `DEFAULTS`.
-        rest: what an update is multiplied by while the gradient is exactly zero (momentum ** steps); 1 otherwise.
-        orthogonalize: of (out, in); by default five of Keller Jordan's steps.
-        made_of: momentum after the step that the update is made of, in place of what is computed here.
-        rounded: applied to the products that SOAP divides by and turns its bases by; a fuzzer adds noise there.
-        options: `scale`, `nesterov`, and what may stand in `rule_options`, parts included.
+        memory: the rule's state; changed in place.
+        rule: a key of `DEFAULTS`.
+        rest: factor on the update while the gradient is exactly zero (momentum ** steps); otherwise 1.
+        orthogonalize: function of an (out, in) tensor; by default five of Keller Jordan's steps.
+        made_of: momentum after the step, to compute the update from; None: the momentum computed here.
+        rounded: applied to SOAP's covariances and projections before they are used; a fuzzer adds noise there.
+        options: `scale`, `nesterov`, and any of `rule_options`, parts included.
     """
     o = {"nesterov": True, **DEFAULTS[rule], **options}
     start = weight.clone()
@@ -95,7 +95,7 @@ def plain_step(
     elif rule == "namo":
         strength = _namo(gradient, m, momentum, memory, o)
         update = strength * ns(m)
-        rest = 1.0  # the update is as large as the momentum
+        rest = 1.0  # the update is already proportional to the momentum
     else:
         direction, back = _hyperball(weight, ns(look_ahead), lr, rest, memory)
         return Stages(m, direction, 1.0, back * lr, back)
@@ -136,7 +136,7 @@ def _with_parts(orthogonalize: Orthogonalize, o: Mapping[str, Any]) -> Orthogona
 
 
 def _brake(weight: Tensor, start: Tensor, brake: float) -> float:
-    """Take back a part of what the norm has grown, in place; the factor."""
+    """Undo a part of the growth of the norm, in place; return the factor."""
     was, now = float(start.norm()), float(weight.norm())
     if now <= was:
         return 1.0
@@ -171,7 +171,7 @@ def _namo(gradient: Tensor, m: Tensor, mu1: float, memory: Memory, o: Mapping[st
 
 
 def _hyperball(weight: Tensor, u: Tensor, lr: float, rest: float, memory: Memory) -> tuple[Tensor, float]:
-    """The direction that `lr` multiplies, and the factor that restores the weight's norm."""
+    """The direction, to be multiplied by `lr`, and the factor that restores the weight's norm."""
     radius = memory.setdefault("radius", weight.norm().clone()).to(weight.dtype)
     if not u.norm() > 0:
         return torch.zeros_like(u), 1.0
@@ -187,8 +187,8 @@ def _soap(
 ) -> Tensor:
     """The preconditioned look-ahead, and the basis of the next step.
 
-    Covariances and bases are in fp32, as the state keeps them: the eigenvectors of a singular covariance depend on its
-    last bit, so nothing else could be compared.
+    Covariances and bases are fp32, as in the state: the eigenvectors of a singular covariance depend on its last bit,
+    so a result in another dtype could not be compared.
     """
     beta2, steps = o["beta2"], memory.get("basis_steps", 0)
     x = u

@@ -1,4 +1,4 @@
-"""From what a framework keeps to a plan that all ranks agree on, and what must hold before."""
+"""Makes the ownership plan on which all ranks agree, and checks its inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def agreed_plan(
     """The plan of a binding, the same on all ranks; a collective.
 
     Raises:
-        LayoutError: the layout does not hold exactly the matrices that the optimizer was given.
+        LayoutError: the matrices of the layout are not exactly those of the optimizer.
         PlanMismatchError: the ranks computed different plans.
     """
     cost = agreed_cost(options.cost, binding, groups, group_of)
@@ -42,7 +42,7 @@ def agreed_plan(
         plan = owners_for(binding, groups, group_of, options, cost)
         if options.ns_compile:
             check_compiler(binding.device)
-        # options first: they also move owners, and the first difference is the one that is named
+        # Options first: they also change owners, and the message names only the first difference.
         of_groups = group_fields(groups, group_of, binding.device)
         return plan, [*options.fields(), *of_groups, *cost.fields(), *plan.fields()]
 
@@ -55,7 +55,7 @@ def agreed_plan(
 def plain_binding(
     groups: Sequence[Group], specs: Sequence[Sequence[ParameterSpec]], process_group: dist.ProcessGroup | str | None
 ) -> Bound:
-    """The binding of parameters that no framework has touched: whole on every rank."""
+    """The binding of parameters without a framework: every rank holds them whole."""
     check_untouched(groups, specs)
     buffers: list[torch.Tensor] = []
     matrices: list[tuple[Matrix, ...]] = []
@@ -73,10 +73,10 @@ def plain_binding(
 
 
 def replaced_groups(known: Sequence[Group], groups: Sequence[Group]) -> list[Group]:
-    """The groups to know from now on, where some of `groups` are none of the `known`.
+    """The current group objects, if a framework has replaced some of the `known` ones.
 
     Raises:
-        LayoutError: they are not as many as before.
+        LayoutError: the number of groups has changed.
     """
     if len(groups) != len(known):
         group = next(g for g in groups if all(g is not k for k in known))
@@ -88,24 +88,24 @@ def replaced_groups(known: Sequence[Group], groups: Sequence[Group]) -> list[Gro
 
 
 def check_covers(specs: Sequence[Sequence[ParameterSpec]], binding: Binding) -> None:
-    """Raises LayoutError unless the layout holds exactly the matrices that the optimizer was given."""
+    """Raises LayoutError unless the layout has exactly the matrices of the optimizer."""
     expected = {m.name: m for group in specs for s in group for m in s.matrices}
     found = {m.matrix.name: m.matrix for m in binding.layout.matrices}
     missing = [name for name in expected if name not in found]
     unknown = [name for name in found if name not in expected]
     if missing or unknown:
         raise LayoutError(
-            f"the {binding.layout.kind} layout holds {len(found)} matrices, the optimizer was given "
+            f"the {binding.layout.kind} layout has {len(found)} matrices, the optimizer has "
             f"{len(expected)}: missing {missing[:3]}, unknown {unknown[:3]}"
         )
     changed = [name for name, m in expected.items() if found[name] != m]
     if changed:
         name = changed[0]
-        raise LayoutError(f"{name} was given as {expected[name]}, the layout holds {found[name]}")
+        raise LayoutError(f"{name} is {expected[name]} in the optimizer, but {found[name]} in the layout")
 
 
 def check_untouched(groups: Sequence[Group], specs: Sequence[Sequence[ParameterSpec]]) -> None:
-    """Raises LayoutError when the groups hold other parameters than they were made with."""
+    """Raises LayoutError if a framework has replaced parameters of the groups."""
     for group, given in zip(groups, specs, strict=True):
         found = [tuple(p.shape) for p in group["params"]]
         expected = [s.shape for s in given]
@@ -125,13 +125,13 @@ def check_saved_groups(
     algorithms: Sequence[str],
     specs: Sequence[Sequence[ParameterSpec]],
 ) -> None:
-    """Raises ConfigError or CheckpointError for a saved state of other groups, rules, or order of parameters."""
+    """Raises ConfigError or CheckpointError if the saved groups, rules or order of parameters differ."""
     strange = [g for g in saved if "algorithm" not in g]
     if strange:
         keys = ", ".join(sorted(set(strange[0]) - {"params", "param_names"}))
         raise ConfigError(
             f"this is the state of another optimizer, not of muon_dist.Muon: its groups have {keys} and no algorithm. "
-            "Momentum of other optimizers cannot be taken over: start with the weights alone"
+            "Momentum of other optimizers cannot be used: start with only the weights"
         )
     found = [g["algorithm"] for g in saved]
     if found != list(algorithms):
@@ -141,7 +141,7 @@ def check_saved_groups(
 
 
 def check_order(saved: Sequence[Mapping[str, Any]], specs: Sequence[Sequence[ParameterSpec]]) -> None:
-    """Raises CheckpointError for a saved state of the same parameters in another order, since it goes by position."""
+    """Raises CheckpointError if the saved parameters are in another order: state is matched by position."""
     for group, given in zip(saved, specs, strict=True):
         names, expected = list(group.get("param_names") or ()), [s.name for s in given]
         if names != expected and sorted(names) == sorted(expected):
@@ -149,12 +149,12 @@ def check_order(saved: Sequence[Mapping[str, Any]], specs: Sequence[Sequence[Par
             raise CheckpointError(
                 f"the saved state has the parameters of group '{group.get('name', '')}' in another order: number "
                 f"{first} was {names[first]} and is {expected[first]}. Make the groups as they were made then, with "
-                "the same `partitions` (param_groups), or load a checkpoint that is kept by name"
+                "the same `partitions` (param_groups), or load a checkpoint that stores parameters by name"
             )
 
 
 def check_rules(saved: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> None:
-    """Raises ConfigError for a saved state of a group that had another update rule; before there were any, Muon's."""
+    """Raises ConfigError if the update rule of a saved group differs. A saved group without a rule is "muon"."""
     for index, (before, group) in enumerate(zip(saved, groups, strict=True)):
         was = before.get("rule", "muon")
         if group["algorithm"] == "muon" and was != group.get("rule", "muon"):
@@ -174,7 +174,7 @@ def check_rules(saved: Sequence[Mapping[str, Any]], groups: Sequence[Group]) -> 
 def group_fields(
     groups: Sequence[Group], group_of: Mapping[int, int], device: torch.device
 ) -> Iterable[tuple[str, object]]:
-    """(name, value) of the groups' options that decide what is computed; equal on all ranks."""
+    """(name, value) of the groups' options that affect the result; equal on all ranks."""
     for index in sorted(set(group_of.values())):
         group = groups[index]
         dtype = compute_dtype(group["ns_dtype"], device, group["ns_schedule"])
@@ -187,7 +187,7 @@ def group_fields(
 
 
 def default_process_group(chosen: dist.ProcessGroup | str | None) -> dist.ProcessGroup | None:
-    """The process group that was chosen; the default one, where there is one, in place of a name."""
+    """The chosen process group. The name "default" stands for torch.distributed's default group, if there is one."""
     if not isinstance(chosen, str):
         return chosen
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None

@@ -24,22 +24,22 @@ Views = list[Tensor]
 
 @functools.lru_cache(maxsize=4096)
 def index_on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
-    """`numbers` as an index, copied to `device` once: the host waits for each copy."""
+    """`numbers` as an int64 index on `device`. Cached, because the host waits for each copy."""
     return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """Fragments of one parameter group, on one device, under one update scale.
+    """Fragments with the same parameter group, device and update scale.
 
     Attributes:
         group: index of the parameter group.
-        scale: factor of `update_scale`.
-        numbers: of the fragments in a `Listing`.
-        views: their places in the memory of the exchange.
-        scratch, scratch_views: memory of the same shapes where the fragments are, if that is another device or if
-            `views` are narrower than fp32.
-        run: all `views` as one run, if they are one: between devices it takes one transfer.
+        scale: result of `update_scale`.
+        numbers: numbers of the fragments in a `Listing`.
+        views: views of the fragments in the memory of the exchange.
+        scratch, scratch_views: fp32 memory of the same shapes on the fragments' device, if this is another device or
+            if `views` are narrower than fp32.
+        run: all `views` as one flat tensor, if they are contiguous, so that one transfer between devices is enough.
     """
 
     group: int
@@ -53,7 +53,7 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Copies:
-    """Elements that are copied from one place of the exchange's memory to another."""
+    """Copies within the memory of the exchange: `origins[i]` to `targets[i]`."""
 
     targets: Views
     origins: Views
@@ -61,7 +61,7 @@ class Copies:
 
 @dataclass(frozen=True)
 class Envelope:
-    """The memory of one exchange of messages between all ranks: elements to and from each rank, in rank order."""
+    """The memory of one exchange of messages, and the number of elements sent to and received from each rank."""
 
     sent: Region
     received: Region
@@ -74,10 +74,10 @@ class Sent:
     """A tensor that the sources of some matrices send besides the momentum (`MuonRule.sends`).
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         gather: None if no rank sends anything.
-        sent_sources, own_sources, arrivals: as of a `BucketProgram`.
-        stacked: where the owner stacks it.
+        sent_sources, own_sources, arrivals: as in `BucketProgram`.
+        stacked: the owner's stacks of this tensor.
     """
 
     name: str
@@ -95,9 +95,9 @@ class Stack:
     Attributes:
         matrices, numbers: the matrices, and their numbers in the layout.
         group: index of the parameter group.
-        view: (B, rows, cols), in the memory of all stacks.
+        view: (B, rows, cols), a view of the memory of all stacks.
         newton_schulz: replaces the stack by its orthogonalized update.
-        sent: by name of `MuonRule.sends`, that tensor of the matrices, (B, rows, cols).
+        sent: the further tensors of the matrices, (B, rows, cols), by name of `MuonRule.sends`.
     """
 
     matrices: list[Matrix]
@@ -113,12 +113,12 @@ class Rebroadcast:
     """Messages between the ranks of a replica group: each sends the updates that its copy's owners made.
 
     Attributes:
-        counts: elements that each rank of the replica group sends, in their order.
-        room: elements that may be under way at a time.
-        sent: memory of what this rank sends; None if it sends its stacks as they are.
-        packing: what is copied into `sent`.
-        received: memory for what each other rank sends, by its place in the replica group.
-        updates: what each other rank sends, by its place.
+        counts: elements that each rank of the replica group sends, in group order.
+        room: largest number of elements in pending broadcasts.
+        sent: memory of the message that this rank sends; None if it sends its stacks directly.
+        packing: copies that fill `sent`.
+        received: memory for the message of each other rank, by its index in the replica group.
+        updates: the updates in the message of each other rank, by its index in the replica group.
     """
 
     counts: list[int]
@@ -134,16 +134,16 @@ class BucketProgram:
     """A bucket as one rank executes it.
 
     Attributes:
-        number: of the bucket in the step.
+        number: index of the bucket in the step.
         gather, scatter: None if no rank sends anything.
-        sent_sources: what this rank sends to owners.
-        own_sources: what it is itself the owner of.
-        arrivals: from the gathered messages into the stacks.
-        stacked, stacks: what this rank orthogonalizes: `owned` matrices.
-        sent_updates: from the stacks into the messages.
-        own_updates, received_updates: what this rank applies.
-        rebroadcast: None if there are no copies to serve.
-        also: what the rules of the bucket have sent besides the momentum.
+        sent_sources: fragments that this rank sends to other owners.
+        own_sources: fragments of matrices that this rank owns.
+        arrivals: copies from the gathered messages into the stacks.
+        stacked, stacks: the memory and the stacks of the `owned` matrices that this rank orthogonalizes.
+        sent_updates: copies from the stacks into the messages.
+        own_updates, received_updates: updates that this rank applies, from its own stacks and from other ranks.
+        rebroadcast: None if no other copies of the model need the updates.
+        also: tensors that the bucket's rules have sent besides the momentum.
     """
 
     number: int
@@ -167,16 +167,16 @@ class GroupProgram:
     """The matrices of a parameter group that a step changes.
 
     Attributes:
-        index, rule: of the group.
-        buffers, matrices: buffer after buffer.
-        position: of each matrix in `matrices`.
-        weights, weight_positions: numbers of the fragments that this rank holds, and for each the position of its
+        index, rule: index and rule of the group.
+        buffers, matrices: the group's buffers, and their matrices, buffer after buffer.
+        position: index of each matrix in `matrices`.
+        weights, weight_positions: numbers of the fragments that this rank holds, and the position of each fragment's
             matrix.
-        sources, source_positions: the same of the fragments that this rank sends from; the positions as a tensor on
-            the device of the exchange.
-        everywhere: buffers of which this rank keeps all the momentum, also where it is not a source.
-        remembered: `sources` in other buffers.
-        fp32: all gradients are.
+        sources, source_positions: the same for the fragments whose momentum this rank sends; the positions are a
+            tensor on the device of the exchange.
+        everywhere: buffers whose momentum this rank keeps completely, even where it is not a source.
+        remembered: the `sources` in all other buffers.
+        fp32: whether all gradients are fp32.
     """
 
     index: int
@@ -198,10 +198,10 @@ class Program:
     """A step over some of the buffers, as one rank executes it.
 
     Attributes:
-        weights, sources: the fragments that this rank holds, and those that it sends from.
+        weights, sources: the fragments that this rank holds, and the fragments whose momentum it sends.
         groups: the parameter groups.
-        summed: those whose rule looks at the norms of whole matrices.
-        buckets: in the order in which they are stepped.
+        summed: the groups whose rule needs norms of whole matrices.
+        buckets: the buckets, in the order of the step.
         updates: dtype of the messages to the holders.
     """
 
@@ -214,5 +214,5 @@ class Program:
 
     @functools.cached_property
     def looks_at_weights(self) -> bool:
-        """Whether some rule looks at norms, or has weights sent."""
+        """Whether a rule needs norms, or the weights on the owner."""
         return bool(self.summed) or any(WEIGHT in p.rule.sends or p.rule.feature_norms for p in self.groups)

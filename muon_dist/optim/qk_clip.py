@@ -1,7 +1,7 @@
-"""QK-clip: after a step, query and key weights of heads whose attention logits grew too large are scaled down.
+"""QK-clip: after a step, scales down query and key weights of heads whose attention logits grew too large.
 
-MuonClip (Kimi K2, arXiv 2507.20534, algorithm 1): with S the largest logit that a head has had in the forward passes
-of the step, g = min(1, threshold / S), and the rows of W_q and W_k of that head times g^alpha and g^(1 - alpha).
+MuonClip (Kimi K2, arXiv 2507.20534, algorithm 1): S is the largest logit of a head in the forward passes of the step.
+g = min(1, threshold / S). The head's rows of W_q are multiplied by g^alpha, those of W_k by g^(1 - alpha).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from muon_dist.optim.muon import Muon
 from muon_dist.optim.runtime import Runtime
 
 _CHUNK = 2**20
-"""Elements that are scaled at a time: the index of their features takes eight bytes for each."""
+"""Elements that are scaled at a time, because the index of their features takes eight bytes per element."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """A parameter that a layer's logits are proportional to, feature by feature.
+    """A parameter to be scaled: a layer's logits are proportional to each of its features.
 
     Attributes:
         name: clean FQN of the parameter.
-        axis: of the features.
-        group: (features,) the group of heads that each belongs to.
-        power: (features,) of g in its factor: 0 for features that stay as they are.
+        axis: axis of the features.
+        group: (features,) the head group of each feature.
+        power: (features,) each feature is multiplied by g^power; 0 for features that do not change.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Scaled:
     power: np.ndarray
 
     def factors(self, g: Sequence[float]) -> np.ndarray | None:
-        """(features,) what each is multiplied by, given the g of every group; None if all are 1."""
+        """(features,) factor of each feature, from the g of every head group; None if all are 1."""
         found = np.asarray(g, dtype=np.float64)[self.group] ** self.power
         return None if (found == 1.0).all() else found
 
@@ -57,8 +57,8 @@ class AttentionLayer:
     Attributes:
         name: FQN of the module.
         heads: query heads.
-        groups: key heads, each with as many query heads in a row.
-        scaled: the parameters behind its queries and keys.
+        groups: number of key heads; consecutive query heads share one, the same number for each.
+        scaled: the parameters that compute its queries and keys.
     """
 
     name: str
@@ -67,17 +67,17 @@ class AttentionLayer:
     scaled: tuple[Scaled, ...]
 
     def g(self, maxima: Sequence[float], threshold: float) -> list[float]:
-        """min(1, threshold / S) of each group; its S is the largest of its query heads'."""
+        """min(1, threshold / S) of each group, with S the largest logit of the group's query heads."""
         size = self.heads // self.groups
         largest = [max(maxima[i : i + size]) for i in range(0, self.heads, size)]
         return [threshold / s if s > threshold else 1.0 for s in largest]
 
 
 class Maxima:
-    """The largest attention logit of each head of some layers, since they were last taken.
+    """The largest attention logit of each head of some layers, since the last call of `taken`.
 
-    share: (number of this process's share of the heads, number of shares) where tensor or sequence parallelism has
-        dealt out the heads of a layer; asked when they are taken.
+    share: returns (index of this process's share of the heads, number of shares), if tensor or sequence parallelism
+        divides the heads of a layer. `taken` calls it.
     """
 
     def __init__(self, layers: Sequence[AttentionLayer], share: Callable[[], tuple[int, int]]) -> None:
@@ -93,14 +93,14 @@ class Maxima:
         self.recorded = True
 
     def clear(self) -> None:
-        """Forget what was recorded."""
+        """Delete the recorded logits."""
         self._found = {}
 
     def taken(self, device: torch.device) -> Tensor:
-        """(heads of all layers,) in fp32; -inf for heads that this process has not seen, inf instead of NaN.
+        """Return and clear the recorded logits, (heads of all layers,) in fp32. -inf: head not seen; inf: NaN.
 
         Raises:
-            FrameworkError: a layer has shown another number of heads than its share.
+            FrameworkError: the number of heads seen in a layer differs from this process's share.
         """
         share, shares = self._share()
         every = torch.full((sum(layer.heads for layer in self.layers),), -math.inf, device=device)
@@ -109,10 +109,10 @@ class Maxima:
             seen = self._found.get(number)
             if seen is None:
                 continue
-            whole = len(seen) == layer.heads  # also where a mesh does not cut a fused projection
+            whole = len(seen) == layer.heads  # also if tensor parallelism does not shard a fused projection
             if not whole and len(seen) * shares != layer.heads:
                 raise FrameworkError(
-                    f"qk_clip: {layer.name} has {layer.heads} heads on {shares} ranks, and this one sees {len(seen)}. "
+                    f"qk_clip: {layer.name} has {layer.heads} heads on {shares} ranks, but this one sees {len(seen)}. "
                     "Under tensor or sequence parallelism use MuonTrainer, which knows which heads each rank has"
                 )
             at = start if whole else start + share * len(seen)
@@ -122,24 +122,24 @@ class Maxima:
 
 
 class QKClip:
-    """Scales the weights after each step of a `Muon`; between steps it keeps nothing.
+    """Scales the weights after each step of a `Muon`. It has no state between steps.
 
-    It is a hook of the optimizer, so that frameworks which copy their masters into 16-bit weights after the step copy
-    the scaled ones. In a step that the optimizer leaves out nothing is scaled.
+    It runs as a hook of the optimizer, because some frameworks copy fp32 masters into 16-bit weights right after the
+    step: they then copy scaled masters. If the optimizer skips a step, nothing is scaled.
 
     Args:
-        optimizer: with the parameters of all layers.
-        maxima: filled in the forward passes.
-        threshold: of the logits; 100 in the paper.
+        optimizer: has the parameters of all layers.
+        maxima: the largest logits, recorded in the forward passes.
+        threshold: largest logit that is not clipped; 100 in the paper.
 
     Attributes:
-        optimizer, maxima, threshold: as given.
+        optimizer, maxima, threshold: the arguments.
         max_logit: the largest logit of all heads in the last step; None before the first.
-        clipped: heads that were above the threshold in the last step.
+        clipped: number of heads above the threshold in the last step.
 
     Raises:
-        ConfigError: an option out of range, or a rule that fixes the norm of a weight which is to be scaled.
-        FrameworkError: a parameter that the optimizer does not step.
+        ConfigError: an option is out of range, or a rule keeps the norm of a weight that should be scaled.
+        FrameworkError: the optimizer does not step a parameter that should be scaled.
     """
 
     def __init__(self, optimizer: Muon, maxima: Maxima, threshold: float = QK_THRESHOLD) -> None:
@@ -159,7 +159,7 @@ class QKClip:
         if runtime is None or not optimizer.guard.applied:
             self.maxima.clear()
             return
-        if optimizer.guard.begins:  # frameworks make one step of many calls
+        if optimizer.guard.begins:  # a framework may split one step into several calls
             self._decide(runtime)
         if self._pending:
             if optimizer.audit is not None:
@@ -168,7 +168,7 @@ class QKClip:
                 self._scale(optimizer, tensor, name, part)
 
     def _decide(self, runtime: Runtime) -> None:
-        """A collective: one all-reduce of 4 bytes for each head, and one read of the result by the host."""
+        """Compute the factors of all layers. A collective: one all-reduce of 4 bytes per head; the host waits."""
         transport, layers = runtime.transport, self.maxima.layers
         transport.progress.enter("qk_clip")
         self._steps += 1
@@ -196,7 +196,7 @@ class QKClip:
                 self._pending.update({s.name: (s, factors) for s, factors in found if factors is not None})
 
     def _scale(self, optimizer: Muon, tensor: Tensor, name: str, part: Tensor) -> None:
-        """What `part`, this rank's part of a stepped tensor, holds of the parameters that are to be scaled."""
+        """Scale the layers' parameters inside `part`, this rank's part of a stepped tensor."""
         runtime = optimizer.runtime
         assert runtime is not None
         binding, rank = runtime.binding, runtime.transport.rank
@@ -224,9 +224,9 @@ def scale_features(weight: Tensor, block: Block, shape: Sequence[int], axis: int
 
     Args:
         weight: (rows, cols) of the block.
-        block: where it is in the flattened parameter.
-        shape: of the whole parameter.
-        axis: of the features.
+        block: the block's position in the flattened parameter.
+        shape: shape of the whole parameter.
+        axis: axis of the features.
         factors: (shape[axis],) in fp32; the product is rounded once to the dtype of the weight.
     """
     inner, features = math.prod(shape[axis + 1 :]), shape[axis]
@@ -242,7 +242,7 @@ def scale_features(weight: Tensor, block: Block, shape: Sequence[int], axis: int
 
 
 def _stepped(optimizer: Muon, runtime: Runtime) -> Iterator[tuple[Tensor, str, Tensor]]:
-    """Of what this call has stepped: the tensor, its clean name, and this rank's part of it."""
+    """Each tensor that this call has stepped, its clean name, and this rank's part of the tensor."""
     names = {id(p): name for name, p, _ in optimizer._named()}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -261,7 +261,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     if not (isinstance(threshold, (int, float)) and 0 < threshold < math.inf):
         raise ConfigError(f"qk_clip: threshold is {threshold!r}: it must be a number above 0, 100 in the paper")
     if not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
-        raise ConfigError(f"qk_clip: alpha is {alpha!r}: it must be from 0 (keys alone) to 1 (queries alone)")
+        raise ConfigError(f"qk_clip: alpha is {alpha!r}: it must be from 0 (only keys) to 1 (only queries)")
 
 
 def _check(optimizer: Muon, layers: Sequence[AttentionLayer]) -> None:
@@ -274,11 +274,11 @@ def _check(optimizer: Muon, layers: Sequence[AttentionLayer]) -> None:
         for scaled in layer.scaled:
             if scaled.name not in rules:
                 raise FrameworkError(
-                    f"qk_clip: the optimizer does not step {scaled.name}: it is frozen, or an adapter takes its "
-                    "place. Train it, or leave qk_clip out"
+                    f"qk_clip: the optimizer does not step {scaled.name}: it is frozen, or an adapter (LoRA) replaces "
+                    "it. Train it, or leave qk_clip out"
                 )
             rule = rules[scaled.name]
             if rule is not None and rule.name == "hyperball":
                 raise ConfigError(
-                    f"qk_clip: rule hyperball sets the norm of {scaled.name} back in the next step: leave one out"
+                    f"qk_clip: rule hyperball restores the norm of {scaled.name} in the next step: leave one out"
                 )

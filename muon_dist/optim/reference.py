@@ -1,4 +1,4 @@
-"""The algorithm in plain lines: what every sharded, bucketed, overlapped path must equal. Read it first.
+"""The algorithm in a few lines; every sharded, bucketed or overlapped step must give its result. Read it first.
 
 The update rule is Keller Jordan's (https://kellerjordan.github.io/posts/muon/) as in `torch.optim.Muon`.
 """
@@ -19,8 +19,8 @@ Iteration = Callable[[torch.Tensor], torch.Tensor]
 def plain_newton_schulz(x: torch.Tensor, steps: int = 5, schedule: ScheduleLike = "keller") -> torch.Tensor:
     """An approximation of the polar factor U V^T of x = U S V^T, (rows, cols), in the dtype of `x`.
 
-    Every step makes the polynomial a s + b s^3 + c s^5 of each singular value s and leaves U and V alone. The
-    coefficients make the singular values approach 1.
+    Each step replaces every singular value s by a s + b s^3 + c s^5 and leaves U and V unchanged. The coefficients
+    move the singular values towards 1.
     """
     if x.size(0) > x.size(1):
         return plain_newton_schulz(x.mT, steps, schedule).mT
@@ -55,10 +55,10 @@ def reference_step(
     """One Muon step of one parameter, in place, matrix by matrix, on whole tensors.
 
     Args:
-        parameter, gradient, momentum_buffer: of one shape; the buffer is fp32 and starts at zero.
-        matrices: how the parameter is cut (`cut_parameter`).
-        iteration: what orthogonalizes a matrix (rows, cols); by default `plain_newton_schulz`. Tests of what is moved
-            where pass the optimizer's own, and ask for equal bits.
+        parameter, gradient, momentum_buffer: all of one shape; the buffer is fp32 and starts at zero.
+        matrices: the matrices of the parameter (`cut_parameter`).
+        iteration: orthogonalizes a matrix (rows, cols); by default `plain_newton_schulz`. Tests of communication pass
+            the optimizer's own iteration and require equal bits.
     """
     gradient = gradient.float().contiguous()
     momentum_buffer.lerp_(gradient, 1 - momentum)

@@ -1,4 +1,4 @@
-"""Whether the ranks step one model: rates, weights and gradients that must be equal, before the first step."""
+"""Checks before the first step that ranks which share a model have equal rates, weights and gradients."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ NOT_AVERAGED = (
 """Message of the check of gradients."""
 
 _RATES = (
-    "group '{name}': {key} is {values}. Every rank must step with the same. A scheduler that goes by a loss "
-    "(ReduceLROnPlateau) must get the loss that is averaged over all ranks, and rates must be set on all ranks"
+    "group '{name}': {key} is {values}. It must be equal on all ranks. A scheduler that uses the loss "
+    "(ReduceLROnPlateau) must get the loss averaged over all ranks, and rates must be set on all ranks"
 )
 
 
 ROUNDING = 2**-7
-"""By how much gradients may differ that ranks have added in different orders, relative to their norm: one digit of
+"""Largest difference, relative to the norm, of gradients that ranks have added in different orders: one digit of
 bfloat16."""
 
 
 def check_alike(
     binding: Binding, transport: Transport, groups: Sequence[Mapping[str, Any]], rates: Sequence[float]
 ) -> None:
-    """`check_rates` and `check_copies`."""
+    """Run `check_rates` and `check_copies`."""
     check_rates(transport, groups, rates)
     check_copies(binding)
 
 
 def check_rates(transport: Transport, groups: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> None:
-    """Compare the rates of the parameter groups over the ranks; a collective.
+    """Check that the rates of the parameter groups are equal on all ranks; a collective.
 
     rates: "lr", "weight_decay" and "momentum" of each group, in order.
 
@@ -74,18 +74,17 @@ def check_rates(transport: Transport, groups: Sequence[Mapping[str, Any]], rates
 
 
 def check_copies(binding: Binding) -> None:
-    """Compare the weights that the layout calls copies, then their gradients; a collective, for the first step and
-    where the norms of gradients differ.
+    """Check that copies of weights, and their gradients, are equal on all ranks that hold them; a collective.
 
-    A gradient that is missing on a rank counts as zero there, so it is not compared. A layout without copies needs no
-    comparison.
+    Called in the first step, and when norms of gradients differ. A missing gradient counts as zero on its rank, so it
+    is not compared. A layout without copies needs no comparison.
 
     Raises:
         ReplicaError: the ranks hold different weights or gradients; names parameter and rank.
     """
     layout, local = binding.layout, binding.local
     names = {m.buffer: m.matrix.parameter for m in layout.matrices}
-    # Copies that lie across the columns: a plain tensor, or one on a part of the mesh, beside sharded ones.
+    # Buffers whose copies are not one per replica group: a plain tensor, or one on a part of the mesh, with FSDP2.
     models = max(len(set(layout.domains)), 1)
     across = {
         m.buffer
@@ -113,11 +112,11 @@ def check_copies(binding: Binding) -> None:
 
 
 def _check_across(binding: Binding, some: Sequence[tuple[int, str, torch.Tensor | None]], message: str) -> None:
-    """Compare fragments over all ranks that hold the same elements, whichever these are. A collective.
+    """Compare every fragment over all ranks that hold the same elements. A collective.
 
-    By fragments, because a flat buffer of ZeRO holds copies beside what only this rank has. Gradients may differ by
-    rounding: a framework that reduces them in buckets adds in another order where a bucket has another size, as beside
-    uneven shards. The owner's update goes to all copies, so these stay equal all the same.
+    It compares fragments, not buffers, because a flat buffer of ZeRO holds both copies and elements of only one rank.
+    Gradients may differ by rounding: with uneven shards, a framework's reduction buckets differ in size between ranks,
+    so it adds in different orders. Weights still stay equal, because all copies get the owner's update.
     """
     ranks = Ranks(binding.group)
     every = ranks.gather([_sums(binding, ranks.rank, buffer, tensor) for buffer, _, tensor in some])
@@ -147,8 +146,10 @@ _Elements = tuple[int, int, int, int]
 def _prints(
     binding: Binding, rank: int, entry: tuple[int, str, torch.Tensor | None], elements: _Elements
 ) -> list[float] | None:
-    """Norm of a fragment of a gradient, and its products with four vectors of random signs, the same on all ranks. By
-    these, fragments that differ by `d` differ by about the norm of `d`. None where this rank has no such fragment."""
+    """Norm of a gradient's fragment, and its products with four vectors of random signs that are equal on all ranks.
+
+    If two fragments differ by `d`, these numbers differ by about the norm of `d`. None: not held by this rank.
+    """
     buffer, _, tensor = entry
     index, start, rows, cols = elements
     matrix = binding.layout.matrices[index]
@@ -164,7 +165,7 @@ def _prints(
 
 
 def _rounded(prints: Sequence[list[float] | None]) -> bool:
-    """Whether fragments differ by rounding alone. Gradients that were not averaged differ by about their own norm."""
+    """Whether fragments differ only by rounding. Gradients that were not averaged differ by about their norm."""
     held = [p for p in prints if p is not None]
     largest = max((p[0] for p in held), default=0.0)
     gap = max((abs(a - b) for p in held for a, b in zip(p, held[0], strict=True)), default=0.0)
@@ -172,7 +173,7 @@ def _rounded(prints: Sequence[list[float] | None]) -> bool:
 
 
 def _sums(binding: Binding, rank: int, buffer: int, tensor: torch.Tensor | None) -> dict[_Elements, int]:
-    """Checksums of what `rank` holds in `tensor`, laid out as buffer number `buffer`, of matrices that have copies."""
+    """Checksums of the fragments in `tensor` (buffer number `buffer` on `rank`), for matrices that have copies."""
     if tensor is None:
         return {}
     flat = tensor.contiguous().view(-1)

@@ -14,20 +14,20 @@ from muon_dist.exchange.readers import Listing
 from muon_dist.layout import Block, Fragment
 
 Place = tuple[int, Block]
-"""The 64-bit key of a tensor's random numbers, and which elements of the whole flattened tensor are meant."""
+"""The 64-bit key of a tensor's random numbers, and the block of elements in the whole flattened tensor."""
 
 _ON_CPU, _ON_DEVICE = 2**17, 2**22
-"""Elements that are widened to fp32 and rounded at a time: what a cache holds, and what keeps a GPU busy."""
+"""Elements that are widened to fp32 and rounded at a time: few enough for a CPU's cache, enough to keep a GPU busy."""
 
 
 def key(seed: int, name: str, step: int, write: int = 0) -> int:
-    """The key of the random numbers with which a tensor is rounded once.
+    """The key of the random numbers for one rounding of a tensor.
 
     Args:
-        seed: of the run.
-        name: of the whole matrix or parameter.
-        step: how often it was stepped, this step included.
-        write: number of the rounding in the step.
+        seed: seed of the run.
+        name: name of the whole matrix or parameter.
+        step: number of its steps so far, this step included.
+        write: index of the rounding within the step.
     """
     return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{write}/{name}".encode(), digest_size=8).digest(), "little")
 
@@ -38,17 +38,17 @@ def _int32(value: int) -> int:
 
 
 def _xor_shift(x: Tensor, bits: int) -> None:
-    """x ^= x >> bits, with zeros shifted in; int32 shifts in the sign, which the mask takes away."""
+    """x ^= x >> bits, with zeros shifted in. An int32 shift copies the sign bit, so a mask clears these bits."""
     x.bitwise_xor_((x >> bits).bitwise_and_(2 ** (32 - bits) - 1))
 
 
 def random_bits(places: Sequence[Place], device: torch.device) -> Tensor:
     """16 random bits for each element of `places`, one place after another, as int32 in [0, 65536).
 
-    A hash of key and element index, modulo 2^32, so that every device computes the same. The multipliers are
-    those of lowbias32 (https://github.com/skeeto/hash-prospector); the highest bits of the last product are taken,
-    on which all bits of its factor act. The halves of the key come in before each of the two rounds, so that tensors
-    and steps share no sequence of numbers.
+    A hash of key and element index, modulo 2^32, so that every device computes the same bits. The multipliers are
+    those of lowbias32 (https://github.com/skeeto/hash-prospector). The result is the highest bits of the last product,
+    because every bit of its factor affects them. One half of the key enters before each of the two rounds, so that no
+    two tensors or steps share a sequence of numbers.
     """
     sizes = [block.numel for _, block in places]
     x = torch.arange(sum(sizes), dtype=torch.int32, device=device)
@@ -70,24 +70,24 @@ def random_bits(places: Sequence[Place], device: torch.device) -> Tensor:
 
 
 def round_stochastically(wide: Tensor, places: Sequence[Place]) -> None:
-    """Round flat fp32 `wide` (n,) in place to numbers that bfloat16 has.
+    """Round flat fp32 `wide` (n,) in place to bfloat16 values.
 
-    x between its neighbours a < b in bfloat16 becomes b with probability (x - a) / (b - a): the mean is x. A number
-    that bfloat16 has stays as it is; so do infinities and NaN.
+    x between its bfloat16 neighbours a < b becomes b with probability (x - a) / (b - a), else a: the mean is x. A
+    bfloat16 value does not change, nor do infinities and NaN.
     """
-    # The bits of a float of either sign grow with its magnitude, and bfloat16 has the upper 16 of the 32.
+    # For either sign, a float's bits as an integer grow with its magnitude; bfloat16 keeps the upper 16 of the 32.
     bits = random_bits(places, wide.device).add_(wide.view(torch.int32)).bitwise_and_(-0x10000)
-    # NaN on a GPU is 0x7FFFFFFF, from which an addition would make -0.
+    # NaN on a GPU is 0x7FFFFFFF: the addition would turn it into -0.
     wide.copy_(torch.where(torch.isnan(wide), wide, bits.view(torch.float32)))
 
 
 def rows_within(tensor: Tensor, elements: int) -> int:
-    """So many rows of the first axis have at most `elements` elements; at least one."""
+    """Largest number of rows of the first axis with at most `elements` elements; at least one."""
     return max(1, elements * len(tensor) // max(tensor.numel(), 1)) if tensor.dim() else 1
 
 
 def _chunks(weight: Tensor, block: Block, elements: int) -> Iterator[tuple[slice, Block]]:
-    """Slices of the first axis of a fragment's view, of about `elements`, and which elements of the whole they are."""
+    """Slices of a fragment's first axis, of about `elements` each, and their blocks in the whole tensor."""
     if weight.numel() <= elements or weight.dim() == 0:
         yield slice(None), block
         return
@@ -105,23 +105,23 @@ def _chunks(weight: Tensor, block: Block, elements: int) -> Iterator[tuple[slice
 
 
 def is_narrow(parameter: Tensor) -> bool:
-    """Whether a parameter holds fewer bits than fp32, so that small updates are lost when it is written."""
+    """Whether a parameter's dtype is narrower than fp32, so that rounding loses small updates."""
     return parameter.is_floating_point() and parameter.dtype.itemsize < 4
 
 
 def is_rounded(weight: Tensor) -> bool:
-    """Whether this tensor is rounded stochastically; wider tensors are changed directly."""
+    """Whether this tensor is rounded stochastically; wider tensors are updated directly."""
     return weight.dtype == torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Opened:
-    """Some weights in fp32: what is written into `wide` is rounded into the weights when the next ones are opened.
+    """Some weights in fp32. Changes of `wide` are rounded into the weights when the next weights are opened.
 
     Attributes:
-        wide: fp32, one for each of `members`; the weights themselves where they are not rounded.
+        wide: one fp32 tensor per entry of `members`; the weight itself if it is not rounded.
         members: positions in the list of weights.
-        slices: which part of each member's first axis `wide` is.
+        slices: the part of each member's first axis that `wide` holds.
     """
 
     wide: list[Tensor]
@@ -130,12 +130,12 @@ class Opened:
 
 
 def opened(weights: Sequence[Tensor], places: Sequence[Place], elements: int | None = None) -> Iterator[Opened]:
-    """`weights`, bfloat16 ones as fp32 copies of about `elements` at a time; changes are rounded back.
+    """`weights` in parts of about `elements`: fp32 copies of bfloat16 weights; changes are rounded back.
 
     Args:
-        weights: views of fragments of any shape.
-        places: of each, its key and its elements.
-        elements: by default as suits the device.
+        weights: views of fragments, of any shape.
+        places: key and elements of each weight.
+        elements: by default chosen for the device.
     """
     as_they_are = [n for n, w in enumerate(weights) if not is_rounded(w)]
     if as_they_are:
@@ -172,10 +172,10 @@ class MuonRounding:
     """How Muon's groups write their weights in one step.
 
     Attributes:
-        seed: of the random numbers.
-        listing: the fragments of this step by their numbers.
-        names: of all matrices.
-        steps: by matrix that is rounded, how often it was stepped, this step included.
+        seed: seed of the random numbers.
+        listing: the numbered fragments of this step.
+        names: names of all matrices.
+        steps: by rounded matrix, the number of its steps so far, this step included.
     """
 
     seed: int
@@ -184,7 +184,7 @@ class MuonRounding:
     steps: Mapping[int, int]
 
     def opened(self, numbers: Sequence[int], weights: Sequence[Tensor], write: int = 0) -> Iterator[Opened]:
-        """The fragments `numbers`, whose views are `weights`, to be changed in fp32. `write`: see `key`."""
+        """Open the fragments `numbers`, whose views are `weights`, in fp32. `write`: see `key`."""
         chosen = [(self.listing.matrices[n], self.listing.blocks[n]) for n in numbers]
         keys = {i: key(self.seed, self.names[i], self.steps.get(i, 0), write) for i, _ in chosen}
         return opened(weights, [(keys[i], block) for i, block in chosen])
@@ -195,9 +195,9 @@ class AdamWRounding:
     """How AdamW's groups write their weights.
 
     Attributes:
-        seed: of the random numbers.
-        name: of a parameter.
-        fragments: this rank's fragments of a parameter, given its name and itself.
+        seed: seed of the random numbers.
+        name: returns the name of a parameter.
+        fragments: returns this rank's fragments of a parameter, from its name and tensor.
     """
 
     seed: int
@@ -207,7 +207,7 @@ class AdamWRounding:
     def write(self, parameter: Tensor, part: Tensor, wide: Tensor, step: int) -> None:
         """Round the result of AdamW's `step`-th step into `part`, this rank's part of `parameter`.
 
-        wide: fp32, of the shape of `part`.
+        wide: the result in fp32, in the shape of `part`.
         """
         if not is_rounded(part):
             return
@@ -222,5 +222,5 @@ class AdamWRounding:
 
 
 def _view(tensor: Tensor, fragment: Fragment) -> Tensor:
-    """The live view of a fragment; all of a tensor that is not contiguous, which is one fragment."""
+    """The live view of a fragment. A tensor that is not contiguous is one fragment, and is returned itself."""
     return shaped(tensor, fragment.local) if tensor.is_contiguous() else tensor.detach()

@@ -1,4 +1,4 @@
-"""Another update rule, or other settings of it, between two steps."""
+"""Change of the update rule, or of its settings, between two steps."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from muon_dist.optim.rules import MuonRule
 from muon_dist.optim.state import change_rules
 
 _SETTINGS = ("momentum", "nesterov", "ns_steps", "ns_schedule", "ns_dtype", "scale", "weight_decay")
-_OF_RULE = ("rule", "rule_options")  # a group of the rule "muon" has neither
+_OF_RULE = ("rule", "rule_options")  # keys that a group with the rule "muon" does not have
 
 
 @dataclass(frozen=True)
 class RuleSettings:
-    """By what the Muon groups of an optimizer are stepped, beside their learning rates.
+    """The update rules of an optimizer's Muon groups, and their options except the learning rate.
 
-    groups: of each parameter group its options; None for AdamW's. rules: the rule that goes with them.
+    groups: options of each parameter group; None for AdamW. rules: the rule of each group; None for AdamW.
     """
 
     groups: tuple[Mapping[str, Any] | None, ...]
@@ -36,7 +36,7 @@ class RuleSettings:
 
 
 def rule_settings(optimizer: Muon) -> RuleSettings:
-    """The settings that an optimizer has now."""
+    """The current rule settings of an optimizer."""
     groups = [
         {key: group[key] for key in (*_SETTINGS, *_OF_RULE) if key in group} | {"name": group.get("name", index)}
         if algorithm == "muon"
@@ -47,9 +47,9 @@ def rule_settings(optimizer: Muon) -> RuleSettings:
 
 
 def check_change(before: RuleSettings, after: RuleSettings) -> None:
-    """Raises ConfigError if a run cannot change from one to the other: groups differ, or where momentum is kept."""
+    """Raises ConfigError if a run cannot change between the settings: the groups or `momentum_at_owner` differ."""
     if [g is None for g in after.groups] != [g is None for g in before.groups]:
-        raise ConfigError("the rule of other parameter groups cannot be taken over: make them from the same model")
+        raise ConfigError("the rule of other parameter groups cannot be used here: make both from the same model")
     for group, old, new in zip(after.groups, before.rules, after.rules, strict=True):
         if (
             group is not None
@@ -58,17 +58,17 @@ def check_change(before: RuleSettings, after: RuleSettings) -> None:
             and old.momentum_at_owner != new.momentum_at_owner
         ):
             raise ConfigError(
-                f"group {group['name']}: rule_options.momentum_at_owner says where the momentum is kept, and must be "
-                "the same in all parts of a run"
+                f"group {group['name']}: rule_options.momentum_at_owner decides which ranks store the momentum, and "
+                "must be the same in all parts of a run"
             )
 
 
 def change_rule(optimizer: Muon, settings: RuleSettings) -> None:
-    """Let an optimizer step by `settings` from now on: those of another optimizer with the same groups.
+    """Let an optimizer use `settings`, taken from another optimizer with the same groups, from now on.
 
-    Momentum and learning rates stay, and what a rule remembers where the group keeps its rule. What another rule
-    remembers begins at zero, and what the old one remembered is dropped. Local, and the same under every layout: all
-    ranks call it between the same two steps.
+    Momentum and learning rates stay. A group that keeps its rule also keeps the rule's memory. Otherwise the old
+    rule's memory is deleted and the new rule's memory starts at zero. Local, and equal under every layout: all ranks
+    call it between the same two steps.
 
     Raises:
         ConfigError: as `check_change`.

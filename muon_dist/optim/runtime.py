@@ -1,4 +1,4 @@
-"""Executes a plan: momentum on the sources, gather to owners, orthogonalize, scatter, update on all holders."""
+"""Runs a plan: momentum on the sources, gather to owners, orthogonalize, scatter, update on all holders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from muon_dist.optim.rules.muon import GRADIENT, MOMENTUM, WEIGHT
 from muon_dist.ownership import OwnershipPlan
 
 _PROGRAMS = 32
-"""Programs that are kept; a step in which some gradients are missing has one of its own."""
+"""Number of cached programs: a step in which some gradients are missing needs another program."""
 
 
 @dataclass
@@ -46,29 +46,29 @@ class Runtime:
     """The optimizer state of one rank, and the step that updates it.
 
     Args:
-        binding, plan: what is stepped and who owns it.
-        transport: over the binding's process group.
+        binding, plan: the framework's tensors, and the ownership plan.
+        transport: sends messages over the binding's process group.
         group_of: parameter-group index of each buffer.
-        options: dtype and size of what travels, overlap, and how Newton-Schulz runs.
+        options: options for all groups.
         orthogonalize: see the attribute.
-        rules: of each parameter group; by default Muon's.
+        rules: the rule of each parameter group; by default Muon's.
 
     Attributes:
-        momentum: buffer -> this rank's fp32 momentum: of the local buffer's shape, padding included, where the rank is
-            a source of all that it holds or must keep it all, else one flat tensor of the source fragments in the
-            order of the buffer, or nothing.
-        memory: what the rules keep besides momentum.
-        everywhere: buffers of which every holder keeps the momentum, not its sources alone.
-        at_owners: buffers whose momentum the owners keep, together with the other memory of the rule.
-        in_state: by parameter, the entries that stand for it in the optimizer's `state`: what is another object there
-            was put there by others. None: there is none.
-        orthogonalize: replaces a stack by its orthogonalized update; None for Newton-Schulz as the group says.
-        orthogonalized: matrices orthogonalized on this rank since the start.
-        resting: of each matrix, the steps in a row in which its gradient was exactly zero, in fp64 on the CPU; the
-            same on all ranks.
-        unmoved: matrices of which no gradient was ever other than zero; their momentum is zero.
-        splits: by buffer, its matrix, or how its gradient is split into several.
-        observer: called with every matrix that this rank orthogonalizes, if there is one.
+        momentum: buffer -> this rank's fp32 momentum. It has the local buffer's shape, padding included, if this rank
+            is a source of everything that it holds, or if the buffer is in `everywhere`. Otherwise it is a flat tensor
+            of the source fragments in the order of the buffer; no entry if this rank is no source.
+        memory: the rules' state besides momentum.
+        everywhere: buffers whose momentum every holder keeps, not only the sources.
+        at_owners: buffers whose momentum the owners keep, as a part of `memory`.
+        in_state: by parameter, the objects that we put into the optimizer's `state`, to detect objects that other code
+            put there. None: we put no object there.
+        orthogonalize: replaces a stack by its orthogonalized update; None: Newton-Schulz with the group's options.
+        orthogonalized: number of matrices that this rank has orthogonalized since the start.
+        resting: per matrix, the number of steps in a row with an exactly zero gradient, in fp64 on the CPU; equal on
+            all ranks.
+        unmoved: matrices whose gradients were always zero; their momentum is zero.
+        splits: by buffer, its matrix, or a `Split` of its gradient if it has several matrices.
+        observer: called with every matrix that this rank orthogonalizes; None: no observer.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Runtime:
         self._rounded = {b for b, tensor in enumerate(binding.buffers) if self._rounds and is_rounded(tensor)}
         self.use_rules(rules)
         self._place_momentum(everywhere)
-        self._counts = np.zeros(len(self._matrices))  # the memory of `resting`: indexing it is no operation of torch
+        self._counts = np.zeros(len(self._matrices))  # the memory of `resting`; indexing numpy is faster
         self.resting = torch.from_numpy(self._counts)
         self.unmoved = set(range(len(self._matrices)))
         self.splits = {b: self._split(b, members) for b, members in self.memory.matrices.items()}
@@ -109,7 +109,7 @@ class Runtime:
     # State ------------------------------------------------------------------------------------------------------
 
     def use_rules(self, rules: Mapping[int, MuonRule]) -> None:
-        """Step by other rules from now on; local. Their memory begins at zero. rules: of each parameter group."""
+        """Use these rules from now on, with zero memory; local. rules: the rule of each parameter group."""
         plan, transport, options, everywhere = self.plan, self.transport, self.options, self.everywhere
         self._rules = rules
         self._programs: dict[tuple[object, ...], Program] = {}
@@ -148,7 +148,7 @@ class Runtime:
         return Split(Reader(shape, [f.local for _, f in held]), [place[i] for i, _ in held], members)
 
     def momentum_pieces(self, buffer: int) -> list[tuple[Matrix, Fragment, Tensor]]:
-        """This rank's momentum in `buffer`: matrix, fragment, and the live view of it (rows, cols)."""
+        """This rank's momentum in `buffer`: matrix, fragment, and the fragment's live view (rows, cols)."""
         if buffer not in self.momentum:
             return []
         parts, views = self._sources.parts[buffer], self._readers[buffer].views(self.momentum[buffer])
@@ -157,7 +157,7 @@ class Runtime:
         ]
 
     def forget(self, buffers: Iterable[int]) -> None:
-        """Set momentum and the rules' memory of some buffers back to zero."""
+        """Set momentum and the rules' memory of `buffers` to zero."""
         for buffer in buffers:
             if buffer in self.momentum:
                 self.momentum[buffer].zero_()
@@ -171,12 +171,12 @@ class Runtime:
     def step(self, work: dict[int, Work], zero: Set[int] = frozenset()) -> None:
         """Step the buffers of `work`; the same buffers on every rank. `zero`: matrices whose gradient is exactly zero.
 
-        Momentum first, then weight decay on everything held, then the updates, bucket by bucket.
+        First momentum, then weight decay of all weights on this rank, then the updates, bucket by bucket.
 
-        With overlap, bucket i + 1 is on its way to its owners, and bucket i - 1 on its way back, while bucket i is
-        orthogonalized; nothing of bucket i - 1 is left when the updates of bucket i are sent. The order depends on
-        the number of buckets alone, never on timing. So all ranks issue the same messages in the same order, and every
-        number is computed from the same inputs as without overlap.
+        With overlap, while bucket i is orthogonalized, bucket i + 1 is gathered and bucket i - 1 is scattered. Bucket
+        i - 1 is finished before the updates of bucket i are sent. The order depends only on the number of buckets,
+        never on timing. So all ranks send the same messages in the same order, and the results equal those without
+        overlap.
         """
         progress, overlap = self.transport.progress, self.options.overlap
         strided = [(w, w.parameter) for w in work.values() if not w.parameter.is_contiguous()]  # such as channels_last
@@ -215,7 +215,7 @@ class Runtime:
         progress.enter("idle")
 
     def _begin(self, work: Mapping[int, Work], zero: Set[int]) -> tuple[StepContext, Program, RuleSums | None]:
-        """Update momentum and decay the weights; what the buckets share, and what comes after them."""
+        """Update momentum and decay the weights. Returns the buckets' shared data, the program, the rules' sums."""
         factor = self.binding.gradient_factor()
         parameters = {b: work[b].parameter for b in sorted(work)}
         gradients = {b: work[b].gradient for b in parameters}
@@ -231,7 +231,7 @@ class Runtime:
             program = self._programs[key] = self._compiler.compile(parameters, gradients, groups)
         weights = _views(program.weights.readers, parameters)
         sent = _views(program.sources.readers, gradients)
-        # Where the owners keep the momentum, the gradients stand in for it: the numbers of the fragments stay.
+        # If the owners keep the momentum, use the gradients in its place: so the fragments keep their numbers.
         readers = {**{b: program.sources.readers[b] for b in self.at_owners & work.keys()}, **self._readers}
         momentum = _views({b: readers[b] for b in parameters if b in readers}, {**gradients, **self.momentum})
         for p in program.groups:
@@ -276,13 +276,13 @@ class Runtime:
     # Programs ---------------------------------------------------------------------------------------------------
 
     def programs(self) -> list[Program]:
-        """The programs of the steps so far that are kept."""
+        """The cached programs of earlier steps."""
         return list(self._programs.values())
 
     def kernels(self, groups: Sequence[Group]) -> dict[tuple[int, int], str]:
-        """The form of the iteration and the matrix products, for each shape that this rank orthogonalizes.
+        """Name of the iteration and matrix products, for each shape (rows, cols) that this rank orthogonalizes.
 
-        `groups` are the optimizer's parameter groups.
+        groups: the optimizer's parameter groups.
         """
         names: dict[tuple[int, int], str] = {}
         compiled = self.options.ns_compile
@@ -294,7 +294,7 @@ class Runtime:
 
 
 def _views(readers: Mapping[int, Reader], tensors: Mapping[int, Tensor]) -> list[Tensor]:
-    """The fragments that `readers` read, buffer after buffer."""
+    """Views of the fragments in `tensors`, buffer after buffer."""
     found: list[Tensor] = []
     for buffer, reader in readers.items():
         if reader.whole:
@@ -307,8 +307,7 @@ def _views(readers: Mapping[int, Reader], tensors: Mapping[int, Tensor]) -> list
 def _fp32(
     momentum: list[Tensor], gradients: list[Tensor], factor: float, elements: int
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Momentum and fp32 gradients times `factor`, in parts of about `elements`, so that no second gradient is ever
-    alive."""
+    """Momentum and fp32 gradients times `factor`, in parts of about `elements`, to avoid a full copy of a gradient."""
     part: tuple[list[Tensor], list[Tensor]] = [], []
     taken = 0
     for m, g in zip(momentum, gradients, strict=True):

@@ -1,4 +1,4 @@
-"""The learning rate compared with the limit from the curvature, for a model whose parameters are whole here."""
+"""The learning rate compared with the curvature's limit, for a model that this process holds completely."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from muon_dist.optim.muon import Muon
 
 @dataclass(frozen=True)
 class _Block:
-    """A matrix inside a parameter, and the update that Muon would make of its gradient."""
+    """A matrix inside a parameter, and Muon's update for its gradient."""
 
     matrix: Matrix
     parameter: int
     gradient: Tensor  # (rows, cols)
-    update: Tensor  # (rows, cols), scaled, so that steps are in units of lr
+    update: Tensor  # (rows, cols), times scale: a step is lr times this
 
 
 def probe_sharpness(optimizer: Muon, loss: Callable[[], Tensor], *, lanczos: int = 12) -> dict[str, Any]:
-    """Stable steps of every Muon matrix and of the whole Muon update, against the learning rate in use.
+    """The largest stable step of every Muon matrix, and of all together, compared with the learning rate.
 
-    The direction is what Muon would make of the gradient of `loss` alone (no momentum, as in the theory): O = scale x
-    newton_schulz(G). For one matrix all others stand still, so its curvature is the diagonal block of the Hessian;
-    "whole" moves all Muon matrices together and no AdamW parameter. Costs (2 + `lanczos`) backward passes through the
-    gradient for each matrix and for the whole. Local: with DDP let `loss` call the module inside, on any one rank.
+    The direction is Muon's update for the gradient G of `loss`, without momentum, as in the theory: O = scale x
+    newton_schulz(G). In a row for one matrix only this matrix moves, so its curvature is the diagonal block of the
+    Hessian. In the row "whole" all Muon matrices move together, and no AdamW parameter. Each row costs (2 + `lanczos`)
+    backward passes through the gradient. Local: with DDP, call this on one rank, and let `loss` call the inner module.
 
     Returns:
         `whole` and `matrices`, each with name, lr, bound, of_bound (lr / bound), threshold, of_threshold, nds_update,
@@ -55,7 +55,7 @@ def probe_sharpness(optimizer: Muon, loss: Callable[[], Tensor], *, lanczos: int
                 block.gradient.reshape(-1), block.update.reshape(-1), _block_product(curvature, block), lanczos=lanczos
             )
             rows.append(_row(block.matrix.name, lr, step))
-        # lr may differ between groups: the whole is measured in units of the first group's
+        # lr may differ between groups: "whole" is in units of the first group's lr
         base = float(groups[blocks[0].parameter]["lr"])
         ratios = [float(groups[b.parameter]["lr"]) / base if base else 1.0 for b in blocks]
         gradient = torch.cat([b.gradient.reshape(-1) for b in blocks])
@@ -65,7 +65,7 @@ def probe_sharpness(optimizer: Muon, loss: Callable[[], Tensor], *, lanczos: int
 
 
 def _whole_parameters(optimizer: Muon) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """The Muon parameters, and for each its group; refused when they are not whole."""
+    """The Muon parameters, and the group of each. Raises FrameworkError if a framework has partitioned them."""
     parameters: list[Tensor] = []
     groups: list[dict[str, Any]] = []
     for group, specs, algorithm in zip(optimizer.param_groups, optimizer.specs, optimizer.algorithms, strict=True):
@@ -74,7 +74,7 @@ def _whole_parameters(optimizer: Muon) -> tuple[list[Tensor], list[dict[str, Any
         for p in group["params"]:
             if hasattr(p, "ds_id"):
                 raise FrameworkError(
-                    "sharpness: DeepSpeed ZeRO-3 has partitioned the parameters, and no rank can differentiate twice "
+                    "sharpness: DeepSpeed ZeRO-3 has partitioned the parameters, so no rank can differentiate twice "
                     "through them; probe a saved checkpoint in one process: muon-dist spectra probe RUN"
                 )
         if [tuple(p.shape) for p in group["params"]] != [s.shape for s in specs] or any(

@@ -1,4 +1,4 @@
-"""The state of Muon groups in and out of state dicts."""
+"""Saving and loading the state of Muon groups in state dicts."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from muon_dist.optim.runtime import Runtime
 logger = logging.getLogger("muon_dist")
 MOMENTUM = "momentum_buffer"
 PARTIAL = "partial_momentum"
-"""Key of a rank's own state dict: for each parameter whose momentum the rank holds in part, the matrices it holds."""
+"""Key in a rank's state dict: for each parameter whose momentum the rank holds in part, names of the held matrices."""
 RESTING = "zero_gradient_steps"
-"""Of each matrix of a parameter, the steps in a row in which its gradient was exactly zero; kept if there are any."""
+"""Key of the number of steps in a row with a zero gradient, per matrix of a parameter; absent if all are 0."""
 
 
 def indexed_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -35,14 +35,14 @@ def indexed_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def owner_key(runtime: Runtime, name: str, i: int) -> str:
-    """The key in the state of what the owner of matrix `i` keeps: `name`, and the matrix unless its buffer is it."""
+    """State key of the owner's tensor `name` for matrix `i`, with the matrix's name if its buffer has several."""
     m = runtime.plan.layout.matrices[i]
     alone = len(runtime.memory.matrices[m.buffer]) == 1
     return name if alone else f"{name}:{m.matrix.name}"
 
 
 def entries(runtime: Runtime, buffer: int) -> dict[str, Tensor]:
-    """The state of a buffer as it is in `optimizer.state`: live tensors, or DTensors of them."""
+    """The entries of a buffer in `optimizer.state`: live tensors, or DTensors that share their memory."""
     binding, plan, memory = runtime.binding, runtime.plan, runtime.memory
     found: dict[str, Tensor | None] = {
         MOMENTUM: None if buffer in runtime.at_owners else binding.stored(plan, buffer, runtime.momentum.get(buffer)),
@@ -57,7 +57,7 @@ def entries(runtime: Runtime, buffer: int) -> dict[str, Tensor]:
 
 
 def partial_momentum(runtime: Runtime, parameters: Sequence[Tensor]) -> dict[int, list[str]]:
-    """The `PARTIAL` entry of this rank: state-dict index -> names of the matrices, where momentum is not whole."""
+    """This rank's `PARTIAL` entry: state-dict index -> names of its matrices, where it holds only some momentum."""
     index_of = {id(p): i for i, p in enumerate(parameters)}
     found = {}
     for buffer, shard in runtime.momentum.items():
@@ -72,9 +72,9 @@ def _held_matrices(runtime: Runtime, buffer: int) -> list[str]:
 
 
 def warn_if_partial(runtime: Runtime, state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
-    """Whether this rank's state dict lacks momentum that other ranks hold; warns if so.
+    """Whether this rank's state dict lacks momentum that other ranks hold; warns if it does.
 
-    Not under ZeRO and FSDP2: there each rank's part of the state belongs to its part of the parameters.
+    Never under ZeRO and FSDP2, where each rank's part of the state belongs to its part of the parameters.
     """
     if runtime.transport.world_size == 1:
         return False
@@ -88,10 +88,10 @@ def warn_if_partial(runtime: Runtime, state: Mapping[Tensor, Mapping[str, Any]])
     if not missing:
         return False
     warnings.warn(
-        f"this state_dict is the part of rank {runtime.transport.rank} alone: it lacks the momentum of {missing} of "
-        f"{len(runtime.binding.buffers)} parameters, which lies on other ranks. It loads only on this rank and for "
-        "the same plan. To save everything: make the optimizer with momentum_everywhere=True, with which every "
-        "state_dict is whole; or call full_state_dict() on all ranks and save what rank 0 gets; or save with "
+        f"this state_dict has only the part of rank {runtime.transport.rank}: it lacks the momentum of {missing} of "
+        f"{len(runtime.binding.buffers)} parameters, which other ranks hold. It can be loaded only on this rank and "
+        "for the same plan. To save everything: make the optimizer with momentum_everywhere=True, so that every "
+        "state_dict is complete; or call full_state_dict() on all ranks and save the result of rank 0; or save with "
         "muon_dist.checkpoint (MuonTrainer does; docs/checkpoints.md)",
         RuntimeWarning,
         stacklevel=3,
@@ -106,7 +106,7 @@ def say_bytes(runtime: Runtime) -> None:
     kept = sum(runtime.momentum[b].numel() for b in runtime.everywhere)
     needed = sum(f.length for b in runtime.everywhere for _, f, _ in runtime.momentum_pieces(b))
     logger.info(
-        "momentum_everywhere: rank 0 keeps %.1f MB of momentum, of which it would need %.1f MB as an owner",
+        "momentum_everywhere: rank 0 keeps %.1f MB of momentum; without this option it would keep %.1f MB",
         4 * kept / 1e6,
         4 * needed / 1e6,
     )
@@ -120,10 +120,10 @@ class Loaded:
     """The entries of a state dict for one parameter of Muon.
 
     Attributes:
-        momentum: None if it holds none.
-        matrices: names of the matrices that `momentum` holds; None for all.
-        memory: what the rule keeps, by its key in the state.
-        fresh: the parameter came later: its state begins at zero.
+        momentum: None if the state dict has none.
+        matrices: names of the matrices in `momentum`; None for all.
+        memory: the rule's tensors, by their keys in the state.
+        fresh: the parameter was added after the save: its state starts at zero.
     """
 
     momentum: Tensor | None = None
@@ -132,18 +132,18 @@ class Loaded:
     fresh: bool = False
 
     def entries(self) -> dict[str, Tensor]:
-        """As in the state dict."""
+        """All entries by their keys in the state dict."""
         return self.memory if self.momentum is None else {MOMENTUM: self.momentum, **self.memory}
 
 
 def split_state(
     parameters: Sequence[Tensor], state_dict: Mapping[str, Any]
 ) -> tuple[dict[Tensor, Loaded], dict[str, Any]]:
-    """Take the state of Muon groups out of a state dict: torch's own loading would cast it to the parameter's dtype.
+    """Split a state dict into the state of Muon groups, by parameter, and the rest, which torch loads.
 
-    Returns (parameter -> what was loaded of it, the state dict without).
+    Torch would cast Muon's state to the parameter's dtype.
     """
-    # As torch matches them: by order. The keys are numbers, or FQNs from torch.distributed.checkpoint.
+    # Torch matches entries by order. Keys are numbers, or FQNs from torch.distributed.checkpoint.
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     by_key = dict(zip(keys, parameters, strict=False))
     partial = state_dict.get(PARTIAL, {})
@@ -152,7 +152,7 @@ def split_state(
     for key, entry in state_dict["state"].items():
         own = {name: value for name, value in entry.items() if is_own(name)}
         rest[key] = {name: value for name, value in entry.items() if name not in own}
-        if isinstance(rest[key].get("step"), (int, float)):  # as other AdamWs keep it
+        if isinstance(rest[key].get("step"), (int, float)):  # other AdamW implementations store a number
             rest[key]["step"] = torch.tensor(float(rest[key]["step"]))
         if own and key in by_key:
             copies = {name: value.detach().clone() for name, value in own.items()}
@@ -161,21 +161,21 @@ def split_state(
 
 
 def is_own(key: str) -> bool:
-    """Whether a key of the state is of a Muon group: momentum, or what a rule keeps."""
+    """Whether a key belongs to the state of a Muon group: momentum, a rule's tensor, or a master."""
     return key in (MOMENTUM, RESTING, ROUNDINGS, MASTER) or key.partition(":")[0] in memory_names()
 
 
 def _planned(key: str) -> bool:
-    """Whether the plan keeps this entry: a Muon group's, but no master, which `low_precision.MasterWeights` keeps."""
+    """Whether the plan manages this entry: all of a Muon group except masters (see `low_precision.MasterWeights`)."""
     return is_own(key) and key != MASTER
 
 
 def settle(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
-    """`follow`, and bring `RESTING` in `state` up to date: before a save or a copy."""
+    """Call `follow`, and update `RESTING` in `state`; for a save or a copy."""
     follow(runtime, state)
     for buffer, parameter in enumerate(runtime.binding.buffers):
         members = runtime.memory.matrices[buffer]
-        counts = runtime.resting[members[0] : members[-1] + 1]  # live, so that a copy made later is right
+        counts = runtime.resting[members[0] : members[-1] + 1]  # a view, so that a copy made later is correct
         if counts.any():
             state[parameter][RESTING] = counts
         else:
@@ -185,16 +185,17 @@ def settle(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> N
 def install(
     runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]], loaded: Mapping[Tensor, Loaded] | None
 ) -> None:
-    """Put this rank's part into the optimizer's `state`, after taking over what is there.
+    """Load the entries in the optimizer's `state` into this rank's part, and put this part into `state`.
 
     Args:
-        runtime: of the new plan.
-        state: where no entry of a Muon group is there, momentum begins at zero.
-        loaded: what a load has put into `state`; None if there was none. What others have changed there since counts.
+        runtime: the runtime of the new plan.
+        state: the optimizer's state. Momentum without an entry starts at zero.
+        loaded: the entries that a load has put into `state`; None without a load. If other code has changed `state`
+            since the load, its values are used.
 
     Raises:
         CheckpointError: loaded state that this rank needs is missing or has another shape.
-        ConfigError: an entry that others have put into `state` cannot be used.
+        ConfigError: an entry that other code has put into `state` is invalid.
     """
     runtime.in_state.clear()
     frozen: list[str] = []
@@ -215,8 +216,8 @@ def install(
     runtime.memory.started.clear()
     if frozen:
         warnings.warn(
-            f"the state dict has no momentum of {len(frozen)} parameters that are frozen ({', '.join(frozen[:3])}): "
-            "torch.distributed.checkpoint leaves it out. If they are unfrozen later, their momentum begins at zero. "
+            f"the state dict has no momentum of {len(frozen)} frozen parameters ({', '.join(frozen[:3])}): "
+            "torch.distributed.checkpoint leaves it out. If they are unfrozen later, their momentum starts at zero. "
             "To keep it, freeze them after the state is loaded",
             RuntimeWarning,
             stacklevel=2,
@@ -224,9 +225,9 @@ def install(
 
 
 def follow(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
-    """Take over changes that other code made in the optimizer's `state`: replaced, removed or added entries.
+    """Apply changes that other code made in the optimizer's `state`: replaced, removed or added entries.
 
-    An entry that is gone begins at zero again. Local.
+    State whose entry was removed is set to zero. Local.
 
     Raises:
         ConfigError: an entry is not a tensor, or has another shape; names parameter and key.
@@ -241,8 +242,10 @@ def follow(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]]) -> N
 def change_rules(
     runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]], rules: Mapping[int, MuonRule]
 ) -> None:
-    """Step by other rules from now on. Momentum stays, and memory that the old and the new rule both have; what the
-    new one needs beside it begins at zero. Local. rules: of each parameter group."""
+    """Use other rules from now on; local. rules: the rule of each parameter group.
+
+    Momentum stays, and memory that the old and the new rule share. Other memory of the new rule starts at zero.
+    """
     settle(runtime, state)
     before = runtime.memory
     runtime.use_rules(rules)
@@ -269,7 +272,7 @@ def _same(own: Mapping[str, Any], given: Mapping[str, Tensor]) -> bool:
 
 
 def _place(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]], buffer: int) -> None:
-    """Put the live tensors of a buffer into `state`, in place of what is there."""
+    """Replace the entries of a buffer in `state` by its live tensors."""
     parameter, found = runtime.binding.buffers[buffer], entries(runtime, buffer)
     put(state, parameter, found)
     runtime.in_state[parameter] = {MOMENTUM: None, **found}
@@ -278,7 +281,7 @@ def _place(runtime: Runtime, state: MutableMapping[Tensor, dict[str, Any]], buff
 def _take(runtime: Runtime, buffer: int, own: Mapping[str, Any], matrices: list[str] | None) -> None:
     """Copy entries that other code put into a buffer's state into this rank's part; removed entries become zero.
 
-    Entries that are still those of `runtime.in_state` keep their values.
+    Entries that still equal those in `runtime.in_state` keep their values.
     """
     members, parameter = runtime.memory.matrices[buffer], runtime.binding.buffers[buffer]
     name = runtime.plan.layout.matrices[members[0]].matrix.parameter
@@ -288,7 +291,7 @@ def _take(runtime: Runtime, buffer: int, own: Mapping[str, Any], matrices: list[
         if not isinstance(value, Tensor):
             raise ConfigError(
                 f"optimizer.state of {name}: {key} is a {type(value).__name__}: put a tensor there, or delete the "
-                "entry to begin at zero"
+                "entry to start at zero"
             )
     for key, live in put.items():
         if live is not None and key not in own:
@@ -302,7 +305,7 @@ def _take(runtime: Runtime, buffer: int, own: Mapping[str, Any], matrices: list[
     try:
         if given.momentum is not None and buffer in runtime.momentum:
             if given.momentum.shape == runtime.momentum[buffer].shape != parameter.shape:
-                given.matrices = _held_matrices(runtime, buffer)  # this rank's part, as it stood there
+                given.matrices = _held_matrices(runtime, buffer)  # another object for this rank's part
             _adopt_momentum(runtime, buffer, given)
         _adopt_memory(runtime, buffer, given, strict=False)
     except CheckpointError as error:
@@ -333,17 +336,17 @@ def _adopt_momentum(runtime: Runtime, buffer: int, given: Loaded) -> None:
     shard, parameter = runtime.momentum[buffer], runtime.binding.local(runtime.binding.buffers[buffer])
     pieces = runtime.momentum_pieces(buffer)
     if given.momentum is None:
-        if pieces:  # else it only pads or copies
+        if pieces:  # else this rank holds only padding or copies
             raise CheckpointError(_missing(runtime, f"momentum of {pieces[0][0].name}"))
         return
     value = runtime.binding.local(given.momentum)
-    label = pieces[0][0].name if pieces else f"what rank {runtime.transport.rank} only copies or pads"
+    label = pieces[0][0].name if pieces else f"the padding or copies on rank {runtime.transport.rank}"
     if given.matrices is not None:
         held = _held_matrices(runtime, buffer)
         if given.matrices != held or value.numel() != shard.numel():
             raise CheckpointError(
-                f"the state dict holds momentum of {given.matrices[:3]} of {len(given.matrices)} matrices, rank "
-                f"{runtime.transport.rank} holds {held[:3]}: it was saved by another rank or plan. Save with "
+                f"the state dict has momentum of {len(given.matrices)} matrices, such as {given.matrices[:3]}, but "
+                f"rank {runtime.transport.rank} holds {held[:3]}: it was saved by another rank or plan. Save with "
                 "full_state_dict()"
             )
         shard.copy_(value.view_as(shard))
@@ -365,7 +368,7 @@ def _adopt_memory(runtime: Runtime, buffer: int, given: Loaded, strict: bool = T
     wanted = dict(memory.numbers[buffer])
     whole: dict[str, Tensor] = {}
     for name in memory.owner_names[buffer]:
-        if name in given.memory and len(memory.matrices[buffer]) > 1:  # of all matrices, from full_state_dict
+        if name in given.memory and len(memory.matrices[buffer]) > 1:  # all in one tensor, from full_state_dict
             sizes = [memory.size(name, i) for i in memory.matrices[buffer]]
             if len(given.memory[name]) == sum(sizes):
                 parts = given.memory[name].split(sizes)
@@ -383,13 +386,15 @@ def _adopt_memory(runtime: Runtime, buffer: int, given: Loaded, strict: bool = T
             raise CheckpointError(_missing(runtime, f"{key} of {matrices[memory.matrices[buffer][0]].matrix.name}"))
         value = runtime.binding.local(value)
         if value.shape != kept.shape:
-            raise CheckpointError(f"{key} has shape {tuple(value.shape)} in the state dict, here {tuple(kept.shape)}")
+            raise CheckpointError(
+                f"{key} has shape {tuple(value.shape)} in the state dict, but {tuple(kept.shape)} in this optimizer"
+            )
         kept.copy_(value)
 
 
 def _missing(runtime: Runtime, what: str) -> str:
     return (
-        f"the state dict has no {what}, which rank {runtime.transport.rank} owns: it is one rank's part only. Save "
-        "with full_state_dict() on all ranks (MuonTrainer does), or from an optimizer made with "
+        f"the state dict has no {what}, which rank {runtime.transport.rank} owns: it has only one rank's part. "
+        "Save with full_state_dict() on all ranks (MuonTrainer does), or from an optimizer made with "
         "momentum_everywhere=True; or load on each rank the file that this rank saved"
     )

@@ -33,9 +33,9 @@ class StateDicts(torch.optim.Optimizer):
     _rounding: AdamWRounding | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part: its own momentum, and AdamW's state as kept here; local. See `full_state_dict`.
+        """This rank's part of the state: its momentum and its AdamW state. Local. See `full_state_dict`.
 
-        A RuntimeWarning says once when this part lacks momentum that lies on other ranks, as under DDP.
+        Warns once (RuntimeWarning) if other ranks hold momentum that this part lacks, as under DDP.
         """
         if self._gathered is not None:
             return self._gathered
@@ -50,12 +50,12 @@ class StateDicts(torch.optim.Optimizer):
         return packed
 
     def full_state_dict(self) -> dict[str, Any]:
-        """The state of a single process, gathered to rank 0 of the process group; a collective.
+        """The complete state, gathered to rank 0 of the process group; {} on other ranks. A collective.
 
-        Rank 0 gets a state_dict that `load_state_dict` takes on any number of ranks, others get {}.
+        `load_state_dict` accepts it on any number of ranks.
 
         Raises:
-            CheckpointError: the framework keeps the parameters in parts, and saves them itself.
+            CheckpointError: the framework shards the parameters, and must save the state itself.
         """
         if self._runtime is not None:
             settle(self._runtime, self.state)
@@ -67,25 +67,25 @@ class StateDicts(torch.optim.Optimizer):
     def gather_state(self) -> None:
         """Make `state_dict()` return `full_state_dict()` on rank 0 until `release_state`. A collective.
 
-        For a framework that saves the state dict of rank 0 only: its hook before a save, on all ranks.
+        For a framework that saves only rank 0's state dict: call this on all ranks before the save.
         """
         self._gathered = self.full_state_dict() or None
 
     def release_state(self) -> None:
-        """Let `state_dict()` be this rank's part again."""
+        """Let `state_dict()` return this rank's part again."""
         self._gathered = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `full_state_dict()`, or this rank's own `state_dict()`; on every rank.
+        """Load a `full_state_dict()`, or this rank's own `state_dict()`. Call it on every rank.
 
-        Before the first step it is local, and the ranks agree on it when they plan. After it, it is a collective. What
-        one rank refuses all ranks refuse, with its message. Momentum is kept in fp32 whatever the parameters' dtype,
-        and taken apart for this rank's plan. Load hooks see it, and what they return is loaded.
+        Before the first step the call is local; the ranks check the state when they make the plan. After the first
+        step it is a collective. If one rank raises an error, all ranks raise it. Momentum stays fp32 for every dtype
+        of parameters; each rank keeps its part. Load hooks see the momentum, and the state that they return is loaded.
 
         Raises:
             ConfigError: a group's algorithm or rule differs.
             CheckpointError: momentum of a matrix that this rank holds is missing (another rank's state_dict), or the
-                parameters of a group were in another order.
+                parameters of a group are in another order.
         """
         runtime = self._runtime
         if runtime is None:
@@ -100,9 +100,9 @@ class StateDicts(torch.optim.Optimizer):
     # 16-bit parameters ----------------------------------------------------------------------------------------------
 
     def master_weights(self) -> dict[torch.Tensor, torch.Tensor]:
-        """The fp32 master of every 16-bit parameter, with `master_weights=True`; placed as its parameter is.
+        """The fp32 master of every 16-bit parameter, with `master_weights=True`; sharded as the parameter is.
 
-        The first call before the first step plans, and is a collective.
+        Before the first step, the first call makes the plan and is a collective.
         """
         if not self._options.master_weights:
             return {}
@@ -111,16 +111,16 @@ class StateDicts(torch.optim.Optimizer):
         return {p: self._masters.of(p) for p in indexed_parameters(self) if is_narrow(p)}
 
     def moment_dtype(self, parameter: torch.Tensor) -> torch.dtype:
-        """The dtype of AdamW's moments of a parameter: its own, or fp32 where the step computes in fp32."""
+        """The dtype of AdamW's moments: the parameter's, or fp32 if the step computes in fp32."""
         wide = self._options.master_weights or self._options.stochastic_rounding
         return torch.float32 if wide and is_narrow(parameter) else parameter.dtype
 
     def bound_runtime(self) -> Runtime:
-        """The runtime, planned now if it was not yet."""
+        """The runtime. The first call makes the plan."""
         raise NotImplementedError
 
     def _named(self) -> list[tuple[str, torch.Tensor, str]]:
-        """Clean FQN, tensor and algorithm of everything that is stepped; a number where a framework has made it."""
+        """Clean FQN, tensor and algorithm of every stepped tensor. A tensor that a framework made has a number."""
         found = []
         for group, specs, algorithm in zip(self._groups, self.specs, self.algorithms, strict=True):
             known = len(specs) == len(group["params"])

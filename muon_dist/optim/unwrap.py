@@ -11,7 +11,7 @@ from muon_dist.optim.muon import Muon
 
 
 def layers(optimizer: Any) -> Iterator[Any]:
-    """`optimizer`, the optimizer that it wraps in its attribute `optimizer`, and so on down to the innermost one."""
+    """`optimizer`, the optimizer in its attribute `optimizer`, and so on down to the innermost one."""
     while optimizer is not None:
         yield optimizer
         optimizer = getattr(optimizer, "optimizer", None)

@@ -1,4 +1,4 @@
-"""Which rank orthogonalizes each matrix, what the work costs, and in which order ZeRO-1/2 lays out the parameters."""
+"""The owner of each matrix, the cost of its work, and the best order of parameters under ZeRO-1/2."""
 
 from muon_dist.ownership.cost import CostModel
 from muon_dist.ownership.plan import OwnershipPlan, assign_owners, digest, first_difference, stack_length

@@ -1,4 +1,4 @@
-"""Seconds that a device needs to orthogonalize and to send a matrix; used to choose owners and to plan."""
+"""Estimated seconds to orthogonalize and to send a matrix; used to choose owners and to plan."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from muon_dist.numerics import newton_schulz_flops, segment_length
 
 @dataclass(frozen=True)
 class CostModel:
-    """An analytic device: only the ratio of its two numbers changes who owns what.
+    """An analytic cost model. Only the ratio of its two numbers affects the choice of owners.
 
     Attributes:
         flops_per_second: matmul throughput of one rank.
-        bytes_per_second: what one rank sends (and receives) in a second.
+        bytes_per_second: bytes that one rank can send, and also receive, per second.
 
-    The default ratio, 1e4 FLOPs a byte, is that of an H100 in bf16 (about 5e14 achieved) behind a 400 Gbit/s link
-    (5e10 bytes/s); a laptop core over loopback (5e10, 1e9) has 50. A wrong ratio costs balance, never exactness.
+    The default ratio, 1e4 FLOPs per byte, is that of an H100 in bf16 (about 5e14 achieved) with a 400 Gbit/s link
+    (5e10 bytes/s). For a laptop core over loopback (5e10, 1e9) it is 50. A wrong ratio makes the balance worse, never
+    the result.
     """
 
     flops_per_second: float = 5e14
@@ -37,5 +38,5 @@ class CostModel:
         return elements * bytes_per_element / self.bytes_per_second
 
     def fields(self) -> Iterable[tuple[str, object]]:
-        """(name, value) of all that decides owners; ranks compare them with the plan."""
+        """(name, value) of everything that affects the owners; ranks compare these when they compare plans."""
         yield "cost model", (type(self).__name__, self.flops_per_second, self.bytes_per_second)

@@ -1,4 +1,4 @@
-"""A cost model of stacks that were timed on the device at hand, kept in a file for later runs."""
+"""A cost model from stacks timed on this device; the times are cached in a file for later runs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from muon_dist.numerics import ScheduleLike, newton_schulz
 from muon_dist.numerics.products import products_for
 from muon_dist.ownership.cost import CostModel
 
-_SECONDS = 0.05  # each stack is timed until it has run this long, and three times at least
-_MOST_BYTES = 2**30  # of a stack that is timed: a longer one is timed in part
+_SECONDS = 0.05  # each stack is timed for this long, and at least three times
+_MOST_BYTES = 2**30  # largest stack that is timed: of a larger one only a part is timed
 
 Stack = tuple[int, int, int]
-"""(short side, long side, matrices): what the time of a stack depends on."""
+"""(short side, long side, matrices) of a stack: its time depends on these."""
 
 
 @dataclass(frozen=True)
 class MeasuredCost(CostModel):
-    """Seconds of stacks as measured; between measured lengths of a stack linear, beyond them proportional.
+    """Measured seconds per stack: interpolated between measured stack lengths, and proportional beyond them.
 
-    A shape that was not measured is taken from the analytic model, at the rate (FLOP/s) of the measured shape that is
+    A shape that was not measured gets the time of the analytic model, with the FLOP/s of the measured shape that is
     nearest in size.
 
     Attributes:
@@ -48,7 +48,7 @@ class MeasuredCost(CostModel):
     def orthogonalize(
         self, rows: int, cols: int, steps: int, dtype: torch.dtype = torch.float32, count: int = 1
     ) -> float:
-        """Seconds of Newton-Schulz on `count` matrices (rows, cols) in one stack; `steps` as they were measured."""
+        """Seconds of Newton-Schulz on `count` matrices (rows, cols) in one stack. steps: as in the measurement."""
         shape = min(rows, cols), max(rows, cols)
         if shape in self._by_shape:
             return _between(self._by_shape[shape], count)
@@ -66,7 +66,7 @@ class MeasuredCost(CostModel):
 
 
 def _between(measured: Sequence[tuple[int, float]], count: int) -> float:
-    """Seconds of `count` matrices from (matrices, seconds) in rising order."""
+    """Seconds of `count` matrices, from measured (matrices, seconds) in rising order."""
     low = max((m for m in measured if m[0] <= count), default=None)
     high = min((m for m in measured if m[0] >= count), default=None)
     if low is None or high is None:
@@ -88,9 +88,9 @@ def measure(
     flops_per_second: float = CostModel.flops_per_second,
     bytes_per_second: float = CostModel.bytes_per_second,
 ) -> MeasuredCost:
-    """Time each stack once per device, dtype, schedule and version of torch; known ones come from the cache file.
+    """The measured cost of `stacks`. Each is timed once per device, dtype, schedule and torch version, then cached.
 
-    The file is `cache_file(...)`; one that cannot be written is left unwritten, since the figures are still good.
+    The cache is `cache_file(...)`. If it cannot be written, the times are still used.
     """
     path = cache_file(device)
     known = _read(path)
@@ -108,12 +108,12 @@ def measure(
     if changed:
         _write(path, known)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what only the timing needed
+            torch.cuda.empty_cache()  # free memory that only the timing needed
     return MeasuredCost(flops_per_second, bytes_per_second, tuple(sorted(found.items())))
 
 
 def cache_file(device: torch.device) -> Path:
-    """The cache file of `device`, in the folder MUON_DIST_CACHE or else in the user's cache folder."""
+    """The cache file of `device`, in the folder MUON_DIST_CACHE, or by default in the user's cache folder."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     safe = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "muon_dist"
@@ -139,7 +139,7 @@ def _read(path: Path) -> dict[str, float]:
 
 
 def _write(path: Path, seconds: Mapping[str, float]) -> None:
-    """Of two processes that write together, one is kept. Where nothing can be written, each run measures again."""
+    """Write the cache. If two processes write at once, one file wins. If writing fails, each run measures again."""
     with contextlib.suppress(OSError):
         write_json(path, dict(seconds), sort_keys=True)
 

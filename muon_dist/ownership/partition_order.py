@@ -1,4 +1,4 @@
-"""The order in which ZeRO-1/2 should lay parameters end to end, so that its equal slices begin between matrices."""
+"""An order of parameters for ZeRO-1/2, so that its equal slices begin between matrices where possible."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from muon_dist.layout.flat import FlatGroup, PlacedParameter, flat_layout
 from muon_dist.ownership.cost import CostModel
 from muon_dist.ownership.plan import OwnershipPlan, assign_owners
 
-# DeepSpeed pads a flat group to a multiple of this times the ranks (nccl_start_alignment_factor in
+# DeepSpeed pads a flat group to a multiple of this times the number of ranks (nccl_start_alignment_factor in
 # runtime/zero/stage_1_and_2.py and runtime/bf16_optimizer.py, 0.19.8).
 DEEPSPEED_ALIGNMENT = 2
-_CANDIDATES = 4096  # ways to place one boundary that are compared
-_BEAM = 16  # partial orders kept at a boundary,
-_BEAM_STEPS = 2048  # fewer for many partitions: this many boundaries times partial orders in all
+_CANDIDATES = 4096  # candidate positions compared for one boundary
+_BEAM = 16  # partial orders kept at a boundary
+_BEAM_STEPS = 2048  # limit on boundaries times partial orders, so fewer partial orders for many partitions
 _WIDEST = 6  # counts of one kind that are tried at a boundary
-_EVEN = 0.1  # weight of the seconds by which the kinds are used up unevenly, which later boundaries would pay for
-_MOVED_BYTES = 2 * 4  # an element that is not where it is orthogonalized travels twice, in fp32
+_EVEN = 0.1  # weight of the seconds by which kinds are used unevenly, because later boundaries pay for this
+_MOVED_BYTES = 2 * 4  # an element that is not on its owner is sent twice (gather and scatter), in fp32
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """Parameters that are interchangeable: cut in the same way into matrices of the same shapes.
+    """Interchangeable parameters: they are split in the same way into matrices of the same shapes.
 
-    members: in the given order. size: elements of one. work: seconds to orthogonalize one. ends: where a boundary
-    inside one cuts no matrix, 0 and `size` included.
+    members: indices in the given order. size: elements of one. work: seconds to orthogonalize one. ends: positions
+    inside one where a boundary cuts no matrix, 0 and `size` included.
     """
 
     members: tuple[int, ...]
@@ -46,7 +46,7 @@ class _Kind:
 
 
 def slice_elements(numels: Sequence[int], partitions: int, alignment: int = DEEPSPEED_ALIGNMENT) -> int:
-    """Elements of each rank's slice of a flat group of parameters of `numels` elements, padding included."""
+    """Elements per rank's slice of a flat group, padding included. numels: elements of each parameter."""
     return -(-sum(numels) // (alignment * partitions)) * alignment
 
 
@@ -57,19 +57,19 @@ def partition_order(
     alignment: int = DEEPSPEED_ALIGNMENT,
     cost: CostModel | None = None,
 ) -> list[int]:
-    """Indices of `parameters` in the order in which to lay them end to end and cut into `partitions` equal slices.
+    """Indices of `parameters` in the best order, for a flat group that is cut into `partitions` equal slices.
 
-    A matrix cut by a boundary travels; one that is whole on a rank does not. Every slice gets about the same number
-    of each kind of parameter, which balances the arithmetic, and within that freedom each boundary is put where it
-    cuts off least. Parameters of one kind keep their order, so that the layers of a slice stay neighbours. The given
-    order is kept unless the new one ends earlier (arithmetic and bytes of the busiest rank), or as early with fewer
-    bytes. The same everywhere for the same arguments.
+    A matrix that a boundary cuts must be sent; a matrix that is whole on a rank need not be. Every slice gets about
+    the same number of parameters of each kind, to balance the arithmetic. Within this limit each boundary cuts off as
+    few elements as possible. Parameters of one kind keep their order, so neighbouring layers stay together. The given
+    order is kept unless the busiest rank (arithmetic and bytes) finishes earlier with the new order, or equally early
+    with fewer bytes. Deterministic.
 
     Args:
-        parameters: the matrices of each, which cover it.
+        parameters: per parameter, its matrices, which cover it.
         partitions: ranks of the data-parallel group.
         alignment: the group is padded to a multiple of `alignment * partitions` elements.
-        cost: weighs bytes against arithmetic.
+        cost: seconds of arithmetic and of messages.
     """
     given = list(range(len(parameters)))
     if partitions < 2 or len(parameters) < 2:
@@ -83,7 +83,7 @@ def partition_order(
 
 
 def _kinds(parameters: Sequence[Sequence[Matrix]], model: CostModel) -> list[_Kind]:
-    """Largest in total first."""
+    """The kinds of `parameters`; first the kind with the most elements in total."""
     members: dict[tuple[tuple[int, ...], ...], list[int]] = {}
     for i, matrices in enumerate(parameters):
         key = tuple(
@@ -94,7 +94,7 @@ def _kinds(parameters: Sequence[Sequence[Matrix]], model: CostModel) -> list[_Ki
     for indices in members.values():
         matrices = parameters[indices[0]]
         size = sum(m.numel for m in matrices)
-        whole_rows = all(m.block.stride == m.cols for m in matrices)  # blocks of columns are all cut by any boundary
+        whole_rows = all(m.block.stride == m.cols for m in matrices)  # any boundary cuts all blocks of columns
         ends = np.array(sorted({0, size, *(m.block.start for m in matrices if whole_rows)}), dtype=np.int64)
         work = sum(model.orthogonalize(m.rows, m.cols, 5) for m in matrices)
         kinds.append(_Kind(tuple(indices), size, work, ends))
@@ -102,7 +102,7 @@ def _kinds(parameters: Sequence[Sequence[Matrix]], model: CostModel) -> list[_Ki
 
 
 def _offsets(kinds: int) -> np.ndarray:
-    """(candidates, kinds): what is added to the proportional count of each kind, the least change first."""
+    """(candidates, kinds): changes of the proportional count of each kind, smallest change first."""
     varied = min(kinds, int(math.log2(_CANDIDATES)))
     width = max(w for w in range(2, _WIDEST + 1) if w == 2 or w**varied <= _CANDIDATES)
     steps = np.arange(width) - (width - 1) // 2
@@ -115,8 +115,8 @@ def _offsets(kinds: int) -> np.ndarray:
 class _State:
     """Number of parameters of each kind before a boundary.
 
-    price: seconds that this has cost so far. edge: the kind of the parameter that the boundary cuts, the last of the
-    slice (`sticks_out`) or the first of the next. before: the state at the boundary before.
+    price: cost so far, in seconds. edge: the kind of the parameter that the boundary cuts. sticks_out: this parameter
+    is the last of the slice; else it is the first of the next slice. before: the state at the previous boundary.
     """
 
     taken: np.ndarray
@@ -127,7 +127,7 @@ class _State:
 
 
 def _arrange(kinds: list[_Kind], partitions: int, size: int, model: CostModel) -> list[int]:
-    """Walk over the boundaries, and choose for each how many of each kind lie before it; a beam of choices is kept."""
+    """The best order found by beam search: at each boundary, choose how many parameters of each kind are before it."""
     walk = _Walk(kinds, partitions, size, model)
     width = max(1, min(_BEAM, _BEAM_STEPS // partitions))
     beam = [_State(np.zeros(len(kinds), dtype=np.int64), 0.0)]
@@ -152,7 +152,7 @@ def _arrange(kinds: list[_Kind], partitions: int, size: int, model: CostModel) -
 
 
 class _Walk:
-    """The choices at a boundary, and their costs."""
+    """The choices at each boundary, and their costs."""
 
     def __init__(self, kinds: list[_Kind], partitions: int, size: int, model: CostModel) -> None:
         self.kinds = kinds
@@ -166,17 +166,17 @@ class _Walk:
         self.offsets = _offsets(len(kinds))
 
     def followers(self, state: _State, boundary: int, number: int) -> list[_State]:
-        """The `number` cheapest states at the `boundary`-th boundary after `state` at the one before."""
+        """The `number` cheapest states at the `boundary`-th boundary that follow `state` at the previous boundary."""
         at = min(boundary * self.size, self.total)
         proportional = self.counts * at // self.total
         candidates = np.clip(proportional + self.offsets, state.taken, self.counts)
         reserved = np.zeros_like(self.counts)
         if state.edge is not None and not state.sticks_out:
-            reserved[state.edge] = 1  # it begins this slice
+            reserved[state.edge] = 1  # this parameter begins the slice
         least_taken = state.taken + reserved
         candidates = np.vstack([candidates[(candidates >= least_taken).all(axis=1)], least_taken])
         beyond = candidates @ self.sizes - boundary * self.size
-        # The parameter that sticks out is the last of the slice before the boundary, or the first of the one after.
+        # The parameter cut by the boundary is the last of the slice before it, or the first of the slice after it.
         cut = np.stack(
             [
                 np.where(
@@ -205,7 +205,7 @@ class _Walk:
 def _members(
     kinds: list[_Kind], start: np.ndarray, stop: np.ndarray, first: int | None, last: int | None
 ) -> list[int]:
-    """Parameters `start` to `stop` of each kind in the given order, one of kind `first` before and `last` after."""
+    """Parameters `start` to `stop` of each kind in the given order; one of kind `first` goes first, of `last` last."""
     chosen = [list(k.members[int(a) : int(b)]) for k, a, b in zip(kinds, start, stop, strict=True)]
     head = [chosen[first].pop(0)] if first is not None and chosen[first] else []
     tail = [chosen[last].pop()] if last is not None and chosen[last] else []
@@ -215,7 +215,7 @@ def _members(
 def _ends(
     parameters: Sequence[Sequence[Matrix]], order: Sequence[int], partitions: int, size: int, model: CostModel
 ) -> tuple[float, int]:
-    """(seconds until the last rank is done, elements that travel one way) when laid out in `order`."""
+    """(seconds until the last rank finishes, elements sent to owners) for the order `order`."""
     placed = []
     at = 0
     for i in order:

@@ -1,4 +1,4 @@
-"""Chooses the owner of each matrix: deterministic, balanced, and if possible a rank that already holds the matrix."""
+"""Chooses the owner of each matrix: deterministic, balanced, and if possible a rank that holds the whole matrix."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from muon_dist.ownership.cost import CostModel
 
 @dataclass(frozen=True)
 class OwnershipPlan:
-    """A layout and the owner of each of its matrices; everything that the exchange does follows from it.
+    """A layout and the owner of each of its matrices. They determine all messages of a step.
 
     Attributes:
-        layout: where the fragments are.
-        owners: rank of the owner of `layout.matrices[i]`.
-        policy: how they were chosen, for messages.
+        layout: the fragments of every matrix.
+        owners: `owners[i]` is the rank that owns `layout.matrices[i]`.
+        policy: the policy that chose the owners, for messages.
     """
 
     layout: Layout
@@ -40,14 +40,14 @@ class OwnershipPlan:
 
     @cached_property
     def sources(self) -> tuple[Fragments, ...]:
-        """For each matrix, the fragments that hold its momentum and send it to the owner."""
+        """Per matrix, its sources: the fragments that hold its momentum and send it to the owner."""
         domains = self.layout.domains
         return tuple(m.sources(owner, domains) for m, owner in zip(self.layout.matrices, self.owners, strict=True))
 
     @cached_property
     def direct(self) -> tuple[Fragments, ...]:
-        """For each matrix, the fragments whose updates come from its owner itself: all, or if they are relayed
-        (`Layout.relayed`) those of the owner's own domain."""
+        """Per matrix, the fragments whose updates the owner itself sends: all, or if the matrix is relayed
+        (`Layout.relayed`), those in the owner's copy of the model."""
         domain = np.asarray(self.layout.domains)
         return tuple(
             m.fragments.chosen(domain[m.fragments.rank] == domain[owner]) if self.layout.relayed(i) else m.fragments
@@ -78,7 +78,7 @@ class OwnershipPlan:
 
 
 def digest(fields: Iterable[tuple[str, object]]) -> bytes:
-    """SHA-256 over (name, value) pairs; 32 bytes, equal on two ranks exactly when all pairs are."""
+    """SHA-256 of (name, value) pairs; 32 bytes, equal on two ranks exactly if all pairs are equal."""
     state = hashlib.sha256()
     for name, value in fields:
         state.update(f"{name}={value!r}\n".encode())
@@ -111,21 +111,21 @@ def assign_owners(
     dtype: Callable[[MatrixLayout], torch.dtype] = lambda m: torch.float32,
     bytes_per_element: int = 4,
 ) -> OwnershipPlan:
-    """Choose the owner of every matrix. All ranks compute the same plan without communication.
+    """The ownership plan of a layout. All ranks compute the same plan without communication.
 
     Args:
-        layout: which rank holds which fragments.
+        layout: the fragments of every matrix on every rank.
         policy:
-            - "balanced": the largest matrix first, each to the rank that would finish it earliest (Graham's LPT). The
-              time counts the iteration and the bytes that must move to that rank and back. If one rank holds more
-              than half of a matrix, the matrix starts on that rank. Matrices leave the busiest rank only if the last
-              rank then finishes earlier. Each phase of the layout is balanced by itself.
+            - "balanced": largest matrix first, each to the rank that would finish it earliest (Graham's LPT). The time
+              counts the iteration, and the bytes sent to that rank and back. A matrix of which one rank holds more
+              than half starts on that rank. It leaves the busiest rank only if the last rank then finishes earlier.
+              Each phase of the layout is balanced separately.
             - "local": the rank that holds most of the matrix. Fewest bytes, no balance.
             - "round_robin": in the order of the parameters; for comparison.
-        cost: seconds of an iteration and of a transfer; None: an analytic model.
-        steps: number of Newton-Schulz steps of a matrix.
-        dtype: the dtype in which a matrix is orthogonalized.
-        bytes_per_element: of what is sent.
+        cost: seconds of an iteration and of a transfer; None: the analytic model.
+        steps: returns the number of Newton-Schulz steps of a matrix.
+        dtype: returns the dtype in which a matrix is orthogonalized.
+        bytes_per_element: bytes per element of the messages.
 
     Ties go to the lowest rank, then to the earlier name.
 
@@ -162,7 +162,7 @@ def _seconds(
     steps: Callable[[MatrixLayout], int],
     dtype: Callable[[MatrixLayout], torch.dtype],
 ) -> list[float]:
-    """Seconds of each matrix, in a stack of as many matrices of its shape as each rank will have."""
+    """Seconds per matrix, in a stack of the length that each rank will have for its shape."""
     keys = []
     for i in members:
         m = layout.matrices[i]
@@ -173,18 +173,18 @@ def _seconds(
 
 
 def stack_length(matrices: int, world_size: int) -> int:
-    """How many of `matrices` of one shape a rank orthogonalizes in one call when they are spread evenly."""
+    """Length of a rank's stack if `matrices` matrices of one shape are spread evenly over the ranks."""
     return -(-matrices // world_size)
 
 
 class _Balance:
-    """Owners of the matrices of one phase, and when each rank ends.
+    """Owners of the matrices of one phase, and the time when each rank finishes.
 
     Args:
-        layout, members: the matrices, by index.
-        seconds: of the iteration on each.
-        round_trip: seconds for one element to travel to an owner and back. A copy that is already everywhere (DDP)
-            misses nothing anywhere, so its broadcast, the same whoever owns it, does not count.
+        layout, members: the layout, and the indices of the matrices.
+        seconds: seconds of the iteration, per matrix.
+        round_trip: seconds to send one element to an owner and back. If every rank holds the whole matrix (DDP), no
+            gather is needed. The broadcast costs the same for every owner, so it does not count.
     """
 
     def __init__(self, layout: Layout, members: Sequence[int], seconds: Sequence[float], round_trip: float) -> None:
@@ -195,13 +195,13 @@ class _Balance:
         self.ends = np.zeros(layout.world_size)
         self.owner: dict[int, int] = {}
         self.owned: list[set[int]] = [set() for _ in range(layout.world_size)]
-        # Largest first, then by name: positions, since `improve` sorts by them again and again.
+        # Positions by size, then by name; kept, because `improve` sorts by them many times.
         names = sorted(members, key=lambda i: (-self.seconds[i], layout.matrices[i].matrix.name))
         self.order = {i: position for position, i in enumerate(names)}
         self._whole: dict[int, bool] = {}
 
     def cost(self, i: int) -> np.ndarray:
-        """Seconds that matrix `i` takes of each rank if that rank owns it."""
+        """Seconds that matrix `i` costs its owner, for each rank as the owner; (world_size,)."""
         m = self.layout.matrices[i]
         return self.seconds[i] + (m.matrix.numel - m.held_by_rank(self.layout.world_size)) * self.round_trip
 
@@ -212,14 +212,14 @@ class _Balance:
         self._whole.pop(i, None)
 
     def _lies_whole(self, i: int) -> bool:
-        """Whether its owner holds all of matrix `i`."""
+        """Whether the owner of matrix `i` holds all of it."""
         if i not in self._whole:
             m = self.layout.matrices[i]
             self._whole[i] = m.held(self.owner[i]) == m.matrix.numel
         return self._whole[i]
 
     def place(self) -> None:
-        """Matrices that lie mostly on one rank there, then the others, largest first."""
+        """Give matrices of which one rank holds most to this rank, then all others, largest first."""
         loose = []
         for i in self.members:
             m = self.layout.matrices[i]
@@ -236,14 +236,14 @@ class _Balance:
             self.give(i, rank, float(cost[rank]))
 
     def improve(self) -> None:
-        """Move one matrix at a time off the rank that ends last, while it and the receiver then end before that."""
+        """Move matrices from the rank that finishes last, one at a time, while both ranks then finish earlier."""
         while True:
             busiest = int(self.ends.argmax())
             before = self.ends[busiest]
             best: tuple[float, int, int, float, float] | None = None
             seen = set()
             for i in sorted(self.owned[busiest], key=self.order.__getitem__):
-                # Alike for this purpose: the same arithmetic, and lying wholly on this rank.
+                # Equivalent candidates: the same arithmetic, and completely on this rank.
                 numel = self.layout.matrices[i].matrix.numel
                 alike = (self.seconds[i], numel) if self._lies_whole(i) else (i,)
                 if alike in seen:

@@ -1,4 +1,4 @@
-"""Routing: which parameters Muon trains, which AdamW, and why."""
+"""Routing: the choice of Muon or AdamW for each parameter, with the reason."""
 
 from muon_dist.routing.announce import announce, is_rank_zero
 from muon_dist.routing.decide import embedding_weights, output_head, route, table_of

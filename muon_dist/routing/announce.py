@@ -13,17 +13,17 @@ _shown: set[str] = set()
 
 
 def is_rank_zero() -> bool:
-    """True on the first rank, and where nothing is distributed."""
+    """True on the first rank, and in a single process."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not distributed or torch.distributed.get_rank() == 0
 
 
 def announce(table: RoutingTable, show: bool = True, again: bool = False) -> RoutingTable:
-    """Print the folded table on the first rank, and warn of each doubt (RuntimeWarning). Returns the table.
+    """Print the folded table on the first rank, issue a RuntimeWarning for each doubt, and return the table.
 
     Args:
-        show: print the table. Doubts are warned of in any case.
-        again: also if this process has shown an equal table before.
+        show: print the table. Warnings are issued in any case.
+        again: do both even if this process has already shown an equal table.
     """
     if not is_rank_zero():
         return table

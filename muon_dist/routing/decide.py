@@ -1,8 +1,8 @@
 """Decides which parameters Muon trains and which AdamW.
 
-The decision rests on what a weight does: the type of the module that holds it, ties, and what the source of the
-forward does with it (`evidence.py`), never on its name: names lie. Users correct it, cut fused matrices and give
-options by name (`GroupRule`).
+The decision uses the type of the weight's module, ties, and the operations on the weight in the source of `forward`
+(`evidence.py`). It never uses names, because names can mislead. Users can correct decisions, split fused matrices and
+set options by name (`GroupRule`).
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from muon_dist.routing.table import GroupOptions, Route, RoutingTable, shape_tex
 
 
 def _refuse_muon(uses: list[Use], shape: tuple[int, ...]) -> str | None:
-    """Why a parameter cannot go to Muon although an override says so, or None."""
+    """The reason why a parameter cannot go to Muon, even by an override; None if it can."""
     name = f"{uses[0].fqn} {shape_text(shape)}"
     if len(shape) < 2:
         return f"{name} has fewer than two axes and cannot go to muon: Muon orthogonalizes matrices"
     if len(shape) == 3 and any(isinstance(u.module, CONVOLUTIONS) for u in uses):
-        return f"{name} is the kernel of a {type(uses[0].module).__name__}, not a batch of matrices: leave it to adamw"
+        return f"{name} is the kernel of a {type(uses[0].module).__name__}, not a batch of matrices: use adamw for it"
     return None
 
 
 def embedding_weights(model: nn.Module) -> set[int]:
-    """`id()` of the weights that are embedding tables: token, position and other tables of rows."""
+    """`id()` of all embedding tables: token, position and other tables of rows."""
     return gather(model).tables
 
 
 def output_head(model: nn.Module) -> set[int]:
-    """`id()` of the weights of the output heads: a language model's, tied or not, and classifiers'.
+    """`id()` of the weights of all output heads: of language models, tied or not, and of classifiers.
 
-    The evidence: `get_output_embeddings()`, or a projection whose output goes into the loss, is the logits, or is the
-    model's. Where no source can be followed, a projection with the shape of an embedding table counts.
+    A head is the result of `get_output_embeddings()`, or a projection whose output is the input of the loss, the
+    logits or the model's output. If the source cannot be followed, a projection with the shape of an embedding table
+    counts as the head.
     """
     evidence = gather(model)
     tied = {id(m.weight) for m in offered(model, "get_output_embeddings") if isinstance(m.weight, nn.Parameter)}
@@ -53,17 +54,17 @@ def route(
     splits: Sequence[SplitRule] = (),
     groups: Sequence[GroupRule] = (),
 ) -> RoutingTable:
-    """Decide for every parameter of `model` whether Muon or AdamW trains it.
+    """The routing table of `model`: for every parameter, whether Muon or AdamW trains it.
 
-    To Muon: what is a matrix by its module's type, or multiplies an input in the source of the forward; (E, M, N) with
-    E > 1 as E matrices. To AdamW: embedding tables, output heads, normalisation, convolutions and four axes or more,
-    everything with fewer than two axes or with a side of 1, and whatever is only added, looked up or multiplied
-    element by element. What `groups`, `overrides` and `splits` say by name decides before that, in this order; splits
-    cut Muon parameters only.
+    To Muon: weights that are matrices by their module's type, or that multiply an input in the source of `forward`;
+    (E, M, N) with E > 1 as E matrices. To AdamW: embedding tables, output heads, normalisation, convolutions, weights
+    with four axes or more, with fewer than two axes or with a side of 1, and weights that are only added, looked up or
+    multiplied element by element. `groups`, `overrides` and `splits` decide before these rules, in this order, by
+    name. Splits apply only to Muon's parameters.
 
     Raises RoutingError for a pattern that is malformed, matches nothing or never wins, a split that does not fit, a
-    parameter of fewer than two axes sent to Muon, a parameter of no elements and unknown logical shape, and when no
-    trained parameter reaches Muon.
+    parameter with fewer than two axes sent to Muon, a parameter without elements and with unknown logical shape, and
+    if no trained parameter goes to Muon.
     """
     table = table_of(model, overrides, splits, groups)
     if not table.select("muon"):
@@ -80,7 +81,7 @@ def table_of(
     splits: Sequence[SplitRule] = (),
     groups: Sequence[GroupRule] = (),
 ) -> RoutingTable:
-    """`route` of a model that may have nothing for Muon."""
+    """`route`, but the model need not have a parameter for Muon."""
     rules = Rules(groups, overrides, splits)
     evidence = gather(model)
     blocks = blocks_of(model) if rules.asks_model else {}

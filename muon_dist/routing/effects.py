@@ -1,4 +1,4 @@
-"""The effect of operations on values of known origin; fills a `Reading`."""
+"""The effects of operations on values with known origins; records them in a `Reading`."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from muon_dist.routing.origins import (
 class Effects:
     """The operations of one module's source.
 
-    Uses that it writes down: "product" (a matrix times an activation) with "inputs first" or "outputs first" as its
-    order of axes, "factor" (times another parameter), "embedding" (`F.embedding`), "row" (an index picks a part),
-    "indexed product" (that part is multiplied), "tensor product" (an einsum that is not a batch of matrices), "added",
-    "scaled", "input" (goes in where activations go), "written", "convolution", "returned", and "passed to NAME" for an
-    operation that is not known.
+    It records these uses: "product" (a matrix times an activation) with "inputs first" or "outputs first" as the order
+    of axes, "factor" (times another parameter), "embedding" (`F.embedding`), "row" (an index selects a part), "indexed
+    product" (this part is multiplied), "tensor product" (an einsum that is not a batch of matrices), "added",
+    "scaled", "input" (used as an activation), "written", "convolution", "returned", and "passed to NAME" for an
+    unknown operation.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -41,7 +41,7 @@ class Effects:
         self.reading = Reading()
 
     def is_parameter(self, origin: Origin) -> bool:
-        """True if the origin is a parameter itself, perhaps a parametrized one."""
+        """True if the origin is a parameter itself, parametrized or not."""
         if origin.kind != "ref" or not origin.path:
             return False
         found = resolve(self.module, origin.path)
@@ -76,9 +76,9 @@ class Effects:
                 self.reading.passed_on.setdefault(origin.path, set()).add(taker)
 
     def index(self, value: Value, key: str, by: Value = NOTHING) -> Value:
-        """One child of a container, or rows of a parameter; anything else stays what it is.
+        """The value after indexing: a child of a container, or rows of a parameter; any other value is unchanged.
 
-        Rows of a two-axis parameter that an activation picks are activations: what a token table gives.
+        If an activation selects rows of a two-axis parameter (a token table), the rows are activations.
         """
         found: set[Origin] = set()
         for origin in value:
@@ -133,7 +133,7 @@ class Effects:
         return frozenset(products) or (INPUT if everything else NOTHING)
 
     def elementwise(self, values: Iterable[Value], kind: str) -> Value:
-        """Sums and products of elements. A parameter that meets an activation ends here; a residual sum is "sum"."""
+        """The value of an elementwise sum or product. Records the use of each parameter that meets an activation."""
         values = [v for v in values if v]
         active = [v for v in values if activations(v)]
         if not active:
@@ -142,14 +142,14 @@ class Effects:
             self.note(value, kind)
         streams = {activations(v) for v in active}
         produced = {v for v in streams if any(o.kind in ("out", "mul") for o in v)}
-        if len(streams) == 1 or (kind == "scaled" and len(produced) == 1):  # under a mask, or divided by its own norm
+        if len(streams) == 1 or (kind == "scaled" and len(produced) == 1):  # a mask, or a division by its own norm
             return next(iter(produced or streams))
         return frozenset(replace(o, summed=True) for o in NOTHING.union(*streams))
 
     # Calls ------------------------------------------------------------------------------------------------------
 
     def operation(self, name: str, args: Sequence[Value], named: dict[str, Value]) -> Value:
-        """A call of a function of torch, or of one whose source cannot be read, by its name."""
+        """The value of a call of a torch function, or of a function without readable source, by its name."""
         plain = name.removesuffix("_") if not name.startswith("_") else name
         values = [*args, *named.values()]
         if plain in ops.NO_VALUES or not values:
@@ -194,7 +194,7 @@ class Effects:
         return active
 
     def call_module(self, origin: Origin, args: Value) -> Value:
-        """The value that the module at `origin` returns for arguments of these origins."""
+        """The value that the module at `origin` returns for arguments with these origins."""
         found = [m for m in resolve(self.module, origin.path) if isinstance(m, nn.Module)]
         if all(next(m.parameters(), None) is None for m in found):
             return self._without_weights(found, args)

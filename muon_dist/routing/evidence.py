@@ -1,4 +1,4 @@
-"""Evidence of what each parameter of a model does: from module types, ties, offers, and the source of the forwards."""
+"""Evidence of what each parameter does: from module types, ties, model methods, and the source of `forward`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from muon_dist.routing.source import own_forward, read
 
 Kinds = dict[int, set[Kind | None]]
 Ending = Literal["loss", "logits", "feature", "returned", "summed", "summed loss"]
-# torch's own modules that only change shapes or values, and so may stand behind a head
+# torch modules that only change shapes or values, and so may follow a head
 _SHAPED = (nn.Dropout, nn.Identity, nn.Flatten, nn.Unflatten)
 
 
@@ -22,12 +22,12 @@ _SHAPED = (nn.Dropout, nn.Identity, nn.Flatten, nn.Unflatten)
 class Evidence:
     """The evidence about the parameters of a model, by `id()` of the parameter.
 
-    found: every parameter and where it is registered. done: what the sources do with it (`effects.Effects`).
-    tables: embedding tables. inputs: matrices among them, which `get_input_embeddings()` returns.
-    heads: output heads, with the evidence. guessed: heads by shape alone.
+    found: every parameter with its places of registration. done: its uses in the source (`effects.Effects`).
+    tables: embedding tables. inputs: the tables that are matrices and that `get_input_embeddings()` returns.
+    heads: output heads, with the evidence. guessed: heads known only by their shape.
     finals: projections whose output leaves the model, without evidence that they are heads.
-    routers: their output picks experts. low_rank: factors of a low-rank product beside a frozen weight.
-    same_memory: parameter -> another one with its memory.
+    routers: weights whose output selects experts. low_rank: factors of a low-rank product next to a frozen weight.
+    same_memory: parameter -> another parameter with the same memory.
     """
 
     found: list[tuple[nn.Parameter, list[Use]]]
@@ -43,7 +43,7 @@ class Evidence:
 
 
 def gather(model: nn.Module) -> Evidence:
-    """All evidence that `model` gives without running it."""
+    """All evidence about `model`, without running it."""
     evidence = Evidence(uses_of(model))
     readings = _Readings(model)
     readings.fill(evidence)
@@ -60,7 +60,7 @@ def gather(model: nn.Module) -> Evidence:
 
 
 class _Readings:
-    """The readings of a model's modules; modules of one structure share one."""
+    """The readings of a model's modules; modules with equal structure share one reading."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -82,7 +82,7 @@ class _Readings:
         return self.signatures[id(module)]
 
     def fill(self, evidence: Evidence) -> None:
-        """Record how the sources use each parameter, which outputs pick experts, and which are low-rank factors."""
+        """Record the uses of each parameter in the source, the routers, and the low-rank factors."""
         for module in self.model.modules():
             reading = self.of(module)
             for path, kinds in reading.uses.items():
@@ -95,7 +95,7 @@ class _Readings:
 
 
 def projections(module: nn.Module) -> dict[str, nn.Module]:
-    """The submodules right below a module that are one matrix, by name."""
+    """The direct submodules of a module that have one matrix as weight, by name."""
     found = {}
     for name, child in module.named_children():
         weight = getattr(child, "weight", None)
@@ -106,7 +106,7 @@ def projections(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _parameter_ids(module: nn.Module, path: Path) -> set[int]:
-    """The parameter at `path`, the original ones behind a parametrized weight, or the weight of a projection there."""
+    """`id()` of the parameter at `path`, of a parametrized weight's originals, or of the weight of a projection."""
     return {id(p) for p in _parameters_at(module, path)}
 
 
@@ -127,7 +127,7 @@ def _parameters_at(module: nn.Module, path: Path) -> list[nn.Parameter]:
 
 
 def _low_rank_factors(module: nn.Module, reading: Reading) -> set[int]:
-    """Two projections in a row (in -> rank -> out), beside a frozen (out, in) weight of the same module."""
+    """`id()` of two consecutive projections (in -> rank -> out), if their module has a frozen (out, in) weight too."""
     factors: set[int] = set()
     frozen = {s for p in module.parameters() if not p.requires_grad and len(s := logical_shape(p)) == 2}
     if not frozen:
@@ -145,7 +145,7 @@ def _low_rank_factors(module: nn.Module, reading: Reading) -> set[int]:
 
 
 def _weights_below(modules: object) -> set[int]:
-    """Ids of the weights of modules, or of the leaves below them where a wrapper (PEFT) stands in their place."""
+    """`id()` of the weights of modules, or of the leaves inside a wrapper (PEFT) that replaces a module."""
     found: set[int] = set()
     for module in modules:  # type: ignore[attr-defined]
         own = [p for p in _parameters_at(module, ()) if len(logical_shape(p)) > 1]
@@ -181,7 +181,7 @@ def _follow_output(model: nn.Module, evidence: Evidence, readings: _Readings, ki
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that only pass on (DDP, torch.compile, ...): torch's own, with a single child."""
+    """The model inside wrappers (DDP, torch.compile, ...): torch modules with a single child."""
     while own_forward(model) is None and not isinstance(model, nn.Sequential) and not model._parameters:
         children = [c for c in model.children() if next(c.parameters(), None) is not None]
         if len(children) != 1:
@@ -191,7 +191,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _ends(module: nn.Module, how: Ending, readings: _Readings, ends: dict[int, Ending], seen: set[int]) -> bool:
-    """Collect the projections whose output `module` returns. Returns whether the source could be followed."""
+    """Collect into `ends` the projections whose output `module` returns; return whether its source can be followed."""
     if id(module) in seen:
         return True
     seen.add(id(module))
@@ -209,7 +209,7 @@ def _ends(module: nn.Module, how: Ending, readings: _Readings, ends: dict[int, E
         return True
     for kind, path, ending in _produced(module, reading, how, outermost=len(seen) == 1):
         if any(taker[: len(path)] != path for taker in reading.passed_on.get(path, ())):
-            continue  # another module works on it
+            continue  # the output goes to another module
         if kind == "mul":
             ends.update({key: ending for key in _parameter_ids(module, path)})
             continue
@@ -220,9 +220,9 @@ def _ends(module: nn.Module, how: Ending, readings: _Readings, ends: dict[int, E
 
 
 def _produced(module: nn.Module, reading: Reading, how: Ending, outermost: bool) -> set[tuple[str, Path, Ending]]:
-    """(kind, path, ending) of what leaves a module: what it returns, and what goes into a loss.
+    """(kind, path, ending) of values that leave a module: returned values, and inputs of a loss.
 
-    A sum is what leaves a residual block, so below the model itself its terms are not heads.
+    A residual block returns a sum, so except in the outermost module the terms of a sum are not heads.
     """
     found: set[tuple[str, Path, Ending]] = set()
     for o in reading.returned:
@@ -243,9 +243,10 @@ def _ending(marks: set[str], otherwise: Ending) -> Ending:
 
 
 def _guess_head(evidence: Evidence, kinds: Kinds, shapes: dict[int, tuple[int, ...]]) -> None:
-    """No source says what the model returns: a projection of an embedding's shape is taken for its head, with a doubt.
+    """Guess the head, with a doubt, if no source shows what the model returns: a projection in an embedding's shape.
 
-    The table with most rows counts (a vocabulary is larger than a table of positions), and the last such projection.
+    It uses the table with the most rows, because a vocabulary is larger than a table of positions, and the last such
+    projection.
     """
     tables = {shapes[key] for key in evidence.tables if key in shapes}
     order = [id(p) for p, _ in evidence.found if "matrix" in kinds[id(p)] and id(p) not in evidence.tables]
@@ -253,11 +254,11 @@ def _guess_head(evidence: Evidence, kinds: Kinds, shapes: dict[int, tuple[int, .
     if alike:
         evidence.guessed.add(max(reversed(alike), key=lambda key: shapes[key][0]))
     elif tables and order and "product" not in evidence.done[order[-1]]:
-        evidence.finals[order[-1]] = "it is the last projection, and no source says what becomes of its output"
+        evidence.finals[order[-1]] = "it is the last projection, and no source shows where its output goes"
 
 
 def _join_same_memory(evidence: Evidence) -> None:
-    """Parameters that are not one object and yet one memory (`head.weight.data = embed.weight.data`) share roles."""
+    """Share roles between different parameters with the same memory (`head.weight.data = embed.weight.data`)."""
     groups: dict[tuple[int, int, int], list[tuple[int, str]]] = collections.defaultdict(list)
     for p, uses in evidence.found:
         if (storage := storage_of(p)) is not None:

@@ -1,4 +1,4 @@
-"""The routing table for people: one row for all equal layers, doubtful rows first."""
+"""The routing table for people: equal layers share one row, doubtful rows come first."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from muon_dist.routing.table import Algorithm, Route, RoutingTable, shape_text
 
 @dataclass(frozen=True)
 class FoldedRow:
-    """Parameters that differ only in numbers of their names.
+    """Parameters whose names differ only in numbers.
 
-    pattern: the name, with `{0-79}` or `{0-2,5}` for the numbers. shape: of each one. count: how many parameters.
-    algorithm: "muon" or "adamw". role, reason: what they are and why. doubt: what is not certain and the line that
-    settles it, or "". frozen: they take no part in training. aliases: patterns of tied names.
+    pattern: the name, with `{0-79}` or `{0-2,5}` for the numbers. shape: the shape of each. count: number of
+    parameters. algorithm: "muon" or "adamw". role, reason: their role and the reason for the algorithm. doubt: a
+    sentence about the doubt, with the line that removes it, or "". frozen: they are not trained. aliases: patterns of
+    tied names.
     """
 
     pattern: str
@@ -32,14 +33,14 @@ class FoldedRow:
 
 @dataclass(frozen=True)
 class FoldedTable:
-    """Rows with a doubt first, then in the order of the model. `str()` gives a table to read."""
+    """The rows, with doubtful rows first, then in the order of the model. `str()` returns a readable table."""
 
     rows: tuple[FoldedRow, ...]
     summary: str = ""
 
     @property
     def doubts(self) -> tuple[FoldedRow, ...]:
-        """The rows that are not certain."""
+        """The rows with a doubt."""
         return tuple(r for r in self.rows if r.doubt)
 
     def __iter__(self) -> Iterator[FoldedRow]:
@@ -104,7 +105,7 @@ def _blank(name: str) -> str:
 
 
 def _products(names: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], ...]]:
-    """Names of one form as products of sets of parts: `layers.{0-3}.experts.{0-7}`. Exact: no name too many."""
+    """Names of one form as products of sets of parts, such as `layers.{0-3}.experts.{0-7}`; exactly these names."""
     found: list[tuple[tuple[str, ...], ...]] = [tuple((part,) for part in name) for name in names]
     for place in reversed(range(len(names[0]))):
         joined: dict[tuple[tuple[str, ...], ...], list[str]] = {}
@@ -115,7 +116,7 @@ def _products(names: Sequence[tuple[str, ...]]) -> list[tuple[tuple[str, ...], .
 
 
 def _range(parts: tuple[str, ...]) -> str:
-    """`{0-79}` for the numbers of all layers, `{0-2,5}` for some; a single part stays as it is."""
+    """Text for a set of parts: `{0-79}` or `{0-2,5}` for numbers; a single part is returned unchanged."""
     if len(parts) == 1:
         return parts[0]
     numbers = sorted(int(p) for p in parts)

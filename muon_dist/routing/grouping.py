@@ -1,4 +1,4 @@
-"""From a routing table to parameter groups: parameters of one algorithm that share their options."""
+"""Divides a routing table into parameter groups: parameters with the same algorithm and options."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class RoutedGroup:
     """The trained parameters of one parameter group.
 
     Attributes:
-        name: "muon", "adamw" or "adamw_no_decay" (biases and norms); for an entry of `groups` with its pattern behind.
-        routes: in the order of the model.
-        options: of the entry; empty for the three groups without one.
-        decay: whether the weight decay of the algorithm holds where `options` has none.
+        name: "muon", "adamw" or "adamw_no_decay" (biases and norms); for an entry of `groups` followed by its pattern.
+        routes: its parameters, in the order of the model.
+        options: options of the entry; empty for the three groups without an entry.
+        decay: whether the algorithm's weight decay applies if `options` has none.
     """
 
     name: str
@@ -31,9 +31,9 @@ class RoutedGroup:
 
 
 def routed_groups(table: RoutingTable) -> tuple[RoutedGroup, ...]:
-    """The groups of a table that are not empty: the three without an entry first, then by their first parameter.
+    """The non-empty groups of a table: the three without an entry, then the others in order of their first parameter.
 
-    A `weight_decay` of an entry holds for all its parameters, biases and norms too.
+    A `weight_decay` in an entry applies to all its parameters, also to biases and norms.
     """
     members: dict[str, list[Route]] = {name: [] for name in _DEFAULTS}
     options: dict[str, Mapping[str, Any]] = {name: {} for name in _DEFAULTS}

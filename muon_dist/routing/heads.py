@@ -1,7 +1,7 @@
 """The blocks inside a model's weights: attention heads, parts of latent attention, fused gate and up.
 
-The number of heads comes from the model: attention modules of transformers and of torch hold the size of a head. Which
-projection is the output's comes from the source of `forward`, as roles do: names differ from model to model.
+The size of a head is an attribute of the attention modules of transformers and torch. The output projection is found
+from the source of `forward`, because names differ between models.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from muon_dist.routing.origins import Reading
 from muon_dist.routing.source import read
 from muon_dist.routing.table import Split
 
-# How attention modules of transformers and torch call the size of a head.
+# Names of the head size in attention modules of transformers and torch.
 _SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _FUSED = "gate_up_proj"
 Found = dict[int, Split | str]
 
 
 def blocks_of(model: nn.Module) -> Found:
-    """By `id()` of a parameter, how it is cut so that each block is a matrix of its own.
+    """The split of each parameter with several blocks, by `id()`: each block becomes a separate matrix.
 
-    Q, K and V are cut into heads along the outputs, however they are fused or interleaved; the output projection along
-    its inputs, which are the heads. Latent attention (MLA) has parts of several sizes in each head, and one that all
-    heads share. Fused gate and up projections are two matrices. What is one block is left out. Where the source does
-    not show which projection is the output's, the value is a sentence that says so.
+    Q, K and V are split into heads along the outputs, also if they are fused or interleaved; the output projection is
+    split along its inputs. In latent attention (MLA) each head has parts of different sizes, and all heads share one
+    part. Fused gate and up projections are two matrices. Parameters with only one block are left out. If the source
+    does not show which projection makes the output, the value is a sentence about this.
     """
     found: Found = {}
     beside = {id(attention): dense for module in model.modules() for attention, dense in _outputs_beside(module)}
@@ -56,7 +56,7 @@ def _axes(projection: nn.Module, weight: nn.Parameter) -> tuple[int, int]:
 
 
 def _cut(found: Found, projection: nn.Module, size: int | None, axis: str) -> None:
-    """Into blocks of one size, if they fit."""
+    """Record a split into blocks of one size, if the size fits."""
     weight = getattr(projection, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 2 or not size:
         return
@@ -83,7 +83,7 @@ def _attention(module: nn.Module, path: str, found: Found, output_beside: bool) 
 
 
 def _output(linear: dict[str, nn.Module], reading: Reading) -> str | None:
-    """The output projection: its output is returned, and is no input of another projection."""
+    """Name of the output projection: its output is returned, and is not the input of another projection."""
     returned = {o.path[0] for o in reading.returned if o.kind == "out" and len(o.path) == 1 and o.path[0] in linear}
     takers = {taker[:1] for of_one in reading.passed_on.values() for taker in of_one}
     last = [
@@ -98,7 +98,7 @@ def _output(linear: dict[str, nn.Module], reading: Reading) -> str | None:
 
 
 def _latent(module: nn.Module, projection: nn.Module, found: Found, is_output: bool) -> None:
-    """Multi-head latent attention, as in DeepSeek-V2 and V3: sizes are those of the configuration."""
+    """Record the splits of multi-head latent attention (DeepSeek-V2 and V3); sizes come from the configuration."""
     names = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank")
     nope, rope, value, rank = (int(getattr(module, name, None) or 0) for name in names)
     weight = projection.weight
@@ -126,7 +126,7 @@ def _torchs(module: nn.MultiheadAttention, found: Found) -> None:
 
 
 def _outputs_beside(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """BERT and its kin keep the output projection in a module beside the attention (`BertSelfOutput.dense`)."""
+    """(attention, module with its output projection) in BERT-like models, such as `BertSelfOutput.dense`."""
     children = list(module.children())
     for attention in children:
         for other in children:
@@ -136,7 +136,7 @@ def _outputs_beside(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 
 def _gate_up(module: nn.Module, found: Found) -> None:
-    """Gate and up in one matrix, or in one for each expert: two halves of the outputs, unless they are interleaved."""
+    """Record the split of a fused gate and up projection, or one per expert, into two halves; not if interleaved."""
     fused = getattr(module, _FUSED, None)
     weight = fused if isinstance(fused, nn.Parameter) else getattr(fused, "weight", None)
     if isinstance(weight, nn.Parameter) and not _interleaves(module):
@@ -144,7 +144,7 @@ def _gate_up(module: nn.Module, found: Found) -> None:
 
 
 def _interleaves(module: nn.Module) -> bool:
-    """gpt-oss takes every second output: then no block of rows is a matrix of its own."""
+    """Whether gate and up outputs alternate, as in gpt-oss: then no block of rows is a separate matrix."""
     try:
         return "::2" in inspect.getsource(type(module))
     except (OSError, TypeError):

@@ -1,4 +1,4 @@
-"""Facts that a model gives about its parameters: where each is registered, its module, logical shapes."""
+"""Facts about a model's parameters: where each is registered, its module, and its logical shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 CONVOLUTIONS = nn.modules.conv._ConvNd
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _MATRICES = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-# What weight_norm, spectral_norm and pruning of torch.nn.utils leave in the place of `weight`.
+# Name endings that weight_norm, spectral_norm and pruning of torch.nn.utils give to a replaced `weight`.
 _OLD_WRAPPERS = ("_v", "_orig", "_g")
 
 Kind = Literal["table", "matrix", "norm", "convolution"]
@@ -24,16 +24,16 @@ Kind = Literal["table", "matrix", "norm", "convolution"]
 def logical_shape(p: torch.Tensor) -> tuple[int, ...]:
     """The shape of the whole parameter.
 
-    DeepSpeed's `zero.Init` partitions a parameter before anyone sees it and leaves the shape (0,); the whole shape
-    is then in `ds_shape`. A DTensor reports its global shape by itself.
+    DeepSpeed's `zero.Init` partitions a parameter when it is made: its shape is (0,), and the whole shape is in
+    `ds_shape`. A DTensor's shape is already the global shape.
     """
     return tuple(int(n) for n in getattr(p, "ds_shape", p.shape))
 
 
 def expert_group(p: torch.Tensor) -> str | None:
-    """The name of the ranks over which a MoE layer of DeepSpeed copies an expert; None for what is no such expert's.
+    """DeepSpeed's name of the process group with copies of this expert; None for a parameter of no DeepSpeed expert.
 
-    `deepspeed.moe.layer.MoE` marks the parameters of its experts so: no others average their gradients over all ranks.
+    `deepspeed.moe.layer.MoE` sets `allreduce = False` on its experts: their gradients are not averaged over all ranks.
     """
     return None if getattr(p, "allreduce", True) else getattr(p, "group_name", None)
 
@@ -42,8 +42,8 @@ def expert_group(p: torch.Tensor) -> str | None:
 class Use:
     """One place in the module tree where a parameter is registered.
 
-    owner, role: the module whose weight it is, and the name of that weight. They differ from `module` and `attribute`
-    where torch keeps a wrapped weight elsewhere: `parametrizations.weight.original`, `weight_v`, `weight_orig`.
+    owner, role: the module whose weight it is, and the name of this weight. They differ from `module` and `attribute`
+    if torch stores a wrapped weight elsewhere: `parametrizations.weight.original`, `weight_v`, `weight_orig`.
     """
 
     fqn: str
@@ -54,9 +54,9 @@ class Use:
 
 
 def uses_of(model: nn.Module) -> list[tuple[nn.Parameter, list[Use]]]:
-    """Every parameter of the model with the places where it is registered (several for a tied one)."""
+    """Every parameter of the model with its places of registration (several for a tied parameter)."""
     found: dict[int, tuple[nn.Parameter, list[Use]]] = {}
-    owners: dict[int, tuple[nn.Module, str]] = {}  # of the lists of parametrizations
+    owners: dict[int, tuple[nn.Module, str]] = {}  # owners of parametrization lists
     for prefix, module in model.named_modules(remove_duplicate=False):
         lists = module._modules.get("parametrizations")
         for name, kept in lists._modules.items() if isinstance(lists, nn.ModuleDict) else ():
@@ -72,7 +72,7 @@ def uses_of(model: nn.Module) -> list[tuple[nn.Parameter, list[Use]]]:
 
 
 def _unwrapped(module: nn.Module, attribute: str) -> str:
-    """`weight` for `weight_v` and the like, where the module keeps no parameter of that name."""
+    """The original name: `weight` for `weight_v` and similar names, if the module has no parameter `weight`."""
     for ending in _OLD_WRAPPERS:
         base = attribute.removesuffix(ending)
         if base != attribute and base not in module._parameters and hasattr(module, base):
@@ -83,8 +83,9 @@ def _unwrapped(module: nn.Module, attribute: str) -> str:
 def kind_of(use: Use) -> Kind | None:
     """The role of a parameter by the type of its module; None for an unknown type.
 
-    Subclasses count as their parents. So do modules with the interface of `nn.Linear` or `nn.Embedding` (`in_features`
-    and `out_features`, `num_embeddings` and `embedding_dim`), as tensor-parallel and quantized layers have it.
+    A subclass has the role of its parent. So has a module with the attributes of `nn.Linear` (`in_features` and
+    `out_features`) or `nn.Embedding` (`num_embeddings` and `embedding_dim`), such as a tensor-parallel or quantized
+    layer.
     """
     owner, name = use.owner, use.role
     if isinstance(owner, NORMS):
@@ -109,12 +110,12 @@ def _has_sizes(module: nn.Module, *names: str) -> bool:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D of GPT-2, a linear layer that keeps (in, out)."""
+    """Whether a module is transformers' Conv1D (GPT-2), a linear layer that stores its weight as (in, out)."""
     return any(c.__name__ == "Conv1D" for c in type(module).__mro__)
 
 
 def offered(model: nn.Module, method: str) -> Iterator[nn.Module]:
-    """The results of each submodule's `method()` (Hugging Face models, wrapped ones too), without None."""
+    """The results of each submodule's `method()` (Hugging Face models, also inside wrappers), without None."""
     for module in model.modules():
         if callable(offer := getattr(module, method, None)):
             with contextlib.suppress(NotImplementedError, AttributeError):  # backbones without a text embedding
@@ -123,14 +124,14 @@ def offered(model: nn.Module, method: str) -> Iterator[nn.Module]:
 
 
 def is_transposed(use: Use, shape: tuple[int, ...]) -> bool:
-    """transformers' Conv1D keeps (in, out); its fused experts say so themselves (`is_transposed`, gpt-oss, Aria)."""
+    """Whether a weight is stored (in, out): transformers' Conv1D, and fused experts with `is_transposed` (gpt-oss)."""
     if len(shape) == 2:
         return use.role == "weight" and is_conv1d(use.owner)
     return len(shape) == 3 and getattr(use.module, "is_transposed", False) is True
 
 
 def storage_of(p: torch.Tensor) -> tuple[int, int, int] | None:
-    """(storage, offset, elements): equal for two parameters that are the same memory; None if there is none."""
+    """(storage, offset, elements): equal for two parameters with the same memory; None without memory."""
     local = getattr(p, "_local_tensor", p)
     with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
         if local.numel() and local.untyped_storage().nbytes():

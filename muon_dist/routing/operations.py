@@ -1,4 +1,4 @@
-"""The operations of torch, by name: what they do with a weight."""
+"""Torch operations by name, and their effects on a weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ADDS = {"add", "sub", "where", "lerp", "rsub", "masked_fill", "maximum", "minimu
 SCALES = {"mul", "div", "addcmul", "pow"}
 JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
 CHOICES = {"softmax", "log_softmax", "argmax", "multinomial", "sigmoid", "gumbel_softmax", "Categorical"}
-# The result depends on the first operand only.
+# Operations whose result depends only on the first operand.
 FIRST_ALONE = {
     "to",
     "type",
@@ -30,7 +30,7 @@ FIRST_ALONE = {
     "narrow",
     "interpolate",
 }
-# No value of any tensor is in the result: shapes, dtypes, fresh tensors.
+# Operations whose result has no tensor's values: shapes, dtypes, new tensors.
 NO_VALUES = {
     "size",
     "numel",
@@ -53,7 +53,7 @@ NO_VALUES = {
     "id",
     "print",
 }
-# Attributes of a tensor that hold none of its values.
+# Attributes of a tensor without its values.
 NO_VALUE_ATTRIBUTES = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "grad", "itemsize"}
 
 
@@ -66,15 +66,15 @@ def is_loss(name: str) -> bool:
 
 
 def field_mark(name: str) -> str:
-    """The meaning of a field of a model's output, by its name."""
+    """The mark for a field of a model's output, by the field's name."""
     return "logits" if name.endswith("logits") or name == "loss" else "feature"
 
 
 def contraction(equation: str, position: int) -> tuple[bool, bool | None, bool]:
     """How `torch.einsum(equation, ...)` uses the weight at `position` among its operands.
 
-    Returns whether an axis of it is summed, whether its input axis comes before its output axis (None if there is
-    not one of each), and whether a third axis only counts matrices.
+    Returns whether one of its axes is summed, whether its input axis comes before its output axis (None unless it has
+    one axis of each kind), and whether a third axis only counts matrices.
     """
     inputs, _, output = equation.replace(" ", "").partition("->")
     operands = inputs.split(",")

@@ -1,4 +1,4 @@
-"""Origins of values in the source of a module, and the findings about them."""
+"""Origins of values in the source of a module, and the results of reading the source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 Path = tuple[str, ...]
-EACH, ANY = "*", "?"  # a step into a container: every child in turn, or one child that an index picks
+EACH, ANY = "*", "?"  # a step into a container: all children, or one child selected by an index
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -16,10 +16,10 @@ CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict, nn.ParameterList, nn.
 class Origin:
     """The origin of a value.
 
-    kind: "ref" is the parameter or module at `path` itself, "out" what the module there returns, "mul" a product with
-    the parameter there, "input" an activation from elsewhere.
-    row: an index was taken. turned: transposed an odd number of times. summed: another activation was added to it, or
-    multiplied with it, element by element.
+    kind: "ref" is the parameter or module at `path` itself, "out" the result of the module at `path`, "mul" a product
+    with the parameter at `path`, "input" an activation from outside.
+    row: it was indexed. turned: it was transposed an odd number of times. summed: another activation was added to it,
+    or multiplied with it element by element.
     """
 
     kind: Literal["ref", "out", "mul", "input"]
@@ -36,12 +36,12 @@ INPUT: Value = frozenset({Origin("input")})
 
 @dataclass
 class Reading:
-    """The findings from the source of one module. Paths begin at that module.
+    """The results from the source of one module. Paths start at this module.
 
-    uses: parameter -> what is done with it (`Effects`).
-    passed_on: producer -> the submodules and parameters that take its output in.
-    marks: producer -> "loss", "logits", "feature", "topk": what is done with its output.
-    returned: the origins of what `forward` returns.
+    uses: parameter -> its uses (`Effects`).
+    passed_on: producer -> the submodules and parameters that get its output as input.
+    marks: producer -> uses of its output: "loss", "logits", "feature", "topk".
+    returned: the origins of the values that `forward` returns.
     """
 
     uses: dict[Path, set[str]] = field(default_factory=dict)
@@ -73,10 +73,10 @@ def resolve(owner: nn.Module, path: Path) -> list[Any]:
 
 
 def is_parametrization(module: Any) -> bool:
-    """True for the list that torch.nn.utils.parametrize puts in the place of a weight."""
+    """True for the list with which torch.nn.utils.parametrize replaces a weight."""
     return isinstance(module, nn.utils.parametrize.ParametrizationList)
 
 
 def activations(value: Value) -> Value:
-    """The value without parameters and modules themselves."""
+    """The value's origins that are activations, without parameters and modules."""
     return frozenset(o for o in value if o.kind != "ref")

@@ -1,4 +1,4 @@
-"""Derives the role of a parameter from the evidence: algorithm, and degree of certainty."""
+"""Derives the role of a parameter, its algorithm and a possible doubt from the evidence."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ Role = Literal[
     "state",
     "unknown",
 ]
-# What a weight does that is no product with an activation, in words. The first one found is the reason.
+# Uses of a weight other than a product with an activation, in words. The first match is the reason.
 _OTHER_USES = {
     "convolution": "a convolution's kernel",
     "indexed product": "its rows are looked up",
     "tensor product": "a product over several axes, not a batch of matrices",
     "factor": "it multiplies another weight",
     "written": "its rows are written into another tensor",
-    "input": "it goes in where activations go",
-    "added": "it is added, it multiplies no input",
+    "input": "it is used as an activation",
+    "added": "it is added and multiplies no input",
     "scaled": "it multiplies element by element",
-    "returned": "its module returns it, it multiplies no input",
+    "returned": "its module returns it, and it multiplies no input",
 }
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The role of a parameter, its algorithm, whether AdamW decays it, and what is in doubt ("": nothing)."""
+    """The algorithm, role and reason of a parameter, whether AdamW decays it, and the doubt ("" if none)."""
 
     algorithm: Algorithm
     role: Role
@@ -52,7 +52,7 @@ class Decision:
 
 
 def decide(key: int, uses: list[Use], shape: tuple[int, ...], evidence: Evidence) -> Decision:
-    """The default for the parameter with `id()` key, registered at `uses`."""
+    """The default decision for the parameter with `id()` key, registered at `uses`."""
     kinds = {kind_of(u) for u in uses}
     if len(shape) < 2:
         gain = "norm" in kinds
@@ -83,13 +83,13 @@ def _by_use(key: int, uses: list[Use], shape: tuple[int, ...], evidence: Evidenc
     if len(shape) == 3 and shape[0] == 1:
         return Decision("adamw", "state", "three axes, but a batch of one: no experts", known, doubt)
     if len(shape) == 2 and shape[0] in _stacks(uses[0].module):
-        return Decision("adamw", "vector", f"{shape[0]} vectors, one for each expert", False, doubt)
+        return Decision("adamw", "vector", f"{shape[0]} vectors, one per expert", False, doubt)
     if 1 in shape:
         return Decision("adamw", "vector", "a vector (one side is 1)", known, doubt)
     if len(shape) == 2 and done & {"row", "embedding"}:
-        # a token table, which nn.Embedding would hold, or a bias table of positions: the first alone is decayed
+        # a token table, as in nn.Embedding, or a table of position biases: only a token table is decayed
         tokens = bool(done & {"embedding", "product"})
-        return Decision("adamw", "table", "an index picks its rows", tokens, doubt)
+        return Decision("adamw", "table", "an index selects its rows", tokens, doubt)
     if known or "product" in done or (len(shape) == 3 and "indexed product" in done):
         return _matrix(key, uses, shape, evidence, doubt)
     for use, reason in _OTHER_USES.items():
@@ -97,13 +97,13 @@ def _by_use(key: int, uses: list[Use], shape: tuple[int, ...], evidence: Evidenc
             role: Role = "adapter" if use == "factor" else "convolution" if use == "convolution" else "state"
             return Decision("adamw", role, reason, use == "convolution", doubt)
     passed = sorted(d for d in done if d.startswith("passed"))
-    reason = f"{passed[0]}, whose source says no more" if passed else "no source says what it does"
+    reason = f"{passed[0]}, whose source shows no more" if passed else "no source shows what it does"
     missing = "no evidence that it multiplies an input"
     return Decision("adamw", "unknown", reason, False, doubt or missing)
 
 
 def _matrix(key: int, uses: list[Use], shape: tuple[int, ...], evidence: Evidence, doubt: str) -> Decision:
-    """A matrix, or a batch of matrices; stored inputs first where that is how the forward multiplies it."""
+    """The decision for a matrix or a batch of matrices; transposed if `forward` multiplies it inputs first."""
     done = evidence.done.get(key, set())
     orders = done & {"inputs first", "outputs first"}
     known = any(kind_of(u) == "matrix" for u in uses)
@@ -111,17 +111,17 @@ def _matrix(key: int, uses: list[Use], shape: tuple[int, ...], evidence: Evidenc
     role: Role = "experts" if len(shape) == 3 else "matrix"
     reason = f"batch of {shape[0]} matrices" if len(shape) == 3 else "matrix"
     if key in evidence.low_rank:
-        role, reason = "adapter", "low-rank factor beside a frozen weight"
+        role, reason = "adapter", "low-rank factor next to a frozen weight"
     elif key in evidence.routers:
-        role, reason = "router", "matrix (its output picks experts)"
+        role, reason = "router", "matrix (its output selects experts)"
     doubt = doubt or evidence.finals.get(key, "")
     return Decision("muon", role, reason, True, doubt, transposed)
 
 
 def _stacks(module: nn.Module) -> set[int]:
-    """First sizes of a module's three-axis parameters.
+    """The first sizes E of a module's three-axis parameters.
 
-    gpt-oss keeps one bias vector for each expert, (E, out), beside the (E, in, out) weight of the same module.
+    In gpt-oss a module has one bias vector per expert, (E, out), next to the (E, in, out) weight.
     """
     shapes = (logical_shape(p) for p in module._parameters.values() if p is not None)
     return {s[0] for s in shapes if len(s) == 3 and s[0] > 1}

@@ -11,9 +11,9 @@ from typing import Any
 from muon_dist.errors import RoutingError
 from muon_dist.routing.table import Algorithm, Axis, Route, Split, logical_matrix, shape_text
 
-_BY_HAND = "Give the cut by pattern: split {heads: N}, with axis: inputs for an output projection, or {sizes: [...]}"
+_BY_HAND = "Set the split by pattern: split {heads: N}, with axis: inputs for an output projection, or {sizes: [...]}"
 MUON_OPTIONS = ("rule", "rule_options", "scale")
-"""Options of a group that only Muon's parameters have."""
+"""Options of a group that apply only to Muon's parameters."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class GroupRule:
     """An entry of `groups`: the options of every parameter whose name matches `pattern`.
 
     The pattern is a regular expression that must match the whole FQN, or the whole FQN without its `.weight`. The
-    first entry of `groups` that matches a parameter decides; what it leaves out stays as it is without any entry.
+    first entry of `groups` that matches a parameter decides; options that it leaves out keep their normal values.
 
     Attributes:
-        algorithm: None leaves the choice to the routing.
-        split: how Muon's parameters among them are cut; AdamW's are never cut.
-        options: those of `lr`, `weight_decay`, `rule`, `rule_options` and `scale` that were given.
+        algorithm: None: the routing chooses.
+        split: the split of Muon's parameters among the matches; AdamW's are never split.
+        options: `lr`, `weight_decay`, `rule`, `rule_options` and `scale`, as far as the user set them.
         kind: "group", "override" or "split", for messages.
     """
 
@@ -38,12 +38,12 @@ class GroupRule:
 
     @property
     def asks_model(self) -> bool:
-        """Whether its split is the model's own."""
+        """Whether its split is "heads", so that the model determines the blocks."""
         return self.split is not None and self.split.from_model
 
     @property
     def needs_muon(self) -> bool:
-        """Whether the entry has options for Muon's parameters only."""
+        """Whether the entry has options that apply only to Muon's parameters."""
         return self.split is not None or any(key in self.options for key in MUON_OPTIONS)
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class GroupRule:
 class Override:
     """Short form of a `GroupRule` with only an algorithm.
 
-    When several overrides match, the last one decides. An entry of `groups` with an algorithm decides before them.
+    If several overrides match, the last one decides. An entry of `groups` with an algorithm has priority.
     """
 
     pattern: str
@@ -69,7 +69,7 @@ class Override:
 class SplitRule:
     """Short form of a `GroupRule` with only a split; see `Split`.
 
-    When several split rules match, the last one decides. An entry of `groups` with a split decides before them.
+    If several split rules match, the last one decides. An entry of `groups` with a split has priority.
     """
 
     pattern: str
@@ -85,7 +85,7 @@ class SplitRule:
 
 @dataclass(frozen=True)
 class Choice:
-    """The entries that decide about one parameter: its algorithm, its split, its options; None if none does."""
+    """The entries that decide algorithm, split and options of one parameter; None where no entry decides."""
 
     sender: GroupRule | None
     cutter: GroupRule | None
@@ -93,12 +93,12 @@ class Choice:
 
 
 class Rules:
-    """Groups, overrides and splits as one grammar: three lists, in each of which the first match decides.
+    """Groups, overrides and splits as three lists of rules; in each list the first match decides.
 
-    An earlier list decides before a later one, for each of algorithm and split by itself. Remembers what matched.
+    For algorithm and split separately, an earlier list has priority. The object records which rules matched.
 
     Raises:
-        RoutingError: a pattern is not a regular expression, or an algorithm or a split cannot be.
+        RoutingError: a pattern is not a regular expression, or an algorithm or a split is invalid.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Rules:
                 check_rule(r)
 
     def choose(self, names: Sequence[str]) -> Choice:
-        """The rule for a parameter of these names (a tied parameter has several)."""
+        """The entries that decide for a parameter with these names (a tied parameter has several)."""
         found = [next((r for r, p in rules if _hit(p, names)), None) for rules in self._lists]
         matching = [r for r in found if r is not None]
         sender = next((r for r in matching if r.algorithm is not None), None)
@@ -120,7 +120,7 @@ class Rules:
 
     @property
     def asks_model(self) -> bool:
-        """Whether some entry asks for the model's own split."""
+        """Whether an entry has the split "heads"."""
         return any(rule.asks_model for rules in self._lists for rule, _ in rules)
 
     def check_all_used(self, routes: Sequence[Route]) -> None:
@@ -136,12 +136,12 @@ class Rules:
                 left = [r for r, other in zip(matching, taken, strict=True) if other is None]
                 if not left:
                     raise RoutingError(
-                        f"{rule} decides about no parameter: the first match wins, and {taken[0]}, which stands "
-                        f"before it, takes {_some(matching)}. Put the narrower pattern first"
+                        f"{rule} decides about no parameter: the first match wins, and the earlier {taken[0]} "
+                        f"takes {_some(matching)}. Put the narrower pattern first"
                     )
                 if rule.asks_model and all(r.split is None for r in left):
                     raise RoutingError(
-                        f"{rule}: no attention is known among {_some(left)}, so no heads can be found. {_BY_HAND}"
+                        f"{rule}: {_some(left)} belong to no known attention, so their heads are unknown. {_BY_HAND}"
                     )
                 if rule.needs_muon and all(r.algorithm != "muon" for r in left):
                     raise RoutingError(f"{rule} matches only parameters that go to AdamW: {_some(left)}")
@@ -152,44 +152,44 @@ def compiled(rule: GroupRule) -> re.Pattern[str]:
     try:
         return re.compile(rule.pattern)
     except re.error as error:
-        glob = re.fullmatch(r"[\w.*?]+", rule.pattern)  # as other tools have it: "*.q_proj"
+        glob = re.fullmatch(r"[\w.*?]+", rule.pattern)  # a glob such as "*.q_proj"
         meant = "".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in rule.pattern)
         hint = f". If it is meant as a glob, write {meant!r}" if glob else ""
         raise RoutingError(f"{rule} is not a valid regular expression: {error}{hint}") from None
 
 
 def check_rule(rule: GroupRule) -> None:
-    """Raise RoutingError for an algorithm or a split that cannot be."""
+    """Raise RoutingError for an invalid algorithm or split."""
     if rule.algorithm not in ("muon", "adamw") and (rule.algorithm is not None or rule.kind == "override"):
         raise RoutingError(f"{rule}: algorithm {rule.algorithm!r} is not muon or adamw")
     if rule.split is None:
         return
     heads, sizes = rule.split.heads, rule.split.sizes
     if (heads is not None) + (sizes is not None) + rule.split.from_model != 1:
-        raise RoutingError(f"{rule} needs exactly one of heads and sizes, or split 'heads' for the model's own")
+        raise RoutingError(f"{rule} needs exactly one of heads and sizes, or split 'heads' for the model's heads")
     if rule.split.axis not in ("outputs", "inputs"):
         raise RoutingError(f"{rule}: axis is {rule.split.axis!r}: use outputs or inputs")
     if rule.split.from_model:
         return
     numbers = [heads] if heads is not None else list(sizes or ())
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
-        raise RoutingError(f"{rule}: heads and sizes are whole numbers of at least 1")
+        raise RoutingError(f"{rule}: heads and sizes must be whole numbers of at least 1")
 
 
 def make_split(
     rule: GroupRule, fqn: str, shape: tuple[int, ...], transposed: bool, own: Split | str | None
 ) -> Split | None:
-    """The split of `rule` for one parameter; None if it stays whole.
+    """The split of `rule` for one parameter; None if it is not split.
 
     Args:
-        own: that of the model; None if it is one block, a sentence if it is not clear.
+        own: the model's split; None if the parameter is one block, a sentence if the model does not show it.
 
     Raises:
-        RoutingError: the axis cannot be cut so, or the model does not show how.
+        RoutingError: the split does not fit the axis, or the model does not show the split.
     """
     assert rule.split is not None
     if rule.split.from_model and isinstance(own, str):
-        raise RoutingError(f"{rule}: {own}. {_BY_HAND}, for {fqn} {shape_text(shape)} and the others there")
+        raise RoutingError(f"{rule}: {own}. {_BY_HAND}, for {fqn} {shape_text(shape)} and its module's other weights")
     split = rule.split if not rule.split.from_model or isinstance(own, str) else own
     if split is None:
         return None
@@ -199,7 +199,7 @@ def make_split(
     if split.heads is not None and length % split.heads:
         raise RoutingError(f"{rule}: heads = {split.heads} does not divide {axis}")
     if split.sizes is not None and sum(split.sizes) != length:
-        raise RoutingError(f"{rule}: the sizes add up to {sum(split.sizes)}, unlike {axis}")
+        raise RoutingError(f"{rule}: the sizes add up to {sum(split.sizes)}, which does not fit {axis}")
     return Split(split.heads, None if split.sizes is None else tuple(split.sizes), split.axis)
 
 
@@ -222,7 +222,7 @@ def _unmatched(rule: GroupRule, pattern: re.Pattern[str], names: Sequence[str]) 
 
 
 def _closest(pattern: str, names: Sequence[str]) -> str:
-    """The name of which an end part (`q_proj`, `self_attn.q_proj`, ...) is most like the pattern."""
+    """The name with an end part (`q_proj`, `self_attn.q_proj`, ...) that is most similar to the pattern."""
     plain = re.sub(r"\\(.)|[.^$*+?()]+", r"\1", pattern)
 
     def likeness(name: str) -> float:

@@ -1,8 +1,8 @@
 """Reads how a module's `forward` uses its parameters and submodules, without running it.
 
-`read(module)` walks the syntax tree of `forward` and of the functions that it calls, and gives each expression the
-set of its origins (`origins.py`). Branches are joined and loops are read twice. Where source cannot be had or
-followed, the result says less.
+`read(module)` walks the syntax tree of `forward` and of the functions that it calls, and computes the set of origins
+of each expression (`origins.py`). It joins branches and reads loops twice. If source is missing or cannot be followed,
+the result contains less.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SELF: Value = frozenset({Origin("ref")})
 
 
 def read(module: nn.Module) -> Reading:
-    """The findings from the source of `module`; empty for torch's own modules and for modules without source."""
+    """The `Reading` of a module's source; empty for torch's own modules and for modules without source."""
     reader = _Reader(Effects(module))
     function = own_forward(module)
     if function is not None:
@@ -51,7 +51,7 @@ def read(module: nn.Module) -> Reading:
 
 
 def own_forward(module: nn.Module) -> types.FunctionType | None:
-    """The function behind `forward`, without decorators; None if it is torch's own or its source cannot be had."""
+    """The function of `forward`, without decorators; None if it belongs to torch or its source is not available."""
     function = inspect.unwrap(type(module).forward)
     return function if _readable(function) else None
 
@@ -63,7 +63,7 @@ def _readable(function: Any) -> bool:
 
 @functools.lru_cache(maxsize=8192)
 def _tree(function: types.FunctionType) -> ast.FunctionDef | None:
-    """The syntax tree of a function, or None if its source cannot be had."""
+    """The syntax tree of a function, or None if its source is not available."""
     try:
         node = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError, ValueError):
@@ -81,7 +81,7 @@ def _names(function: types.FunctionType) -> list[str]:
 
 
 class _Reader(ast.NodeVisitor):
-    """Reads functions. `env` holds the origins of the local names of the function that is being read."""
+    """Reads functions. `env` has the origins of the local names of the current function."""
 
     def __init__(self, effects: Effects) -> None:
         self.effects = effects
@@ -91,7 +91,7 @@ class _Reader(ast.NodeVisitor):
         self.stack: list[types.FunctionType] = []
 
     def run(self, function: types.FunctionType, bound: Mapping[str, Value]) -> Value:
-        """The origins of what `function` returns for arguments of these origins."""
+        """The origins of the result of `function` for arguments with these origins."""
         tree = _tree(function)
         if tree is None or function in self.stack or len(self.stack) >= _MAX_DEPTH:
             return activations(NOTHING.union(*bound.values()))
@@ -115,7 +115,7 @@ class _Reader(ast.NodeVisitor):
                 self.visit(child)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        """A closure, such as those that are given to gradient checkpointing: what it returns is its value."""
+        """A closure, for instance for gradient checkpointing: its value is the value that it returns."""
         saved, self.results = self.results, NOTHING
         for statement in node.body:
             self.visit(statement)
@@ -142,7 +142,7 @@ class _Reader(ast.NodeVisitor):
         self.bind(node.target, self._binary(node.op, self.value(node.target), self.value(node.value)))
 
     def visit_For(self, node: ast.For) -> None:
-        for _ in range(2):  # what one round makes, the next takes in
+        for _ in range(2):  # one round's results are the next round's inputs
             self.iterate(node.target, node.iter)
             for statement in (*node.body, *node.orelse):
                 self.visit(statement)
@@ -324,7 +324,7 @@ class _Reader(ast.NodeVisitor):
         function: Any = inspect.unwrap(target) if callable(target) else None
         owner = self._global(node.func.value) if isinstance(node.func, ast.Attribute) else None
         if isinstance(owner, types.ModuleType) and owner.__name__.partition(".")[0] == "torch":
-            function = None  # also where a framework has put its own in the place: DeepSpeed does with F.linear
+            function = None  # also if a framework has replaced it, as DeepSpeed replaces F.linear
         if not _readable(function) or not any((*args, *named.values())):
             return self._operation(node, name, args, named)
         if ops.is_loss(name):
@@ -341,7 +341,7 @@ class _Reader(ast.NodeVisitor):
         return self.effects.operation(name, args, named)
 
     def _call_module(self, origin: Origin, args: list[Value], named: dict[str, Value]) -> Value:
-        """A module without weights is read as a function, if its source can be had."""
+        """The value of a call of a module. A module without weights is read as a function, if it has source."""
         found = [m for m in resolve(self.module, origin.path) if isinstance(m, nn.Module)]
         function = own_forward(found[0]) if found else None
         if function is not None and all(next(m.parameters(), None) is None for m in found):
@@ -354,7 +354,7 @@ class _Reader(ast.NodeVisitor):
         return returned
 
     def _method(self, owner: Origin, node: ast.Call, name: str, args: list[Value], named: dict[str, Value]) -> Value:
-        """`owner.name(...)` where owner is a module: its child, its forward, a method of its class, or unknown."""
+        """The value of `owner.name(...)` for a module: a child, its forward, a method of its class, or unknown."""
         child = self._attribute(owner, name)
         if modules := self.effects.modules(child):
             return NOTHING.union(*(self._call_module(o, args, named) for o in modules))
@@ -367,7 +367,7 @@ class _Reader(ast.NodeVisitor):
         return self._operation(node, name, args, named)
 
     def _parent(self, node: ast.Call, name: str, args: list[Value], named: dict[str, Value]) -> Value:
-        """`super().name(...)`: the method of the next class of the module that has one."""
+        """The value of `super().name(...)`: the method of the module's next class that has it."""
         classes = type(self.module).__mro__
         own = [vars(c).get(self.stack[-1].__name__) for c in classes]
         here = [i for i, f in enumerate(own) if callable(f) and inspect.unwrap(f) is self.stack[-1]]
@@ -391,7 +391,7 @@ class _Reader(ast.NodeVisitor):
         return bound
 
     def _global(self, node: ast.expr) -> Any:
-        """The object that a dotted name means in the function's module, or None."""
+        """The object with this dotted name in the function's module, or None."""
         if isinstance(node, ast.Name):
             return self.stack[-1].__globals__.get(node.id, getattr(builtins, node.id, None)) if self.stack else None
         if isinstance(node, ast.Attribute):

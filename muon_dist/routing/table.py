@@ -1,4 +1,4 @@
-"""The result of routing: the algorithm of each parameter, and why."""
+"""The result of routing: the algorithm of each parameter, and the reason."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Axis = Literal["outputs", "inputs"]
 
 @dataclass(frozen=True)
 class Split:
-    """How one parameter is cut into matrices; exactly one of heads, sizes and from_model is set.
+    """The split of one parameter into matrices; exactly one of heads, sizes and from_model is set.
 
-    heads: into this many blocks of equal size. sizes: into blocks of these sizes (fused QKV, fused gate and up).
-    axis: which axis is cut; the heads of an attention's output projection are its inputs. from_model: as the model's
-    attention is made (`heads.blocks_of`); a route never has it.
+    heads: number of equal blocks. sizes: sizes of the blocks (fused QKV, fused gate and up). axis: the axis to split;
+    for an attention's output projection the heads are along the inputs. from_model: use the model's attention heads
+    (`heads.blocks_of`); never set in a route.
     """
 
     heads: int | None = None
@@ -46,7 +46,7 @@ class GroupOptions:
 
 @dataclass(frozen=True)
 class MatrixGroup:
-    """`count` matrices of one shape; rows are outputs and columns inputs, however the parameter is stored."""
+    """`count` matrices of one shape; rows are outputs and columns are inputs, even if the parameter is transposed."""
 
     count: int
     rows: int
@@ -57,11 +57,11 @@ class MatrixGroup:
 class Route:
     """The algorithm that trains one parameter, and the reason.
 
-    shape: the logical shape as stored. transposed: stored (in, out), or (E, in, out), instead of (out, in).
-    aliases: the other FQNs of the same (tied) tensor. A frozen parameter is listed but takes no part in training.
-    group: options of its own, from an entry of `groups`.
+    shape: the stored logical shape. transposed: stored (in, out), or (E, in, out), instead of (out, in).
+    aliases: the other FQNs of the same (tied) tensor. A frozen parameter is listed but not trained.
+    group: options from the matching entry of `groups`.
     role: "matrix", "experts", "router", "adapter" for Muon; "head", "table", "input", "norm", "convolution",
-    "vector", "state" (only added, scaled or fed in) or "unknown" for AdamW. doubt: what is not certain, or "".
+    "vector", "state" (only added, scaled or used as input) or "unknown" for AdamW. doubt: text of the doubt, or "".
     """
 
     fqn: str
@@ -82,9 +82,9 @@ class Route:
         return math.prod(self.shape)
 
     def matrices(self) -> tuple[MatrixGroup, ...]:
-        """The matrices that Muon orthogonalizes one by one, blocks in order of the axis that is cut; () under AdamW.
+        """The matrices that Muon orthogonalizes separately, in order along the split axis; () under AdamW.
 
-        (M, N) is one matrix, (E, M, N) a batch of E, and four axes or more are read as (out, everything else).
+        (M, N) is one matrix, (E, M, N) is a batch of E, and four axes or more are read as (out, all others).
         """
         if self.algorithm != "muon":
             return ()
@@ -103,7 +103,7 @@ class RoutingTable:
     routes: tuple[Route, ...]
 
     def select(self, algorithm: Algorithm) -> tuple[Route, ...]:
-        """The routes of one algorithm that are trained; frozen parameters are left out."""
+        """The routes of one algorithm, without frozen parameters."""
         return tuple(r for r in self.routes if r.algorithm == algorithm and not r.frozen)
 
     def totals(self) -> dict[str, dict[str, float]]:
@@ -127,7 +127,7 @@ class RoutingTable:
         return cast("dict[str, Any]", strict({"routes": rows, "totals": self.totals()}))
 
     def render(self) -> str:
-        """A plain-text table, one line for each parameter, then the totals."""
+        """A plain-text table: one line per parameter, then the totals."""
         rows = [("parameter", "shape", "algorithm", "matrices", "reason")]
         for r in self.routes:
             reason = r.reason if not r.aliases else f"{r.reason}; tied with {', '.join(r.aliases)}"
@@ -147,7 +147,7 @@ class RoutingTable:
 
 
 def logical_matrix(shape: tuple[int, ...], transposed: bool) -> tuple[int, int, int]:
-    """(batch, outputs, inputs) of a parameter; four axes or more are read as (out, everything else)."""
+    """(batch, outputs, inputs) of a parameter; four axes or more are read as (out, all others)."""
     if len(shape) > 3:
         return 1, shape[0], math.prod(shape[1:])
     batch = shape[0] if len(shape) == 3 else 1

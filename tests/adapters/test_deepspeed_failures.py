@@ -371,7 +371,7 @@ def test_half_weights_that_zero_init_made_unasked_are_said():
     (said,) = run_ranks(_half_weights, 1, torch.bfloat16 if why_no_fp16() is None else torch.float32)
     refused, warned = said
     assert (
-        "zero.Init made 0.weight in torch.bfloat16, and the DeepSpeed configuration asks for torch.float32" in refused
+        "zero.Init made 0.weight in torch.bfloat16, but the DeepSpeed configuration asks for torch.float32" in refused
     )
     assert "0.weight is torch.bfloat16, but the DeepSpeed configuration enables neither" in warned
 

@@ -411,7 +411,7 @@ def left_behind() -> str:
 
 def test_an_optimizer_left_behind_by_fully_shard_is_named():
     for message in run_ranks(left_behind, 2):
-        assert "make Muon after fully_shard, or hand both to accelerator.prepare" in message
+        assert "make Muon after fully_shard, or pass both to accelerator.prepare" in message
 
 
 def critic_beside_an_actor() -> bool:
@@ -474,9 +474,9 @@ def test_what_cannot_be_exact_is_refused_by_name():
         "partial": r"FrameworkError: w0 is placed P\(sum\) over mesh axis 'shard'.*redistribute",
         "twice strided": r"FrameworkError: w0 is placed .*torch does not say which elements a rank holds",
         "plain": r"ReplicaError: .*these weights are not the same: w1: ranks 0, 1, 2, 3 do not agree",
-        "ranks": r"FrameworkError: w1 lies on the meshes \[\[0, 1\], \[0, 1, 2, 3\]\] of ranks.*process_group=",
-        "group": r"FrameworkError: process_group has ranks \[0, 1\], the mesh of w0 has \[0, 1, 2, 3\]",
-        "none": r"FrameworkError: process_group has ranks \[0\], the mesh of w0 has",
+        "ranks": r"FrameworkError: w1 is on meshes of ranks \[\[0, 1\], \[0, 1, 2, 3\]\].*process_group=",
+        "group": r"FrameworkError: process_group has ranks \[0, 1\], but the mesh of w0 has \[0, 1, 2, 3\]",
+        "none": r"FrameworkError: process_group has ranks \[0\], but the mesh of w0 has",
     }
     assert first.keys() == last.keys() == expected.keys()
     for case, pattern in expected.items():

@@ -79,7 +79,7 @@ def test_for_trainer_refuses_a_bad_entry_at_once(tmp_path: Path) -> None:
         args, rule="hyperball", groups=[{"pattern": ".*q_proj", "rule": "muon"}], print_routing=False
     )
     with pytest.raises(
-        ConfigError, match=r"groups\[0\] .*its rule has weight decay, that of the optimizer .hyperball"
+        ConfigError, match=r"groups\[0\] .*its rule has weight decay, but the optimizer's rule .hyperball"
     ):
         factory()(model(), **options)
     options["groups"][0]["weight_decay"] = 0.3

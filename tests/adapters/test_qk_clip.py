@@ -183,7 +183,7 @@ def test_a_step_that_is_left_out_scales_nothing() -> None:
     loss_of(model, inputs, labels_in(inputs)).backward()
     model.lm_head.weight.grad[0, 0] = torch.nan
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with pytest.warns(RuntimeWarning, match="left out"):
+    with pytest.warns(RuntimeWarning, match="skipped"):
         optimizer.step()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -206,7 +206,7 @@ def test_logits_of_long_sequences_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("qwen3", {}, "q_norm bounds the logits, and its weight of shape .* is shared by all heads"),
+        ("qwen3", {}, "q_norm bounds the logits, and all heads share its weight of shape"),
         ("olmo", {"clip_qkv": 8.0}, "clip_qkv"),
         ("llama4_text", {}, "qk_norm"),
         ("gemma2", {}, "'eager'"),
@@ -224,7 +224,7 @@ def test_options_and_parameters_that_are_refused() -> None:
     model = make_model("llama")
     with pytest.raises(ConfigError, match="threshold is -1"):
         attach(model, make_muon(model), threshold=-1)
-    with pytest.raises(ConfigError, match=r"hyperball sets the norm of model.layers.0.self_attn.q_proj.weight back"):
+    with pytest.raises(ConfigError, match=r"hyperball restores the norm of model.layers.0.self_attn.q_proj.weight"):
         attach(model, Muon(param_groups(model, lr=0.1, weight_decay=None), rule="hyperball"))
     with pytest.raises(ConfigError, match="the optimizer is SGD"):
         attach(model, torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]

@@ -87,7 +87,7 @@ BROKEN: dict[str, tuple[Callable[[Lines], Lines], list[str]]] = {
     "first line removed": (lambda t: t[1:], ["line 1: 1 line missing before it"]),
     "a line moved back": (
         lambda t: [*t[:2], t[3], t[2], *t[4:]],
-        ["line 3: 1 line missing before it", "line 4: out of order, it was written as line 3 and stands behind line 4",
+        ["line 3: 1 line missing before it", "line 4: out of order, it was written as line 3 and comes after line 4",
          "line 5: changed, or the digest of the line before it was"],
     ),
     "a line twice": (

@@ -60,7 +60,7 @@ def _another_model(folder: str) -> None:
     checkpoint = open_checkpoint(Path(folder) / "checkpoint-1", ranks())
     kept = [p for p in held.pieces if (p.kind, p.name) != ("weight", "b")]
     for pieces, message in (
-        ([*held.pieces, extra], "does not hold d: it is of another model"),
+        ([*held.pieces, extra], "does not hold d: it belongs to another model"),
         ([*kept, swapped], r"b \(weight\) has shape \(3,\) in .* but \(2, 2\) in this model"),
         ([*held.pieces, other], "holds momentum of b and no exp_avg: it was trained by another algorithm"),
         (kept, "holds b, which this model does not have"),

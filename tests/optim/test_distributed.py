@@ -385,7 +385,7 @@ def test_a_partial_state_dict_says_once_what_it_lacks():
     """Lightning, `accelerator.save_state` and DCP take it for the whole state under DDP."""
     for rank, said in enumerate(run_ranks(said_of_partial_state, 2, "replicated")):
         (text,) = said
-        assert f"the part of rank {rank} alone: it lacks the momentum of " in text and "full_state_dict()" in text
+        assert f"the part of rank {rank}: it lacks the momentum of " in text and "full_state_dict()" in text
 
 
 @pytest.mark.parametrize("layout", ["flat", "alone"])

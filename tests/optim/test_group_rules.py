@@ -157,14 +157,14 @@ Q = {"pattern": ".*q_proj"}
     ({**Q, "algoritm": "adamw"}, r"groups\[1\] \('\.\*q_proj'\): 'algoritm' is unknown: did you mean 'algorithm'\?"),
     ({**Q, "weight_decy": 0.1}, "'weight_decy' is unknown: did you mean 'weight_decay'"),
     ({"patern": ".*"}, r"groups\[1\]: 'patern' is unknown: did you mean 'pattern'"),
-    ({**Q, "zzz": 1}, "'zzz' is unknown: known are algorithm, lr, pattern, rule, rule_options, scale, split, weight"),
+    ({**Q, "zzz": 1}, "'zzz' is unknown: use one of algorithm, lr, pattern, rule, rule_options, scale, split, weight"),
     ({**Q, "use_muon": False}, r"'use_muon' is not a key of an entry: write algorithm: \"muon\" or \"adamw\""),
     ({**Q, "num_heads": 4}, "'num_heads' is not a key of an entry: write split: {heads: N}"),
     ({**Q, "split_sizes": [2]}, "'split_sizes' is not a key of an entry: write split: {sizes"),
     ({**Q, "adjust_lr_fn": "original"}, "'adjust_lr_fn' is not a key of an entry: write scale"),
     ({**Q, "wd": 0.1}, "'wd' is not a key of an entry: write weight_decay"),
     ({**Q, "lr_mult": 2}, "'lr_mult' is not a key of an entry: write lr, which is absolute"),
-    ({**Q, "params": []}, "'params' is not a key of an entry: parameters are found by pattern"),
+    ({**Q, "params": []}, "'params' is not a key of an entry: write pattern"),
     ({"lr": 0.1}, r"groups\[1\]: pattern is missing: write a regular expression"),
     ({"pattern": None}, "pattern is missing: write"),
     ({"pattern": 3}, "pattern is 3: write"),
@@ -211,12 +211,12 @@ def test_an_entry_that_cannot_be_used_is_refused_by_name(entry: Any, words: str)
     ([{"pattern": r".*norm.*", "rule": "namo"}], "matches only parameters that go to AdamW: .*norm"),
     ([{"pattern": "lm_head", "split": {"heads": 2}}], "'lm_head' matches only parameters that go to AdamW: lm_head"),
     ([{"pattern": ".*q_proj", "split": {"heads": 5}}], r"heads = 5 does not divide .*q_proj\.weight \(12, 20\)"),
-    ([{"pattern": ".*q_proj", "split": {"sizes": [6, 7]}}], "the sizes add up to 13, unlike .* 12 rows"),
+    ([{"pattern": ".*q_proj", "split": {"sizes": [6, 7]}}], "the sizes add up to 13, which does not fit .* 12 rows"),
     ([{"pattern": ".*q_proj", "split": {}}], "needs exactly one of heads and sizes"),
     ([{"pattern": ".*q_proj", "split": {"heads": 2, "sizes": [6, 6]}}], "needs exactly one of heads and sizes"),
     ([{"pattern": ".*q_proj", "split": {"heads": 2.0}}], "whole numbers of at least 1"),
     ([{"pattern": ".*", "lr": 0.1}, {"pattern": "lm_head", "lr": 0.2}],
-     r"group 'lm_head' decides about no parameter: the first match wins, and group '\.\*', which stands before it"),
+     r"group 'lm_head' decides about no parameter: the first match wins, and the earlier group '\.\*'"),
     ([{"pattern": ".*", "algorithm": "adamw", "lr": 0.1}], "no parameter reaches Muon"),
 ])  # fmt: skip
 def test_an_entry_that_does_not_fit_the_model_is_refused_by_name(entries: list[Any], words: str) -> None:
@@ -242,7 +242,7 @@ def test_short_forms_as_dicts_are_checked_as_well(given: dict[str, Any], words: 
 
 def test_groups_need_a_model_and_a_table_is_not_changed_by_them() -> None:
     net = model()
-    with pytest.raises(ConfigError, match=r"params are not a model: write Muon\(model, groups"):
+    with pytest.raises(ConfigError, match=r"params is not a model: write Muon\(model, groups"):
         Muon(net.model.layers[0].mlp.parameters(), groups=[{"pattern": ".*", "lr": 0.1}])
     with pytest.raises(ConfigError, match="table and groups are both given"):
         param_groups(net, table=route(net), groups=[{"pattern": ".*q_proj", "lr": 0.1}])

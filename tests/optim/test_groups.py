@@ -27,7 +27,7 @@ def weight(*shape: int, dtype: torch.dtype = torch.float32) -> torch.nn.Paramete
         ({"wd": 0.1}, "'wd'.*weight_decay"),
         ({"algoritm": "adamw"}, "'algoritm' is unknown: did you mean 'algorithm'"),
         ({"weight_decy": 0.1}, "'weight_decy' is unknown: did you mean 'weight_decay'"),
-        ({"zzz": 1}, "'zzz' is unknown: known are .*momentum"),
+        ({"zzz": 1}, "'zzz' is unknown: use one of .*momentum"),
         ({"lr": "0.1"}, "lr is '0.1': it must be a number"),
         ({"lr": True}, "lr is True: it must be a number"),
         ({"lr": float("nan")}, "lr is nan"),

@@ -107,7 +107,7 @@ class Blind(nn.Module):
 
 
 def test_what_cannot_be_found_is_refused_by_name():
-    with pytest.raises(RoutingError, match=r"no attention is known among .*heads: N"):
+    with pytest.raises(RoutingError, match=r"belong to no known attention.*heads: N"):
         route(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)), splits=split_rules("heads"))
     blind = type("BlindAttention", (Blind,), {})()
     model = nn.Sequential(blind, nn.Linear(16, 4))

@@ -50,7 +50,7 @@ def test_a_name_of_another_optimizer_is_refused_with_what_to_write(name: str) ->
         (muon_dist.Muon, "adam_lr", "in param_groups write adamw_lr=..."),
         (muon_dist.Muon, "adamw_lr", "'adamw_lr' is an argument of param_groups"),
         (muon_dist.Muon, "momentm", "Muon: argument 'momentm' is unknown: did you mean 'momentum'?"),
-        (muon_dist.Muon, "zzz", "argument 'zzz' is unknown: known are .*weight_decay"),
+        (muon_dist.Muon, "zzz", "argument 'zzz' is unknown: use one of .*weight_decay"),
         (
             muon_dist.param_groups,
             "momentum",

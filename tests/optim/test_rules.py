@@ -412,7 +412,7 @@ def test_the_decay_of_16_bit_weights_rounds_the_product_alone(rule):
         ({"rule": "hyperball", "rule_options": {"cautious": True}}, "hyperball.*no cautious.*no weight decay"),
         ({"rule": "hyperball", "rule_options": {"radial_brake": 0.5}}, "hyperball.*no radial_brake"),
         ({"rule": "muon", "rule_options": {"cautius": True}}, r"no option 'cautius' \(did you mean cautious"),
-        ({"rule": "namo", "rule_options": AT_OWNER}, "namo.*no momentum_at_owner: it takes norms of the momentum"),
+        ({"rule": "namo", "rule_options": AT_OWNER}, "namo.*no momentum_at_owner: it needs norms of the momentum"),
         ({"rule": "muon", "rule_options": {"cautious": 0.5}}, "cautious.*True or False"),
         ({"rule": "muon", "rule_options": {"row_floor": True}}, "row_floor.*must be a number"),
         ({"rule": "muon", "rule_options": {"radial_brake": 1.5}}, r"radial_brake.*\[0, 1\]"),

@@ -401,12 +401,12 @@ def test_a_tracker_that_cannot_begin_leaves_everything_as_it_was(
     Tracker.__module__ = integration_utils.__name__
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
     asked = ["trainer.report_to=tensorboard", "trainer.max_steps=12"]
-    with pytest.raises(ConfigError, match=f"cannot begin: cannot write to {tmp_path}/new/tiny/trackers/tensorboard"):
+    with pytest.raises(ConfigError, match=f"cannot start: cannot write to {tmp_path}/new/tiny/trackers/tensorboard"):
         train(workspace / "tiny.yaml", asked, run_dir=str(tmp_path / "new"))
     assert not list(tmp_path.rglob("*.json*")) and not (tmp_path / "new" / "tiny").exists()
     shutil.copytree(finished["run"], tmp_path / "old" / "tiny")
     before = contents(tmp_path / "old")
-    with pytest.raises(ConfigError, match="cannot begin"):
+    with pytest.raises(ConfigError, match="cannot start"):
         train(workspace / "tiny.yaml", asked, run_dir=str(tmp_path / "old"), resume="auto")
     assert contents(tmp_path / "old") == before and not (tmp_path / "old" / "tiny" / "trackers").exists()
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ

@@ -1,7 +1,7 @@
 """DeepSpeed: where ZeRO 0, 1, 2 and 3 store Muon's tensors, and which settings cannot be exact.
 
-The only package that knows DeepSpeed (0.19.8; attributes by that version). Nothing is patched on a class and nothing
-is set on a parameter: a `use_muon` attribute would make DeepSpeed orthogonalize as well.
+Only this package depends on DeepSpeed (attribute names of version 0.19.8). It patches no class and sets no attribute
+on a parameter: `use_muon` would make DeepSpeed orthogonalize too.
 """
 
 from muon_dist.adapters.deepspeed.checks import check_config, check_partitioned, check_zero_settings

@@ -20,8 +20,8 @@ from muon_dist.failures import one_line
 from muon_dist.optim.muon import Muon
 from muon_dist.routing import expert_group
 
-# Schedulers that set one rate for every parameter group, and the setting that holds it: DeepSpeed's own, then torch's.
-# All others multiply the rate of each group.
+# Schedulers that set one rate for all parameter groups, and the setting with this rate: DeepSpeed's, then torch's. All
+# other schedulers multiply each group's rate.
 _ONE_RATE = {
     "WarmupLR": "warmup_max_lr",
     "WarmupDecayLR": "warmup_max_lr",
@@ -32,19 +32,19 @@ _ONE_RATE = {
 }
 
 
-_AUTO_EP = "AutoEP (expert_parallel): use deepspeed.moe.layer.MoE, or the experts of the model as they are"
+_AUTO_EP = "AutoEP (expert_parallel): use deepspeed.moe.layer.MoE, or leave the model's experts unchanged"
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse a DeepSpeed configuration under which accelerate or the Trainer would replace our optimizer or its rates.
+    """Refuse a DeepSpeed configuration with which accelerate or the Trainer would replace Muon or its learning rates.
 
     Raises FrameworkError: an "optimizer" block; a "scheduler" block that gives all groups one rate; optimizer offload
         without `zero_force_ds_cpu_optimizer: false`; AutoEP, which replaces the experts.
     """
     if "optimizer" in config:
         raise FrameworkError(
-            'the DeepSpeed configuration has an "optimizer" block: the Trainer then trains with the optimizer of that '
-            'block, and Muon is never made. Remove the "optimizer" block'
+            'the DeepSpeed configuration has an "optimizer" block: the Trainer would train with that optimizer, not '
+            'with Muon. Remove the "optimizer" block'
         )
     check_scheduler(config)
     if (config.get("expert_parallel") or {}).get("enabled"):
@@ -58,18 +58,19 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def check_zero_settings(config: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a `zero_optimization` block that DeepSpeed would refuse when its engine is made, which is
-    after the data were prepared. Values that are "auto" are filled in later, and not looked at.
+    """Raises ConfigError for an invalid `zero_optimization` block, before the data are prepared.
+
+    DeepSpeed itself would fail only when the engine is made. Values "auto" are set later, so they are not checked.
     """
     block = {k: v for k, v in (config.get("zero_optimization") or {}).items() if v != "auto"}
     try:
         DeepSpeedZeroConfig(**block)
-    except ValueError as error:  # pydantic's ValidationError is one
+    except ValueError as error:  # also pydantic's ValidationError
         raise ConfigError(f"deepspeed: zero_optimization: {one_line(error)}") from error
 
 
 def check_scheduler(config: Mapping[str, Any]) -> None:
-    """Raise FrameworkError for a "scheduler" block that replaces the rates of all parameter groups by one number."""
+    """Raise FrameworkError for a "scheduler" block that sets the same rate for all parameter groups."""
     block = config.get("scheduler") or {}
     kind = block.get("type")
     if kind not in _ONE_RATE or isinstance((block.get("params") or {}).get(_ONE_RATE[kind]), (list, tuple)):
@@ -78,14 +79,14 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
         f'the DeepSpeed configuration has a "scheduler" block of type {kind}, which replaces the learning rates of '
         'Muon and of AdamW by one number. Remove the "scheduler" block and pass a scheduler of torch, which '
         "multiplies the rate of each group (in the Trainer: lr_scheduler_type and warmup_steps); or give "
-        f"{_ONE_RATE[kind]} as a list with one rate for each parameter group"
+        f"{_ONE_RATE[kind]} as a list with one rate per parameter group"
     )
 
 
 def check_partitioned(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Look at the weights that `deepspeed.zero.Init` made, before they are trained.
+    """Check the dtype of weights made by `deepspeed.zero.Init`, before training.
 
-    Raises FrameworkError for 16-bit weights that the DeepSpeed configuration does not ask for.
+    Raises FrameworkError for 16-bit weights if the DeepSpeed configuration does not enable 16 bits.
     """
     enabled = {name: (config.get(name) or {}).get("enabled") is True for name in ("bf16", "fp16")}
     wanted = torch.bfloat16 if enabled["bf16"] else torch.float16 if enabled["fp16"] else torch.float32
@@ -93,7 +94,7 @@ def check_partitioned(model: nn.Module, config: Mapping[str, Any]) -> None:
         found = getattr(p, "ds_tensor", p).dtype
         if found not in (wanted, torch.float32):
             raise FrameworkError(
-                f"deepspeed.zero.Init made {name} in {found}, and the DeepSpeed configuration asks for {wanted}: "
+                f"deepspeed.zero.Init made {name} in {found}, but the DeepSpeed configuration asks for {wanted}: "
                 "build the model under zero.Init(config_dict_or_path=config) without dtype="
             )
 
@@ -127,13 +128,13 @@ def _refusals(engine: DeepSpeedEngine) -> Iterator[str]:
     if engine.zenflow or engine.super_offload():
         yield "ZenFlow and SuperOffload: leave them out"
     if not zero.compute_grad_norm:
-        yield "zero_optimization.compute_grad_norm false, with which a NaN would be met group by group: leave it out"
+        yield "zero_optimization.compute_grad_norm false, which would detect a NaN in one group only: leave it out"
     if zero.elastic_checkpoint:
         yield "elastic_checkpoint, which saves one kind of state for all groups: leave it out"
     if engine.is_deepcompile_enabled():
-        yield "compile.deepcompile, which steps the optimizer by itself: leave it out"
+        yield "compile.deepcompile, which replaces the optimizer step by its own: leave it out"
     if engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16:
-        yield "torch_autocast in float16, whose scaler may skip a step on one rank alone: use bfloat16"
+        yield "torch_autocast in float16, whose scaler may skip a step on one rank only: use bfloat16"
     if engine.pipeline_parallelism and stage > 1:
         yield "pipeline parallelism above ZeRO stage 1, which DeepSpeed's own engine does not run: use stage 0 or 1"
     yield from _of_model_parallelism(engine)
@@ -143,14 +144,14 @@ def _refusals(engine: DeepSpeedEngine) -> Iterator[str]:
 
 
 def _of_model_parallelism(engine: DeepSpeedEngine) -> Iterator[str]:
-    """What DeepSpeed calls model parallelism are the stages of a pipeline as well."""
+    """Problems with model parallelism. In DeepSpeed the term includes pipeline stages."""
     tensor, experts = engine.autotp_size() > 1, engine.has_moe_layers
     sliced = getattr(engine.optimizer, "model_parallel_group", None) is not None
     if engine.pipeline_parallelism:
         sliced = engine.mpu.get_slice_parallel_world_size() > 1
     if sliced and not tensor:
         yield (
-            "tensor parallelism of an mpu, which does not say how it has cut the weights: use DeepSpeed's AutoTP "
+            "tensor parallelism of an mpu, which does not say how it has sharded the weights: use DeepSpeed's AutoTP "
             '("tensor_parallel": {"autotp_size": N})'
         )
     expert_config = engine._config.expert_parallel_config
@@ -164,7 +165,7 @@ def _of_model_parallelism(engine: DeepSpeedEngine) -> Iterator[str]:
     }
     together = [name for name, there in others.items() if there]
     if (tensor or experts) and len(together) > 1:
-        yield f"{' and '.join(together)} together, which was not tried: leave one of them out"
+        yield f"{' and '.join(together)} together, a combination that is not tested: leave one of them out"
     if tensor:
         for name, module in engine.module.named_modules():
             if isinstance(module, (conv_LinearLayer, Conv_LinearALlreduce)):
@@ -172,7 +173,7 @@ def _of_model_parallelism(engine: DeepSpeedEngine) -> Iterator[str]:
 
 
 def check_expert_groups(engine: DeepSpeedEngine) -> None:
-    """Raise FrameworkError for parameters that ZeRO has cut over other ranks than hold copies of them."""
+    """Raise FrameworkError for parameters that ZeRO shards over other ranks than those that hold their copies."""
     wrapper: Any = engine.optimizer
     for index, group in enumerate(model_parameters(wrapper) or []):
         names = {expert_group(p) for p in group}
@@ -181,9 +182,9 @@ def check_expert_groups(engine: DeepSpeedEngine) -> None:
             copies = wrapper.dp_process_group if name is None else engine.expert_data_parallel_group[name]
             if dist.get_process_group_ranks(copies) != over:
                 raise FrameworkError(
-                    f"group {index} of Muon is cut over ranks {over}, but some of its parameters have copies on ranks "
-                    f"{dist.get_process_group_ranks(copies)}. The experts of each ep_size of DeepSpeed's MoE layers "
-                    "need groups of their own: create Muon from muon_dist.param_groups(model), which makes them"
+                    f"group {index} of Muon is sharded over ranks {over}, but some of its parameters have copies on "
+                    f"ranks {dist.get_process_group_ranks(copies)}. The experts of each ep_size of DeepSpeed's MoE "
+                    "layers need separate groups: create Muon from muon_dist.param_groups(model), which makes them"
                 )
 
 
@@ -200,5 +201,5 @@ def check_engine(engine: DeepSpeedEngine, optimizer: Muon) -> None:
 def one_group(group: dist.ProcessGroup, others: Iterable[dist.ProcessGroup]) -> dist.ProcessGroup:
     ranks = dist.get_process_group_ranks(group)
     if any(dist.get_process_group_ranks(other) != ranks for other in others):
-        raise FrameworkError("parameters are partitioned over different process groups: use one for all")
+        raise FrameworkError("parameters are partitioned over different process groups: use one group for all")
     return group

@@ -1,4 +1,4 @@
-"""From an engine to the optimizer inside it, and back."""
+"""Finds the `Muon` inside a DeepSpeed engine, and the engine around a `Muon`; binds them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def attach(engine: DeepSpeedEngine, *, clip_muon: bool = False) -> Muon:
     """
     if not isinstance(engine, DeepSpeedEngine):
         raise FrameworkError(
-            f"attach takes the engine that deepspeed.initialize returned, not {type(engine).__name__}"
+            f"attach needs the engine that deepspeed.initialize returned, not {type(engine).__name__}"
         )
     optimizer = engine.basic_optimizer
     if not isinstance(optimizer, Muon):
@@ -69,10 +69,9 @@ def attach(engine: DeepSpeedEngine, *, clip_muon: bool = False) -> Muon:
 def prepare_process(gpu: bool) -> None:
     """Prepare this process for DeepSpeed. Call it before `TrainingArguments` and the model are made.
 
-    Tells DeepSpeed of the process group that there is: `zero.Init`, under which transformers builds a model for
-    ZeRO-3, would take the process for a single one. Without a GPU it first keeps DeepSpeed from compiling its
-    shared-memory collectives for 40 s (training uses torch's; a build that is killed leaves a lock on which later
-    runs hang silently).
+    DeepSpeed learns the existing process group. Otherwise `zero.Init`, which transformers uses to build a model for
+    ZeRO-3, would assume a single process. Without a GPU this also stops DeepSpeed from compiling its shared-memory
+    collectives for 40 s: training uses torch's collectives, and a killed build leaves a lock on which later runs hang.
     """
     if not gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -81,9 +80,9 @@ def prepare_process(gpu: bool) -> None:
 
 
 def bind(optimizer: Muon) -> Bound | NotReady | None:
-    """The binder: looks for the engine or wrapper that holds `optimizer`. None if DeepSpeed does not hold it.
+    """The binder: finds the engine or wrapper that holds `optimizer`. None if DeepSpeed does not hold it.
 
-    `NotReady` while `deepspeed.initialize` runs: FP16_UnfusedOptimizer makes a real step on zero gradients there.
+    `NotReady` while `deepspeed.initialize` runs, because FP16_UnfusedOptimizer makes a step on zero gradients there.
     """
     engine, wrapper = find_engine(optimizer)
     if engine is None:
@@ -98,10 +97,10 @@ def bind(optimizer: Muon) -> Bound | NotReady | None:
 
 
 def find_engine(optimizer: Muon) -> tuple[DeepSpeedEngine | None, Any]:
-    """The engine and the wrapper that hold `optimizer`; an engine still in its __init__ holds no wrapper yet.
+    """The engine and the wrapper that hold `optimizer`; during the engine's __init__ there is only a wrapper.
 
-    DeepSpeed keeps no list of its engines, and our optimizer is not told of its wrapper, so all living objects are
-    looked through, once. By type, not isinstance: that asks the objects, and some import modules when asked.
+    DeepSpeed has no list of its engines, and our optimizer does not know its wrapper, so this searches all objects
+    once. It compares types, because isinstance may make an object import modules.
     """
     kinds = set(_with_subclasses((*WRAPPERS, DeepSpeedEngine)))
     living = [candidate for candidate in gc.get_objects() if type(candidate) in kinds]
@@ -126,28 +125,28 @@ def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
     elif isinstance(wrapper, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         check_expert_groups(engine)
     elif parallelism.sharded and isinstance(wrapper, (FP16_UnfusedOptimizer, Muon)):
-        pass  # every rank that saves has all of its momentum: see `everywhere` below
+        pass  # every rank has all momentum that it must save: see `everywhere` below
     elif isinstance(wrapper, (FP16_UnfusedOptimizer, Muon)):
-        # DeepSpeed saves the optimizer of rank 0 only, while momentum lives on its owners. It calls this hook on all
+        # DeepSpeed saves only rank 0's optimizer, but momentum is on the owners. DeepSpeed calls this hook on all
         # ranks before a save.
         hooked: Any = wrapper
         hooked.checkpoint_event_prologue = optimizer.gather_state
         hooked.checkpoint_event_epilogue = optimizer.release_state
     else:
         raise FrameworkError(
-            f"DeepSpeed has put Muon into a {type(wrapper).__name__}, whose layout muon_dist does not know"
+            f"DeepSpeed has put Muon into a {type(wrapper).__name__}, which muon_dist does not support"
         )
     found = parts(engine, optimizer, parallelism)
     for tensor in (*found.buffers, *found.others):
         if tensor.dtype != torch.float32 and not isinstance(wrapper, Muon):
             raise FrameworkError(f"master weights in {tensor.dtype}: leave out *_master_weights_and_grads")
-    # DeepSpeed links the state of all groups after the first group's step: what is not there by then, it never sees.
+    # DeepSpeed links the state of all groups after the first group's step, and never sees state created later.
     for tensor in found.others:
         if "exp_avg" not in optimizer.state[tensor]:
             optimizer.state[tensor].update(adamw_state(tensor))
     storage = found.storage
     in_tensor = {id(b.tensor): b.parameters for b in storage.buffers}
-    by_the_wrapper = not (parallelism.sharded and storage.by_tensor)  # else its norm lacks the experts'
+    by_the_wrapper = not (parallelism.sharded and storage.by_tensor)  # otherwise its norm lacks the experts
     binding = Binding(
         found.layout,
         tuple(found.buffers),
@@ -156,7 +155,7 @@ def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
         clip,
         finite=lambda: is_finite(wrapper) if by_the_wrapper else None,
         column=storage.column,
-        # DeepSpeed saves what each rank's tensors are stepped with: momentum that lies on another rank it would lose.
+        # DeepSpeed saves the state of each rank's tensors, and would lose momentum stored on another rank.
         everywhere=lambda plan, wanted: holders_of_copies(plan, wanted or parallelism.sharded),
         specs=found.specs,
         contents=lambda tensor: in_tensor[id(tensor)],

@@ -1,4 +1,4 @@
-"""How DeepSpeed changes gradients before the optimizer sees them: clipping and loss scale."""
+"""Undoes DeepSpeed's changes of gradients before the step: clipping and loss scale."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from muon_dist.optim.muon import Muon
 
-_CLIP_EPSILON = 1e-6  # in every clip of DeepSpeed's: gradient / max(1, (norm + 1e-6) / gradient_clipping)
+_CLIP_EPSILON = 1e-6  # DeepSpeed clips by gradient / max(1, (norm + 1e-6) / gradient_clipping)
 
 
 class Clip:
@@ -22,7 +22,7 @@ class Clip:
         self.norm = 0.0
 
     def record_norms(self) -> None:
-        """At stage 0 in fp32 the engine clips the parameters' own gradients and forgets the norm: keep it."""
+        """Record the norm when the engine clips at stage 0 in fp32, because DeepSpeed does not keep it."""
         engine = self.engine
 
         def clip_fp32_gradients() -> None:
@@ -41,7 +41,8 @@ class Clip:
         if not bound > 0 or norm is None:
             return growth
         norm = float(norm)
-        # Stages 1 and 2 report the true norm and clip by the one divided by the new loss scale; stage 3 reports that.
+        # Stages 1 and 2 report the true norm, but clip by the norm divided by the new loss scale. Stage 3 reports the
+        # divided norm.
         stage3 = isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3)
         used, true = (norm, norm * growth) if stage3 else (norm / growth, norm)
         divided_by = growth * max(1.0, (used + _CLIP_EPSILON) / bound)
@@ -49,10 +50,10 @@ class Clip:
 
 
 def _growth(wrapper: Any) -> float:
-    """By how much the dynamic loss scale grew in this step, else 1.
+    """The factor by which the dynamic loss scale grew in this step; 1 if it did not grow.
 
-    DeepSpeed unscales by the scale *after* its update, so the gradient of such a step arrives divided by that much
-    too much (fp16, every `loss_scale_window` steps).
+    DeepSpeed unscales with the scale *after* its update, so the gradient of such a step is too small by this factor
+    (fp16, every `loss_scale_window` steps).
     """
     scaler = getattr(wrapper, "loss_scaler", None)
     if scaler is None or not scaler.dynamic or wrapper.custom_loss_scaler:
@@ -62,8 +63,9 @@ def _growth(wrapper: Any) -> float:
 
 
 def is_finite(wrapper: Any) -> bool | None:
-    """The factor from the wrapper's norm over all ranks; None at stage 0 in fp32, where there is no wrapper.
+    """Whether all gradients are finite, from the wrapper's norm over all ranks; None without a wrapper.
 
-    Mostly DeepSpeed leaves a bad step out itself and `step` is not called; not so in bf16 without check_grad_overflow.
+    There is no wrapper at stage 0 in fp32. Usually DeepSpeed skips a bad step itself and does not call `step`, but not
+    in bf16 without check_grad_overflow.
     """
     return None if isinstance(wrapper, Muon) else not is_invalid_grad_norm(wrapper._global_grad_norm)

@@ -25,12 +25,12 @@ class Parts:
     """The parameters of an engine that Muon updates.
 
     Attributes:
-        layout: of the buffers.
-        buffers: Muon's.
-        group_of: index of the parameter group of each.
+        layout: the layout of the buffers.
+        buffers: Muon's tensors.
+        group_of: parameter-group index of each buffer.
         others: AdamW's tensors.
-        storage: from which they come.
-        specs: what all ranks step, where they step different parameters; None: this optimizer's.
+        storage: the engine's storage.
+        specs: the parameters of all ranks, if ranks step different parameters; None: this optimizer's parameters.
     """
 
     layout: Layout
@@ -45,7 +45,7 @@ def parts(engine: Any, optimizer: Muon, parallelism: Parallelism) -> Parts:
     """The parameters of an engine that Muon updates. A collective if ranks hold different parts of the model.
 
     Raises:
-        LayoutError: DeepSpeed holds other parameters than the optimizer was given.
+        LayoutError: DeepSpeed and the optimizer have different parameters.
         FrameworkError: see `storage.read`.
     """
     given = model_parameters(engine.optimizer) or [group["params"] for group in optimizer.param_groups]
@@ -58,7 +58,7 @@ def parts(engine: Any, optimizer: Muon, parallelism: Parallelism) -> Parts:
             for p, spec in match(parameters, of_group, index)
         }
 
-    # Ranks have names of their own: what is wrong on one may be right on another, which would wait for it.
+    # Names differ between ranks, so an error may occur on one rank only: raise it on all, or the others hang.
     specs = Ranks(dist.group.WORLD).everywhere(paired) if parallelism.sharded else paired()
     storage = read(engine, specs, parallelism)
     muon = [b for b in storage.buffers if _is_muon(b, optimizer)]
@@ -79,7 +79,7 @@ def parts(engine: Any, optimizer: Muon, parallelism: Parallelism) -> Parts:
 
 
 def _is_muon(buffer: Buffer, optimizer: Muon) -> bool:
-    """At stage 0 a buffer is one parameter; else all of a buffer are of one parameter group."""
+    """Whether Muon steps a buffer. At stage 0 a buffer is one parameter; else it belongs to one parameter group."""
     return optimizer.algorithms[buffer.group] == "muon"
 
 
@@ -97,8 +97,8 @@ _Pairs = list[tuple[Any, ParameterSpec]]
 
 
 def _by_name(engine: Any, parallelism: Parallelism) -> Callable[[Sequence[Any], Sequence[ParameterSpec], int], _Pairs]:
-    """Pairs DeepSpeed's parameters with what the optimizer was given, where AutoTP may have replaced some and moved
-    them to the end of their group."""
+    """Function that pairs DeepSpeed's parameters with the optimizer's by name: AutoTP may have replaced parameters and
+    moved them to the end of their group."""
     names = {id(p): clean_name(name) for name, p in engine.module.named_parameters()}
 
     def match(parameters: Sequence[Any], specs: Sequence[ParameterSpec], group: int) -> _Pairs:
@@ -111,25 +111,25 @@ def _by_name(engine: Any, parallelism: Parallelism) -> Callable[[Sequence[Any], 
             if spec is None or spec.shape != shape:
                 raise LayoutError(
                     f"group {group}: DeepSpeed steps {name} of shape {shape or tuple(p.shape)}, Muon was given "
-                    f"{spec.shape if spec is not None else 'no such name'}: make Muon of "
-                    "muon_dist.param_groups(model), with the model as deepspeed.initialize gets it, before that call"
+                    f"{spec.shape if spec is not None else 'no such name'}: make Muon from "
+                    "muon_dist.param_groups(model) before deepspeed.initialize, with the same model"
                 )
             found.append((p, spec))
         if by_name:
-            raise LayoutError(f"group {group}: DeepSpeed does not step {sorted(by_name)[:3]}, which Muon was given")
+            raise LayoutError(f"group {group}: Muon has {sorted(by_name)[:3]}, but DeepSpeed does not step them")
         return found
 
     return match
 
 
 def _by_order(parameters: Sequence[Any], specs: Sequence[ParameterSpec], group: int) -> _Pairs:
-    """Pair DeepSpeed's parameters with what the optimizer was given, checked by shape."""
+    """DeepSpeed's parameters paired with the optimizer's, by order; checks the shapes."""
     shapes = [logical_shape(p) for p in parameters]
     wrong = [s.name for s, shape in zip(specs, shapes, strict=False) if s.shape != shape]
     if wrong or len(shapes) != len(specs):
         raise LayoutError(
             f"group {group}: DeepSpeed holds {len(shapes)} parameters, Muon was given {len(specs)}"
             f"{', first difference at ' + wrong[0] if wrong else ''}. Freeze parameters before making Muon, and leave "
-            "out those without elements"
+            "out parameters without elements"
         )
     return list(zip(parameters, specs, strict=True))

@@ -1,6 +1,6 @@
-"""Parameters of which ranks hold different parts: DeepSpeed's AutoTP, and the experts of its MoE layers.
+"""Parameters that are split between ranks: DeepSpeed's AutoTP, and the experts of its MoE layers.
 
-The only place that reads what AutoTP leaves on a parameter and which expert a rank holds. By DeepSpeed 0.19.8.
+Only this module reads AutoTP's attributes of parameters, and which experts a rank holds. For DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from muon_dist.routing import expert_group, logical_shape
 
 @dataclass(frozen=True)
 class Held:
-    """A parameter or buffer of the model, as this rank holds it.
+    """The part of a parameter or buffer that this rank holds.
 
     Attributes:
-        name: FQN in the whole model: an expert has the number that it has among the experts of all ranks.
-        shard: which part of it the model's own tensor is.
-        holders: the ranks of the default group that hold this very part, in order.
+        name: FQN in the whole model: experts are numbered over all ranks.
+        shard: the part in this rank's tensor.
+        holders: the ranks of the default group that hold the same part, in order.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Held:
 
 @dataclass(frozen=True)
 class _Experts:
-    """The experts of one MoE layer on this rank: FQN of their list, and the number of the first among all."""
+    """The experts of one MoE layer on this rank: FQN of their list, and the global index of the first expert."""
 
     prefix: str
     first: int
@@ -47,10 +47,10 @@ class _Experts:
 
 
 class Parallelism:
-    """Which part of the model each rank of an engine holds.
+    """The part of the model that each rank of an engine holds.
 
     Attributes:
-        sharded: False if every rank of a data-parallel group holds the whole model, as ZeRO by itself assumes.
+        sharded: False if every rank of a data-parallel group holds the whole model, as plain ZeRO assumes.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -69,7 +69,7 @@ class Parallelism:
         return min(every, key=dist.get_world_size)
 
     def name(self, fqn: str) -> str:
-        """The name in the whole model of this rank's parameter or buffer `fqn`."""
+        """The FQN in the whole model of this rank's parameter or buffer `fqn`."""
         for experts in self._experts:
             if fqn.startswith(experts.prefix):
                 number, dot, rest = fqn[len(experts.prefix) :].partition(".")
@@ -77,10 +77,10 @@ class Parallelism:
         return fqn
 
     def held(self, fqn: str, tensor: Any) -> Held:
-        """The place of a parameter or buffer, by its name in this rank's module.
+        """This rank's part of a parameter or buffer. fqn: its name in this rank's module.
 
         Raises:
-            FrameworkError: AutoTP has cut it in a way that it does not describe.
+            FrameworkError: AutoTP does not describe how it has sharded the parameter.
         """
         name, shape = clean_name(fqn), logical_shape(tensor)
         for experts in self._experts:
@@ -93,7 +93,7 @@ class Parallelism:
         return Held(name, shard, tuple(ranks) if ranks is not None else tuple(range(dist.get_world_size())))
 
     def _shard(self, name: str, tensor: Any, shape: tuple[int, ...]) -> Shard:
-        """`shape`: of the local tensor."""
+        """The shard in a local tensor of `shape`."""
         found = getattr(tensor, DS_AUTOTP_UC_META, None)
         if self._tensor == 1 or found is None or found["replicated"]:
             return Shard.whole(shape)
@@ -107,9 +107,9 @@ class Parallelism:
             plain = tuple(n if i != axis else sizes[part] for i, n in enumerate(shard.shape)) if sizes else shape
             if shard.numel == math.prod(shape) and plain == shape:
                 return shard
-            why = f"it says that this rank holds {shard.numel} elements of {shard.shape}, which holds {shape}"
+            why = f"by its description this rank holds {shard.numel} elements of {shard.shape}, but it holds {shape}"
         raise FrameworkError(
-            f"AutoTP does not describe how it has cut {name}: {why or 'its rows are not cut into parts in order'}. "
+            f"AutoTP does not describe how it has cut {name}: {why or 'its rows are not split in order'}. "
             "Leave the weight out of AutoTP by a partition_config, or leave out tensor_parallel"
         )
 

@@ -1,6 +1,6 @@
-"""Reads where each ZeRO stage stores the parameters. Layouts and checkpoints are derived from the result.
+"""Reads where each ZeRO stage stores the parameters. Layouts and checkpoints use the result.
 
-Attributes by DeepSpeed 0.19.8.
+Attribute names of DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from muon_dist.ranks import Ranks
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor that the optimizer steps; every rank has one of the same number.
+    """A tensor that the optimizer steps; every rank has one with the same number.
 
     Attributes:
-        tensor: of this rank, in fp32.
+        tensor: this rank's fp32 tensor.
         group: index of its parameter group.
-        parameters: what lies in it, on all ranks.
-        ranks: those over which ZeRO has cut it, where these are not all of `Storage.ranks`.
+        parameters: the parameters in it, with their fragments on all ranks.
+        ranks: the ranks over which ZeRO shards it, if they are not all of `Storage.ranks`.
     """
 
     tensor: torch.Tensor
@@ -43,15 +43,15 @@ class Storage:
     """All parameters that a DeepSpeed optimizer wrapper updates.
 
     Attributes:
-        kind: "replicated", "sharded" (stage 0, where ranks hold different parts), "flat" or "per_parameter", as of a
-            `Layout`.
-        ranks: the process group over which it is cut or copied.
-        buffers: in the order in which they are stepped.
-        together: all are stepped in one call; else one call for each.
-        refresh: brings the model's weights up to date after the buffers were written. May be a collective.
-        domains, columns: as of a `Layout`.
-        column: the process group of the ranks with the same of `columns`; None: all.
-        held: by `id()` of the model's parameters and of the buffers of stage 0, where ranks hold different parts.
+        kind: "replicated", "sharded" (stage 0 with different parts per rank), "flat" or "per_parameter"; see `Layout`.
+        ranks: the process group over which parameters are sharded or copied.
+        buffers: the buffers, in the order of the step.
+        together: True: one call steps all buffers. False: one call per buffer.
+        refresh: copies changed buffers into the model's weights. May be a collective.
+        domains, columns: as in `Layout`.
+        column: the process group of this rank's replica group; None: all ranks.
+        held: this rank's parts, by `id()` of the model's parameters and of stage-0 buffers, if ranks hold different
+            parts.
     """
 
     kind: str
@@ -66,7 +66,7 @@ class Storage:
 
     @property
     def by_tensor(self) -> bool:
-        """Every buffer is one parameter's own tensor (stage 0)."""
+        """Whether every buffer is the tensor of one parameter (stage 0)."""
         return self.kind in ("replicated", "sharded")
 
 
@@ -84,15 +84,15 @@ def model_parameters(wrapper: Any) -> list[list[Any]] | None:
 
 
 def read(engine: Any, specs: Mapping[int, ParameterSpec], parallelism: Parallelism) -> Storage:
-    """The storage of an engine. A collective where the ranks hold different parts of the model.
+    """The storage of an engine. A collective if the ranks hold different parts of the model.
 
     Args:
-        specs: by `id()` of the model's parameters, what they are; by the names that this rank's module gives them.
-        parallelism: of the engine.
+        specs: parameters by `id()` of the model's parameters, with the names in this rank's module.
+        parallelism: the engine's parallelism.
 
     Raises:
-        FrameworkError: a wrapper of which the layout is not known, slices that are not those of plain ZeRO-3, or a
-            parameter that AutoTP has cut in a way that it does not describe.
+        FrameworkError: the wrapper is not supported, slices are not those of plain ZeRO-3, or AutoTP does not describe
+            how it has sharded a parameter.
     """
     storage = _read(engine, specs)
     if not parallelism.sharded:
@@ -102,7 +102,7 @@ def read(engine: Any, specs: Mapping[int, ParameterSpec], parallelism: Paralleli
 
 
 def _read(engine: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
-    """The storage, as if the parameters of this rank's module were the model's."""
+    """The storage, if this rank's module were the whole model."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         return _stage3(wrapper, specs)
@@ -113,7 +113,7 @@ def _read(engine: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
     if wrapper is engine.basic_optimizer:
         groups = [group["params"] for group in wrapper.param_groups]
         return _whole(engine, groups, groups, specs)
-    raise FrameworkError(f"the layout of DeepSpeed's {type(wrapper).__name__} is not known: use ZeRO 0, 1, 2 or 3")
+    raise FrameworkError(f"DeepSpeed's {type(wrapper).__name__} is not supported: use ZeRO 0, 1, 2 or 3")
 
 
 def _whole(engine: Any, model: list[Any], kept: list[Any], specs: Mapping[int, ParameterSpec]) -> Storage:
@@ -143,8 +143,10 @@ def _masters(engine: Any, wrapper: Any, specs: Mapping[int, ParameterSpec]) -> S
 
 
 def _stage12(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
-    """Equal slices of each group, its parameters end to end. Not by `_hp_mapping`, which is wrong under
-    round_robin_gradients."""
+    """Stages 1 and 2: parameters of a group end to end, in equal slices.
+
+    Does not use `_hp_mapping`, which is wrong with round_robin_gradients.
+    """
     together = hasattr(wrapper, "fp32_groups_flat_partition")  # BF16_Optimizer
     if together:
         slices = wrapper.fp32_groups_flat_partition
@@ -155,11 +157,11 @@ def _stage12(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
     buffers = []
     for index, (tensor, (parameters, offsets)) in enumerate(zip(slices, laid_out, strict=True)):
         at = {id(p): offset for p, offset in zip(parameters, offsets, strict=True)}
-        # In the order of the parameter group, which round_robin_gradients changes in the buffer only.
+        # In the order of the parameter group: round_robin_gradients changes only the order in the buffer.
         group = model_parameters(wrapper)
         assert group is not None
         placed = tuple(_placed(p, at[id(p)], specs) for p in group[index])
-        ranks = wrapper.real_dp_process_group[index]  # experts have one of their own
+        ranks = wrapper.real_dp_process_group[index]  # experts have another process group
         stored = FlatGroup(placed, tensor.numel()).stored(index, dist.get_world_size(ranks))
         buffers.append(Buffer(tensor, index, stored, ranks))
     return Storage("flat", wrapper.dp_process_group, buffers, together, wrapper.update_lp_params)
@@ -180,7 +182,7 @@ def _placed(p: Any, offset: int, specs: Mapping[int, ParameterSpec]) -> PlacedPa
 
 
 def _stage3(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
-    """One equal, padded slice of each parameter, those of a sub-group end to end; also under zero.Init."""
+    """Stage 3: one equal, padded slice per parameter; the slices of a sub-group are end to end. Also for zero.Init."""
     world = dist.get_world_size(wrapper.dp_process_group)
     buffers = []
     for number, (parameters, tensor) in enumerate(
@@ -191,14 +193,14 @@ def _stage3(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
             _, offset, length = wrapper.grad_position[wrapper.get_param_id(p)]
             if length != slice_length(p.ds_numel, world):
                 raise FrameworkError(
-                    f"{specs[id(p)].name} has a slice of {length} elements on {world} ranks: not plain ZeRO-3"
+                    f"{specs[id(p)].name} has a slice of {length} elements on {world} ranks: this is not plain ZeRO-3"
                 )
             placed.append(_placed(p, offset, specs))
         group = wrapper.sub_group_to_group_id[number]
         buffers.append(Buffer(tensor, group, sub_group(placed, number, world)))
 
     def refresh() -> None:
-        """Copy loaded master weights to the weights, as `DeepSpeedZeroOptimizer_Stage3.load_state_dict` does."""
+        """Copy loaded master weights into the weights, as `DeepSpeedZeroOptimizer_Stage3.load_state_dict` does."""
         for number in range(len(buffers)):
             wrapper._reassign_or_swap_out_partitioned_parameters(number)
         persistent = wrapper.persistent_parameters
@@ -210,15 +212,15 @@ def _stage3(wrapper: Any, specs: Mapping[int, ParameterSpec]) -> Storage:
 
 
 def _over_all_ranks(storage: Storage, held: Mapping[str, Held], copies: dist.ProcessGroup) -> Storage:
-    """The storage of the whole model, of which the ranks hold different parts; a collective.
+    """The storage of the whole model, if ranks hold different parts of it; a collective.
 
-    Each rank knows what ZeRO has left to it of its own tensors, and where these stand in the whole parameters. The
-    layout is what all ranks say.
+    Each rank knows its slices of its own tensors, and the positions of these tensors in the whole parameters. The
+    result joins the fragments of all ranks.
 
     Args:
-        storage: of this rank's module.
-        held: by the names of that module.
-        copies: the ranks that hold the same parts as this one.
+        storage: the storage of this rank's module.
+        held: this rank's parts, by names in this module.
+        copies: the ranks that hold the same parts as this rank.
 
     Raises:
         LayoutError: ranks describe a parameter differently.
@@ -232,7 +234,10 @@ def _over_all_ranks(storage: Storage, held: Mapping[str, Held], copies: dist.Pro
         own.append([_told(p, held[p.name], rank, place) for p in buffer.parameters])
     every = Ranks(world).gather((own, tuple(dist.get_process_group_ranks(copies))))
     if len({len(buffers) for buffers, _ in every}) > 1:
-        raise LayoutError(f"the ranks step {[len(buffers) for buffers, _ in every]} buffers: give all the same groups")
+        raise LayoutError(
+            f"the ranks step different numbers of buffers, {[len(buffers) for buffers, _ in every]}: give all ranks "
+            "the same groups"
+        )
     buffers = [
         replace(buffer, parameters=_united([said[number] for said, _ in every]))
         for number, buffer in enumerate(storage.buffers)
@@ -251,13 +256,13 @@ def _over_all_ranks(storage: Storage, held: Mapping[str, Held], copies: dist.Pro
 
 
 def _told(p: StoredParameter, held: Held, rank: int, place: int) -> tuple[ParameterSpec, Fragments]:
-    """This rank's part of a parameter, by its name in the whole model. place: this rank's place in `p`."""
+    """This rank's part of a parameter, with its name in the whole model. place: this rank's index in `p`."""
     matrices = tuple(replace(m, name=held.name + m.name[len(p.name) :]) for m in p.matrices)
     return ParameterSpec(held.name, held.shard.shape, matrices), held.shard.fragments(rank, p.fragments.on(place))
 
 
 def _united(told: list[list[tuple[ParameterSpec, Fragments]]]) -> list[StoredParameter]:
-    """The parameters of a buffer on all ranks, in the order of the ranks. told: by each of them."""
+    """The parameters of a buffer with their fragments on all ranks. told: the parts of each rank, in rank order."""
     found: dict[str, list[tuple[ParameterSpec, Fragments]]] = {}
     for of_rank in told:
         for spec, fragments in of_rank:
@@ -267,7 +272,7 @@ def _united(told: list[list[tuple[ParameterSpec, Fragments]]]) -> list[StoredPar
         spec = parts[0][0]
         other = next((s for s, _ in parts if s != spec), spec)
         if other != spec:
-            raise LayoutError(f"{name} is {spec.shape} on one rank and {other.shape} on another, or cut differently")
+            raise LayoutError(f"{name} is {spec.shape} on one rank and {other.shape} on another, or split differently")
         fragments = Fragments.of(f for _, of_rank in parts for f in of_rank)
         united.append(StoredParameter(name, spec.shape, fragments, spec.matrices))
     return united

@@ -1,6 +1,6 @@
-"""Binds Muon to DTensors, as `torch.distributed.fsdp.fully_shard` and tensor parallelism make them.
+"""Binds Muon to DTensors, which `torch.distributed.fsdp.fully_shard` and tensor parallelism make.
 
-Bound at the first step, since accelerate replaces the optimizer's parameters after it is made.
+Binds at the first step, because accelerate replaces parameters after the optimizer was made.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def bind(optimizer: Muon) -> Bound | None:
     """The binder: None if no parameter of `optimizer` is a DTensor.
 
     Raises:
-        FrameworkError: a placement, mesh or process group that cannot be exact, FSDP1, or parameters that are not
-            the model's any more; names it.
-        LayoutError: the parameters are not those that the optimizer was given.
+        FrameworkError: a placement, mesh or process group with which Muon cannot be exact, FSDP1, or parameters that
+            the model no longer uses; names it.
+        LayoutError: the parameters are not those with which the optimizer was made.
     """
     pairs = _matched(optimizer)
     if not any(is_sharded(p) for _, p, _ in pairs):
@@ -45,7 +45,7 @@ def bind(optimizer: Muon) -> Bound | None:
     parameters: list[Any] = [p for _, p, _ in ours]
     for p, (*_, spec) in zip(parameters, ours, strict=True):
         _check_local(p, spec.name)
-    # Where all of Muon's parameters are plain copies, those of AdamW say which ranks hold the model.
+    # If all of Muon's parameters are plain tensors, AdamW's parameters tell which ranks hold the model.
     placed_on_some = [pair for pair in ours if is_sharded(pair[1])] or [pair for pair in pairs if is_sharded(pair[1])]
     known: list[tuple[Any, ParameterSpec]] = [(p, spec) for _, p, spec in placed_on_some]
     on_meshes = [(spec.name, p.device_mesh) for p, spec in known]
@@ -70,20 +70,20 @@ def bind(optimizer: Muon) -> Bound | None:
 
 
 def _matched(optimizer: Muon) -> list[tuple[int, torch.Tensor, ParameterSpec]]:
-    """(group index, parameter, what the optimizer was given), in order."""
+    """(group index, parameter, its spec) of all parameters, in order."""
     pairs: list[tuple[int, torch.Tensor, ParameterSpec]] = []
     if len(optimizer.param_groups) != len(optimizer.specs):
         return []
     for index, (group, specs) in enumerate(zip(optimizer.param_groups, optimizer.specs, strict=True)):
         if len(group["params"]) != len(specs):
-            return []  # another framework's doing, which the optimizer's own check names
+            return []  # another framework has changed the groups; the optimizer's check reports it
         pairs += [(index, p, spec) for p, spec in zip(group["params"], specs, strict=True)]
     for _, p, spec in pairs:
         check_parameter(spec.name, p)
         if is_sharded(p) and tuple(p.shape) != spec.shape:
             raise LayoutError(
-                f"{spec.name} was given with shape {spec.shape} and is now a DTensor of shape {tuple(p.shape)}: the "
-                "parameters of the optimizer were replaced in another order"
+                f"{spec.name} had shape {spec.shape} and is now a DTensor of shape {tuple(p.shape)}: the optimizer's "
+                "parameters were replaced in another order"
             )
     return pairs
 
@@ -92,18 +92,18 @@ def _matched(optimizer: Muon) -> list[tuple[int, torch.Tensor, ParameterSpec]]:
 
 
 def _refuse_left_behind(pairs: list[tuple[int, torch.Tensor, ParameterSpec]]) -> None:
-    """`fully_shard` replaces a model's parameters: an optimizer made before would step tensors that nobody uses."""
+    """Raise FrameworkError if Muon was made before `fully_shard`, which has then replaced its parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or any(p.grad is not None for _, p, _ in pairs):
         return
     modules = [m for m in gc.get_objects() if issubclass(type(m), torch.nn.Module)]
     used = {id(p) for m in modules for p in vars(m).get("_parameters", {}).values()}
     shapes = {tuple(p.shape) for m in modules if issubclass(type(m), fsdp.FSDPModule) for p in m.parameters()}
-    # Parameters that a module still uses, or of shapes that no model under fully_shard has, were not replaced.
+    # Not replaced: parameters that a module still uses, or whose shapes no model under fully_shard has.
     if shapes and not any(id(p) in used for _, p, _ in pairs) and all(spec.shape in shapes for *_, spec in pairs):
         raise FrameworkError(
-            "no parameter of Muon has a gradient and none is a DTensor, while a model here is under fully_shard, "
-            "which replaces its parameters: make Muon after fully_shard, or hand both to accelerator.prepare"
+            "no parameter of Muon has a gradient and none is a DTensor, but a model is under fully_shard, which "
+            "replaces parameters: make Muon after fully_shard, or pass both to accelerator.prepare"
         )
 
 
@@ -119,9 +119,9 @@ def _check_local(p: Any, name: str) -> None:
 
 
 def _process_group(optimizer: Muon, meshes: list[tuple[str, DeviceMesh]]) -> dist.ProcessGroup:
-    """All ranks that hold a parameter: those of the largest mesh, in which every other mesh must lie.
+    """The process group of all ranks that hold a parameter: the largest mesh, which must contain all other meshes.
 
-    meshes: with the names of their parameters.
+    meshes: (name of a parameter, its mesh).
     """
     every = [(name, sorted(mesh.mesh.flatten().tolist()), mesh) for name, mesh in meshes]
     widest, ranks, _ = max(every, key=lambda entry: len(entry[1]))
@@ -132,12 +132,12 @@ def _process_group(optimizer: Muon, meshes: list[tuple[str, DeviceMesh]]) -> dis
         if not set(own) <= set(ranks):
             if isinstance(given, str):
                 raise FrameworkError(
-                    f"{widest} lies on ranks {ranks}, {name} on {own}: pass the group of all ranks that hold the "
-                    "model as process_group=, or make one Muon for each set of ranks"
+                    f"{widest} is on ranks {ranks}, but {name} on {own}: pass the group of all ranks that hold the "
+                    "model as process_group=, or make one Muon per set of ranks"
                 )
             raise FrameworkError(
-                f"process_group has ranks {ranks}, the mesh of {name} has {own}: leave process_group out, or pass a "
-                "group of all ranks that hold the model"
+                f"process_group has ranks {ranks}, but the mesh of {name} has {own}: leave process_group out, or pass "
+                "a group of all ranks that hold the model"
             )
     if not isinstance(given, str) and given is not None:
         return given
@@ -164,16 +164,16 @@ def _column(layout: Layout, meshes: list[DeviceMesh], group: dist.ProcessGroup) 
 
 
 def _new_group(ranks: list[int]) -> dist.ProcessGroup:
-    """Among its members alone: the other ranks may never step this optimizer.
+    """A new process group, made by its members only, because other ranks may never step this optimizer.
 
     Raises:
-        FrameworkError: the default process group is bound to a device. torch then splits its communicator, which all
-            its ranks would have to do.
+        FrameworkError: the default process group is bound to a device. Then torch splits its communicator, which is a
+            collective of all ranks.
     """
     world = dist.group.WORLD
     if getattr(world, "bound_device_id", None) is not None and len(ranks) < dist.get_world_size():
         raise FrameworkError(
-            f"Muon needs a process group of ranks {ranks} and cannot make it while others wait elsewhere: "
+            f"Muon needs a process group of ranks {ranks} and cannot make it, because "
             "init_process_group(device_id=...) makes a new group a collective of all ranks. Leave device_id out, or "
             "make the group on all ranks with torch.distributed.new_group and pass it as process_group="
         )

@@ -16,20 +16,20 @@ from muon_dist.ownership import OwnershipPlan
 
 
 class _SourceMesh(DeviceMesh):
-    """A mesh that only names its ranks: nothing is sent over it, so it has no process groups."""
+    """A mesh without process groups: it only lists ranks, and nothing is sent over it."""
 
     def __init__(self, device_type: str, ranks: Any) -> None:
         super().__init__(device_type, ranks, _init_backend=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)  # torch's own also asks for the process groups
+        self.__dict__.update(state)  # torch's method needs process groups
 
     def __getattr__(self, name: str) -> Any:
-        if name != "_dim_group_names":  # what DTensor asks for before it communicates
+        if name != "_dim_group_names":  # DTensor reads it before it communicates
             raise AttributeError(name)
         raise FrameworkError(
-            "this part of the optimizer's state lies on some ranks of the mesh only (momentum under HSDP, and what a "
-            "rule keeps on the owner of a matrix) and is not gathered as a tensor: save sharded "
+            "only some ranks of the mesh hold this part of the optimizer's state (momentum under HSDP, and the rule's "
+            "state on the owner of a matrix), so it cannot be gathered as a full tensor: save sharded "
             "(torch.distributed.checkpoint without full_state_dict; SHARDED_STATE_DICT under accelerate)"
         )
 
@@ -37,10 +37,10 @@ class _SourceMesh(DeviceMesh):
 class DTensorState:
     """Momentum and the owners' memory as DTensors.
 
-    Momentum without copies is placed like its parameter. With copies (HSDP) only the sources hold it: a DTensor over
-    just those ranks, cut as the parameter is. If the matrices of one parameter (heads, experts) have their sources in
-    different copies, there is no such mesh, and all copies keep the momentum of that parameter. All ranks keep the
-    momentum of a plain tensor beside DTensors. What an owner keeps of a matrix is a DTensor over that rank only.
+    Without copies, momentum has the placements of its parameter. With copies (HSDP) only the sources hold it: it is a
+    DTensor over these ranks, sharded as the parameter is. If the matrices of one parameter (heads, experts) have
+    sources in different copies, there is no such mesh, so all copies keep its momentum. All ranks keep the momentum of
+    a plain tensor. An owner's tensor for a matrix is a DTensor over this rank only.
     """
 
     def __init__(self, parameters: list[Any], placed: list[ShardedParameter], group: dist.ProcessGroup) -> None:
@@ -51,7 +51,7 @@ class DTensorState:
         self._sources: list[tuple[int, ...] | None] = []
 
     def everywhere(self, plan: OwnershipPlan, wanted: bool = False) -> set[int]:
-        """Buffers of which some shard has sources on more than one rank; all if `wanted`."""
+        """Buffers with a shard whose sources are on several ranks; all buffers if `wanted`."""
         if wanted:
             self._sources = [None] * len(self._placed)
             return {buffer for buffer, p in enumerate(self._placed) if len(p.shards()) < len(p.ranks)}
@@ -65,28 +65,28 @@ class DTensorState:
             if not isinstance(tensor, DTensor) or any(len(ranks) > 1 for ranks in shards):
                 self._sources.append(None)
                 continue
-            # An empty shard has no source; any of its holders may stand in the mesh.
+            # An empty shard has no source, so any of its holders can be in the mesh.
             self._sources.append(
                 tuple(min(ranks) if ranks else holders[0] for ranks, holders in zip(shards, p.shards(), strict=True))
             )
         return {buffer for buffer, ranks in enumerate(self._sources) if ranks is None}
 
     def _mesh(self, device_type: str, ranks: tuple[int, ...], shape: tuple[int, ...]) -> DeviceMesh:
-        """A mesh over ranks of the layout; one object for all equal ones."""
+        """A mesh over ranks of the layout; equal arguments return the same object."""
         key = (ranks, shape)
         if key not in self._meshes:
             self._meshes[key] = _SourceMesh(device_type, torch.tensor([self._ranks[r] for r in ranks]).view(shape))
         return self._meshes[key]
 
     def momentum(self, plan: OwnershipPlan, buffer: int, momentum: torch.Tensor | None) -> torch.Tensor:
-        """`momentum` without a copy, as a DTensor; an empty part on ranks that keep none."""
+        """`momentum` as a DTensor that shares its memory; an empty part on ranks that keep none."""
         p, placed, ranks = self._parameters[buffer], self._placed[buffer], self._sources[buffer]
         if not isinstance(p, DTensor):  # all ranks keep it
             assert momentum is not None
             return momentum
         mesh, placements = p.device_mesh, p.placements
         if ranks is not None and len(ranks) < len(placed.ranks):
-            # A parameter that no axis cuts lies whole on its one source.
+            # If no mesh axis shards the parameter, its one source holds it whole.
             shape = tuple(n for n, cut in zip(placed.mesh_shape, placed.cuts, strict=True) if cut is not None) or (1,)
             mesh = self._mesh(mesh.device_type, ranks, shape)
             placements = tuple(p for p in placements if type(p) is not Replicate) or (Replicate(),)
@@ -95,7 +95,7 @@ class DTensorState:
         return DTensor.from_local(momentum, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
 
     def by_owner(self, plan: OwnershipPlan, matrix: int, kept: torch.Tensor | None, length: int) -> torch.Tensor:
-        """State that the owner of a matrix keeps (`length` numbers) as a DTensor; other ranks have an empty part."""
+        """An owner's state of a matrix (`length` numbers) as a DTensor; other ranks have an empty part."""
         p = self._parameters[plan.layout.matrices[matrix].buffer]
         device_type = p.device_mesh.device_type if isinstance(p, DTensor) else p.device.type
         mesh = self._mesh(device_type, (plan.owners[matrix],), (1,))

@@ -1,4 +1,4 @@
-"""Reads placements of DTensors. Layouts, checkpoints and comparisons of copies are derived from the result."""
+"""Reads placements of DTensors. Layouts, checkpoints and comparisons of copies use the result."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from muon_dist.layout.cuts import Cut
 from muon_dist.ranks import Ranks
 
 _FSDP1 = (
-    "{name} belongs to FSDP1 (FullyShardedDataParallel), which flattens parameters so that no matrix is left: use "
+    "{name} belongs to FSDP1 (FullyShardedDataParallel), which flattens parameters, so there are no matrices: use "
     "FSDP2, that is torch.distributed.fsdp.fully_shard, or fsdp_version=2 in accelerate and the Trainer"
 )
 
 
 def check_parameter(name: str, parameter: Any) -> None:
-    """Raise FrameworkError for a parameter that FSDP1 has flattened; it marks them."""
+    """Raise FrameworkError for a parameter that FSDP1 has flattened (FSDP1 marks these)."""
     if getattr(parameter, "_fsdp_flattened", False):
         raise FrameworkError(_FSDP1.format(name=name))
 
@@ -36,8 +36,10 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let `model.parameters()` be DTensors again after a forward pass that no backward pass followed (an evaluation):
-    `fully_shard` leaves the outermost module gathered then, with plain tensors that have no storage of their own."""
+    """Make `model.parameters()` DTensors again after a forward pass without a backward pass (an evaluation).
+
+    After such a pass `fully_shard` leaves the outermost module gathered: its parameters are plain temporary tensors.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -45,18 +47,18 @@ def reshard(model: nn.Module) -> None:
 
 @torch.no_grad()
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part; under no_grad `to_local` is the DTensor's own storage, so that a write reaches it."""
+    """This rank's part of a tensor. Under no_grad `to_local` shares the DTensor's storage, so writes reach it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def local_parts(parameter: torch.Tensor, names: Mapping[int, str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """This rank's part of a parameter and of its gradient, which is first placed as the parameter is.
+    """This rank's part of a parameter and of its gradient, after the gradient got the parameter's placements.
 
     names: by `id()` of the parameter, for messages.
 
     Raises:
-        FrameworkError: the gradient lies on other ranks than the parameter, or is not a DTensor.
+        FrameworkError: the gradient is on another mesh than the parameter, or is not a DTensor.
     """
     gradient = parameter.grad
     if not isinstance(parameter, DTensor):
@@ -67,14 +69,14 @@ def local_parts(parameter: torch.Tensor, names: Mapping[int, str]) -> tuple[torc
         if gradient.placements != parameter.placements:
             gradient = gradient.redistribute(placements=parameter.placements)
         gradient = gradient.to_local()
-    return parameter._local_tensor, gradient  # as to_local, without the view that torch makes for a Parameter
+    return parameter._local_tensor, gradient  # like to_local, but without the view that torch makes for a Parameter
 
 
 def _misplaced(name: str, parameter: DTensor, gradient: torch.Tensor) -> FrameworkError:
     found = f"on {gradient.device_mesh}" if isinstance(gradient, DTensor) else "a plain tensor"
     return FrameworkError(
-        f"{name} is a DTensor on {parameter.device_mesh}, its gradient is {found}: let backward() make it, or make it "
-        "with distribute_tensor(gradient, p.device_mesh, p.placements)"
+        f"{name} is a DTensor on {parameter.device_mesh}, its gradient is {found}: let backward() make the gradient, "
+        "or use distribute_tensor(gradient, p.device_mesh, p.placements)"
     )
 
 
@@ -84,17 +86,17 @@ def sharded(
     matrices: tuple[Matrix, ...] = (),
     rank_of: Callable[[int], int] = lambda rank: rank,
 ) -> ShardedParameter:
-    """Which rank of its mesh holds which block of a DTensor.
+    """The blocks of a DTensor on each rank of its mesh.
 
     Args:
         name: for messages.
         tensor: the DTensor.
-        matrices: how it is cut into matrices.
-        rank_of: from global ranks to those of the layout.
+        matrices: its matrices.
+        rank_of: maps global ranks to ranks of the layout.
 
     Raises:
-        FrameworkError: a placement that does not say which elements a rank holds, or this rank holds another number
-            of elements than its placement says.
+        FrameworkError: a placement does not define the elements of each rank, or does not match the number of elements
+            on this rank.
     """
     mesh = tensor.device_mesh
     cuts = tuple(_cut(name, placement, mesh, axis) for axis, placement in enumerate(tensor.placements))
@@ -107,7 +109,7 @@ def sharded(
     if own != local_part(tensor).numel():
         raise FrameworkError(
             f"{name} of shape {tuple(tensor.shape)} is placed {tensor.placements} over a mesh of "
-            f"{tuple(mesh.mesh.shape)}: this rank should hold {own} elements of it, and holds "
+            f"{tuple(mesh.mesh.shape)}: this rank should hold {own} elements of it, but holds "
             f"{local_part(tensor).numel()}"
         )
     return found
@@ -116,13 +118,13 @@ def sharded(
 def placed_over(
     group: dist.ProcessGroup, parameters: Sequence[tuple[str, torch.Tensor, tuple[Matrix, ...]]]
 ) -> list[ShardedParameter]:
-    """Which rank of `group` holds which blocks of the parameters. A collective.
+    """The blocks of the parameters on each rank of `group`. A collective.
 
-    A DTensor whose mesh has some of the ranks only (a norm or a router beside tensor parallelism) is on other meshes
-    on the other ranks: each of these meshes holds a copy. A plain tensor is a copy on every rank.
+    The mesh of a DTensor may have only some ranks (a norm or a router with tensor parallelism). Then other ranks have
+    it on other meshes, and each mesh holds a copy. A plain tensor is a copy on every rank.
 
     Args:
-        parameters: (name, tensor, its matrices), the same on all ranks.
+        parameters: (name, tensor, its matrices), equal on all ranks.
 
     Raises:
         FrameworkError: as `sharded`, or the meshes of a parameter do not hold each rank once.
@@ -140,7 +142,7 @@ def placed_over(
         ranks = tuple(rank for copy in copies for rank in copy)
         if sorted(ranks) != list(every):
             raise FrameworkError(
-                f"{name} lies on the meshes {[list(copy) for copy in copies]} of ranks, which do not hold each of the "
+                f"{name} is on meshes of ranks {[list(copy) for copy in copies]}, which do not contain each of the "
                 f"{len(every)} ranks of the model once: pass the group of the ranks that hold it as process_group="
             )
         own = placed[i]
@@ -157,20 +159,20 @@ def _on_its_mesh(
 
 
 def fragments(name: str, tensor: torch.Tensor) -> Sequence[Fragment]:
-    """The elements of a parameter that this rank holds, whether it is a DTensor or whole."""
+    """This rank's fragments of a parameter, a DTensor or a plain tensor."""
     if not isinstance(tensor, DTensor):
         return [Fragment.run(0, 0, tensor.numel(), 0, 0)]
     return sharded(name, tensor).fragments(0).on(dist.get_rank())
 
 
 def _cut(name: str, placement: Placement, mesh: DeviceMesh, axis: int) -> Cut | None:
-    """The cut that a placement makes along an axis of the mesh. By exact type: a strided shard is a subclass."""
+    """The cut of a placement along a mesh axis. Compares exact types, because a strided shard is a subclass."""
     if type(placement) is Replicate:
         return None
     if type(placement) is Shard:
         return placement.dim, 1
     split_factor = getattr(placement, "split_factor", None)
-    if split_factor is not None:  # _StridedShard: what fully_shard makes of a tensor that is cut already
+    if split_factor is not None:  # _StridedShard: fully_shard makes it from a tensor that is already sharded
         return int(placement.dim), int(split_factor)  # type: ignore[attr-defined]
     label = f"'{mesh.mesh_dim_names[axis]}'" if mesh.mesh_dim_names else str(axis)
     advice = "its value is a sum not yet taken: redistribute it to Replicate or Shard" if placement.is_partial() else (
@@ -180,7 +182,7 @@ def _cut(name: str, placement: Placement, mesh: DeviceMesh, axis: int) -> Cut | 
 
 
 def replica_groups(tensor: Any) -> list[Any]:
-    """The process groups over which copies of this rank's shard lie, one for each such axis of the mesh."""
+    """The process groups of ranks with a copy of this rank's shard, one per such mesh axis."""
     mesh = tensor.device_mesh
     return [
         mesh.get_group(axis)
@@ -190,7 +192,7 @@ def replica_groups(tensor: Any) -> list[Any]:
 
 
 def cutting_axes(tensor: Any) -> tuple[tuple[DeviceMesh, int], ...]:
-    """(mesh, axis) of the mesh axes with several ranks that cut a tensor; none for one that is whole on every rank."""
+    """(mesh, axis) of each mesh axis that shards a tensor over several ranks; empty if every rank holds it whole."""
     if not isinstance(tensor, DTensor):
         return ()
     mesh = tensor.device_mesh

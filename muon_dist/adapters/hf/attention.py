@@ -1,4 +1,4 @@
-"""The largest attention logits of transformers' models, and the parameters behind them; for QK-clip."""
+"""The largest attention logits of transformers' models, and the parameters that compute them; for QK-clip."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from muon_dist.optim.qk_clip import AttentionLayer, Maxima, QKClip, Scaled, chec
 from muon_dist.routing.model import is_conv1d, logical_shape
 
 _SCORES = 2**23
-"""Logits that are computed at a time, for all heads and samples of a call."""
+"""Number of logits that are computed at a time, over all heads and samples of a call."""
 _PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"))
 _LATENT = "kv_b_proj"
 _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"))
-# Children that no query or key goes through on its way from its projection to the logits.
+# Child modules that do not change queries and keys between their projection and the logits.
 _HARMLESS = frozenset(
     {"v_proj", "value", "v_lin", "o_proj", "out_proj", "out_lin", "dense", "c_proj", "rotary_emb", "rotary_fn"}
     | {"q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "q_b_proj"}
@@ -39,24 +39,25 @@ def attach(
     alpha: float = QK_ALPHA,
     share: Callable[[], tuple[int, int]] = lambda: (0, 1),
 ) -> QKClip:
-    """Let `optimizer` clip the attention logits of a transformers model after each of its steps from now on.
+    """Clip the attention logits of a transformers model after each step of `optimizer` from now on.
 
-    Logits are those that softmax is given in forward passes of modules in training mode, evaluations left out. A step
-    counts the forward passes since the step before. bfloat16 logits are rounded to 8 bits.
+    Logits are the inputs of softmax in forward passes in training mode, without evaluations. A step uses all forward
+    passes since the previous step. bfloat16 logits are rounded to 8 bits.
 
     Args:
-        model: attention "sdpa"; bare or wrapped.
-        optimizer: of its parameters, before or after a framework has sharded them.
+        model: a model with "sdpa" attention; bare or wrapped.
+        optimizer: the optimizer of its parameters, before or after a framework has sharded them.
         threshold, alpha: see `QKClip`.
         share: see `Maxima`.
 
     Raises:
-        ConfigError: an option out of range, or a rule that would undo the scaling.
-        FrameworkError: an attention module whose logits we cannot relate to its parameters; names it.
+        ConfigError: an option is out of range, or the rule would undo the scaling.
+        FrameworkError: an attention module is not supported, because its logits do not scale with known parameters;
+            names it.
     """
     check_options({"threshold": threshold, "alpha": alpha})
     if not isinstance(optimizer, Muon):
-        raise ConfigError(f"qk_clip: it belongs to Muon, and the optimizer is {type(optimizer).__name__}")
+        raise ConfigError(f"qk_clip: it needs Muon, but the optimizer is {type(optimizer).__name__}")
     found = [
         (module, _layer(clean_name(name), module, alpha)) for name, module in model.named_modules() if _attends(module)
     ]
@@ -78,9 +79,9 @@ _watched: WeakKeyDictionary[nn.Module, tuple[Maxima, int]] = WeakKeyDictionary()
 
 
 def _around_sdpa() -> None:
-    """Register a function as "sdpa" that reads the logits of watched modules and calls the earlier function.
+    """Register a function as "sdpa" that records the logits of watched modules and calls the previous function.
 
-    Under the name of sdpa, because masks, sequence parallelism and models ask for it by that name.
+    It keeps the name "sdpa", because masks, sequence parallelism and models select attention by this name.
     """
     inner = AttentionInterface._global_mapping["sdpa"]
     if getattr(inner, "looks_at_logits", False):
@@ -100,11 +101,11 @@ def _around_sdpa() -> None:
 @torch.compiler.disable
 def _record(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> None:
     if torch._C._current_graph_task_id() != -1:
-        return  # in a backward pass: gradient checkpointing computes again what has been seen
+        return  # gradient checkpointing repeats a forward pass in the backward pass: already recorded
     maxima, number = _watched[module]
     if options.get("position_bias") is not None:
         raise FrameworkError(
-            f"qk_clip: {maxima.layers[number].name} adds a position bias to its logits, which no scaling makes smaller"
+            f"qk_clip: {maxima.layers[number].name} adds a position bias to its logits, which scaling cannot reduce"
         )
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -115,16 +116,16 @@ def _record(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, 
 
 @torch.no_grad()
 def highest_logits(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, causal: bool) -> Tensor:
-    """(heads,) in fp32: the largest logit of each head over all samples and all pairs that the mask lets through.
+    """The largest logit of each head over all samples and all unmasked pairs, (heads,) in fp32.
 
     Args:
         query: (B, heads, T, D).
-        key: (B, groups, S, D), each for as many query heads in a row.
-        mask: (B or 1, heads or 1, T, S): boolean, True where a query attends; or a number that is added; or None.
-        scaling: of the products.
+        key: (B, groups, S, D); consecutive query heads share a key head.
+        mask: (B or 1, heads or 1, T, S): boolean, True where a query attends; or numbers to add; or None.
+        scaling: factor on the products.
         causal: without a mask, query t attends to keys 0 to t.
     """
-    if query.dtype == torch.float16:  # its products may overflow where those of the kernel, in fp32, do not
+    if query.dtype == torch.float16:  # fp16 products may overflow; the kernel computes them in fp32
         query, key = query.float(), key.float()
     batch, heads, length, width = query.shape
     groups, keys = key.shape[1:3]
@@ -153,7 +154,7 @@ def highest_logits(query: Tensor, key: Tensor, mask: Tensor | None, scaling: flo
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether a module is attention itself, not a block around one."""
+    """Whether a module is attention itself, not a block that contains attention."""
     if "attention" not in type(module).__name__.lower() or "output" in type(module).__name__.lower():
         return False
     children = dict(module.named_children())
@@ -162,23 +163,23 @@ def _attends(module: nn.Module) -> bool:
 
 
 def _layer(name: str, module: nn.Module, alpha: float) -> AttentionLayer:
-    """Raises FrameworkError for a module whose logits are not known to be bilinear in what is scaled."""
+    """The layer of an attention module. Raises FrameworkError if its logits may not scale with its parameters."""
     config = getattr(module, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
     if implementation != "sdpa":
         raise FrameworkError(
-            f"qk_clip: {name} ({type(module).__name__}) computes attention by {implementation!r}, and logits are seen "
-            "around transformers' 'sdpa': make the model with attn_implementation='sdpa', or leave qk_clip out"
+            f"qk_clip: {name} ({type(module).__name__}) computes attention by {implementation!r}, but logits can be "
+            "read only with 'sdpa': make the model with attn_implementation='sdpa', or leave qk_clip out"
         )
     if getattr(config, "clip_qkv", None) is not None:
-        raise _unknown(name, module, "clip_qkv cuts queries and keys off, so that scaling their weights is not exact")
+        raise _unknown(name, module, "clip_qkv clamps queries and keys, so scaling their weights is not exact")
     read = _latent if hasattr(module, _LATENT) else _fused if _fused_child(module) else _separate
     heads, groups, parts = read(name, module, alpha)
     known = {child for child, _, _ in parts} | _HARMLESS
     for child, inner in module.named_children():
         norm = any(child in pair for pair in _NORMS)
         if child not in known and not norm and not isinstance(inner, (nn.Dropout, nn.Identity)):
-            raise _unknown(name, module, f"it is not known what its {child} ({type(inner).__name__}) does")
+            raise _unknown(name, module, f"its {child} ({type(inner).__name__}) may change queries or keys")
     scaled = [s for child, axis, features in parts for s in _of_child(name, module, child, axis, features)]
     return AttentionLayer(name, heads, groups, tuple(scaled))
 
@@ -188,7 +189,7 @@ def _unknown(name: str, module: nn.Module, why: str) -> FrameworkError:
 
 
 def _heads(count: int, groups: int, parts: Sequence[tuple[int, float]]) -> Features:
-    """The features of `count` heads in `groups`; each head is `parts`: (features, power)."""
+    """The features of `count` heads in `groups` groups; each head has `parts`: (features, power)."""
     return [(size, head * groups // count, power) for head in range(count) for size, power in parts]
 
 
@@ -197,11 +198,11 @@ _Read = tuple[int, int, list[tuple[str, int, Features]]]
 
 
 def _separate(name: str, module: nn.Module, alpha: float) -> _Read:
-    """W_q and W_k in modules of their own."""
+    """Attention with W_q and W_k in separate modules."""
     children = dict(module.named_children())
     pair = next((pair for pair in _PAIRS if set(pair) <= set(children)), None)
     if pair is None:
-        raise _unknown(name, module, "it is not known which of its weights make queries and keys")
+        raise _unknown(name, module, "the weights of its queries and keys have unknown names")
     size = _size(name, module)
     rows = [_out(name, module, child) for child in pair]
     heads, groups = (n // size for n in rows)
@@ -213,21 +214,21 @@ def _separate(name: str, module: nn.Module, alpha: float) -> _Read:
 
 
 def _latent(name: str, module: Any, alpha: float) -> _Read:
-    """Latent attention of DeepSeek-V2 and its kin: the part of the keys that has positions is shared by all heads and
-    left alone, so that of the queries takes all of g."""
+    """Latent attention, as in DeepSeek-V2. All heads share the part of the keys with positions, so this part stays
+    unchanged, and the matching part of the queries is scaled by g instead."""
     nope, rope, value = module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim
     heads = _configured(module)
     query = "q_b_proj" if getattr(module, "q_b_proj", None) is not None else "q_proj"
     if heads is None or _out(name, module, query) != heads * (nope + rope):
-        raise _unknown(name, module, f"{query} does not hold heads of {nope} + {rope} outputs")
+        raise _unknown(name, module, f"{query} does not consist of heads of {nope} + {rope} outputs")
     if _out(name, module, _LATENT) != heads * (nope + value):
-        raise _unknown(name, module, f"{_LATENT} does not hold heads of {nope} + {value} outputs")
+        raise _unknown(name, module, f"{_LATENT} does not consist of heads of {nope} + {value} outputs")
     queries = _heads(heads, heads, [(nope, alpha), (rope, 1.0)])
     return heads, heads, [(query, 0, queries), (_LATENT, 0, _heads(heads, heads, [(nope, 1 - alpha), (value, 0.0)]))]
 
 
 def _fused_child(module: nn.Module) -> str | None:
-    """The fused weight of queries, keys and values, for the classes whose order is known."""
+    """Name of the fused projection of queries, keys and values, for classes with a known order; else None."""
     kinds = {"c_attn": "GPT2", "qkv_proj": "Phi3", "query_key_value": "GPTNeoX"}
     of_kind = (c for c, kind in kinds.items() if type(module).__name__.startswith(kind) and hasattr(module, c))
     return next(of_kind, None)
@@ -240,7 +241,7 @@ def _fused(name: str, module: Any, alpha: float) -> _Read:
     out = _out(name, module, child)
     groups = module.config.num_key_value_heads if child == "qkv_proj" else heads
     if out != (heads + 2 * groups) * size:
-        raise _unknown(name, module, f"{child} has {out} outputs, not those of queries, keys and values")
+        raise _unknown(name, module, f"{child} has {out} outputs, which do not match queries, keys and values")
     if child == "query_key_value":  # head by head
         features = _heads(heads, heads, [(size, alpha), (size, 1 - alpha), (size, 0.0)])
     else:
@@ -258,7 +259,7 @@ def _size(name: str, module: nn.Module) -> int:
 
 
 def _configured(module: Any) -> int | None:
-    """Query heads of the whole layer, as the configuration has them."""
+    """Query heads of the whole layer, from the configuration; None if unknown."""
     config = module.config
     found = next(
         (getattr(config, key) for key in ("num_attention_heads", "n_head", "n_heads") if hasattr(config, key)), None
@@ -267,7 +268,7 @@ def _configured(module: Any) -> int | None:
 
 
 def _out(name: str, module: nn.Module, child: str) -> int:
-    """Outputs of a plain linear layer."""
+    """Number of outputs of a plain linear layer."""
     layer = getattr(module, child)
     if type(layer).__name__.removeprefix("FSDP") not in ("Linear", "Conv1D") or not isinstance(
         layer.weight, nn.Parameter
@@ -277,7 +278,7 @@ def _out(name: str, module: nn.Module, child: str) -> int:
 
 
 def _of_child(name: str, module: nn.Module, child: str, axis: int, features: Features) -> list[Scaled]:
-    """The tensors of a projection to scale: weight and bias, or those of a norm after it that would undo it."""
+    """The tensors to scale for a projection: its weight and bias, or those of a norm that follows it."""
     sizes, groups, powers = zip(*features, strict=True)
     group, power = np.repeat(groups, sizes), np.repeat(powers, sizes)
     side = next((s for s in (0, 1) if any(child == pair[s] for pair in _PAIRS)), None)
@@ -303,19 +304,19 @@ def _of_child(name: str, module: nn.Module, child: str, axis: int, features: Fea
 
 
 def _check_gain(name: str, module: nn.Module, norm: str, features: int) -> None:
-    """Raises FrameworkError unless a norm has a gain for each feature of each head, to which its output is
-    proportional."""
+    """Raises FrameworkError unless a norm has one gain per feature of each head, and its output is proportional to
+    the gain."""
     layer = getattr(module, norm)
     own = dict(layer.named_parameters())
     if not own:
-        raise _unknown(name, module, f"its {norm} has no gain, and scaling the weights before it does nothing")
+        raise _unknown(name, module, f"its {norm} has no gain, and scaling the weights before it has no effect")
     for kind, p in own.items():
         if int(np.prod(logical_shape(p))) != features:
             raise _unknown(
                 name,
                 module,
-                f"its {norm} bounds the logits, and its {kind} of shape {logical_shape(p)} is shared by all heads, so "
-                "that no head can be scaled alone",
+                f"its {norm} bounds the logits, and all heads share its {kind} of shape {logical_shape(p)}, so no "
+                "single head can be scaled",
             )
     one = {kind: torch.rand(logical_shape(p)) + 0.5 for kind, p in own.items()}
     x = torch.randn(1, 2, *(logical_shape(p) if (p := next(iter(own.values()))).dim() > 1 else (features,)))

@@ -1,4 +1,4 @@
-"""Trainer callbacks: a metrics file for programs, lines (or a bar) for people."""
+"""Trainer callbacks for the log: a metrics file for programs, and lines (with a progress bar) for people."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from muon_dist.json_files import append_line, keep_lines
 
 
 class MetricsFile(RunRecord):
-    """Appends what Trainer logs to a JSON-lines file, on the first rank: `step`, `time` (seconds since 1970), figures.
+    """Appends Trainer's log to a JSON-lines file, on the first rank: `step`, `time` (seconds since 1970), figures.
 
-    On resume the lines after the checkpoint's step go, so that each step stands in the file once.
+    On resume it deletes the lines after the checkpoint's step, so that each step is in the file once.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -39,9 +39,9 @@ class MetricsFile(RunRecord):
 
 
 class AttachDeepSpeed(TrainerCallback):
-    """Makes the plan for DeepSpeed's tensors before the first step, so that settings that cannot be exact fail early.
+    """Makes the plan for DeepSpeed's tensors before the first step, so that unsupported settings fail early.
 
-    At stage 0 in fp32 only this call exempts Muon's gradients from DeepSpeed's clip.
+    At stage 0 in fp32, Muon's gradients are exempt from DeepSpeed's clip only with this callback.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -55,7 +55,7 @@ class AttachDeepSpeed(TrainerCallback):
 
 
 class Console(TrainerCallback):
-    """One line for each entry of the log on the first rank, and a progress bar below it where there is a terminal."""
+    """Prints one line per log entry on the first rank, and a progress bar in a terminal."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -67,7 +67,7 @@ class Console(TrainerCallback):
             self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", leave=False)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._first is None:  # the first step is slower than the others: memory, kernels, plans
+        if self._first is None:  # the first step is slower: it allocates memory, loads kernels and makes plans
             self._first = state.global_step, time.perf_counter()
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
@@ -89,7 +89,7 @@ class Console(TrainerCallback):
             print(line, flush=True)
 
     def _left(self, state: Any) -> float | None:
-        """Seconds until the last step, at the pace of this process's steps with all that came between them."""
+        """Estimated seconds until the last step, from the time since this process's first step, pauses included."""
         if self._first is None or state.global_step <= self._first[0]:
             return None
         pace = (time.perf_counter() - self._first[1]) / (state.global_step - self._first[0])
@@ -97,7 +97,7 @@ class Console(TrainerCallback):
 
 
 def log_line(logs: dict[str, Any], step: int, steps: int, left: float | None = None) -> str | None:
-    """One entry of the log as a line for people; None for entries that only programs need.
+    """One log entry as a line for people; None for an entry that only programs need.
 
     left: seconds until the last step.
     """
@@ -127,9 +127,9 @@ def _add(parts: list[str], logs: dict[str, Any], name: str, form: str) -> None:
 
 
 def quiet_transformers() -> None:
-    """Leave out transformers' progress bars and remarks; its errors stay.
+    """Turn off transformers' progress bars and warnings; its errors stay.
 
-    And the deprecation of collectives that DeepSpeed still calls by their old names, repeated in every step.
+    Also turns off the deprecation warning that DeepSpeed's use of old collectives causes in every step.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     transformers_logging.set_verbosity_error()

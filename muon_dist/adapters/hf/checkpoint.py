@@ -1,4 +1,4 @@
-"""Trainer with our checkpoints in place of its own: committed, verified, for every layout, nothing pickled."""
+"""A Trainer with our checkpoints instead of its own: committed, verified, for every layout, without pickle."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def _print(text: str) -> None:
 class CheckpointOptions:
     """How a `MuonTrainer` saves.
 
-    background: hold training for the copy to host memory only. keep_last, keep_every: see `checkpoint.folder.retire`;
-    `save_total_limit` is the default of the first. on_error: "stop" or "continue" when a save fails. config: the
-    run's configuration, plain and without secrets, kept in every manifest. say: for messages; called on the first
-    rank. begin: called on the first rank before the run changes anything in its folder, right before the first step;
-    its error ends the run on all ranks.
+    background: training stops only for the copy to host memory. keep_last, keep_every: see `checkpoint.folder.retire`;
+    `save_total_limit` is the default of `keep_last`. on_error: "stop" or "continue" if a save fails. config: the run's
+    configuration, as plain data without secrets, stored in every manifest. say: prints messages; called on the first
+    rank. begin: called on the first rank right before the first step, before the run changes its folder; an error in
+    it ends the run on all ranks.
     """
 
     background: bool = False
@@ -71,8 +71,10 @@ class CheckpointOptions:
 
 @contextlib.contextmanager
 def _sharded_at_load(args: TrainingArguments | None, model: Any) -> Iterator[None]:
-    """While a Trainer is made: Trainer refuses to save the optimizer of a model that transformers sharded at load time
-    (`DistributedConfig`), unless it saves the model only. Its checkpoints cannot, ours can."""
+    """Context in which a Trainer accepts a model that transformers has sharded at load time (`DistributedConfig`).
+
+    Trainer refuses to save the optimizer of such a model. Our checkpoints can save it.
+    """
     if args is None or args.save_only_model or not getattr(model, "is_distributed_loading_by_transformers", False):
         yield
         return
@@ -87,8 +89,8 @@ class CheckpointTrainer(GuardedTrainer):
     """A `Trainer` that saves and resumes through `muon_dist.checkpoint`.
 
     Attributes:
-        providers: name -> small state that goes into checkpoints, the same on every rank; add before `train`.
-        rank_providers: the same, one for each rank.
+        providers: name -> provider of small state for checkpoints, equal on all ranks; add before `train`.
+        rank_providers: the same, for state that differs between ranks.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class CheckpointTrainer(GuardedTrainer):
         if args is not None and args.push_to_hub and args.hub_strategy != HubStrategy.END:
             raise ConfigError(
                 f"hub_strategy={args.hub_strategy.value} would push checkpoints while they are written: use "
-                "hub_strategy='end', or push what `muon-dist checkpoint export` makes of one"
+                "hub_strategy='end', or push the output of `muon-dist checkpoint export`"
             )
         with _sharded_at_load(args, model):
             super().__init__(model, args, *rest, **kwargs)
@@ -118,14 +120,14 @@ class CheckpointTrainer(GuardedTrainer):
 
     @property
     def weights_step(self) -> int:
-        """The optimizer step of the weights that the model holds: an earlier one once the best were loaded."""
+        """The optimizer step of the model's weights; an earlier step after the best checkpoint was loaded."""
         return self._best_step if self._best_step is not None else self.state.global_step
 
     # ---- saving
 
     @property
     def saver(self) -> Saver:
-        """The object that commits checkpoints; made at the first use, on all ranks."""
+        """The object that commits checkpoints. The first use makes it, and is a collective."""
         if self._saver is None:
             options = self.checkpoint_options
             self._saver = Saver(
@@ -139,7 +141,7 @@ class CheckpointTrainer(GuardedTrainer):
         return self._saver
 
     def commit(self) -> Path | None:
-        """Save now and wait until it is committed: between two steps, on every rank. The newest commit."""
+        """Save now, wait until the checkpoint is committed, and return the newest commit. Call it on every rank."""
         self.write_checkpoint(Path(self.args.output_dir))
         return self.saver.wait()
 
@@ -148,7 +150,7 @@ class CheckpointTrainer(GuardedTrainer):
         return {"global_step": self.state.global_step, "world_size": self.args.world_size}
 
     def write_checkpoint(self, folder: Path) -> None:
-        """Save `checkpoint-STEP` below `folder`, in place of Trainer's; every rank calls it."""
+        """Save `checkpoint-STEP` below `folder`, instead of Trainer's checkpoint; every rank calls it."""
         super().write_checkpoint(folder)
         self.store_flos()
         root = self.saver.root = folder
@@ -182,7 +184,7 @@ class CheckpointTrainer(GuardedTrainer):
         return module_state.holding(self.model, bare_optimizer(self.optimizer), self.saver.ranks.size, source=source)
 
     def _shared(self) -> dict[str, Provider]:
-        """The named states that are the same on every rank. The rates last: the scheduler's come from them."""
+        """The providers that are equal on all ranks. The rates come last, to correct the scheduler's state."""
         found: dict[str, Provider] = dict(self.providers)
         found["scheduler"] = self.lr_scheduler
         scaler = getattr(self.accelerator, "scaler", None)
@@ -198,7 +200,7 @@ class CheckpointTrainer(GuardedTrainer):
             self.checkpoint_options.say(text)
 
     def _trainer_state(self) -> bytes:
-        """Trainer's state, with the state of its callbacks, as Trainer writes it."""
+        """Trainer's state, with the state of its callbacks, in Trainer's file format."""
         for callback in (*self.callback_handler.callbacks, self.control):
             if not isinstance(callback, ExportableState):
                 continue
@@ -211,7 +213,7 @@ class CheckpointTrainer(GuardedTrainer):
         return (json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n").encode()
 
     def _model_documents(self) -> dict[str, bytes]:
-        """Configuration and tokenizer as transformers saves them; they do not change while a run lasts."""
+        """The files of configuration and tokenizer that transformers saves; they do not change during a run."""
         if self._documents is None:
             with tempfile.TemporaryDirectory() as folder:
                 model = self.accelerator.unwrap_model(self.model)
@@ -229,31 +231,31 @@ class CheckpointTrainer(GuardedTrainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trainer's `train`. `resume_from_checkpoint`: a path, an open `Checkpoint`, or True for the newest good one.
 
-        A checkpoint of weights alone is a beginning: step 0, fresh optimizer.
+        From a checkpoint with only weights, the run starts at step 0 with a fresh optimizer.
 
         Raises:
-            CheckpointError: there is none, or it is damaged, or of another model.
+            CheckpointError: there is no checkpoint, it is damaged, or it belongs to another model.
         """
         self._source = self._opened(resume_from_checkpoint)
         self._best_step = None
         self.begin_at(self._source if self._source is not None and not self._source.beginning else None)
         path = None
         if self._source is not None and self._source.beginning:
-            what = "weights alone" if self._source.weights_only else "weights and optimizer state, of another program"
-            self._first(f"{self._source.path} holds {what}: the run begins at step 0 with them")
+            what = "only weights" if self._source.weights_only else "weights and optimizer state of another program"
+            self._first(f"{self._source.path} has {what}: the run starts at step 0 with them")
         elif self._source is not None:
             path = str(self._source.path)
         try:
             result = super().train(path, *args, **kwargs)
         except BaseException:
-            if self._saver is not None:  # not made here: the other ranks may be elsewhere
-                self._saver.settle()  # its group must not be left while it works; what ends the run comes first
+            if self._saver is not None:  # making it here would be a collective, and other ranks may not come
+                self._saver.settle()  # finish pending saves, but raise the error that ended the run
             raise
         self.saver.wait()
         return result
 
     def begin_at(self, source: Checkpoint | None) -> None:
-        """Training is about to begin after `source`, or at step 0 if None. Called before the data loader is made."""
+        """Prepare to train after `source`, or from step 0 if None. Called before the data loader is made."""
 
     def _opened(self, wanted: Any) -> Checkpoint | None:
         if wanted is None or wanted is False or isinstance(wanted, Checkpoint):
@@ -266,30 +268,30 @@ class CheckpointTrainer(GuardedTrainer):
         return found
 
     def begin_run(self) -> None:
-        """Make the folder ready for the first step; on every rank. Until then nothing in it is changed."""
+        """Prepare the run folder for the first step; on every rank. Nothing in it changes before this call."""
         self.saver.ranks.first(self._make_room)
 
     def _make_room(self) -> None:
-        """On the first rank: begin the run, clear away what a killed process left, and set aside later checkpoints,
+        """On the first rank: begin the run, delete files that a killed process left, and rename later checkpoints,
         which belong to an abandoned branch of the run."""
         self.checkpoint_options.begin()
         root, source = Path(self.args.output_dir), self._source
         tidy(root)
         if source is not None and not source.beginning and source.path.resolve().parent == root.resolve():
             for moved in set_aside_after(root, source.step):
-                self._first(f"a checkpoint of a later step than the one to continue from is now {moved}")
+                self._first(f"a later checkpoint than the one from which the run resumes was renamed to {moved}")
 
     def restore(self) -> None:
-        """Weights, optimizer state and the named states of the checkpoint that `train` was given, if any."""
+        """Load weights, optimizer state and named states of the checkpoint to resume from, if any."""
         if self._source is not None:
             self._fill(self._source)
             if not self._source.beginning:
                 self._restore_states(self._source)
-                # Trainer took logging_steps, eval_steps and save_steps from the saved state. Those of this run count.
+                # Trainer took logging_steps, eval_steps and save_steps from the saved state. Use this run's values.
                 self.state.compute_steps(self.args, self.state.max_steps)
 
     def _fill(self, source: Checkpoint) -> None:
-        """Weights and optimizer state."""
+        """Load weights and optimizer state."""
         if self.is_deepspeed_enabled and isinstance(self.deepspeed.basic_optimizer, Muon):
             from muon_dist.adapters.deepspeed import attach  # imports DeepSpeed, so only where it is used
 
@@ -303,9 +305,9 @@ class CheckpointTrainer(GuardedTrainer):
             if name in saved:
                 provider.load_state_dict(saved.pop(name))
             else:
-                self._first(f"{source.path} holds no state of '{name}', which starts afresh")
+                self._first(f"{source.path} has no state of '{name}', which starts from its initial state")
         for name in saved:
-            self._first(f"{source.path} holds a state of '{name}', which this run does not have: it is left out")
+            self._first(f"{source.path} has a state of '{name}', which this run does not have: the state is ignored")
         source.close()
 
     def restore_rank(self) -> None:
@@ -317,7 +319,7 @@ class CheckpointTrainer(GuardedTrainer):
         saved = source.rank_state(rank)
         source.close()
         if saved is None or source.manifest.world_size != self.saver.ranks.size:
-            # at another world size nothing is drawn as it would have been; what matters is that ranks differ
+            # At another world size random numbers cannot continue as before: only make the ranks differ.
             self._random.start_anew(self.args.seed + 1_000_003 * (source.step + 1) + rank)
             return
         for name, provider in self.rank_providers.items():
@@ -325,19 +327,19 @@ class CheckpointTrainer(GuardedTrainer):
                 provider.load_state_dict(saved[name])
 
     def roll_back(self) -> str:
-        """Give weights and optimizer state back from the newest good checkpoint, on every rank; its name.
+        """Load weights and optimizer state from the newest good checkpoint, on every rank; return its name.
 
-        Step count, schedule, data and random generators stay. Raises CheckpointError when there is none.
+        Step count, schedule, data and random generators do not change. Raises CheckpointError without a checkpoint.
         """
         self.saver.wait()
         source = newest_good(self.saver.root, self.saver.ranks, self.saver.warn)
         if source is None:
-            raise CheckpointError(f"{self.saver.root} holds no checkpoint to roll back to: save more often")
+            raise CheckpointError(f"{self.saver.root} has no checkpoint to roll back to: save more often")
         self._fill(source)
         return source.path.name
 
     def load_best_weights(self, path: Path) -> None:
-        """The weights of the checkpoint `path`; the optimizer's state stays."""
+        """Load only the weights of the checkpoint `path`."""
         source = open_checkpoint(path, self.saver.ranks)
         held = self.holding(source)
         held.pieces = [p for p in held.pieces if p.kind in (WEIGHT, BUFFER)]

@@ -1,4 +1,4 @@
-"""Parts of a run in the trainer: their learning rates, update rules, and names in the log."""
+"""The parts (phases) of a run: their learning rates, update rules, and numbers in the log."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ from muon_dist.optim.rule_change import RuleSettings, change_rule, check_change,
 from muon_dist.optim.unwrap import find_muon
 
 Factor = Callable[[int], float]
-"""Optimizer steps done -> factor of the learning rates in the next one."""
+"""Number of finished optimizer steps -> factor on the learning rates in the next step."""
 
 
 @dataclass(frozen=True)
 class RatePart:
-    """The learning rates of a part. schedule: its transformers name, None where the one before continues; scale: see
-    `lr_scale` of the configuration; about: a line for the log."""
+    """The learning rates of a part.
+
+    schedule: name of a transformers schedule; None: the previous part's schedule continues. scale: `lr_scale` of the
+    configuration. about: text for the log.
+    """
 
     from_step: int
     schedule: str | None = None
@@ -38,17 +41,17 @@ class RatePart:
 
 
 def follow_parts(scheduler: Any, parts: Sequence[RatePart], steps: int) -> None:
-    """Let a scheduler of transformers follow the parts. steps: of the whole run.
+    """Make a transformers scheduler follow the parts. steps: number of steps of the whole run.
 
-    A pure function of the step, so that a run that resumes needs nothing else. Raises ConfigError when a schedule is
-    none of the step alone.
+    The rate depends only on the step, so a resumed run needs no further state. Raises ConfigError for a schedule that
+    depends on more than the step.
     """
     if not any(part.schedule is not None or part.scale is not None for part in parts):
         return
     if type(scheduler) is not LambdaLR:
         raise ConfigError(
             f"curriculum: trainer.lr_scheduler_type makes a {type(scheduler).__name__}, which follows the loss, not "
-            "the step: choose another one, or leave lr_scheduler_type and lr_scale out of the parts"
+            "the step: choose another type, or leave lr_scheduler_type and lr_scale out of the parts"
         )
     peak = float(scheduler.optimizer.defaults.get("lr") or 1.0)
     scheduler.lr_lambdas = [_piecewise(base, parts, steps, peak) for base in scheduler.lr_lambdas]
@@ -76,7 +79,7 @@ def _at(factors: Sequence[Factor], starts: Sequence[int], step: int) -> float:
 
 
 def _schedule(number: int, part: RatePart, steps: int, peak: float) -> Factor:
-    """The factor of a schedule by name, of the steps since the part began."""
+    """The factor of the part's schedule, as a function of the steps since the part began."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     try:
         found = get_scheduler(
@@ -86,17 +89,17 @@ def _schedule(number: int, part: RatePart, steps: int, peak: float) -> Factor:
             num_training_steps=steps,
             scheduler_specific_kwargs=dict(part.arguments or {}),
         )
-    except Exception as error:  # it raises what it finds
+    except Exception as error:  # transformers raises many types
         raise ConfigError(
             f"curriculum.{number}.lr_scheduler_type, curriculum.{number}.lr_scheduler_kwargs: {one_line(error)}"
         ) from error
     if type(found) is not LambdaLR:
-        raise ConfigError(f"curriculum.{number}.lr_scheduler_type: {part.schedule} does not depend on the step only")
+        raise ConfigError(f"curriculum.{number}.lr_scheduler_type: {part.schedule} depends on more than the step")
     return found.lr_lambdas[0]
 
 
 def order_at(samples: Any, consumed: int) -> str | None:
-    """Hash of the order of a sampler up to a position; of the whole order where it has no parts, None without one."""
+    """Hash of a sampler's order up to a position, or of the whole order if it has no parts; None if it has no hash."""
     of_parts, digest = getattr(samples, "digest_at", None), getattr(samples, "digest", None)
     if of_parts is not None:
         return str(of_parts(consumed))
@@ -104,12 +107,12 @@ def order_at(samples: Any, consumed: int) -> str | None:
 
 
 class PartRates:
-    """The learning rates follow `rate_parts`, if there are any; inherit it before Trainer."""
+    """Mixin for Trainer: the learning rates follow `rate_parts`, if set. List it before Trainer in the bases."""
 
     rate_parts: Sequence[RatePart] = ()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Create the scheduler of the present part; Trainer's own method creates only one."""
+        """Create the scheduler of all parts; Trainer's method makes only one schedule."""
         trainer: Any = self
         made = trainer.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)  # type: ignore[misc]
@@ -121,7 +124,7 @@ class PartRates:
 class PartRules:
     """The update rules of a run's parts.
 
-    parts: (steps that are done when it begins, arguments of `MuonFactory`) of each part; the first from step 0.
+    parts: (finished steps at its start, arguments of `MuonFactory`) of each part; the first part starts at step 0.
     """
 
     def __init__(self, parts: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
@@ -129,23 +132,23 @@ class PartRules:
         self._settings: list[RuleSettings] = []
 
     def read(self, model: nn.Module) -> None:
-        """Work out the settings of every part for `model`, as it is when its optimizer is made.
+        """Compute the rule settings of every part for `model`. Call it when the optimizer is made.
 
-        Raises ConfigError if a part cannot follow the one before it.
+        Raises ConfigError if the rule cannot change from one part to the next.
         """
         self._settings = [rule_settings(MuonFactory()(model, **arguments)) for _, arguments in self.parts]
         for before, after in pairwise(self._settings):
             check_change(before, after)
 
     def use(self, optimizer: Any, step: int) -> None:
-        """Let the optimizer make the step after `step` by the rule of its part. On all ranks."""
+        """Let the optimizer use the rule of the part that contains the step after `step`. Call it on all ranks."""
         muon = find_muon(optimizer)
         if muon is not None and self._settings:
             change_rule(muon, self._settings[max(k for k, (start, _) in enumerate(self.parts) if start <= step)])
 
 
 class RuleChange(TrainerCallback):
-    """Changes the rule before the first step of a part. trainer: one with `rule_parts`."""
+    """Changes the rule before the first step of a part. trainer: a trainer with `rule_parts`."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -155,14 +158,14 @@ class RuleChange(TrainerCallback):
 
 
 class PartLog(TrainerCallback):
-    """Adds the number of the part, from 1, to the log as `part`, and says when one begins."""
+    """Adds the number of the part, from 1, to the log as `part`, and prints a line when a part begins."""
 
     def __init__(self, parts: Sequence[RatePart]) -> None:
         self.parts = tuple(parts)
         self._said = -1
 
     def _part(self, step: int) -> int:
-        """Number of the part that trains after `step` steps; 0: before all parts."""
+        """Number of the part after `step` finished steps; 0: before the first part."""
         return sum(part.from_step <= step for part in self.parts)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

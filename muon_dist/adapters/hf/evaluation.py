@@ -1,4 +1,4 @@
-"""Validation loss of language models: plain cross entropy, equal for any number of processes."""
+"""Validation loss of language models: plain cross entropy, independent of the number of processes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _CAUSAL = frozenset(
 
 
 class PlainLoss:
-    """The loss of an evaluation is the sum of all losses over the number of all tokens; inherit it before Trainer.
+    """Mixin for Trainer: the evaluation loss is the sum of all losses divided by the number of all tokens.
 
-    Trainer averages means of batches, and fills up the last batches of the ranks with samples of the beginning, so
-    that its figure depends on the number of processes. Its loss is also the one that is trained, with label smoothing
-    and auxiliary losses. Models that are not causal language models, and losses of a user's own, stay Trainer's.
+    Trainer averages the means of batches, and fills the last batches with samples from the beginning, so its result
+    depends on the number of processes. Its loss also includes label smoothing and auxiliary losses. For models that
+    are not causal language models, and for user-defined losses, Trainer's evaluation stays. List this class before
+    Trainer in the bases.
     """
 
     _rows: list[torch.Tensor] | None = None
@@ -45,14 +46,14 @@ class PlainLoss:
             rows = token_losses(getattr(logits, "full_tensor", lambda: logits)(), prepared["labels"])
             sums = rows.sum(dim=0)
             found = (sums[0] / sums[1].clamp(min=1), None, None)
-        self._rows.append(trainer.gather_function(rows))  # of each sample once, in the data's order
+        self._rows.append(trainer.gather_function(rows))  # each sample once, in the data's order
         return found
 
     def _is_language_model(self, inputs: Mapping[str, Any]) -> bool:
         trainer: Any = self
         parallel = getattr(trainer.accelerator, "parallelism_config", None)
         if parallel is not None and parallel.cp_enabled:
-            return False  # a rank holds a part of each sample; under Ulysses only while it trains
+            return False  # a rank holds only a part of each sample (under Ulysses only in training)
         labels = inputs.get("labels")
         if trainer.compute_loss_func is not None or not isinstance(labels, torch.Tensor) or labels.dim() != 2:
             return False
@@ -76,7 +77,7 @@ class PlainLoss:
         return output
 
     def source_figures(self, dataset: Any, rows: torch.Tensor, prefix: str) -> dict[str, float]:
-        """Figures of parts of `dataset` for the log. rows: loss and tokens of each sample, (samples, 2)."""
+        """Log figures per source of `dataset`. rows: loss and tokens of each sample, (samples, 2)."""
         names, lengths = getattr(dataset, "names", ()), getattr(dataset, "lengths", ())
         if len(names) < 2 or sum(lengths) != len(rows):
             return {}
@@ -84,7 +85,7 @@ class PlainLoss:
         return {f"{prefix}_loss/{name}": _mean(part) for name, part in zip(names, parts, strict=True)}
 
     def trains_on_plain_loss(self) -> bool:
-        """Whether the training loss is only the cross entropy, so that it can be given in bits per byte."""
+        """Whether the training loss is only the cross entropy, so that it can be converted to bits per byte."""
         trainer: Any = self
         smoothed = trainer.args.label_smoothing_factor > 0 or trainer.compute_loss_func is not None
         return not smoothed and not getattr(getattr(trainer.model, "config", None), "output_router_logits", False)
@@ -92,13 +93,13 @@ class PlainLoss:
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         trainer: Any = self
         drop, trainer.args.dataloader_drop_last = trainer.args.dataloader_drop_last, False
-        try:  # what is dropped would depend on the number of processes
+        try:  # drop nothing: dropped samples would depend on the number of processes
             return super().get_eval_dataloader(*args, **kwargs)  # type: ignore[misc]
         finally:
             trainer.args.dataloader_drop_last = drop
 
 
 def _mean(rows: torch.Tensor) -> float:
-    """Nats per token of samples, float64 (samples, 2)."""
+    """Mean loss in nats per token. rows: loss and tokens of each sample, (samples, 2) in float64."""
     sums = rows.sum(dim=0)
     return (sums[0] / sums[1]).item() if sums[1] > 0 else float("nan")

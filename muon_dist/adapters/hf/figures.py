@@ -14,14 +14,14 @@ from muon_dist.model.peaks import peak_flops as device_peak_flops
 
 
 class Figures(TrainerCallback):
-    """Measures a training. It must be the last callback: a step's seconds include the other callbacks' at its end.
+    """Measures a training. It must be the last callback, so that a step's time includes the other callbacks.
 
     bytes_per_token, passes, flops_per_token, peak_flops: as in `MuonTrainer`.
 
     Attributes:
-        tokens: trained on since the beginning of the run, over all ranks.
-        train_seconds: of the steps of this process, evaluation and saving left out.
-        grad_norms: algorithm -> norm of its gradients before clipping, of the last step.
+        tokens: number of trained tokens since the beginning of the run, over all ranks.
+        train_seconds: time of this process's steps, without evaluation and saving.
+        grad_norms: algorithm -> norm of its gradients before clipping, in the last step.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Figures(TrainerCallback):
         self._seconds = self.train_seconds = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begin_at(self._tokens_resumed)  # again, after an attempt of `auto_find_batch_size`
+        self.begin_at(self._tokens_resumed)  # `auto_find_batch_size` may start training again
         model = self.trainer.model
         if self.flops_per_token is None and hasattr(model, "num_parameters"):
             self.flops_per_token = 6.0 * model.num_parameters(exclude_embeddings=True)
@@ -55,11 +55,11 @@ class Figures(TrainerCallback):
             self.peak_flops = device_peak_flops(args.device, _compute_dtype(args, model))
 
     def begin_step(self) -> None:
-        """The next step begins with the reading of its batches."""
+        """Start the time of the next step; called before its batches are read."""
         self._step_started = time.perf_counter()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Between the optimizer's step and the scheduler's: the rates of the step that is logged.
+        # Called between the optimizer's step and the scheduler's step: these are the rates of the logged step.
         rates: dict[str, float] = {}
         for index, group in enumerate(self.trainer.optimizer.param_groups):
             algorithm, lr = group.get("algorithm"), float(group["lr"])
@@ -74,7 +74,7 @@ class Figures(TrainerCallback):
             self._step_started = None
 
     def training(self, loss: float) -> dict[str, float]:
-        """Figures logged with the training loss; the throughput is measured since the last call."""
+        """Figures for the log with the training loss; the throughput is that since the last call."""
         figures: dict[str, float] = dict(self._group_lrs)
         figures.update({f"grad_norm/{name}": norm.item() for name, norm in self.grad_norms.items()})
         clip = self.trainer.qk_clip
@@ -103,7 +103,7 @@ class Figures(TrainerCallback):
         return figures
 
     def throughput(self) -> dict[str, float | None]:
-        """Tokens and seconds of the training of this process group, their rate over all ranks, and MFU (0 to 1)."""
+        """Tokens and seconds of training, tokens per second over all ranks, and MFU (0 to 1)."""
         tokens, seconds = self.tokens - self._tokens_resumed, self.train_seconds
         rate = tokens / seconds if seconds > 0 else None
         return {
@@ -121,7 +121,7 @@ class Figures(TrainerCallback):
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """Nats per token -> bits per byte of text, which compares models of different vocabularies."""
+    """Convert nats per token to bits per byte of text, to compare models with different vocabularies."""
     return loss / math.log(2.0) / bytes_per_token
 
 

@@ -1,4 +1,4 @@
-"""Decides when a run begins to change its folder, and counts epochs as passes over the data."""
+"""Decides when a run may start to change its folder, and counts epochs as passes over the data."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 
 class RunRecord(TrainerCallback):
-    """A callback that keeps files in the run folder. It touches them in `begin_run` at the earliest."""
+    """A callback with files in the run folder. It must not change them before `begin_run`."""
 
     def begin_run(self, args: Any, state: Any) -> None:
-        """The run is about to take its first step, from `state.global_step` on. Called on every rank."""
+        """Called on every rank before the run's first step; `state.global_step` steps are finished."""
 
 
 class BeginRun(TrainerCallback):
-    """Calls `trainer.begin_run()` once, when nothing that belongs to a start can be refused any more.
+    """Calls `trainer.begin_run()` once, after all checks that can stop a run at its start.
 
-    That is before the first step: trackers have begun, DeepSpeed has been attached, guards stand, and the first batch
-    has been read. An evaluation before the first step, and a run that has no step left, count as a beginning too.
+    This is before the first step: trackers have started, DeepSpeed is attached, guards are active, and the first batch
+    is read. It is also called before an evaluation that precedes the first step, and in a run without steps left.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -49,11 +49,11 @@ class BeginRun(TrainerCallback):
 
 
 class Passes(TrainerCallback):
-    """Makes `state.epoch` the number of passes over the training samples, and acts where a pass ends.
+    """Sets `state.epoch` to the number of passes over the training samples, and acts at the end of a pass.
 
-    The trainer's own epoch is the whole stream of samples, however often it passes over the data, and begins again
-    with each process. "epoch" as the strategy of logging, evaluation or saving means the step that completes a pass,
-    and the last step.
+    Trainer's epoch is the whole stream of samples, even if it passes over the data several times, and restarts with
+    each process. The strategy "epoch" for logging, evaluation or saving means the step that completes a pass, and the
+    last step.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -73,7 +73,7 @@ class Passes(TrainerCallback):
                 control.should_save = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Trainer's flow has just asked for everything again, because the stream has ended.
+        # At the end of the stream Trainer requests logging, evaluation and saving again.
         if self._acted == state.global_step or state.global_step < state.max_steps:
             if args.eval_strategy == IntervalStrategy.EPOCH:
                 control.should_evaluate = False

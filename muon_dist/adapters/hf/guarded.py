@@ -1,4 +1,4 @@
-"""The guards of a `MuonTrainer` run (one file each in guards/), and the calls to them from its loop."""
+"""All guards of a `MuonTrainer` run (one file per guard in guards/), and the trainer's calls to them."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ __all__ = ["GuardedTrainer", "Guards", "stop_text"]
 
 
 class Guards(TrainerCallback):
-    """Guards of one run; give it to `MuonTrainer(guards=...)`.
+    """The guards of one run; pass it to `MuonTrainer(guards=...)`.
 
-    spike: what happens to a step whose loss, averaged over all ranks, jumps (see `SpikeDetector`): "off" nothing;
-        "skip" it is left out, with parameters and state unchanged; "rollback" it is left out, and parameters and
-        optimizer state go back to the last commit, while step count, schedule and data continue.
-    spike_window, spike_sigmas: of the detector.
-    hash_every: steps between two comparisons of the copies of parameters; also before each save, and after a step
-        that was left out for NaN or infinity; 0: never.
-    watchdog_seconds: the run ends with a message when one operation takes longer; None: 0.9 of the process group's
+    spike: what to do if the loss, averaged over all ranks, jumps (see `SpikeDetector`). "off": nothing. "skip": skip
+        the step; parameters and state do not change. "rollback": skip the step and load parameters and optimizer state
+        of the last commit; step count, schedule and data continue.
+    spike_window, spike_sigmas: arguments of the detector.
+    hash_every: steps between two comparisons of parameter copies. Copies are also compared before each save, and after
+        a step that was skipped because of NaN or infinity. 0: never.
+    watchdog_seconds: the run ends with a message if one operation takes longer. None: 0.9 of the process group's
         timeout; 0: never.
-    straggler_seconds: a rank that takes so much longer for its own work, step after step, is named; 0: never.
-    max_nonfinite: so many steps in a row that DeepSpeed leaves out for NaN or infinity end the run; `Muon` counts
-        its own. Not in fp16 with a dynamic loss scale, where such steps are usual.
-    stop_requested: the number of the signal that asked this rank to stop, or 0.
-    say: for messages; called on the first rank.
+    straggler_seconds: name a rank whose own work takes this much longer in several steps in a row; 0: never.
+    max_nonfinite: this many steps in a row that DeepSpeed skips because of NaN or infinity end the run; `Muon` counts
+        its own. Not in fp16 with a dynamic loss scale, where such steps are normal.
+    stop_requested: returns the number of the signal that asked this rank to stop, or 0.
+    say: prints messages; called on the first rank.
 
-    Each guard is a callback of its own, in the order of `parts`. At the end of a step all of them read the same vote.
+    Each guard is a separate callback, in the order of `parts`. At the end of a step all guards read the same vote.
     """
 
     def __init__(
@@ -70,28 +70,28 @@ class Guards(TrainerCallback):
 
     @property
     def stopped(self) -> dict[int, int]:
-        """Rank -> signal of the ranks that asked to stop, once all ranks have committed a checkpoint for it."""
+        """Rank -> signal, for ranks that asked to stop, after all ranks have committed a checkpoint; else empty."""
         return self.stop.stopped
 
     @property
     def committed(self) -> str | None:
-        """Name of the newest checkpoint then; an older one where saves may fail (`on_error: continue`)."""
+        """Name of the newest checkpoint at the stop; an older one if the last save failed (`on_error: continue`)."""
         return self.stop.committed
 
     @property
     def spikes(self) -> int:
-        """Steps left out for their loss."""
+        """Number of steps skipped because of their loss."""
         return self.spike.spikes
 
     @property
     def rollbacks(self) -> int:
-        """How often the weights went back to a commit."""
+        """Number of times that the weights went back to a commit."""
         return self.spike.rollbacks
 
     # ---- state in checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """State with which a resumed run makes the same decisions."""
+        """State for a checkpoint, so that a resumed run makes the same decisions."""
         muon = self.run.muon
         return {
             "detector": self.spike.detector.state_dict(),
@@ -113,34 +113,34 @@ class Guards(TrainerCallback):
     # ---- called by MuonTrainer
 
     def attach(self, trainer: Any) -> None:
-        """Belong to `trainer`, as its callbacks; before training."""
+        """Add the guards to `trainer` as callbacks; call it before training."""
         self.run.trainer = trainer
         for callback in (self, *self.parts):
             trainer.add_callback(callback)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()  # `auto_find_batch_size` begins again after an attempt that ran out of memory
+        self.close()  # `auto_find_batch_size` starts training again after running out of memory
         self.run.begin(args.device, state.global_step)
 
     def begin_step(self) -> None:
-        """This rank begins to read the batches of the next step."""
+        """Called when this rank begins to read the batches of the next step."""
         self.run.begin_step()
         self.stragglers.begin_step()
 
     def add_loss(self, loss: torch.Tensor, last: bool) -> None:
-        """A micro-batch's part of this step's loss, before its backward pass; `last` begins the vote."""
+        """Add a micro-batch's part of this step's loss, before its backward pass; `last` starts the vote."""
         self.stragglers.pause()
         self.run.add_loss(loss, last, self.stop.requested() if last else 0)
 
     def close(self) -> None:
-        """End everything that runs during training; called after an error too."""
-        self.hangs.close()  # first: what follows is under no watchdog
+        """End everything that runs during training; also called after an error."""
+        self.hangs.close()  # first, because the watchdog does not cover the rest
         for guard in self.parts:
             guard.close()
 
 
 class _Reading:
-    """A data loader's iterator. Reading a batch counts as this rank's own work; later parts may wait for others."""
+    """Wraps a data loader's iterator: reading a batch counts as this rank's own work."""
 
     def __init__(self, batches: Iterator[Any], guard: StragglerGuard) -> None:
         self.batches, self.guard = batches, guard
@@ -162,7 +162,7 @@ class GuardedTrainer(SequenceParallelTrainer):
     guards: Guards | None = None
 
     def watch_with(self, guards: Guards) -> None:
-        """Let `guards` watch over this trainer."""
+        """Use `guards` for this trainer."""
         self.guards = guards
         guards.attach(self)
 
@@ -180,7 +180,7 @@ class GuardedTrainer(SequenceParallelTrainer):
                 self.guards.close()
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of a step, as Trainer's. Counting their tokens asks all ranks."""
+        """The micro-batches of a step, as Trainer's. Counting their tokens is a collective."""
         if self.guards is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         self.guards.begin_step()
@@ -190,7 +190,7 @@ class GuardedTrainer(SequenceParallelTrainer):
         return batches
 
     def write_checkpoint(self, folder: Any) -> None:
-        """Say that a save is under way."""
+        """Record the operation "save"."""
         if self.guards is not None:
             self.guards.run.progress.enter("save")
         super().write_checkpoint(folder)

@@ -1,4 +1,4 @@
-"""Norms of the gradients of Muon's and of AdamW's parameters over all ranks."""
+"""Gradient norms over all ranks, separately for Muon's and AdamW's parameters."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from muon_dist.adapters.fsdp2.storage import cutting_axes, local_part, local_par
 class GradientNorms:
     """The gradients of an optimizer's parameters by algorithm ("muon", "adamw"), and their 2-norms over all ranks.
 
-    A plain tensor is whole on every rank and costs no message. Parts of DTensors are summed over the mesh axes that
-    cut them: one all-reduce of a number for each algorithm, for each such axis of each mesh. Every rank enters these,
-    also one whose parameters have no gradient.
+    A plain tensor is whole on every rank and needs no message. Parts of DTensors are summed over the mesh axes that
+    shard them: per such axis of each mesh, one all-reduce with one number per algorithm. Every rank takes part, even
+    if its parameters have no gradient.
 
     Args:
-        groups: parameter groups; one without "algorithm" is AdamW's.
+        groups: parameter groups; a group without "algorithm" belongs to AdamW.
 
     Attributes:
-        norms: algorithm -> its norm, a number in fp32 (that of fp16 gradients would overflow); without those that have
-            no gradient.
+        norms: algorithm -> its norm, fp32 because an fp16 norm would overflow; no entry for an algorithm without
+            gradients.
     """
 
     @torch.no_grad()
@@ -48,7 +48,7 @@ class GradientNorms:
 
     @property
     def total(self) -> Tensor:
-        """The norm over all parameters; there must be a gradient."""
+        """The norm over all parameters. At least one parameter must have a gradient."""
         return torch.linalg.vector_norm(torch.stack(list(self.norms.values())))
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ def _joint(norms: list[Tensor]) -> Tensor:
 
 
 def _over(axes: tuple[Any, ...], by_algorithm: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    """The norms of parts over the mesh axes that cut them; as they are where nothing does."""
+    """The norms over the mesh axes that shard the parts; unchanged without such axes."""
     if not axes:
         return {name: torch.linalg.vector_norm(torch.stack(n)) for name, n in by_algorithm.items() if n}
     device = axes[0][0].device_type

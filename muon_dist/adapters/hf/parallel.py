@@ -1,4 +1,4 @@
-"""A mesh of ranks through the Hugging Face libraries: transformers shards the model, accelerate deals out batches."""
+"""Meshes of ranks with the Hugging Face libraries: transformers shards the model, accelerate distributes batches."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from muon_dist.failures import known, one_line
 
 
 class OnCpu(ParallelismConfig):
-    """A `ParallelismConfig` for processes on CPUs, which accelerate 1.15 refuses for no reason of its own.
+    """A `ParallelismConfig` for CPU processes, which accelerate 1.15 refuses without need.
 
-    Its mesh, its data loaders and its wrappers work there as on GPUs. `_validate_accelerator` is private, and all that
-    is replaced; tests/train/test_parallel.py fails when accelerate no longer calls it.
+    Its mesh, data loaders and wrappers also work on CPUs. Only the private method `_validate_accelerator` is replaced;
+    tests/train/test_parallel.py fails if accelerate no longer calls it.
     """
 
     def _validate_accelerator(self, accelerator: Any) -> None:
@@ -30,14 +30,14 @@ class OnCpu(ParallelismConfig):
             super()._validate_accelerator(accelerator)
         elif self.total_size != accelerator.num_processes:
             raise ConfigError(
-                f"the model was sharded for {self.total_size} ranks, and the run has {accelerator.num_processes}"
+                f"the model was sharded for {self.total_size} ranks, but the run has {accelerator.num_processes}"
             )
 
 
 def shard(model: PreTrainedModel, mesh: Parallel) -> PreTrainedModel:
-    """`model`, whole and equal on every rank, as transformers shards it over `mesh`: FSDP2, HSDP, tensor and expert
-    parallelism. Data parallelism alone needs no sharding: then the model itself.
+    """The model, sharded by transformers over `mesh`: FSDP2, HSDP, tensor and expert parallelism.
 
+    `model` is whole and equal on every rank. With only data parallelism it is returned unchanged.
     Raises:
         ConfigError: transformers refuses the mesh for this model.
     """
@@ -51,19 +51,18 @@ def shard(model: PreTrainedModel, mesh: Parallel) -> PreTrainedModel:
         made: PreTrainedModel = type(model).from_pretrained(
             None, config=model.config, state_dict=model.state_dict(), distributed_config=sizes, dtype=dtype
         )
-    except Exception as error:  # it raises what it stumbles on, of plans, meshes and shapes
+    except Exception as error:  # transformers raises many types
         raise known(error) or ConfigError(
-            f"parallel: transformers cannot shard a {model.config.model_type} so: {type(error).__name__}: "
+            f"parallel: transformers cannot shard a {model.config.model_type} in this way: {type(error).__name__}: "
             f"{one_line(error)}"
         ) from error
     return made.train(model.training)
 
 
 def parallelism_on_cpu(args: Any, model: Any) -> ParallelismConfig | None:
-    """What `args.parallelism_config` must be for a model under tensor parallelism on CPUs; None where Trainer's own
-    will do.
+    """The `args.parallelism_config` for a model under tensor parallelism on CPUs; None in all other cases.
 
-    Trainer makes one of the same sizes for such a model, which accelerate refuses on a CPU.
+    Trainer would make a configuration with the same sizes, but accelerate refuses it on a CPU.
     """
     tp = getattr(model, "tp_size", None) or 1
     if tp == 1 or args.device.type != "cpu" or isinstance(args.parallelism_config, OnCpu):
@@ -72,9 +71,11 @@ def parallelism_on_cpu(args: Any, model: Any) -> ParallelismConfig | None:
 
 
 def gather_once(accelerator: Any, copies: int) -> Callable[..., Any]:
-    """What Trainer's evaluation gathers losses with, where each `copies` ranks in a row evaluate the same samples:
-    accelerate's `gather_for_metrics` keeps every copy, but cuts the last batch to its number of samples, so that the
-    samples of the last batch would weigh less."""
+    """A gather function for Trainer's evaluation that counts each sample once.
+
+    Every `copies` consecutive ranks evaluate the same samples. accelerate's `gather_for_metrics` would keep all copies
+    except in the last batch, so that the last batch would have a smaller weight.
+    """
 
     def gather(data: Any, *_: Any, **__: Any) -> Any:
         state = accelerator.gradient_state
@@ -92,18 +93,18 @@ def gather_once(accelerator: Any, copies: int) -> Callable[..., Any]:
 def sequence_parallel_loss(engine: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
     """(mean loss over the tokens of all ranks of the sequence-parallel group, the model's outputs).
 
-    Each rank's gradient is that of its own tokens' share. transformers' own loss gathers those of the group
-    differentiably, which makes the gradients of ZeRO 0 to 2 as many times too large as the group has ranks (and clips
-    them so), and hangs over gloo when the group is a part of the ranks.
+    Each rank's gradient is that of its tokens' share of the loss. transformers' loss gathers the losses of the group
+    differentiably. This makes the gradients of ZeRO 0 to 2 too large, by the number of ranks in the group, also for
+    clipping. It hangs over gloo if the group has only some of the ranks.
 
     Args:
-        engine: DeepSpeed's.
-        inputs: of `UlyssesSPDataLoaderAdapter`: this rank's tokens, with their labels as "shift_labels".
+        engine: DeepSpeed's engine.
+        inputs: batch of `UlyssesSPDataLoaderAdapter`: this rank's tokens, with their labels as "shift_labels".
 
     Raises:
-        FrameworkError: ZeRO-3 without reduce_scatter, where DeepSpeed 0.19.8 scales gradients by the size of a bucket.
+        FrameworkError: ZeRO-3 without reduce_scatter: there DeepSpeed 0.19.8 scales gradients by the size of a bucket.
     """
-    labels = inputs["shift_labels"].contiguous()  # a slice on CPUs, which transformers' loss cannot view
+    labels = inputs["shift_labels"].contiguous()  # on CPUs it is a slice, which transformers' loss cannot view
     outputs = engine(**{**inputs, "labels": labels, "shift_labels": labels})
     group = engine.seq_parallel_group
     number = (labels != -100).sum()
@@ -111,12 +112,12 @@ def sequence_parallel_loss(engine: Any, inputs: dict[str, Any]) -> tuple[torch.T
     sums = torch.stack([own.detach().float(), number.float()])
     dist.all_reduce(sums, group=group)
     tokens = sums[1].clamp(min=1)
-    # DeepSpeed takes the mean over the groups, and the sum over the ranks of each; but ZeRO-3 the mean over all ranks.
+    # DeepSpeed sums over the ranks of a group and averages over the groups, but ZeRO-3 averages over all ranks.
     ranks = dist.get_world_size(group) if engine.zero_optimization_stage() == 3 else 1
     if ranks > 1 and not engine.zero_reduce_scatter():
         raise FrameworkError(
-            "zero_optimization.reduce_scatter: is false, and with sequence parallelism DeepSpeed's ZeRO-3 then scales "
-            "the gradients of large parameters otherwise than those of small ones: set it to true"
+            "zero_optimization.reduce_scatter: is false. With sequence parallelism DeepSpeed's ZeRO-3 then scales the "
+            "gradients of large and small parameters differently: set it to true"
         )
     share = own * ranks / tokens
     return share + (sums[0] / tokens - share).detach(), outputs
@@ -126,7 +127,7 @@ class SequenceParallelTrainer(PrivateTrainer):
     """A `Trainer` whose training loss under sequence parallelism is `sequence_parallel_loss`."""
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Trainer's `compute_loss`, but under sequence parallelism without its hang over gloo."""
+        """Trainer's `compute_loss`; under sequence parallelism `sequence_parallel_loss`."""
         if self.get_sp_size() == 1 or not model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         loss, outputs = sequence_parallel_loss(model, inputs)
@@ -134,10 +135,10 @@ class SequenceParallelTrainer(PrivateTrainer):
 
 
 def share_of_heads(trainer: Any) -> tuple[int, int]:
-    """(number, shares): which part of the heads of each layer this process computes, of how many, by the mesh.
+    """(index, number of shares): the share of each layer's heads that this process computes, by the mesh.
 
     Raises:
-        FrameworkError: context parallelism, where a process sees the keys of its own tokens alone.
+        FrameworkError: context parallelism, where a process sees only the keys of its own tokens.
     """
     if trainer.get_cp_size() > 1:
         raise FrameworkError(
@@ -153,20 +154,20 @@ def share_of_heads(trainer: Any) -> tuple[int, int]:
 
 
 def consecutive(samples: Iterable[int], batch: int, mesh: tuple[int, int]) -> Iterator[int]:
-    """`samples` in the order in which a data loader must draw them, so that Ulysses trains on them in theirs.
+    """`samples` in the loading order with which Ulysses trains on them in their given order.
 
-    Each rank loads batches of its own, as without sequence parallelism; then the ranks of a group go through all of
-    them together, one after another. So a step of several groups is of batches that lie a group apart, and a run that
-    continues in between would train on some samples twice and on others never.
+    Under Ulysses each rank loads different batches, and then the ranks of a group train on these batches one after
+    another. Without this reordering a step of several groups would use batches that are not consecutive, so a run that
+    resumes would train on some samples twice and on others never.
 
     Args:
-        batch: samples of a micro-batch.
-        mesh: (groups, ranks of a group).
+        batch: samples per micro-batch.
+        mesh: (groups, ranks per group).
     """
     groups, ranks = mesh
     remaining = iter(samples)
     while window := list(islice(remaining, batch * groups * ranks)):
-        window += window[-1:] * (batch * groups * ranks - len(window))  # after the last step: never trained on
+        window += window[-1:] * (batch * groups * ranks - len(window))  # never used for training
         for group in range(groups):
             for rank in range(ranks):
                 first = (rank * groups + group) * batch
@@ -180,7 +181,7 @@ def sequence_parallelism(mesh: Parallel, attention: str) -> dict[str, Any]:
         attention: the model's `attn_implementation`.
 
     Raises:
-        ConfigError: Ulysses does not know that.
+        ConfigError: Ulysses does not support this attention.
     """
     try:
         handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation=attention)
@@ -194,7 +195,7 @@ def sequence_parallelism(mesh: Parallel, attention: str) -> dict[str, Any]:
 
 
 def context_parallelism(mesh: Parallel) -> dict[str, Any]:
-    """Arguments of `TrainingArguments` for torch's ring attention, which accelerate offers with its FSDP2."""
+    """Arguments of `TrainingArguments` for torch's ring attention, which accelerate supports with FSDP2."""
     return {
         "fsdp": True,
         "fsdp_config": {"version": 2},

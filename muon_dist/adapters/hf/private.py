@@ -1,9 +1,9 @@
-"""All that we touch of the Hugging Face Trainer's private parts, each with its reason.
+"""All private names of the Hugging Face Trainer that we use, each with the reason.
 
-`PrivateTrainer` overrides private methods of `transformers.Trainer`. Each override is one or two lines and calls a
-public method, which says what it is for; the classes above override those and touch nothing private. A new
-version of transformers may change any of these names: `check_private` refuses a version that lacks one, and
-tests/adapters/hf/test_private.py names each one whose signature changed or that Trainer no longer calls.
+`PrivateTrainer` overrides private methods of `transformers.Trainer`. Each override has one or two lines and calls a
+public method, whose docstring gives its purpose. Subclasses override only the public methods. A new version of
+transformers may change any private name: `check_private` refuses a version without one of them, and
+tests/adapters/hf/test_private.py names a method whose signature changed or that Trainer no longer calls.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ CALLED = ("_get_output_dir", "_prepare_inputs")
 
 
 class PrivateTrainer(Trainer):
-    """A `Trainer` whose private methods call public ones, which a subclass overrides."""
+    """A `Trainer` whose private methods call public methods that a subclass can override."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_private(Trainer)
         super().__init__(*args, **kwargs)
 
-    # ---- what a subclass overrides
+    # ---- methods that a subclass overrides
 
     def training_order(self, dataset: Any) -> torch.utils.data.Sampler[int] | None:
-        """The order of the training samples. Called when the training data loader is made; by default Trainer's."""
+        """The sampler of the training data; by default Trainer's. Called when the training data loader is made."""
         return super()._get_train_sampler(dataset)
 
     def clip_gradients(self, model: nn.Module, norm: Any) -> Any:
-        """Scale the gradients if need be, and return the norm for the log. Called before each optimizer step.
+        """Clip the gradients, and return the norm for the log. Called before each optimizer step.
 
-        norm: of the gradients if Trainer has clipped them (`max_grad_norm`), else None.
+        norm: norm of the gradients if Trainer has clipped them (`max_grad_norm`), else None.
         """
         return super()._get_grad_norm(model, norm)
 
@@ -70,63 +70,64 @@ class PrivateTrainer(Trainer):
     def finish_saves(self) -> None:
         """Wait for saves in the background. Called after the last step, before the best checkpoint is loaded."""
 
-    # ---- what we read
+    # ---- attributes that we read
 
     @property
     def micro_batch_size(self) -> int:
-        """Samples of a micro-batch on this rank.
+        """Number of samples per micro-batch on this rank.
 
-        Private, because `args.train_batch_size` stays as it was when `auto_find_batch_size` lowers the size.
+        Reads a private attribute, because `args.train_batch_size` keeps its value if `auto_find_batch_size` lowers the
+        size.
         """
         return int(self._train_batch_size)
 
     def on_device(self, inputs: Any) -> Any:
-        """`inputs` on the device of the model, in the dtype that DeepSpeed wants.
+        """`inputs` on the device of the model, in the dtype that DeepSpeed needs.
 
-        Private, because Trainer does this inside `prediction_step` and has no public way to it.
+        Uses a private method, because Trainer has no public one: it does this inside `prediction_step`.
         """
         return self._prepare_inputs(inputs)
 
     # ---- Trainer's private methods
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        # Trainer has no argument for a sampler, and `get_train_dataloader` would have to be written again.
+        # Trainer has no argument for a sampler; the alternative is to rewrite `get_train_dataloader`.
         return self.training_order(train_dataset)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        # The event `on_pre_optimizer_step` comes too late: the norm for the log has been taken by then, by a second
+        # The event `on_pre_optimizer_step` comes too late: Trainer has then computed the norm for the log, by a second
         # pass over all gradients, and on a mesh by more messages.
         return self.clip_gradients(model, grad_norm)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # The event `on_save` comes after the save; `save_model` saves the weights alone.
+        # The event `on_save` comes after the save; `save_model` saves only the weights.
         self.write_checkpoint(Path(self._get_output_dir(trial=trial)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        # Nothing: Trainer looks for files that our checkpoints do not have. Weights come with the optimizer's state,
-        # in `restore`, once both lie where they will be stepped. Without a path Trainer's own state would not come.
+        # Do nothing: Trainer looks for files that our checkpoints do not have. `restore` loads weights and optimizer
+        # state when both are on their final devices. Trainer needs the path only to load its own state.
         pass
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        # Without a path Trainer does not look for an optimizer's and a scheduler's files. The event `on_train_begin`
-        # comes after it, but its other callbacks, such as trackers, must see the restored state.
+        # Without a path Trainer does not look for files of optimizer and scheduler. The event `on_train_begin` is too
+        # late for `restore`, because other callbacks, such as trackers, must see the restored state.
         with told(lambda: starting("DeepSpeed" if self.is_deepspeed_enabled else "accelerate")):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.restore()
         return prepared
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        # Trainer would unpickle its own files of random state.
+        # Trainer would unpickle its own random-state files.
         self.restore_rank()
 
     def _load_best_model(self) -> None:
-        # Trainer would look for its own files of weights.
+        # Trainer would look for its own weight files.
         assert self.state.best_model_checkpoint is not None
         self.load_best_weights(Path(self.state.best_model_checkpoint))
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        # With `save_total_limit=1` Trainer removes all checkpoints but the best here, file by file; a run must be able
-        # to continue from the newest. The event `on_train_end` comes after that.
+        # With `save_total_limit=1` Trainer deletes all checkpoints but the best here, file by file; a run must be able
+        # to resume from the newest. The event `on_train_end` comes later.
         self.finish_saves()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -138,7 +139,8 @@ class PrivateTrainer(Trainer):
 def check_private(trainer: type) -> None:
     """Raises FrameworkError if `trainer`, the installed `Trainer`, lacks a private method that we override or call.
 
-    Python would not say so: an override that nobody calls is silent, and a resumed run would begin with fresh weights.
+    Without this check Python would not complain about an override that is never called, and a resumed run would start
+    with fresh weights.
     """
     missing = [name for name in (*OVERRIDDEN, *CALLED) if not callable(getattr(trainer, name, None))]
     if missing:
@@ -150,8 +152,8 @@ def check_private(trainer: type) -> None:
 
 
 def use_one_gpu(args: TrainingArguments) -> None:
-    """Let this process use one GPU, however many it sees: Trainer would use DataParallel.
+    """Let this process use only one GPU; with several visible GPUs Trainer would use DataParallel.
 
-    Private, because `TrainingArguments.n_gpu` cannot be set.
+    Sets a private attribute, because `TrainingArguments.n_gpu` cannot be set.
     """
     args._n_gpu = 1

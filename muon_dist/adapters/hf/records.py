@@ -1,4 +1,4 @@
-"""Trainer callbacks that write down what a run's report needs: events, ownership, spectral measures."""
+"""Trainer callbacks that write data for a run's report: events, ownership, spectral measures."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from muon_dist.optim.unwrap import find_muon
 
 
 def ownership(muon: Muon) -> dict[str, Any] | None:
-    """Who owns which matrix and what that is worth, of a `Muon` that has been stepped; None of one that has not.
+    """Owners of the matrices, and the work and memory per rank; None before the first step of `muon`.
 
-    `flops` are those of the iteration in one step; `momentum` counts the fp32 elements of momentum on a rank.
+    `flops`: FLOPs of the iteration per step. `momentum`: fp32 elements of momentum on a rank.
     """
     plan = muon.plan
     if plan is None:
@@ -76,8 +76,8 @@ class OwnershipFile(RunRecord):
 class EventsFile(RunRecord):
     """Appends the start, each checkpoint and the end of a run to a JSON-lines file, on the first rank.
 
-    Each line: `time` (seconds since 1970), `event` ("started", "resumed", "checkpoint", "ended"), `step`. Continuing a
-    run keeps the lines of its earlier parts, which is where a reader sees the interruption.
+    Each line: `time` (seconds since 1970), `event` ("started", "resumed", "checkpoint", "ended"), `step`. A resumed
+    run keeps the earlier lines, so a reader can see the interruption.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -103,8 +103,10 @@ class EventsFile(RunRecord):
 
 
 class SpectraLog(RunRecord):
-    """Tells a `Diagnostics` which step the run begins at, and adds the means of the first rank's own matrices to the
-    log as `spectra/flatness` and so on. They are of that rank alone: nothing is gathered for them."""
+    """Sets the first step of a `Diagnostics`, and adds means of its measures to the log, such as `spectra/flatness`.
+
+    The means are over the first rank's matrices only, because nothing is gathered.
+    """
 
     def __init__(self, diagnostics: Diagnostics) -> None:
         self.diagnostics = diagnostics
@@ -118,7 +120,7 @@ class SpectraLog(RunRecord):
 
 
 class AuditStart(TrainerCallback):
-    """Tells an `Audit` which step the run begins at."""
+    """Sets the first step of an `Audit`."""
 
     def __init__(self, audit: Audit) -> None:
         self.audit = audit
@@ -130,9 +132,9 @@ class AuditStart(TrainerCallback):
 def take_watchers(
     optimizer_cls_and_kwargs: tuple[type, dict[str, Any]] | None, folder: str | Path
 ) -> tuple[Any, Diagnostics | None, Audit | None]:
-    """The arguments of a factory with its `diagnostics` and its `audit` made one object each, and those.
+    """The arguments of a factory, with `diagnostics` and `audit` converted to objects, and these two objects.
 
-    folder: where the audit's file goes by default.
+    folder: default folder of the audit's file.
     """
     if optimizer_cls_and_kwargs is None:
         return None, None, None

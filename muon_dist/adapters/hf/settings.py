@@ -1,4 +1,4 @@
-"""Settings of `TrainingArguments` that transformers takes without a look, and over which a run fails later."""
+"""Early checks of settings in `TrainingArguments` that transformers does not check, but that fail later in a run."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from muon_dist.adapters.hf.flow import RunRecord
 from muon_dist.errors import ConfigError
 from muon_dist.failures import one_line
 
-_TRACKERS = get_reporting_integration_callbacks.__module__  # where transformers keeps all of them
+_TRACKERS = get_reporting_integration_callbacks.__module__  # module of all trackers in transformers
 
 METRICS = ("loss", "perplexity", "bits_per_byte", "runtime", "samples_per_second", "steps_per_second")
-"""What an evaluation of `MuonTrainer` gives, without the prefix `eval_`."""
+"""Metrics of an evaluation of `MuonTrainer`, without the prefix `eval_`."""
 
 
 def check_frameworks(args: Any) -> None:
-    """Raises ConfigError, before any data is prepared, for what Trainer would refuse when it is made or begins."""
+    """Raises ConfigError, before data are prepared, for settings that Trainer would refuse later."""
     if args.fsdp and args.world_size == 1:
         raise ConfigError(
-            "trainer.fsdp shards a model over several processes, and here is one: start several with "
+            "trainer.fsdp shards a model over several processes, but there is only one: start several with "
             "launch/torchrun.sh, or leave fsdp out"
         )
     levels = (*transformers_logging.log_levels, "passive")
@@ -52,10 +52,10 @@ def check_frameworks(args: Any) -> None:
 
 
 def _tried(keys: str, work: Callable[[], Any]) -> None:
-    """Raises ConfigError that names `keys` when a library fails at `work`."""
+    """Run `work`; raises a ConfigError that names `keys` if a library fails."""
     try:
         work()
-    except Exception as error:  # each library raises its own
+    except Exception as error:  # each library has its own error types
         with _silent_deletions():  # MLflowCallback's `__del__` fails, loudly, when its `__init__` has
             traceback.clear_frames(error.__traceback__)
         raise ConfigError(f"{keys}: {one_line(error)}") from error
@@ -63,7 +63,7 @@ def _tried(keys: str, work: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def _silent_deletions() -> Iterator[None]:
-    """Does not print errors in `__del__` while it is active."""
+    """Context in which errors in `__del__` are not printed."""
     before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
         yield
@@ -72,7 +72,7 @@ def _silent_deletions() -> Iterator[None]:
 
 
 def trial_scheduler(args: Any) -> Any:
-    """The scheduler that the arguments ask for, on an optimizer of nothing."""
+    """The scheduler of the arguments, on a dummy optimizer."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     return get_scheduler(
         args.lr_scheduler_type,
@@ -84,9 +84,10 @@ def trial_scheduler(args: Any) -> Any:
 
 
 def outlive_trackers(callbacks: list[TrainerCallback]) -> None:
-    """A tracker (wandb, mlflow, ...) that fails after it has begun no longer fails the training: it is named once, and
-    left out from then on. One that cannot begin is a ConfigError, since nothing is lost then. Our own records
-    (metrics.jsonl, events.jsonl, ...) are tried again at the next event.
+    """Let training continue if a tracker (wandb, mlflow, ...) fails after its start.
+
+    The failed tracker is named once and then ignored. A tracker that cannot start is a ConfigError, because nothing is
+    lost yet. Our own records (metrics.jsonl, events.jsonl, ...) are tried again at the next event.
     """
     for callback in callbacks:
         if type(callback).__module__ == _TRACKERS:
@@ -107,14 +108,14 @@ def _guard(callback: TrainerCallback, again: bool = False) -> None:
                 return None
             try:
                 return call(*args, **kwargs)
-            except Exception as error:  # each tracker raises its own
+            except Exception as error:  # each tracker has its own error types
                 if event == "on_train_begin":
                     raise ConfigError(
-                        f"trainer.report_to: {name} cannot begin: {one_line(error)}. Set it up, or set "
+                        f"trainer.report_to: {name} cannot start: {one_line(error)}. Set it up, or set "
                         "trainer.report_to to none"
                     ) from error
                 if not failed:
-                    rest = "tries again" if again else "continues without it, and metrics.jsonl holds the figures"
+                    rest = "tries again" if again else "continues without it; metrics.jsonl has the figures"
                     print(
                         f"warning: {name} failed in {event} ({type(error).__name__}: {one_line(error)}); "
                         f"the run {rest}",

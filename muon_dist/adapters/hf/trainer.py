@@ -1,4 +1,4 @@
-"""`MuonTrainer`: the Hugging Face Trainer with additions for Muon. For a stock Trainer there is `MuonFactory`."""
+"""`MuonTrainer`: the Hugging Face Trainer with additions for Muon. For a stock Trainer use `MuonFactory`."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from muon_dist.optim.unwrap import find_muon
 
 __all__ = ["CheckpointOptions", "MuonFactory", "MuonTrainer", "TrainingArguments", "bits_per_byte", "leave_deepspeed"]
 
-_STOCK_MAX_GRAD_NORM = 1.0  # the default of TrainingArguments, indistinguishable from a wish
+_STOCK_MAX_GRAD_NORM = 1.0  # TrainingArguments' default; it cannot be told from a value that the user set
 
 
 class _Stream(Sampler[int]):
-    """The rest of a sample stream under the length of the whole, by which Trainer counts its steps."""
+    """The rest of a sample stream, with the length of the whole stream, because Trainer counts its steps by it."""
 
     def __init__(self, samples: Iterable[int], remaining: int, total: int) -> None:
         self.samples, self.remaining, self.total = samples, remaining, total
@@ -58,7 +58,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         `optimizer_cls_and_kwargs` or `optimizers` as to `Trainer`.
     clip_muon, clip_adamw: bounds on the gradient norm over all parameters. If the norm is larger, the gradients of
         Muon's or AdamW's parameters are scaled down. None: no bound. Muon's update does not depend on the gradient's
-        size, so it needs none. Leave `max_grad_norm` at its default; only under DeepSpeed it is AdamW's bound.
+        size, so it needs no bound. Leave `max_grad_norm` at its default; only under DeepSpeed it is AdamW's bound.
     train_sampler: a function from the number of consumed samples to the next indices into `train_dataset`. A resumed
         run then continues with the next sample, at another world size too; `max_steps` is needed.
     bytes_per_token: (train, eval) bytes of text per token, for bits per byte; None: not logged.
@@ -66,15 +66,15 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
     flops_per_token: forward and backward, for MFU; default: 6 x the parameters outside embeddings.
     peak_flops: FLOP/s of one rank's device; default: from a table (GPU) or measured (CPU).
     metrics_path: a JSON-lines file for everything that is logged.
-    guards: checks during the run; None: only Muon's own check that gradients are finite.
+    guards: checks during the run; None: only Muon's check that gradients are finite.
     checkpoint: how to save; see `CheckpointOptions` and `CheckpointTrainer`.
     rule_parts: the update rules of parts of the run; None: one rule for the whole run.
     qk_clip: clip attention logits after each step: a dict with `threshold` (100) and `alpha` (0.5), {} for both
         defaults; None: no clipping. See docs/qk-clip.md.
 
     In the logs: `lr/<group>`, `grad_norm` (raw, all parameters), `grad_norm/muon`, `grad_norm/adamw`, `tokens_per_s`
-    (all ranks, evaluation and saving left out), `tokens`, `mfu`, `bits_per_byte`, `eval_bits_per_byte`,
-    `eval_perplexity`; with `qk_clip`, of the last step `qk_clip/max_logit` and `qk_clip/heads` (that were clipped).
+    (all ranks, without evaluation and saving), `tokens`, `mfu`, `bits_per_byte`, `eval_bits_per_byte`,
+    `eval_perplexity`. With `qk_clip`, for the last step: `qk_clip/max_logit`, `qk_clip/heads` (clipped heads).
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
             args.ignore_data_skip = True
         own = kwargs.get("optimizer_cls_and_kwargs") is None and kwargs.get("optimizers", (None, None))[0] is None
         if own:
-            split_kwargs(muon or {})  # an unknown name is an error now, not at the first step
-            # Asked when the optimizer is made: a hyper-parameter search sets rates later, and args may be replaced.
+            split_kwargs(muon or {})  # report unknown names now, not at the first step
+            # A function, called when the optimizer is made: a hyper-parameter search may change rates or args before.
             chosen = {**(muon or {}), "training_arguments": lambda: self.args}
             kwargs["optimizer_cls_and_kwargs"] = (MuonFactory, chosen)
         given = kwargs.pop("optimizer_cls_and_kwargs", None)
@@ -119,7 +119,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         self.begin_at(None)
         self._first_batch = False
         if diagnostics is not None:
-            self.add_callback(SpectraLog(diagnostics))  # before the file, which takes the log as it finds it
+            self.add_callback(SpectraLog(diagnostics))  # before the file, so that the file gets its figures
         if self.audit is not None:
             self.add_callback(AuditStart(self.audit))
             self.providers["audit"], self.rank_providers["audit"] = self.audit, self.audit.follow
@@ -135,27 +135,27 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         if guards is not None:
             self.watch_with(guards)
             self.providers["guards"] = guards
-        self.add_callback(self.figures)  # last: a step's seconds include what the others do at its end
+        self.add_callback(self.figures)  # last, so that a step's time includes the other callbacks
 
     # ---- the position in the data
 
     @property
     def samples_per_step(self) -> int:
-        """Samples of one optimizer step over all ranks and micro-batches."""
+        """Samples per optimizer step, over all ranks and micro-batches."""
         return int(self.get_total_train_batch_size(self.args))
 
     @property
     def _readers(self) -> int:
-        """Ranks that read the same tokens in a step: those of tensor and context parallelism."""
+        """Number of ranks that read the same tokens in a step: tensor times context parallelism."""
         return int(self.get_tp_size() * self.get_cp_size())
 
     @property
     def consumed_samples(self) -> int:
-        """Samples that the optimizer steps up to now have used, over all ranks."""
+        """Samples that all optimizer steps so far have used, over all ranks."""
         return self._first_sample + (self.state.global_step - self._first_step) * self.samples_per_step
 
     def position(self) -> dict[str, Any]:
-        """The run's position in the data, and the rules of its state, for the manifest of a checkpoint."""
+        """The run's position in the data, and its update rules, for the manifest of a checkpoint."""
         muon = find_muon(self.optimizer)
         return {
             "rules": rule_settings(muon).names() if muon is not None else {},
@@ -168,7 +168,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         }
 
     def _fill(self, source: Checkpoint) -> None:
-        if self.rule_parts is not None:  # as it was saved: before a part changes the rule
+        if self.rule_parts is not None:  # load with the saved rule, before a part changes it
             self.rule_parts.use(self.optimizer, max(source.step - 1, 0))
         super()._fill(source)
         if self.audit is not None:
@@ -183,15 +183,15 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         self.figures.begin_at(position.get("tokens", 0))
 
     def restore(self) -> None:
-        """`CheckpointTrainer.restore`; the first batch afterwards restores the random generators again."""
+        """`CheckpointTrainer.restore`. The next batch restores the random generators again."""
         super().restore()
         self._first_batch = self._source is not None
 
     def training_order(self, dataset: Any) -> Any:
-        """The samples of `train_sampler` from the position of the run on; without it Trainer's own order."""
+        """The samples of `train_sampler` from the run's position on; without `train_sampler` Trainer's order."""
         if self.train_sampler is None:
             return super().training_order(dataset)
-        # Trainer has not read the checkpoint's state yet when it asks.
+        # `self.state` has no step yet: Trainer reads the checkpoint's state later.
         remaining = max(0, self.args.max_steps - self._first_step) * self.samples_per_step
         samples = self._samples = self.train_sampler(self._first_sample)
         if hasattr(samples, "check_resume"):
@@ -200,7 +200,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         if self._order is not None and order != self._order:
             raise CheckpointError(
                 f"{self._source.path if self._source else ''} was trained on another order of samples (data, weights, "
-                "sequence length or seed differ): continue with those, or start a new run"
+                "sequence length or seed differ): use the same settings, or start a new run"
             )
         self._order = order
         sp = self.get_sp_size()
@@ -212,11 +212,11 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         """The micro-batches of the next step, as Trainer's."""
         self.figures.begin_step()
         if self.qk_clip is not None:
-            self.qk_clip.maxima.clear()  # of a step that DeepSpeed has left out
+            self.qk_clip.maxima.clear()  # left from a step that DeepSpeed has skipped
         batch = super().get_batch_samples(*args, **kwargs)
         if self._first_batch and self.train_sampler is not None:
-            # Making the iterator drew from the generator, as it did at the start of the run that we continue, before
-            # the state was saved: restore it afterwards, or dropout differs.
+            # Making the iterator draws random numbers. In the saved run this happened before the state was saved, so
+            # restore the state again, or dropout would differ.
             self.restore_rank()
         self._first_batch = False
         return batch
@@ -236,10 +236,10 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
     # ---- gradients and learning rates
 
     def clip_gradients(self, model: nn.Module, norm: Any) -> Any:
-        """The raw norm over all parameters; on the way each algorithm's gradients are scaled down by its own bound.
+        """Clip each algorithm's gradients by its bound, and return the raw norm over all parameters.
 
-        The factor is min(1, bound / norm over *all* parameters), as DeepSpeed must have it, which knows one norm only:
-        so a configuration trains the same under DDP and under every ZeRO stage.
+        The factor is min(1, bound / norm over *all* parameters), because DeepSpeed has only this norm. So a
+        configuration trains equally under DDP and every ZeRO stage.
         """
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super().clip_gradients(model, norm)
@@ -252,14 +252,14 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         for algorithm in gradients.norms:
             bound = self.clip.get(algorithm)
             if bound is not None:
-                # torch.nn.utils.clip_grad_norm_ with the same 1e-6, on a norm that is already known
+                # as torch.nn.utils.clip_grad_norm_, with its 1e-6, but the norm is already computed
                 gradients.scale(algorithm, (bound / (total + 1e-6)).clamp(max=1.0))
         return total
 
     # ---- figures
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward of one micro-batch, as Trainer's; its tokens are counted."""
+        """Forward and backward of one micro-batch, as Trainer's; also counts its tokens."""
         main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.figures.tokens += 0 if main is None else main.numel() * self.args.world_size // self._readers
@@ -267,7 +267,7 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's `evaluation_loop`, but each sample counts once even if several ranks evaluate it."""
-        if self._readers > 1:  # Trainer takes accelerate's again at the end
+        if self._readers > 1:  # at the end Trainer sets accelerate's function again
             self.gather_function = gather_once(self.accelerator, self._readers)
         return super().evaluation_loop(*args, **kwargs)
 
@@ -280,17 +280,17 @@ class MuonTrainer(PlainLoss, PartRates, CheckpointTrainer):
         super().log(logs, start_time)
 
     def throughput(self) -> dict[str, float | None]:
-        """Tokens and seconds of the training of this process group, their rate over all ranks, and MFU (0 to 1)."""
+        """Tokens and seconds of training, tokens per second over all ranks, and MFU (0 to 1)."""
         return self.figures.throughput()
 
     def show_with(self, console: TrainerCallback) -> None:
-        """Let `console` print the log in place of Trainer's printer."""
+        """Let `console` print the log instead of Trainer's printer."""
         self.remove_callback(PrinterCallback)
         self.add_callback(console)
 
 
 def leave_deepspeed() -> None:
-    """After a ZeRO-3 run: from here on transformers loads a model whole instead of partitioning it over the ranks."""
+    """Let transformers load whole models again after a ZeRO-3 run, instead of partitioning them over the ranks."""
     unset_hf_deepspeed_config()
 
 
@@ -303,11 +303,11 @@ def _check(
 ) -> None:
     if args.n_gpu > 1:
         raise ConfigError(
-            f"this process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel: start one process per "
-            f"GPU (torchrun --nproc-per-node {args.n_gpu}), or make one visible (CUDA_VISIBLE_DEVICES=0)"
+            f"this process sees {args.n_gpu} GPUs, so Trainer would use DataParallel: start one process per GPU "
+            f"(torchrun --nproc-per-node {args.n_gpu}), or make only one visible (CUDA_VISIBLE_DEVICES=0)"
         )
     if args.fsdp and args.world_size == 1:
-        raise ConfigError("fsdp shards a model over several processes, and here is one: use torchrun, or leave it out")
+        raise ConfigError("fsdp shards a model over several processes, but here is one: use torchrun, or leave it out")
     check_trainer(args)
     if args.deepspeed is not None:
         if clip_muon is not None:
@@ -317,8 +317,8 @@ def _check(
             )
     elif args.max_grad_norm not in (None, 0.0, _STOCK_MAX_GRAD_NORM):
         raise ConfigError(
-            f"max_grad_norm={args.max_grad_norm} bounds one norm over all parameters; MuonTrainer bounds each "
-            "algorithm's: leave max_grad_norm out and pass clip_adamw (and clip_muon, which Muon does not need)"
+            f"max_grad_norm={args.max_grad_norm} bounds one norm over all parameters, but MuonTrainer has one bound "
+            "per algorithm: leave max_grad_norm out and pass clip_adamw (and clip_muon, which Muon does not need)"
         )
     if muon is not None and (kwargs.get("optimizer_cls_and_kwargs") or kwargs.get("optimizers")):
         raise ConfigError("muon and optimizer_cls_and_kwargs (or optimizers) both choose the optimizer: pass one")

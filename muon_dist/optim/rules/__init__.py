@@ -1,4 +1,4 @@
-"""Update rules: one file for each. The exchange knows none of them; see `MuonRule` for the seam."""
+"""Update rules, one file per rule. The exchange does not depend on any rule; `MuonRule` is the interface."""
 
 from muon_dist.optim.rules.adamuon import AdaMuonRule
 from muon_dist.optim.rules.hyperball import HyperballRule

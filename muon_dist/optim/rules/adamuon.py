@@ -21,11 +21,11 @@ class AdaMuonRule(MuonRule):
 
     V starts at zero and has no bias correction. The sign of zero is zero. With the default scale `match_rms_adamw` the
     update is the paper's, 0.2 sqrt(rows cols) N / ||N||. The first version of the paper, and the authors' adamuon.py,
-    have no sign, beta2 0.999 and a bias correction.
+    have no sign, but beta2 0.999 and a bias correction.
     """
 
     name: ClassVar[str] = "adamuon"
-    # Both are the paper's (v3): the second moment has the beta of the momentum, .95; eps 1e-8.
+    # Both values are the paper's (v3): the second moment uses the beta of the momentum, 0.95; eps is 1e-8.
     options: ClassVar[Mapping[str, float]] = {"beta2": 0.95, "eps": 1e-8}
     elsewhere: ClassVar[Mapping[str, str]] = {"beta1": "momentum"}
     owner_memory: ClassVar[Mapping[str, Size]] = {SECOND_MOMENT: lambda matrix: matrix.numel}

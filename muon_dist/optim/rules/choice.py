@@ -1,4 +1,4 @@
-"""Which rule a parameter group has, and with which options."""
+"""The choice of a parameter group's rule, and the rule's options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from muon_dist.optim.rules.muon import Group, MuonRule
 
 
 class DefaultText(str):
-    """A default of an argument, to tell it from an equal value that was given."""
+    """The default of a text argument; distinguishes it from an equal value that the user passed."""
 
     __slots__ = ()
 
@@ -34,16 +34,16 @@ _PLAIN: Mapping[type, type] = {DefaultText: str, DefaultNumber: float, DefaultFl
 
 
 def choose_rule(group: Group, given: Set[str], where: str, default: Mapping[str, Any]) -> MuonRule | None:
-    """The rule of a group that has all its options; None for AdamW's.
+    """The rule of a group; None for AdamW. Fills in the group's missing options.
 
-    Options that were not given get the rule's own defaults. An option of the optimizer counts as given for the groups
-    whose rule is the optimizer's as well.
+    Options that the user left out get the rule's defaults. If the group has the optimizer's rule, options passed to
+    the optimizer also count as set by the user.
 
     Args:
-        group: changed in place: `rule` and all `rule_options` of the rule. Muon's groups have neither, as before there
-            were any rules: torch.distributed.checkpoint loads only what holds all keys of a group.
-        given: the options that the group itself was given.
-        where: names the group in messages.
+        group: changed in place: gets `rule` and all `rule_options`. A group with the rule "muon" gets neither key, so
+            that torch.distributed.checkpoint still loads old checkpoints: it requires all keys of a group.
+        given: names of the options that the user set in the group.
+        where: name of the group in messages.
         default: the optimizer's `rule` and `rule_options`.
 
     Raises:
@@ -65,7 +65,7 @@ def choose_rule(group: Group, given: Set[str], where: str, default: Mapping[str,
 
 
 def check_options(options: Group) -> MuonRule:
-    """The rule of options that were all given, with `rule` and `rule_options`. Raises ConfigError as `choose_rule`."""
+    """The rule of a group whose options are all set by the user. Raises ConfigError as `choose_rule` does."""
     return _chosen(dict(options), set(options), set())
 
 
@@ -91,13 +91,13 @@ def _chosen(group: Group, given: Set[str], by_default: Set[str]) -> MuonRule:
 
 def _options(rule: MuonRule, given: Any) -> dict[str, float]:
     if not isinstance(given, Mapping):
-        raise ConfigError(f"rule_options is {given!r}: it must be a dict of option and number")
+        raise ConfigError(f"rule_options is {given!r}: it must be a dict from option to number")
     for name, value in given.items():
         if name in rule.elsewhere:
             meant = rule.elsewhere[name]
             raise ConfigError(
-                f"rule_options of rule '{rule.name}': '{name}' is called {meant} here, an option of the group: "
-                "give it there"
+                f"rule_options of rule '{rule.name}': '{name}' is called {meant} here and is an option of the group: "
+                "set it in the group"
             )
         if name in PARTS:
             _check_part(rule, name, value)

@@ -1,4 +1,4 @@
-"""Entries of `groups` as users write them, with their short forms: checked, and made rules of the routing."""
+"""Checks entries of `groups`, `overrides` and `splits` that users write, and converts them to routing rules."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from muon_dist.routing.rules import MUON_OPTIONS, check_rule, compiled
 ALGORITHMS = ("muon", "adamw")
 Splits = Literal["heads"] | Sequence[SplitRule | Mapping[str, Any]]
 HEADS = "heads"
-"""As a split: the blocks of the model's own attention, and of its fused gate and up projections."""
+"""Value of `split`: the blocks of the model's attention, and of its fused gate and up projections."""
 KEYS = ("pattern", "algorithm", "lr", "weight_decay", "rule", "rule_options", "scale", "split")
-"""Of an entry. Only `pattern` must be there; None is the same as nothing."""
-# Keys of other Muons and of other libraries' groups, and the line to write here.
+"""Keys of an entry. Only `pattern` is required; None is the same as a missing key."""
+# Keys of other libraries, and what to write instead.
 FOREIGN = {
     "use_muon": 'write algorithm: "muon" or "adamw"',
     "num_heads": "write split: {heads: N}",
@@ -34,7 +34,7 @@ FOREIGN = {
     "adjust_lr_fn": 'write scale: "match_rms_adamw" for "match_rms_adamw", and "spectral" for "original"',
     "rms_scale": 'write scale: "match_rms_adamw"',
     "wd": "write weight_decay",
-    "params": "parameters are found by pattern, a regular expression for the whole name",
+    "params": "write pattern, a regular expression for the whole name",
     "name": "write pattern, a regular expression for the whole name",
     "params_name": "write pattern, a regular expression for the whole name",
     "lr_mult": "write lr, which is absolute: schedulers multiply each group's own",
@@ -45,15 +45,15 @@ FOREIGN = {
 
 
 def group_rules(groups: Any, rule: str | None = None, where: str = "groups") -> tuple[GroupRule, ...]:
-    """The entries of `groups`, in order.
+    """The routing rules of the entries of `groups`, in order.
 
     Args:
-        groups: dicts with keys of `KEYS`; or rules that are made already.
-        rule: the optimizer's, if it is known: then `rule_options` and `scale` of entries without a rule are checked.
-        where: begins the messages.
+        groups: dicts with keys of `KEYS`, or `GroupRule` objects.
+        rule: the optimizer's rule, if known: then `rule_options` and `scale` of entries without a rule are checked.
+        where: text at the beginning of messages.
 
     Raises:
-        ConfigError: an unknown key, a value that cannot be used, or options that the rule does not have.
+        ConfigError: an unknown key, an invalid value, or an option that the rule does not have.
         RoutingError: a pattern is not a regular expression.
     """
     entries = _each(groups, where, '{"pattern": ".*q_proj", "lr": 0.01}')
@@ -63,7 +63,7 @@ def group_rules(groups: Any, rule: str | None = None, where: str = "groups") -> 
 
 
 def override_rules(overrides: Any, where: str = "overrides") -> tuple[Override, ...]:
-    """Overrides, from plain dicts too. Raises ConfigError, as `group_rules` does."""
+    """Overrides from dicts or `Override` objects. Raises ConfigError, as `group_rules` does."""
     entries = _each(overrides, where, '{"pattern": "lm_head", "algorithm": "muon"}')
     return tuple(
         e if isinstance(e, Override) else Override(**_short(e, Override, f"{where}[{i}]")) for i, e in entries
@@ -71,8 +71,10 @@ def override_rules(overrides: Any, where: str = "overrides") -> tuple[Override, 
 
 
 def split_rules(splits: Any, where: str = "splits") -> tuple[SplitRule, ...]:
-    """Split rules, from plain dicts too; "heads" cuts what the model's attention has. Raises ConfigError, as
-    `group_rules` does."""
+    """Split rules from dicts or `SplitRule` objects; "heads" splits the model's attention heads.
+
+    Raises ConfigError, as `group_rules` does.
+    """
     if splits == HEADS:
         return (SplitRule(".*", from_model=True),)
     entries = _each(splits, where, '{"pattern": ".*q_proj", "heads": 8}')
@@ -93,8 +95,8 @@ def refuse_unknown(
 
     Args:
         foreign: keys of other libraries, and what to write instead.
-        foreign_is: what is said of these.
-        silent: keys that are known too, but are not listed.
+        foreign_is: text for these keys in the message.
+        silent: further known keys, which messages do not list.
     """
     listed = sorted(known)
     for key in given:
@@ -103,12 +105,12 @@ def refuse_unknown(
         if key in foreign:
             raise ConfigError(f"{where}: '{key}' {foreign_is}: {foreign[key]}")
         close = closest(key, {*listed, *silent})
-        meant = f"did you mean '{close}'?" if close else f"known are {', '.join(listed)}"
+        meant = f"did you mean '{close}'?" if close else f"use one of {', '.join(listed)}"
         raise ConfigError(f"{where}: '{key}' is unknown: {meant}")
 
 
 def check_entry(entry: Mapping[str, Any], rule: str | None = None, where: str = "entry") -> GroupRule:
-    """An entry of `groups` as a rule of the routing. Arguments and errors: see `group_rules`."""
+    """The routing rule of one entry of `groups`. Arguments and errors: see `group_rules`."""
     refuse_unknown(entry, KEYS, where, FOREIGN)
     entry = {key: value for key, value in entry.items() if value is not None}
     _check_pattern(entry, where)
@@ -134,7 +136,7 @@ def check_entry(entry: Mapping[str, Any], rule: str | None = None, where: str = 
 
 
 def check_number(values: Mapping[str, Any], key: str, where: str) -> float:
-    """`values[key]`, a finite number or a tensor of one. Raises ConfigError."""
+    """`values[key]` as a float. Raises ConfigError unless it is a finite number or a tensor of one number."""
     value = values[key]
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real and not (isinstance(value, torch.Tensor) and value.numel() == 1):
@@ -146,7 +148,7 @@ def check_number(values: Mapping[str, Any], key: str, where: str) -> float:
 
 
 def check_not_negative(values: Mapping[str, Any], key: str, where: str) -> float:
-    """Check that a value is a number of at least 0; see `check_number`."""
+    """`values[key]`; raises ConfigError unless it is a number of at least 0."""
     number = check_number(values, key, where)
     if not number >= 0:
         raise ConfigError(f"{where}: {key} is {values[key]}: it must be at least 0")
@@ -154,7 +156,7 @@ def check_not_negative(values: Mapping[str, Any], key: str, where: str) -> float
 
 
 def check_flag(values: Mapping[str, Any], key: str, where: str) -> None:
-    """Raise ConfigError unless a value is True or False, or their numbers: "no" would count as True."""
+    """Raise ConfigError unless a value is True, False, 1 or 0. A text such as "no" would count as True."""
     if values[key] not in (0, 1):
         raise ConfigError(f"{where}: {key} is {values[key]!r}: it must be True or False")
 
@@ -167,7 +169,7 @@ def _check_muon(of_muon: dict[str, Any], options: Mapping[str, float], rule: str
         _prefixed(where, check_options, {"rule": rule, "rule_options": {}, **decay, **of_muon})
     elif not isinstance(of_muon.get("rule_options", {}), Mapping):
         raise ConfigError(
-            f"{where}: rule_options is {of_muon['rule_options']!r}: it must be a dict of option and number"
+            f"{where}: rule_options is {of_muon['rule_options']!r}: it must be a dict from option to number"
         )
 
 
@@ -186,7 +188,7 @@ def _split(entry: Mapping[str, Any], where: str) -> Split | None:
         return Split(from_model=True)
     if not isinstance(given, Mapping):
         raise ConfigError(
-            f'{where}: split is {given!r}: give {{"heads": N}}, {{"sizes": [...]}}, or "heads" for those of the model'
+            f'{where}: split is {given!r}: give {{"heads": N}}, {{"sizes": [...]}}, or "heads" for the model\'s'
         )
     refuse_unknown(
         given,
@@ -203,7 +205,7 @@ def _split(entry: Mapping[str, Any], where: str) -> Split | None:
 
 
 def _short(entry: Any, form: Any, where: str) -> dict[str, Any]:
-    """The arguments of a short form, from a plain dict."""
+    """The checked arguments of an override or split rule, from a dict."""
     where, known = _located(entry, where), form.__dataclass_fields__
     refuse_unknown(entry, known, where, {k: v for k, v in FOREIGN.items() if k not in known})
     _check_pattern(entry, where)
@@ -219,10 +221,10 @@ def _each(entries: Any, where: str, example: str) -> Iterable[tuple[int, Any]]:
 
 
 def _located(entry: Any, where: str) -> str:
-    """`where` with the pattern of the entry behind it."""
+    """`where`, followed by the pattern of the entry."""
     if not isinstance(entry, Mapping):
         raise ConfigError(
-            f'{where} is {entry!r}: give a dict with "pattern" and the options of the names that it matches'
+            f'{where} is {entry!r}: give a dict with "pattern" and the options for the parameters that it matches'
         )
     return f"{where} ({entry['pattern']!r})" if isinstance(entry.get("pattern"), str) else where
 

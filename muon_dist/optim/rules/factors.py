@@ -1,4 +1,4 @@
-"""Norms of whole matrices, and factors of whole matrices on the fragments of their weights."""
+"""Norms of whole matrices, and multiplication of weights by one factor per matrix."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def scale_weights(weights: Sequence[Tensor], positions: Sequence[int], factors: Tensor) -> None:
-    """Multiply `weights[i]` by the number `factors[positions[i]]`, in place; `factors` is (n,) in fp64."""
+    """Multiply `weights[i]` by `factors[positions[i]]`, in place; `factors` is (n,) in fp64."""
     if not weights:
         return
     if any(w.device != factors.device for w in weights):
-        factors = factors.cpu()  # a number on the CPU can multiply a tensor on any device
+        factors = factors.cpu()  # a 0-d CPU tensor can multiply a tensor on any device
     each = factors.unbind()
     torch._foreach_mul_(list(weights), [each[p] for p in positions])
 

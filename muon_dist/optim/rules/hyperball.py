@@ -1,4 +1,4 @@
-"""Hyperball (MuonH): every weight keeps the Frobenius norm that it began with."""
+"""Hyperball (MuonH): every weight keeps its initial Frobenius norm."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from muon_dist.optim.rules.factors import stack_norms
 from muon_dist.optim.rules.muon import WEIGHT, Group, MuonRule, Owned
 
 RADIUS = "radius"
-# fp32 rounds each element by a relative 6e-8. A norm within this of the radius is left alone.
+# fp32 rounds each element by a relative 6e-8. A norm this close to the radius is not corrected.
 _ROUNDING = 1e-7
 
 
 class HyperballRule(MuonRule):
-    """Steps on the sphere of radius R = ||W_0||, each a share `lr` of R long (arXiv 2606.16899).
+    """Steps of length lr R on the sphere of radius R = ||W_0|| (arXiv 2606.16899).
 
         u = newton_schulz(U);  W' = W - lr R u / ||u||;  W <- R W' / ||W'||
 
-    There is neither scale nor decay. R is the norm of the weight at the first step.
+    The rule has neither scale nor decay. R is the norm of the weight before the first step.
     """
 
     name: ClassVar[str] = "hyperball"
@@ -33,7 +33,7 @@ class HyperballRule(MuonRule):
         "weight_decay": "it keeps the norm of the weight, so nothing can decay",
         "cautious": "it has no weight decay",
         "radial_brake": "it keeps the norm of the weight already",
-        "row_floor": "its whole step has the length lr times the norm of the weight",
+        "row_floor": "the length of its step is fixed: lr times the norm of the weight",
     }
     matrix_memory: ClassVar[tuple[str, ...]] = (RADIUS,)
     norms_first: ClassVar[tuple[str, ...]] = (WEIGHT,)
@@ -46,8 +46,7 @@ class HyperballRule(MuonRule):
         if zero:
             raise ConfigError(
                 f"{names[zero[0]]} is zero (and {len(zero) - 1} more matrices): under the rule 'hyperball' a weight "
-                "keeps its norm, so it would stay zero forever. Initialize it to other values, or use rule 'muon' "
-                "for it"
+                "keeps its norm, so it would stay zero forever. Initialize it to other values, or give it rule 'muon'"
             )
 
     def begin(self, norms: Mapping[str, Tensor], memory: Mapping[str, Tensor], group: Group) -> Tensor | None:
@@ -57,7 +56,7 @@ class HyperballRule(MuonRule):
         assert owned.factors is not None
         owned.orthogonalize(owned.stack)
         length = stack_norms(owned.stack)
-        # Momentum that is zero has no direction: the weight stays where it is.
+        # Zero momentum has no direction: the weight does not change.
         share = torch.where(length > 0, owned.factors.view(-1, 1, 1) / length, 0.0)
         owned.stack.mul_(share.to(owned.stack.dtype))
 

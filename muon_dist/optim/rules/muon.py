@@ -15,23 +15,23 @@ Group = dict[str, Any]
 """A parameter group of torch.optim."""
 
 GRADIENT, MOMENTUM, WEIGHT = "gradient", "momentum", "weight"
-"""The tensors of which a rule may ask the norms, or which it may send to the owners (`sends`)."""
+"""The tensors whose norms a rule may use, or which it may send to the owners (`sends`)."""
 
 Size = Callable[[Matrix], int]
-"""How many numbers of something there are for a matrix."""
+"""Returns the number of elements that a rule keeps for a matrix."""
 
 
 @dataclass
 class Owned:
-    """Matrices of one shape and one parameter group on their owner, whole.
+    """Whole matrices of one shape and one parameter group, on their owner.
 
     Attributes:
-        stack: (B, rows, cols) in fp32: what the sources sent; a rule writes the update over it.
-        matrices: the B matrices; all of them are stored (out, in), or all (in, out).
+        stack: (B, rows, cols) in fp32: the result of `send`; the rule overwrites it with the update.
+        matrices: the B matrices; either all are stored (out, in), or all (in, out).
         orthogonalize: replaces a stack (B, rows, cols) by its orthogonalized update.
-        memory: by name of `owner_memory`, for each of the B matrices its numbers, 1-D in fp32; written in place.
-        sent: by name of `sends`, that tensor of the B matrices, (B, rows, cols) in fp32.
-        factors: (B,) in fp64: what `begin` returned for these matrices; None if it returned None.
+        memory: by name of `owner_memory`, one 1-D fp32 tensor per matrix; the rule changes it in place.
+        sent: by name of `sends`, a tensor (B, rows, cols) in fp32.
+        factors: (B,) in fp64: the result of `begin` for these matrices; None if it returned None.
         feature_norms: (B, outputs) in fp64, for a rule with `feature_norms`.
     """
 
@@ -49,12 +49,12 @@ class HeldWeights:
     """Weights of one parameter group that this rank holds, whole or in fragments.
 
     Attributes:
-        weights: changed in place.
-        positions: of each weight, the place of its matrix in the group.
-        factors: by that place, (n,) in fp64: what `begin` returned; None if it returned None.
+        weights: this rank's fragments; the rule changes them in place.
+        positions: per weight, the index of its matrix in the group.
+        factors: (matrices of the group,) in fp64: the result of `begin`; None if it returned None.
         lr: the learning rate of the group.
-        updates: what `apply` will subtract, of the shapes of `weights`, where it is known already: for rules that
-            `decays_late`.
+        updates: the tensors that `apply` will subtract, in the shapes of `weights`. Only in the second call of a rule
+            that `decays_late`; else None.
     """
 
     weights: list[Tensor]
@@ -72,15 +72,15 @@ class MuonRule:
         B <- lerp(B, G, 1 - momentum);  U <- lerp(G, B, momentum) if nesterov else B
         W <- W (1 - lr weight_decay) - lr scale(W) newton_schulz(U)
 
-    A rule is one object without state of its own. A step calls it in this order:
+    A rule is one object without state. A step calls its methods in this order:
 
     1. `remember`: every rank updates the momentum that it holds.
     2. `begin`: every rank computes a factor for each matrix, from norms over all fragments of the matrix.
     3. `decay`: every rank decays the weights that it holds.
-    4. `send`: every rank writes what it sends to the owners.
-    5. `receive`, with `momentum_at_owner` alone: the owner makes momentum of the gradients that it got. Then
+    4. `send`: every rank writes its messages to the owners.
+    5. `receive`, only with `momentum_at_owner`: the owner computes momentum from the received gradients. Then
        `direction`: the owner replaces the whole matrix by its update.
-    6. `apply`: every rank changes the weights that it holds.
+    6. `apply`: every rank updates the weights that it holds.
     7. `end`: as `begin`, for a factor on the new weights.
 
     Attributes:
@@ -89,22 +89,23 @@ class MuonRule:
         scale: default of the option `scale`.
         defaults: other options whose default differs from Muon's.
         refused: options that the rule does not have, and why.
-        elsewhere: names of the paper that are not among `rule_options`, and the option of the group that they are.
-        shrinks_with_momentum: the update becomes small with the momentum. Otherwise the step makes it smaller while
-            the gradient of a matrix is exactly zero, since Newton-Schulz brings any momentum back to full size.
-        owner_memory: what the owner of a matrix keeps, and how many fp32 numbers of it; all are zero at first.
-        sends: what the owner gets of the whole matrix beside what `send` writes: "gradient" (times the clip that an
-            adapter takes back) or "weight", before this step's decay if the rule `decays_late`. Costs the bytes of
+        elsewhere: the paper's names of options that are not in `rule_options`, and our names in the group.
+        shrinks_with_momentum: the update shrinks with the momentum. If False, the step shrinks the update while the
+            gradient of a matrix is exactly zero, because Newton-Schulz brings any momentum back to full size.
+        owner_memory: names of the tensors that the owner of a matrix keeps, and their number of fp32 elements; zero
+            at first.
+        sends: tensors of the whole matrix that the owner gets besides the result of `send`: "gradient" (without an
+            adapter's clip) or "weight" (before this step's decay if the rule `decays_late`). Each costs the bytes of
             another gather.
-        decays_late: `decay` depends on the update: it is called once more, with it, right before `apply`.
-        momentum_at_owner: the sources keep no momentum and send gradients; `receive` makes momentum on the owner.
+        decays_late: `decay` needs the update, so it is called a second time, with the update, right before `apply`.
+        momentum_at_owner: the sources keep no momentum and send gradients; `receive` computes momentum on the owner.
         gradient_stays: `receive` leaves the gradient in `Owned.sent`, though no source sends it a second time.
-        matrix_memory: what every rank keeps: one fp64 number for each matrix.
+        matrix_memory: names of the numbers that every rank keeps: one fp64 number per matrix.
         feature_norms: `direction` gets the norm of each output feature of the weight before the step, in
             `Owned.feature_norms`. Costs one small all-reduce.
-        norms_first: tensors of which `start` gets the norms.
-        norms_before: tensors of which `begin` gets the norms.
-        norms_after: tensors of which `end` gets the norms.
+        norms_first: tensors whose norms `start` gets.
+        norms_before: tensors whose norms `begin` gets.
+        norms_after: tensors whose norms `end` gets.
     """
 
     name: ClassVar[str] = "muon"
@@ -127,16 +128,16 @@ class MuonRule:
 
     @property
     def looks_at_norms(self) -> bool:
-        """Whether `start`, `begin` or `end` does anything."""
+        """Whether the rule uses `start`, `begin` or `end`."""
         return bool(self.matrix_memory or self.norms_before or self.norms_after)
 
     @property
     def sends_iteration(self) -> bool:
-        """Whether the update is what Newton-Schulz has returned, so that the dtype of the iteration holds it."""
+        """Whether the update is the result of Newton-Schulz itself, so that the iteration's dtype holds it exactly."""
         return type(self).direction is MuonRule.direction
 
     def problem(self, group: Group) -> str | None:
-        """The error in the values of `rule_options`, as text for a ConfigError; None if they are right."""
+        """Text of a ConfigError about the values of `rule_options`; None if they are valid."""
         return None
 
     def remember(self, momentum: list[Tensor], gradients: list[Tensor], group: Group) -> None:
@@ -144,19 +145,19 @@ class MuonRule:
         torch._foreach_lerp_(momentum, gradients, 1 - group["momentum"])
 
     def start(self, norms: Mapping[str, Tensor], memory: Mapping[str, Tensor], names: Sequence[str]) -> None:
-        """Prepare the memory of matrices that are stepped for the first time, or since their memory was loaded.
+        """Prepare the memory of n matrices in their first step, or in the first step after a load.
 
         Args:
-            norms: of `norms_first`, the Frobenius norm of each of the n matrices, (n,) in fp64.
-            memory: of `matrix_memory`, (n,) in fp64, zero where nothing was loaded; written in place.
-            names: of the matrices, for messages.
+            norms: Frobenius norms of the matrices, (n,) in fp64, by name in `norms_first`.
+            memory: (n,) in fp64, by name in `matrix_memory`; zero if nothing was loaded. Changed in place.
+            names: names of the matrices, for messages.
         """
 
     def begin(self, norms: Mapping[str, Tensor], memory: Mapping[str, Tensor], group: Group) -> Tensor | None:
         """A factor for each of the n matrices, (n,) in fp64, equal on all ranks; None if the rule needs none.
 
         Args:
-            norms: of `norms_before`, as in `start`.
+            norms: by name in `norms_before`, as in `start`.
             memory: as in `start`.
         """
         return None
@@ -167,16 +168,16 @@ class MuonRule:
         if factor == 1.0:
             return
         if any(w.device.type == "cpu" and w.dtype.itemsize < 4 for w in held.weights):
-            # On a CPU torch._foreach_mul_ first rounds the factor to the dtype: .998 becomes .9961 in bfloat16.
+            # On a CPU torch._foreach_mul_ first rounds the factor to the tensor's dtype: 0.998 is 0.9961 in bfloat16.
             for w in held.weights:
                 w.mul_(factor)
         else:
             torch._foreach_mul_(held.weights, factor)
 
     def send(self, out: list[Tensor], momentum: list[Tensor], group: Group) -> None:
-        """Write what the owners get into `out`, in fp32.
+        """Write the messages to the owners into `out`, in fp32.
 
-        If the group has `nesterov`, or the rule `momentum_at_owner`, `out` holds the gradients.
+        If the group has `nesterov`, or the rule `momentum_at_owner`, `out` holds the gradients before the call.
         """
         if group["nesterov"]:
             torch._foreach_lerp_(out, momentum, group["momentum"])
@@ -184,7 +185,7 @@ class MuonRule:
             torch._foreach_copy_(out, momentum)
 
     def receive(self, owned: Owned, group: Group) -> None:
-        """Replace the gradients in `owned.stack` by what is orthogonalized; only with `momentum_at_owner`."""
+        """Replace the gradients in `owned.stack` by the tensor to orthogonalize; only with `momentum_at_owner`."""
 
     def direction(self, owned: Owned, group: Group) -> None:
         """Replace `owned.stack` by the update, which `apply` multiplies by the learning rate and by `scale`."""
@@ -197,10 +198,10 @@ class MuonRule:
     def end(
         self, norms: Mapping[str, Tensor], before: Mapping[str, Tensor], memory: Mapping[str, Tensor], group: Group
     ) -> Tensor | None:
-        """A factor for the weights of each matrix after `apply`; as `begin`.
+        """A factor for the new weights of each matrix, after `apply`; else as `begin`.
 
         Args:
-            norms: of `norms_after`.
-            before: what `begin` got.
+            norms: by name in `norms_after`.
+            before: the norms that `begin` got.
         """
         return None

@@ -1,4 +1,4 @@
-"""NAMO: the orthogonalized update with one adaptive length for each matrix."""
+"""NAMO: the orthogonalized update with one adaptive step size per matrix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECOND_MOMENT, STEPS = "gradient_second_moment", "gradient_steps"
 
 
 class NamoRule(MuonRule):
-    """Adam's adaptation on the norms of whole matrices (arXiv 2602.17080, algorithm 1).
+    """Muon with Adam's adaptive step size, computed from norms of whole matrices (arXiv 2602.17080, algorithm 1).
 
         M <- mu1 M + (1 - mu1) G;  v <- mu2 v + (1 - mu2) ||G||^2
         alpha = sqrt(1 - mu2^t) / (1 - mu1^t) ||M|| / (sqrt(v) + eps)

@@ -1,4 +1,4 @@
-"""NorMuon: output features of equal size."""
+"""NorMuon: the orthogonalized update, normalized per output feature."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class NorMuonRule(MuonRule):
         N_ij = O_ij / (sqrt(v_i) + eps);  update = N ||O|| / (||N|| + eps)
 
     v starts at zero and has no bias correction, as in the authors' normuon.py. The update has the norm of O, so
-    `scale` means what it means for Muon. The paper's own factor 0.2 sqrt(rows cols) / ||N|| is `match_rms_adamw` for
-    a matrix whose rows or columns are orthonormal. The output features of a weight that is stored (in, out) are its
+    `scale` has the same meaning as for Muon. The paper's factor 0.2 sqrt(rows cols) / ||N|| equals `match_rms_adamw`
+    for a matrix with orthonormal rows or columns. If a weight is stored (in, out), its output features are its
     columns.
     """
 

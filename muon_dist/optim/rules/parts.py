@@ -1,4 +1,4 @@
-"""Parts: small changes of a rule, which go with any rule that allows them."""
+"""Parts: small changes of a rule; a part combines with every rule that allows it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from muon_dist.optim.rules.factors import stack_norms
 from muon_dist.optim.rules.muon import GRADIENT, MOMENTUM, WEIGHT, Group, HeldWeights, MuonRule, Owned, Size
 from muon_dist.optim.rules.scale import update_scale
 
-# fp32 rounds each element by a relative 6e-8. A norm within this of the wanted one is left alone.
+# fp32 rounds each element by a relative 6e-8. A norm this close to the wanted one is not corrected.
 _ROUNDING = 1e-7
 OWNER_MOMENTUM = "owner_momentum"
 
 
 class Part(MuonRule):
-    """A part is a class in front of a rule's own: `super()` is the next part, or the rule.
+    """Base class of parts. A part is a base class before the rule's class: `super()` is the next part, or the rule.
 
-    It reads its value as `group["rule_options"][ItsOwnName.option]`: `self.option` would be that of the first part.
+    A part reads its value as `group["rule_options"][ItsClass.option]`: `self.option` is the option of the first part.
 
     Attributes:
-        option: its name among `rule_options`.
-        switch: the option is True or False; otherwise it is a number.
+        option: name of the part in `rule_options`.
+        switch: True: the value is True or False. False: it is a number.
     """
 
     option: ClassVar[str]
@@ -36,17 +36,17 @@ class Part(MuonRule):
 
     @staticmethod
     def wrong(value: float) -> str | None:
-        """The error of a value of the option, as text; None if it is right."""
+        """Text of the error about an invalid value; None if it is valid."""
         return None
 
     @staticmethod
     def misfit(rule: MuonRule) -> str | None:
-        """Why a rule cannot have the part; None if it can."""
+        """The reason why a rule cannot have this part; None if it can."""
         return None
 
 
 class _Late(Part):
-    """Decay and update in one place, so that both see the weight as it was before the step."""
+    """Base class of parts that decay and update together, so that both use the weight before the step."""
 
     decays_late: ClassVar[bool] = True
 
@@ -56,7 +56,7 @@ class _Late(Part):
 
 
 class Cautious(_Late):
-    """Cautious weight decay: only where update and weight do not disagree in sign (arXiv 2510.12402, algorithm 1).
+    """Cautious weight decay: no decay where update and weight have opposite signs (arXiv 2510.12402, algorithm 1).
 
     W <- W - lr weight_decay W [u W >= 0];  W <- W - lr u
     """
@@ -69,17 +69,17 @@ class Cautious(_Late):
         before = [w.clone() for w in held.weights] if group["rule_options"][Cautious.option] else []
         super().decay(held, group)
         for weight, was, update in zip(held.weights, before, held.updates, strict=bool(before)):
-            # Signs, since the product of two small numbers may be zero.
+            # Multiply signs, because the product of two small numbers may underflow to zero.
             weight.copy_(torch.where(was.sign() * update.sign() < 0, was, weight))
 
 
 class RowFloor(_Late):
-    """Output features whose update is small compared with their weights are lifted (modded-nanogpt, track 3, #46).
+    """A lower bound on each output feature's update, relative to its weights (modded-nanogpt, track 3, #46).
 
         u_i <- u_i max(1, row_floor ||w_i|| / ||u_i||)
 
-    u is what the learning rate multiplies: the update with its `scale`. The record has .3825, and scale `spectral`. A
-    feature without an update stays without one. The record's radius pin is not part of it: see `hyperball`.
+    u is the update times its `scale`, before the learning rate. The record uses 0.3825, and scale `spectral`. A
+    feature whose update is zero does not change. The record also keeps the norm of the weight; see `hyperball`.
     """
 
     option: ClassVar[str] = "row_floor"
@@ -101,12 +101,12 @@ class RowFloor(_Late):
 
 
 class RadialBrake(Part):
-    """Keeps only a share of what a step adds to the norm of a weight (modded-nanogpt, track 3, #29; `RadialBrakeHook`
-    of NVIDIA's Emerging-Optimizers with inward_scale 1).
+    """Reduces the growth of a weight's norm in each step to the share `radial_brake`.
 
-        W1 = W after the step;  if ||W1|| > ||W||: W <- W1 (||W|| + radial_brake (||W1|| - ||W||)) / ||W1||
+    W1 = W after the step;  if ||W1|| > ||W||: W <- W1 (||W|| + radial_brake (||W1|| - ||W||)) / ||W1||
 
-    Both have .5. 1 changes nothing.
+    Sources: modded-nanogpt, track 3, #29; `RadialBrakeHook` of NVIDIA's Emerging-Optimizers with inward_scale 1. Both
+    use 0.5. 1 changes nothing.
     """
 
     option: ClassVar[str] = "radial_brake"
@@ -129,9 +129,9 @@ class RadialBrake(Part):
 
 
 class MuonEq(Part):
-    """MuonEq-R: output features have equal norms before they are orthogonalized (arXiv 2603.28254).
+    """MuonEq-R: all output features get equal norms before Newton-Schulz (arXiv 2603.28254).
 
-    Features that are zero stay zero. How long the rows become does not matter to Newton-Schulz.
+    Zero features stay zero. The common norm is arbitrary, because Newton-Schulz normalizes its input.
     """
 
     option: ClassVar[str] = "muoneq"
@@ -145,15 +145,15 @@ class MuonEq(Part):
 
 def _equalized(orthogonalize: Callable[[Tensor], None], inputs: int, stack: Tensor) -> None:
     largest = stack.abs().amax(dim=(-2, -1), keepdim=True)
-    stack.div_(torch.where(largest > 0, largest, 1.0))  # so that no square is lost below
+    stack.div_(torch.where(largest > 0, largest, 1.0))  # so that no square underflows below
     norms = torch.linalg.vector_norm(stack, dim=inputs, keepdim=True)
     stack.div_(torch.where(norms > 0, norms, 1.0))
     orthogonalize(stack)
 
 
 class MuonPlus(Part):
-    """Muon+: the orthogonalized matrix gets the norm of a matrix with orthonormal rows or columns (arXiv 2602.21545,
-    as in nanochat).
+    """Muon+: scales the orthogonalized matrix to the norm of a matrix with orthonormal rows or columns (arXiv
+    2602.21545, as in nanochat).
 
         O <- O sqrt(min(rows, cols)) / ||O||
     """
@@ -175,9 +175,8 @@ def _renormed(orthogonalize: Callable[[Tensor], None], stack: Tensor) -> None:
 class MomentumAtOwner(Part):
     """The sources send gradients, and the owner of a matrix keeps its momentum, in fp32.
 
-    The numbers are Muon's. Gradients in 16 bits are sent in 16 bits, and nothing is lost; momentum would have to be
-    sent in fp32, or rounded (docs/performance.md). A rule that has gradients sent as well gets them from the same
-    message.
+    The result equals Muon's. 16-bit gradients are sent in 16 bits without loss; momentum would have to be sent in
+    fp32, or rounded (docs/performance.md). A rule that also needs the gradients reads them from the same message.
     """
 
     option: ClassVar[str] = "momentum_at_owner"
@@ -187,12 +186,12 @@ class MomentumAtOwner(Part):
     @staticmethod
     def misfit(rule: MuonRule) -> str | None:
         if MOMENTUM in (*rule.norms_first, *rule.norms_before, *rule.norms_after):
-            return "it takes norms of the momentum, for which the sources must keep it"
+            return "it needs norms of the momentum, so the sources must keep the momentum"
         own = type(rule).send is not MuonRule.send or type(rule).remember is not MuonRule.remember
-        return "it makes its momentum in a way of its own" if own else None
+        return "it computes its momentum in another way" if own else None
 
     def send(self, out: list[Tensor], momentum: list[Tensor], group: Group) -> None:
-        """The gradients are in `out` already."""
+        """Do nothing: `out` already holds the gradients."""
 
     def receive(self, owned: Owned, group: Group) -> None:
         if not group["rule_options"][MomentumAtOwner.option]:
@@ -211,24 +210,24 @@ class MomentumAtOwner(Part):
 PARTS: Mapping[str, type[Part]] = {
     part.option: part for part in (Cautious, RowFloor, RadialBrake, MuonEq, MuonPlus, MomentumAtOwner)
 }
-"""By the name of the option, in the order in which they stand before a rule."""
+"""Parts by option name, in the order of the base classes before the rule's class."""
 
 
 @functools.lru_cache(maxsize=256)
 def with_parts(rule: MuonRule, parts: tuple[str, ...]) -> MuonRule:
-    """The rule with some parts, by their options; the same object for the same ones."""
+    """The rule with the parts named by their options. Equal arguments return the same object."""
     chosen = tuple(part for option, part in PARTS.items() if option in parts)
     if not chosen:
         return rule
     of_all: dict[str, Any] = {
-        # A class would hide what the next one asks for.
+        # Join the lists, because a class attribute hides that of the next class.
         name: tuple(dict.fromkeys(wanted for part in (*chosen, rule) for wanted in getattr(part, name)))
         for name in ("sends", "norms_first", "norms_before", "norms_after")
     }
     of_all["owner_memory"] = {**rule.owner_memory}
     for part in chosen:
         of_all["owner_memory"] |= part.owner_memory
-    if MomentumAtOwner in chosen and GRADIENT in of_all["sends"]:  # the message holds it already
+    if MomentumAtOwner in chosen and GRADIENT in of_all["sends"]:  # the message already holds the gradient
         of_all["sends"] = tuple(name for name in of_all["sends"] if name != GRADIENT)
         of_all["gradient_stays"] = True
     made = type(" ".join((*parts, rule.name)), (*chosen, type(rule)), of_all)

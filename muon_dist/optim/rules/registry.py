@@ -16,30 +16,30 @@ from muon_dist.optim.rules.soap_muon import SoapMuonRule
 RULES: dict[str, MuonRule] = {
     rule.name: rule for rule in (MuonRule(), NorMuonRule(), AdaMuonRule(), HyperballRule(), NamoRule(), SoapMuonRule())
 }
-"""By the value of the option `rule`; `register_rule` adds to them."""
+"""Rules by the value of the option `rule`; `register_rule` adds to them."""
 
-# Other entries of a parameter's state.
+# Names of other entries in a parameter's state.
 _TAKEN = frozenset(
     {"momentum_buffer", "zero_gradient_steps", "rounding_steps", "master", "step", "exp_avg", "exp_avg_sq"}
 )
 
 
 def register_rule(rule: MuonRule) -> None:
-    """Make `rule=rule.name` mean this rule, on every rank and before an optimizer is made.
+    """Register a rule: `rule=rule.name` then selects it. Call this on every rank before the optimizer is made.
 
-    It has state dicts, checkpoints, layouts, groups and parts as the rules of the package have.
+    State dicts, checkpoints, layouts, groups and parts work as for the built-in rules.
 
     Args:
-        rule: an object of a subclass of `MuonRule` that can be made without arguments and keeps nothing itself.
+        rule: an instance of a subclass of `MuonRule`. The class needs no arguments, and the object keeps no state.
 
     Raises:
-        ConfigError: a rule, or an entry of the state, has one of its names; or an attribute looks like a misspelled
-            one of `MuonRule`, which would have no effect.
+        ConfigError: its name, or a name in its memory or options, is taken; or an attribute looks like a misspelled
+            attribute of `MuonRule`, which would have no effect.
     """
     if not isinstance(rule, MuonRule):
-        raise ConfigError(f"{rule!r} is not a rule: give an object of a subclass of muon_dist.optim.rules.MuonRule")
+        raise ConfigError(f"{rule!r} is not a rule: pass an instance of a subclass of muon_dist.optim.rules.MuonRule")
     known = RULES.get(rule.name)
-    if known is not None and _origin(known) == _origin(rule):  # registered again, as a notebook's cell is
+    if known is not None and _origin(known) == _origin(rule):  # a notebook cell that runs twice
         RULES[rule.name] = rule
         return
     if known is not None:
@@ -55,13 +55,13 @@ def register_rule(rule: MuonRule) -> None:
 
 
 def _check_names(kind: type[MuonRule], rule: str) -> None:
-    """Raise ConfigError for an attribute that looks like a misspelled one of `MuonRule`: nothing would call it."""
+    """Raise ConfigError for an attribute that looks like a misspelled one of `MuonRule`: it would have no effect."""
     public = [name for name in dir(MuonRule) if not name.startswith("_")]
     for name in vars(kind):
         meant = [] if name in public else difflib.get_close_matches(name, public, n=1, cutoff=0.8)
         if meant and not name.startswith("_") and meant[0] not in vars(kind):
             raise ConfigError(
-                f"rule '{rule}': nothing uses '{name}'; did you mean '{meant[0]}'? (Begin names of your own with '_'.)"
+                f"rule '{rule}': nothing uses '{name}'; did you mean '{meant[0]}'? (Other names must begin with '_'.)"
             )
 
 
@@ -70,6 +70,6 @@ def _origin(rule: MuonRule) -> tuple[str, str]:
 
 
 def memory_names() -> set[str]:
-    """What rules and parts keep besides momentum, by the names in the state."""
+    """Names in the state of all tensors that rules and parts keep besides momentum."""
     of_rules = {name for rule in RULES.values() for name in (*rule.owner_memory, *rule.matrix_memory)}
     return of_rules.union(*(part.owner_memory for part in PARTS.values()))

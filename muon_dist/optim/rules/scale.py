@@ -1,4 +1,4 @@
-"""The factor by which an update depends on the shape of its matrix."""
+"""The factor on an update that depends on the shape of its matrix."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from muon_dist.errors import ConfigError
 from muon_dist.layout import Matrix
 
 Scale = Callable[[int, int], float]
-"""The factor on an update, of (output features, input features)."""
+"""Returns the factor on an update, from (output features, input features)."""
 
 SCALES: dict[str, Scale] = {
-    # The update has the root mean square of AdamW's, so an AdamW learning rate carries over (Liu et al. 2025, arXiv
-    # 2502.16982, section 2.2).
+    # The update has the root mean square of AdamW's update, so AdamW learning rates can be reused (Liu et al. 2025,
+    # arXiv 2502.16982, section 2.2).
     "match_rms_adamw": lambda out, fan_in: 0.2 * math.sqrt(max(out, fan_in)),
     # Jordan et al. 2024, Muon.
     "spectral": lambda out, fan_in: math.sqrt(max(1.0, out / fan_in)),
-    # The update changes the root mean square of the outputs alike at every width and shape: its spectral norm is
+    # The update changes the root mean square of the outputs equally for every width and shape: its spectral norm is
     # sqrt(out / in) (Yang, Simon and Bernstein 2023, arXiv 2310.17813, condition 1).
     "unit_rms": lambda out, fan_in: math.sqrt(out / fan_in),
     "none": lambda out, fan_in: 1.0,
 }
-"""By the value of the option `scale`; `register_scale` adds to them."""
+"""Scales by the value of the option `scale`; `register_scale` adds to them."""
 
 
 def register_scale(name: str, factor: Scale) -> None:
-    """Make `scale=name` mean `factor(output features, input features)`, which multiplies the update of a matrix.
+    """Register a scale: with `scale=name`, `factor(output features, input features)` multiplies each update.
 
-    A weight that is stored (in, out), such as transformers' Conv1D, is asked about by what it computes, not by how it
-    is stored. `factor` must be the same on all ranks.
+    For a weight stored (in, out), such as transformers' Conv1D, the arguments are still (outputs, inputs). `factor`
+    must be the same on all ranks.
 
     Raises:
         ConfigError: another scale has the name.
@@ -41,11 +41,13 @@ def register_scale(name: str, factor: Scale) -> None:
 
 
 def update_scale(kind: str, matrix: Matrix) -> float:
-    """Factor on the update of a matrix: match_rms_adamw 0.2 sqrt(max(out, in)), spectral sqrt(max(1, out / in)),
-    unit_rms sqrt(out / in), none 1, or one of `register_scale`.
+    """The factor on the update of a matrix.
+
+    match_rms_adamw: 0.2 sqrt(max(out, in)). spectral: sqrt(max(1, out / in)). unit_rms: sqrt(out / in). none: 1.
+    Others: see `register_scale`.
 
     Raises:
-        ConfigError: an unknown kind.
+        ConfigError: `kind` is unknown.
     """
     if kind not in SCALES:
         raise ConfigError(f"scale '{kind}' is unknown: use {', '.join(list(SCALES)[:-1])} or {list(SCALES)[-1]}")

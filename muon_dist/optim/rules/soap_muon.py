@@ -13,28 +13,30 @@ from muon_dist.optim.rules.muon import GRADIENT, Group, MuonRule, Owned, Size
 ROWS, COLUMNS = "row_covariance", "column_covariance"
 ROW_BASIS, COLUMN_BASIS = "row_basis", "column_basis"
 SECOND_MOMENT, STEPS = "projected_second_moment", "basis_steps"
-# 1e-8 stands in the record's script, both as the epsilon of the division and below the norm.
+# The record's script uses 1e-8 both as the epsilon of the division and in the denominator of the norm.
 _EPS = 1e-8
 
 
 class SoapMuonRule(MuonRule):
-    """The look-ahead preconditioned as by SOAP (arXiv 2409.11321), then orthogonalized: the records of the NanoGPT
-    optimization benchmark (modded-nanogpt, track 3, 2026-05-04, "SOAP on MLPs").
+    """The look-ahead, preconditioned by SOAP (arXiv 2409.11321) and then orthogonalized.
+
+    Source: the record of the NanoGPT optimization benchmark, modded-nanogpt, track 3, 2026-05-04, "SOAP on MLPs".
 
         P = Ql^T U Qr;  V <- lerp(V, P^2, 1 - beta2);  X = Ql (P / (sqrt(V) + 1e-8)) Qr^T
         update = newton_schulz(X ||U|| / ||X||)
         L <- lerp(L, G G^T, 1 - beta2);  R <- lerp(R, G^T G, 1 - beta2)
 
-    G is the raw gradient. In the first step there is no basis, and X = U. The eigenvectors of L and R are taken after
-    the first step with a gradient, largest first; after every `frequency` steps Ql <- qr(L Ql), with the columns of Ql
-    and the rows of V sorted by the estimated eigenvalues first, and Qr alike. V has no bias correction.
+    G is the raw gradient. In the first step there is no basis, so X = U. After the first step with a gradient, Ql and
+    Qr are the eigenvectors of L and R, in order of falling eigenvalues. After every `frequency` steps the columns of
+    Ql and the rows of V are sorted by the estimated eigenvalues, then Ql <- qr(L Ql); the same for Qr. V has no bias
+    correction.
 
-    Eigenvectors of eigenvalues that are equal, as those of a singular L are, depend on the last bit: the result then
-    is the same on every layout, but another machine's may differ.
+    If eigenvalues are equal, as for a singular L, the eigenvectors depend on the last bit. Then the result is still
+    the same under every layout, but may differ on another machine.
     """
 
     name: ClassVar[str] = "soap_muon"
-    # .90 and 10: SOAP_BETA2 and precondition_frequency of the record's script; one beta for V, L and R.
+    # 0.9 and 10 are SOAP_BETA2 and precondition_frequency in the record's script; V, L and R share one beta.
     options: ClassVar[Mapping[str, float]] = {"beta2": 0.9, "frequency": 10}
     elsewhere: ClassVar[Mapping[str, str]] = {"beta1": "momentum"}
     owner_memory: ClassVar[Mapping[str, Size]] = {
@@ -56,7 +58,7 @@ class SoapMuonRule(MuonRule):
 
     def direction(self, owned: Owned, group: Group) -> None:
         beta2, frequency = group["rule_options"]["beta2"], int(group["rule_options"]["frequency"])
-        steps = torch.cat(owned.memory[STEPS]).tolist()  # one read of the host for the stack
+        steps = torch.cat(owned.memory[STEPS]).tolist()  # the host waits once per stack
         rows, cols = owned.stack.shape[-2:]
         for i, (update, gradient) in enumerate(zip(owned.stack, owned.sent[GRADIENT], strict=True)):
             kept = {name: of_name[i] for name, of_name in owned.memory.items()}
@@ -80,7 +82,7 @@ class SoapMuonRule(MuonRule):
 
 
 def _precondition(update: Tensor, left: Tensor, right: Tensor, moment: Tensor, beta2: float) -> None:
-    """Adam's division in the basis, in place; the norm stays."""
+    """Apply Adam's division in the basis, in place; the norm of `update` does not change."""
     length = update.norm()
     projected = left.mT @ update @ right
     moment.lerp_(projected.square(), 1 - beta2)
@@ -89,12 +91,12 @@ def _precondition(update: Tensor, left: Tensor, right: Tensor, moment: Tensor, b
 
 
 def _eigenbasis(covariance: Tensor) -> Tensor:
-    """The eigenvectors as columns, of the largest eigenvalue first."""
+    """The eigenvectors as columns, in order of falling eigenvalues."""
     return torch.linalg.eigh(covariance.double())[1].flip(1).to(covariance.dtype)
 
 
 def _turn(covariance: Tensor, basis: Tensor, moment: Tensor) -> None:
-    """One step of the power iteration on the basis; the rows of the second moment are sorted with it. In place."""
+    """One step of power iteration on the basis, in place; sorts the rows of the second moment in the same order."""
     order = torch.einsum("ij,ij->j", basis, covariance @ basis).argsort(descending=True)
     moment.copy_(moment[order])
     basis.copy_(torch.linalg.qr((covariance @ basis[:, order]).double())[0])

@@ -372,7 +372,7 @@ def test_a_checkpoint_that_cannot_continue_is_refused(tmp_path: Path) -> None:
     state = checkpoint / "rank-00000.safetensors"
     data = state.read_bytes()
     state.write_bytes(data[:-1])
-    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors has \d+ bytes, the manifest says \d+"):
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors has \d+ bytes, but the manifest says \d+"):
         session(str(tmp_path), str(checkpoint))
     state.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"is not a checkpoint: manifest\.json cannot be read"):

@@ -1,4 +1,4 @@
-"""An operation that takes too long ends the run with a message that names it."""
+"""Guard against hangs: an operation that takes too long ends the run with a message that names it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from muon_dist.adapters.hf.guards.run import Guard, GuardedRun
 from muon_dist.exchange.progress import IDLE
 from muon_dist.guards.watchdog import Watchdog, default_store
 
-_WATCHDOG_SHARE = 0.9  # of the process group's timeout: our message, which names the operation, comes first
+_WATCHDOG_SHARE = 0.9  # of the process group's timeout, so that our message comes first: it names the operation
 
 
 class HangGuard(Guard):
-    """Starts the watchdog, and reports the trainer's operations between two optimizer steps to it.
+    """Starts the watchdog, and reports to it the trainer's operations between two optimizer steps.
 
-    It must be the last guard: at the end of a step it says that nothing is under way any more.
+    It must be the last guard: at the end of a step it reports that no operation is running.
 
-    seconds: of one operation; None: 0.9 of the process group's timeout; 0: no watchdog.
+    seconds: longest time of one operation; None: 0.9 of the process group's timeout; 0: no watchdog.
     """
 
     def __init__(self, run: GuardedRun, seconds: float | None) -> None:

@@ -1,4 +1,4 @@
-"""Too many steps in a row whose gradients are NaN or infinite end the run."""
+"""Guard against bad gradients: too many steps in a row with NaN or infinite gradients end the run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from muon_dist.errors import NonFiniteError
 
 
 class NonFiniteGuard(Guard):
-    """Counts the steps that DeepSpeed leaves out: it does not ask the optimizer, and continues forever.
+    """Counts the steps that DeepSpeed skips without calling the optimizer: DeepSpeed itself would skip forever.
 
-    `Muon` counts its own bad steps. With fp16 and a dynamic loss scale bad steps are usual, and not counted.
+    `Muon` counts its own bad steps. In fp16 with a dynamic loss scale bad steps are normal, and not counted.
 
-    most: bad steps in a row that end the run.
+    most: number of bad steps in a row that ends the run.
     """
 
     def __init__(self, run: GuardedRun, most: int) -> None:
@@ -23,7 +23,7 @@ class NonFiniteGuard(Guard):
 
     @property
     def found(self) -> bool:
-        """The last step was left out for NaN or infinity, by DeepSpeed or by `Muon`."""
+        """Whether DeepSpeed or `Muon` skipped the last step because of NaN or infinity."""
         muon = self.run.muon
         return self.in_a_row > 0 or (muon is not None and muon.guard.in_a_row > 0)
 
@@ -37,6 +37,6 @@ class NonFiniteGuard(Guard):
         if self.in_a_row >= self.most:
             raise NonFiniteError(
                 f"gradients were NaN or infinite in {self.in_a_row} optimizer steps in a row (max_nonfinite), the "
-                f"last one step {state.global_step}; DeepSpeed's norm over all parameters says so on "
-                "every rank. Nothing was changed by those steps. Lower the learning rate, or look at the data"
+                f"last one step {state.global_step}, by DeepSpeed's norm over all parameters on every rank. These "
+                "steps changed nothing. Lower the learning rate, or look at the data"
             )

@@ -1,4 +1,4 @@
-"""Copies of parameters on several ranks are compared, bit by bit."""
+"""Guard of copies: compares copies of parameters on several ranks bit for bit."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from muon_dist.guards.replicas import ReplicaCheck, check_everywhere
 
 
 class ReplicaGuard(Guard):
-    """Compares the copies of parameters at an interval, before each save, and after a step with NaN or infinity.
+    """Compares copies of parameters at an interval, before each save, and after a step with NaN or infinity.
 
-    every: steps between two comparisons; 0: never, also not before saves.
-    nonfinite: says whether the last step was bad. A flipped exponent makes NaN on all ranks: only the copies tell on
-        which rank it began.
+    every: steps between two comparisons; 0: never, not even before saves.
+    nonfinite: tells whether the last step was bad. One flipped exponent bit makes NaN on all ranks; only the copies
+        show which rank caused it.
     """
 
     def __init__(self, run: GuardedRun, every: int, nonfinite: NonFiniteGuard) -> None:
@@ -46,10 +46,10 @@ class ReplicaGuard(Guard):
 
 
 def replica_checks(model: torch.nn.Module, device: torch.device) -> Iterator[ReplicaCheck]:
-    """The comparisons for a model whose ranks are data-parallel: one for each group of ranks that hold copies.
+    """The comparisons for a data-parallel model: one per group of ranks that hold copies.
 
-    Whole parameters over all ranks (DDP, ZeRO-1/2, ZeRO-0); shards over their replicas (HSDP). Under ZeRO-3 and
-    plain FSDP2 there are no copies.
+    It compares whole parameters over all ranks (DDP, ZeRO-0/1/2), or shards over their replica groups (HSDP). Under
+    ZeRO-3 and plain FSDP2 there are no copies.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -61,7 +61,7 @@ def replica_checks(model: torch.nn.Module, device: torch.device) -> Iterator[Rep
             for group in replica_groups(p):
                 ranks = tuple(dist.get_process_group_ranks(group))
                 shards.setdefault(ranks, (group, []))[1].append((name, local_part(p.detach())))
-        elif not hasattr(p, "ds_tensor"):  # ZeRO-3's mark of a partitioned parameter
+        elif not hasattr(p, "ds_tensor"):  # ZeRO-3 marks a partitioned parameter with `ds_tensor`
             whole.append((name, p.detach()))
     if whole:
         yield ReplicaCheck(whole, dist.group.WORLD, device)

@@ -1,4 +1,4 @@
-"""State shared by the guards of a run: trainer, vote of the step, this rank's current operation, messages."""
+"""State that the guards of a run share: trainer, vote of the step, this rank's current operation, messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GuardedRun:
 
     Attributes:
         trainer: the `MuonTrainer`; None until `Guards.attach`.
-        progress: this rank's current operation; Muon's own once training begins.
+        progress: this rank's current operation; during training it is Muon's object.
         vote: one small all-reduce per step; None before training.
     """
 
@@ -50,12 +50,12 @@ class GuardedRun:
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
     def say(self, message: str) -> None:
-        """A message, on the first rank only."""
+        """Print a message, only on the first rank."""
         if self.rank == 0:
             self._say(message)
 
     def begin(self, device: torch.device, step: int) -> None:
-        """Training begins after `step` steps; the votes lie on `device`."""
+        """Start the votes, as tensors on `device`. `step` steps are finished."""
         self.vote = StepVote(self.group, device)
         muon = self.muon
         if muon is not None:
@@ -63,12 +63,12 @@ class GuardedRun:
         self.progress.step = step
 
     def begin_step(self) -> None:
-        """This rank begins to read the batches of the next step; the last step's vote is forgotten."""
+        """Called when this rank begins to read the batches of the next step; drops the last step's vote."""
         self.progress.enter("data")
         self._loss, self._ballot = 0.0, None
 
     def add_loss(self, loss: torch.Tensor, last: bool, stop: int) -> None:
-        """Add a micro-batch's part of this step's loss; the last one begins the vote.
+        """Add a micro-batch's part of this step's loss; the last micro-batch starts the vote.
 
         stop: the signal that asked this rank to stop, or 0.
         """
@@ -77,14 +77,14 @@ class GuardedRun:
             self.vote.cast(self._loss, stop)
 
     def ballot(self) -> Ballot | None:
-        """This step's vote, the same on every rank; None if none was cast. The first call of a step waits for it."""
+        """This step's vote, equal on every rank; None without a vote. The first call in a step waits for it."""
         if self._ballot is None and self.vote is not None:
             self.progress.enter("step vote")
             self._ballot = self.vote.result()
         return self._ballot
 
     def named(self, error: RuntimeError) -> PeerError | None:
-        """A failed message between ranks as an error that names operation and step; None for any other error."""
+        """The error for a failed message between ranks, with operation and step; None for any other error."""
         if not is_network_error(error):
             return None
         p = self.progress
@@ -96,10 +96,10 @@ class GuardedRun:
 
 
 class Guard(TrainerCallback):
-    """One guard: a Trainer callback with one concern. All guards of a run share one `GuardedRun`."""
+    """Base class of guards: Trainer callbacks with one check each. All guards of a run share one `GuardedRun`."""
 
     def __init__(self, run: GuardedRun) -> None:
         self.run = run
 
     def close(self) -> None:
-        """End what runs during training. Called at the end, also after an error, and possibly twice."""
+        """End everything that runs during training. Called at the end, also after an error, possibly twice."""

@@ -1,4 +1,4 @@
-"""A step whose loss jumps is left out; on request the weights go back to the last commit."""
+"""Guard against loss spikes: skips a step whose loss jumps; optionally loads the last commit."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SpikeGuard(Guard):
     policy: one of `POLICIES`; see `Guards`.
 
     Attributes:
-        spikes: steps left out.
-        rollbacks: how often the weights went back.
+        spikes: number of skipped steps.
+        rollbacks: number of times that the weights went back to a commit.
     """
 
     def __init__(self, run: GuardedRun, policy: str, detector: SpikeDetector) -> None:
@@ -35,7 +35,7 @@ class SpikeGuard(Guard):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         muon = self.run.muon
         if muon is None and self.policy != "off":
-            raise ConfigError(f"guards.spike={self.policy} needs Muon, which can leave a step out: set it to off")
+            raise ConfigError(f"guards.spike={self.policy} needs Muon, which can skip a step: set it to off")
         if muon is not None:
             muon.guard.veto = self.spiked
 
@@ -55,24 +55,24 @@ class SpikeGuard(Guard):
             return False
         self.spikes += 1
         self.run.say(
-            f"step {self.run.trainer.state.global_step + 1} left out: its loss {ballot.loss:.4f} is above "
+            f"step {self.run.trainer.state.global_step + 1} skipped: its loss {ballot.loss:.4f} is above "
             f"{limit:.4f}, {self.detector.sigmas:g} standard deviations over the mean of the last steps"
         )
         return True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # DeepSpeed may have left the step out without asking Muon: then the vote is judged here.
+        # DeepSpeed may have skipped the step without calling Muon: then judge the vote here.
         if not self.spiked() or self.policy != "rollback":
             return
         self.rollbacks += 1
         if self.rollbacks > _MOST_ROLLBACKS:
             raise NonFiniteError(
                 f"the loss jumped at step {state.global_step} for the {self.rollbacks}th time with "
-                "guards.spike=rollback: the run does not get over it. Lower the learning rate, or look at the data"
+                "guards.spike=rollback: rolling back does not help. Lower the learning rate, or look at the data"
             )
         self.run.progress.enter("rollback")
         found = self.run.trainer.roll_back()
-        self.run.say(f"weights and optimizer state are those of {found} again; data and schedule continue")
+        self.run.say(f"weights and optimizer state were loaded from {found}; data and schedule continue")
 
     def close(self) -> None:
         muon = self.run.muon

@@ -1,4 +1,4 @@
-"""A signal to one rank stops all ranks after the same step, with a committed checkpoint."""
+"""Guard of stops: a signal to one rank stops all ranks after the same step, with a committed checkpoint."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from muon_dist.adapters.hf.guards.run import Guard, GuardedRun
 
 
 class StopGuard(Guard):
-    """Ends training after the step in whose vote a rank asked to stop.
+    """Ends training after the step in which a rank asked to stop.
 
-    requested: the number of the signal that asked this rank to stop, or 0.
+    requested: returns the number of the signal that asked this rank to stop, or 0.
 
     Attributes:
-        stopped: rank -> signal of the ranks that asked, once all ranks have committed a checkpoint for it.
-        committed: name of the newest checkpoint then; an older one where saves may fail (`on_error: continue`).
+        stopped: rank -> signal, for ranks that asked to stop, after all ranks have committed a checkpoint; else empty.
+        committed: name of the newest checkpoint at the stop; an older one if the save failed (`on_error: continue`).
     """
 
     def __init__(self, run: GuardedRun, requested: Callable[[], int]) -> None:
@@ -37,5 +37,5 @@ class StopGuard(Guard):
 
 
 def stop_text(stopped: dict[int, int]) -> str:
-    """The signals that ranks received, as text: "SIGTERM on rank 2". stopped: rank -> signal number."""
+    """Text about the signals that ranks received, such as "SIGTERM on rank 2". stopped: rank -> signal number."""
     return ", ".join(f"{signal.Signals(number).name} on rank {rank}" for rank, number in sorted(stopped.items()))

@@ -1,4 +1,4 @@
-"""Names a rank that is repeatedly slower than the others."""
+"""Guard against slow ranks: names a rank that is repeatedly slower than the others."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from muon_dist.guards.vote import Stopwatch, StragglerReport
 class StragglerGuard(Guard):
     """Measures this rank's own work, and names a slow rank (see `StragglerReport`).
 
-    Own work is reading data and the forward pass: there a rank cannot wait for another one.
+    Own work is reading data and the forward pass, because there a rank does not wait for other ranks.
 
-    seconds: by which a rank must be slower; 0: no rank is named.
+    seconds: a rank that is slower by at least this much is named; 0: no rank is named.
     """
 
     def __init__(self, run: GuardedRun, seconds: float) -> None:
@@ -30,7 +30,7 @@ class StragglerGuard(Guard):
         return self.run.vote.work if self.run.vote is not None else None
 
     def begin_step(self) -> None:
-        """Own work of the next step begins."""
+        """Start the measurement of the next step."""
         if self.work is not None:
             self.work.start()
 
@@ -40,7 +40,7 @@ class StragglerGuard(Guard):
             self.work.pause()
 
     def resume(self) -> None:
-        """This rank works for itself again."""
+        """Continue the measurement."""
         if self.work is not None:
             self.work.resume()
 
@@ -48,8 +48,8 @@ class StragglerGuard(Guard):
         vote = self.run.vote
         if self.seconds and vote is not None:
             self._report = StragglerReport(vote.world_size, seconds=self.seconds)
-        if not args.torch_compile:  # a hook would be compiled too; then the forward pass does not count as own work
-            # DDP sends buffers before it calls the model itself.
+        if not args.torch_compile:  # it would compile the hook; then the forward pass is not measured
+            # Hook the inner model, because DDP sends buffers before it calls it.
             self._hook = self.run.trainer.model.register_forward_pre_hook(lambda module, given: self._forward(module))
 
     def _forward(self, module: torch.nn.Module) -> None:
