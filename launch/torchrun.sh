@@ -127,7 +127,8 @@ fi
 python="${VIRTUAL_ENV:-$MUON_ROOT/.venv}/bin/python"
 [[ -x "$python" ]] || python="$(command -v python3)"
 "$python" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None or i.find_spec("muon_dist") is None)' \
-    || muon_die "$python has no torch or no muon_dist: activate the environment, or make it with launch/quickstart.sh"
+    || muon_die "$python has no torch or no muon_dist: activate the environment in which muon-dist is installed$(
+        [[ ! -e "$MUON_ROOT/launch/quickstart.sh" ]] || printf ', or make one with launch/quickstart.sh')"
 if [[ -z "$nproc" ]]; then
     # What torch sees, which CUDA_VISIBLE_DEVICES and MIG decide; nvidia-smi would count the cards of the machine.
     nproc="$("$python" -c 'import torch; print(torch.cuda.device_count())' | tail -n 1)"

@@ -33,6 +33,18 @@ def test_launch_files_of_a_project_start_without_the_checkout(tmp_path: Path) ->
     assert done.returncode == 0 and "--nproc-per-node" in done.stdout, done.stderr
 
 
+def test_a_project_without_an_environment_says_what_to_activate(tmp_path: Path) -> None:
+    """launch/quickstart.sh, which makes one, is not part of a project."""
+    init(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+    command = ["bash", "launch/torchrun.sh", "train", "configs/quickstart.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "activate the environment in which muon-dist is installed\n" in done.stderr
+
+
 def test_nothing_is_written_over(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     with pytest.raises(FileError, match=r"README\.md exists already"):
