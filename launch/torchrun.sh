@@ -158,6 +158,11 @@ else
             export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}"
             ;;
     esac
+    if [[ "$rdzv:$node_rank" == static:0 ]]; then # this machine listens on the port; torchrun would end in a traceback
+        "$python" -c 'import socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+s.bind(("", int(sys.argv[1])))' "$port" 2>/dev/null \
+            || muon_die "port $port of this machine is in use: choose a free one with --master-port, the same on all nodes"
+    fi
     case "$rdzv" in
         static)
             options+=(--node-rank "$node_rank" --master-addr "$addr" --master-port "$port")
@@ -178,6 +183,8 @@ export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 export NCCL_LAUNCH_ORDER_IMPLICIT="${NCCL_LAUNCH_ORDER_IMPLICIT:-1}"
 # One thread a process unless told: torchrun's processes share the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+# The first error that a process of this node reports, to repeat it below torchrun's own table of exit codes.
+said="$(mktemp "${TMPDIR:-/tmp}/muon-dist.XXXXXXXX")" && rm -f -- "$said" && export MUON_DIST_FIRST_ERROR="$said"
 "$python" -m torch.distributed.run "${options[@]}" "${program[@]}" &
 child=$!
 # A signal to this script goes to torchrun, which passes it on to its processes; wait returns early when one arrives.
@@ -188,4 +195,8 @@ while kill -0 "$child" 2>/dev/null; do
 done
 status=0
 wait "$child" || status=$?
+if ((status != 0)) && [[ -s "$said" ]]; then
+    muon_log "the first error: $(<"$said")"
+fi
+rm -f -- "$said"
 exit "$status"

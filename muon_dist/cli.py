@@ -388,7 +388,7 @@ def main(arguments: list[str] | None = None) -> Any:
         found = failures.as_error(error)
         if not found.reported_elsewhere:
             rank = os.environ.get("RANK", "0")
-            print(f"error: {'' if rank == '0' else f'rank {rank}: '}{found}", file=sys.stderr, flush=True)
+            failures.say(f"{'' if rank == '0' else f'rank {rank}: '}{found}")
         sys.exit(found.exit_code)
 
 
