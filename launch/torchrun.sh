@@ -127,7 +127,8 @@ fi
 python="${VIRTUAL_ENV:-$MUON_ROOT/.venv}/bin/python"
 [[ -x "$python" ]] || python="$(command -v python3)"
 "$python" -c 'import importlib.util as i, sys; sys.exit(i.find_spec("torch") is None or i.find_spec("muon_dist") is None)' \
-    || muon_die "$python has no torch or no muon_dist: activate the environment, or make it with launch/quickstart.sh"
+    || muon_die "$python has no torch or no muon_dist: activate the environment in which muon-dist is installed$(
+        [[ ! -e "$MUON_ROOT/launch/quickstart.sh" ]] || printf ', or make one with launch/quickstart.sh')"
 if [[ -z "$nproc" ]]; then
     # The GPUs that torch sees, as limited by CUDA_VISIBLE_DEVICES and MIG; nvidia-smi would count all cards.
     nproc="$("$python" -c 'import torch; print(torch.cuda.device_count())' | tail -n 1)"
@@ -157,6 +158,11 @@ else
             export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}"
             ;;
     esac
+    if [[ "$rdzv:$node_rank" == static:0 ]]; then # this machine listens on the port; torchrun would end in a traceback
+        "$python" -c 'import socket, sys; s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+s.bind(("", int(sys.argv[1])))' "$port" 2>/dev/null \
+            || muon_die "port $port of this machine is in use: choose a free one with --master-port, the same on all nodes"
+    fi
     case "$rdzv" in
         static)
             options+=(--node-rank "$node_rank" --master-addr "$addr" --master-port "$port")
@@ -178,6 +184,8 @@ export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 export NCCL_LAUNCH_ORDER_IMPLICIT="${NCCL_LAUNCH_ORDER_IMPLICIT:-1}"
 # One thread per process by default, because torchrun's processes share the cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+# The first error that a process of this node reports, to repeat it below torchrun's own table of exit codes.
+said="$(mktemp "${TMPDIR:-/tmp}/muon-dist.XXXXXXXX")" && rm -f -- "$said" && export MUON_DIST_FIRST_ERROR="$said"
 "$python" -m torch.distributed.run "${options[@]}" "${program[@]}" &
 child=$!
 # A signal to this script is sent to torchrun, which sends it to its processes.
@@ -188,4 +196,8 @@ while kill -0 "$child" 2>/dev/null; do
 done
 status=0
 wait "$child" || status=$?
+if ((status != 0)) && [[ -s "$said" ]]; then
+    muon_log "the first error: $(<"$said")"
+fi
+rm -f -- "$said"
 exit "$status"

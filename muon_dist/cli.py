@@ -84,14 +84,16 @@ def _general(
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the project; it is made if needed.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="The folder of the project; it is made if needed.")],
 ) -> None:
     """Write a project folder: configurations, launch files and a README with the first commands."""
     from muon_dist import project
 
-    for path in project.init(folder):
+    if not folder:  # such as a variable that is not set; as a path it would be the current folder
+        raise ConfigError("DIR is empty: name a folder, or write . for the current one")
+    for path in project.init(Path(folder)):
         typer.echo(str(path))
-    typer.echo(f"next: cd {shlex.quote(str(folder))} && muon-dist train configs/quickstart.yaml", err=True)
+    typer.echo(f"next: cd {shlex.quote(folder)} && muon-dist train configs/quickstart.yaml", err=True)
 
 
 @app.command(cls=SettingsCommand)
@@ -378,12 +380,13 @@ def main(arguments: list[str] | None = None) -> Any:
     command = typer.main.get_command(app)
     _plain_switches(command, typer.Context(command, **command.context_settings))
     try:
-        return command(args=arguments)
+        # the name also where Python was asked for the module: completion is installed for it
+        return command(args=arguments, prog_name="muon-dist")
     except Exception as error:
         found = failures.as_error(error)
         if not found.reported_elsewhere:
             rank = os.environ.get("RANK", "0")
-            print(f"error: {'' if rank == '0' else f'rank {rank}: '}{found}", file=sys.stderr, flush=True)
+            failures.say(f"{'' if rank == '0' else f'rank {rank}: '}{found}")
         sys.exit(found.exit_code)
 
 

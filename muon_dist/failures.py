@@ -70,6 +70,15 @@ def as_error(error: BaseException) -> MuonDistError:
     return found if found is not None else UnexpectedError(_unexpected(error))
 
 
+def say(text: str) -> None:
+    """Print the message of an error. launch/torchrun.sh repeats the first one below torchrun's table of exit codes."""
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    path = os.environ.get("MUON_DIST_FIRST_ERROR")
+    if path:
+        with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
+            file.write(text)
+
+
 def _file_message(error: OSError) -> str:
     reason = error.strerror or str(error)
     advice = _ADVICE.get(error.errno or 0, "check the path and the file system")

@@ -78,6 +78,30 @@ def test_what_is_not_needed_is_not_imported() -> None:
     assert loaded_after(f"import muon_dist; {names}") == {"torch"}
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    ["seeed=3", "trainer.max_stepz=3", "trainer.bf16=maybe", "trainer.lr_scheduler_type=cosin",
+     "tokenizer.path=nowhere", "optimizer.muon.lr=fast", "trainer.max_grad_norm=1.0", "deepspeed=nowhere.json",
+     "parallel.tp=0"],
+)  # fmt: skip
+def test_an_error_of_a_key_imports_nothing_heavy(root: Path, wrong: str) -> None:
+    """torch and transformers take seconds, and a user who has mistyped a key waits for the message."""
+    call = f"load_config({str(root / 'configs/quickstart.yaml')!r}, [{wrong!r}], reads_files=True)"
+    code = "import contextlib; from muon_dist.config import load_config; from muon_dist.errors import MuonDistError\n"
+    code += "raised = False\ntry:\n    " + call + "\nexcept MuonDistError:\n    raised = True\nassert raised"
+    assert loaded_after(code) == set()
+
+
+def test_completion_is_that_of_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "muon_dist.cli", "--show-completion", "bash"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "complete -o default -F _muon_dist_completion muon-dist" in done.stdout
+
+
+def test_an_empty_project_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, 2, "DIR is empty", "init", "")
+
+
 def test_schema(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "schema")
     assert code == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +33,36 @@ def test_launch_files_of_a_project_start_without_the_checkout(tmp_path: Path) ->
     command = ["bash", "launch/torchrun.sh", "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--nproc-per-node" in done.stdout, done.stderr
+
+
+def test_a_project_without_an_environment_says_what_to_activate(tmp_path: Path) -> None:
+    """launch/quickstart.sh, which makes one, is not part of a project."""
+    init(tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin"}
+    command = ["bash", "launch/torchrun.sh", "train", "configs/quickstart.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "activate the environment in which muon-dist is installed\n" in done.stderr
+
+
+def test_the_reason_is_the_last_line_of_a_launch(tmp_path: Path) -> None:
+    """Not torchrun's table of exit codes, and not its traceback where the port is taken."""
+
+    def last_line(*arguments: str) -> str:
+        command = ["bash", str(ROOT / "launch/torchrun.sh"), *arguments, "train", "nowhere.yaml"]
+        variables = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1, done.stderr
+        return done.stderr.splitlines()[-1]
+
+    assert "the first error: nowhere.yaml: no such file" in last_line("--nproc-per-node", "2")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"port {port} of this machine is in use" in last_line("--nnodes", "2", "--master-port", port)
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from muon_dist.errors import ConfigError
+from muon_dist.optim.calls import called_as
 from muon_dist.optim.groups import check_parameters, param_groups, routing_for
 from muon_dist.optim.muon import Muon
 from muon_dist.optim.other_names import arguments_of, refuse_arguments
@@ -21,6 +22,7 @@ from muon_dist.optim.rules.entries import group_rules, override_rules, split_rul
 from muon_dist.routing import announce, is_rank_zero
 
 
+@called_as("muon_dist.for_trainer(args), with the TrainingArguments of the Trainer")
 def for_trainer(args: Any, **options: Any) -> tuple[type[MuonFactory], dict[str, Any]]:
     """The value for `optimizer_cls_and_kwargs` of a stock Trainer. Checks the Trainer's arguments now.
 
@@ -34,11 +36,16 @@ def for_trainer(args: Any, **options: Any) -> tuple[type[MuonFactory], dict[str,
             `print_routing`.
 
     Raises:
-        ConfigError: an option is unknown.
-        FrameworkError: the DeepSpeed configuration of `args` has an "optimizer" or "scheduler" block, or offload
-            settings, that would replace Muon or its learning rates.
+        ConfigError: an option is unknown, or `args` is not a TrainingArguments.
+        FrameworkError: the DeepSpeed configuration of `args` has an "optimizer" or "scheduler" block that would
+            replace Muon or its learning rates, or offload settings that would.
     """
     split_kwargs(options)
+    if not hasattr(args, "learning_rate"):
+        raise ConfigError(
+            f"for_trainer takes the TrainingArguments of the Trainer, and this is a {type(args).__name__}: write "
+            "for_trainer(args)"
+        )
     check_trainer(args)
     return MuonFactory, {"training_arguments": args, **options}
 

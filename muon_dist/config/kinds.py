@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from muon_dist.config.paths import expand_path, is_url
 from muon_dist.config.source import closest
+from muon_dist.defaults import NS_SCHEDULE
 
 DType = Literal["float32", "bfloat16", "float16"]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -18,7 +19,9 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 def _known_schedule(schedule: Any) -> Any:
-    from muon_dist.numerics import get_schedule  # imports torch: seconds, which a file that is missing should not cost
+    if schedule == NS_SCHEDULE:
+        return schedule
+    from muon_dist.numerics import get_schedule  # imports torch: seconds, which an error elsewhere should not cost
 
     found = get_schedule(
         schedule

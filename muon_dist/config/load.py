@@ -16,7 +16,7 @@ from muon_dist.config.redact import is_secret, redact
 from muon_dist.config.schema import Config
 from muon_dist.config.source import Document, Keys, Place, Problem, closest, comment_after_value, parse, read
 from muon_dist.config.trainer import trainer_problems, with_switches
-from muon_dist.config.validate import contradictions, missing_files
+from muon_dist.config.validate import contradictions, missing_files, optimizer_problems
 from muon_dist.errors import ConfigError, DataError, MuonDistError
 
 
@@ -56,6 +56,8 @@ def _check(document: Document, reads_files: bool) -> Config:
         found += contradictions(config)
     gone = list(missing_files(config)) if reads_files and config is not None else []
     found += gone
+    if config is not None and not found and not problems:
+        found += optimizer_problems(config)  # imports torch: seconds, which another error should not cost
     # One line per key: a value of the wrong type is not reported as a contradiction too.
     told = {p.keys for p in problems}
     first = {keys: message for keys, message in reversed(found) if keys not in told}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
+import ast
+import builtins
 import enum
 import functools
+import importlib.util
 import math
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -41,11 +44,39 @@ DECIDED_ELSEWHERE = {
 
 @functools.lru_cache(maxsize=1)
 def training_arguments() -> dict[str, Any]:
-    """Name -> type of every argument of `transformers.TrainingArguments` (imported on first use: seconds)."""
-    from transformers import TrainingArguments
+    """Name -> type of every argument of `transformers.TrainingArguments`, read from its source.
 
-    hints = typing.get_type_hints(TrainingArguments)
-    return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+    An import of transformers and torch would cost seconds before an error message. Types that are neither Python's
+    nor enumerations are `Any`.
+    """
+    classes = _classes("training_args.py") | _classes("trainer_utils.py")
+    names = _Names(typing.__dict__ | builtins.__dict__)
+    for name, body in classes.items():
+        values = {n: v for n, v in _assigned(body) if isinstance(v, str)}
+        if values and any(isinstance(base, ast.Name) and base.id == "ExplicitEnum" for base in body.bases):
+            names[name] = enum.Enum(name, values)
+    fields = [node for node in classes["TrainingArguments"].body if isinstance(node, ast.AnnAssign)]
+    return {ast.unparse(f.target): eval(ast.unparse(f.annotation), {}, names) for f in fields}
+
+
+class _Names(dict[str, Any]):
+    def __missing__(self, name: str) -> Any:
+        return Any
+
+
+def _classes(file: str) -> dict[str, ast.ClassDef]:
+    """The classes of a source file of transformers, by name."""
+    package = importlib.util.find_spec("transformers")
+    assert package is not None and package.origin is not None
+    tree = ast.parse(Path(package.origin).with_name(file).read_text(encoding="utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _assigned(body: ast.ClassDef) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the constants that a class assigns."""
+    for node in body.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
+            yield ast.unparse(node.targets[0]), node.value.value
 
 
 def with_switches(trainer: dict[str, Any]) -> dict[str, Any]:

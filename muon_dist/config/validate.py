@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def contradictions(config: Config) -> Found:
     """Settings that contradict each other; each message names both keys and the fix."""
     yield from _tokenizer_and_data(config)
     yield from _model(config)
-    yield from _optimizer(config)
+    yield from _routing(config)
     yield from _trainer(config)
     yield from _deepspeed(config)
     yield from _parallel(config)
@@ -35,7 +36,7 @@ def contradictions(config: Config) -> Found:
 
 
 def missing_files(config: Config) -> Found:
-    """Files and folders that the configuration names but that do not exist."""
+    """Files and folders that the configuration names but that do not exist or cannot be read."""
     yield from _missing_text(config)
     if config.tokenizer.path is not None and not Path(config.tokenizer.path).exists():
         yield (
@@ -56,6 +57,27 @@ def missing_files(config: Config) -> Found:
             f"{config.deepspeed}: no such file. Name a JSON file, such as configs/deepspeed/zero2.json, or write the "
             "settings here",
         )
+    elif isinstance(config.deepspeed, str):
+        yield from _no_settings(Path(config.deepspeed))
+
+
+def _no_settings(file: Path) -> Found:
+    """A DeepSpeed file that is no JSON object."""
+    try:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        yield (
+            ("deepspeed",),
+            f"{file}:{error.lineno}: this is not JSON ({error.msg}, column {error.colno}): correct it",
+        )
+    except (OSError, ValueError) as error:
+        yield ("deepspeed",), f"{file} cannot be read: {error}"
+    else:
+        if not isinstance(read, dict):
+            yield (
+                ("deepspeed",),
+                f"{file} holds a {type(read).__name__}: DeepSpeed's settings are a JSON object {{...}}",
+            )
 
 
 def _missing_text(config: Config) -> Found:
@@ -191,8 +213,9 @@ def _model(config: Config) -> Found:
             )
 
 
-def _optimizer(config: Config) -> Found:
-    muon, routing = config.optimizer.muon, config.optimizer.routing
+def optimizer_problems(config: Config) -> Found:
+    """What only the rules and schedules of Muon know to be wrong. Imports torch."""
+    muon = config.optimizer.muon
     yield from _muon(("optimizer", "muon"), muon)
     for index, own in enumerate(muon_of_parts(muon.model_dump(), config.curriculum)[1:]):
         keys: Keys = ("curriculum", index, "optimizer", "muon")
@@ -200,6 +223,12 @@ def _optimizer(config: Config) -> Found:
             yield keys, f"belongs to Muon, but optimizer.name is {config.optimizer.name}: leave it out"
         else:
             yield from _muon(keys, MuonConfig(**own))
+    for index, group in enumerate(config.optimizer.groups):
+        yield from _group(("optimizer", "groups", index), group, muon)
+
+
+def _routing(config: Config) -> Found:
+    routing = config.optimizer.routing
     yield from _low_precision(config)
     yield from _qk_clip(config)
     for index, override in enumerate(routing.overrides):
@@ -208,8 +237,6 @@ def _optimizer(config: Config) -> Found:
         yield from _pattern(("optimizer", "routing", "split", index, "pattern"), split.pattern)
         if not split.one_way:
             yield ("optimizer", "routing", "split", index), "needs exactly one of heads and sizes"
-    for index, group in enumerate(config.optimizer.groups):
-        yield from _group(("optimizer", "groups", index), group, muon)
 
 
 def _low_precision(config: Config) -> Found:
@@ -231,7 +258,7 @@ def _qk_clip(config: Config) -> Found:
 
 
 def _muon(keys: Keys, muon: MuonConfig) -> Found:
-    from muon_dist.numerics import get_schedule  # imports torch: seconds, which a file that is missing should not cost
+    from muon_dist.numerics import get_schedule  # imports torch
 
     schedule = get_schedule(muon.ns_schedule)
     try:

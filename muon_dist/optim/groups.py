@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from muon_dist.errors import ConfigError
 from muon_dist.layout import cut_parameter
+from muon_dist.optim.calls import called_as
 from muon_dist.optim.frameworks import loaded_checks
 from muon_dist.optim.other_names import arguments_of, refuse_arguments
 from muon_dist.optim.rules import RULES
@@ -35,6 +37,7 @@ Entries = Sequence[GroupRule | Mapping[str, Any]]
 """Type of the argument `groups`; see docs/groups.md."""
 
 
+@called_as("muon_dist.param_groups(model, lr=0.003)")
 def param_groups(
     model: nn.Module,
     *,
@@ -153,6 +156,7 @@ def routing_for(
     return table
 
 
+@called_as("muon_dist.routing_table(model)")
 def routing_table(
     model: nn.Module,
     overrides: Sequence[Override | Mapping[str, Any]] = (),
@@ -175,7 +179,7 @@ def routing_table(
         ConfigError: an entry has an unknown key, or a value that cannot be used.
         RoutingError: a pattern is malformed or matches nothing, or a rule does not fit.
     """
-    check_model(model)
+    check_model(model, "routing_table")
     return fold(table_of(model, override_rules(overrides), split_rules(splits), group_rules(groups, None)))
 
 
@@ -183,7 +187,8 @@ def groups_of(params: Any, groups: Entries) -> Any:
     """The parameter groups for `Muon`: those of a model, or `params` unchanged.
 
     Raises:
-        ConfigError: `groups` without a model: its patterns match names of a model's parameters.
+        ConfigError: `groups` without a model, whose parameter names its patterns need; or `params` contains something
+            other than parameters and groups of parameters.
     """
     if isinstance(params, nn.Module):
         return param_groups(params, groups=groups)
@@ -192,18 +197,44 @@ def groups_of(params: Any, groups: Entries) -> Any:
             "groups needs the names of a model's parameters, but params is not a model: write Muon(model, "
             "groups=...), or Muon(muon_dist.param_groups(model, groups=...))"
         )
-    if not isinstance(params, Iterable):
-        raise ConfigError(f"params is {params!r}: pass a model, or muon_dist.param_groups(model)")
-    return params
-
-
-def check_model(model: nn.Module) -> None:
-    """Raise ConfigError if `model` is not a module, such as a list of parameters: routing needs names and modules."""
-    if not isinstance(model, nn.Module):
+    if isinstance(params, (str, bytes, Mapping, torch.Tensor)) or not isinstance(params, Iterable):
+        raise ConfigError(f"params is {_kind(params)}: {_PASS}")
+    entries = list(params)
+    if not entries:
         raise ConfigError(
-            f"expected a model, got {type(model).__name__}: write param_groups(model), not "
-            "param_groups(model.parameters())"
+            f"params is empty (a generator, such as model.parameters(), is empty after its first use): {_PASS}"
         )
+    for number, entry in enumerate(entries):
+        _check_entry(f"params[{number}]", entry)
+    return entries
+
+
+_PASS = "pass the model, or muon_dist.param_groups(model)"
+
+
+def _check_entry(where: str, entry: Any) -> None:
+    """Raise ConfigError unless `entry` is a parameter, with or without its name, or a group of parameters."""
+    if isinstance(entry, Mapping):
+        if "params" not in entry:
+            raise ConfigError(f"{where} is a group without params: write {{'params': [...], ...}}, or {_PASS}")
+        if isinstance(entry["params"], nn.Module):
+            raise ConfigError(f"{where}['params'] is a model: write Muon(model), or give the parameters")
+    elif not isinstance(entry[-1] if isinstance(entry, tuple) and entry else entry, torch.Tensor):
+        raise ConfigError(f"{where} is {_kind(entry)}, not a parameter and not a group of parameters: {_PASS}")
+
+
+def _kind(given: Any) -> str:
+    return repr(given) if given is None or isinstance(given, (bool, int, float)) else f"a {type(given).__name__}"
+
+
+def check_model(model: nn.Module, function: str = "param_groups") -> None:
+    """Raise ConfigError for anything but a model, such as its parameters: routing needs names and modules.
+
+    function: the name of the function that was called, for the message.
+    """
+    if not isinstance(model, nn.Module):
+        instead = f", not {function}(model.parameters())" if isinstance(model, Iterable) else ""
+        raise ConfigError(f"expected a model, got {_kind(model)}: write {function}(model){instead}")
 
 
 def check_parameters(model: nn.Module) -> None:

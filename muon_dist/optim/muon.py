@@ -28,6 +28,7 @@ from muon_dist.exchange.transport import Transport
 from muon_dist.numerics import ScheduleLike
 from muon_dist.optim.adamw import AdamWork, adamw_step
 from muon_dist.optim.binding import Binding, Group, NotReady, ParameterSpec
+from muon_dist.optim.calls import called_as
 from muon_dist.optim.checks import Kind, check_changed, check_keys, kind_of, unplanned
 from muon_dist.optim.copies import MUON, packed, unpack
 from muon_dist.optim.diagnostics import Diagnostics
@@ -113,6 +114,7 @@ class Muon(StateDicts):
         RoutingError: no group goes to Muon, or a parameter with fewer than two axes is in a Muon group.
     """
 
+    @called_as("muon_dist.Muon(muon_dist.param_groups(model), lr=0.003)")
     def __init__(
         self,
         params: Iterable[Any],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,11 @@ def _table(rows: Sequence[dict[str, str]]) -> list[tuple[str, list[str]]]:
 
 
 def differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """(dotted key, one value per run) of the settings that differ."""
-    flat = [dict(_leaves(record.config or {})) for record in records]
-    rows = _table(flat)
-    same: Callable[[list[str]], bool] = lambda values: len(set(values)) == 1  # noqa: E731
-    return [(name, values) for name, values in rows if not same(values)]
+    """(dotted key, one value per run) of the settings that differ; "?" for a run without config.yaml."""
+    known = [record.config is not None for record in records]
+    rows = _table([dict(_leaves(record.config)) for record in records if record.config is not None])
+    different = [(name, iter(values)) for name, values in rows if len(set(values)) > 1]
+    return [(name, [next(values) if there else "?" for there in known]) for name, values in different]
 
 
 def _leaves(value: Any, prefix: str = "") -> list[tuple[str, str]]:

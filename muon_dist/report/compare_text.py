@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from muon_dist.errors import ConfigError
 from muon_dist.report.compare_page import differences, figures_of, labels
@@ -11,6 +12,8 @@ from muon_dist.report.run_page import status
 from muon_dist.report.run_record import RunRecord, read_run
 
 Row = tuple[str, list[str]]
+WIDEST = 60
+"""Characters of a setting's value; longer ones, such as lists of sources, would push the columns off the screen."""
 
 
 def compare_runs(runs: Sequence[str | Path]) -> str:
@@ -26,8 +29,11 @@ def compare_runs(runs: Sequence[str | Path]) -> str:
     rows = [("", labels(records)), ("status", [status(r) for r in records]), *_at_one_step(records)]
     rows += figures_of(records)
     found = differences(records)
-    rows += [("settings that differ:" if found else "no setting differs", [""] * len(records)), *found]
-    return _aligned(rows)
+    if sum(record.config is not None for record in records) > 1:
+        rows += [("settings that differ:" if found else "no setting differs", [""] * len(records))]
+    rows += [(name, [shorten(value, WIDEST, placeholder=" ...") for value in values]) for name, values in found]
+    missing = [f"{r.root}: {problem}" for r in records for problem in r.problems if problem.startswith("config.yaml")]
+    return "\n".join([_aligned(rows), *missing])
 
 
 def _at_one_step(records: Sequence[RunRecord]) -> list[Row]:

@@ -15,7 +15,6 @@ from muon_dist.config import load_config
 from muon_dist.errors import ConfigError, MuonDistError
 from muon_dist.json_files import read_object, write_json
 from muon_dist.report.compare_text import compare_runs
-from muon_dist.train import corpus
 
 OPTIMIZERS = ("muon", "adamw")
 LRS = (0.003, 0.01, 0.03)
@@ -51,6 +50,9 @@ def compare(
         return str(compare_optimizers(what, more, lrs=given, seeds=seeds, jobs=jobs, output=output)["table"])
     if lrs is not None:
         raise ConfigError("--lr belongs to a configuration; run folders are compared as they are")
+    settings = [name for name in more if "=" in name and not Path(name).exists()]
+    if settings:
+        raise ConfigError(f"{settings[0]}: settings belong to a configuration; run folders are compared as they are")
     return compare_runs([what, *more])
 
 
@@ -82,6 +84,8 @@ def compare_optimizers(
     """
     if not lrs or seeds < 1 or jobs < 1:
         raise ConfigError("compare needs at least one --lr, one seed and one job")
+    from muon_dist.train import corpus  # seconds, which finished runs do not need
+
     corpus.prepare(load_config(config_path, list(overrides)))  # once, before runs that would race for it
 
     def run(job: tuple[str, float, int]) -> Result:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import re
+import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import TrainingArguments
 
 from muon_dist.config import load_config
+from muon_dist.config.trainer import training_arguments
 from muon_dist.errors import ConfigError, DataError
 
 MINIMAL = """\
@@ -207,3 +213,38 @@ def test_text_that_is_not_there(tmp_path: Path) -> None:
     load_config(path, listed)
     (data / "tokens").mkdir(parents=True)
     load_config(path, listed, reads_files=True)
+
+
+def test_types_of_the_trainer_block_are_those_of_transformers() -> None:
+    """They are read from its source, without the import."""
+    hints = typing.get_type_hints(TrainingArguments)
+    real = {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+    ours = training_arguments()
+    assert list(ours) == list(real)
+
+    def plain(kind: Any) -> Any:
+        """The values of an enumeration, and what is compared of other types: those of Python as they are."""
+        if isinstance(kind, type) and issubclass(kind, enum.Enum):
+            return [member.value for member in kind]
+        if typing.get_args(kind):
+            return [plain(inner) for inner in typing.get_args(kind)]
+        return kind if kind in (int, float, str, bool, dict, type(None), False) else Any
+
+    different = [name for name, kind in real.items() if plain(kind) != plain(ours[name])]
+    assert different == ["debug"]  # a list of an enumeration, of which the values are not looked at
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"zero_optimization": {"stage": 2,}}', "ds.json:1: this is not JSON .*correct it"),
+        ("[]", "ds.json holds a list"),
+        (None, "no such file"),
+    ],
+)
+def test_a_deepspeed_file_that_cannot_be_read(tmp_path: Path, text: str | None, words: str) -> None:
+    (tmp_path / "run.yaml").write_text(MINIMAL, encoding="utf-8")
+    if text is not None:
+        (tmp_path / "ds.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"deepspeed: .*{words}"):
+        load_config(tmp_path / "run.yaml", [f"deepspeed={tmp_path}/ds.json"], reads_files=True)

@@ -48,13 +48,55 @@ def test_flags_may_be_numbers_and_diagnostics_an_object() -> None:
     assert Muon([weight()], diagnostics={"every": 7}).diagnostics.every == 7  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("call", [muon_dist.param_groups, muon_dist.routing_table])
-@pytest.mark.parametrize("given", [None, [weight()], torch.nn.Linear(4, 6).parameters()])
-def test_the_model_is_needed_not_its_parameters(call: Any, given: Any) -> None:
-    with pytest.raises(ConfigError, match=r"expected a model.*write param_groups\(model\)"):
-        call(given)
+@pytest.mark.parametrize("name", ["param_groups", "routing_table"])
+@pytest.mark.parametrize("given", [None, [weight()], torch.nn.Linear(4, 6).parameters(), torch.nn.Linear])
+def test_the_model_is_needed_not_its_parameters(name: str, given: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"expected a model.*write {name}\(model\)"):
+        getattr(muon_dist, name)(given)
 
 
-def test_params_that_are_no_parameters() -> None:
-    with pytest.raises(ConfigError, match="params is 5: pass a model"):
-        Muon(5)  # type: ignore[arg-type]
+LAYER = torch.nn.Linear(4, 6)
+USED_UP = iter([weight()])
+next(USED_UP)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (5, "params is 5"),
+        (None, "params is None"),
+        ("model", "params is a str"),
+        (weight(), "params is a Parameter"),
+        (LAYER.state_dict(), "params is a OrderedDict"),
+        (LAYER.parameters, "params is a method"),
+        ([], "params is empty"),
+        (USED_UP, "params is empty .*after its first use"),
+        ([LAYER], r"params\[0\] is a Linear"),
+        ([weight(), ("w", 3)], r"params\[1\] is a tuple"),
+        ([{"lr": 0.1}], r"params\[0\] is a group without params"),
+    ],
+)
+def test_params_that_are_no_parameters(given: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{words}.*pass the model, or muon_dist\.param_groups\(model\)$"):
+        Muon(given)
+
+
+def test_a_model_in_place_of_the_parameters_of_a_group() -> None:
+    with pytest.raises(ConfigError, match=r"params\[0\]\['params'\] is a model: write Muon\(model\)"):
+        Muon([{"params": LAYER}])
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: Muon(lr=0.01), r"Muon: missing .*'params': write muon_dist\.Muon\(muon_dist\.param_groups\(model\)"),
+        (lambda: muon_dist.param_groups(), r"param_groups: missing .*'model': write muon_dist\.param_groups\(model"),
+        (lambda: muon_dist.param_groups(LAYER, 0.1), r"too many .*: write muon_dist\.param_groups\(model, lr=0"),
+        (lambda: muon_dist.routing_table(), r"write muon_dist\.routing_table\(model\)"),
+        (lambda: muon_dist.for_trainer(), r"write muon_dist\.for_trainer\(args\)"),
+        (lambda: muon_dist.for_trainer(LAYER), r"this is a Linear: write for_trainer\(args\)"),
+    ],
+)
+def test_a_call_with_a_missing_argument_shows_the_call(call: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        call()

@@ -23,11 +23,13 @@ from muon_dist.adapters.deepspeed.parallel import Parallelism
 from muon_dist.errors import FrameworkError
 from muon_dist.optim.adamw import adamw_state
 from muon_dist.optim.binding import Binding, Bound, NotReady, holders_of_copies
+from muon_dist.optim.calls import called_as
 from muon_dist.optim.muon import Muon
 
 WRAPPERS = (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer, FP16_UnfusedOptimizer)
 
 
+@called_as("muon_dist.attach(engine), with the engine that deepspeed.initialize returned")
 def attach(engine: DeepSpeedEngine, *, clip_muon: bool = False) -> Muon:
     """Check a DeepSpeed engine and make Muon's plan now. Without this call the first step does it.
 
