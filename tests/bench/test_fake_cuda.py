@@ -29,7 +29,7 @@ def llama_7b() -> tuple[Any, ...]:
 def in_a_fork(function: Callable[[], Any]) -> Any:
     """The result of `function` in a process of its own.
 
-    Fake CUDA tensors start autograd's threads in a CUDA build of torch. No later test of this process could fork ranks.
+    Fake CUDA tensors start autograd's threads in a CUDA build of torch: later tests of this process could not fork.
     """
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
