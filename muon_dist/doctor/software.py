@@ -15,11 +15,13 @@ from muon_dist.train.device import gpus_of_driver
 
 # The ranges of pyproject.toml: package -> (lowest version, first version that is too new, or None).
 RANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
-    "torch": ((2, 9), None),
+    "torch": ((2, 12), None),
     "deepspeed": ((0, 19, 8), None),
     "transformers": ((5, 23), (6,)),
-    "accelerate": ((1, 12), None),
+    "accelerate": ((1, 15), None),
     "datasets": ((4,), None),
+    "sentencepiece": ((0, 2, 3), None),
+    "protobuf": ((7, 36, 1), None),
 }
 
 
