@@ -343,6 +343,10 @@ def _deepspeed(config: Config) -> Found:
                 ("deepspeed", "optimizer"),
                 f"would replace the optimizer of optimizer.name = {config.optimizer.name}: remove deepspeed.optimizer",
             )
+        zero = deepspeed.get("zero_optimization")
+        stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+        if stage not in (0, 1, 2, 3, "auto"):
+            yield ("deepspeed", "zero_optimization", "stage"), f"is {stage!r}: write 0, 1, 2 or 3"
         for half in ("bf16", "fp16"):
             block = deepspeed.get(half)
             enabled = block.get("enabled") if isinstance(block, dict) else None

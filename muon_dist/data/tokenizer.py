@@ -264,8 +264,8 @@ def _explain(message: str, vocab_size: int, characters: int) -> str:
         return f"{start} large for this corpus ({characters} characters sampled); the largest possible is {found[1]}."
     if found := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
         return f"{start} small for this corpus; the smallest possible is {found[1]}."
-    if found := re.search(r"(?:vocab_size|trainer_spec_\.vocab_size)\(\).*?(\d+)?$", message):
-        return f"{start} small: bytes, special pieces and single characters alone need more ({message.strip()})."
+    if "insert_id" in message or "vocab_size()" in message:
+        return f"{start} small: the 256 bytes, the special pieces and the single characters of the corpus need more."
     return f"sentencepiece cannot train on this corpus: {message.strip()}"
 
 

@@ -18,8 +18,8 @@ pytest.importorskip("deepspeed")
 import deepspeed
 
 import muon_dist
-from muon_dist.adapters.deepspeed import check_config, check_partitioned
-from muon_dist.errors import FrameworkError
+from muon_dist.adapters.deepspeed import check_config, check_partitioned, check_zero_settings
+from muon_dist.errors import ConfigError, FrameworkError
 from tests.adapters.deepspeed_ranks import (
     Case,
     Truth,
@@ -435,3 +435,11 @@ def _frozen_late(case: Case) -> None:
 def test_a_parameter_frozen_afterwards_is_named(stage):
     with pytest.raises(RankFailure, match=r"LayoutError: group 0: .*Freeze parameters before making Muon"):
         run_ranks(_frozen_late, 1, Case(stage))
+
+
+def test_a_wrong_setting_of_zero_is_named_with_its_value() -> None:
+    with pytest.raises(
+        ConfigError, match=r"zero_optimization\.reduce_bucket_size: -3 is wrong: input should be"
+    ) as told:
+        check_zero_settings({"zero_optimization": {"stage": 1, "reduce_bucket_size": -3}})
+    assert "pydantic" not in str(told.value)

@@ -101,6 +101,7 @@ optimizer:
             "trainer.ddp_timeout is 60",
         ),
         (["deepspeed=7"], "deepspeed: ", "a path, a mapping or null"),
+        (["deepspeed.zero_optimization.stage=7"], "deepspeed.zero_optimization.stage: is 7", "0, 1, 2 or 3"),
         (["deepspeed=ds.json", "trainer.fsdp=full_shard"], "trainer.fsdp: ", "and deepspeed are both set"),
         (["parallel.tp=2", "trainer.fsdp=full_shard"], "trainer.fsdp: and parallel", "parallel.dp_shard"),
         (

@@ -134,6 +134,8 @@ def test_vocabulary_too_large_names_the_largest_which_then_works(
     assert train_tokenizer([source], tmp_path / "t", model_type=model_type, vocab_size=largest).vocab_size == largest
     with refused("vocab_size: 12 is too small", "smallest possible"):
         train_tokenizer([source], tmp_path / "u", model_type=model_type, vocab_size=12)
+    with refused("vocab_size: 2 is too small", "need more"):
+        train_tokenizer([source], tmp_path / "u", model_type=model_type, vocab_size=2)
 
 
 def test_training_is_deterministic_and_a_second_run_is_skipped(

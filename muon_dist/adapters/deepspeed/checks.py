@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.module_inject.layers import Conv_LinearALlreduce, conv_LinearLayer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from torch import nn
 
 from muon_dist.adapters.deepspeed.storage import model_parameters
@@ -65,7 +66,14 @@ def check_zero_settings(config: Mapping[str, Any]) -> None:
     block = {k: v for k, v in (config.get("zero_optimization") or {}).items() if v != "auto"}
     try:
         DeepSpeedZeroConfig(**block)
-    except ValueError as error:  # also pydantic's ValidationError
+    except ValidationError as error:
+        wrong = (
+            f"deepspeed: zero_optimization.{'.'.join(map(str, detail['loc']))}: {detail['input']!r} is wrong: "
+            f"{detail['msg'][:1].lower()}{detail['msg'][1:]}"
+            for detail in error.errors()
+        )
+        raise ConfigError("; ".join(wrong)) from error
+    except ValueError as error:
         raise ConfigError(f"deepspeed: zero_optimization: {one_line(error)}") from error
 
 
