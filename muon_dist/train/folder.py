@@ -121,8 +121,8 @@ class RunFolder:
         checkpoint, or begins again if there is none, for any `resume` and `overwrite` of the first start. With
         "always" every start without `resume` and `overwrite` does the same.
 
-        Raises ConfigError if the folder already contains a run and neither resume nor overwrite is set, or if it
-        cannot be made; CheckpointError if there is no checkpoint to resume from.
+        Raises ConfigError if the folder already contains a run and neither resume nor overwrite is set;
+        CheckpointError if there is no checkpoint to resume from.
         """
         resume, overwrite = self._decided(resume, overwrite, policy)
         if resume == AUTO and not self.finished_checkpoints():
@@ -141,10 +141,9 @@ class RunFolder:
                 f"{self.root} holds a run already: continue it with --resume auto, start it again with "
                 "--overwrite, or choose another name=..."
             )
-        self._try_to_make()
         return Start(resume, replaces=not own)
 
-    def _try_to_make(self) -> None:
+    def check_writable(self) -> None:
         """Raises ConfigError unless the folder and a file in it can be made; leaves nothing behind.
 
         A check of permissions is not enough: /proc allows root to write, but refuses every folder.

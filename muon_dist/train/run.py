@@ -36,6 +36,7 @@ from muon_dist.train import build, corpus, distributed, environment, mesh, summa
 from muon_dist.train.command import continuing
 from muon_dist.train.folder import RunFolder, Start, changed_settings
 from muon_dist.train.generation import generate
+from muon_dist.train.lock import RunLock
 from muon_dist.train.signals import StopSignals
 from muon_dist.train.trackers import TrackerFolder
 
@@ -60,9 +61,9 @@ def train(
     try:
         folder = RunFolder(Path(run_dir if run_dir is not None else config.run_dir) / config.name)
         trackers = TrackerFolder(folder.trackers, config.trainer.get("report_to"), distributed.rank() == 0)
-        begun: list[int] = []
+        lock, begun = RunLock(folder.root), list[int]()
         ranks = Ranks.of_the_run(distributed.PATIENCE)
-        start = ranks.first(lambda: _decide(folder, config, resume, overwrite))
+        start = ranks.first(lambda: _decide(folder, lock, config, resume, overwrite))
         checkpoint = _verified(folder, start.resume, float(config.trainer.get("ddp_timeout", 1800)))
         _say(f"run folder {folder.root}" + (f", resuming from {checkpoint.path}" if checkpoint else ""))
 
@@ -89,6 +90,7 @@ def train(
         if distributed.rank() == 0:
             if not begun:
                 trackers.drop_new()
+            lock.release()
             folder.remove_if_empty()
         if joined:
             distributed.stop()
@@ -99,8 +101,10 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _decide(folder: RunFolder, config: Config, resume: str | None, overwrite: bool) -> Start:
-    """How the run starts. If it continues, the changed settings are logged."""
+def _decide(folder: RunFolder, lock: RunLock, config: Config, resume: str | None, overwrite: bool) -> Start:
+    """How the run starts, decided while no other run can change the folder. Changed settings are printed."""
+    folder.check_writable()
+    lock.take()
     start = folder.decide(resume, overwrite, config.checkpoint.resume)
     if start.resume is not None and folder.config.exists():
         before = yaml.safe_load(folder.config.read_text("utf-8"))

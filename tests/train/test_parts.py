@@ -83,7 +83,7 @@ def test_overwrite_leaves_what_is_not_the_runs(tmp_path: Path) -> None:
 def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot make the run folder"):
-        RunFolder(tmp_path / "file" / "run").decide(None, False)
+        RunFolder(tmp_path / "file" / "run").check_writable()
 
 
 def test_changed_settings() -> None:
