@@ -15,7 +15,7 @@ from muon_dist.train.device import gpus_of_driver
 
 # The ranges of pyproject.toml: package -> (lowest version, first version that is too new, or None).
 RANGES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
-    "torch": ((2, 11), None),
+    "torch": ((2, 12), None),
     "deepspeed": ((0, 19, 8), None),
     "transformers": ((5, 23), (6,)),
     "accelerate": ((1, 15), None),

@@ -197,7 +197,9 @@ def groups_of(params: Any, groups: Entries) -> Any:
             "groups needs the names of a model's parameters, but params is not a model: write Muon(model, "
             "groups=...), or Muon(muon_dist.param_groups(model, groups=...))"
         )
-    if isinstance(params, (str, bytes, Mapping, torch.Tensor)) or not isinstance(params, Iterable):
+    if isinstance(params, torch.Tensor):
+        return params  # torch's own TypeError says what is needed
+    if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
         raise ConfigError(f"params is {_kind(params)}: {_PASS}")
     entries = list(params)
     if not entries:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,9 +179,12 @@ class RunFolder:
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(self.launch, {"names": launch_names()})
 
-    def remove_if_empty(self) -> None:
-        """Remove the empty folders of a start that failed before `begin`; a folder with a file in it stays."""
-        for path in (self.checkpoints, self.root):
+    def remove_if_empty(self, made: Sequence[Path] = ()) -> None:
+        """Remove the empty folders of a start that failed before `begin`; a folder with a file in it stays.
+
+        made: the folders that the start made, the innermost first.
+        """
+        for path in (self.checkpoints, self.root, *made):
             with contextlib.suppress(OSError, ValueError):
                 path.rmdir()
 

@@ -25,11 +25,15 @@ class RunLock:
 
     Args:
         folder: the run folder; `take` makes it.
+
+    Attributes:
+        made: the folders that `take` made, the innermost first.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
         self._file: IO[str] | None = None
+        self.made: list[Path] = []
 
     def take(self) -> None:
         """Take the lock.
@@ -37,7 +41,9 @@ class RunLock:
         Raises ConfigError, with the process that has the lock, if another run trains in the folder. If the file system
         has no locks, this is printed and the run goes on.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self._path.parent.absolute()
+        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
         until = time.monotonic() + PATIENCE
         while not self._taken():
             if time.monotonic() > until:

@@ -91,7 +91,7 @@ def train(
             if not begun:
                 trackers.drop_new()
             lock.release()
-            folder.remove_if_empty()
+            folder.remove_if_empty(lock.made)
         if joined:
             distributed.stop()
 

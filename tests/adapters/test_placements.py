@@ -22,9 +22,7 @@ from muon_dist.optim.reference import reference_step
 from tests.distributed import run_ranks
 
 S0, S1, S2, R = Shard(0), Shard(1), Shard(2), Replicate()
-LINE: list[list[Placement]] = [[S0], [S1], [S2], [R]]
-if torch.__version__ >= "2.12":  # torch 2.11 cannot gather a strided shard of a mesh of one axis
-    LINE.append([_StridedShard(1, split_factor=2)])
+LINE: list[list[Placement]] = [[S0], [S1], [S2], [R], [_StridedShard(1, split_factor=2)]]
 SQUARE: list[list[Placement]] = [
     [S0, S1], [S1, S0], [S0, S0], [R, S1], [S1, R], [S2, S0], [S1, S1], [R, R],
     [_StridedShard(0, split_factor=2), S0], [_StridedShard(1, split_factor=2), S1],

@@ -41,7 +41,7 @@ def test_ranges_are_those_of_the_package(root: Path) -> None:
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"torch": "2.8.1+cu128"}, "torch 2.8.1+cu128 is outside the supported range (torch>=2.11)"),
+        ({"torch": "2.8.1+cu128"}, "torch 2.8.1+cu128 is outside the supported range (torch>=2.12)"),
         ({"transformers": "6.0.0.dev0"}, "transformers 6.0.0.dev0 is outside"),
         ({"transformers": "4.57.1"}, "transformers 4.57.1 is outside"),
         ({"deepspeed": "0.19.7"}, "deepspeed 0.19.7 is outside"),

@@ -66,7 +66,6 @@ next(USED_UP)
         (5, "params is 5"),
         (None, "params is None"),
         ("model", "params is a str"),
-        (weight(), "params is a Parameter"),
         (LAYER.state_dict(), "params is a OrderedDict"),
         (LAYER.parameters, "params is a method"),
         ([], "params is empty"),

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from deepspeed.module_inject.layers import Conv_LinearALlreduce, conv_LinearLayer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
 from torch import nn
 
 from muon_dist.adapters.deepspeed.storage import model_parameters
@@ -66,15 +65,14 @@ def check_zero_settings(config: Mapping[str, Any]) -> None:
     block = {k: v for k, v in (config.get("zero_optimization") or {}).items() if v != "auto"}
     try:
         DeepSpeedZeroConfig(**block)
-    except ValidationError as error:
-        wrong = (
+    except ValueError as error:
+        details: list[Any] = getattr(error, "errors", list)()  # pydantic's, one for each wrong setting
+        wrong = [
             f"deepspeed: zero_optimization.{'.'.join(map(str, detail['loc']))}: {detail['input']!r} is wrong: "
             f"{detail['msg'][:1].lower()}{detail['msg'][1:]}"
-            for detail in error.errors()
-        )
-        raise ConfigError("; ".join(wrong)) from error
-    except ValueError as error:
-        raise ConfigError(f"deepspeed: zero_optimization: {one_line(error)}") from error
+            for detail in details
+        ]
+        raise ConfigError("; ".join(wrong) or f"deepspeed: zero_optimization: {one_line(error)}") from error
 
 
 def check_scheduler(config: Mapping[str, Any]) -> None:
