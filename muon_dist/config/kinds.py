@@ -23,9 +23,8 @@ def _known_schedule(schedule: Any) -> Any:
         return schedule
     from muon_dist.numerics import get_schedule  # imports torch: seconds, which an error elsewhere should not cost
 
-    found = get_schedule(
-        schedule
-    )  # its ConfigError names the closest schedule, and is a ValueError, as pydantic requires
+    # its ConfigError names the closest schedule, and is a ValueError, as pydantic requires
+    found = get_schedule(schedule)
     return schedule if isinstance(schedule, str) else found.rows
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,27 +141,6 @@ class RunFolder:
                 "--overwrite, or choose another name=..."
             )
         return Start(resume, replaces=not own)
-
-    def check_writable(self) -> None:
-        """Raises ConfigError unless the folder and a file in it can be made; leaves nothing behind.
-
-        A check of permissions is not enough: /proc allows root to write, but refuses every folder.
-        """
-        made: list[Path] = []
-        try:
-            for path in reversed((self.root, *self.root.absolute().parents)):
-                if not path.exists():
-                    path.mkdir()
-                    made.append(path)
-            with tempfile.TemporaryFile(dir=self.root):
-                pass
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"run_dir: cannot make the run folder {str(self.root)[:200]}: {reason}") from error
-        finally:
-            for path in reversed(made):
-                with contextlib.suppress(OSError):
-                    path.rmdir()
 
     def begin(self, start: Start, step: int = 0) -> None:
         """Make the folder ready for a run that is about to take its first step.

@@ -36,14 +36,21 @@ class RunLock:
         self.made: list[Path] = []
 
     def take(self) -> None:
-        """Take the lock.
+        """Make the folder and take the lock.
 
-        Raises ConfigError, with the process that has the lock, if another run trains in the folder. If the file system
-        has no locks, this is printed and the run goes on.
+        Raises ConfigError if the folder or a file in it cannot be made; and, with the process that has the lock, if
+        another run trains in the folder. If the file system has no locks, this is printed and the run goes on.
         """
         folder = self._path.parent.absolute()
-        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path.open("a").close()  # permissions do not tell: /proc allows root to write, but refuses every file
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(
+                f"run_dir: cannot make the run folder {str(self._path.parent)[:200]}: {reason}"
+            ) from error
         until = time.monotonic() + PATIENCE
         while not self._taken():
             if time.monotonic() > until:

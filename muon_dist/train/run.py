@@ -103,7 +103,6 @@ def _say(text: str) -> None:
 
 def _decide(folder: RunFolder, lock: RunLock, config: Config, resume: str | None, overwrite: bool) -> Start:
     """How the run starts, decided while no other run can change the folder. Changed settings are printed."""
-    folder.check_writable()
     lock.take()
     start = folder.decide(resume, overwrite, config.checkpoint.resume)
     if start.resume is not None and folder.config.exists():

@@ -13,6 +13,7 @@ from muon_dist.train import distributed, environment
 from muon_dist.train.build import checkpoint_options
 from muon_dist.train.command import continuing
 from muon_dist.train.folder import RunFolder, Start, changed_settings
+from muon_dist.train.lock import RunLock
 from muon_dist.train.summary import rows, show
 
 # ---- secrets
@@ -83,7 +84,7 @@ def test_overwrite_leaves_what_is_not_the_runs(tmp_path: Path) -> None:
 def test_a_run_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot make the run folder"):
-        RunFolder(tmp_path / "file" / "run").check_writable()
+        RunLock(tmp_path / "file" / "run").take()
 
 
 def test_changed_settings() -> None:
