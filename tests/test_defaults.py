@@ -81,7 +81,7 @@ DIFFERENT = {
         "CheckpointOptions",
         "background",
     ): "a program of one's own may end right after its last save",
-    ("ParallelConfig", "Parallel", "dp_shard"): "null: all ranks that are left, of which the other is the result",
+    ("ParallelConfig", "Parallel", "dp_shard"): "null: all ranks that the other axes leave; the other is their number",
     ("SourceConfig", "Source", "on_bad_record"): "null: data.on_bad_record",
     ("SourceConfig", "Source", "max_bad_records"): "null: data.max_bad_records",
     ("DataConfig", "prepare", "workers"): "a command may start processes, a call in a program should not",

@@ -97,7 +97,7 @@ class _HeldPlaces(module_state.Places):
 
 
 def _of(held: Held, kind: str, tensor: torch.Tensor) -> list[Piece]:
-    """The pieces of a tensor, of which this rank holds the part `held`."""
+    """The pieces of a tensor. This rank holds the part `held` of it."""
     return [
         Piece(held.name, kind, held.shard.shape, block, shaped(tensor, place), held.holders)
         for block, place in held.shard.blocks

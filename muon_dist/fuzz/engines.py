@@ -124,8 +124,7 @@ def cut_by_autotp(p: Parameter, setup: Setup) -> bool:
 
 
 def _fused(p: Parameter, tp: int) -> tuple[int, ...]:
-    """Sizes of the parts along the first axis, each of which is split over the ranks; a weight that is not fused has
-    one part."""
+    """Sizes of the parts along the first axis; each is split over the ranks. One part if the weight is not fused."""
     fused = p.sizes is not None and not p.transposed and p.tp == 0 and all(n % tp == 0 for n in p.sizes)
     return p.sizes if fused and p.sizes is not None else (p.shape[p.tp or 0],)
 

@@ -117,8 +117,8 @@ def assign_owners(
         layout: the fragments of every matrix on every rank.
         policy:
             - "balanced": largest matrix first, each to the rank that would finish it earliest (Graham's LPT). The time
-              counts the iteration, and the bytes sent to that rank and back. A matrix of which one rank holds more
-              than half starts on that rank. It leaves the busiest rank only if the last rank then finishes earlier.
+              counts the iteration, and the bytes sent to that rank and back. If one rank holds more than half of a
+              matrix, the matrix starts there. It leaves the busiest rank only if the last rank then finishes earlier.
               Each phase of the layout is balanced separately.
             - "local": the rank that holds most of the matrix. Fewest bytes, no balance.
             - "round_robin": in the order of the parameters; for comparison.
@@ -219,7 +219,7 @@ class _Balance:
         return self._whole[i]
 
     def place(self) -> None:
-        """Give matrices of which one rank holds most to this rank, then all others, largest first."""
+        """Give each matrix to the rank that holds more than half of it, then all others, largest first."""
         loose = []
         for i in self.members:
             m = self.layout.matrices[i]

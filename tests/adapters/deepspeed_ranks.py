@@ -379,8 +379,10 @@ def run_cases(cases: list[Case], accessors: bool = True) -> list[Result]:
 
 
 def least_bytes(plan: OwnershipPlan) -> int:
-    """Bytes that all ranks must send in a step: 2 (N - h) + (c - 1) N fp32 elements for each matrix of N elements in c
-    copies, of which its owner holds h."""
+    """Bytes that all ranks must send in a step: 2 (N - h) + (c - 1) N fp32 elements for each matrix.
+
+    N: elements of the matrix. h: those that its owner holds. c: copies of the matrix.
+    """
     elements = 0
     for m, owner in zip(plan.layout.matrices, plan.owners, strict=True):
         copies = int(m.fragments.length.sum()) // m.matrix.numel

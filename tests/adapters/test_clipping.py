@@ -1,4 +1,4 @@
-"""One rule of clipping under every framework: the same step, whoever clips."""
+"""One rule of clipping under every framework: the same step, whichever of them clips."""
 
 from __future__ import annotations
 

@@ -282,7 +282,7 @@ def saved_to(engine: Any, folder: str) -> None:
 
 
 def resumed(run: Run, folder: str) -> tuple[Weights, Weights, Weights]:
-    """Weights after four steps; after a save of ours at step two, a load and two more; and by DeepSpeed's own save."""
+    """Weights after four steps; after our save at step two, a load and two steps; and with DeepSpeed's save."""
     engine, optimizer = run.engine()
     for step in range(4):
         run.backward(engine, step)

@@ -203,7 +203,7 @@ def test_experts_in_16_bits_are_the_rounded_reference(stages: list[int]) -> None
 
 
 def resumed(run: Run, folder: str) -> list[Weights]:
-    """Weights after four steps; after a save of ours at step two, a load and two more; and by DeepSpeed's own save."""
+    """Weights after four steps; after our save at step two, a load and two steps; and with DeepSpeed's save."""
     engine, _ = run.engine()
     for step in range(4):
         run.backward(engine, step)

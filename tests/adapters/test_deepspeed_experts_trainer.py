@@ -40,7 +40,7 @@ class InOrder(muon_dist.MuonTrainer):
 
 
 def trained(folder: str, own: bool, size: int, stage: int, resume: bool) -> list[float]:
-    """The losses of the steps. own: MuonTrainer's; size: `ep_size`; resume: go on from step 2."""
+    """The losses of the steps. own: MuonTrainer's; size: `ep_size`; resume: continue from step 2."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29557", ACCELERATE_USE_DEEPSPEED="true")
     deepspeed.init_distributed("gloo", verbose=False)
     PartialState(backend="gloo")

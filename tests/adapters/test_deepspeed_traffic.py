@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(600)]
 
 
 def _count(case: Case) -> dict[str, Any]:
-    """One step of ours and one of torch's AdamW under the same configuration."""
+    """One step of Muon and one of torch's AdamW under the same configuration."""
     engine, optimizer = make_engine(case)
     measured = _one_step(engine, case)
     runtime = optimizer.runtime

@@ -1,4 +1,4 @@
-"""Lightning's checkpoints on two ranks; skipped where Lightning is not installed (it is no dependency of ours)."""
+"""Lightning's checkpoints on two ranks; skipped where Lightning is not installed (muon_dist does not depend on it)."""
 
 from __future__ import annotations
 

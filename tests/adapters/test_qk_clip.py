@@ -1,4 +1,4 @@
-"""QK-clip against plain fp64 loops: kinds of attention, layouts, 16-bit weights, and what is refused by name."""
+"""QK-clip against plain fp64 loops: kinds of attention, layouts, 16-bit weights, and which models are refused."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """TRL, PEFT and a hyperparameter search on real Trainers; skipped where they are not installed.
 
-They are no dependencies of ours: `bash .ci/extended libraries` makes an environment that has them.
+muon_dist does not depend on them: `bash .ci/extended libraries` makes an environment that has them.
 """
 
 from __future__ import annotations

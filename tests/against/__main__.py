@@ -2,7 +2,7 @@
 
     python -m tests.against                      # digests, bytes, collectives, calls: all layouts, 1 to 4 ranks
     python -m tests.against --only "zero3 llama" --ranks 2,3
-    python -m tests.against bench --rounds 3     # `bench step` of both in turn: time and peak memory of ours
+    python -m tests.against bench --rounds 3     # `bench step` of both in turn: our time and peak memory
 
 No figure is kept: both versions run here, and are compared with each other.
 """

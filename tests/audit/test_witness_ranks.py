@@ -24,7 +24,7 @@ def _all(cases: list[Case]) -> list[dict]:
 
 
 def together(*cases: Case) -> dict[str, dict[str, str]]:
-    """By case the findings, cause -> sentence, which every rank must have alike; all cases in one group of ranks."""
+    """By case the findings, cause -> sentence, which must be equal on all ranks; all cases in one group of ranks."""
     outcomes = run_ranks(_all, 2, list(cases))
     assert outcomes[0] == outcomes[1]
     return {case.name: dict(found["findings"]) for case, found in zip(cases, outcomes[0], strict=True)}
@@ -83,7 +83,7 @@ class PlainNorMuon(torch.optim.Optimizer):
 
 
 def _normuons() -> dict[str, dict[str, str]]:
-    """Findings of NorMuon, with the norm restored whole and by this rank's shards, and of ours."""
+    """Findings of NorMuon, with the norm restored whole and by this rank's shards, and of our step."""
     found = {}
     for name in ("whole", "by shards", "ours"):
 

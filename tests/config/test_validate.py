@@ -232,7 +232,7 @@ def test_types_of_the_trainer_block_are_those_of_transformers() -> None:
         return kind if kind in (int, float, str, bool, dict, type(None), False) else Any
 
     different = [name for name, kind in real.items() if plain(kind) != plain(ours[name])]
-    assert different == ["debug"]  # a list of an enumeration, of which the values are not looked at
+    assert different == ["debug"]  # a list of an enumeration's values; they are not compared
 
 
 @pytest.mark.parametrize(

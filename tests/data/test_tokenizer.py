@@ -83,7 +83,7 @@ def test_text_cannot_forge_the_end_of_a_document(folder: Path) -> None:
 
 @pytest.mark.parametrize("config", [LlamaConfig(), Qwen3Config(), GPT2Config()], ids=lambda c: c.model_type)
 def test_beside_a_model_configuration_it_stays_the_same(folder: Path, config: object, tmp_path: Path) -> None:
-    """transformers 5 picks tokenizer classes by model type, some of which rebuild the pre-tokenizer."""
+    """transformers 5 picks the tokenizer's class by model type. Some classes rebuild the pre-tokenizer."""
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     config.save_pretrained(tmp_path)
     auto, ours = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A loss spike: judged alike on every rank and after resume."""
+"""A loss spike: all ranks judge it the same, also after a resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run on three hosts that loses one of them for good: the others fail in time, start anew as two and go on."""
+"""A run on three hosts that loses one of them for good: the others fail in time, start again as two and continue."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ LAYOUTS = [("copies", 1), ("copies", 2), ("flat", 3), ("fsdp2", 3)]
 
 
 def silent(step: int, names: tuple[str, ...] | None = None) -> Tensors:
-    """Gradients of which those of `names` are zero; all of them by default."""
+    """Gradients. Those of `names` are zero; by default all are."""
     return {n: torch.zeros_like(g) if names is None or n in names else g for n, g in gradients(step).items()}
 
 

@@ -1,4 +1,4 @@
-"""What a parameter group may hold: everything else is refused by name, before anything is made of it."""
+"""What a parameter group may hold: an error names everything else before the optimizer is built."""
 
 from __future__ import annotations
 

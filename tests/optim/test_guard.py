@@ -226,7 +226,7 @@ def test_only_zero_is_zero(dtype: torch.dtype, exact: bool) -> None:
 
 
 def test_states_of_the_matrices_of_one_gradient() -> None:
-    """Three matrices, of which this rank holds two and a half, and none of the fourth."""
+    """This rank holds two matrices whole, half of a third one, and nothing of the fourth."""
     blocks = [Block.run(0, 4), Block.run(4, 4), Block.run(8, 2), Block.run(12, 2)]
     split = Split(Reader((14,), blocks), [0, 1, 1, 2], [10, 11, 12, 13])
     gradient = torch.zeros(14)

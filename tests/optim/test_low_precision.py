@@ -387,7 +387,7 @@ def test_a_checkpoint_goes_on_exactly_under_every_layout(tmp_path: Any, options:
 
 
 def test_a_checkpoint_goes_to_another_precision_and_back(tmp_path: Any) -> None:
-    """Weights are saved as the masters, so an fp32 run goes on from them as the run itself does."""
+    """Weights are saved as the masters, so an fp32 run continues from them as the run itself does."""
     expected = run_ranks(saved_and_on, 2, str(tmp_path), "ddp", MASTERS)[0]
 
     def in_fp32() -> dict[str, torch.Tensor]:

@@ -205,7 +205,7 @@ def test_experts_fill_only_as_many_ranks_as_there_are() -> None:
 def test_links_of_an_axis() -> None:
     mesh = Mesh("fsdp2", per_node=8, dp_shard=16, tp=4)
     assert mesh.ring_between(4, 1) == 0 and mesh.peers_between(4, 1) == 0  # tp inside the node
-    assert mesh.ring_between(16, 4) == 1 / 2  # two ranks of each ring on a node, one of which receives from outside
+    assert mesh.ring_between(16, 4) == 1 / 2  # two ranks of each ring on a node; one of them receives from outside
     assert mesh.peers_between(16, 4) == 14 / 15
     assert mesh.ring_between(4, 64) == 1
 

@@ -57,7 +57,7 @@ def test_the_parts_are_trained(finished: dict[str, Any]) -> None:
     found = lines(finished["run"])
     assert [line["part"] for line in found] == [1, 1, 1, 2, 2, 2, 3, 3]
     assert [line["tokens"] for line in found] == [64, 128, 192, 320, 448, 576, 704, 832]
-    # The schedule of the run until step 6, of which 2/8 is left; then a decay to zero over the last two steps.
+    # The schedule of the run until step 6 (2/8 of it are left); then a decay to zero over the last two steps.
     factors = [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
     assert [line["lr/muon"] for line in found] == pytest.approx([0.02 * factor for factor in factors])
 

@@ -1,4 +1,4 @@
-"""Guards inside the Trainer: the ranks decide alike, whatever each of them saw."""
+"""Guards inside the Trainer: all ranks decide the same, whatever each of them saw."""
 
 from __future__ import annotations
 
