@@ -74,12 +74,12 @@ muon_env() {
         muon_log "already installed in $venv"
     else
         constraints="$(muon_constraints "$venv")"
-        # pip compiles one file after another; compileall, below, uses all cores.
+        # pip compiles one file after another; compileall, below, uses all cores, also where PYTHONDONTWRITEBYTECODE is set.
         command=("$venv/bin/python" -m pip install --quiet --quiet --no-compile -e "$target" -c "$constraints")
         muon_log "installing, which takes a few minutes; plain: $(printf '%q ' "${command[@]}")"
         "${command[@]}" </dev/null || muon_die "pip failed; the command above shows it"
         # Some packages have templates that are not Python, so compileall may fail.
-        "$venv/bin/python" -m compileall -q -j 0 -x '/tests?/' "$venv/lib" >/dev/null 2>&1 || true
+        "$venv/bin/python" -m compileall -q -j 0 -x '/tests?/' "$venv/lib" muon_dist >/dev/null 2>&1 || true
         printf '%s\n' "$want" >"$stamp"
     fi
     export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"

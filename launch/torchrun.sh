@@ -197,7 +197,8 @@ done
 status=0
 wait "$child" || status=$?
 if ((status != 0)) && [[ -s "$said" ]]; then
-    muon_log "the first error: $(<"$said")"
+    IFS= read -r -d '' first <"$said" || true
+    muon_log "the first error: $first"
 fi
 rm -f -- "$said"
 exit "$status"

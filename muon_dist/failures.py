@@ -75,8 +75,9 @@ def say(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
     path = os.environ.get("MUON_DIST_FIRST_ERROR")
     if path:
-        with contextlib.suppress(OSError), open(path, "x", encoding="utf-8") as file:
-            file.write(text)
+        # Added by one write: torchrun may end this process at any time, and another process may add its error.
+        with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:
+            file.write(text.encode(errors="backslashreplace") + b"\0")
 
 
 def _file_message(error: OSError) -> str:

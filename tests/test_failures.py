@@ -455,6 +455,16 @@ def test_a_port_that_is_taken_and_a_peer_that_is_absent(
     assert code == 10 and "MASTER_PORT=" in err and "rank 1" in err, err
 
 
+def test_an_error_is_told_to_the_launcher_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun ends the other processes when one has failed, also between the opening of the file and the writing."""
+    told = tmp_path / "told"
+    monkeypatch.setenv("MUON_DIST_FIRST_ERROR", str(told))
+    with told.open("ab"):  # of a process that is ended now
+        failures.say("first\nof two lines")
+        failures.say("second")
+    assert told.read_bytes() == b"first\nof two lines\0second\0"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--nproc-per-node=x"], ["--nproc_per_node=x"], ["--nproc_per_node", "x"], ["--nproc-per-node", "x"]],

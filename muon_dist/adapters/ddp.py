@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import weakref
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from muon_dist.adapters.living import living
 from muon_dist.errors import FrameworkError
 from muon_dist.optim.binding import Bound
 from muon_dist.optim.planning import plain_binding
@@ -35,12 +35,11 @@ def bind(optimizer: Any) -> Bound | None:
     if optimizer.process_group is None or not torch.distributed.is_initialized():
         return None
     ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    # torch has no list of these, so search all objects. Compare types: isinstance may make an object import modules.
-    living = gc.get_objects()
     sharder = getattr(sys.modules.get("torch.distributed.optim"), "ZeroRedundancyOptimizer", None)
-    if sharder is not None and any(vars(o).get("optim") is optimizer for o in living if issubclass(type(o), sharder)):
+    found = living(DistributedDataParallel, *([] if sharder is None else [sharder]))
+    wrapped = [o for o in found if isinstance(o, DistributedDataParallel)]
+    if any(vars(o).get("optim") is optimizer for o in found if o not in wrapped):
         raise FrameworkError(_SHARDED_TWICE)
-    wrapped = (m for m in living if issubclass(type(m), DistributedDataParallel))
     models = [weakref.ref(m) for m in wrapped if any(id(p) in ours for p in m.parameters())]
     if not models:
         return None

@@ -51,8 +51,12 @@ SUBSET = [
     (2, [Case(s, "fp32", 4) for s in range(4)]),
     (2, [Case(s, "bf16") for s in range(4)]),
     pytest.param(2, [Case(s, "fp16", 4) for s in (1, 2, 3)], marks=pytest.mark.fp16),
-    (2, [*(Case(s, model="gpt2") for s in (0, 2, 3)), *(Case(s, model="mixtral") for s in (1, 3))]),
-    (4, [Case(0), Case(1, "bf16", 4), Case(2), Case(3, "fp32", 4), Case(3, "bf16", model="mixtral")]),
+    pytest.param(
+        2,
+        [*(Case(s, model="gpt2") for s in (0, 2, 3)), *(Case(s, model="mixtral") for s in (1, 3))],
+        marks=pytest.mark.slow,
+    ),
+    (4, [Case(0, model="gpt2"), Case(1, "bf16", 4), Case(2), Case(3, "fp32", 4), Case(3, "bf16", model="mixtral")]),
 ]
 
 

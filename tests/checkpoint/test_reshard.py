@@ -96,10 +96,11 @@ POINTS = [
     (("zero1", 3), ("fsdp2", 2), "mixtral", "fp32"),  # experts
     (("zero3", 3), ("zero2", 2), "llama", "bf16"),  # fp32 masters, refreshed 16-bit copies
     (("fsdp2", 4), ("zero3", 2), "gpt2", "fp32"),
-    (("fsdp2", 2), ("ddp", 3), "llama", "fp32"),
     *(
-        pytest.param(*point, marks=pytest.mark.slow)  # the same layout again
+        pytest.param(*point, marks=pytest.mark.slow)
         for point in (
+            (("fsdp2", 2), ("ddp", 3), "llama", "fp32"),
+            # the same layout again
             (("ddp", 3), ("ddp", 3), "gpt2", "fp32"),
             (("zero1", 2), ("zero1", 2), "gpt2", "bf16"),
             (("zero3", 2), ("zero3", 2), "mixtral", "fp32"),

@@ -67,9 +67,9 @@ def _stepped(folder: Path, sizes: dict[str, int]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "mesh", "sizes"),
     [
-        ("llama", ("fsdp2", {"tp": 2}), {"tp_size": 2, "fsdp_size": 2}),
+        pytest.param("llama", ("fsdp2", {"tp": 2}), {"tp_size": 2, "fsdp_size": 2}, marks=pytest.mark.slow),
         ("mixtral", ("hsdp", {"tp": 2, "dp_replicate": 2}), {"tp_size": 2, "dp_replicate_size": 2}),
-        ("mixtral", ("fsdp2", {"tp": 2}), {"tp_size": 2, "fsdp_size": 2}),
+        pytest.param("mixtral", ("fsdp2", {"tp": 2}), {"tp_size": 2, "fsdp_size": 2}, marks=pytest.mark.slow),
         ("qwen3_moe", ("fsdp2", {"tp": 2, "ep": 4}), {"tp_size": 2, "fsdp_size": 2, "ep_size": 4}),
         ("qwen3_moe", ("hsdp", {"ep": 2, "dp_replicate": 2}), {"fsdp_size": 2, "dp_replicate_size": 2, "ep_size": 2}),
         ("phi3", ("fsdp2", {"tp": 2}), {"tp_size": 2, "fsdp_size": 2}),

@@ -140,7 +140,7 @@ def _of_rule(shape: tuple[int, ...], case: dict[str, Any]) -> dict[str, Any]:
     return _counted(traffic, optimizer, (BATCH, "broadcast"))
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((3,), marks=pytest.mark.slow), (2, 2)])
 def test_fsdp2_moves_what_was_predicted(shape):
     world = torch.Size(shape).numel()
     cases: list[dict[str, Any]] = [{"rule": "muon", "rule_options": {part: value}} for part, value in

@@ -202,6 +202,7 @@ def test_one_process_for_each_gpu_that_torch_sees(root: Path, tmp_path: Path, se
     assert code == 0 and f"--nproc-per-node {processes} " in out, out + err
 
 
+@pytest.mark.slow  # test_two_nodes is the same without SLURM's variables
 def test_slurm_starts_torchrun_on_every_node(root: Path, tmp_path: Path) -> None:
     """With substitutes for srun and scontrol that act like SLURM on two nodes."""
     stand_ins = tmp_path / "bin"

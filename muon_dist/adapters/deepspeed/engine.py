@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import deepspeed
@@ -20,6 +18,7 @@ from muon_dist.adapters.deepspeed.checks import check_engine, check_expert_group
 from muon_dist.adapters.deepspeed.gradients import Clip, is_finite
 from muon_dist.adapters.deepspeed.layouts import parts
 from muon_dist.adapters.deepspeed.parallel import Parallelism
+from muon_dist.adapters.living import living
 from muon_dist.errors import FrameworkError
 from muon_dist.optim.adamw import adamw_state
 from muon_dist.optim.binding import Binding, Bound, NotReady, holders_of_copies
@@ -101,21 +100,15 @@ def bind(optimizer: Muon) -> Bound | NotReady | None:
 def find_engine(optimizer: Muon) -> tuple[DeepSpeedEngine | None, Any]:
     """The engine and the wrapper that hold `optimizer`; during the engine's __init__ there is only a wrapper.
 
-    DeepSpeed has no list of its engines, and our optimizer does not know its wrapper, so this searches all objects
-    once. It compares types, because isinstance may make an object import modules.
+    DeepSpeed has no list of its engines, and our optimizer does not know its wrapper.
     """
-    kinds = set(_with_subclasses((*WRAPPERS, DeepSpeedEngine)))
-    living = [candidate for candidate in gc.get_objects() if type(candidate) in kinds]
-    wrappers = [w for w in living if isinstance(w, WRAPPERS) and vars(w).get("optimizer") is optimizer]
+    if not deepspeed.comm.is_initialized():  # without, no engine can be made
+        return None, None
+    found = living(*WRAPPERS, DeepSpeedEngine)
+    wrappers = [w for w in found if isinstance(w, WRAPPERS) and vars(w).get("optimizer") is optimizer]
     held = wrappers[0] if wrappers else optimizer
-    engines = [e for e in living if isinstance(e, DeepSpeedEngine) and vars(e).get("optimizer") is held]
+    engines = [e for e in found if isinstance(e, DeepSpeedEngine) and vars(e).get("optimizer") is held]
     return engines[0] if engines else None, wrappers[0] if wrappers else None
-
-
-def _with_subclasses(classes: Iterable[type]) -> Iterator[type]:
-    for cls in classes:
-        yield cls
-        yield from _with_subclasses(cls.__subclasses__())
 
 
 def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:

@@ -5,7 +5,6 @@ Binds at the first step, because accelerate replaces parameters after the optimi
 
 from __future__ import annotations
 
-import gc
 import sys
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from muon_dist.adapters.fsdp2.storage import (
     local_parts,
     placed_over,
 )
+from muon_dist.adapters.living import living
 from muon_dist.errors import FrameworkError, LayoutError
 from muon_dist.layout import Layout, dtensor_layout
 from muon_dist.optim.binding import Binding, Bound, ParameterSpec
@@ -94,11 +94,11 @@ def _matched(optimizer: Muon) -> list[tuple[int, torch.Tensor, ParameterSpec]]:
 def _refuse_left_behind(pairs: list[tuple[int, torch.Tensor, ParameterSpec]]) -> None:
     """Raise FrameworkError if Muon was made before `fully_shard`, which has then replaced its parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or any(p.grad is not None for _, p, _ in pairs):
+    if fsdp is None or not dist.is_initialized() or any(p.grad is not None for _, p, _ in pairs):
         return
-    modules = [m for m in gc.get_objects() if issubclass(type(m), torch.nn.Module)]
+    modules = living(torch.nn.Module)
     used = {id(p) for m in modules for p in vars(m).get("_parameters", {}).values()}
-    shapes = {tuple(p.shape) for m in modules if issubclass(type(m), fsdp.FSDPModule) for p in m.parameters()}
+    shapes = {tuple(p.shape) for m in modules if isinstance(m, fsdp.FSDPModule) for p in m.parameters()}
     # Not replaced: parameters that a module still uses, or whose shapes no model under fully_shard has.
     if shapes and not any(id(p) in used for _, p, _ in pairs) and all(spec.shape in shapes for *_, spec in pairs):
         raise FrameworkError(
