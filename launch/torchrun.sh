@@ -186,6 +186,7 @@ export NCCL_LAUNCH_ORDER_IMPLICIT="${NCCL_LAUNCH_ORDER_IMPLICIT:-1}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 # The first error that a process of this node reports, to repeat it below torchrun's own table of exit codes.
 said="$(mktemp "${TMPDIR:-/tmp}/muon-dist.XXXXXXXX")" && rm -f -- "$said" && export MUON_DIST_FIRST_ERROR="$said"
+[[ "$nnodes" == 1 ]] || muon_log "the run begins when $nnodes nodes have met at $addr:$port ($rdzv rendezvous)"
 "$python" -m torch.distributed.run "${options[@]}" "${program[@]}" &
 child=$!
 # A signal to this script is sent to torchrun, which sends it to its processes.
@@ -199,6 +200,9 @@ wait "$child" || status=$?
 if ((status != 0)) && [[ -s "$said" ]]; then
     IFS= read -r -d '' first <"$said" || true
     muon_log "the first error: $first"
+elif ((status != 0)) && [[ "$nnodes" != 1 ]]; then
+    muon_log "torchrun ended with exit code $status; the reason is above. If the nodes did not meet: start this command" \
+        "on all $nnodes nodes. Each must reach port $port of $addr."
 fi
 rm -f -- "$said"
 exit "$status"

@@ -47,22 +47,32 @@ def test_a_project_without_an_environment_says_what_to_activate(tmp_path: Path) 
     assert done.returncode == 1 and "activate the environment in which muon-dist is installed\n" in done.stderr
 
 
+def failed_launch(folder: Path, *arguments: str) -> list[str]:
+    """What a launch that fails says."""
+    command = ["bash", str(ROOT / "launch/torchrun.sh"), *arguments, "train", "nowhere.yaml"]
+    variables = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    return done.stderr.splitlines()
+
+
 def test_the_reason_is_the_last_line_of_a_launch(tmp_path: Path) -> None:
     """Not torchrun's table of exit codes, and not its traceback where the port is taken."""
-
-    def last_line(*arguments: str) -> str:
-        command = ["bash", str(ROOT / "launch/torchrun.sh"), *arguments, "train", "nowhere.yaml"]
-        variables = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 1, done.stderr
-        return done.stderr.splitlines()[-1]
-
-    assert "the first error: nowhere.yaml: no such file" in last_line("--nproc-per-node", "2")
+    assert "the first error: nowhere.yaml: no such file" in failed_launch(tmp_path, "--nproc-per-node", "2")[-1]
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert f"port {port} of this machine is in use" in last_line("--nnodes", "2", "--master-port", port)
+        said = failed_launch(tmp_path, "--nnodes", "2", "--master-port", port)
+        assert f"port {port} of this machine is in use" in said[-1]
+
+
+@pytest.mark.slow
+def test_a_node_that_never_comes(tmp_path: Path) -> None:
+    """torchrun waits for it for minutes, and says nothing."""
+    said = failed_launch(tmp_path, "--nnodes", "2", "--rdzv", "c10d", "--rdzv-conf", "join_timeout=1")
+    assert said[0] == "[muon-dist] the run begins when 2 nodes have met at 127.0.0.1:29500 (c10d rendezvous)"
+    assert said[-1].endswith("start this command on all 2 nodes. Each must reach port 29500 of 127.0.0.1.")
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:
