@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from muon_dist import failures, streams
+from muon_dist.cli import main
 from muon_dist.errors import FileError, PeerError, ResourceError, UnexpectedError
+from tests.data.test_preparation import in_a_fork
 from tests.test_cli import CONFIG, refused, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,15 +180,18 @@ def test_epochs_are_still_chosen_by_minus_one(config: Path) -> None:
 
 
 def test_deepspeed_in_one_process(config: Path) -> None:
-    """DeepSpeed looked for MPI, and failed on mpi4py. In a separate process, because DeepSpeed is set up once per
-    process."""
+    """DeepSpeed looked for MPI, and failed on mpi4py. In a fork, because DeepSpeed is set up once per process."""
     block = "deepspeed={zero_optimization: {stage: 2}, train_batch_size: auto, train_micro_batch_size_per_gpu: auto}"
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, "-m", "muon_dist.cli", "train", str(config), block, "evaluation.generate_tokens=4"],
-        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    arguments = ["train", str(config), block, "evaluation.generate_tokens=4"]
+
+    def job() -> None:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert not stop.value.code
+
+    assert in_a_fork(job)[0] == 0
     assert (config.parent / "runs" / "tiny" / "model" / "model.safetensors").is_file()
 
 

@@ -49,7 +49,7 @@ def product(model: str, dtype: str) -> list[Case]:
 SUBSET = [
     pytest.param(1, [Case(s) for s in range(4)], marks=pytest.mark.slow),
     (2, [Case(s, "fp32", 4) for s in range(4)]),
-    (2, [Case(s, "bf16") for s in range(4)]),
+    pytest.param(2, [Case(s, "bf16") for s in range(4)], marks=pytest.mark.slow),
     pytest.param(2, [Case(s, "fp16", 4) for s in (1, 2, 3)], marks=pytest.mark.fp16),
     pytest.param(
         2,

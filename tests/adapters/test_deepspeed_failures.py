@@ -94,7 +94,7 @@ CLIPPED = [
 
 
 @pytest.mark.parametrize("cases", split_fp16(CLIPPED))
-@pytest.mark.parametrize("clip_muon", [False, True])
+@pytest.mark.parametrize("clip_muon", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_clip_acts_on_the_raw_gradient_and_exempts_muon(clip_muon, cases):
     cases = [replace(case, attach=clip_muon or (case.stage, case.dtype) == (0, "fp32")) for case in cases]
     for case, (muon, adamw, reported, norm) in zip(cases, _in_one(_clipped, cases, clip_muon), strict=True):

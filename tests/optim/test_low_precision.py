@@ -377,6 +377,7 @@ def resumed(folder: str, layout: str, options: dict[str, Any], first: int) -> di
     return train(model, optimizer, 3, 6)
 
 
+@pytest.mark.each_choice
 @pytest.mark.parametrize("options", [STOCHASTIC, MASTERS], ids=["stochastic", "masters"])
 @pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
 def test_a_checkpoint_goes_on_exactly_under_every_layout(tmp_path: Any, options: dict[str, Any], layout: str) -> None:

@@ -110,7 +110,7 @@ def _one(workspace: Path, folder: Path, half: Path) -> dict[str, Any]:
     [
         ("dense", 4, 1),
         pytest.param("dense", 2, 3, marks=pytest.mark.slow),
-        ("clipped", 4, 1),
+        pytest.param("clipped", 4, 1, marks=pytest.mark.slow),
         pytest.param("clipped", 4, 2, marks=pytest.mark.slow),
         pytest.param("clipped", 2, 3, marks=pytest.mark.slow),
     ],
