@@ -65,6 +65,9 @@ muon_env() {
     fi
     "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
         || muon_die "$venv has $("$venv/bin/python" --version); Python 3.11 or newer is needed (set PYTHON)"
+    # pip would compile all 17,000 files, one after another. Python compiles the third of them that is imported, and
+    # keeps the result unless this variable, which containers set, forbids it.
+    unset PYTHONDONTWRITEBYTECODE
     target="."
     [[ -z "$extras" ]] || target=".[$extras]"
     # One stamp for each set of extras; it is out of date when what is installed from has changed or moved.
@@ -74,12 +77,9 @@ muon_env() {
         muon_log "already installed in $venv"
     else
         constraints="$(muon_constraints "$venv")"
-        # pip compiles one file after another; compileall, below, uses all cores, also where PYTHONDONTWRITEBYTECODE is set.
         command=("$venv/bin/python" -m pip install --quiet --quiet --no-compile -e "$target" -c "$constraints")
         muon_log "installing, which takes a few minutes; plain: $(printf '%q ' "${command[@]}")"
         "${command[@]}" </dev/null || muon_die "pip failed; the command above shows it"
-        # Some packages have templates that are not Python, so compileall may fail.
-        "$venv/bin/python" -m compileall -q -j 0 -x '/tests?/' "$venv/lib" muon_dist >/dev/null 2>&1 || true
         printf '%s\n' "$want" >"$stamp"
     fi
     export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"

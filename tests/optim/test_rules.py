@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -163,16 +164,31 @@ def train(layout: str, rule: str, options: dict[str, Any]) -> tuple[Tensors, int
     return run.weights(), run.optimizer.orthogonalized
 
 
-def train_all(layout: str) -> dict[str, tuple[Tensors, int]]:
-    return {case: train(layout, *of_case) for case, of_case in CASES.items()}
+def train_all(layout: str, cases: Sequence[str]) -> dict[str, tuple[Tensors, int]]:
+    return {case: train(layout, *CASES[case]) for case in cases}
 
 
-@pytest.mark.each_choice
-@pytest.mark.parametrize(("layout", "world"), LAYOUTS)
-def test_every_rule_is_the_formula_of_its_paper(layout, world):
+AT_OWNERS_TOO = ("muon", "momentum_at_owner")
+FEWER = {
+    "fsdp2": tuple(dict.fromkeys((*RULES, *AT_OWNERS_TOO))),
+    "fsdp2 and tp": (*AT_OWNERS_TOO, *(case for case in CASES if case.endswith("with parts"))),
+}
+"""The cases of `.ci/run` under layouts that take long: together all rules, alone and with all parts."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "cases"),
+    [
+        *((*at, FEWER.get(at[0], tuple(CASES))) for at in (("copies", 1), ("flat", 3), *LAYOUTS[-2:])),
+        *(pytest.param(*at, tuple(CASES), marks=pytest.mark.slow) for at in LAYOUTS),
+    ],
+    ids=lambda v: "" if isinstance(v, tuple) else None,
+)
+def test_every_rule_is_the_formula_of_its_paper(layout, world, cases):
     """2e-5 of the weights; on the layouts together, and each the same as on one rank."""
-    results = run_ranks(train_all, world, layout)
-    for case, (rule, options) in CASES.items():
+    results = run_ranks(train_all, world, layout, cases)
+    for case in cases:
+        rule, options = CASES[case]
         expected = plain(rule, STEPS, **options).weights
         for of_rank in results:
             assert_close(of_rank[case][0], expected, TOLERANCE)
