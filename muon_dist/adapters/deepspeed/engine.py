@@ -104,11 +104,14 @@ def find_engine(optimizer: Muon) -> tuple[DeepSpeedEngine | None, Any]:
     """
     if not deepspeed.comm.is_initialized():  # without, no engine can be made
         return None, None
-    found = living(*WRAPPERS, DeepSpeedEngine)
-    wrappers = [w for w in found if isinstance(w, WRAPPERS) and vars(w).get("optimizer") is optimizer]
-    held = wrappers[0] if wrappers else optimizer
-    engines = [e for e in found if isinstance(e, DeepSpeedEngine) and vars(e).get("optimizer") is held]
-    return engines[0] if engines else None, wrappers[0] if wrappers else None
+    for frozen in (False, True):
+        found = living(*WRAPPERS, DeepSpeedEngine, frozen=frozen)
+        wrapper = next((w for w in found if isinstance(w, WRAPPERS) and vars(w).get("optimizer") is optimizer), None)
+        held = optimizer if wrapper is None else wrapper
+        engine = next((e for e in found if isinstance(e, DeepSpeedEngine) and vars(e).get("optimizer") is held), None)
+        if engine is not None:
+            break
+    return engine, wrapper
 
 
 def bound_to(engine: DeepSpeedEngine, optimizer: Muon, clip: Clip) -> Bound:
