@@ -187,8 +187,8 @@ def groups_of(params: Any, groups: Entries) -> Any:
     """The parameter groups for `Muon`: those of a model, or `params` unchanged.
 
     Raises:
-        ConfigError: `groups` without a model, whose parameter names its patterns need; or `params` contains something
-            other than parameters and groups of parameters.
+        ConfigError: `groups` without a model, whose parameter names its patterns need; or `params` is a set, or
+            contains something other than parameters and groups of parameters.
     """
     if isinstance(params, nn.Module):
         return param_groups(params, groups=groups)
@@ -201,6 +201,7 @@ def groups_of(params: Any, groups: Entries) -> Any:
         return params  # torch's own TypeError says what is needed
     if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
         raise ConfigError(f"params is {_kind(params)}: {_PASS}")
+    _check_order("params", params)
     entries = list(params)
     if not entries:
         raise ConfigError(
@@ -221,8 +222,15 @@ def _check_entry(where: str, entry: Any) -> None:
             raise ConfigError(f"{where} is a group without params: write {{'params': [...], ...}}, or {_PASS}")
         if isinstance(entry["params"], nn.Module):
             raise ConfigError(f"{where}['params'] is a model: write Muon(model), or give the parameters")
+        _check_order(f"{where}['params']", entry["params"])
     elif not isinstance(entry[-1] if isinstance(entry, tuple) and entry else entry, torch.Tensor):
         raise ConfigError(f"{where} is {_kind(entry)}, not a parameter and not a group of parameters: {_PASS}")
+
+
+def _check_order(where: str, params: Any) -> None:
+    """Raise ConfigError for a set. Ranks match parameters by their order, and a set of tensors has another on each."""
+    if isinstance(params, (set, frozenset)):
+        raise ConfigError(f"{where} is a set, whose order differs between ranks and between runs: pass a list")
 
 
 def _kind(given: Any) -> str:
