@@ -40,7 +40,7 @@ from muon_dist.errors import ConfigError, RoutingError
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 OTHERWISE = ("1-element", "ordered collections")
-"""Words of errors for which Muon has its own: a rate of two elements, and a set, which torch 2.15 takes with a warning."""
+"""Words of errors for which Muon has its own: a rate of two elements; a set, which torch 2.15 takes with a warning."""
 
 
 def inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
