@@ -28,10 +28,13 @@ def each_choice(cases: Sequence[Case]) -> list[int]:
 
 
 def mark_the_others_slow(items: Iterable[Any]) -> None:
-    """Mark as slow what `each_choice` leaves out of the cases of each test that is marked `each_choice`."""
+    """Mark as slow what `each_choice` leaves out of the cases of each test that is marked `each_choice`.
+
+    Cases that are marked as slow already count for nothing.
+    """
     functions: dict[tuple[Any, str], list[Any]] = {}
     for item in items:
-        if item.get_closest_marker("each_choice") is not None:
+        if item.get_closest_marker("each_choice") is not None and item.get_closest_marker("slow") is None:
             functions.setdefault((item.parent.nodeid, item.originalname), []).append(item)
     for cases in functions.values():
         chosen = set(

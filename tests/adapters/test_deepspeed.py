@@ -92,8 +92,10 @@ OPTIONS = {
     ],
     "stage3": [
         Case(3, zero={"sub_group_size": 300, "overlap_comm": True}),
-        Case(3, zero={"sub_group_size": 20000, "reduce_bucket_size": 2000, "stage3_prefetch_bucket_size": 1000}),
         Case(3, "bf16", 4, zero={**OFFLOAD, "sub_group_size": 500}),
+    ],
+    "stage3 too": [
+        Case(3, zero={"sub_group_size": 20000, "reduce_bucket_size": 2000, "stage3_prefetch_bucket_size": 1000}),
         Case(3, zero={"stage3_param_persistence_threshold": 1000, "reduce_scatter": False}),
         Case(3, zero_init=True, attach=True),
         Case(3, zero={**OFFLOAD, "offload_param": {"device": "cpu", "pin_memory": False}}),
@@ -107,7 +109,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["stage3", "owners", *(pytest.param(f"stage{n}", marks=pytest.mark.slow) for n in (1, 2))]
+    "name",
+    ["stage3", "owners", *(pytest.param(n, marks=pytest.mark.slow) for n in ("stage1", "stage2", "stage3 too"))],
 )
 def test_engine_options(name):
     check_all(2, OPTIONS[name])

@@ -261,7 +261,8 @@ def rounded(stages: list[int]) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("stages", [[0, 1], pytest.param([2, 3], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [[0, 1], [2, 3]])
 def test_masters_of_16_bit_weights_are_those_of_the_reference(stages: list[int]) -> None:
     for errors in run_ranks(rounded, 2, stages, timeout=200):
         assert errors == [0.0] * len(stages)

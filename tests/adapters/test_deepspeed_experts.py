@@ -235,7 +235,8 @@ def state_in(run: Run, folder: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 0])
 def test_a_checkpoint_goes_on_under_another_number_of_experts_a_rank(stage: int, tmp_path: Any) -> None:
     first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
     here = Run(Case(stage))

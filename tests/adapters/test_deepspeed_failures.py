@@ -205,6 +205,7 @@ def muon_specs() -> list[Any]:
 # 6: momentum stays fp32 over many bf16 steps -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def _many_steps(case: Case) -> float:
     engine, optimizer = make_engine(case)
     start = master(engine, optimizer)

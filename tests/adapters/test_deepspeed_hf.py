@@ -137,10 +137,8 @@ def test_stock_trainer_trains_the_same_under_tensor_parallelism(plain, tmp_path)
     assert sum(result["calls"] for result in by_rank) == STEPS * plain["matrices"]
 
 
-MORE = ("zero1.json", "zero2.json", "zero3_offload.json")
-
-
-@pytest.mark.parametrize("config", [pytest.param(c, marks=pytest.mark.slow) if c in MORE else c for c in CONFIGS])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS)
 def test_stock_trainer_trains_the_same_at_every_stage(plain, tmp_path, config):
     by_rank = run_ranks(_train, 2, config, str(tmp_path), timeout=200.0)
     kind = {"zero0": "replicated", "zero1": "flat", "zero2": "flat", "zero3": "per_parameter"}

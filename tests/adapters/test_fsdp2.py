@@ -573,7 +573,7 @@ def load(shape: tuple[int, ...], folder: str, policy: str) -> tuple[Result, Resu
 @pytest.mark.parametrize(
     ("saved", "policy", "copied", "loaded"),
     [
-        ((2,), "balanced", 0, [(2,), (3,)]),
+        pytest.param((2,), "balanced", 0, [(2,), (3,)], marks=pytest.mark.slow),
         pytest.param((2,), "balanced", 0, [(4,), (2, 2)], marks=pytest.mark.slow),
         pytest.param((2, 2), "local", 0, [(3,), (2, 2)], marks=pytest.mark.slow),
         # Heads of a shard of q_proj have their sources in both copies, so both keep its momentum

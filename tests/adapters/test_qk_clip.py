@@ -252,6 +252,7 @@ class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {name: value[index % SAMPLES] for name, value in batch(index // SAMPLES).items()}
 
 
+@pytest.mark.slow
 def trainer(folder: Path, steps: int, **options: Any) -> MuonTrainer:
     args = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=3, gradient_accumulation_steps=2,

@@ -298,7 +298,7 @@ def saved_and_loaded(layout: str, case: Case, how: str) -> tuple[bool, bool]:
 @pytest.mark.parametrize(
     ("layout", "world", "how"),
     [("copies", 1, "own"), ("copies", 3, "own"), ("copies", 3, "full"), ("flat", 3, "own"), ("fsdp2", 3, "own"),
-     ("fsdp2", 3, "dcp")],
+     pytest.param("fsdp2", 3, "dcp", marks=pytest.mark.slow)],  # and test_torchs_checkpoints_reshard...
 )  # fmt: skip
 def test_a_state_dict_brings_back_what_a_rule_remembers(layout, world, how):
     results = run_ranks(all_saved_and_loaded, world, layout, how)

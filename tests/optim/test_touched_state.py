@@ -107,7 +107,9 @@ def begun_again(layout: str) -> dict[str, Tensors]:
 
 
 @pytest.mark.each_choice
-@pytest.mark.parametrize(("layout", "world"), MOST)
+@pytest.mark.parametrize(
+    ("layout", "world"), [pytest.param(*at, marks=pytest.mark.slow) if "fsdp2" in at[0] else at for at in LAYOUTS]
+)
 def test_cleared_state_begins_at_zero(layout: str, world: int) -> None:
     references = {}
     for rule in RULES:

@@ -352,7 +352,7 @@ def contents(root: Path) -> dict[str, tuple[bytes, int]]:
         (["seed=1"], CheckpointError),  # another order of samples
         (["data.sources=[{path: /nowhere/at/all}]", "data.dir=TMP/data"], DataError),
         (["model.hidden_size=64"], CheckpointError),  # another model
-        (["model.num_hidden_layers=3"], CheckpointError),
+        pytest.param(["model.num_hidden_layers=3"], CheckpointError, marks=pytest.mark.slow),
     ],
 )
 def test_a_refused_resume_changes_nothing(
