@@ -115,7 +115,8 @@ def check_untouched(groups: Sequence[Group], specs: Sequence[Sequence[ParameterS
                 f"the parameters of group '{group.get('name', group['algorithm'])}' are not those that Muon was "
                 f"given: {len(expected)} of them {('from ' + what) if what else ''} were replaced by "
                 f"{len(found)} of shapes {found[:3]}. A framework has repartitioned them: under DeepSpeed call "
-                "muon_dist.attach(engine) after deepspeed.initialize"
+                "muon_dist.attach(engine) after deepspeed.initialize. (After gc.freeze() the engine is not found "
+                "without this call.)"
             )
 
 

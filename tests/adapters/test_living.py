@@ -7,9 +7,9 @@ import gc
 import pytest
 import torch
 
+import muon_dist
 from muon_dist.adapters.living import living
-from tests.data.test_preparation import in_a_fork
-from tests.distributed import run_ranks
+from tests.distributed import RankFailure, run_ranks
 
 
 class Kind:
@@ -25,28 +25,21 @@ def test_objects_of_a_class_and_of_its_subclasses_are_found() -> None:
     assert set(living(Kind)) == set(kept) and living(Special) == kept[1:] and not living(torch.nn.Bilinear)
 
 
-def test_what_is_frozen_is_found_if_asked_for_and_stays_frozen() -> None:
-    def job() -> None:
-        kept = Special()
-        gc.freeze()
-        later = Kind()
-        assert living(Kind) == [later]
-        assert {*living(Kind, frozen=True)} == {kept, later}
-        assert living(Kind) == []
-
-    assert in_a_fork(job) == (0, 0)
-
-
-def orthogonalized_after_a_freeze() -> int:
+def steps_after_a_freeze(attach: bool) -> int:
+    """Matrices that this rank orthogonalized in a step after the program has frozen what it has built."""
     from tests.adapters.deepspeed_ranks import Case, backward, make_engine
 
     engine, optimizer = make_engine(Case(2))
-    gc.freeze()  # as a program does after it has built its model, for shorter pauses
+    gc.freeze()
+    if attach:
+        muon_dist.attach(engine)
     backward(engine, 0, 1)
     engine.step()
     return optimizer.orthogonalized
 
 
 @pytest.mark.deepspeed
-def test_an_engine_is_found_after_a_freeze() -> None:
-    assert all(count > 0 for count in run_ranks(orthogonalized_after_a_freeze, 2))
+def test_a_frozen_engine_is_attached_or_asked_for() -> None:
+    assert all(count > 0 for count in run_ranks(steps_after_a_freeze, 2, True))
+    with pytest.raises(RankFailure, match=r"call muon_dist\.attach\(engine\).*gc\.freeze"):
+        run_ranks(steps_after_a_freeze, 2, False)

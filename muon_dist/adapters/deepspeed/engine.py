@@ -104,13 +104,10 @@ def find_engine(optimizer: Muon) -> tuple[DeepSpeedEngine | None, Any]:
     """
     if not deepspeed.comm.is_initialized():  # without, no engine can be made
         return None, None
-    for frozen in (False, True):
-        found = living(*WRAPPERS, DeepSpeedEngine, frozen=frozen)
-        wrapper = next((w for w in found if isinstance(w, WRAPPERS) and vars(w).get("optimizer") is optimizer), None)
-        held = optimizer if wrapper is None else wrapper
-        engine = next((e for e in found if isinstance(e, DeepSpeedEngine) and vars(e).get("optimizer") is held), None)
-        if engine is not None:
-            break
+    found = living(*WRAPPERS, DeepSpeedEngine)
+    wrapper = next((w for w in found if isinstance(w, WRAPPERS) and vars(w).get("optimizer") is optimizer), None)
+    held = optimizer if wrapper is None else wrapper
+    engine = next((e for e in found if isinstance(e, DeepSpeedEngine) and vars(e).get("optimizer") is held), None)
     return engine, wrapper
 
 
