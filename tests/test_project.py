@@ -13,6 +13,7 @@ import pytest
 from muon_dist.config import load_config
 from muon_dist.errors import FileError
 from muon_dist.project import init, packaged
+from tests.train.test_launch import free_port
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,9 +71,11 @@ def test_the_reason_is_the_last_line_of_a_launch(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_node_that_never_comes(tmp_path: Path) -> None:
     """torchrun waits for it for minutes, and says nothing."""
-    said = failed_launch(tmp_path, "--nnodes", "2", "--rdzv", "c10d", "--rdzv-conf", "join_timeout=1")
-    assert said[0] == "[muon-dist] the run begins when 2 nodes have met at 127.0.0.1:29500 (c10d rendezvous)"
-    assert said[-1].endswith("start this command on all 2 nodes. Each must reach port 29500 of 127.0.0.1.")
+    port = str(free_port())
+    rendezvous = ("--rdzv", "c10d", "--rdzv-conf", "join_timeout=1", "--master-port", port)
+    said = failed_launch(tmp_path, "--nnodes", "2", *rendezvous)
+    assert said[0] == f"[muon-dist] the run begins when 2 nodes have met at 127.0.0.1:{port} (c10d rendezvous)"
+    assert said[-1].endswith(f"start this command on all 2 nodes. Each must reach port {port} of 127.0.0.1.")
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:

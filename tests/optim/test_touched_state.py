@@ -83,12 +83,13 @@ def undisturbed(layout: str) -> list[str]:
     return wrong
 
 
-# What FSDP2 alone does, FSDP2 over tensor parallelism does too.
-MOST = [pytest.param(*at, marks=pytest.mark.slow) if at[0] == "fsdp2" else at for at in LAYOUTS]
+def layouts(*slow: str) -> list[Any]:
+    """`LAYOUTS`; those of these names are slow tests."""
+    return [pytest.param(*at, marks=pytest.mark.slow) if at[0] in slow else at for at in LAYOUTS]
 
 
 @pytest.mark.each_choice
-@pytest.mark.parametrize(("layout", "world"), MOST)
+@pytest.mark.parametrize(("layout", "world"), layouts("fsdp2"))  # "fsdp2 and tp" does what FSDP2 alone does
 def test_other_tensors_of_the_same_values_change_no_bit(layout: str, world: int) -> None:
     assert run_ranks(undisturbed, world, layout) == [[]] * world
 
@@ -107,9 +108,7 @@ def begun_again(layout: str) -> dict[str, Tensors]:
 
 
 @pytest.mark.each_choice
-@pytest.mark.parametrize(
-    ("layout", "world"), [pytest.param(*at, marks=pytest.mark.slow) if "fsdp2" in at[0] else at for at in LAYOUTS]
-)
+@pytest.mark.parametrize(("layout", "world"), layouts("fsdp2", "fsdp2 and tp"))
 def test_cleared_state_begins_at_zero(layout: str, world: int) -> None:
     references = {}
     for rule in RULES:
